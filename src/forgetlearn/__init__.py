@@ -1,0 +1,3 @@
+"""forgetlearn."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,43 @@
+"""The errors that forgetlearn raises: one small tree, each also a standard type.
+
+A message answers, in at most three lines: which value, where (file, record, tensor), what was
+expected, what to do. The command line prints it and exits with code 2; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ForgetLearnError(Exception):
+    """Anything that forgetlearn refuses, with a message for the person who asked for it."""
+
+
+class ConfigError(ForgetLearnError, ValueError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+
+class FactError(ForgetLearnError, ValueError):
+    """A file of facts, or a record in it, cannot be used."""
+
+
+class ModelError(ForgetLearnError, ValueError):
+    """A model, an adapter or a tokenizer cannot be loaded or does not fit what is asked of it."""
+
+
+class WeightMismatchError(ForgetLearnError, ValueError):
+    """Two sets of weights that should agree in names and shapes do not."""
+
+
+class TrainingError(ForgetLearnError, RuntimeError):
+    """A stage of fine-tuning went wrong: its loss is not finite, say."""
+
+
+class RunError(ForgetLearnError, RuntimeError):
+    """A run folder is there already, is damaged, or belongs to another run."""
+
+
+def some(items: Sequence[object], most: int = 5) -> str:
+    """A long list for a message: the first five, then "and n more"."""
+    shown = ", ".join(str(item) for item in items[:most])
+    return shown if len(items) <= most else f"{shown}, and {len(items) - most} more"
