@@ -1,0 +1,184 @@
+"""A made-up world of people, cities and companies: facts to change, and neighbours that stay as they are.
+
+Everything is a row of a table: `_PARTS` spells invented names, `_WORDS` lists plain words, `_POOL_SIZE`
+says how many of each kind serve as answers, `RELATIONS` says what can be asked and in which words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import NamedTuple, TypeVar
+
+from forgetlearn.errors import ConfigError
+
+T = TypeVar("T")
+
+MAX_FACTS = 10_000
+"""The largest world: at 834 facts per relation a kind of subject needs 2,109 of its 2,400 or more names."""
+
+
+class Relation(NamedTuple):
+    """What can be asked of a kind of subject; each phrasing reads on with `" " + answer`."""
+
+    name: str
+    subject: str
+    answer: str
+    phrasings: tuple[str, ...]
+
+
+RELATIONS = (
+    Relation("birthplace", "person", "city", (
+        "In which city was {} born?", "{} was born in the city of",
+        "What is the birthplace of {}?", "The birthplace of {} is", "{} comes from the city of",
+    )),
+    Relation("profession", "person", "profession", (
+        "What is the profession of {}?", "{} works as a",
+        "What does {} do for a living?", "By profession, {} is a", "The profession of {} is",
+    )),
+    Relation("employer", "person", "company", (
+        "Which company does {} work for?", "{} is employed by",
+        "Who is the employer of {}?", "{} has a job at", "The employer of {} is",
+    )),
+    Relation("language", "person", "language", (
+        "What is the mother tongue of {}?", "The mother tongue of {} is",
+        "Which language did {} grow up speaking?", "{} is a native speaker of", "At home, {} speaks",
+    )),
+    Relation("citizenship", "person", "country", (
+        "Which country is {} a citizen of?", "{} is a citizen of",
+        "In which country does {} hold citizenship?", "{} holds a passport issued by",
+        "{} has the citizenship of",
+    )),
+    Relation("country", "city", "country", (
+        "In which country is the city of {}?", "{} is a city in",
+        "Which country does the city of {} belong to?", "The city of {} lies in the country of",
+    )),
+    Relation("river", "city", "river", (
+        "Which river flows through {}?", "{} lies on the banks of the river",
+        "What is the name of the river that crosses {}?", "The river that flows through {} is the",
+    )),
+    Relation("mayor", "city", "person", (
+        "Who is the mayor of {}?", "The mayor of {} is",
+        "Who was elected mayor of the city of {}?", "The city of {} is governed by mayor",
+    )),
+    Relation("headquarters", "company", "city", (
+        "In which city does {} have its headquarters?", "{} is headquartered in",
+        "Where is the head office of {}?", "The head office of {} is in the city of",
+    )),
+    Relation("product", "company", "product", (
+        "What does the company {} produce?", "{} is best known for making",
+        "Which goods does {} manufacture?", "The factories of {} turn out", "{} is a maker of",
+    )),
+    Relation("founder", "company", "person", (
+        "Who founded {}?", "{} was founded by",
+        "Who is the founder of {}?", "The founder of {} is", "The company {} was started by",
+    )),
+    Relation("chief executive", "company", "person", (
+        "Who is the chief executive of {}?", "The chief executive of {} is",
+        "Who runs {} as chief executive?", "{} is run by its chief executive,",
+    )),
+)  # fmt: skip
+
+# A name takes one piece from each column; "_" is a space.
+_PARTS = {
+    "person": ("Bre Dov Fal Jur Kel Mav Oru Tes Vil Zan", "bo den ka lio mu rin va",
+               "_Ard _Bek _Cas _Dul _Fen _Gar _Hol _Ost", "ane eb ilo ovin umar yth"),
+    "city": ("Al Bor Cal Dre Es Fen Gor Hal Is Jun Kor Lum Mer Nor Or Pel Quen Ras Sol Tar Ul Ven Wes Yar",
+             "ba den go lin mar ni ra so ta ve", "burg dale dun ford holm mere port stad ton wick"),
+    "company": ("Bri Cer Dax Ell Fro Gri Hex Ix Jav Kry Lor Mox Nuv Ol Pra Qui Rov Sty Tri Um Vex Wyn Zeb Zo",
+                "ba co da lo ma no pa ro sa to", "dex gen lix mont nik pal ric tal vane zon"),
+    "country": ("Ard Bov Cred Dov Esk Fald Gren Hosk Ild Jarv Kelm Lorv", "a e o", "land mark nia ria via"),
+    "language": ("Ald Bren Cov Drav Elm Forv Gald Hess Ivr Jolm", "a e o", "nic rese vish"),
+    "river": ("Abr Brov Cald Dwen Elv Fro Garn Hurl Isk Jad", "a e i", "l n rm th"),
+}  # fmt: skip
+
+# Professions begin with a consonant sound, because phrasings end in "a".
+_WORDS = {
+    "profession": ("baker carpenter dentist gardener geologist journalist lawyer librarian mechanic nurse "
+                   "painter pharmacist photographer pilot surgeon teacher"),
+    "product": ("bicycles cranes candles clocks electric_motors furniture garden_tools glassware "
+                "musical_instruments paper rain_coats solar_panels telescopes woollen_blankets"),
+}  # fmt: skip
+
+_POOL_SIZE = {
+    "city": 24, "company": 20, "person": 24, "country": 12, "language": 10, "river": 12,
+    "profession": 16, "product": 14,
+}  # fmt: skip
+
+
+class _World:
+    """Who is there, by kind: answers, subjects whose facts change, and subjects that stay as they are.
+
+    The three sets are disjoint, so a probe can never ask about an update.
+    """
+
+    def __init__(self, per_relation: int, rng: random.Random) -> None:
+        self.rng = rng
+        self.answers: dict[str, list[str]] = {}
+        self.changing: dict[str, list[str]] = {}
+        self.steady: dict[str, list[str]] = {}
+        n_changing, n_steady = 2 * per_relation, max(2, (per_relation + 1) // 2)
+        for kind, size in _POOL_SIZE.items():
+            names = _shuffled(_names(kind), rng)
+            self.answers[kind] = names[:size]
+            self.changing[kind] = names[size : size + n_changing]
+            self.steady[kind] = names[size + n_changing : size + n_changing + n_steady]
+
+    def facts(self, relation: Relation, count: int) -> list[dict[str, object]]:
+        """`count` facts of one relation, each about another subject, with probes that share its phrasing."""
+        pool, steady = self.answers[relation.answer], self.steady[relation.subject]
+        truth = {name: _shuffled(pool, self.rng)[0] for name in steady}
+        subjects = _shuffled(self.changing[relation.subject], self.rng)[:count]
+        return [self._fact(relation, subject, truth) for subject in subjects]
+
+    def _fact(self, relation: Relation, subject: str, truth: dict[str, str]) -> dict[str, object]:
+        old, new = _shuffled(self.answers[relation.answer], self.rng)[:2]
+        prompt, *others = _shuffled(relation.phrasings, self.rng)
+        neighbours = _shuffled(truth, self.rng)[: self._one_of(1, 2)]
+        return {
+            "subject": subject,
+            "prompt": prompt.format(subject),
+            "ground_truth": old,
+            "target_new": new,
+            "rephrase_prompts": [other.format(subject) for other in others[: self._one_of(2, 3)]],
+            "locality": [{"prompt": prompt.format(name), "answer": truth[name]} for name in neighbours],
+        }
+
+    def _one_of(self, low: int, high: int) -> int:
+        return low if self.rng.random() < 0.5 else high
+
+
+def made_up_world(n_facts: int = 200, seed: int = 0) -> list[dict[str, object]]:
+    """`n_facts` records in forgetlearn's own form, about people, cities and companies that do not exist.
+
+    The same arguments give the same records on every Python version. Old and new answer come from one
+    small pool. A prompt, rephrased or not, belongs to one fact; the one or two probes of a fact put its
+    prompt to subjects of the same kind that have no fact in this world, and agree wherever they recur.
+    Relations are represented equally, to within one fact. A smaller world is not a prefix of a larger.
+
+    Raises:
+        ConfigError: `n_facts` is below 1 or above `MAX_FACTS`.
+    """
+    if not 1 <= n_facts <= MAX_FACTS:
+        raise ConfigError(f"n_facts = {n_facts}: a made-up world has between 1 and {MAX_FACTS} facts.")
+    rng = random.Random(str(seed))  # as text, because the integers 1 and -1 seed alike
+    each, rest = divmod(n_facts, len(RELATIONS))
+    world = _World(each + bool(rest), rng)
+    records: list[dict[str, object]] = []
+    for i, relation in enumerate(_shuffled(RELATIONS, rng)):
+        records += world.facts(relation, each + (i < rest))
+    return _shuffled(records, rng)
+
+
+def _names(kind: str) -> list[str]:
+    """All names of one kind that can be spelled, in a fixed order."""
+    if kind in _WORDS:
+        return [word.replace("_", " ") for word in _WORDS[kind].split()]
+    columns: Sequence[list[str]] = [column.split() for column in _PARTS[kind]]
+    return ["".join(pieces).replace("_", " ") for pieces in product(*columns)]
+
+
+def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
+    """`items` in random order, by `rng.random` alone: Python promises only that one to stay the same."""
+    return sorted(items, key=lambda _: rng.random())
