@@ -1,0 +1,6 @@
+"""`python -m forgetlearn`."""
+
+from forgetlearn.cli import run
+
+if __name__ == "__main__":
+    run()

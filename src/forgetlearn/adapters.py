@@ -1,0 +1,215 @@
+"""LoRA: attach, fold a coefficient in, to a dense task vector, several adapters into one: the only user of peft.
+
+A LoRA adapter changes a weight by `scaling * B A`, with scaling = lora_alpha / r (lora_alpha / sqrt(r)
+under rsLoRA). Folding `-coef` into B turns an adapter trained on the old facts into the forgetting of them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from forgetlearn.config import LoraSettings
+from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.taskvector import TaskVector
+
+FORGET, LEARN, PRODUCT = "forget", "learn", "default"
+
+
+def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> PeftModel:
+    """`model` with a new adapter that trains; adapters that are there already stay active, frozen.
+
+    The adapter begins as no change at all (B = 0). The same seed gives the same A.
+
+    Raises:
+        ConfigError: target_modules match nothing, or something that cannot be subtracted exactly.
+    """
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    torch.manual_seed(seed)
+    frozen = list(model.peft_config) if isinstance(model, PeftModel) else []
+    adapted = _with_adapter(model, config, name, settings.target_modules)
+    _check_layers(adapted, name)
+    activate(adapted, [*frozen, name], trained=name)
+    return adapted
+
+
+def activate(model: PeftModel, names: Sequence[str], trained: str | None = None) -> None:
+    """Make these adapters act together; only `trained` learns, and only it has dropout."""
+    model.base_model.set_adapter(list(names))
+    for layer_name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained is not None and f".{trained}." in layer_name and "lora_" in layer_name)
+    for _path, layer in _layers(model):
+        for name in names:
+            if name != trained and name in layer.lora_dropout:
+                layer.lora_dropout[name] = nn.Identity()
+
+
+@torch.no_grad()
+def scale(model: PeftModel, name: str, factor: float) -> None:
+    """Multiply what an adapter adds by `factor`, in its float32 weights: -coef makes it forget."""
+    for _path, layer in _layers(model):
+        if name in layer.lora_B:
+            layer.lora_B[name].weight.mul_(factor)
+
+
+@torch.no_grad()
+def as_vector(model: PeftModel, name: str) -> TaskVector:
+    """What an adapter adds, as dense float32 tensors under the names of the base model's own weights."""
+    deltas = {}
+    for path, layer in _layers(model):
+        if name in layer.lora_B:
+            deltas[f"{path}.weight"] = layer.get_delta_weight(name).float().cpu()
+    return TaskVector(deltas)
+
+
+@torch.no_grad()
+def compose(model: PeftModel, names: Sequence[str], into: str = PRODUCT) -> None:
+    """One adapter whose change is the sum of those of `names`; it alone is active afterwards.
+
+    The A factors are stacked, the B factors set side by side with the scalings folded in, so the rank is
+    the sum of the ranks, the new scaling is 1, and nothing is approximated. The old adapters are removed.
+    """
+    ranks = {name: int(model.peft_config[name].r) for name in names}
+    targets = sorted({path for path, layer in _layers(model) for name in names if name in layer.lora_A})
+    rank = sum(ranks.values())
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type=TaskType.CAUSAL_LM)
+    _with_adapter(model, config, into, targets)
+    for path, layer in _layers(model):
+        if path in targets:
+            _stack(layer, ranks, into)
+    for name in names:
+        model.delete_adapter(name)
+    _shorten_targets(model, into, targets)
+    activate(model, [into])
+
+
+def _stack(layer: LoraLayer, ranks: dict[str, int], into: str) -> None:
+    """Write the factors of one layer's adapters into rows (A) and columns (B) of the new one."""
+    new_a, new_b = layer.lora_A[into].weight, layer.lora_B[into].weight
+    new_a.zero_()
+    new_b.zero_()
+    start = 0
+    for name, rank in ranks.items():
+        if name in layer.lora_A:
+            new_a[start : start + rank] = layer.lora_A[name].weight
+            new_b[:, start : start + rank] = layer.scaling[name] * layer.lora_B[name].weight
+        start += rank
+
+
+def _shorten_targets(model: PeftModel, name: str, targets: list[str]) -> None:
+    """List the last parts of the module names in the config (q_proj, ...) where they say the same.
+
+    Servers such as vLLM match on these; full paths remain where a short name would match more modules.
+    """
+    short = sorted({path.rsplit(".", 1)[-1] for path in targets})
+    base = model.get_base_model()
+    matched = {
+        path.replace(".base_layer", "")
+        for path, module in base.named_modules()
+        if path.rsplit(".", 1)[-1] in short and isinstance(module, (nn.Linear, LoraLayer)) or _is_conv1d(path, module, short)
+    }
+    if matched == set(targets):
+        model.peft_config[name].target_modules = set(short)
+
+
+def detach(model: PeftModel) -> nn.Module:
+    """The base model without any adapter; its weights are those it had."""
+    base: nn.Module = model.unload()
+    return base
+
+
+def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | None = None) -> PeftModel:
+    """`model` with a saved adapter, for inference.
+
+    Raises:
+        ModelError: the folder holds no safetensors adapter, or it does not fit the model.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder}: no adapter_model.safetensors. Pickled adapters are not read.")
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder}: the adapter does not fit this base model: {reason}") from error
+    if device is not None:
+        adapted.to(device)
+    adapted.eval()
+    return adapted
+
+
+def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
+    """Write one adapter as peft does (`adapter_config.json`, safetensors), naming its base."""
+    model.peft_config[name].base_model_name_or_path = base_model
+    model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    nested = folder / name
+    if nested.is_dir():  # peft puts every adapter but "default" one folder down
+        for file in nested.iterdir():
+            file.rename(folder / file.name)
+        nested.rmdir()
+
+
+def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: object) -> PeftModel:
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            return model
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            return get_peft_model(model, config, adapter_name=name)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}") from error
+
+
+def _layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """Adapted layers under their names in the base model."""
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            yield path, module
+
+
+def _check_layers(model: PeftModel, name: str) -> None:
+    """Refuse what peft computes differently merged and unmerged: subtracting it would be silently wrong."""
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path.replace(".base_layer", ""))
+    for path, layer in _layers(model):
+        if name not in layer.lora_A and name not in layer.lora_embedding_A:
+            continue
+        if isinstance(layer, LoraEmbedding):
+            raise ConfigError(f"lora.target_modules matches the embedding {path}, which is not supported. Leave it out.")
+        weight: Tensor = layer.get_base_layer().weight
+        if len(owners[id(weight)]) > 1:
+            raise ConfigError(
+                f"lora.target_modules matches {path}, whose weight is tied to another module "
+                f"({', '.join(owners[id(weight)])}). Leave it out."
+            )
+
+
+def _is_conv1d(path: str, module: Any, short: list[str]) -> bool:
+    return type(module).__name__ == "Conv1D" and path.rsplit(".", 1)[-1] in short
+
+
+def rank_of(model: PeftModel, name: str) -> tuple[int, float]:
+    """Rank and scaling of an adapter."""
+    config = model.peft_config[name]
+    return config.r, config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)

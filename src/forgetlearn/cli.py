@@ -1,0 +1,367 @@
+"""The command: each function parses, validates and calls. Heavy imports sit inside the commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forgetlearn import __version__
+from forgetlearn.config import RunConfig, describe, load_config, parse_assignments
+from forgetlearn.errors import ForgetLearnError
+
+app = typer.Typer(
+    name="forgetlearn",
+    help="Forget, then learn: change the facts that a language model holds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+HELP = {name: description for name, _type, _default, description in describe()}
+
+
+class OldFrom(str, Enum):
+    """Where the old answer comes from."""
+
+    answers = "answers"
+    pred = "pred"
+    model = "model"
+
+
+class Template(str, Enum):
+    """Whether to ask in the chat format."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+ModelOption = Annotated[str | None, typer.Option("--model", help=HELP["model.name"])]
+FactsOption = Annotated[str | None, typer.Option("--facts", help=HELP["facts.source"])]
+OldFromOption = Annotated[OldFrom | None, typer.Option("--old-from", help=HELP["facts.old_from"])]
+LimitOption = Annotated[int | None, typer.Option("--limit", help=HELP["facts.limit"])]
+StrictOption = Annotated[bool | None, typer.Option("--strict/--no-strict", help=HELP["facts.strict"])]
+ChatOption = Annotated[Template | None, typer.Option("--chat-template", help=HELP["model.chat_template"])]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags and --set win over it.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting: NAME=VALUE; `forgetlearn settings` lists them.")
+]
+OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")]
+ReferenceOption = Annotated[
+    str | None, typer.Option("--reference", help="The model before: locality is agreement with it.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    _State.debug = debug
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("forgetlearn").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+class _State:
+    """What the edge of the command needs after a command has failed."""
+
+    debug = False
+
+
+@app.command()
+def facts(
+    file: Annotated[str, typer.Argument(help="File of facts (JSON, JSONL, CSV) or hub data set.")],
+    old_from: OldFromOption = None,
+    limit: LimitOption = None,
+    strict: StrictOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a file of facts, say what is used and what is left out, and show the first."""
+    from forgetlearn.facts import read_facts
+
+    settings = _config(None, None, file, old_from, limit, strict).facts
+    found = read_facts(file, old_from=settings.old_from, limit=limit, strict=settings.strict)
+    if as_json:
+        from dataclasses import asdict
+
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        return
+    _print_facts(found)
+
+
+@app.command()
+def lab(
+    output: OutputOption,
+    facts_file: FactsOption = None,
+    old_from: OldFromOption = None,
+    limit: LimitOption = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the made-up world, the weights and the order.")] = 0,
+    setting: SetOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Build a small base model that holds given facts, or a made-up world, in about a minute."""
+    from forgetlearn.config import validate
+    from forgetlearn.facts import read_facts
+    from forgetlearn.lab import LabSettings, build_lab
+    from forgetlearn.runs import read_json
+
+    settings = validate(LabSettings, {"seed": seed, **parse_assignments(setting or [])})
+    given = None
+    if facts_file:
+        wanted = _config(None, None, facts_file, old_from, limit, None).facts
+        given = read_facts(facts_file, old_from=wanted.old_from, limit=wanted.limit)
+    elif limit is not None:
+        settings = validate(LabSettings, {**settings.model_dump(), "n_facts": limit})
+    folder = build_lab(given, settings, output=output, overwrite=overwrite)
+    built = read_json(folder / "lab.json")
+    held = ", ".join(f"{100 * share:.1f} % of {what}" for what, share in built["held"].items() if share is not None)
+    typer.echo(f"{folder}: {built['parameters']:,} parameters; gives {held} exactly.")
+    typer.echo(
+        f"Next: forgetlearn update --model {folder} --facts {folder}/facts.jsonl "
+        f"--config {folder}/update.yaml --method f-ft --coef 1 --output runs/first"
+    )
+
+
+@app.command()
+def update(
+    output: OutputOption,
+    model: ModelOption = None,
+    facts_file: FactsOption = None,
+    method: Annotated[str | None, typer.Option("--method", help="ft, lora, f-ft, f-lora or f-lora-ft.")] = None,
+    coef: Annotated[str | None, typer.Option("--coef", help=HELP["forget.coef"])] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help=HELP["seed"])] = None,
+    old_from: OldFromOption = None,
+    limit: LimitOption = None,
+    strict: StrictOption = None,
+    teach_old: Annotated[int | None, typer.Option("--teach-old", help=HELP["teach.epochs"])] = None,
+    chat_template: ChatOption = None,
+    config_file: ConfigOption = None,
+    setting: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
+    more = {"method": method, "forget.coef": coef, "seed": seed, "teach.epochs": teach_old}
+    config = _config(config_file, model, facts_file, old_from, limit, strict, chat_template, more, setting)
+    from forgetlearn.report import load_context
+    from forgetlearn.session import update as run_update
+
+    result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
+    context = load_context(result.output)
+    _print_scores(context)
+    typer.echo(f"\n{context['verdict']}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
+
+
+@app.command()
+def evaluate(
+    output: OutputOption,
+    model: ModelOption = None,
+    facts_file: FactsOption = None,
+    reference: ReferenceOption = None,
+    old_from: OldFromOption = None,
+    limit: LimitOption = None,
+    strict: StrictOption = None,
+    chat_template: ChatOption = None,
+    config_file: ConfigOption = None,
+    setting: SetOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Score a model or an adapter on facts; with --reference also what changed against another model."""
+    config = _config(config_file, model, facts_file, old_from, limit, strict, chat_template, None, setting)
+    from forgetlearn.report import load_context
+    from forgetlearn.session import evaluate as run_evaluate
+
+    path = run_evaluate(config=config, reference=reference, output=output, overwrite=overwrite)
+    context = load_context(path)
+    _print_scores(context)
+    typer.echo(f"\n{context['verdict']}\nreport   {path / 'report.html'}")
+
+
+@app.command()
+def ask(
+    prompts: Annotated[list[str], typer.Argument(help="What to ask.")],
+    model: ModelOption = None,
+    reference: Annotated[str | None, typer.Option("--reference", help="Ask this model too, for comparison.")] = None,
+    chat_template: ChatOption = None,
+    setting: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what a model or an adapter answers, greedily, to one or more prompts."""
+    config = _config(None, model, None, None, None, None, chat_template, None, setting)
+    from forgetlearn.session import ask as run_ask
+
+    answers = {str(config.model.name): run_ask(prompts, config=config)}
+    if reference:
+        other = config.model_copy(update={"model": config.model.model_copy(update={"name": reference})})
+        answers[reference] = run_ask(prompts, config=other)
+    if as_json:
+        typer.echo(json.dumps([{"prompt": p, **{m: a[p] for m, a in answers.items()}} for p in prompts]))
+        return
+    for prompt in prompts:
+        typer.echo(_plain(prompt))
+        for name, said in answers.items():
+            typer.echo(f"  {name}: {_plain(said[prompt])}" if reference else f"  {_plain(said[prompt])}")
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Make report.md and report.html again from a run folder, without the model."""
+    from forgetlearn.report import write_run
+
+    write_run(run_folder)
+    typer.echo(str(run_folder / "report.html"))
+
+
+@app.command()
+def demo(
+    output: OutputOption = Path("demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the made-up world and of training.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", help="Facts of the made-up world.")] = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Run all five methods on a made-up world that a small model, built here, holds."""
+    from forgetlearn.demo import COLUMNS, DEMO_FACTS, run_demo
+    from forgetlearn.method import METHODS
+
+    result = run_demo(
+        output, methods=METHODS, n_facts=limit or DEMO_FACTS, seed=seed, resume=resume, overwrite=overwrite
+    )
+    _table(COLUMNS, list(result.rows), "method")
+    typer.echo(
+        "Percent. Locality is agreement with the original; residue, the old answer, is better when it is lower.\n"
+        f"A run folder for each method lies in {result.output}; open {result.output / 'f-ft' / 'report.html'}."
+    )
+
+
+@app.command()
+def settings(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config file.")] = False,
+) -> None:
+    """List every setting with its default: for --set and config files."""
+    if schema:
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return
+    for name, _type, default, description in describe():
+        typer.echo(f"{name} = {default}\n    {description}")
+
+
+def _config(
+    file: Path | None,
+    model: str | None,
+    facts_file: str | None,
+    old_from: OldFrom | None,
+    limit: int | None,
+    strict: bool | None,
+    chat_template: Template | None = None,
+    more: dict[str, Any] | None = None,
+    assignments: Sequence[str] | None = None,
+) -> RunConfig:
+    """File, then flags, then --set; a flag that is not given changes nothing."""
+    flags: dict[str, Any] = {
+        "model.name": model,
+        "facts.source": facts_file,
+        "facts.old_from": old_from.value if old_from else None,
+        "facts.limit": limit,
+        "facts.strict": strict,
+        "model.chat_template": chat_template.value if chat_template else None,
+        **(more or {}),
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    return load_config(file, given | parse_assignments(list(assignments or [])))
+
+
+def _print_facts(found: Any) -> None:
+    from forgetlearn.facts import REASONS
+
+    typer.echo(
+        f"{found.source}: reader {found.reader}, old answers from {found.old_from}; {found.in_source} records, "
+        f"{found.read} read, {found.used} used"
+        + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
+    )
+    for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
+        for reason, count in counts.items():
+            typer.echo(f"left out: {count} {what}, {reason}. {REASONS[reason]}")
+    if found.ignored_fields:
+        typer.echo(f"not used: {', '.join(found.ignored_fields)}")
+    for fact in found[:3]:
+        typer.echo(f"\n{fact.id}  {_plain(fact.prompt)}")
+        old = "(none)" if fact.ground_truth is None else _plain(fact.ground_truth)
+        typer.echo(f"  old  {old}\n  new  {_plain(fact.target_new)}")
+        for prompt in fact.rephrase_prompts:
+            typer.echo(f"  also asked as  {_plain(prompt)}")
+        for probe in fact.locality:
+            typer.echo(f"  must stay      {_plain(probe.prompt)} -> {_plain(probe.answer)}")
+
+
+def _print_scores(context: dict[str, Any]) -> None:
+    known = context["summary"]["facts"]["known"]
+    account = context["summary"]["facts"]
+    typer.echo(
+        f"{account['used']} facts of {account['read']} read"
+        + (f"; the base gave the old answer to {known}" if known is not None else "")
+    )
+    phases = [(phase, context["summary"]["phases"][phase]) for phase in context["phases"]]
+    _table(context["columns"], phases, "phase")
+
+
+def _table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], first: str) -> None:
+    """Plain lines in columns: readable on a terminal, in a log and by `awk`."""
+    from forgetlearn.report import show_score
+
+    widths = [max(len(quantity), len(protocol)) for quantity, protocol in columns]
+    name_width = max([len(first), *(len(name) for name, _cells in rows)])
+    for line in ((first, [q for q, _p in columns]), ("", [p for _q, p in columns])):
+        cells = "  ".join(text.rjust(width) for text, width in zip(line[1], widths, strict=True))
+        typer.echo(f"{line[0]:<{name_width}}  {cells}")
+    for name, scores in rows:
+        shown = [show_score(scores.get(quantity, {}).get(protocol)) for quantity, protocol in columns]
+        cells = "  ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True))
+        typer.echo(f"{name:<{name_width}}  {cells}")
+
+
+def _plain(text: str) -> str:
+    """Text from facts and models for a terminal: nothing in it steers the terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if it went well, 2 for anything that the user can put right."""
+    # Bars and warnings of the libraries that nobody asked for; set before they are imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(args=list(argv) if argv is not None else None)
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else 0
+        if code == INTERRUPTED:
+            typer.echo("Interrupted. Stages that are done are kept; go on with --resume.", err=True)
+        return code
+    except (ForgetLearnError, OSError) as error:
+        if _State.debug:
+            raise
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        return 2
+    return 0
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Every setting of a run: documented, frozen models; a file and flags become one validated config.
+
+The descriptions here are the only ones: the command's help, the JSON schema and docs/commands.md are
+made from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from forgetlearn.errors import ConfigError
+
+MethodName = Literal["ft", "lora", "f-ft", "f-lora", "f-lora-ft"]
+Protocol = Literal["token", "exact", "generate", "prefer"]
+LORA_RATE_FACTOR = 10
+
+
+class Settings(BaseModel):
+    """What all settings share: they do not change, and a key that is not known is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraSettings(Settings):
+    """Low-rank adaptation, spelled as peft spells it."""
+
+    r: int = Field(8, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(16, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, in training only.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Modules that get an adapter: names, a regular expression, or all-linear (the output head "
+        "excepted).",
+    )
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description=f"Peak learning rate of a LoRA stage. Unset: {LORA_RATE_FACTOR} times the stage's learning_rate.",
+    )
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class StageSettings(Settings):
+    """One stage of fine-tuning."""
+
+    epochs: int = Field(3, ge=1, description="Passes over the facts.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate for all weights.")
+    batch_size: int = Field(8, ge=1, description="Facts per optimiser step.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Facts per forward pass; must divide batch_size. Unset: batch_size."
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="How the learning rate changes over the stage."
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of the forward and backward pass; trained weights and optimiser state are float32.",
+    )
+    max_packed_tokens: int = Field(
+        1024, ge=1, description="A batch with more tokens is padded instead of packed into one row."
+    )
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="Used where the stage is done with LoRA.")
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> StageSettings:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} does not divide batch_size = {self.batch_size}"
+            )
+        return self
+
+    @property
+    def lora_learning_rate(self) -> float:
+        """Peak learning rate of this stage when it is done with LoRA."""
+        return self.lora.learning_rate or LORA_RATE_FACTOR * self.learning_rate
+
+
+class ForgetSettings(StageSettings):
+    """The forgetting stage: fine-tuning on the old answers, and how much of it is subtracted."""
+
+    coef: float = Field(
+        0.3,
+        ge=0,
+        description="Share of what fine-tuning on the old answers added that is subtracted (lambda in the paper). "
+        "Subtraction is built in: 0.3 forgets, 0 skips the stage.",
+    )
+    only_known: bool = Field(
+        True, description="Forget only facts whose old answer the model gives when it is asked."
+    )
+
+
+class TeachSettings(StageSettings):
+    """Fine-tuning on the old answers before anything else, so that the base really holds them."""
+
+    epochs: int = Field(0, ge=0, description="Passes over the old answers; 0 leaves the base as it is.")
+
+
+class ModelSettings(Settings):
+    """The model that is updated, and how it is loaded."""
+
+    name: str | None = Field(None, description="Folder or hub id of a causal language model.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the weights in memory and in the product; auto: that of the checkpoint."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings.")
+    chat_template: Literal["auto", "on", "off"] = Field(
+        "auto", description="Ask in the tokenizer's chat format; auto: where the tokenizer has one."
+    )
+    base_model_id: str | None = Field(
+        None, description="Hub id of the base for the model card, when name is a local folder."
+    )
+
+
+class FactsSettings(Settings):
+    """The facts, and which of their fields is the old answer."""
+
+    source: str | None = Field(None, description="File of facts (JSON, JSONL, CSV) or hub data set.")
+    old_from: Literal["answers", "pred", "model"] = Field(
+        "answers",
+        description="Where the old answer comes from: the file's answer field, ZsRE's pred, or the model itself.",
+    )
+    limit: int | None = Field(None, ge=1, description="Take the first N usable facts.")
+    strict: bool = Field(False, description="Make every record that would be left out an error.")
+
+
+class EvaluateSettings(Settings):
+    """Scoring."""
+
+    batch_size: int = Field(64, ge=1, description="Texts per forward pass.")
+    protocols: tuple[Protocol, ...] = Field(
+        get_args(Protocol), min_length=1, description="Protocols to score with (docs/scores.md)."
+    )
+    max_new_tokens: int = Field(32, ge=1, description="Longest free answer; a longer one counts as truncated.")
+    every_phase: bool = Field(True, description="Score after forgetting too, not only before and after the update.")
+
+
+class RunConfig(Settings):
+    """Everything that determines a run, except the folder it is written to."""
+
+    method: MethodName = Field("f-lora", description="How facts are updated (docs/method.md).")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    facts: FactsSettings = Field(default_factory=FactsSettings)
+    teach: TeachSettings = Field(default_factory=TeachSettings)
+    forget: ForgetSettings = Field(default_factory=ForgetSettings)
+    learn: StageSettings = Field(default_factory=StageSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    save_merged: bool = Field(False, description="Beside an adapter, write the model with it merged in.")
+    keep_stages: bool = Field(False, description="Keep the weights between the stages when the run is done.")
+
+
+def load_config(file: Path | None = None, overrides: Mapping[str, object] | None = None) -> RunConfig:
+    """The validated config: defaults, then the YAML file, then overrides by dotted name.
+
+    Raises:
+        ConfigError: with every problem that was found, one a line.
+    """
+    data = _read_yaml(file) if file else {}
+    for dotted, value in (overrides or {}).items():
+        _assign(data, dotted, value)
+    return validate(RunConfig, data, where=str(file) if file else None)
+
+
+def validate(kind: type[S], data: Mapping[str, Any], where: str | None = None) -> S:
+    """`data` as settings of this kind; all problems at once.
+
+    Raises:
+        ConfigError: which setting, its value, what was expected, and the nearest known name.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        suffix = f" ({where})" if where else ""
+        raise ConfigError("\n".join(_problem(kind, item, suffix) for item in error.errors())) from None
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, object]:
+    """`["forget.epochs=6"]` as `{"forget.epochs": 6}`; values are read as YAML.
+
+    Raises:
+        ConfigError: there is no `=`, or the value is not YAML.
+    """
+    parsed: dict[str, object] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set {assignment}: expected NAME=VALUE, for example --set forget.epochs=6.")
+        try:
+            parsed[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {assignment}: the value is not YAML.") from None
+    return parsed
+
+
+def describe(kind: type[Settings] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Rows of dotted name, type, default and description of every setting, for help and documentation."""
+    for name, field in kind.model_fields.items():
+        inner = _inner_settings(field.annotation)
+        if inner is not None:
+            yield from describe(inner, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            shown = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+            type_name = str(field.annotation).replace("typing.", "")
+            if isinstance(field.annotation, type):
+                type_name = field.annotation.__name__
+            yield prefix + name, type_name, shown.replace("\n...", "").strip(), field.description or ""
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {file}: {error.strerror or error}. Give an existing YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config {file}: not YAML in UTF-8: {reason}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {file}: expected names and values, found a {type(data).__name__}.")
+    return _unshared(data)
+
+
+def _unshared(data: Any) -> Any:
+    """A copy in which a YAML anchor and its aliases are separate, so that one can be set alone."""
+    return {name: _unshared(value) for name, value in data.items()} if isinstance(data, dict) else data
+
+
+def _assign(data: dict[str, Any], dotted: str, value: object) -> None:
+    """Set `a.b.c` in nested dictionaries, in place."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = data.get(parent)
+        if inner is None:
+            inner = data[parent] = {}
+        elif not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: '{parent}' is a single value ({inner!r}), it holds no settings.")
+        data = inner
+    data[last] = value
+
+
+def _inner_settings(annotation: object) -> type[Settings] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+
+
+def _problem(kind: type[Settings], item: Any, suffix: str) -> str:
+    """One line for one of pydantic's errors."""
+    name = ".".join(str(part) for part in item["loc"]) or "config"
+    if item["type"] == "extra_forbidden":
+        return f"{name}{suffix}: there is no such setting.{_nearest(kind, item['loc'])}"
+    description = _field_description(kind, item["loc"])
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    expected = message if item["type"] == "value_error" else f"must be {message}"
+    shown = "" if isinstance(item["input"], Mapping) else f" = {item['input']!r}"
+    return f"{name}{shown}{suffix}: {expected}.{' ' + description if description else ''}"
+
+
+def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
+    known = [name for name, *_ in describe()] if kind is RunConfig else list(kind.model_fields)
+    siblings = _siblings(kind, loc)
+    wanted = str(loc[-1])
+    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean '{'.'.join([*map(str, loc[:-1]), near[0]])}'?"
+    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == wanted]
+    if elsewhere:
+        return f" Did you mean {' or '.join(repr(name) for name in elsewhere)}?"
+    return f" Known here: {', '.join(siblings)}."
+
+
+def _siblings(kind: type[Settings], loc: tuple[int | str, ...]) -> list[str]:
+    for part in loc[:-1]:
+        inner = _inner_settings(kind.model_fields[str(part)].annotation) if part in kind.model_fields else None
+        if inner is None:
+            break
+        kind = inner
+    return list(kind.model_fields)
+
+
+def _field_description(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
+    names = [str(part) for part in loc if isinstance(part, str)]
+    for name, _type, _default, description in describe(kind):
+        if names and name == ".".join(names[: name.count(".") + 1]):
+            return description
+    return ""

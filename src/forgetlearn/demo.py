@@ -1,0 +1,86 @@
+"""The main job on the embedded default: every method on a made-up world, in one table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forgetlearn import runs
+from forgetlearn.config import load_config
+from forgetlearn.errors import RunError
+from forgetlearn.lab import LabSettings, build_lab
+from forgetlearn.report import show_score
+
+log = logging.getLogger("forgetlearn")
+DEMO_FACTS = 150
+COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
+COLUMNS = (
+    ("reliability", "token"),
+    ("generality", "token"),
+    ("locality", "agreement"),
+    ("residue", "token"),
+    ("reliability", "generate"),
+    ("residue", "generate"),
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table, its rows, and where everything lies."""
+
+    output: Path
+    rows: tuple[tuple[str, dict[str, Any]], ...]  # name of the row, scores of its phase
+    table: str
+
+
+def run_demo(
+    output: str | Path,
+    *,
+    methods: Iterable[str],
+    n_facts: int = DEMO_FACTS,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> DemoResult:
+    """Build a base that holds a made-up world, update it with each method, and compare.
+
+    Raises:
+        RunError: the output exists and neither `resume` nor `overwrite` is given.
+    """
+    from forgetlearn.session import update
+
+    output = Path(output)
+    marker = output / "demo.json"
+    if output.exists() and any(output.iterdir()) and not (resume or overwrite):
+        raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
+    if output.exists() and any(output.iterdir()) and not marker.is_file():
+        raise RunError(f"{output} was not written by the demo. Choose another folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    runs.write_json(marker, {"n_facts": n_facts, "seed": seed})
+    base = build_lab(settings=LabSettings(n_facts=n_facts, seed=seed))
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for method in methods:
+        log.info("updating with %s", method)
+        config = load_config(
+            base / "update.yaml", {"method": method, "seed": seed, "model.name": str(base), "forget.coef": COEF}
+        )
+        result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
+        phases = result.summary["phases"]
+        rows = rows or [("original", phases["base"])]
+        rows.append((method, phases["updated"]))
+    table = comparison_table(rows)
+    runs.write_text(output / "demo.md", table)
+    return DemoResult(output, tuple(rows), table)
+
+
+def comparison_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """Markdown: a line per method, a column per quantity with its protocol, percent."""
+    head = " | ".join(f"{quantity} ({protocol})" for quantity, protocol in COLUMNS)
+    lines = [f"| | {head} |", "|---|" + "---:|" * len(COLUMNS)]
+    for name, phase in rows:
+        cells = " | ".join(show_score(phase[quantity].get(protocol)) for quantity, protocol in COLUMNS)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,173 @@
+"""Prompt and answer to token ids: the only place that tokenises.
+
+Plain text is `prompt + " " + answer`; the prompt's ids are those of `prompt` alone, and are a prefix of
+the whole. With a chat template the prompt is the user's message and the answer the assistant's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from forgetlearn.errors import FactError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ChatTemplate = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and its answer; the answer's ids are `ids[n_prompt_tokens:]`."""
+
+    ids: tuple[int, ...]
+    n_prompt_tokens: int
+
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """What the model should say after the prompt, EOS included where it was asked for."""
+        return self.ids[self.n_prompt_tokens :]
+
+    @property
+    def answer_positions(self) -> range:
+        """Positions whose logits predict the answer: each is one before the token it predicts."""
+        return range(self.n_prompt_tokens - 1, len(self.ids) - 1)
+
+
+class Encoder:
+    """A tokenizer, and the form in which a model is asked.
+
+    Raises:
+        ModelError: the tokenizer has no EOS token, or no chat template where one is asked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: ChatTemplate = "auto",
+        max_length: int | None = None,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "The tokenizer has no EOS token, so an answer could not end. "
+                'Set one, for example tokenizer.eos_token = "</s>", and save it with the model.'
+            )
+        if chat_template == "on" and not tokenizer.chat_template:
+            raise ModelError("chat_template = on, but the tokenizer has none. Use auto or off.")
+        self.tokenizer: Any = tokenizer
+        self.max_length = max_length
+        self.is_chat = chat_template == "on" or (chat_template == "auto" and bool(tokenizer.chat_template))
+        # Special tokens are added by hand: a tokenizer that also appends EOS (add_eos_token) would
+        # otherwise put one between prompt and answer.
+        self._first_ids = [] if self.is_chat else _leading_specials(tokenizer)
+        self.end_ids = self._chat_end() if self.is_chat else [tokenizer.eos_token_id]
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text that the model reads before it answers."""
+        if not self.is_chat:
+            return prompt
+        return self._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of the prompt alone, with the special tokens that open a text."""
+        return self._first_ids + self._tokenize(self.prompt_text(prompt))
+
+    def encode(self, prompt: str, answer: str, *, end: bool = False) -> Encoded:
+        """Ids of prompt and answer; `end=True` adds the token that ends an answer (training wants it).
+
+        Raises:
+            FactError: the prompt or the answer is empty, the two cannot be told apart in token ids, or
+                they are longer than the model's context.
+        """
+        answer = answer.strip()
+        if not prompt.strip() or not answer:
+            raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
+        before = self.prompt_ids(prompt)
+        ids = before + self._answer_ids(prompt, answer, before) + (self.end_ids if end else [])
+        if self.max_length and len(ids) > self.max_length:
+            raise FactError(
+                f"prompt and answer are {len(ids)} tokens, the model's context is {self.max_length} "
+                f"(prompt {prompt[:60]!r}...). Shorten the prompt, or leave the fact out."
+            )
+        return Encoded(tuple(ids), len(before))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def _answer_ids(self, prompt: str, answer: str, before: list[int]) -> list[int]:
+        joint = "" if self.is_chat else " "
+        text = self.prompt_text(prompt) + joint + answer
+        whole = self._first_ids + self._tokenize(text)
+        if whole[: len(before)] == before and len(whole) > len(before):
+            return whole[len(before) :]
+        # The last token of the prompt merged with the first of the answer. Tokenised apart they say the
+        # same text, and at generation the model does see the prompt's own tokens.
+        for part in (joint + answer, answer):
+            ids = self._tokenize(part)
+            if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
+                return ids
+        raise FactError(
+            f"the tokenizer merges the end of the prompt with the answer, and cannot write them apart "
+            f"(prompt {prompt!r}, answer {answer!r}). End the prompt with a whole word."
+        )
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _tokenizer_text(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # jinja2 errors of many kinds: the template is the model's, not ours
+            raise ModelError(
+                f"The tokenizer's chat template fails on a single question: {error}. Try --chat-template off."
+            ) from error
+        return text
+
+    def _chat_end(self) -> list[int]:
+        """The token by which the template itself ends an assistant's turn; else EOS."""
+        mark = "ANSWER"
+        turn = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
+        _, found, rest = self._render(turn, add_generation_prompt=False).rpartition(mark)
+        ids = self._tokenize(rest.lstrip()) if found else []
+        if ids and ids[0] in set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder):
+            return ids[:1]
+        return [self.tokenizer.eos_token_id]
+
+
+def check_lengths(encoder: Encoder, pairs: Iterable[tuple[str, str, str]]) -> None:
+    """Nothing, if every (where, prompt, answer) fits the model; the first five that do not are named.
+
+    Raises:
+        FactError: before any training starts.
+    """
+    problems = []
+    for where, prompt, answer in pairs:
+        try:
+            encoder.encode(prompt, answer, end=True)
+        except FactError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise FactError("\n".join(problems[:5]) + more)
+
+
+def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special ids that the tokenizer puts before a text (BOS, say)."""
+    tok: Any = tokenizer
+    with_specials: list[int] = tok("a")["input_ids"]
+    plain: list[int] = tok("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(with_specials) - len(plain) + 1):
+        if with_specials[start : start + len(plain)] == plain:
+            return with_specials[:start]
+    return []

@@ -1,0 +1,208 @@
+"""One stage of supervised fine-tuning on prompt -> answer, all weights or LoRA: the only user of Trainer.
+
+Only answer tokens are scored, EOS is one of them, and every batch of shuffled facts is one packed row.
+docs/how.md has the measurements behind this.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from forgetlearn.config import StageSettings
+from forgetlearn.encoding import Encoded
+from forgetlearn.errors import ConfigError, TrainingError
+from forgetlearn.forward import IGNORE, Layout, answer_logits, choose_layout, lay_out
+
+
+@dataclass(frozen=True)
+class StageLog:
+    """What happened in a stage: a row of numbers per optimiser step, and the layout of its batches."""
+
+    steps: tuple[dict[str, float], ...]
+    layout: Layout
+
+    @property
+    def final_loss(self) -> float:
+        """Mean loss per answer token over the last tenth of the steps, in nats."""
+        tail = self.steps[-max(1, len(self.steps) // 10) :]
+        return sum(step["loss"] for step in tail) / len(tail)
+
+
+def finetune(
+    model: nn.Module,
+    texts: Sequence[Encoded],
+    settings: StageSettings,
+    *,
+    seed: int,
+    pad_id: int,
+    learning_rate: float | None = None,
+    name: str = "fine-tuning",
+) -> StageLog:
+    """The log of a stage; `model` is trained in place, whichever of its parameters require gradients.
+
+    The same model, texts, settings and seed give the same weights to the bit on one machine. Weights that
+    are trained must be float32: half precision loses the small steps of a fact update.
+
+    Args:
+        learning_rate: instead of the one in `settings` (LoRA wants a higher one).
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; the message names the step.
+        ConfigError: bfloat16 is asked for where the device has none, or nothing is to be trained.
+    """
+    check_trainable(model, texts, settings)
+    with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:
+        arguments = _arguments(settings, learning_rate or settings.learning_rate, seed, unused)
+        device = arguments.device
+        model.to(device)
+        layout = choose_layout(model, texts, pad_id, device)
+        steps = _Steps(name)
+        trainer = _FactTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(texts),
+            data_collator=_Collator(layout, pad_id, settings.max_packed_tokens),
+            callbacks=[steps],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train()
+        finally:
+            # Mixed precision replaces model.forward; left there, it would run in later copies of the model.
+            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    return StageLog(tuple(steps.rows), layout)
+
+
+def check_trainable(model: nn.Module, texts: Sequence[Encoded], settings: StageSettings) -> None:
+    """Nothing, if the stage can begin.
+
+    Raises:
+        ConfigError: no facts, no trainable weights, weights in half precision, or bfloat16 that is not there.
+    """
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    if not texts or not trained:
+        raise ConfigError(f"Nothing to train: {len(texts)} facts, {len(trained)} trainable tensors.")
+    half = [name for name, weight in trained if weight.dtype != torch.float32]
+    if half:
+        raise ConfigError(f"{len(half)} trainable tensors are not float32, the first is {half[0]}: call model.float().")
+    on_gpu = torch.cuda.is_available()
+    if settings.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise ConfigError("dtype = bfloat16, but this GPU does not support it. Use float32.")
+
+
+def _arguments(settings: StageSettings, learning_rate: float, seed: int, folder: str) -> TrainingArguments:
+    micro = settings.micro_batch_size or settings.batch_size
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=settings.epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // micro,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_ratio,  # below 1: a share of the steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        bf16=settings.dtype == "bfloat16",
+        seed=seed,
+        data_seed=seed,
+        save_strategy="no",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        report_to="none",
+    )
+
+
+class _Collator:
+    """Encoded facts to one batch of tensors, in the layout of the stage."""
+
+    def __init__(self, layout: Layout, pad_id: int, max_packed_tokens: int) -> None:
+        self.layout, self.pad_id, self.max_packed_tokens = layout, pad_id, max_packed_tokens
+
+    def __call__(self, texts: list[Encoded]) -> dict[str, Any]:
+        groups = [[text] for text in texts] if self.layout == "single" else [texts]
+        batches = [lay_out(group, self.layout, self.pad_id, self.max_packed_tokens) for group in groups]
+        labels = torch.cat([batch.labels.flatten() for batch in batches])
+        return {
+            "parts": [{**batch.inputs, "positions": batch.positions} for batch in batches],
+            "labels": labels,
+            # Trainer counts the scored tokens over an optimiser step from `shift_labels`, as they are.
+            "shift_labels": labels,
+        }
+
+
+class _FactTrainer(Trainer):  # type: ignore[misc]
+    """Trainer whose loss is the mean over the answer tokens of an optimiser step."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens and hands the number on
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Sum of -log p over answer tokens, divided by their number in the whole optimiser step."""
+        if return_outputs:
+            raise NotImplementedError("Scores are computed by forgetlearn.scoring, not by Trainer.")
+        labels = inputs["labels"]
+        logits = []
+        for part in inputs["parts"]:
+            positions = part.pop("positions")
+            logits.append(answer_logits(model, part, positions).flatten(0, 1))
+        loss = functional.cross_entropy(torch.cat(logits).float(), labels, ignore_index=IGNORE, reduction="sum")
+        n_tokens = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
+        # Every process divides by the tokens of all, and DDP averages: the factor undoes the average.
+        return loss / n_tokens * self.accelerator.num_processes
+
+
+class _Steps(TrainerCallback):  # type: ignore[misc]
+    """Keeps the numbers of every step, shows a bar on a terminal, and stops at a loss that is not finite."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rows: list[dict[str, float]] = []
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # disable=None: no bar where the output is not a terminal.
+        self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", disable=None, leave=False)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        row = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"{self.name}, step {state.global_step} of {state.max_steps}: {bad[0]} is {row[bad[0]]}. "
+                "Lower the learning rate, or train in float32."
+            )
+        self.rows.append({"step": state.global_step, **row})
+        self.bar.update(state.global_step - self.bar.n)
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,138 @@
+"""Encoded texts to logits at answer positions: the only place that lays out batches.
+
+Three layouts give the same logits. `packed`: all texts in one row with restarting position ids, no
+padding at all; transformers builds the block-diagonal mask only when there is no attention mask and no
+cache. `padded`: one row a text, padding on the left. `single`: one text a forward pass.
+Shapes: B batch, T tokens, K answer positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from forgetlearn.encoding import Encoded
+from forgetlearn.errors import ModelError
+
+Layout = Literal["packed", "padded", "single"]
+IGNORE = -100
+# Two layouts sum in another order; what a wrong mask does is hundreds of times larger (docs/how.md).
+AGREEMENT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs, and the id to be predicted at each logit that comes back.
+
+    `labels` is (B, K) with IGNORE where a row has fewer answer tokens than the longest;
+    `positions` (K,) are the positions of a row whose logits are wanted.
+    """
+
+    inputs: dict[str, Tensor]
+    positions: Tensor
+    labels: Tensor
+
+
+def pack(texts: Sequence[Encoded]) -> Batch:
+    """All texts in one row (1, T), each starting again at position 0."""
+    ids = [token for text in texts for token in text.ids]
+    restarting = [position for text in texts for position in range(len(text.ids))]
+    positions, start = [], 0
+    for text in texts:
+        positions += [start + position for position in text.answer_positions]
+        start += len(text.ids)
+    labels = [token for text in texts for token in text.answer_ids]
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([restarting])}
+    return Batch(inputs, torch.tensor(positions), torch.tensor([labels]))
+
+
+def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
+    """A row per text, padded on the left, so that all answers end in the last column."""
+    width = max(len(text.ids) for text in texts)
+    n_answer = max(len(text.answer_ids) for text in texts)
+    pads = [width - len(text.ids) for text in texts]
+    inputs = {
+        "input_ids": torch.tensor([[pad_id] * pad + list(text.ids) for pad, text in zip(pads, texts, strict=True)]),
+        "attention_mask": torch.tensor(
+            [[0] * pad + [1] * len(text.ids) for pad, text in zip(pads, texts, strict=True)]
+        ),
+        "position_ids": torch.tensor(
+            [[0] * pad + list(range(len(text.ids))) for pad, text in zip(pads, texts, strict=True)]
+        ),
+    }
+    labels = [[IGNORE] * (n_answer - len(text.answer_ids)) + list(text.answer_ids) for text in texts]
+    return Batch(inputs, torch.arange(width - 1 - n_answer, width - 1), torch.tensor(labels))
+
+
+def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_tokens: int) -> Batch:
+    """A batch in the wanted layout; a packed row that would be too long is padded instead.
+
+    Without flash attention the mask of a packed row is quadratic in its length.
+    """
+    if layout == "packed" and sum(len(text.ids) for text in texts) <= max_packed_tokens:
+        return pack(texts)
+    return pad_left(texts, pad_id)
+
+
+def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
+    """Logits (B, K, V) at the given positions only, in the dtype of the model.
+
+    The output head runs on these positions alone wherever the model can do that.
+    """
+    accepted = forward_parameters(model)
+    inputs = {name: value for name, value in inputs.items() if name in accepted}
+    if "use_cache" in accepted:
+        # With a cache transformers takes the whole row for one text.
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    if "logits_to_keep" in accepted:
+        logits: Tensor = model(**inputs, logits_to_keep=positions).logits
+        return logits
+    logits = model(**inputs).logits
+    return logits[:, positions]
+
+
+def forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments that the causal language model itself takes, through any wrapper."""
+    inner: Any = getattr(model, "module", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return frozenset(inspect.signature(type(inner).forward).parameters)
+
+
+@torch.no_grad()
+def choose_layout(model: nn.Module, texts: Sequence[Encoded], pad_id: int, device: torch.device) -> Layout:
+    """The fastest layout whose logits are those of each text by itself, tried on up to four texts.
+
+    Raises:
+        ModelError: the model's logits are not finite.
+    """
+    # Texts of different lengths: equal ones would hide a wrong mask.
+    by_length = sorted(texts, key=lambda text: len(text.ids))
+    sample = [by_length[index * (len(by_length) - 1) // 3] for index in range(4)] if len(texts) > 3 else by_length
+    was_training = model.training
+    model.eval()
+    try:
+        alone = torch.cat([_flat_logits(model, pad_left([text], pad_id), device) for text in sample])
+        if not torch.isfinite(alone).all():
+            raise ModelError("The model's logits are not finite (NaN or infinite). Are its weights damaged?")
+        scale = max(float(alone.std()), 1e-6)
+        tolerance = AGREEMENT_TOLERANCE if alone.dtype == torch.float32 else 0.1
+        for layout, batch in (("packed", pack(sample)), ("padded", pad_left(sample, pad_id))):
+            together = _flat_logits(model, batch, device)
+            if float((together - alone).abs().max()) <= tolerance * scale:
+                return layout  # type: ignore[return-value]
+        return "single"
+    finally:
+        model.train(was_training)
+
+
+def _flat_logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Logits (N, V) of the answer tokens of a batch, text after text."""
+    inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+    logits = answer_logits(model, inputs, batch.positions.to(device))
+    return logits[(batch.labels != IGNORE).to(device)]

@@ -1,0 +1,254 @@
+"""The laboratory: a small Llama and its tokenizer, built from nothing in a minute, that hold given facts.
+
+So the whole method can be run and studied without a download. The base is trained on the OLD answers (of
+prompts and rephrases) and on the answers of the locality probes. What was built is cached by content.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from forgetlearn import runs
+from forgetlearn.config import Settings, StageSettings
+from forgetlearn.errors import ConfigError, FactError
+from forgetlearn.facts import FactSet, from_records, write_facts
+from forgetlearn.world import made_up_world
+
+log = logging.getLogger("forgetlearn")
+FORMAT = 1  # part of the cache key: raise it when the same settings build another base
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+
+class LabSettings(Settings):
+    """Size, training and seed of a lab base. The defaults are the recipe of docs/experiments.md."""
+
+    n_facts: int = Field(200, ge=1, description="Facts of the made-up world, when no facts are given.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the world, the weights and the order of facts.")
+    hidden_size: int = Field(128, ge=8, description="Width of the model.")
+    intermediate_size: int = Field(352, ge=8, description="Width inside the MLPs.")
+    num_hidden_layers: int = Field(4, ge=1, description="Layers.")
+    num_attention_heads: int = Field(4, ge=1, description="Attention heads.")
+    vocab_size: int = Field(3000, ge=300, description="Most tokens of the BPE vocabulary.")
+    tie_word_embeddings: bool = Field(True, description="One matrix for the input embeddings and the output head.")
+    epochs: int = Field(40, ge=1, description="Passes over everything the base is to hold.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
+    batch_size: int = Field(32, ge=1, description="Texts per optimiser step.")
+
+
+UPDATE_SETTINGS: dict[str, Any] = {"epochs": 6, "batch_size": 8, "learning_rate": 5e-4, "adam_beta2": 0.98}
+"""What suits a lab base in the stages of an update; written beside it as update.yaml."""
+
+
+def build_lab(
+    facts: FactSet | None = None,
+    settings: LabSettings | None = None,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """The folder of a base that holds the old answers of `facts` (default: of a made-up world).
+
+    It holds a model that plain transformers loads, `facts.jsonl`, `update.yaml` with settings for
+    `update`, and `lab.json` with what was built and how much of it the base answers exactly.
+    Without `output` it is the folder in the cache (FORGETLEARN_CACHE, else ~/.cache/forgetlearn).
+
+    Raises:
+        FactError: no fact has an old answer.
+        RunError: the output exists.
+    """
+    settings = settings or LabSettings()
+    if settings.hidden_size % (2 * settings.num_attention_heads):
+        raise ConfigError(
+            f"hidden_size = {settings.hidden_size} must be a multiple of twice num_attention_heads "
+            f"= {settings.num_attention_heads}."
+        )
+    if output is not None:
+        runs.check_output(output, resume=False, overwrite=overwrite)
+    if facts is None:
+        facts = from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
+    cached = cache_folder() / f"lab-{_key(facts, settings)}"
+    if not (cached / "lab.json").is_file():
+        log.info("building a lab base that holds %d facts (once; kept in %s)", facts.used, cached.parent)
+        with runs.atomic_folder(cached) as unfinished:
+            _build(facts, settings, unfinished)
+    if output is None:
+        return cached
+    output = Path(output)
+    with runs.atomic_folder(output) as unfinished:
+        shutil.copytree(cached, unfinished, dirs_exist_ok=True)
+    return output
+
+
+def cache_folder() -> Path:
+    """Where lab bases are kept."""
+    named = os.environ.get("FORGETLEARN_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgetlearn"
+
+
+def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
+    """(prompt, answer) of all that the base is to hold, each prompt once; and how many contradict an earlier one.
+
+    Raises:
+        FactError: no fact has an old answer.
+    """
+    pairs: dict[str, str] = {}
+    contradictions = 0
+    for prompt, answer in _wanted(facts):
+        if pairs.setdefault(prompt, answer) != answer:
+            contradictions += 1
+    if not any(fact.ground_truth for fact in facts):
+        raise FactError(f"{facts.source}: no fact has an old answer, so there is nothing for a lab base to hold.")
+    return list(pairs.items()), contradictions
+
+
+def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
+    """Edit prompts first, then probes, then rephrases: where two contradict, the first counts."""
+    for fact in facts:
+        if fact.ground_truth:
+            yield fact.prompt, fact.ground_truth
+    for fact in facts:
+        for probe in fact.locality:
+            yield probe.prompt, probe.answer
+    for fact in facts:
+        if fact.ground_truth:
+            for prompt in fact.rephrase_prompts:
+                yield prompt, fact.ground_truth
+
+
+def _build(facts: FactSet, settings: LabSettings, folder: Path) -> None:
+    from forgetlearn.encoding import Encoder
+    from forgetlearn.finetune import finetune
+    from forgetlearn.models import parameter_count, save_model
+
+    pairs, contradictions = held_pairs(facts)
+    tokenizer = train_tokenizer(
+        [f"{prompt} {answer}" for prompt, answer in pairs] + [f" {fact.target_new}" for fact in facts], settings
+    )
+    encoder = Encoder(tokenizer, "off")
+    stage = StageSettings(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        adam_beta2=0.98,
+        max_packed_tokens=2048,
+    )
+    texts = [encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
+    model = _new_model(settings, tokenizer, longest=max(len(text.ids) for text in texts))
+    stage_log = finetune(
+        model, texts, stage, seed=settings.seed, pad_id=tokenizer.pad_token_id, name="building the lab base"
+    )
+    save_model(model, tokenizer, folder, model.dtype)
+    write_facts(facts, folder / "facts.jsonl")
+    runs.write_text(folder / "update.yaml", _update_yaml())
+    held = _share_held(model, tokenizer, facts)
+    for what, share in held.items():
+        if share is not None and share < 0.99:
+            log.warning("the lab base holds only %.1f %% of the %s; raise epochs or size", 100 * share, what)
+    runs.write_json(
+        folder / "lab.json",
+        {
+            "settings": settings.model_dump(),
+            "facts": {"source": facts.source, "used": facts.used, "sha256": facts.sha256()},
+            "texts": len(texts),
+            "contradictions": contradictions,
+            "parameters": parameter_count(model),
+            "final_loss": stage_log.final_loss,
+            "held": held,
+            "versions": runs.versions(),
+        },
+    )
+
+
+def train_tokenizer(texts: list[str], settings: LabSettings) -> Any:
+    """A byte-level BPE tokenizer of these texts; it can write any other text too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left"
+    )
+
+
+def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_attention_heads,
+        max_position_embeddings=max(512, 2 * longest),
+        tie_word_embeddings=settings.tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(settings.seed)
+    return LlamaForCausalLM(config)
+
+
+def _share_held(model: Any, tokenizer: Any, facts: FactSet) -> dict[str, float | None]:
+    """Share of old answers and of locality answers that the base gives exactly, token for token."""
+    from forgetlearn.scoring import Reading, Scorer
+    from forgetlearn.metrics import exact_match
+    from forgetlearn.models import wrap
+
+    old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
+    probes = [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]
+    read = Scorer(wrap(model, tokenizer)).read([*old, *probes])
+
+    def share(pairs: list[tuple[str, str]]) -> float | None:
+        readings = [read[pair] for pair in pairs]
+        hits = [exact_match(r.predicted, r.wanted) if isinstance(r, Reading) else 0.0 for r in readings]
+        return sum(hits) / len(hits) if hits else None
+
+    return {"old answers": share(old), "locality answers": share(probes)}
+
+
+def _update_yaml() -> str:
+    import yaml
+
+    body: str = yaml.safe_dump({"forget": {**UPDATE_SETTINGS}, "learn": {**UPDATE_SETTINGS}, "teach": _teach()}, sort_keys=False)
+    return "# Settings for `forgetlearn update` that suit this small base.\n" + body
+
+
+def _teach() -> dict[str, Any]:
+    return {name: value for name, value in UPDATE_SETTINGS.items() if name != "epochs"}
+
+
+def _key(facts: FactSet, settings: LabSettings) -> str:
+    import hashlib
+
+    parts = {
+        "format": FORMAT,
+        "settings": settings.model_dump(),
+        "facts": facts.sha256(),
+        "versions": {name: runs.versions()[name] for name in ("torch", "transformers", "tokenizers")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

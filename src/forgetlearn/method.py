@@ -1,0 +1,118 @@
+"""Forget, then learn: the method on one screen. `session.update` adds scores, files and resume.
+
+    knowledge parameters    tau    = FT(theta, old facts) - theta
+    forgetting              theta' = theta - coef * tau
+    learning                theta* = FT(theta', new facts)
+
+Source: Ni et al., "Forgetting before Learning", ACL 2024, arXiv:2311.08011.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from forgetlearn import adapters, taskvector
+from forgetlearn.config import ForgetSettings, StageSettings
+from forgetlearn.encoding import Encoded
+from forgetlearn.errors import FactError
+from forgetlearn.facts import Fact
+from forgetlearn.finetune import StageLog, finetune
+from forgetlearn.models import LanguageModel
+
+How = Literal["all weights", "lora"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """With what a method forgets (None: it does not) and with what it learns."""
+
+    forgets: How | None
+    learns: How
+
+
+METHODS: Mapping[str, Method] = {
+    "ft": Method(None, "all weights"),
+    "lora": Method(None, "lora"),
+    "f-ft": Method("all weights", "all weights"),
+    "f-lora": Method("lora", "lora"),
+    "f-lora-ft": Method("lora", "all weights"),
+}
+
+
+def forget(
+    lm: LanguageModel, facts: Iterable[Fact], settings: ForgetSettings, how: How = "lora", *, seed: int = 0
+) -> StageLog:
+    """Fine-tune on the old answers, subtract `coef` times what that added; `lm` is changed in place.
+
+    With all weights `lm.model` is then the forgotten model, in float32. With LoRA the base keeps its
+    weights and `lm.model` carries a frozen adapter "forget" with -coef folded in.
+
+    Raises:
+        FactError: a fact has no old answer.
+    """
+    texts = _texts(lm, [(fact.prompt, _old_answer(fact)) for fact in facts])
+    if how == "lora":
+        lm.model = adapters.attach(lm.model, settings.lora, adapters.FORGET, seed)
+        stage_log = _train(lm, texts, settings, how, seed, "forgetting")
+        adapters.scale(lm.model, adapters.FORGET, -settings.coef)
+        adapters.activate(lm.model, [adapters.FORGET])
+        return stage_log
+    _all_weights(lm)
+    base = taskvector.snapshot(lm.model)
+    stage_log = _train(lm, texts, settings, how, seed, "forgetting")
+    tuned = dict(lm.model.named_parameters())
+    taskvector.load_into(lm.model, taskvector.subtracted(base, tuned, settings.coef))
+    return stage_log
+
+
+def learn(
+    lm: LanguageModel, facts: Iterable[Fact], settings: StageSettings, how: How = "lora", *, seed: int = 0
+) -> StageLog:
+    """Fine-tune on the new answers; `lm` is changed in place and is then the product.
+
+    With all weights `lm.model` has no adapter and the dtype it was loaded in (rounded once, here). With
+    LoRA it carries one adapter "default", which holds the forgetting too.
+    """
+    texts = _texts(lm, [(fact.prompt, fact.target_new) for fact in facts])
+    if how == "lora":
+        lm.model = adapters.attach(lm.model, settings.lora, adapters.LEARN, seed)
+        stage_log = _train(lm, texts, settings, how, seed, "learning")
+        adapters.compose(lm.model, list(lm.model.peft_config))
+        return stage_log
+    fold_in(lm, adapters.FORGET)
+    _all_weights(lm)
+    stage_log = _train(lm, texts, settings, how, seed, "learning")
+    lm.model.to(lm.dtype)
+    return stage_log
+
+
+def fold_in(lm: LanguageModel, name: str) -> None:
+    """Add what an adapter holds, where the model carries one, to the base's weights, in float32."""
+    if hasattr(lm.model, "peft_config"):
+        vector = adapters.as_vector(lm.model, name)
+        lm.model = adapters.detach(lm.model).float()
+        taskvector.load_into(lm.model, vector.applied(dict(lm.model.named_parameters())))
+
+
+def _all_weights(lm: LanguageModel) -> None:
+    """Weights that are trained are float32; half precision would lose the small steps."""
+    lm.model.float().requires_grad_(True)
+
+
+def _train(
+    lm: LanguageModel, texts: list[Encoded], settings: StageSettings, how: How, seed: int, name: str
+) -> StageLog:
+    rate = settings.lora_learning_rate if how == "lora" else settings.learning_rate
+    return finetune(lm.model, texts, settings, seed=seed, pad_id=lm.pad_id, learning_rate=rate, name=name)
+
+
+def _texts(lm: LanguageModel, pairs: list[tuple[str, str]]) -> list[Encoded]:
+    return [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
+
+
+def _old_answer(fact: Fact) -> str:
+    if not fact.ground_truth:
+        raise FactError(f"fact {fact.id} ({fact.prompt!r}) has no old answer to forget. Use old_from = model.")
+    return fact.ground_truth

@@ -1,0 +1,237 @@
+"""Models and tokenizers: load with a clear word about what is wrong, save so that plain tools load them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from forgetlearn.config import ModelSettings
+from forgetlearn.encoding import Encoder
+from forgetlearn.errors import ConfigError, ModelError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model, the encoder that asks it, and where it came from."""
+
+    model: nn.Module
+    encoder: Encoder
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the encoder."""
+        return self.encoder.tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """An id for padding; padding is told by the mask, never by this id, so EOS will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def to_device(self) -> None:
+        """Move the weights to where the computing is done."""
+        self.model.to(self.device)
+
+
+def wrap(model: nn.Module, tokenizer: Any, settings: ModelSettings | None = None) -> LanguageModel:
+    """A model and tokenizer that are in memory, ready to be asked and updated.
+
+    Raises:
+        ModelError: the tokenizer has no EOS token, or no chat template where one is asked for.
+    """
+    settings = settings or ModelSettings()
+    config: Any = model.config
+    encoder = Encoder(tokenizer, settings.chat_template, context_length(config))
+    name = settings.base_model_id or getattr(config, "_name_or_path", "") or type(model).__name__
+    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    return LanguageModel(model, encoder, settings.name or name, dtype, pick_device(settings.device))
+
+
+def load_model(settings: ModelSettings) -> LanguageModel:
+    """The model and tokenizer that the settings name; an adapter folder is loaded on its base.
+
+    Raises:
+        ModelError: it does not exist, is no causal language model, has only pickled weights, needs remote
+            code, or its tokenizer cannot be used.
+    """
+    if not settings.name:
+        raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
+    adapter = _adapter_base(settings)
+    if adapter is None:
+        model = _load_base(settings, settings.name)
+        tokenizer = _load_tokenizer(settings, settings.name)
+    else:
+        from forgetlearn import adapters
+
+        model = adapters.load(_load_base(settings, adapter), Path(settings.name), adapters.PRODUCT)
+        has_tokenizer = (Path(settings.name) / "tokenizer_config.json").is_file()
+        tokenizer = _load_tokenizer(settings, settings.name if has_tokenizer else adapter)
+    loaded = wrap(model, tokenizer, settings)
+    loaded.to_device()
+    model.eval()
+    return loaded
+
+
+def as_language_model(
+    model: LanguageModel | nn.Module | str | Path, tokenizer: Any = None, settings: ModelSettings | None = None
+) -> LanguageModel:
+    """A model that is passed in (with its tokenizer) or named (folder, hub id), ready to be used.
+
+    Raises:
+        ModelError: see `load_model`; or a model in memory comes without a tokenizer.
+    """
+    settings = settings or ModelSettings()
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, (str, Path)):
+        return load_model(settings.model_copy(update={"name": str(model)}))
+    if tokenizer is None:
+        raise ModelError("A model in memory needs its tokenizer: pass tokenizer=...")
+    return wrap(model, tokenizer, settings)
+
+
+def context_length(config: Any) -> int | None:
+    """Longest text in tokens that the model was made for; None where its config does not say."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(text_config, "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device to compute on; auto takes an accelerator where there is one.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    if wanted == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[wanted]:
+        raise ConfigError(f"model.device = {wanted}: there is no such device here. Use auto or cpu.")
+    return torch.device(wanted)
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write model and tokenizer so that `from_pretrained` loads them: safetensors in `dtype`."""
+    saved: Any = model
+    saved.config.dtype = dtype
+    saved.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of weights, tied ones once."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _adapter_base(settings: ModelSettings) -> str | None:
+    """The base of an adapter folder; None where the name is not one."""
+    file = Path(str(settings.name)) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: not JSON: {error}") from None
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{file}: names no base_model_name_or_path. Write the base's folder or hub id there.")
+    return str(base)
+
+
+def _load_base(settings: ModelSettings, name: str) -> Any:
+    _check_folder(name)
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    if not Path(name).is_dir():
+        options["revision"] = settings.revision
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        _check_causal(name, config, settings)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(_loading_problem(name, error)) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(f"{name}: {len(missing)} tensors are not in its files, the first is {missing[0]}.")
+    return model
+
+
+def _load_tokenizer(settings: ModelSettings, name: str) -> Any:
+    options = {} if Path(name).is_dir() else {"revision": settings.revision}
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
+    except Exception as error:
+        raise ModelError(f"{name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def _check_folder(name: str) -> None:
+    """Refuse a folder that cannot be a model before the hub is asked for something of that name."""
+    folder = Path(name)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
+    if not folder.exists():
+        if looks_like_path:
+            raise ModelError(f"{name}: there is no such folder. Give the folder of a saved model, or a hub id.")
+        return
+    if not folder.is_dir():
+        raise ModelError(f"{name}: is a file. Give the folder of a saved model, or a hub id.")
+    files = [path.name for path in folder.iterdir()]
+    if "config.json" not in files:
+        raise ModelError(f"{name}: has no config.json, so it is no saved model.")
+    if not any(file.endswith(".safetensors") for file in files):
+        pickles = [file for file in files if file.endswith(PICKLES)]
+        found = f"only pickled weights ({pickles[0]}), which can run code when they are read" if pickles else "no weights"
+        raise ModelError(f"{name}: has {found}. Save it with save_pretrained, which writes safetensors.")
+
+
+def _check_causal(name: str, config: Any, settings: ModelSettings) -> None:
+    named = list(config.architectures or [])
+    known = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known.update([value] if isinstance(value, str) else value)
+    if named and not known.intersection(named) and not settings.trust_remote_code:
+        remote = ". It brings its own code: pass --set model.trust_remote_code=true if you trust it"
+        hint = remote if getattr(config, "auto_map", None) else ", which is no causal language model"
+        raise ModelError(f"{name}: its architecture is {named[0]}{hint}.")
+
+
+def _loading_problem(name: str, error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            f"{name}: it needs Python code from its repository. "
+            "If you trust that code, pass --set model.trust_remote_code=true."
+        )
+    if "Unrecognized configuration class" in text:
+        return f"{name}: is no causal language model."
+    if "safetensors" in text and ("does not appear" in text or "not found" in text or "no file named" in text):
+        return f"{name}: has no safetensors weights. Pickled weights can run code when they are read; convert them first."
+    where = "" if Path(name).is_dir() else " It is no folder here either; check the name, and HF_TOKEN if it is gated."
+    return f"{name}: cannot be loaded: {_first_line(error)}{where}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

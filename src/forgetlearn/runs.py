@@ -1,0 +1,339 @@
+"""The run folder: what was asked, which stages are done, rows and weights; atomic writes and resume.
+
+A stage counts as done only when the manifest says so, and the manifest is replaced last. So a kill at any
+moment leaves a folder from which `--resume` goes on with the last stage that was finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from forgetlearn.errors import RunError
+
+MANIFEST = "manifest.json"
+VERSIONED = ("forgetlearn", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy")
+SECRET_FLAGS = ("token", "key", "secret", "password")
+
+
+class RunFolder:
+    """A folder that holds one run."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> RunFolder:
+        """A new run folder, or with `resume` the one that is there, if it was begun with the same things.
+
+        Raises:
+            RunError: the folder exists and neither flag is given, or the run in it was begun with another
+                config or other inputs (the message names the first difference).
+        """
+        path = Path(path)
+        check_output(path, resume=resume, overwrite=overwrite)
+        config, inputs = _plain(config), _plain(inputs)
+        if resume and (path / MANIFEST).is_file():
+            run = cls.open(path)
+            run.check_same(config, "config")
+            run.check_same(inputs, "inputs")
+            return run
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        manifest = {
+            "format": 1,
+            "command": command_line(),
+            "config": config,
+            "inputs": inputs,
+            "versions": versions(),
+            "commit": _commit(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+            "stages": {},
+        }
+        run = cls(path, manifest)
+        run._save()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The run in a folder.
+
+        Raises:
+            RunError: there is none, or its manifest cannot be read.
+        """
+        file = Path(path) / MANIFEST
+        if not file.is_file():
+            raise RunError(f"{path}: no {MANIFEST} there, so it is no run folder.")
+        return cls(Path(path), read_json(file))
+
+    def check_same(self, now: Mapping[str, Any], part: str) -> None:
+        """Nothing, if the run was begun with the same `part` (config or inputs).
+
+        Raises:
+            RunError: the first setting that differs, with both values.
+        """
+        was, wanted = _flat(self.manifest[part], part), _flat(_plain(now), part)
+        differ = [name for name in {**was, **wanted} if was.get(name) != wanted.get(name)]
+        if differ:
+            name = differ[0]
+            raise RunError(
+                f"{self.path} was begun with {name} = {was.get(name)!r}, now it is {wanted.get(name)!r}"
+                f"{f' (and {len(differ) - 1} more differ)' if len(differ) > 1 else ''}. "
+                "Resume with the same settings, or choose another folder."
+            )
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage was finished."""
+        return stage in self.manifest["stages"]
+
+    def do(self, stage: str, compute: Callable[[Path], Mapping[str, Any] | None], folder: str | None = None) -> None:
+        """Do a stage if it is not done: `compute` writes into a folder that appears only when it is complete.
+
+        The folder is `stages/<stage>`, or `folder` in the run; what `compute` returns goes to the manifest
+        with the seconds that it took.
+        """
+        if self.is_done(stage):
+            return
+        start = time.perf_counter()
+        with atomic_folder(self.path / (folder or f"stages/{stage}")) as unfinished:
+            noted = compute(unfinished)
+        took = round(time.perf_counter() - start, 3)
+        self.manifest["stages"][stage] = {"seconds": took, **_plain(noted or {})}
+        self._save()
+
+    def remove_stage_weights(self) -> None:
+        """Delete the weights between the stages; rows and logs stay."""
+        for file in (self.path / "stages").rglob("*.safetensors"):
+            file.unlink()
+
+    def finish(self) -> None:
+        """Note that the whole run is done, and the most memory that it took."""
+        self.manifest["finished"] = True
+        self.manifest["peak_memory_gb"] = round(_peak_memory_bytes() / 1e9, 3)
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.path / MANIFEST, self.manifest)
+
+
+def is_finished(path: str | Path) -> bool:
+    """Whether a folder holds a run that is done."""
+    return (Path(path) / MANIFEST).is_file() and bool(RunFolder.open(path).manifest.get("finished"))
+
+
+def check_output(path: str | Path, *, resume: bool, overwrite: bool) -> None:
+    """Nothing, if a run may be written to this folder.
+
+    Raises:
+        RunError: it is there and neither flag is given, or it is not forgetlearn's to replace.
+    """
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if resume and (path / MANIFEST).is_file():
+        return
+    if not overwrite:
+        raise RunError(f"{path} exists. Pass --resume to go on with it, or --overwrite to replace it.")
+    is_ours = path.is_dir() and ((path / MANIFEST).is_file() or (path / "lab.json").is_file())
+    if not is_ours:
+        raise RunError(f"{path} was not written by forgetlearn, so --overwrite does not replace it. Choose another.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old text or the new one, never a part.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written; the old file stays.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                Path(file.name).chmod(0o666 & ~_umask())
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
+def write_json(path: Path, data: object) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a JSONL file in one step."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        RunError: it is not there, or it is damaged.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise RunError(f"{path}: holds no JSON object. Is it from forgetlearn?")
+    return data
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file.
+
+    Raises:
+        RunError: it is not there, or a line is damaged.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its final name only when all went well.
+
+    Raises:
+        RunError: writing failed, of a full disk say; nothing is left behind.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    unfinished.chmod(0o777 & ~_umask())
+    try:
+        yield unfinished
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        unfinished.rename(final)
+        _sync(final.parent)
+    except OSError as error:
+        raise RunError(f"{final}: cannot be written: {error.strerror or error}.") from error
+    except Exception as error:
+        if "No space left" in str(error):  # safetensors and tokenizers raise errors of their own
+            raise RunError(f"{final}: cannot be written: No space left on device.") from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide about the numbers."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def command_line() -> list[str]:
+    """The command of this process, with anything that looks like a token left out."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    shown, hide_next = [], False
+    for word in words:
+        name, equals, _value = word.partition("=")
+        is_secret = any(secret in name.lower() for secret in SECRET_FLAGS) and name.startswith("--")
+        if hide_next or word.startswith("hf_"):
+            shown.append("***")
+        else:
+            shown.append(f"{name}=***" if is_secret and equals else word)
+        hide_next = is_secret and not equals
+    return shown
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, or of the weights and config files of a folder with their names."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*config.json")])
+    for file in files:
+        digest.update(file.name.encode() if path.is_dir() else b"")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _commit() -> str | None:
+    """Commit of forgetlearn's own source tree; None when it is installed without one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, so that what was begun and what is asked now compare equal."""
+    plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
+    return plain
+
+
+def _flat(data: object, prefix: str) -> dict[str, object]:
+    if not isinstance(data, dict):
+        return {prefix: data}
+    flat = {}
+    for name, value in data.items():
+        flat.update(_flat(value, f"{prefix}.{name}"))
+    return flat
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,375 @@
+"""A model and facts to a row per fact and protocol, and rows to a summary whose counts add up.
+
+Each distinct (prompt, answer) is read once and each distinct prompt answered once, in batches sorted by
+length; rows are then computed from what was read, without the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from forgetlearn import metrics
+from forgetlearn.config import EvaluateSettings
+from forgetlearn.encoding import Encoded
+from forgetlearn.errors import FactError, ModelError
+from forgetlearn.facts import Fact
+from forgetlearn.forward import IGNORE, answer_logits, choose_layout, pad_left
+from forgetlearn.models import LanguageModel
+
+Pair = tuple[str, str]
+Row = dict[str, Any]
+K = TypeVar("K")
+QUANTITIES = ("reliability", "generality", "residue")
+LOCALITY_MEANINGS = ("agreement", "accuracy")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model predicts for each token of an answer that it is shown (teacher forcing)."""
+
+    wanted: tuple[int, ...]
+    predicted: tuple[int, ...]
+    logprob: float  # mean natural log-probability per answer token
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model answers freely: greedy, up to its end token or a line break."""
+
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something could not be scored."""
+
+    reason: str
+
+
+class Scorer:
+    """Asks one model, in batches."""
+
+    def __init__(self, lm: LanguageModel, settings: EvaluateSettings | None = None, name: str = "scoring") -> None:
+        self.lm, self.name = lm, name
+        self.settings = settings or EvaluateSettings()
+
+    @torch.inference_mode()
+    def read(self, pairs: Iterable[Pair]) -> dict[Pair, Reading | Failure]:
+        """A reading, or why there is none, for each distinct (prompt, answer)."""
+        found: dict[Pair, Reading | Failure] = {}
+        texts: dict[Pair, Encoded] = {}
+        for pair in dict.fromkeys(pairs):
+            try:
+                texts[pair] = self.lm.encoder.encode(*pair)
+            except FactError as error:
+                found[pair] = Failure(str(error))
+        self.lm.model.eval()
+        for batch in self._batches(texts, "reading"):
+            for pair, reading in zip(batch, self._read_batch([texts[pair] for pair in batch]), strict=True):
+                found[pair] = reading
+        return found
+
+    @torch.inference_mode()
+    def say(self, prompts: Iterable[str]) -> dict[str, Said | Failure]:
+        """The free answer, or why there is none, to each distinct prompt."""
+        found: dict[str, Said | Failure] = {}
+        ids: dict[str, Encoded] = {}
+        room = self.lm.encoder.max_length
+        for prompt in dict.fromkeys(prompts):
+            encoded = self.lm.encoder.prompt_ids(prompt)
+            if room and len(encoded) >= room:
+                found[prompt] = Failure(f"the prompt is {len(encoded)} tokens, the model's context {room}")
+            else:
+                ids[prompt] = Encoded(tuple(encoded), len(encoded))
+        self.lm.model.eval()
+        with _plain_generation(self.lm.model):
+            for batch in self._batches(ids, "answering"):
+                answers = self._say_batch([ids[prompt].ids for prompt in batch])
+                found.update(zip(batch, answers, strict=True))
+        return found
+
+    def _batches(self, texts: Mapping[K, Encoded], what: str) -> Iterator[list[K]]:
+        """Keys in batches of texts of like length, with a bar on a terminal."""
+        if not texts:
+            return
+        layout = choose_layout(self.lm.model, _with_answers(texts.values()), self.lm.pad_id, self.lm.device)
+        size = 1 if layout == "single" else self.settings.batch_size
+        order = sorted(texts, key=lambda key: len(texts[key].ids))
+        # Rows of very different length waste little when sorted, but one long row must not widen 63 short ones.
+        with tqdm(total=len(order), desc=f"{self.name}: {what}", disable=None, leave=False) as bar:
+            for start in range(0, len(order), size):
+                yield order[start : start + size]
+                bar.update(min(size, len(order) - start))
+
+    def _read_batch(self, texts: Sequence[Encoded]) -> list[Reading | Failure]:
+        batch = pad_left(texts, self.lm.pad_id)
+        inputs = {name: value.to(self.lm.device) for name, value in batch.inputs.items()}
+        logits = answer_logits(self.lm.model, inputs, batch.positions.to(self.lm.device))
+        labels = batch.labels.to(self.lm.device)
+        flat, wanted = logits[labels != IGNORE].float(), labels[labels != IGNORE]
+        logprobs = -functional.cross_entropy(flat, wanted, reduction="none")
+        finite = torch.isfinite(flat).all(dim=-1)
+        lengths = [len(text.answer_ids) for text in texts]
+        rows = zip(
+            texts,
+            flat.argmax(dim=-1).cpu().split(lengths),
+            logprobs.cpu().split(lengths),
+            finite.cpu().split(lengths),
+            strict=True,
+        )
+        return [
+            Reading(text.answer_ids, tuple(predicted.tolist()), float(logprob.mean()))
+            if bool(usable.all())
+            else Failure("the model's logits are not finite")
+            for text, predicted, logprob, usable in rows
+        ]
+
+    def _say_batch(self, prompts: Sequence[tuple[int, ...]]) -> list[Said | Failure]:
+        width = max(len(prompt) for prompt in prompts)
+        pad = self.lm.pad_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        longest = self.settings.max_new_tokens
+        if self.lm.encoder.max_length:
+            longest = min(longest, self.lm.encoder.max_length - width)
+        ends = sorted({*self.lm.encoder.end_ids, self.lm.tokenizer.eos_token_id})
+        model: Any = self.lm.model
+        out = model.generate(
+            input_ids=ids.to(self.lm.device),
+            attention_mask=mask.to(self.lm.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=pad
+            ),
+            stopping_criteria=StoppingCriteriaList([_LineBreak(self.lm.encoder.decode, width)]),
+        )
+        return [self._cut(row, ends) for row in out[:, width:].tolist()]
+
+    def _cut(self, ids: list[int], ends: list[int]) -> Said:
+        """The answer up to its first end token or line break."""
+        stops = [index for index, token in enumerate(ids) if token in ends]
+        raw = self.lm.encoder.decode(ids[: stops[0]] if stops else ids)
+        body = raw.lstrip()
+        text = body.split("\n", 1)[0]
+        return Said(text.strip(), truncated=not stops and "\n" not in body)
+
+
+class _LineBreak(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row at the first line break after some text."""
+
+    def __init__(self, decode: Callable[[Iterable[int]], str], width: int) -> None:
+        self.decode, self.width = decode, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        texts = [self.decode(row).lstrip() for row in input_ids[:, self.width :].tolist()]
+        return torch.tensor(["\n" in text for text in texts], device=input_ids.device)
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without the model's own generation settings: a repetition penalty in them would change greedy answers."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(inner, "generation_config"):
+        raise ModelError("The model cannot generate.")
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
+def _with_answers(texts: Iterable[Encoded]) -> list[Encoded]:
+    """Texts with at least one position to predict, for the layout check (a prompt alone has none)."""
+    return [
+        text if text.answer_ids or len(text.ids) < 2 else Encoded(text.ids, len(text.ids) - 1) for text in texts
+    ]
+
+
+def score(
+    lm: LanguageModel,
+    facts: Iterable[Fact],
+    *,
+    phase: str,
+    settings: EvaluateSettings | None = None,
+    reference: Mapping[str, list[list[int]]] | None = None,
+) -> list[Row]:
+    """A row per fact and protocol: what the model knows in this phase.
+
+    `reference` holds, per fact, the ids that the base predicts at the answer of each locality probe
+    (`locality_predictions` of its rows); without it the model is its own reference.
+    """
+    settings = settings or EvaluateSettings()
+    facts = list(facts)
+    scorer = Scorer(lm, settings, phase)
+    read = scorer.read(pair for fact in facts for pair in _all_pairs(fact))
+    said = scorer.say(p for fact in facts for p in _prompts(fact)) if "generate" in settings.protocols else {}
+    rows = []
+    for fact in facts:
+        rows += _teacher_forced_rows(fact, phase, read, settings)
+        if "generate" in settings.protocols:
+            rows += _generated_rows(fact, phase, said)
+        rows += _locality_rows(fact, phase, read, (reference or {}).get(fact.id))
+    return rows
+
+
+def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> list[Row]:
+    """What the model says to each prompt, as rows for `known_facts`."""
+    facts = list(facts)
+    said = Scorer(lm, settings, "probe").say(fact.prompt for fact in facts)
+    replies = {fact.id: said[fact.prompt] for fact in facts}
+    return [
+        {"fact": key, "protocol": "generate", "said": reply.text if isinstance(reply, Said) else None}
+        for key, reply in replies.items()
+    ]
+
+
+def locality_predictions(rows: Iterable[Row]) -> dict[str, list[list[int]]]:
+    """Per fact, the ids predicted at the locality probes: the reference for later phases."""
+    return {row["fact"]: row["predicted"] for row in rows if row["protocol"] == "agreement" and "predicted" in row}
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+    """quantity -> protocol -> mean in percent with its interval and counts, for the rows of one phase."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for quantity in (*QUANTITIES, "locality"):
+        for protocol in dict.fromkeys(row["protocol"] for row in rows if quantity in row):
+            own = [row for row in rows if row["protocol"] == protocol]
+            errored = [row for row in own if quantity in row["errors"]]
+            scores = [row[quantity] for row in own if row[quantity] is not None]
+            mean = metrics.mean_with_interval(
+                scores, errored=len(errored), not_asked=len(own) - len(errored) - len(scores)
+            )
+            table.setdefault(quantity, {})[protocol] = asdict(mean)
+    return table
+
+
+def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
+    """Facts whose old answer the model gives when it is asked (rows of the `generate` protocol)."""
+    said = {row["fact"]: row.get("said") for row in rows if row["protocol"] == "generate"}
+    return [
+        fact
+        for fact in facts
+        if fact.ground_truth and said.get(fact.id) is not None and metrics.same_text(said[fact.id], fact.ground_truth)
+    ]
+
+
+def _prompts(fact: Fact) -> tuple[str, ...]:
+    return (fact.prompt, *fact.rephrase_prompts)
+
+
+def _pairs(fact: Fact) -> dict[str, list[Pair]]:
+    """What is asked for each quantity."""
+    return {
+        "reliability": [(fact.prompt, fact.target_new)],
+        "generality": [(prompt, fact.target_new) for prompt in fact.rephrase_prompts],
+        "residue": [(prompt, fact.ground_truth) for prompt in _prompts(fact)] if fact.ground_truth else [],
+    }
+
+
+def _all_pairs(fact: Fact) -> Iterator[Pair]:
+    for pairs in _pairs(fact).values():
+        yield from pairs
+    for probe in fact.locality:
+        yield (probe.prompt, probe.answer)
+
+
+def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, list[float | Failure]]) -> Row:
+    """A row with the mean per quantity; None where nothing was asked, and the reason where it failed."""
+    row: Row = {"fact": fact.id, "phase": phase, "protocol": protocol, "errors": {}}
+    for quantity, values in scores.items():
+        failures = [value.reason for value in values if isinstance(value, Failure)]
+        numbers = [value for value in values if not isinstance(value, Failure)]
+        row[quantity] = sum(numbers) / len(numbers) if numbers and not failures else None
+        if failures:
+            row["errors"][quantity] = failures[0]
+    return row
+
+
+def _teacher_forced_rows(
+    fact: Fact, phase: str, read: Mapping[Pair, Reading | Failure], settings: EvaluateSettings
+) -> Iterator[Row]:
+    rules = {"token": metrics.token_accuracy, "exact": metrics.exact_match}
+    for protocol, rule in rules.items():
+        if protocol in settings.protocols:
+            yield _row(
+                fact,
+                phase,
+                protocol,
+                {
+                    quantity: [_apply(rule, read[pair]) for pair in pairs]
+                    for quantity, pairs in _pairs(fact).items()
+                },
+            )
+    if "prefer" in settings.protocols:
+        yield _row(fact, phase, "prefer", _preferences(fact, read))
+
+
+def _apply(rule: Callable[[Sequence[int], Sequence[int]], float], reading: Reading | Failure) -> float | Failure:
+    return reading if isinstance(reading, Failure) else rule(reading.predicted, reading.wanted)
+
+
+def _preferences(fact: Fact, read: Mapping[Pair, Reading | Failure]) -> dict[str, list[float | Failure]]:
+    """Is the new answer more likely than the old one (residue: the other way round)?"""
+
+    def compare(prompt: str, first: str, second: str) -> float | Failure:
+        one, two = read[prompt, first], read[prompt, second]
+        if isinstance(one, Failure):
+            return one
+        return two if isinstance(two, Failure) else metrics.preference(one.logprob, two.logprob)
+
+    old, new = fact.ground_truth, fact.target_new
+    if not old:
+        return {quantity: [] for quantity in QUANTITIES}
+    return {
+        "reliability": [compare(fact.prompt, new, old)],
+        "generality": [compare(prompt, new, old) for prompt in fact.rephrase_prompts],
+        "residue": [compare(prompt, old, new) for prompt in _prompts(fact)],
+    }
+
+
+def _generated_rows(fact: Fact, phase: str, said: Mapping[str, Said | Failure]) -> Iterator[Row]:
+    def judge(rule: Callable[[str, str], float], prompt: str, answer: str) -> float | Failure:
+        reply = said[prompt]
+        return reply if isinstance(reply, Failure) else rule(reply.text, answer)
+
+    for protocol, rule in (("generate", metrics.same_text), ("contains", metrics.contains)):
+        scores = {
+            quantity: [judge(rule, prompt, answer) for prompt, answer in pairs]
+            for quantity, pairs in _pairs(fact).items()
+        }
+        row = _row(fact, phase, protocol, scores)
+        if protocol == "generate":
+            replies = [said[prompt] for prompt in _prompts(fact)]
+            texts = [reply.text if isinstance(reply, Said) else None for reply in replies]
+            row |= {"said": texts[0], "said_rephrased": texts[1:]}
+            row["truncated"] = sum(isinstance(reply, Said) and reply.truncated for reply in replies)
+        yield row
+
+
+def _locality_rows(
+    fact: Fact, phase: str, read: Mapping[Pair, Reading | Failure], reference: list[list[int]] | None
+) -> Iterator[Row]:
+    readings = [read[probe.prompt, probe.answer] for probe in fact.locality]
+    predicted = [list(reading.predicted) if isinstance(reading, Reading) else [] for reading in readings]
+    before = predicted if reference is None else reference
+    agreement: list[float | Failure] = [
+        reading if isinstance(reading, Failure) else _agreement(reading, was)
+        for reading, was in zip(readings, before, strict=True)
+    ]
+    yield _row(fact, phase, "agreement", {"locality": agreement}) | {"predicted": predicted}
+    accuracy = [_apply(metrics.token_accuracy, reading) for reading in readings]
+    yield _row(fact, phase, "accuracy", {"locality": accuracy})
+
+
+def _agreement(reading: Reading, before: list[int]) -> float | Failure:
+    if len(before) != len(reading.predicted):
+        return Failure("the base could not be read at this probe")
+    return metrics.token_accuracy(reading.predicted, before)

@@ -1,0 +1,392 @@
+"""One update, end to end: read, score, probe, forget, score, learn, score, report; resumable after any stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from forgetlearn import adapters, report, runs, scoring, taskvector
+from forgetlearn.config import ModelSettings, RunConfig, StageSettings, TeachSettings, validate
+from forgetlearn.encoding import check_lengths
+from forgetlearn.errors import ConfigError, FactError, RunError
+from forgetlearn.scoring import Row
+from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers, write_facts
+from forgetlearn.finetune import StageLog, finetune
+from forgetlearn.models import LanguageModel, as_language_model, load_model, save_model
+from forgetlearn.method import METHODS, How, Method, fold_in, forget, learn
+
+log = logging.getLogger("forgetlearn")
+
+# Each stage draws from its own stream, so that learning is the same whether or not forgetting went before.
+SEED_OFFSETS = {"learn": 0, "forget": 1_000_003, "teach": 2_000_003}
+FORGOTTEN_WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an update leaves: scores, rows, and where the product and the report lie."""
+
+    output: Path
+    product: Path
+    summary: dict[str, Any]
+    rows: list[Row]
+
+
+def update(
+    model: LanguageModel | nn.Module | str | Path | None = None,
+    facts: FactSet | str | Path | None = None,
+    config: RunConfig | Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    tokenizer: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> UpdateResult:
+    """Forget the old answers, learn the new ones, score every phase, and write a run folder.
+
+    `model` and `facts` may be left to the config (`model.name`, `facts.source`). A model in memory is
+    changed in place; a named one is loaded here.
+
+    Raises:
+        ForgetLearnError: anything that is wrong with the input, before anything is written.
+    """
+    config = resolve(config, model, facts)
+    if resume and runs.is_finished(output):
+        return _finished(Path(output), config)
+    runs.check_output(output, resume=resume, overwrite=overwrite)
+    fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+    _check_old_answers(fact_set, config)
+    lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
+    check_lengths(lm.encoder, _longest_pairs(fact_set))
+    inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": _base_hash(lm)}
+    run = runs.RunFolder.create(
+        output, config.model_dump(mode="json"), inputs, resume=resume, overwrite=overwrite
+    )
+    return _Session(run, config, lm, fact_set).run()
+
+
+class _Session:
+    """The stages of one update over one run folder."""
+
+    def __init__(self, run: runs.RunFolder, config: RunConfig, lm: LanguageModel, facts: FactSet) -> None:
+        self.folder, self.config, self.lm, self.facts = run, config, lm, facts
+        self.method: Method = METHODS[config.method]
+        self.rows: dict[str, list[Row]] = {}
+        self.known: list[Fact] = []
+        self.base_name = lm.name
+        # Weights of a stage that was done before a kill are loaded only when a later stage needs them.
+        self._pending: Callable[[], None] | None = None
+
+    def run(self) -> UpdateResult:
+        """Everything, or what of it is not done."""
+        self._ask_old_answers()
+        self._teach()
+        self._score("base")
+        self.known = self._facts_to_forget()
+        if self._forgets():
+            self._forget()
+            if self.config.evaluate.every_phase:
+                self._score("forgotten")
+        self._learn()
+        self._score("updated")
+        return self._finish()
+
+    def _ask_old_answers(self) -> None:
+        """Policy `model`: what the model itself says is what it holds."""
+        if self.config.facts.old_from != "model":
+            return
+
+        def compute(folder: Path) -> None:
+            rows = scoring.probe(self.lm, self.facts, self.config.evaluate)
+            runs.write_json(folder / "answers.json", {row["fact"]: row["said"] or "" for row in rows})
+
+        self.folder.do("old_answers", compute)
+        answers = runs.read_json(self.folder.path / "stages/old_answers/answers.json")
+        self.facts = with_old_answers(self.facts, answers)
+
+    def _teach(self) -> None:
+        settings = self.config.teach
+        if settings.epochs == 0:
+            return
+        taught = self.folder.path / "taught"
+
+        def compute(folder: Path) -> dict[str, Any]:
+            stage_log = teach(self.lm, list(self.facts), settings, seed=self._seed("teach"))
+            save_model(self.lm.model, self.lm.tokenizer, folder, self.lm.dtype)
+            return self._log_stage("teach", stage_log)
+
+        if self.folder.is_done("teach"):
+            self._pending = lambda: self._load_named(taught)
+        self.folder.do("teach", compute, folder="taught")
+        self.base_name = str(taught.resolve())
+
+    def _facts_to_forget(self) -> list[Fact]:
+        """The facts that the base holds, where only these are to be forgotten."""
+        if "generate" in self.config.evaluate.protocols:
+            return scoring.known_facts(self.facts, self.rows["base"])
+
+        def compute(folder: Path) -> None:
+            self._restore()
+            runs.write_rows(folder / "rows.jsonl", scoring.probe(self.lm, self.facts, self.config.evaluate))
+
+        self.folder.do("probe", compute)
+        return scoring.known_facts(self.facts, runs.read_rows(self.folder.path / "stages/probe/rows.jsonl"))
+
+    def _forgets(self) -> bool:
+        if not self.method.forgets or self.config.forget.coef == 0:
+            return False
+        if not self._forget_set():
+            log.warning("The model gives none of the old answers, so there is nothing to forget; it only learns.")
+            return False
+        return True
+
+    def _forget_set(self) -> list[Fact]:
+        return self.known if self.config.forget.only_known else [fact for fact in self.facts if fact.ground_truth]
+
+    def _forget(self) -> None:
+        how = self.method.forgets
+        assert how is not None, "_forgets() was asked first"
+        folder = self.folder.path / "stages/forget"
+
+        def compute(unfinished: Path) -> dict[str, Any]:
+            self._restore()
+            facts, settings = self._forget_set(), self.config.forget
+            stage_log = forget(self.lm, facts, settings, how, seed=self._seed("forget"))
+            self._save_forgotten(unfinished, how)
+            return {"facts": len(facts), **self._log_stage("forget", stage_log)}
+
+        if self.folder.is_done("forget"):
+            self._pending = self._after(self._pending, lambda: self._load_forgotten(folder, how))
+        self.folder.do("forget", compute)
+
+    def _save_forgotten(self, folder: Path, how: How) -> None:
+        """The state between the stages, to the last bit (float32)."""
+        if how == "lora":
+            adapters.save(self.lm.model, adapters.FORGET, folder, self.base_name)
+        else:
+            save_file(taskvector.snapshot(self.lm.model), folder / FORGOTTEN_WEIGHTS)
+
+    def _load_forgotten(self, folder: Path, how: How) -> None:
+        if how == "lora":
+            self.lm.model = adapters.load(self.lm.model, folder, adapters.FORGET, device=self.lm.device)
+        else:
+            taskvector.load_into(self.lm.model.float(), load_file(folder / FORGOTTEN_WEIGHTS))
+
+    @property
+    def product(self) -> Path:
+        """Where the updated model or adapter is written."""
+        return self.folder.path / ("adapter" if self.method.learns == "lora" else "model")
+
+    def _learn(self) -> None:
+        def compute(folder: Path) -> dict[str, Any]:
+            self._restore()
+            stage_log = learn(
+                self.lm, list(self.facts), self.config.learn, self.method.learns, seed=self._seed("learn")
+            )
+            if self.method.learns == "lora":
+                adapters.save(self.lm.model, adapters.PRODUCT, folder, self._base_for_adapter())
+                self.lm.tokenizer.save_pretrained(folder)
+            else:
+                save_model(self.lm.model, self.lm.tokenizer, folder, self.lm.dtype)
+            return {"facts": len(self.facts), **self._log_stage("learn", stage_log)}
+
+        if self.folder.is_done("learn"):
+            self._pending = self._load_product
+        self.folder.do("learn", compute, folder=self.product.name)
+
+    def _load_product(self) -> None:
+        """The product, as anybody would load it."""
+        if self.method.learns == "lora":
+            if self.config.teach.epochs:
+                self._load_named(self.folder.path / "taught")
+            self.lm.model = adapters.load(self.lm.model, self.product, adapters.PRODUCT, device=self.lm.device)
+        else:
+            self._load_named(self.product)
+
+    def _load_named(self, folder: Path) -> None:
+        settings = self.config.model.model_copy(update={"name": str(folder)})
+        self.lm = load_model(settings)
+
+    def _base_for_adapter(self) -> str:
+        """What the adapter's config names as its base: the hub id if the user gave one."""
+        if self.config.teach.epochs == 0 and self.config.model.base_model_id:
+            return self.config.model.base_model_id
+        folder = Path(self.base_name)
+        return str(folder.resolve()) if folder.is_dir() else self.base_name
+
+    def _score(self, phase: str) -> None:
+        stage = f"score_{phase}"
+
+        def compute(folder: Path) -> None:
+            self._restore()
+            reference = scoring.locality_predictions(self.rows["base"]) if phase != "base" else None
+            rows = scoring.score(
+                self.lm, self.facts, phase=phase, settings=self.config.evaluate, reference=reference
+            )
+            runs.write_rows(folder / "rows.jsonl", rows)
+
+        self.folder.do(stage, compute)
+        self.rows[phase] = runs.read_rows(self.folder.path / "stages" / stage / "rows.jsonl")
+
+    def _restore(self) -> None:
+        if self._pending:
+            pending, self._pending = self._pending, None
+            pending()
+
+    @staticmethod
+    def _after(first: Callable[[], None] | None, then: Callable[[], None]) -> Callable[[], None]:
+        def both() -> None:
+            if first:
+                first()
+            then()
+
+        return both
+
+    def _seed(self, stage: str) -> int:
+        return (self.config.seed + SEED_OFFSETS[stage]) % 2**32
+
+    def _log_stage(self, stage: str, stage_log: StageLog) -> dict[str, Any]:
+        """Every step's numbers to the run folder; the gist for the manifest."""
+        logs = self.folder.path / "logs"
+        logs.mkdir(exist_ok=True)
+        runs.write_rows(logs / f"{stage}.jsonl", stage_log.steps)
+        return {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss, "layout": stage_log.layout}
+
+    def _finish(self) -> UpdateResult:
+        path = self.folder.path
+        if self.config.save_merged and self.method.learns == "lora":
+            self._merge()
+        rows = [row for phase in self.rows.values() for row in phase]
+        runs.write_rows(path / "facts.jsonl", [public_row(row) for row in rows])
+        write_facts(self.facts, path / "inputs.jsonl")
+        summary = summary_of(self.config, self.facts, len(self.known), self.rows, self.product.name)
+        runs.write_json(path / "summary.json", summary)
+        runs.write_text(path / "config.yaml", report.as_yaml(self.config.model_dump(mode="json")))
+        report.write_run(path)
+        report.write_card(path, self.product)
+        if not self.config.keep_stages:
+            self.folder.remove_stage_weights()
+        self.folder.finish()
+        return UpdateResult(path, self.product, summary, rows)
+
+    def _merge(self) -> None:
+        """The adapter folded into the base's weights, beside it."""
+
+        def compute(folder: Path) -> None:
+            self._restore()
+            fold_in(self.lm, adapters.PRODUCT)
+            save_model(self.lm.model.to(self.lm.dtype), self.lm.tokenizer, folder, self.lm.dtype)
+
+        self.folder.do("merge", compute, folder="merged")
+
+
+def teach(lm: LanguageModel, facts: list[Fact], settings: TeachSettings, *, seed: int) -> StageLog:
+    """Fine-tune all weights on the old answers, so that the base really holds them; `lm` is changed in place."""
+    texts = [lm.encoder.encode(fact.prompt, fact.ground_truth or "", end=True) for fact in facts if fact.ground_truth]
+    lm.model.float().requires_grad_(True)
+    stage = StageSettings.model_validate(settings.model_dump())
+    stage_log = finetune(lm.model, texts, stage, seed=seed, pad_id=lm.pad_id, name="teaching")
+    lm.model.to(lm.dtype)
+    return stage_log
+
+
+def resolve(
+    config: RunConfig | Mapping[str, Any] | None, model: object, facts: FactSet | str | Path | None
+) -> RunConfig:
+    """The config with what was passed in written into it."""
+    config = config if isinstance(config, RunConfig) else validate(RunConfig, config or {})
+    name = str(model) if isinstance(model, (str, Path)) else getattr(model, "name", config.model.name)
+    facts_settings = config.facts
+    if isinstance(facts, FactSet):
+        facts_settings = facts_settings.model_copy(update={"source": facts.source, "old_from": facts.old_from})
+    elif facts is not None:
+        facts_settings = facts_settings.model_copy(update={"source": str(facts)})
+    models = config.model.model_copy(update={"name": name})
+    if name is None and model is None:
+        raise ConfigError("model.name is not set. Give a folder or a hub id of a causal language model.")
+    return config.model_copy(update={"model": models, "facts": facts_settings})
+
+
+def read_config_facts(config: RunConfig) -> FactSet:
+    """The facts that the config names."""
+    settings = config.facts
+    if not settings.source:
+        raise ConfigError("facts.source is not set. Give a file of facts (JSON, JSONL, CSV).")
+    return read_facts(
+        settings.source, old_from=settings.old_from, limit=settings.limit, strict=settings.strict
+    )
+
+
+def _check_old_answers(facts: FactSet, config: RunConfig) -> None:
+    method = METHODS[config.method]
+    needs = (method.forgets and config.forget.coef > 0) or config.teach.epochs > 0
+    if needs and facts.old_from != "model" and not any(fact.ground_truth for fact in facts):
+        reason = f"method {config.method} forgets" if method.forgets else "teach.epochs > 0 teaches"
+        raise FactError(
+            f"{facts.source}: {reason} old answers, but no fact has one. "
+            "Add the field ground_truth, or pass --old-from model to forget what the model says itself."
+        )
+
+
+def _longest_pairs(facts: FactSet) -> list[tuple[str, str, str]]:
+    """Everything that is trained on, with the name of the fact for a message."""
+    return [
+        (f"fact {fact.id}", fact.prompt, answer)
+        for fact in facts
+        for answer in (fact.target_new, fact.ground_truth)
+        if answer
+    ]
+
+
+def _base_hash(lm: LanguageModel) -> str | None:
+    folder = Path(lm.name)
+    if folder.is_dir():
+        return runs.sha256_of(folder)
+    return getattr(getattr(lm.model, "config", None), "_commit_hash", None)
+
+
+def public_row(row: Row) -> Row:
+    """A row without the token ids that only resume needs."""
+    return {name: value for name, value in row.items() if name != "predicted"}
+
+
+def summary_of(
+    config: RunConfig, facts: FactSet, known: int | None, rows: Mapping[str, list[Row]], product: str | None
+) -> dict[str, Any]:
+    """What summary.json holds; without a product (scores only) there is no method."""
+    forgets = product is not None and METHODS[config.method].forgets
+    return {
+        "method": config.method if product else "scores",
+        "coef": config.forget.coef if forgets else None,
+        "seed": config.seed,
+        "facts": {
+            "source": facts.source,
+            "reader": facts.reader,
+            "old_from": facts.old_from,
+            "read": facts.read,
+            "used": facts.used,
+            "left_out": dict(facts.left_out),
+            "left_out_probes": dict(facts.left_out_probes),
+            "known": known,
+        },
+        "phases": {phase: scoring.summarise(phase_rows) for phase, phase_rows in rows.items()},
+        "product": product,
+    }
+
+
+def _finished(path: Path, config: RunConfig) -> UpdateResult:
+    """The result of a run that is done, from its folder alone."""
+    run = runs.RunFolder.open(path)
+    run.check_same(config.model_dump(mode="json"), "config")
+    summary = runs.read_json(path / "summary.json")
+    report.write_run(path)
+    product = path / summary["product"]
+    if not product.is_dir():
+        raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
+    return UpdateResult(path, product, summary, runs.read_rows(path / "facts.jsonl"))
