@@ -1,0 +1,175 @@
+"""What the tests share: small seeded models built in code, a one-token-per-character tokenizer, a lab.
+
+No test touches the network or the user's own caches; one thread, so that sums are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before huggingface_hub is imported: it reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
+
+
+def pytest_configure(config):
+    """Hide accelerators, unless tests with the mark `gpu` are asked for."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_and_own_cache(tmp_path_factory):
+    import torch
+
+    torch.set_num_threads(1)
+    before = os.environ.get("FORGETLEARN_CACHE")
+    os.environ["FORGETLEARN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("FORGETLEARN_CACHE")
+    if before is not None:
+        os.environ["FORGETLEARN_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """`shared_data("zsre.json")`: a file of ../shared/data; skips the test where it is not there."""
+
+    def path(name: str) -> Path:
+        file = SHARED_DATA / name
+        if not file.is_file():
+            pytest.skip(f"no {file}: the shared data of the project are not on this machine")
+        return file
+
+    return path
+
+
+def make_char_tokenizer(*, bos: bool = True, eos: bool = False, **options: Any) -> Any:
+    """One token per character: <pad> 0, <s> 1, </s> 2, <unk> 3, then id = 4 + ord(character) - 32.
+
+    So " " is 4, "A" 37, "a" 69, newline 99. `eos=True` appends EOS to every text, as add_eos_token does.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: index for index, token in enumerate([PAD, BOS, EOS, UNK, *PRINTABLE])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    frame = f"{BOS} " * bos + "$A" + f" {EOS}" * eos
+    specials = [(BOS, 1), (EOS, 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=specials)
+    options = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK} | options
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+@pytest.fixture(scope="session")
+def char_tokenizer() -> Any:
+    """See `make_char_tokenizer`. Do not change it: it is shared; `new_char_tokenizer(...)` makes another."""
+    return make_char_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def new_char_tokenizer() -> Callable[..., Any]:
+    """`new_char_tokenizer(bos=True, eos=False, chat_template=..., eos_token=None, ...)`."""
+    return make_char_tokenizer
+
+
+def make_tiny_model(family: str = "llama", *, tied: bool = False, seed: int = 0, **overrides: Any) -> Any:
+    """A two-layer causal language model, hidden 32, for the 100 ids of the character tokenizer.
+
+    `family` is a transformers model type: llama, gpt2, qwen2, mistral, gemma2, opt, mamba, ...
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    heads = 4
+    common = {
+        "vocab_size": 4 + len(PRINTABLE),
+        "tie_word_embeddings": tied,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    by_family = {
+        "gpt2": {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": heads,
+            "n_positions": 256,
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        },
+        "opt": {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 256,
+            "dropout": 0.0,
+        },
+        "mamba": {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},
+    }
+    transformer = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+    }
+    config = AutoConfig.for_model(family, **(common | by_family.get(family, transformer) | overrides))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        # Weights of a fresh model are so small that every logit is about 0: make a wrong mask show.
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """`tiny_model("llama", tied=False, seed=0, **config)`: a new two-layer model at every call."""
+    return make_tiny_model
+
+
+@pytest.fixture
+def lm(char_tokenizer, tiny_model) -> Any:
+    """A fresh untied tiny Llama with the character tokenizer, as a LanguageModel."""
+    from forgetlearn.models import wrap
+
+    return wrap(tiny_model(), char_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def small_lab() -> Path:
+    """The folder of a lab base that holds 24 made-up facts exactly: built once. Do not write into it."""
+    import forgetlearn
+
+    settings = forgetlearn.LabSettings(
+        n_facts=24,
+        epochs=60,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=800,
+        learning_rate=5e-3,
+        batch_size=32,
+    )
+    return forgetlearn.build_lab(settings=settings)
