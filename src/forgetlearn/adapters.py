@@ -6,17 +6,16 @@ under rsLoRA). Folding `-coef` into B turns an adapter trained on the old facts 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from forgetlearn.config import LoraSettings
 from forgetlearn.errors import ConfigError, ModelError
@@ -93,10 +92,10 @@ def compose(model: PeftModel, names: Sequence[str], into: str = PRODUCT) -> None
     for path, layer in _layers(model):
         if path in targets:
             _stack(layer, ranks, into)
+    activate(model, [into])
     for name in names:
         model.delete_adapter(name)
     _shorten_targets(model, into, targets)
-    activate(model, [into])
 
 
 def _stack(layer: LoraLayer, ranks: dict[str, int], into: str) -> None:
@@ -122,7 +121,7 @@ def _shorten_targets(model: PeftModel, name: str, targets: list[str]) -> None:
     matched = {
         path.replace(".base_layer", "")
         for path, module in base.named_modules()
-        if path.rsplit(".", 1)[-1] in short and isinstance(module, (nn.Linear, LoraLayer)) or _is_conv1d(path, module, short)
+        if path.rsplit(".", 1)[-1] in short and isinstance(module, (nn.Linear, Conv1D, LoraLayer))
     }
     if matched == set(targets):
         model.peft_config[name].target_modules = set(short)
@@ -170,12 +169,14 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
 
 def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: object) -> PeftModel:
     try:
-        if isinstance(model, PeftModel):
+        with warnings.catch_warnings():
+            # peft asks transformers by a name that is going out of use, and warns of tied heads, which
+            # _check_layers refuses where they matter.
+            warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings|fan_in_fan_out).*")
+            if not isinstance(model, PeftModel):
+                return get_peft_model(model, config, adapter_name=name)
             model.add_adapter(name, config)
             return model
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-            return get_peft_model(model, config, adapter_name=name)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}") from error
 
@@ -203,13 +204,3 @@ def _check_layers(model: PeftModel, name: str) -> None:
                 f"lora.target_modules matches {path}, whose weight is tied to another module "
                 f"({', '.join(owners[id(weight)])}). Leave it out."
             )
-
-
-def _is_conv1d(path: str, module: Any, short: list[str]) -> bool:
-    return type(module).__name__ == "Conv1D" and path.rsplit(".", 1)[-1] in short
-
-
-def rank_of(model: PeftModel, name: str) -> tuple[int, float]:
-    """Rank and scaling of an adapter."""
-    config = model.peft_config[name]
-    return config.r, config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)

@@ -16,6 +16,7 @@ from forgetlearn.report import show_score
 
 log = logging.getLogger("forgetlearn")
 DEMO_FACTS = 150
+EPOCHS = 12  # until the new answers are learned; the studies use 6
 COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
 COLUMNS = (
     ("reliability", "token"),
@@ -65,7 +66,9 @@ def run_demo(
     for method in methods:
         log.info("updating with %s", method)
         config = load_config(
-            base / "update.yaml", {"method": method, "seed": seed, "model.name": str(base), "forget.coef": COEF}
+            base / "update.yaml",
+            {"method": method, "seed": seed, "model.name": str(base), "forget.coef": COEF}
+            | {"forget.epochs": EPOCHS, "learn.epochs": EPOCHS},
         )
         result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
         phases = result.summary["phases"]

@@ -1,0 +1,168 @@
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+
+from forgetlearn import adapters
+from forgetlearn.adapters import FORGET, LEARN, PRODUCT
+from forgetlearn.config import LoraSettings
+from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.taskvector import load_into
+
+FAMILIES = ["llama", "gpt2", "qwen2"]
+IDS = torch.tensor([[1, 37, 38, 39, 40, 41]])
+
+
+def with_two_adapters(model, first=None, second=None, fill=True):
+    """Two adapters that differ from each other and from nothing, so that a wrong sign or a cross term shows."""
+    model = adapters.attach(model, first or LoraSettings(r=3, lora_alpha=6), FORGET, seed=1)
+    model = adapters.attach(model, second or LoraSettings(r=5, lora_alpha=4), LEARN, seed=2)
+    torch.manual_seed(3)
+    for name, weight in model.named_parameters():
+        if fill and "lora_B" in name:
+            weight.data.normal_(std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+@torch.no_grad()
+def dense(model, vectors):
+    """Logits of the plain model with dense vectors added to its weights."""
+    plain = copy.deepcopy(model)
+    for vector in vectors:
+        load_into(plain, vector.apply_to(dict(plain.named_parameters())))
+    return plain(IDS).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_adapter_out_of_two_different_ones_is_their_sum(tiny_model, family):
+    base = tiny_model(family)
+    model = with_two_adapters(copy.deepcopy(base))
+    adapters.scale(model, FORGET, -0.7)
+    vectors = [adapters.as_vector(model, name) for name in (FORGET, LEARN)]
+    together = logits(model)
+    assert not torch.allclose(together, logits(base), atol=1e-2)
+    adapters.compose(model, [FORGET, LEARN])
+    assert list(model.peft_config) == [PRODUCT]
+    assert model.peft_config[PRODUCT].r == 8
+    assert torch.allclose(logits(model), together, atol=1e-4)
+    assert torch.allclose(dense(base, vectors), together, atol=1e-4)
+
+
+def test_adapters_on_different_modules_and_with_rslora_compose_too(tiny_model):
+    first = LoraSettings(r=2, target_modules=["q_proj", "down_proj"], use_rslora=True)
+    second = LoraSettings(r=3, target_modules=["q_proj", "v_proj"])
+    model = with_two_adapters(tiny_model(), first, second)
+    together = logits(model)
+    adapters.compose(model, [FORGET, LEARN])
+    assert model.peft_config[PRODUCT].target_modules == {"q_proj", "v_proj", "down_proj"}
+    assert torch.allclose(logits(model), together, atol=1e-5)
+
+
+def test_short_names_are_not_used_where_they_would_match_more(tiny_model):
+    only_first = LoraSettings(r=2, target_modules=["model.layers.0.self_attn.q_proj"])
+    model = with_two_adapters(tiny_model(), only_first, only_first)
+    together = logits(model)
+    adapters.compose(model, [FORGET, LEARN])
+    assert model.peft_config[PRODUCT].target_modules == {"model.layers.0.self_attn.q_proj"}
+    assert torch.allclose(logits(model), together, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_vector_is_what_the_adapter_adds(tiny_model, family):
+    base = tiny_model(family)
+    model = with_two_adapters(copy.deepcopy(base))
+    adapters.activate(model, [FORGET])
+    expected = logits(model)
+    vector = adapters.as_vector(model, FORGET)
+    assert torch.allclose(dense(base, [vector]), expected, atol=1e-4)
+    adapters.scale(model, FORGET, -0.5)
+    for name, delta in adapters.as_vector(model, FORGET).deltas.items():
+        assert torch.allclose(delta, -0.5 * vector.deltas[name], atol=1e-7)
+
+
+def test_a_new_adapter_changes_nothing_and_alone_learns(tiny_model):
+    base = tiny_model()
+    model = with_two_adapters(copy.deepcopy(base), fill=False)
+    assert torch.equal(logits(model), logits(base))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all(f".{LEARN}." in name for name in trained)
+
+
+def test_only_the_adapter_that_learns_has_dropout(tiny_model):
+    settings = LoraSettings(lora_dropout=0.5)
+    model = with_two_adapters(tiny_model(), settings, settings).train()
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    assert isinstance(layer.lora_dropout[FORGET], torch.nn.Identity)
+    assert isinstance(layer.lora_dropout[LEARN], torch.nn.Dropout)
+
+
+def test_the_same_seed_gives_the_same_adapter(tiny_model):
+    one, two, other = (
+        adapters.attach(tiny_model(), LoraSettings(), LEARN, seed=seed).state_dict() for seed in (5, 5, 6)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_detaching_gives_the_base_back_to_the_bit(tiny_model):
+    base = tiny_model()
+    model = with_two_adapters(copy.deepcopy(base))
+    adapters.activate(model, [FORGET, LEARN])
+    plain = adapters.detach(model).state_dict()
+    assert all(torch.equal(plain[name], weight) for name, weight in base.state_dict().items())
+
+
+def test_saved_and_loaded_is_the_same_to_the_bit(tiny_model, tmp_path):
+    model = with_two_adapters(tiny_model())
+    adapters.compose(model, [FORGET, LEARN])
+    expected = logits(model)
+    adapters.save(model, PRODUCT, tmp_path / "a", "some/base")
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "a").eval()
+    assert torch.equal(logits(loaded), expected)
+    assert loaded.peft_config["default"].base_model_name_or_path == "some/base"
+
+
+def test_an_adapter_between_stages_is_saved_flat_and_goes_on(tiny_model, tmp_path):
+    model = adapters.attach(tiny_model(), LoraSettings(), FORGET, seed=1)
+    expected = adapters.as_vector(model, FORGET)
+    adapters.save(model, FORGET, tmp_path / "f", "base")
+    assert (tmp_path / "f" / "adapter_model.safetensors").is_file()
+    loaded = adapters.load(tiny_model(), tmp_path / "f", FORGET)
+    for name, delta in adapters.as_vector(loaded, FORGET).deltas.items():
+        assert torch.equal(delta, expected.deltas[name])
+
+
+@pytest.mark.parametrize(
+    ("targets", "tied", "message"),
+    [
+        (["nothing"], False, "target_modules = .*nothing"),
+        (["embed_tokens"], False, "embedding .*not supported"),
+        (["lm_head"], True, "lm_head, whose weight is tied"),
+    ],
+)
+def test_what_cannot_be_subtracted_exactly_is_refused(tiny_model, targets, tied, message):
+    with pytest.raises(ConfigError, match=message):
+        adapters.attach(tiny_model(tied=tied), LoraSettings(target_modules=targets), FORGET, seed=0)
+
+
+def test_an_untied_head_may_have_an_adapter(tiny_model):
+    model = with_two_adapters(tiny_model(), *[LoraSettings(target_modules=["lm_head"])] * 2)
+    together = logits(model)
+    adapters.compose(model, [FORGET, LEARN])
+    assert torch.allclose(logits(model), together, atol=1e-5)
+
+
+def test_a_folder_without_an_adapter_or_with_one_that_does_not_fit_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        adapters.load(tiny_model(), tmp_path, PRODUCT)
+    model = adapters.attach(tiny_model(), LoraSettings(), PRODUCT, seed=0)
+    adapters.save(model, PRODUCT, tmp_path / "a", "base")
+    with pytest.raises(ModelError, match="does not fit"):
+        adapters.load(tiny_model(hidden_size=64), tmp_path / "a", PRODUCT)

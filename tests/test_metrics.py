@@ -1,0 +1,64 @@
+import math
+
+import pytest
+
+from forgetlearn import metrics
+
+
+@pytest.mark.parametrize(
+    ("predicted", "wanted", "token", "exact"),
+    [((1, 2, 3, 4), (1, 2, 3, 4), 1.0, 1.0), ((1, 2, 9, 9), (1, 2, 3, 4), 0.5, 0.0), ((9,), (1,), 0.0, 0.0)],
+)
+def test_token_and_exact_by_hand(predicted, wanted, token, exact):
+    assert metrics.token_accuracy(predicted, wanted) == token
+    assert metrics.exact_match(predicted, wanted) == exact
+
+
+@pytest.mark.parametrize(("predicted", "wanted"), [((), ()), ((1,), (1, 2))])
+def test_scores_of_nothing_or_of_unequal_lengths_are_refused(predicted, wanted):
+    with pytest.raises(ValueError, match="predictions for"):
+        metrics.token_accuracy(predicted, wanted)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "same", "contained"),
+    [
+        ("The  Nile.", "nile", 1, 1),
+        ("It is the Nile, of course", "Nile", 0, 1),
+        ("Nilesh", "Nile", 0, 0),
+        ("U.S.A.", "USA", 1, 1),
+        ("", "Nile", 0, 0),
+        ("", "The", 0, 0),  # normalisation leaves nothing of "The": an empty text is still not the answer
+        ("The", "The", 1, 1),
+        ("...", "?!", 0, 0),
+    ],
+)
+def test_texts_are_compared_as_squad_does(said, answer, same, contained):
+    assert metrics.same_text(said, answer) == same
+    assert metrics.contains(said, answer) == contained
+
+
+def test_preference_is_strict():
+    assert metrics.preference(-1.0, -2.0) == 1
+    assert metrics.preference(-1.0, -1.0) == 0
+
+
+def test_a_mean_carries_its_counts_and_its_interval():
+    mean = metrics.mean_with_interval([1.0, 0.0, 1.0, 1.0], errored=2, not_asked=3)
+    assert (mean.mean, mean.n, mean.errored, mean.not_asked) == (75.0, 4, 2, 3)
+    assert mean.low < 75.0 < mean.high
+    assert metrics.mean_with_interval([1.0, 0.0, 1.0, 1.0]) == metrics.mean_with_interval([1.0, 0.0, 1.0, 1.0])
+
+
+def test_the_interval_is_the_one_of_the_normal_distribution_for_many_facts():
+    scores = [float(index % 4 == 0) for index in range(2000)]
+    mean = metrics.mean_with_interval(scores)
+    half = 1.96 * 100 * math.sqrt(0.25 * 0.75 / 2000)
+    assert mean.high - mean.mean == pytest.approx(half, rel=0.15)
+    assert mean.mean - mean.low == pytest.approx(half, rel=0.15)
+
+
+def test_no_score_has_no_mean_and_one_score_no_interval():
+    assert metrics.mean_with_interval([]).mean is None
+    one = metrics.mean_with_interval([1.0])
+    assert (one.mean, one.low, one.n) == (100.0, None, 1)

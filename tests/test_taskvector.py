@@ -1,0 +1,149 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError
+from forgetlearn.taskvector import TaskVector, load_into, snapshot, subtract, subtracted
+
+
+def test_forgetting_by_hand():
+    base = {"w": torch.tensor([1.0, -2.0])}
+    tuned = {"w": torch.tensor([1.5, -2.5])}
+    assert torch.allclose(subtract(base, tuned, 0.3)["w"], torch.tensor([0.85, -1.85]))
+    assert base["w"].tolist() == [1.0, -2.0]
+
+
+def test_coef_zero_gives_the_bits_of_the_base_in_every_dtype():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        base = {"w": torch.randn(7, 5).to(dtype)}
+        got = subtract(base, {"w": torch.randn(7, 5).to(dtype)}, 0.0)["w"]
+        assert got.dtype == dtype
+        assert torch.equal(got, base["w"])
+        assert got.data_ptr() != base["w"].data_ptr()
+
+
+def test_integer_buffers_come_from_the_base():
+    base = {"steps": torch.tensor([1, 2]), "w": torch.ones(2)}
+    tuned = {"steps": torch.tensor([5, 6]), "w": torch.zeros(2)}
+    got = subtract(base, tuned, 1.0)
+    assert got["steps"].tolist() == [1, 2]
+    assert got["w"].tolist() == [2.0, 2.0]
+
+
+def test_the_sum_is_rounded_once():
+    # In bfloat16 (8 bits), 1.0078125 is the neighbour of 1. The difference, 3 * 2**-9, and 1 - it are
+    # exact in float32 and then rounded; summing in bfloat16 would round the product too.
+    base, tuned = torch.tensor([1.0]), torch.tensor([1.005859375])
+    got = subtract({"w": base.bfloat16()}, {"w": tuned}, 1.0)["w"]
+    assert got.item() == torch.tensor(1.0 - 0.005859375).bfloat16().item()
+    wide = subtract({"w": base}, {"w": tuned.bfloat16()}, 0.3)["w"]
+    assert wide.item() == pytest.approx(1 - 0.3 * 0.0078125, abs=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    coef=st.floats(0, 4, allow_nan=False),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_subtract_then_add_returns_within_one_rounding(seed, coef, dtype):
+    torch.manual_seed(seed)
+    base = {"w": torch.randn(6, 3).to(dtype)}
+    tuned = {"w": base["w"].float() + 0.01 * torch.randn(6, 3)}
+    vector = TaskVector.between(base, tuned)
+    forgotten = subtract(base, tuned, coef)
+    back = (coef * vector).apply_to(forgotten)["w"]
+    one_rounding = torch.finfo(dtype).eps * torch.maximum(base["w"].float().abs(), forgotten["w"].float().abs())
+    assert bool(((back.float() - base["w"].float()).abs() <= one_rounding + 1e-7).all())
+
+
+def test_subtract_then_add_is_exact_where_float32_can_be():
+    base = {"w": torch.arange(-8.0, 8.0)}
+    tuned = {"w": base["w"] + 0.25}
+    assert torch.equal((2.0 * TaskVector.between(base, tuned)).apply_to(subtract(base, tuned, 2.0))["w"], base["w"])
+
+
+def test_vectors_are_linear():
+    base = {"w": torch.zeros(3), "n": torch.tensor([1])}
+    one = TaskVector.between(base, {"w": torch.tensor([1.0, 2.0, 3.0]), "n": torch.tensor([9])})
+    two = TaskVector.between(base, {"w": torch.tensor([0.0, 0.0, 4.0]), "n": torch.tensor([9])})
+    assert set(one.deltas) == {"w"}
+    assert (one + two).deltas["w"].tolist() == [1, 2, 7]
+    assert (one - two).deltas["w"].tolist() == [1, 2, -1]
+    assert (-2 * one).deltas["w"].tolist() == [-2, -4, -6]
+    assert two.norm() == 4
+    assert torch.equal(one.apply_to(base)["n"], base["n"])
+
+
+def test_subtracting_agrees_with_the_vector():
+    base = {"w": torch.randn(4, 4)}
+    tuned = {"w": torch.randn(4, 4)}
+    by_vector = (-0.3 * TaskVector.between(base, tuned)).apply_to(base)["w"]
+    assert torch.allclose(by_vector, subtract(base, tuned, 0.3)["w"], atol=1e-6)
+
+
+def test_a_shape_that_differs_is_named():
+    with pytest.raises(WeightMismatchError, match=r"1 of 1 tensors differ .*w \(2,\) and \(3,\).*token added"):
+        subtract({"w": torch.ones(2)}, {"w": torch.ones(3)}, 0.3)
+
+
+def test_a_name_that_is_missing_is_named_on_its_side():
+    with pytest.raises(WeightMismatchError, match="1 of 2 tensors are only in base: v"):
+        subtract({"w": torch.ones(2), "v": torch.ones(1)}, {"w": torch.ones(2)}, 0.3)
+    with pytest.raises(WeightMismatchError, match="only in tuned: v"):
+        subtract({"w": torch.ones(2)}, {"w": torch.ones(2), "v": torch.ones(1)}, 0.3)
+
+
+@pytest.mark.parametrize("coef", [-0.3, float("nan"), float("inf")])
+def test_a_coefficient_that_is_none_is_refused_before_anything_is_read(coef):
+    with pytest.raises(ConfigError, match="coef"):
+        subtracted({}, {}, coef)
+
+
+def test_folders_sharded_or_not_give_what_state_dicts_give(tmp_path, tiny_model):
+    base, tuned = tiny_model(seed=1), tiny_model(seed=2)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    streamed = dict(subtracted(tmp_path / "base", tmp_path / "tuned", 0.3))
+    in_memory = subtract(base.state_dict(), tuned.state_dict(), 0.3)
+    assert streamed.keys() == in_memory.keys()
+    assert all(torch.equal(streamed[name], in_memory[name]) for name in streamed)
+    vector = TaskVector.between(tmp_path / "base", tuned.state_dict())
+    assert torch.equal(vector.deltas["lm_head.weight"], tuned.lm_head.weight - base.lm_head.weight)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="no .safetensors file"):
+        TaskVector.between(tmp_path, tmp_path)
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(tmp_path):
+    save_file({"w": torch.ones(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    index = '{"weight_map": {"w": "model-00001-of-00002.safetensors", "v": "model-00002-of-00002.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match="model-00002-of-00002"):
+        TaskVector.between(tmp_path, tmp_path)
+
+
+def test_tied_weights_are_moved_once(tiny_model):
+    model = tiny_model(tied=True)
+    base = snapshot(model)
+    assert "lm_head.weight" not in base
+    tuned = {name: weight + 1 for name, weight in base.items()}
+    load_into(model, subtracted(base, tuned, 0.5))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.allclose(model.lm_head.weight, base["model.embed_tokens.weight"] - 0.5)
+
+
+def test_weights_that_do_not_fit_the_model_are_refused(tiny_model):
+    model = tiny_model()
+    weights = snapshot(model)
+    weights.pop("lm_head.weight")
+    with pytest.raises(WeightMismatchError, match="1 of .* missing: lm_head.weight"):
+        load_into(model, weights)
+    with pytest.raises(WeightMismatchError, match="does not fit"):
+        load_into(model, {"lm_head.weight": torch.ones(2, 2)})
