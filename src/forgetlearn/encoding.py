@@ -1,7 +1,8 @@
 """Prompt and answer to token ids: the only place that tokenises.
 
 Plain text is `prompt + " " + answer`; the prompt's ids are those of `prompt` alone, and are a prefix of
-the whole. With a chat template the prompt is the user's message and the answer the assistant's.
+the whole. With a chat template the prompt is the user's message and the answer the assistant's; what the
+template writes between the two (the space of Llama 2, the empty thinking block of Qwen 3) stays between them.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Encoder:
         chat_template: ChatTemplate = "auto",
         max_length: int | None = None,
     ) -> None:
+        """Check the tokenizer, and learn how a text begins and an answer ends."""
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "The tokenizer has no EOS token, so an answer could not end. "
@@ -62,13 +64,15 @@ class Encoder:
         # Special tokens are added by hand: a tokenizer that also appends EOS (add_eos_token) would
         # otherwise put one between prompt and answer.
         self._first_ids = [] if self.is_chat else _leading_specials(tokenizer)
-        self.end_ids = self._chat_end() if self.is_chat else [tokenizer.eos_token_id]
+        self._opening, self._joint, self.end_ids = "", " ", [int(tokenizer.eos_token_id)]
+        if self.is_chat:
+            self._opening, self._joint, self.end_ids = self._chat_form()
 
     def prompt_text(self, prompt: str) -> str:
         """The text that the model reads before it answers."""
         if not self.is_chat:
             return prompt
-        return self._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return self._render([_message("user", prompt)], add_generation_prompt=True) + self._opening
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of the prompt alone, with the special tokens that open a text."""
@@ -85,6 +89,8 @@ class Encoder:
         if not prompt.strip() or not answer:
             raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
         before = self.prompt_ids(prompt)
+        if not before:
+            raise FactError(f"the tokenizer has no token for any part of the prompt {prompt!r}.")
         ids = before + self._answer_ids(prompt, answer, before) + (self.end_ids if end else [])
         if self.max_length and len(ids) > self.max_length:
             raise FactError(
@@ -99,14 +105,13 @@ class Encoder:
         return text
 
     def _answer_ids(self, prompt: str, answer: str, before: list[int]) -> list[int]:
-        joint = "" if self.is_chat else " "
-        text = self.prompt_text(prompt) + joint + answer
+        text = self.prompt_text(prompt) + self._joint + answer
         whole = self._first_ids + self._tokenize(text)
         if whole[: len(before)] == before and len(whole) > len(before):
             return whole[len(before) :]
         # The last token of the prompt merged with the first of the answer. Tokenised apart they say the
         # same text, and at generation the model does see the prompt's own tokens.
-        for part in (joint + answer, answer):
+        for part in (self._joint + answer, answer):
             ids = self._tokenize(part)
             if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
                 return ids
@@ -134,15 +139,21 @@ class Encoder:
             ) from error
         return text
 
-    def _chat_end(self) -> list[int]:
-        """The token by which the template itself ends an assistant's turn; else EOS."""
-        mark = "ANSWER"
-        turn = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
-        _, found, rest = self._render(turn, add_generation_prompt=False).rpartition(mark)
-        ids = self._tokenize(rest.lstrip()) if found else []
-        if ids and ids[0] in set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder):
-            return ids[:1]
-        return [self.tokenizer.eos_token_id]
+    def _chat_form(self) -> tuple[str, str, list[int]]:
+        """What the template writes before an answer (as part of the prompt, and of the answer) and after it.
+
+        A space belongs to the answer, since tokenizers join it to the next word. The end is the token by
+        which the template ends an assistant's turn; where it has none, EOS.
+        """
+        asked = self._render([_message("user", "QUESTION")], add_generation_prompt=True)
+        turn = [_message("user", "QUESTION"), _message("assistant", "ANSWER")]
+        before, _, after = self._render(turn, add_generation_prompt=False).rpartition("ANSWER")
+        between = before[len(asked) :] if before.startswith(asked) else ""
+        opening = between.rstrip(" ")
+        end = self._tokenize(after.lstrip())[:1]
+        if not set(end) <= {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}:
+            end = []
+        return opening, between[len(opening) :], end or [int(self.tokenizer.eos_token_id)]
 
 
 def check_lengths(encoder: Encoder, pairs: Iterable[tuple[str, str, str]]) -> None:
@@ -160,6 +171,10 @@ def check_lengths(encoder: Encoder, pairs: Iterable[tuple[str, str, str]]) -> No
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise FactError("\n".join(problems[:5]) + more)
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,0 +1,228 @@
+"""Prompt and answer to token ids: every trap of tokenisation, with the ids written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from forgetlearn.encoding import Encoded, Encoder, check_lengths
+from forgetlearn.errors import FactError, ModelError
+from forgetlearn.lab import LabSettings, train_tokenizer
+
+# In the character tokenizer: <s> 1, </s> 2, " " 4, "." 18, "A" 37, "B" 38, "a" 69, "b" 70, "c" 71.
+BOS, EOS, SPACE, A, B, C = 1, 2, 4, 69, 70, 71
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WITH_BOS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def merging_tokenizer(vocab: Sequence[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """BPE over the whole text, as no pre-tokeniser splits it; id = place in the vocabulary, <s> 0, </s> 1."""
+    ids = {token: index for index, token in enumerate(["<s>", "</s>", *vocab])}
+    bpe = Tokenizer(models.BPE(ids, merges))
+    bpe.decoder = decoders.Fuse()
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def llama2_tokenizer() -> PreTrainedTokenizerFast:
+    """SentencePiece as Llama 2 has it: every text gets a space in front, spaces are "▁"."""
+    vocab = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "▁a", "▁b", "▁c"]
+    bpe = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, [("▁", "a"), ("▁", "b"), ("▁", "c")]))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+class TestPlainText:
+    def test_prompt_space_answer_with_bos_once_and_eos_at_the_end(self, char_tokenizer):
+        text = Encoder(char_tokenizer).encode("ab", "c", end=True)
+        assert text == Encoded((BOS, A, B, SPACE, C, EOS), 3)
+        assert text.answer_ids == (SPACE, C, EOS)
+        assert list(text.answer_positions) == [2, 3, 4]
+
+    def test_scoring_wants_no_eos(self, char_tokenizer):
+        text = Encoder(char_tokenizer).encode("ab", "c")
+        assert text.ids == (BOS, A, B, SPACE, C)
+        assert list(text.answer_positions) == [2, 3]
+
+    def test_tokenizer_without_bos(self, new_char_tokenizer):
+        text = Encoder(new_char_tokenizer(bos=False)).encode("ab", "c", end=True)
+        assert text == Encoded((A, B, SPACE, C, EOS), 2)
+
+    def test_tokenizer_that_appends_eos_puts_none_in_the_middle(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(eos=True)
+        assert tokenizer("ab")["input_ids"] == [BOS, A, B, EOS]
+        encoder = Encoder(tokenizer)
+        assert encoder.prompt_ids("ab") == [BOS, A, B]
+        assert encoder.encode("ab", "c", end=True).ids == (BOS, A, B, SPACE, C, EOS)
+        assert encoder.encode("ab", "c").ids == (BOS, A, B, SPACE, C)
+
+    def test_answer_is_stripped_and_prompt_is_not(self, char_tokenizer):
+        encoder = Encoder(char_tokenizer)
+        assert encoder.encode("a", " \n b\t ") == encoder.encode("a", "b")
+        assert encoder.encode("a ", "b").ids == (BOS, A, SPACE, SPACE, B)
+
+    @pytest.mark.parametrize(
+        ("prompt", "answer", "what"), [("", "a", "prompt"), (" \n", "a", "prompt"), ("a", "  ", "answer")]
+    )
+    def test_empty(self, char_tokenizer, prompt, answer, what):
+        with pytest.raises(FactError, match=f"empty {what}"):
+            Encoder(char_tokenizer).encode(prompt, answer)
+
+    def test_decode_leaves_special_tokens_out(self, char_tokenizer):
+        assert Encoder(char_tokenizer).decode([BOS, A, SPACE, B, EOS]) == "a b"
+
+    def test_no_eos(self, new_char_tokenizer):
+        with pytest.raises(ModelError, match="no EOS token"):
+            Encoder(new_char_tokenizer(eos_token=None))
+
+    def test_prompt_without_any_token(self):
+        tokenizer = merging_tokenizer(["a", " "], [])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+        with pytest.raises(FactError, match="no token for any part of the prompt 'ä'"):
+            Encoder(tokenizer).encode("ä", "a")
+
+
+class TestMergesAcrossTheBoundary:
+    # ids:   2    3    4    5     6      7
+    vocab = ("a", "b", "c", " ", "b ", "b c")
+
+    def test_end_of_prompt_merges_with_the_answer(self):
+        tokenizer = merging_tokenizer(self.vocab, [("b", " "), ("b ", "c")])
+        assert tokenizer("ab")["input_ids"] == [0, 2, 3]
+        assert tokenizer("ab ca")["input_ids"] == [0, 2, 7, 2]  # the prompt's ids are no prefix of these
+        text = Encoder(tokenizer).encode("ab", "ca", end=True)
+        assert text == Encoded((0, 2, 3, 5, 4, 2, 1), 3)
+        assert tokenizer.decode(text.ids, skip_special_tokens=True) == "ab ca"
+
+    def test_same_tokenizer_where_nothing_merges(self):
+        tokenizer = merging_tokenizer(self.vocab, [("b", " "), ("b ", "c")])
+        assert Encoder(tokenizer).encode("a", "c") == Encoded((0, 2, 5, 4), 2)
+
+    def test_answer_that_cannot_be_written_apart_is_refused(self):
+        # The whole text reads "acaa": nothing that follows "ab" says the same.
+        tokenizer = merging_tokenizer(["a", "b", "c"], [])
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("b ", "c")
+        with pytest.raises(FactError, match=r"merges the end of the prompt .*'ab'.*'aa'"):
+            Encoder(tokenizer).encode("ab", "aa")
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    return train_tokenizer(["The capital of France is Paris"] * 3, LabSettings(vocab_size=300))
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompt=st.text(min_size=1).filter(str.strip), answer=st.text(min_size=1).filter(str.strip))
+def test_any_text_comes_back_from_its_ids(byte_level, prompt, answer):
+    encoder = Encoder(byte_level)
+    text = encoder.encode(prompt, answer, end=True)
+    assert list(text.ids[: text.n_prompt_tokens]) == encoder.prompt_ids(prompt)
+    assert encoder.decode(text.ids) == f"{prompt} {answer.strip()}"
+
+
+class TestSentencePiece:
+    # ids: ▁ 3, a 4, b 5, c 6, ▁a 7, ▁b 8, ▁c 9
+
+    def test_no_second_space_before_the_answer(self):
+        assert Encoder(llama2_tokenizer()).encode("a b", "c", end=True) == Encoded((1, 7, 8, 9, 2), 3)
+
+    def test_prompt_that_ends_in_a_space(self):
+        tokenizer = llama2_tokenizer()
+        text = Encoder(tokenizer).encode("a b ", "c")
+        assert text == Encoded((1, 7, 8, 3, 9), 4)
+        assert tokenizer.decode(text.ids, skip_special_tokens=True) == "a b  c"
+
+    def test_space_of_the_chat_template_joins_the_answer(self):
+        tokenizer = llama2_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + m.content }}"
+            "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+        )
+        encoder = Encoder(tokenizer)
+        text = encoder.encode("a b", "c", end=True)
+        assert tokenizer.convert_ids_to_tokens(text.ids[text.n_prompt_tokens :]) == ["▁c", "</s>"]
+
+
+class TestChatTemplate:
+    def test_bos_of_the_template_is_not_doubled(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(chat_template=WITH_BOS)
+        encoder = Encoder(tokenizer)
+        assert encoder.prompt_text("a") == "<s>[a]"
+        assert encoder.prompt_ids("a") == [BOS, 63, A, 65]  # [ 63, ] 65
+        text = encoder.encode("a", "b", end=True)
+        assert text == Encoded((BOS, 63, A, 65, SPACE, B, EOS), 4)
+
+    def test_end_token_of_the_template_where_eos_is_another(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(
+            chat_template=CHATML, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+        )
+        start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        encoder = Encoder(tokenizer)
+        assert encoder.end_ids == [end]
+        text = encoder.encode("a", "b", end=True)
+        assert text.answer_ids == (B, end)
+        assert text.ids[0] == start
+        assert BOS not in text.ids
+        assert encoder.decode(text.answer_ids) == "b"
+
+    def test_template_without_an_end_token_gets_eos(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(chat_template="{% for m in messages %}{{ m.content }}\n{% endfor %}")
+        assert Encoder(tokenizer).end_ids == [EOS]
+
+    def test_empty_thinking_block_belongs_to_the_prompt(self, new_char_tokenizer):
+        template = CHATML.replace(
+            "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n</think>\n{% endif %}{{ m.content }}"
+        )
+        tokenizer = new_char_tokenizer(
+            chat_template=template, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+        )
+        encoder = Encoder(tokenizer)
+        assert encoder.prompt_text("a").endswith("<|im_start|>assistant\n<think>\n</think>\n")
+        assert encoder.encode("a", "b").answer_ids == (B,)
+
+    def test_auto_takes_the_template_where_there_is_one(self, char_tokenizer, new_char_tokenizer):
+        assert Encoder(new_char_tokenizer(chat_template=WITH_BOS)).is_chat
+        assert not Encoder(char_tokenizer).is_chat
+
+    def test_off_ignores_the_template(self, char_tokenizer, new_char_tokenizer):
+        off = Encoder(new_char_tokenizer(chat_template=WITH_BOS), "off")
+        assert off.encode("a", "b", end=True) == Encoder(char_tokenizer).encode("a", "b", end=True)
+
+    def test_on_without_a_template(self, char_tokenizer):
+        with pytest.raises(ModelError, match="chat_template = on, but the tokenizer has none"):
+            Encoder(char_tokenizer, "on")
+
+    def test_template_that_fails(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(chat_template="{{ raise_exception('two turns, please') }}")
+        with pytest.raises(ModelError, match=r"two turns, please\. Try --chat-template off"):
+            Encoder(tokenizer)
+
+
+class TestLength:
+    def test_both_numbers_are_named(self, char_tokenizer):
+        encoder = Encoder(char_tokenizer, max_length=6)
+        assert len(encoder.encode("ab", "c", end=True).ids) == 6
+        with pytest.raises(FactError, match=r"are 7 tokens, the model's context is 6 .*'ab'"):
+            encoder.encode("ab", "cc", end=True)
+
+    def test_all_facts_are_checked_and_five_are_named(self, char_tokenizer):
+        encoder = Encoder(char_tokenizer, max_length=6)
+        check_lengths(encoder, [("record 1", "ab", "c")])
+        with pytest.raises(FactError) as caught:
+            check_lengths(encoder, [(f"record {n}", "abc" if n > 1 else "a", "c") for n in range(1, 9)])
+        lines = str(caught.value).splitlines()
+        assert [line.split(":")[0] for line in lines] == [*(f"record {n}" for n in range(2, 7)), "and 2 more"]
