@@ -47,6 +47,7 @@ def finetune(
     seed: int,
     pad_id: int,
     learning_rate: float | None = None,
+    device: torch.device | None = None,
     name: str = "fine-tuning",
 ) -> StageLog:
     """The log of a stage; `model` is trained in place, whichever of its parameters require gradients.
@@ -56,17 +57,18 @@ def finetune(
 
     Args:
         learning_rate: instead of the one in `settings` (LoRA wants a higher one).
+        device: where to train; None leaves the choice to Trainer.
 
     Raises:
         TrainingError: the loss or the gradient is not finite; the message names the step.
         ConfigError: bfloat16 is asked for where the device has none, or nothing is to be trained.
     """
-    check_trainable(model, texts, settings)
+    check_trainable(model, texts, settings, device)
     with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:
-        arguments = _arguments(settings, learning_rate or settings.learning_rate, seed, unused)
-        device = arguments.device
-        model.to(device)
-        layout = choose_layout(model, texts, pad_id, device)
+        rate = learning_rate or settings.learning_rate
+        arguments = _arguments(settings, rate, seed, unused, use_cpu=_on_cpu(device))
+        model.to(arguments.device)
+        layout = choose_layout(model, texts, pad_id, arguments.device)
         steps = _Steps(name)
         trainer = _FactTrainer(
             model=model,
@@ -76,17 +78,22 @@ def finetune(
             callbacks=[steps],
         )
         trainer.remove_callback(PrinterCallback)
+        own_forward = vars(model).get("forward")
         try:
             trainer.train()
         finally:
-            # Mixed precision replaces model.forward; left there, it would run in later copies of the model.
-            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            # Mixed precision puts its own `forward` on the model and leaves it there.
+            vars(model).pop("forward", None)
+            if own_forward is not None:
+                model.forward = own_forward
     model.eval()
     model.zero_grad(set_to_none=True)
     return StageLog(tuple(steps.rows), layout)
 
 
-def check_trainable(model: nn.Module, texts: Sequence[Encoded], settings: StageSettings) -> None:
+def check_trainable(
+    model: nn.Module, texts: Sequence[Encoded], settings: StageSettings, device: torch.device | None = None
+) -> None:
     """Nothing, if the stage can begin.
 
     Raises:
@@ -98,12 +105,17 @@ def check_trainable(model: nn.Module, texts: Sequence[Encoded], settings: StageS
     half = [name for name, weight in trained if weight.dtype != torch.float32]
     if half:
         raise ConfigError(f"{len(half)} trainable tensors are not float32, the first is {half[0]}: call model.float().")
-    on_gpu = torch.cuda.is_available()
-    if settings.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+    if settings.dtype == "bfloat16" and not _on_cpu(device) and not torch.cuda.is_bf16_supported():
         raise ConfigError("dtype = bfloat16, but this GPU does not support it. Use float32.")
 
 
-def _arguments(settings: StageSettings, learning_rate: float, seed: int, folder: str) -> TrainingArguments:
+def _on_cpu(device: torch.device | None) -> bool:
+    return device.type == "cpu" if device is not None else not torch.accelerator.is_available()
+
+
+def _arguments(
+    settings: StageSettings, learning_rate: float, seed: int, folder: str, *, use_cpu: bool
+) -> TrainingArguments:
     micro = settings.micro_batch_size or settings.batch_size
     return TrainingArguments(
         output_dir=folder,
@@ -123,7 +135,8 @@ def _arguments(settings: StageSettings, learning_rate: float, seed: int, folder:
         save_strategy="no",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=use_cpu,
+        dataloader_pin_memory=not use_cpu,
         disable_tqdm=True,
         remove_unused_columns=False,
         report_to="none",

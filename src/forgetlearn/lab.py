@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from forgetlearn import runs
-from forgetlearn.config import Settings, StageSettings
+from forgetlearn.config import ModelSettings, Settings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import FactSet, from_records, write_facts
 from forgetlearn.world import made_up_world
@@ -126,6 +126,8 @@ def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
 
 
 def _build(facts: FactSet, settings: LabSettings, folder: Path) -> None:
+    import torch
+
     from forgetlearn.encoding import Encoder
     from forgetlearn.finetune import finetune
     from forgetlearn.models import parameter_count, save_model
@@ -144,8 +146,15 @@ def _build(facts: FactSet, settings: LabSettings, folder: Path) -> None:
     )
     texts = [encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
     model = _new_model(settings, tokenizer, longest=max(len(text.ids) for text in texts))
+    # On the CPU always: the same base on every machine, and a model this small gains nothing elsewhere.
     stage_log = finetune(
-        model, texts, stage, seed=settings.seed, pad_id=tokenizer.pad_token_id, name="building the lab base"
+        model,
+        texts,
+        stage,
+        seed=settings.seed,
+        pad_id=tokenizer.pad_token_id,
+        device=torch.device("cpu"),
+        name="building the lab base",
     )
     save_model(model, tokenizer, folder, model.dtype)
     write_facts(facts, folder / "facts.jsonl")
@@ -221,7 +230,7 @@ def _share_held(model: Any, tokenizer: Any, facts: FactSet) -> dict[str, float |
 
     old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     probes = [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]
-    read = Scorer(wrap(model, tokenizer)).read([*old, *probes])
+    read = Scorer(wrap(model, tokenizer, ModelSettings(device="cpu"))).read([*old, *probes])
 
     def share(pairs: list[tuple[str, str]]) -> float | None:
         readings = [read[pair] for pair in pairs]

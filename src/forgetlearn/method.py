@@ -105,7 +105,9 @@ def _train(
     lm: LanguageModel, texts: list[Encoded], settings: StageSettings, how: How, seed: int, name: str
 ) -> StageLog:
     rate = settings.lora_learning_rate if how == "lora" else settings.learning_rate
-    return finetune(lm.model, texts, settings, seed=seed, pad_id=lm.pad_id, learning_rate=rate, name=name)
+    return finetune(
+        lm.model, texts, settings, seed=seed, pad_id=lm.pad_id, learning_rate=rate, device=lm.device, name=name
+    )
 
 
 def _texts(lm: LanguageModel, pairs: list[tuple[str, str]]) -> list[Encoded]:

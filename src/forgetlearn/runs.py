@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,9 @@ from forgetlearn.errors import RunError
 MANIFEST = "manifest.json"
 VERSIONED = ("forgetlearn", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy")
 SECRET_FLAGS = ("token", "key", "secret", "password")
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # weights, config, tokenizer
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
 
 
 class RunFolder:
@@ -58,9 +62,10 @@ class RunFolder:
             run = cls.open(path)
             run.check_same(config, "config")
             run.check_same(inputs, "inputs")
+            _remove_unfinished(path)
             return run
-        shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
+        _empty(path)
         manifest = {
             "format": 1,
             "command": command_line(),
@@ -85,7 +90,10 @@ class RunFolder:
         file = Path(path) / MANIFEST
         if not file.is_file():
             raise RunError(f"{path}: no {MANIFEST} there, so it is no run folder.")
-        return cls(Path(path), read_json(file))
+        manifest = read_json(file)
+        if not {"config", "inputs", "versions", "stages"} <= manifest.keys():
+            raise RunError(f"{file} was not written by forgetlearn.")
+        return cls(Path(path), manifest)
 
     def check_same(self, now: Mapping[str, Any], part: str) -> None:
         """Nothing, if the run was begun with the same `part` (config or inputs).
@@ -139,25 +147,58 @@ class RunFolder:
 
 def is_finished(path: str | Path) -> bool:
     """Whether a folder holds a run that is done."""
-    return (Path(path) / MANIFEST).is_file() and bool(RunFolder.open(path).manifest.get("finished"))
+    return (Path(path) / MANIFEST).is_file() and "finished" in RunFolder.open(path).manifest
 
 
-def check_output(path: str | Path, *, resume: bool, overwrite: bool) -> None:
-    """Nothing, if a run may be written to this folder.
+def check_output(
+    path: str | Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Nothing, if a run may be written to this folder without losing anything else, `inputs` least of all.
 
     Raises:
-        RunError: it is there and neither flag is given, or it is not forgetlearn's to replace.
+        RunError: it is there and neither flag is given, or it is not forgetlearn's to replace, or one of the
+            files and folders that the run reads lies in it.
     """
     path = Path(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(UNFINISHED in child.name for child in path.iterdir())):
         return
     if resume and (path / MANIFEST).is_file():
         return
     if not overwrite:
+        if resume:
+            raise RunError(f"{path} exists, but holds no run to go on with. Choose another folder.")
         raise RunError(f"{path} exists. Pass --resume to go on with it, or --overwrite to replace it.")
-    is_ours = path.is_dir() and ((path / MANIFEST).is_file() or (path / "lab.json").is_file())
-    if not is_ours:
+    if not (_is_ours(path / MANIFEST) or _is_ours(path / "lab.json")):
         raise RunError(f"{path} was not written by forgetlearn, so --overwrite does not replace it. Choose another.")
+    for read in inputs:
+        if read and Path(read).resolve().is_relative_to(path.resolve()):
+            raise RunError(f"{path} holds {read}, which this run reads, so it is not replaced. Choose another folder.")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether forgetlearn wrote this manifest; other programs use the name too."""
+    try:
+        return "forgetlearn" in json.loads(file.read_text(encoding="utf-8"))["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _empty(folder: Path) -> None:
+    """Delete what a folder holds, its manifest last: a kill in between leaves a folder that is known as ours."""
+    for child in sorted(folder.iterdir(), key=lambda child: child.name in (MANIFEST, "lab.json")):
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def _remove_unfinished(run: Path) -> None:
+    """Delete what a kill left half written; weights among it can be large."""
+    for left in run.rglob(f"*{UNFINISHED}*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -168,7 +209,7 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}{UNFINISHED}", delete=False
         ) as file:
             try:
                 file.write(text)
@@ -229,7 +270,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         RunError: writing failed, of a full disk say; nothing is left behind.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}{UNFINISHED}", dir=final.parent))
     unfinished.chmod(0o777 & ~_umask())
     try:
         yield unfinished
@@ -267,19 +308,18 @@ def command_line() -> list[str]:
     shown, hide_next = [], False
     for word in words:
         name, equals, _value = word.partition("=")
-        is_secret = any(secret in name.lower() for secret in SECRET_FLAGS) and name.startswith("--")
-        if hide_next or word.startswith("hf_"):
-            shown.append("***")
-        else:
-            shown.append(f"{name}=***" if is_secret and equals else word)
+        is_secret = name.startswith("--") and any(secret in name.lower() for secret in SECRET_FLAGS)
+        masked = f"{name}=***" if is_secret and equals else HUB_TOKEN.sub("***", word)
+        shown.append("***" if hide_next else masked)
         hide_next = is_secret and not equals
     return shown
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, or of the weights and config files of a folder with their names."""
+    """SHA-256 of a file, or of the weights, config and tokenizer files of a folder with their names."""
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*config.json")])
+    inside = [] if path.is_file() else [file for file in path.iterdir() if file.suffix in MODEL_SUFFIXES]
+    files = [path] if path.is_file() else sorted(inside)
     for file in files:
         digest.update(file.name.encode() if path.is_dir() else b"")
         with file.open("rb") as stream:

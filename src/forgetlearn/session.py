@@ -291,7 +291,7 @@ def teach(lm: LanguageModel, facts: list[Fact], settings: TeachSettings, *, seed
     texts = [lm.encoder.encode(fact.prompt, fact.ground_truth or "", end=True) for fact in facts if fact.ground_truth]
     lm.model.float().requires_grad_(True)
     stage = StageSettings.model_validate(settings.model_dump())
-    stage_log = finetune(lm.model, texts, stage, seed=seed, pad_id=lm.pad_id, name="teaching")
+    stage_log = finetune(lm.model, texts, stage, seed=seed, pad_id=lm.pad_id, device=lm.device, name="teaching")
     lm.model.to(lm.dtype)
     return stage_log
 

@@ -1,0 +1,148 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from forgetlearn import forward
+from forgetlearn.config import StageSettings
+from forgetlearn.errors import ConfigError, TrainingError
+from forgetlearn.finetune import finetune
+from forgetlearn.taskvector import snapshot
+
+SETTINGS = StageSettings(epochs=3, batch_size=4, learning_rate=1e-3)
+
+
+def texts_of(lm, n=10):
+    return [lm.encoder.encode(f"Prompt {'x' * index} is", f"answer {index}", end=True) for index in range(n)]
+
+
+def trained(lm, settings=SETTINGS, seed=0, n=10, **options):
+    model = copy.deepcopy(lm.model)
+    log = finetune(model, texts_of(lm, n), settings, seed=seed, pad_id=0, **options)
+    return snapshot(model), log
+
+
+def distance(one, two):
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+def test_a_stage_learns_its_answers(lm):
+    settings = StageSettings(epochs=150, batch_size=5, learning_rate=5e-3)
+    model = lm.model
+    log = finetune(model, texts_of(lm, 5), settings, seed=0, pad_id=0)
+    assert log.layout == "packed"
+    assert len(log.steps) == 150
+    assert log.steps[0]["loss"] > 2
+    assert log.final_loss < 0.05
+    for text in texts_of(lm, 5):
+        predicted = model(torch.tensor([text.ids])).logits.argmax(-1)[0, text.n_prompt_tokens - 1 : -1]
+        assert tuple(predicted.tolist()) == text.answer_ids  # the end token too
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(lm):
+    one, log_one = trained(lm)
+    two, log_two = trained(lm)
+    assert distance(one, two) == 0
+    assert log_one.steps == log_two.steps
+    assert distance(one, trained(lm, seed=1)[0]) > 0
+
+
+def test_the_first_loss_is_the_mean_over_answer_tokens(lm):
+    texts = texts_of(lm, 4)
+    with torch.no_grad():
+        total = count = 0.0
+        for text in texts:
+            logits = lm.model(torch.tensor([text.ids])).logits[0].log_softmax(-1)
+            for position, token in zip(text.answer_positions, text.answer_ids, strict=True):
+                total -= float(logits[position, token])
+                count += 1
+    _weights, log = trained(lm, SETTINGS.model_copy(update={"epochs": 1}), n=4)
+    assert log.steps[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_packed_padded_and_single_train_the_same_weights(lm, monkeypatch):
+    packed, log = trained(lm)
+    assert log.layout == "packed"
+    monkeypatch.setattr("forgetlearn.finetune.choose_layout", lambda *args: "padded")
+    padded, _log = trained(lm)
+    monkeypatch.setattr("forgetlearn.finetune.choose_layout", lambda *args: "single")
+    single, _log = trained(lm)
+    assert 0 < distance(packed, padded) < 1e-4
+    assert distance(packed, single) < 1e-4
+    too_long, _log = trained(lm, SETTINGS.model_copy(update={"max_packed_tokens": 1}))
+    assert distance(too_long, packed) < 1e-4
+
+
+def test_eight_small_batches_are_one_large_one(lm):
+    settings = StageSettings(epochs=2, batch_size=8, learning_rate=1e-3)
+    whole, log = trained(lm, settings, n=16)
+    accumulated, small_log = trained(lm, settings.model_copy(update={"micro_batch_size": 1}), n=16)
+    assert len(log.steps) == len(small_log.steps) == 4
+    assert distance(whole, accumulated) < 1e-5
+    assert [row["loss"] for row in log.steps] == pytest.approx([row["loss"] for row in small_log.steps], rel=1e-4)
+
+
+def test_the_rate_rises_and_falls_as_asked(lm):
+    settings = StageSettings(epochs=10, batch_size=10, learning_rate=1e-3, warmup_ratio=0.2)
+    rates = [row["learning_rate"] for row in trained(lm, settings)[1].steps]
+    assert rates.index(max(rates)) == 2
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[-1] < 2e-4
+    constant = settings.model_copy(update={"lr_scheduler_type": "constant"})
+    assert {row["learning_rate"] for row in trained(lm, constant)[1].steps} == {1e-3}
+    assert trained(lm, constant, learning_rate=7e-4)[1].steps[0]["learning_rate"] == pytest.approx(7e-4)
+
+
+def test_weight_decay_clipping_and_betas_reach_the_optimiser(lm):
+    plain, _log = trained(lm)
+    for change in ({"weight_decay": 0.5}, {"max_grad_norm": 1e-3}, {"adam_beta1": 0.5}, {"adam_beta2": 0.9}):
+        assert distance(plain, trained(lm, SETTINGS.model_copy(update=change))[0]) > 1e-6, change
+
+
+def test_mixed_precision_leaves_float32_weights_and_the_models_own_forward(lm):
+    model = lm.model
+    own = model.forward
+    finetune(model, texts_of(lm), SETTINGS.model_copy(update={"dtype": "bfloat16"}), seed=0, pad_id=0)
+    assert model.forward == own
+    assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_names_the_stage_and_the_step(lm):
+    with pytest.raises(TrainingError, match=r"forgetting, step \d+ of 6: (loss|grad_norm) is (nan|inf)"):
+        settings = StageSettings(epochs=2, batch_size=4, learning_rate=1e30, warmup_ratio=0)
+        finetune(lm.model, texts_of(lm), settings, seed=0, pad_id=0, name="forgetting")
+
+
+def test_nothing_to_train_and_half_precision_are_refused(lm):
+    with pytest.raises(ConfigError, match="0 facts"):
+        finetune(lm.model, [], SETTINGS, seed=0, pad_id=0)
+    with pytest.raises(ConfigError, match="not float32, the first is model.embed_tokens.weight"):
+        finetune(lm.model.bfloat16(), texts_of(lm), SETTINGS, seed=0, pad_id=0)
+    lm.model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="0 trainable"):
+        finetune(lm.model.float(), texts_of(lm), SETTINGS, seed=0, pad_id=0)
+
+
+def test_logits_are_made_at_answer_positions_only(lm, monkeypatch):
+    """The output head sees answer tokens and nothing else: 26 % of the positions in real facts."""
+    seen = []
+    lm.model.lm_head.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].shape[:-1].numel()))
+    monkeypatch.setattr("forgetlearn.finetune.choose_layout", lambda *args: "packed")
+    texts = texts_of(lm, 4)
+    finetune(lm.model, texts, StageSettings(epochs=1, batch_size=4), seed=0, pad_id=0)
+    assert seen == [sum(len(text.answer_ids) for text in texts)]
+
+
+def test_the_final_loss_is_that_of_the_last_tenth():
+    from forgetlearn.finetune import StageLog
+
+    steps = tuple({"loss": float(20 - index)} for index in range(20))
+    assert StageLog(steps, "packed").final_loss == 1.5
+    assert math.isclose(StageLog(steps[:3], "packed").final_loss, 18.0)
+
+
+def test_the_layout_is_chosen_by_a_check_at_the_start(lm, monkeypatch):
+    monkeypatch.setattr(forward, "AGREEMENT_TOLERANCE", -1.0)
+    assert trained(lm, SETTINGS.model_copy(update={"epochs": 1}))[1].layout == "single"

@@ -1,0 +1,191 @@
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+
+from forgetlearn import adapters
+from forgetlearn.config import ForgetSettings, ModelSettings, StageSettings
+from forgetlearn.errors import FactError
+from forgetlearn.facts import make_fact, read_facts
+from forgetlearn.method import METHODS, forget, learn
+from forgetlearn.models import load_model
+from forgetlearn.scoring import score, summarise
+from forgetlearn.taskvector import TaskVector, snapshot, subtract
+
+FORGET = ForgetSettings(epochs=3, learning_rate=1e-3, coef=0.5)
+LEARN = StageSettings(epochs=3, learning_rate=1e-3)
+
+
+@pytest.fixture
+def world(small_lab):
+    """A fresh copy of the lab base and its facts."""
+    return load_model(ModelSettings(name=str(small_lab))), read_facts(small_lab / "facts.jsonl")
+
+
+def step_by_step(lm, facts, method, coef=0.5):
+    how = METHODS[method]
+    if how.forgets:
+        forget(lm, facts, FORGET.model_copy(update={"coef": coef}), how.forgets, seed=7)
+    learn(lm, facts, LEARN, how.learns, seed=3)
+    return lm
+
+
+def logits(lm):
+    with torch.no_grad():
+        return lm.model(torch.arange(20)[None]).logits
+
+
+def test_the_methods_are_those_of_the_paper():
+    assert {name: (m.forgets, m.learns) for name, m in METHODS.items()} == {
+        "ft": (None, "all weights"),
+        "lora": (None, "lora"),
+        "f-ft": ("all weights", "all weights"),
+        "f-lora": ("lora", "lora"),
+        "f-lora-ft": ("lora", "all weights"),
+    }
+
+
+def test_forgetting_all_weights_is_base_minus_coef_times_what_fine_tuning_added(world):
+    lm, facts = world
+    base = snapshot(lm.model)
+    tuned = copy.deepcopy(lm)
+    forget(tuned, facts, FORGET.model_copy(update={"coef": 0.0}), "all weights", seed=7)
+    assert all(torch.equal(base[name], weight) for name, weight in snapshot(tuned.model).items())
+    forget(lm, facts, FORGET, "all weights", seed=7)
+    half = TaskVector.between(base, snapshot(lm.model))
+    forget(tuned, facts, FORGET.model_copy(update={"coef": 1.0}), "all weights", seed=7)
+    whole = TaskVector.between(base, snapshot(tuned.model))
+    assert half.norm() > 0
+    for name, delta in half.deltas.items():
+        assert torch.allclose(2 * delta, whole.deltas[name], atol=1e-6)
+
+
+def test_the_sign_is_forgetting_not_learning(world):
+    """Forgetting lowers the old answers' likelihood; reinforcing (a wrong sign) would raise it."""
+    lm, facts = world
+
+    def old_logprob():
+        from forgetlearn.scoring import Scorer
+
+        read = Scorer(lm).read((fact.prompt, fact.ground_truth) for fact in facts)
+        return sum(reading.logprob for reading in read.values())
+
+    before = old_logprob()
+    strong = FORGET.model_copy(update={"coef": 3.0, "epochs": 10})
+    for how in ("lora", "all weights"):
+        lm.model = load_model(ModelSettings(name=lm.name)).model
+        forget(lm, facts, strong, how, seed=7)
+        assert old_logprob() < 2 * before - 0.1, how
+
+
+def test_forgetting_with_lora_leaves_the_base_and_folds_the_coefficient_in(world):
+    lm, facts = world
+    base = snapshot(lm.model)
+    forget(lm, facts, FORGET, "lora", seed=7)
+    half = adapters.as_vector(lm.model, adapters.FORGET)
+    plain = adapters.detach(lm.model)
+    assert all(torch.equal(base[name], weight) for name, weight in snapshot(plain).items())
+    lm.model = plain
+    forget(lm, facts, FORGET.model_copy(update={"coef": 1.0}), "lora", seed=7)
+    whole = adapters.as_vector(lm.model, adapters.FORGET)
+    assert whole.norm() > 0
+    assert all(torch.allclose(2 * delta, whole.deltas[name], atol=1e-6) for name, delta in half.deltas.items())
+
+
+def test_forgetting_is_the_same_arithmetic_on_state_dicts(world):
+    lm, facts = world
+    base = snapshot(lm.model)
+    other = copy.deepcopy(lm)
+    forget(lm, facts, FORGET, "all weights", seed=7)
+    from forgetlearn.finetune import finetune
+
+    texts = [other.encoder.encode(fact.prompt, fact.ground_truth, end=True) for fact in facts]
+    finetune(other.model, texts, FORGET, seed=7, pad_id=other.pad_id)
+    expected = subtract(base, snapshot(other.model), 0.5)
+    assert all(torch.equal(expected[name], weight) for name, weight in snapshot(lm.model).items())
+
+
+def test_f_loras_product_on_the_base_gives_the_logits_of_the_model_that_was_scored(world, tmp_path):
+    lm, facts = world
+    step_by_step(lm, facts, "f-lora")
+    adapters.save(lm.model, adapters.PRODUCT, tmp_path / "adapter", lm.name)
+    base = load_model(ModelSettings(name=lm.name))
+    loaded = PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.arange(20)[None]).logits, logits(lm))
+
+
+def test_f_lora_learns_as_from_the_forgotten_model_merged(world):
+    """Learning beside the frozen adapter is learning on the merged forgotten weights."""
+    lm, facts = world
+    merged = copy.deepcopy(lm)
+    step_by_step(lm, facts, "f-lora")
+    forget(merged, facts, FORGET, "lora", seed=7)
+    from forgetlearn.method import fold_in
+
+    fold_in(merged, adapters.FORGET)
+    learn(merged, facts, LEARN, "lora", seed=3)
+    assert torch.allclose(logits(lm), logits(merged), atol=2e-3)
+    assert not torch.allclose(logits(lm), logits(load_with(lm)), atol=1e-1)
+
+
+def load_with(lm):
+    return load_model(ModelSettings(name=lm.name))
+
+
+def test_f_lora_ft_learns_all_weights_from_the_forgotten_ones(world):
+    lm, facts = world
+    base = snapshot(lm.model)
+    step_by_step(lm, facts, "f-lora-ft")
+    assert not hasattr(lm.model, "peft_config")
+    now = snapshot(lm.model)
+    assert all(not torch.equal(base[name], now[name]) for name in base)
+    plain = step_by_step(load_with(lm), facts, "ft")
+    assert any(not torch.equal(now[name], weight) for name, weight in snapshot(plain.model).items())
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_teaches_the_new_answers_and_repeats_to_the_bit(world, method):
+    lm, facts = world
+    again = copy.deepcopy(lm)
+    step_by_step(lm, facts, method)
+    step_by_step(again, facts, method)
+    assert torch.equal(logits(lm), logits(again))
+
+
+def test_enough_learning_is_complete(world):
+    lm, facts = world
+    learn(lm, facts, StageSettings(epochs=60, learning_rate=2e-3), "all weights", seed=0)
+    summary = summarise(score(lm, facts, phase="updated"))
+    assert summary["reliability"]["generate"]["mean"] == 100
+    assert summary["residue"]["generate"]["mean"] < 60
+
+
+@pytest.mark.parametrize("how", ["lora", "all weights"])
+def test_a_bf16_base_is_trained_in_float32_and_rounded_once_at_the_end(small_lab, how):
+    lm = load_model(ModelSettings(name=str(small_lab), dtype="bfloat16"))
+    facts = read_facts(small_lab / "facts.jsonl")
+    forget(lm, facts, FORGET, how, seed=7)
+    trained = [weight for weight in lm.model.parameters() if how == "all weights" or weight.requires_grad]
+    assert all(weight.dtype == torch.float32 for weight in trained)
+    learn(lm, facts, LEARN, "all weights", seed=3)
+    assert {weight.dtype for weight in lm.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_fact_without_an_old_answer_cannot_be_forgotten(world):
+    lm, _facts = world
+    with pytest.raises(FactError, match="has no old answer to forget"):
+        forget(lm, [make_fact("Who?", "Ann")], FORGET, "lora")
+
+
+def test_gpt2_and_tied_models_go_through_every_method(tiny_model, char_tokenizer):
+    from forgetlearn.models import wrap
+
+    facts = [make_fact(f"Who {index}?", "Ann", ground_truth="Bob") for index in range(4)]
+    for model in (tiny_model("gpt2", tied=True), tiny_model("llama", tied=True)):
+        for method in METHODS:
+            lm = step_by_step(wrap(copy.deepcopy(model), char_tokenizer), facts, method)
+            assert torch.isfinite(logits(lm)).all()
+            head = lm.model.get_output_embeddings().weight
+            assert head is lm.model.get_input_embeddings().weight

@@ -1,0 +1,203 @@
+import copy
+
+import pytest
+import torch
+
+from forgetlearn import scoring
+from forgetlearn.config import EvaluateSettings
+from forgetlearn.facts import Probe, make_fact, read_facts
+from forgetlearn.models import load_model, wrap
+from forgetlearn.config import ModelSettings
+from forgetlearn.scoring import Failure, Reading, Said, Scorer
+
+FACTS = [
+    make_fact("Who made it?", "Ann B", ground_truth="Cy", rephrase_prompts=("Its maker is", "Made by")),
+    make_fact("Where is it?", "Rome", ground_truth="Oslo", locality=(Probe("What is up?", "sky"),)),
+    make_fact("When was it?", "1999"),
+]
+
+
+def rows_of(rows, protocol):
+    return [row for row in rows if row["protocol"] == protocol]
+
+
+def test_there_is_a_row_per_fact_and_protocol(lm):
+    rows = scoring.score(lm, FACTS, phase="base")
+    protocols = ["token", "exact", "prefer", "generate", "contains", "agreement", "accuracy"]
+    assert [(row["fact"], row["protocol"]) for row in rows] == [(f.id, p) for f in FACTS for p in protocols]
+    assert {row["phase"] for row in rows} == {"base"}
+
+
+def test_what_is_not_asked_has_no_score_and_no_error(lm):
+    token = rows_of(scoring.score(lm, FACTS, phase="base"), "token")
+    assert [row["generality"] is None for row in token] == [False, True, True]
+    assert [row["residue"] is None for row in token] == [False, False, True]
+    prefer = rows_of(scoring.score(lm, FACTS, phase="base"), "prefer")
+    assert [row["reliability"] is None for row in prefer] == [False, False, True]
+    assert all(row["errors"] == {} for row in token + prefer)
+
+
+def test_counts_add_up(lm):
+    lm.encoder.max_length = 24
+    long = make_fact("Short?", "yes", ground_truth="no", rephrase_prompts=("x" * 30,), locality=(Probe("y" * 30, "z"),))
+    facts = [*FACTS, long]
+    summary = scoring.summarise(scoring.score(lm, facts, phase="base"))
+    for protocols in summary.values():
+        for mean in protocols.values():
+            assert mean["n"] + mean["errored"] + mean["not_asked"] == len(facts)
+    assert summary["generality"]["token"]["errored"] == 1
+    assert summary["locality"]["agreement"]["errored"] == 1
+    assert summary["reliability"]["token"]["n"] == 4
+
+
+def test_the_reason_of_an_error_stands_in_its_row(lm):
+    lm.encoder.max_length = 24
+    row = rows_of(scoring.score(lm, [make_fact("x" * 30, "a")], phase="base"), "token")[0]
+    assert row["reliability"] is None
+    assert "33 tokens, the model's context is 24" in row["errors"]["reliability"]
+    said = rows_of(scoring.score(lm, [make_fact("x" * 30, "a")], phase="base"), "generate")[0]
+    assert "the model's context 24" in said["errors"]["reliability"]
+    assert said["said"] is None
+
+
+def test_batched_reading_is_one_by_one_reading(lm):
+    pairs = [(f"Prompt {'ab' * index}", f"answer {index}") for index in range(17)]
+    batched = Scorer(lm, EvaluateSettings(batch_size=5)).read(pairs)
+    single = Scorer(lm, EvaluateSettings(batch_size=1)).read(pairs)
+    assert list(batched) != []
+    for pair in pairs:
+        assert batched[pair].predicted == single[pair].predicted
+        assert batched[pair].logprob == pytest.approx(single[pair].logprob, abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_reading_is_what_the_definition_says(lm):
+    """Argmax at positions len(prompt) - 1 .. -2, mean log-probability of the answer's ids."""
+    text = lm.encoder.encode("Is it?", "No")
+    reading = Scorer(lm).read([("Is it?", "No")])["Is it?", "No"]
+    logits = lm.model(torch.tensor([text.ids])).logits[0]
+    assert reading.predicted == tuple(logits[text.n_prompt_tokens - 1 : -1].argmax(-1).tolist())
+    picked = [float(logits[p].log_softmax(-1)[t]) for p, t in zip(text.answer_positions, text.answer_ids, strict=True)]
+    assert reading.logprob == pytest.approx(sum(picked) / len(picked), abs=1e-5)
+
+
+def test_generation_in_batches_is_generation_one_by_one(lm):
+    prompts = [f"Prompt {'ab' * index}" for index in range(9)]
+    settings = EvaluateSettings(max_new_tokens=12)
+    batched = Scorer(lm, settings.model_copy(update={"batch_size": 4})).say(prompts)
+    single = Scorer(lm, settings.model_copy(update={"batch_size": 1})).say(prompts)
+    assert batched == single
+    ids = torch.tensor([lm.encoder.prompt_ids(prompts[3])])
+    greedy = lm.model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+    text = lm.encoder.decode(greedy[0, ids.shape[1] :].tolist())
+    assert batched[prompts[3]].text == text.lstrip().split("\n")[0].strip()
+
+
+def test_the_models_own_generation_settings_do_not_change_answers(lm):
+    plain = Scorer(lm).say(["Hello"])["Hello"]
+    lm.model.generation_config.repetition_penalty = 5.0
+    lm.model.generation_config.max_new_tokens = 1
+    own = lm.model.generation_config
+    assert Scorer(lm).say(["Hello"])["Hello"] == plain
+    assert lm.model.generation_config is own
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "truncated"),
+    [
+        ("Paris</s>", "Paris", False),
+        ("\nParis\nis", "Paris", False),
+        (" Paris", "Paris", True),
+        ("</s>", "", False),
+    ],
+)
+def test_an_answer_ends_at_its_end_token_or_line_break(lm, ids, text, truncated):
+    ends = ids.endswith("</s>")
+    body = lm.tokenizer(ids.removesuffix("</s>"), add_special_tokens=False)["input_ids"]
+    assert Scorer(lm)._cut(body + [2] * ends, [2]) == Said(text, truncated)
+
+
+def test_a_model_agrees_with_itself_and_not_with_another(lm, tiny_model, char_tokenizer):
+    before = scoring.score(lm, FACTS, phase="base")
+    reference = scoring.locality_predictions(before)
+    same = scoring.score(lm, FACTS, phase="updated", reference=reference)
+    assert rows_of(same, "agreement")[1]["locality"] == 1.0
+    other = wrap(tiny_model(seed=9), char_tokenizer)
+    changed = scoring.score(other, FACTS, phase="updated", reference=reference)
+    assert rows_of(changed, "agreement")[1]["locality"] < 1.0
+    assert rows_of(changed, "agreement")[0]["locality"] is None
+
+
+@torch.no_grad()
+def test_logits_that_are_not_finite_are_counted_not_scored(lm):
+    reading = Scorer(lm)._read_batch([lm.encoder.encode("a", "b")])[0]
+    assert isinstance(reading, Reading)
+    lm.model.lm_head.weight[5] = float("nan")
+    assert isinstance(Scorer(lm)._read_batch([lm.encoder.encode("a", "b")])[0], Failure)
+
+
+def test_each_distinct_text_is_read_once(lm, monkeypatch):
+    seen = []
+    original = Scorer._read_batch
+    monkeypatch.setattr(Scorer, "_read_batch", lambda self, texts: seen.extend(texts) or original(self, texts))
+    twice = [FACTS[0], make_fact("Who made it?", "Ann B", subject="other", ground_truth="Cy")]
+    scoring.score(lm, twice, phase="base", settings=EvaluateSettings(protocols=("token",)))
+    assert len(seen) == len(set(seen)) == 6
+
+
+def test_known_facts_are_those_whose_old_answer_is_said():
+    rows = [{"fact": fact.id, "protocol": "generate", "said": said} for fact, said in zip(FACTS, ("cy.", "Rome", "x"))]
+    assert scoring.known_facts(FACTS, rows) == [FACTS[0]]
+
+
+def test_a_memorised_world_is_known_and_reliable(small_lab):
+    lm = load_model(ModelSettings(name=str(small_lab)))
+    facts = read_facts(small_lab / "facts.jsonl")
+    rows = scoring.score(lm, facts, phase="base")
+    summary = scoring.summarise(rows)
+    for protocol in ("token", "exact", "generate", "contains", "prefer"):
+        assert summary["residue"][protocol]["mean"] == 100
+    assert summary["locality"]["accuracy"]["mean"] == 100
+    assert summary["reliability"]["exact"]["mean"] == 0
+    assert len(scoring.known_facts(facts, rows)) == 24
+
+
+@torch.no_grad()
+def one_by_one(lm, prompt, answer):
+    """protocols.md's definition, read directly: predicted and wanted ids of `prompt + " " + answer`."""
+    ids = lm.tokenizer(f"{prompt} {answer}")["input_ids"]
+    start = len(lm.tokenizer(prompt)["input_ids"])
+    predicted = lm.model(torch.tensor([ids])).logits[0].argmax(-1)[start - 1 : -1].tolist()
+    return predicted, ids[start:]
+
+
+def share(predicted, wanted):
+    return sum(p == w for p, w in zip(predicted, wanted, strict=True)) / len(wanted)
+
+
+def test_token_and_agreement_are_the_definition_on_200_zsre_facts(small_lab, shared_data):
+    """Fact by fact, equal floats: against a model and the same model after a change of its weights."""
+    facts = read_facts(shared_data("zsre.json"), limit=200)
+    base = load_model(ModelSettings(name=str(small_lab)))
+    changed = copy.deepcopy(base)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in changed.model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    settings = EvaluateSettings(protocols=("token",))
+    before = scoring.score(base, facts, phase="base", settings=settings)
+    rows = scoring.score(
+        changed, facts, phase="updated", settings=settings, reference=scoring.locality_predictions(before)
+    )
+    token = {row["fact"]: row for row in rows_of(rows, "token")}
+    agreement = {row["fact"]: row["locality"] for row in rows_of(rows, "agreement")}
+    scores = set()
+    for fact in facts:
+        assert token[fact.id]["reliability"] == share(*one_by_one(changed, fact.prompt, fact.target_new))
+        assert token[fact.id]["generality"] == share(*one_by_one(changed, fact.rephrase_prompts[0], fact.target_new))
+        probe = fact.locality[0]
+        was, _wanted = one_by_one(base, probe.prompt, probe.answer)
+        now, _wanted = one_by_one(changed, probe.prompt, probe.answer)
+        assert agreement[fact.id] == share(now, was)
+        scores.add(agreement[fact.id])
+    assert len(scores) > 3  # the change was neither nothing nor everything
