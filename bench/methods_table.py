@@ -66,7 +66,9 @@ def main() -> None:
             print(f"seed {seed} {method} {coef}", flush=True)
     print(table(scores))
     for seed, shares in zip(seeds, held, strict=True):
-        print(f"seed {seed}: base holds " + ", ".join(f"{100 * share:.2f} % of {what}" for what, share in shares.items()))
+        print(
+            f"seed {seed}: base holds " + ", ".join(f"{100 * share:.2f} % of {what}" for what, share in shares.items())
+        )
 
 
 def table(scores: dict[tuple[str, float | None], list[dict]]) -> str:

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from forgetlearn import scoring
-from forgetlearn.config import EvaluateSettings
+from forgetlearn.config import EvaluateSettings, ModelSettings
 from forgetlearn.facts import Probe, make_fact, read_facts
 from forgetlearn.models import load_model, wrap
-from forgetlearn.config import ModelSettings
 from forgetlearn.scoring import Failure, Reading, Said, Scorer
 
 FACTS = [

@@ -172,7 +172,9 @@ def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: obje
         with warnings.catch_warnings():
             # peft asks transformers by a name that is going out of use, and warns of tied heads, which
             # _check_layers refuses where they matter.
-            warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings|fan_in_fan_out).*")
+            warnings.filterwarnings(
+                "ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings|fan_in_fan_out).*"
+            )
             if not isinstance(model, PeftModel):
                 return get_peft_model(model, config, adapter_name=name)
             model.add_adapter(name, config)
@@ -197,7 +199,9 @@ def _check_layers(model: PeftModel, name: str) -> None:
         if name not in layer.lora_A and name not in layer.lora_embedding_A:
             continue
         if isinstance(layer, LoraEmbedding):
-            raise ConfigError(f"lora.target_modules matches the embedding {path}, which is not supported. Leave it out.")
+            raise ConfigError(
+                f"lora.target_modules matches the embedding {path}, which is not supported. Leave it out."
+            )
         weight: Tensor = layer.get_base_layer().weight
         if len(owners[id(weight)]) > 1:
             raise ConfigError(

@@ -193,9 +193,7 @@ def train_tokenizer(texts: list[str], settings: LabSettings) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left"
     )
@@ -224,9 +222,9 @@ def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:
 
 def _share_held(model: Any, tokenizer: Any, facts: FactSet) -> dict[str, float | None]:
     """Share of old answers and of locality answers that the base gives exactly, token for token."""
-    from forgetlearn.scoring import Reading, Scorer
     from forgetlearn.metrics import exact_match
     from forgetlearn.models import wrap
+    from forgetlearn.scoring import Reading, Scorer
 
     old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     probes = [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]
@@ -243,7 +241,9 @@ def _share_held(model: Any, tokenizer: Any, facts: FactSet) -> dict[str, float |
 def _update_yaml() -> str:
     import yaml
 
-    body: str = yaml.safe_dump({"forget": {**UPDATE_SETTINGS}, "learn": {**UPDATE_SETTINGS}, "teach": _teach()}, sort_keys=False)
+    body: str = yaml.safe_dump(
+        {"forget": {**UPDATE_SETTINGS}, "learn": {**UPDATE_SETTINGS}, "teach": _teach()}, sort_keys=False
+    )
     return "# Settings for `forgetlearn update` that suit this small base.\n" + body
 
 

@@ -188,9 +188,7 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 def _with_answers(texts: Iterable[Encoded]) -> list[Encoded]:
     """Texts with at least one position to predict, for the layout check (a prompt alone has none)."""
-    return [
-        text if text.answer_ids or len(text.ids) < 2 else Encoded(text.ids, len(text.ids) - 1) for text in texts
-    ]
+    return [text if text.answer_ids or len(text.ids) < 2 else Encoded(text.ids, len(text.ids) - 1) for text in texts]
 
 
 def score(
@@ -303,10 +301,7 @@ def _teacher_forced_rows(
                 fact,
                 phase,
                 protocol,
-                {
-                    quantity: [_apply(rule, read[pair]) for pair in pairs]
-                    for quantity, pairs in _pairs(fact).items()
-                },
+                {quantity: [_apply(rule, read[pair]) for pair in pairs] for quantity, pairs in _pairs(fact).items()},
             )
     if "prefer" in settings.protocols:
         yield _row(fact, phase, "prefer", _preferences(fact, read))

@@ -1,7 +1,7 @@
 """The arithmetic of the method: difference, scale, subtract; tensor by tensor, in float32, rounded once.
 
-    task vector   tau    = tuned - base
-    forgetting    theta' = base - coef * tau
+task vector   tau    = tuned - base
+forgetting    theta' = base - coef * tau
 """
 
 from __future__ import annotations
