@@ -127,6 +127,11 @@ def _shorten_targets(model: PeftModel, name: str, targets: list[str]) -> None:
         model.peft_config[name].target_modules = set(short)
 
 
+def names(model: PeftModel) -> list[str]:
+    """Adapters that the model carries, oldest first."""
+    return list(model.peft_config)
+
+
 def detach(model: PeftModel) -> nn.Module:
     """The base model without any adapter; its weights are those it had."""
     base: nn.Module = model.unload()

@@ -25,6 +25,9 @@ from forgetlearn.errors import ConfigError, TrainingError
 from forgetlearn.forward import IGNORE, Layout, answer_logits, choose_layout, lay_out
 
 
+LOGGED = ("loss", "grad_norm", "learning_rate")
+
+
 @dataclass(frozen=True)
 class StageLog:
     """What happened in a stage: a row of numbers per optimiser step, and the layout of its batches."""
@@ -188,7 +191,8 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
         loss = functional.cross_entropy(torch.cat(logits).float(), labels, ignore_index=IGNORE, reduction="sum")
         n_tokens = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
         # Every process divides by the tokens of all, and DDP averages: the factor undoes the average.
-        return loss / n_tokens * self.accelerator.num_processes
+        scaled: Tensor = loss / n_tokens * self.accelerator.num_processes
+        return scaled
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]
@@ -206,7 +210,7 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs:
             return
-        row = {name: float(logs[name]) for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        row: dict[str, float] = {name: float(logs[name]) for name in LOGGED if name in logs}
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(

@@ -241,14 +241,10 @@ def _share_held(model: Any, tokenizer: Any, facts: FactSet) -> dict[str, float |
 def _update_yaml() -> str:
     import yaml
 
-    body: str = yaml.safe_dump(
-        {"forget": {**UPDATE_SETTINGS}, "learn": {**UPDATE_SETTINGS}, "teach": _teach()}, sort_keys=False
-    )
+    teach = {name: value for name, value in UPDATE_SETTINGS.items() if name != "epochs"}
+    settings = {"forget": {**UPDATE_SETTINGS}, "learn": {**UPDATE_SETTINGS}, "teach": teach}
+    body: str = yaml.safe_dump(settings, sort_keys=False)
     return "# Settings for `forgetlearn update` that suit this small base.\n" + body
-
-
-def _teach() -> dict[str, Any]:
-    return {name: value for name, value in UPDATE_SETTINGS.items() if name != "epochs"}
 
 
 def _key(facts: FactSet, settings: LabSettings) -> str:

@@ -79,7 +79,7 @@ def learn(
     if how == "lora":
         lm.model = adapters.attach(lm.model, settings.lora, adapters.LEARN, seed)
         stage_log = _train(lm, texts, settings, how, seed, "learning")
-        adapters.compose(lm.model, list(lm.model.peft_config))
+        adapters.compose(lm.model, adapters.names(lm.model))
         return stage_log
     fold_in(lm, adapters.FORGET)
     _all_weights(lm)

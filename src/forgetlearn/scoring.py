@@ -209,7 +209,7 @@ def score(
     scorer = Scorer(lm, settings, phase)
     read = scorer.read(pair for fact in facts for pair in _all_pairs(fact))
     said = scorer.say(p for fact in facts for p in _prompts(fact)) if "generate" in settings.protocols else {}
-    rows = []
+    rows: list[Row] = []
     for fact in facts:
         rows += _teacher_forced_rows(fact, phase, read, settings)
         if "generate" in settings.protocols:
@@ -251,11 +251,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Facts whose old answer the model gives when it is asked (rows of the `generate` protocol)."""
-    said = {row["fact"]: row.get("said") for row in rows if row["protocol"] == "generate"}
+    said: dict[str, str] = {row["fact"]: row["said"] or "" for row in rows if row["protocol"] == "generate"}
     return [
-        fact
-        for fact in facts
-        if fact.ground_truth and said.get(fact.id) is not None and metrics.same_text(said[fact.id], fact.ground_truth)
+        fact for fact in facts if fact.ground_truth and metrics.same_text(said.get(fact.id, ""), fact.ground_truth)
     ]
 
 
