@@ -10,9 +10,10 @@ from torch import nn
 
 from forgetlearn import report, runs
 from forgetlearn.config import RunConfig
-from forgetlearn.scoring import Said, Scorer, locality_predictions, score
+from forgetlearn.errors import FactError
 from forgetlearn.facts import FactSet, write_facts
 from forgetlearn.models import LanguageModel, as_language_model, load_model
+from forgetlearn.scoring import Said, Scorer, locality_predictions, score
 from forgetlearn.session import public_row, read_config_facts, resolve, summary_of
 
 
@@ -34,7 +35,8 @@ def evaluate(
         ForgetLearnError: anything that is wrong with the input, before anything is written.
     """
     config = resolve(config, model, facts)
-    runs.check_output(output, resume=False, overwrite=overwrite)
+    reads = (config.model.name, config.facts.source, reference if isinstance(reference, (str, Path)) else None)
+    runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     rows = {}
     before = None
@@ -70,10 +72,11 @@ def ask(
 
     Raises:
         ModelError: the model cannot be loaded.
-        FactError: a prompt is longer than the model's context.
+        FactError: a prompt is empty, or longer than the model's context.
     """
-    from forgetlearn.errors import FactError
-
+    prompts = list(prompts)
+    if not all(prompt.strip() for prompt in prompts):
+        raise FactError("A prompt is empty. Give a question.")
     config = resolve(config, model, None)
     lm = model if isinstance(model, LanguageModel) else load_model(config.model)
     answers = {}

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 HELP = {name: description for name, _type, _default, description in describe()}
 
 
-class OldFrom(str, Enum):
+class OldFrom(StrEnum):
     """Where the old answer comes from."""
 
     answers = "answers"
@@ -37,7 +38,7 @@ class OldFrom(str, Enum):
     model = "model"
 
 
-class Template(str, Enum):
+class Template(StrEnum):
     """Whether to ask in the chat format."""
 
     auto = "auto"
@@ -51,7 +52,7 @@ OldFromOption = Annotated[OldFrom | None, typer.Option("--old-from", help=HELP["
 LimitOption = Annotated[int | None, typer.Option("--limit", help=HELP["facts.limit"])]
 StrictOption = Annotated[bool | None, typer.Option("--strict/--no-strict", help=HELP["facts.strict"])]
 ChatOption = Annotated[Template | None, typer.Option("--chat-template", help=HELP["model.chat_template"])]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags and --set win over it.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags and --set win.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="One setting: NAME=VALUE; `forgetlearn settings` lists them.")
 ]
@@ -184,8 +185,8 @@ def evaluate(
 ) -> None:
     """Score a model or an adapter on facts; with --reference also what changed against another model."""
     config = _config(config_file, model, facts_file, old_from, limit, strict, chat_template, None, setting)
+    from forgetlearn.assess import evaluate as run_evaluate
     from forgetlearn.report import load_context
-    from forgetlearn.session import evaluate as run_evaluate
 
     path = run_evaluate(config=config, reference=reference, output=output, overwrite=overwrite)
     context = load_context(path)
@@ -204,7 +205,7 @@ def ask(
 ) -> None:
     """Print what a model or an adapter answers, greedily, to one or more prompts."""
     config = _config(None, model, None, None, None, None, chat_template, None, setting)
-    from forgetlearn.session import ask as run_ask
+    from forgetlearn.assess import ask as run_ask
 
     answers = {str(config.model.name): run_ask(prompts, config=config)}
     if reference:
@@ -240,9 +241,8 @@ def demo(
     from forgetlearn.demo import COLUMNS, DEMO_FACTS, run_demo
     from forgetlearn.method import METHODS
 
-    result = run_demo(
-        output, methods=METHODS, n_facts=limit or DEMO_FACTS, seed=seed, resume=resume, overwrite=overwrite
-    )
+    n_facts = DEMO_FACTS if limit is None else limit
+    result = run_demo(output, methods=METHODS, n_facts=n_facts, seed=seed, resume=resume, overwrite=overwrite)
     _table(COLUMNS, list(result.rows), "method")
     typer.echo(
         "Percent. Locality is agreement with the original; residue, the old answer, is better when it is lower.\n"
@@ -299,7 +299,7 @@ def _print_facts(found: Any) -> None:
         for reason, count in counts.items():
             typer.echo(f"left out: {count} {what}, {reason}. {REASONS[reason]}")
     if found.ignored_fields:
-        typer.echo(f"not used: {', '.join(found.ignored_fields)}")
+        typer.echo(f"not used: {_plain(', '.join(found.ignored_fields))}")
     for fact in found[:3]:
         typer.echo(f"\n{fact.id}  {_plain(fact.prompt)}")
         old = "(none)" if fact.ground_truth is None else _plain(fact.ground_truth)
@@ -348,7 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(args=list(argv) if argv is not None else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # for those who maintain the libraries
+            app(args=list(argv) if argv is not None else None)
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 0
         if code == INTERRUPTED:
@@ -357,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ForgetLearnError, OSError) as error:
         if _State.debug:
             raise
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        typer.echo(f"{type(error).__name__}: " + "\n".join(map(_plain, str(error).split("\n"))), err=True)
         return 2
     return 0
 

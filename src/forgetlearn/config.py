@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from forgetlearn.errors import ConfigError
 
@@ -25,6 +25,18 @@ class Settings(BaseModel):
     """What all settings share: they do not change, and a key that is not known is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_another_type(cls, value: object, info: ValidationInfo) -> object:
+        """YAML 1.1 takes on and off for booleans, and a boolean would pass as the number 1 or 0."""
+        if isinstance(value, bool):
+            annotation = cls.model_fields[str(info.field_name)].annotation
+            if {"on", "off"} <= {*get_args(annotation)}:
+                return "on" if value else "off"
+            if {int, float} & {annotation, *get_args(annotation)}:
+                raise ValueError("must be a number")
+        return value
 
 
 class LoraSettings(Settings):
@@ -98,9 +110,7 @@ class ForgetSettings(StageSettings):
         description="Share of what fine-tuning on the old answers added that is subtracted (lambda in the paper). "
         "Subtraction is built in: 0.3 forgets, 0 skips the stage.",
     )
-    only_known: bool = Field(
-        True, description="Forget only facts whose old answer the model gives when it is asked."
-    )
+    only_known: bool = Field(True, description="Forget only facts whose old answer the model gives when it is asked.")
 
 
 class TeachSettings(StageSettings):
@@ -235,7 +245,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"config {file}: expected names and values, found a {type(data).__name__}.")
-    return _unshared(data)
+    separate: dict[str, Any] = _unshared(data)
+    return separate
 
 
 def _unshared(data: Any) -> Any:

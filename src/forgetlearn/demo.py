@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn import runs
-from forgetlearn.config import load_config
+from forgetlearn.config import load_config, validate
 from forgetlearn.errors import RunError
 from forgetlearn.lab import LabSettings, build_lab
 from forgetlearn.report import show_score
@@ -53,6 +53,7 @@ def run_demo(
     """
     from forgetlearn.session import update
 
+    settings = validate(LabSettings, {"n_facts": n_facts, "seed": seed})
     output = Path(output)
     marker = output / "demo.json"
     if output.exists() and any(output.iterdir()) and not (resume or overwrite):
@@ -61,7 +62,7 @@ def run_demo(
         raise RunError(f"{output} was not written by the demo. Choose another folder.")
     output.mkdir(parents=True, exist_ok=True)
     runs.write_json(marker, {"n_facts": n_facts, "seed": seed})
-    base = build_lab(settings=LabSettings(n_facts=n_facts, seed=seed))
+    base = build_lab(settings=settings)
     rows: list[tuple[str, dict[str, Any]]] = []
     for method in methods:
         log.info("updating with %s", method)

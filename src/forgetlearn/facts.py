@@ -197,13 +197,13 @@ def from_records(
     return _accepted(result, strict)
 
 
-def with_old_answers(facts: FactSet, answers: Mapping[str, str]) -> FactSet:
+def with_old_answers(facts: FactSet, answers: Mapping[str, str], *, strict: bool = False) -> FactSet:
     """The facts with the model's own answers (fact id -> answer) as old ones: the policy `model`.
 
     An empty answer, or one that is the new answer already, leaves its fact out and is counted.
 
     Raises:
-        FactError: a fact has no entry in `answers`, or no fact is left.
+        FactError: a fact has no entry in `answers`, or no fact is left, or one is left out under `strict`.
     """
     missing = [fact.id for fact in facts if fact.id not in answers]
     if missing:
@@ -228,7 +228,7 @@ def with_old_answers(facts: FactSet, answers: Mapping[str, str]) -> FactSet:
         stripped=facts.stripped + sum(answers[fact.id] != answers[fact.id].strip() for fact in facts),
         left_out_records=_in_order(left),
     )
-    return _accepted(result, strict=False)
+    return _accepted(result, strict)
 
 
 def write_facts(facts: Iterable[Fact], path: Path) -> None:

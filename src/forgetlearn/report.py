@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ COLUMNS = (
     ("residue", "generate"),
 )
 SHOWN_FACTS_MARKDOWN = 20
+# Control characters but tab and line break, and those that change the direction of text.
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 PHASE_COLOURS = {"base": "#8a8f98", "forgotten": "#d08a2e", "updated": "#2f7ed8"}
 
 
@@ -80,6 +83,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_printable,
     )
     environment.filters["cell"] = _cell
     environment.filters["score"] = show_score
@@ -127,11 +131,12 @@ def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
     last = summary["phases"][phases[-1]]
     used = summary["facts"]["used"]
     generated = last.get("reliability", {}).get("generate") or {}
-    token = last["reliability"].get("token") or last["reliability"].get("exact")
+    token = last.get("reliability", {}).get("token") or {}
+    subject = "The model" if phases[-1] == "model" else f"The {phases[-1]} model"
     parts = []
     if generated.get("mean") is not None:
         parts.append(f"gives the new answer to {round(generated['mean'] * generated['n'] / 100)} of {used} prompts")
-    elif token:
+    elif token.get("mean") is not None:
         parts.append(f"gives {token['mean']:.1f} % of the new answers' tokens (teacher forced)")
     locality = last.get("locality", {}).get("agreement")
     if locality and locality["mean"] is not None and phases[-1] != "base":
@@ -139,7 +144,9 @@ def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
     residue = last.get("residue", {}).get("generate")
     if residue and residue["mean"] is not None:
         parts.append(f"still gives the old answer to {residue['mean']:.1f} % of prompts and rephrasings")
-    return f"The {phases[-1]} model " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] + "."
+    if not parts:
+        return f"{subject} was scored on {used} facts."
+    return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] + "."
 
 
 def plot_scores(summary: Mapping[str, Any], phases: Sequence[str]) -> str | None:
@@ -153,12 +160,11 @@ def plot_scores(summary: Mapping[str, Any], phases: Sequence[str]) -> str | None
     for index, phase in enumerate(phases):
         cells = [summary["phases"][phase].get(q, {}).get(p) or {} for q, p in columns]
         means = [cell.get("mean") or 0 for cell in cells]
-        errors = [
-            [mean - cell["low"] if cell.get("low") is not None else 0 for cell, mean in zip(cells, means, strict=True)],
-            [cell["high"] - mean if cell.get("high") is not None else 0 for cell, mean in zip(cells, means, strict=True)],
-        ]
+        bounds = [(cell.get("low"), cell.get("high"), mean) for cell, mean in zip(cells, means, strict=True)]
+        below = [0 if low is None else mean - low for low, _high, mean in bounds]
+        above = [0 if high is None else high - mean for _low, high, mean in bounds]
         at = [position + (index - (len(phases) - 1) / 2) * width for position in range(len(columns))]
-        axes.bar(at, means, width * 0.92, yerr=errors, label=phase, color=PHASE_COLOURS.get(phase), capsize=2)
+        axes.bar(at, means, width * 0.92, yerr=[below, above], label=phase, color=PHASE_COLOURS.get(phase), capsize=2)
     axes.set_xticks(range(len(columns)), [f"{quantity}\n{protocol}" for quantity, protocol in columns])
     axes.set_ylim(0, 105)
     axes.set_ylabel("percent of tokens")
@@ -196,7 +202,7 @@ def _mean(summary: Mapping[str, Any], phase: str, quantity: str, protocol: str) 
 
 def _errors(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Facts that could not be scored, with the reason, once each."""
-    found = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         for quantity, reason in row["errors"].items():
             found.setdefault((row["fact"], quantity), {"fact": row["fact"], "quantity": quantity, "reason": reason})
@@ -230,13 +236,20 @@ def _svg(figure: Any) -> str:
     return text.replace("<text ", '<text fill="currentColor" ')
 
 
+def _printable(value: object) -> object:
+    """What a template prints, with a mark for each character that steers a terminal or reorders a line."""
+    if not isinstance(value, str):
+        return value
+    return type(value)(STEERING.sub("�", value))  # Markup stays Markup
+
+
 def _cell(text: object) -> str:
     """Text for a Markdown table or line: nothing in it is markup."""
     shown = "" if text is None else str(text)
-    for mark in ("\\", "|", "`", "*", "_", "[", "]", "#"):
+    for mark in ("\\", "|", "`", "*", "_", "[", "]", "#", "~", "$"):
         shown = shown.replace(mark, f"\\{mark}")
     shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join("".join(char if char.isprintable() or char.isspace() else "�" for char in shown).split())
+    return " ".join(STEERING.sub("�", shown).split())
 
 
 def _quoted(word: str) -> str:

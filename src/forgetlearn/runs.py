@@ -58,14 +58,14 @@ class RunFolder:
         path = Path(path)
         check_output(path, resume=resume, overwrite=overwrite)
         config, inputs = _plain(config), _plain(inputs)
-        if resume and (path / MANIFEST).is_file():
+        if resume and is_run(path):
             run = cls.open(path)
             run.check_same(config, "config")
             run.check_same(inputs, "inputs")
-            _remove_unfinished(path)
+            run._remove_leftovers()
             return run
-        path.mkdir(parents=True, exist_ok=True)
-        _empty(path)
+        with naming(path):
+            path.mkdir(parents=True, exist_ok=True)
         manifest = {
             "format": 1,
             "command": command_line(),
@@ -77,7 +77,8 @@ class RunFolder:
             "stages": {},
         }
         run = cls(path, manifest)
-        run._save()
+        run._save()  # before the old run goes: a kill leaves a folder that is known as ours
+        run._remove_leftovers()
         return run
 
     @classmethod
@@ -144,15 +145,27 @@ class RunFolder:
     def _save(self) -> None:
         write_json(self.path / MANIFEST, self.manifest)
 
+    def _remove_leftovers(self) -> None:
+        """Delete what a kill left half written, and all of an old run where no stage of this one is done."""
+        old = [] if self.manifest["stages"] else [file for file in self.path.iterdir() if file.name != MANIFEST]
+        for left in (*old, *self.path.rglob(f"*{UNFINISHED}*")):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a folder holds a run, done or not."""
+    return (Path(path) / MANIFEST).is_file()
+
 
 def is_finished(path: str | Path) -> bool:
     """Whether a folder holds a run that is done."""
-    return (Path(path) / MANIFEST).is_file() and "finished" in RunFolder.open(path).manifest
+    return is_run(path) and "finished" in RunFolder.open(path).manifest
 
 
-def check_output(
-    path: str | Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path | None] = ()
-) -> None:
+def check_output(path: str | Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
     """Nothing, if a run may be written to this folder without losing anything else, `inputs` least of all.
 
     Raises:
@@ -162,7 +175,7 @@ def check_output(
     path = Path(path)
     if not path.exists() or (path.is_dir() and all(UNFINISHED in child.name for child in path.iterdir())):
         return
-    if resume and (path / MANIFEST).is_file():
+    if resume and is_run(path):
         return
     if not overwrite:
         if resume:
@@ -183,45 +196,27 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
-def _empty(folder: Path) -> None:
-    """Delete what a folder holds, its manifest last: a kill in between leaves a folder that is known as ours."""
-    for child in sorted(folder.iterdir(), key=lambda child: child.name in (MANIFEST, "lab.json")):
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
-
-
-def _remove_unfinished(run: Path) -> None:
-    """Delete what a kill left half written; weights among it can be large."""
-    for left in run.rglob(f"*{UNFINISHED}*"):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink(missing_ok=True)
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see the old text or the new one, never a part.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written; the old file stays.
     """
-    try:
-        with tempfile.NamedTemporaryFile(
+    with (
+        naming(path),
+        tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}{UNFINISHED}", delete=False
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).chmod(0o666 & ~_umask())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error
+        ) as file,
+    ):
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o666 & ~_umask())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, data: object) -> None:
@@ -269,26 +264,37 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     Raises:
         RunError: writing failed, of a full disk say; nothing is left behind.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}{UNFINISHED}", dir=final.parent))
-    unfinished.chmod(0o777 & ~_umask())
+    with naming(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}{UNFINISHED}", dir=final.parent))
+        try:
+            unfinished.chmod(0o777 & ~_umask())
+            yield unfinished
+            for file in unfinished.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            replaced = unfinished.with_name(f"{unfinished.name}-replaced")
+            if final.exists():
+                final.rename(replaced)
+            unfinished.rename(final)
+            _sync(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns what went wrong with the disk into an error that names the path."""
     try:
-        yield unfinished
-        for file in unfinished.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        _sync(final.parent)
+        yield
     except OSError as error:
-        raise RunError(f"{final}: cannot be written: {error.strerror or error}.") from error
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error
     except Exception as error:
-        if "No space left" in str(error):  # safetensors and tokenizers raise errors of their own
-            raise RunError(f"{final}: cannot be written: No space left on device.") from error
+        if "No space left" in str(error) and not isinstance(error, RunError):
+            # safetensors and tokenizers raise errors of their own
+            raise RunError(f"{path}: cannot be written: No space left on device.") from error
         raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:
@@ -334,7 +340,8 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None

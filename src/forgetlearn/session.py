@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from forgetlearn import adapters, report, runs, scoring, taskvector
-from forgetlearn.config import ModelSettings, RunConfig, StageSettings, TeachSettings, validate
+from forgetlearn.config import RunConfig, StageSettings, TeachSettings, validate
 from forgetlearn.encoding import check_lengths
-from forgetlearn.errors import ConfigError, FactError, RunError
-from forgetlearn.scoring import Row
+from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers, write_facts
 from forgetlearn.finetune import StageLog, finetune
-from forgetlearn.models import LanguageModel, as_language_model, load_model, save_model
 from forgetlearn.method import METHODS, How, Method, fold_in, forget, learn
+from forgetlearn.models import LanguageModel, as_language_model, load_model, save_model
+from forgetlearn.scoring import Row
 
 log = logging.getLogger("forgetlearn")
 
@@ -57,17 +57,25 @@ def update(
         ForgetLearnError: anything that is wrong with the input, before anything is written.
     """
     config = resolve(config, model, facts)
-    if resume and runs.is_finished(output):
-        return _finished(Path(output), config)
-    runs.check_output(output, resume=resume, overwrite=overwrite)
+    reads = (config.model.name, config.facts.source)
+    runs.check_output(output, resume=resume, overwrite=overwrite, inputs=reads)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+    if resume and runs.is_finished(output):
+        return _finished(Path(output), config, fact_set)
     _check_old_answers(fact_set, config)
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
+    if hasattr(lm.model, "peft_config"):
+        raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
     check_lengths(lm.encoder, _longest_pairs(fact_set))
+    answers = None
+    if config.facts.old_from == "model" and not (resume and runs.is_run(output)):
+        answers = _ask_old_answers(lm, fact_set, config)  # now, because no fact may be left
+        held = with_old_answers(fact_set, answers, strict=config.facts.strict)
+        check_lengths(lm.encoder, _longest_pairs(held))
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": _base_hash(lm)}
-    run = runs.RunFolder.create(
-        output, config.model_dump(mode="json"), inputs, resume=resume, overwrite=overwrite
-    )
+    run = runs.RunFolder.create(output, config.model_dump(mode="json"), inputs, resume=resume, overwrite=overwrite)
+    if answers is not None:
+        _keep_old_answers(run, answers)
     return _Session(run, config, lm, fact_set).run()
 
 
@@ -85,7 +93,7 @@ class _Session:
 
     def run(self) -> UpdateResult:
         """Everything, or what of it is not done."""
-        self._ask_old_answers()
+        self._use_old_answers()
         self._teach()
         self._score("base")
         self.known = self._facts_to_forget()
@@ -97,18 +105,15 @@ class _Session:
         self._score("updated")
         return self._finish()
 
-    def _ask_old_answers(self) -> None:
+    def _use_old_answers(self) -> None:
         """Policy `model`: what the model itself says is what it holds."""
         if self.config.facts.old_from != "model":
             return
 
-        def compute(folder: Path) -> None:
-            rows = scoring.probe(self.lm, self.facts, self.config.evaluate)
-            runs.write_json(folder / "answers.json", {row["fact"]: row["said"] or "" for row in rows})
-
-        self.folder.do("old_answers", compute)
+        if not self.folder.is_done("old_answers"):
+            _keep_old_answers(self.folder, _ask_old_answers(self.lm, self.facts, self.config))
         answers = runs.read_json(self.folder.path / "stages/old_answers/answers.json")
-        self.facts = with_old_answers(self.facts, answers)
+        self.facts = with_old_answers(self.facts, answers, strict=self.config.facts.strict)
 
     def _teach(self) -> None:
         settings = self.config.teach
@@ -226,9 +231,7 @@ class _Session:
         def compute(folder: Path) -> None:
             self._restore()
             reference = scoring.locality_predictions(self.rows["base"]) if phase != "base" else None
-            rows = scoring.score(
-                self.lm, self.facts, phase=phase, settings=self.config.evaluate, reference=reference
-            )
+            rows = scoring.score(self.lm, self.facts, phase=phase, settings=self.config.evaluate, reference=reference)
             runs.write_rows(folder / "rows.jsonl", rows)
 
         self.folder.do(stage, compute)
@@ -260,16 +263,20 @@ class _Session:
 
     def _finish(self) -> UpdateResult:
         path = self.folder.path
+        products = [self.product]
         if self.config.save_merged and self.method.learns == "lora":
             self._merge()
+            products.append(path / "merged")
         rows = [row for phase in self.rows.values() for row in phase]
         runs.write_rows(path / "facts.jsonl", [public_row(row) for row in rows])
-        write_facts(self.facts, path / "inputs.jsonl")
+        with runs.naming(path / "inputs.jsonl"):
+            write_facts(self.facts, path / "inputs.jsonl")
         summary = summary_of(self.config, self.facts, len(self.known), self.rows, self.product.name)
         runs.write_json(path / "summary.json", summary)
         runs.write_text(path / "config.yaml", report.as_yaml(self.config.model_dump(mode="json")))
         report.write_run(path)
-        report.write_card(path, self.product)
+        for product in products:
+            report.write_card(path, product)
         if not self.config.keep_stages:
             self.folder.remove_stage_weights()
         self.folder.finish()
@@ -284,6 +291,15 @@ class _Session:
             save_model(self.lm.model.to(self.lm.dtype), self.lm.tokenizer, folder, self.lm.dtype)
 
         self.folder.do("merge", compute, folder="merged")
+
+
+def _ask_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> dict[str, str]:
+    """Fact id to what the model says itself."""
+    return {row["fact"]: row["said"] or "" for row in scoring.probe(lm, facts, config.evaluate)}
+
+
+def _keep_old_answers(run: runs.RunFolder, answers: Mapping[str, str]) -> None:
+    run.do("old_answers", lambda folder: runs.write_json(folder / "answers.json", answers))
 
 
 def teach(lm: LanguageModel, facts: list[Fact], settings: TeachSettings, *, seed: int) -> StageLog:
@@ -318,9 +334,7 @@ def read_config_facts(config: RunConfig) -> FactSet:
     settings = config.facts
     if not settings.source:
         raise ConfigError("facts.source is not set. Give a file of facts (JSON, JSONL, CSV).")
-    return read_facts(
-        settings.source, old_from=settings.old_from, limit=settings.limit, strict=settings.strict
-    )
+    return read_facts(settings.source, old_from=settings.old_from, limit=settings.limit, strict=settings.strict)
 
 
 def _check_old_answers(facts: FactSet, config: RunConfig) -> None:
@@ -380,13 +394,19 @@ def summary_of(
     }
 
 
-def _finished(path: Path, config: RunConfig) -> UpdateResult:
-    """The result of a run that is done, from its folder alone."""
+def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
+    """The result of a run that is done, from its folder alone; the base may be gone by now."""
     run = runs.RunFolder.open(path)
     run.check_same(config.model_dump(mode="json"), "config")
+    base = Path(str(config.model.name))
+    was = run.manifest["inputs"]
+    now = {"facts_sha256": facts.sha256(), "base_sha256": runs.sha256_of(base) if base.is_dir() else None}
+    run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
     summary = runs.read_json(path / "summary.json")
-    report.write_run(path)
+    if not summary["product"]:
+        raise RunError(f"{path} holds scores, not an update. Choose another folder.")
     product = path / summary["product"]
     if not product.is_dir():
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
+    report.write_run(path)
     return UpdateResult(path, product, summary, runs.read_rows(path / "facts.jsonl"))
