@@ -1,0 +1,212 @@
+"""Batches by hand, and the three layouts against each other on several families of models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from forgetlearn.encoding import Encoded
+from forgetlearn.errors import ModelError
+from forgetlearn.forward import (
+    IGNORE,
+    answer_logits,
+    choose_layout,
+    forward_parameters,
+    lay_out,
+    pack,
+    pad_left,
+)
+
+CPU = torch.device("cpu")
+SHORT = Encoded((1, 5, 6, 7), 3)  # answer 7
+LONG = Encoded((1, 8, 9, 10, 11), 2)  # answer 9 10 11
+TEXTS = [
+    Encoded((1, 40, 41, 42), 3),
+    Encoded((1, 50, 51, 52, 53, 54, 55, 56, 57), 4),
+    Encoded((1, 60, 61, 62, 63, 64), 5),
+    Encoded((1, 70), 1),
+]
+
+
+def flat(batch, model):
+    with torch.no_grad():
+        return answer_logits(model, batch.inputs, batch.positions)[batch.labels != IGNORE]
+
+
+def one_by_one(model, texts):
+    """The definition: a plain forward pass over the ids of each text, its logits at the answer positions."""
+    with torch.no_grad():
+        rows = [model(torch.tensor([text.ids])).logits[0, list(text.answer_positions)] for text in texts]
+    return torch.cat(rows)
+
+
+class TestByHand:
+    def test_pack(self):
+        batch = pack([SHORT, LONG])
+        assert batch.inputs.keys() == {"input_ids", "position_ids"}
+        assert batch.inputs["input_ids"].tolist() == [[1, 5, 6, 7, 1, 8, 9, 10, 11]]
+        assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4]]
+        assert batch.positions.tolist() == [2, 5, 6, 7]
+        assert batch.labels.tolist() == [[7, 9, 10, 11]]
+
+    def test_pad_left(self):
+        batch = pad_left([SHORT, LONG], pad_id=0)
+        assert batch.inputs["input_ids"].tolist() == [[0, 1, 5, 6, 7], [1, 8, 9, 10, 11]]
+        assert batch.inputs["attention_mask"].tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+        assert batch.inputs["position_ids"].tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
+        assert batch.positions.tolist() == [1, 2, 3]
+        assert batch.labels.tolist() == [[IGNORE, IGNORE, 7], [9, 10, 11]]
+
+    def test_padding_with_eos_hides_no_eos_of_an_answer(self):
+        batch = pad_left([Encoded((1, 5, 2), 2), LONG], pad_id=2)
+        assert batch.inputs["input_ids"].tolist() == [[2, 2, 1, 5, 2], [1, 8, 9, 10, 11]]
+        assert batch.inputs["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+        assert batch.labels.tolist() == [[IGNORE, IGNORE, 2], [9, 10, 11]]
+
+    def test_prompts_without_answers_have_no_labels(self):
+        batch = pad_left([Encoded((1, 5), 2), Encoded((1,), 1)], pad_id=0)
+        assert batch.positions.tolist() == []
+        assert batch.labels.shape == (2, 0)
+        assert batch.labels.dtype == torch.long
+
+    def test_a_packed_row_that_would_be_too_long_is_padded(self):
+        assert lay_out([SHORT, LONG], "packed", 0, 9).inputs["input_ids"].shape == (1, 9)
+        assert lay_out([SHORT, LONG], "packed", 0, 8).inputs["input_ids"].shape == (2, 5)
+        assert lay_out([SHORT, LONG], "padded", 0, 9).inputs["input_ids"].shape == (2, 5)
+
+
+class TestLayoutsAgree:
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2", "gpt_neox"])
+    def test_packed_padded_and_one_by_one(self, tiny_model, family):
+        model = tiny_model(family)
+        wanted = one_by_one(model, TEXTS)
+        assert wanted.std() > 0.1  # logits that are all alike would agree whatever the mask
+        for batch in (pack(TEXTS), pad_left(TEXTS, 0), pad_left(TEXTS, 2)):
+            torch.testing.assert_close(flat(batch, model), wanted, atol=1e-5, rtol=0)
+        assert choose_layout(model, TEXTS, 0, CPU) == "packed"
+
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    def test_both_kinds_of_attention(self, tiny_model, implementation):
+        model = tiny_model(attn_implementation=implementation)
+        torch.testing.assert_close(flat(pack(TEXTS), model), one_by_one(model, TEXTS), atol=1e-5, rtol=0)
+
+    def test_a_cache_would_make_packing_wrong(self, tiny_model):
+        # Why answer_logits turns the cache off. If this fails, transformers has changed: read engine.md.
+        model = tiny_model()
+        batch = pack(TEXTS)
+        with torch.no_grad():
+            logits = model(**batch.inputs, use_cache=True).logits[:, batch.positions]
+        assert (logits[0] - one_by_one(model, TEXTS)).abs().max() > 0.1
+
+    @pytest.mark.parametrize("family", ["mamba", "opt"])
+    def test_families_that_cannot_be_packed(self, tiny_model, family):
+        # A state that runs on into the next text; a mask that does not see where positions restart.
+        model = tiny_model(family)
+        wanted = one_by_one(model, TEXTS)
+        assert (flat(pack(TEXTS), model) - wanted).abs().max() > 0.1
+        torch.testing.assert_close(flat(pad_left(TEXTS, 0), model), wanted, atol=1e-5, rtol=0)
+        assert choose_layout(model, TEXTS, 0, CPU) == "padded"
+
+    def test_bfloat16_rounding_is_no_wrong_mask(self, tiny_model):
+        model = tiny_model(num_hidden_layers=12).bfloat16()
+        assert choose_layout(model, TEXTS, 0, CPU) == "packed"
+
+
+class TestAnswerLogits:
+    def test_head_runs_at_answer_positions_only(self, tiny_model):
+        model = tiny_model()
+        seen = []
+        model.lm_head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+        flat(pack(TEXTS), model)
+        assert seen == [(1, 1 + 5 + 1 + 1, 100)]
+
+    def test_model_without_logits_to_keep(self, tiny_model):
+        model = Old(tiny_model())
+        assert "logits_to_keep" not in forward_parameters(model)
+        wanted = one_by_one(model.inside, TEXTS)
+        torch.testing.assert_close(flat(pack(TEXTS), model), wanted, atol=1e-5, rtol=0)
+        assert choose_layout(model, TEXTS, 0, CPU) == "packed"
+
+    def test_through_an_adapter(self, tiny_model):
+        from peft import LoraConfig, get_peft_model
+
+        model = tiny_model()
+        wanted = one_by_one(model, TEXTS)
+        adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        assert "logits_to_keep" in forward_parameters(adapted)
+        torch.testing.assert_close(flat(pack(TEXTS), adapted), wanted, atol=1e-5, rtol=0)
+
+
+class Old(torch.nn.Module):
+    """A model whose forward knows fewer arguments than today's."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        return self.inside(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
+        )
+
+
+class RunsOn(Old):
+    """Ignores that positions restart: a packed row is one long text to it."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        if attention_mask is None:
+            position_ids = None
+        return super().forward(input_ids, attention_mask, position_ids, use_cache)
+
+
+class SeesPadding(RunsOn):
+    """Takes padding for text as well."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        return super().forward(input_ids, None, None, use_cache)
+
+
+class PacksButSeesPadding(Old):
+    """Packs as it should, and takes padding for text."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        if attention_mask is not None:
+            attention_mask = position_ids = None
+        return super().forward(input_ids, attention_mask, position_ids, use_cache)
+
+
+class TestChooseLayout:
+    @pytest.mark.parametrize(
+        ("kind", "layout"),
+        [(Old, "packed"), (RunsOn, "padded"), (SeesPadding, "single"), (PacksButSeesPadding, "single")],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_falls_back_from_what_is_wrong(self, tiny_model, kind, layout, dtype):
+        model = kind(tiny_model().to(dtype))
+        assert choose_layout(model, TEXTS, 0, CPU) == layout
+
+    def test_many_texts_are_sampled_by_length(self, tiny_model):
+        model = tiny_model()
+        rows = []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        texts = [Encoded((1, *range(10, 10 + n)), 1) for n in (9, 1, 2, 3, 4, 5, 6, 7, 8, 10)]
+        choose_layout(model, texts, 0, CPU)
+        assert rows == [2, 5, 8, 11, 4 * 11, 2 + 5 + 8 + 11]
+
+    def test_nothing_to_compare(self, tiny_model):
+        assert choose_layout(tiny_model(), [Encoded((1,), 1)], 0, CPU) == "single"
+
+    def test_keeps_the_mode_of_the_model(self, tiny_model):
+        model = tiny_model().train()
+        choose_layout(model, TEXTS, 0, CPU)
+        assert model.training
+
+    def test_damaged_weights(self, tiny_model):
+        model = tiny_model().train()
+        with torch.no_grad():
+            model.lm_head.weight[3] = float("nan")
+        with pytest.raises(ModelError, match="not finite"):
+            choose_layout(model, TEXTS, 0, CPU)
+        assert model.training
