@@ -145,7 +145,8 @@ def test_each_distinct_text_is_read_once(lm, monkeypatch):
 
 
 def test_known_facts_are_those_whose_old_answer_is_said():
-    rows = [{"fact": fact.id, "protocol": "generate", "said": said} for fact, said in zip(FACTS, ("cy.", "Rome", "x"), strict=True)]
+    said = zip(FACTS, ("cy.", "Rome", "x"), strict=True)
+    rows = [{"fact": fact.id, "protocol": "generate", "said": text} for fact, text in said]
     assert scoring.known_facts(FACTS, rows) == [FACTS[0]]
 
 

@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from forgetlearn.config import StageSettings as StageSettings
     from forgetlearn.config import load_config as load_config
     from forgetlearn.errors import ForgetLearnError as ForgetLearnError
-    from forgetlearn.scoring import score as score
-    from forgetlearn.scoring import summarise as summarise
     from forgetlearn.facts import Fact as Fact
     from forgetlearn.facts import FactSet as FactSet
     from forgetlearn.facts import read_facts as read_facts
     from forgetlearn.lab import LabSettings as LabSettings
     from forgetlearn.lab import build_lab as build_lab
-    from forgetlearn.models import LanguageModel as LanguageModel
-    from forgetlearn.models import load_model as load_model
-    from forgetlearn.session import update as update
-    from forgetlearn.taskvector import TaskVector as TaskVector
     from forgetlearn.method import METHODS as METHODS
     from forgetlearn.method import forget as forget
     from forgetlearn.method import learn as learn
+    from forgetlearn.models import LanguageModel as LanguageModel
+    from forgetlearn.models import load_model as load_model
+    from forgetlearn.scoring import score as score
+    from forgetlearn.scoring import summarise as summarise
+    from forgetlearn.session import update as update
+    from forgetlearn.taskvector import TaskVector as TaskVector
 
 # Public names and the modules they live in; loaded on first use, so that `import forgetlearn` is instant.
 _PUBLIC = {
@@ -76,7 +76,7 @@ _PUBLIC = {
     "learn": "method",
 }
 
-__all__ = sorted([*_PUBLIC, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_PUBLIC, "__version__"])
 
 
 def __getattr__(name: str) -> object:

@@ -253,13 +253,17 @@ def demo(
 @app.command()
 def settings(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config file.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """List every setting with its default: for --set and config files."""
     if schema:
         typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
         return
+    if markdown:
+        typer.echo("| setting | default | |\n|---|---|---|")
     for name, _type, default, description in describe():
-        typer.echo(f"{name} = {default}\n    {description}")
+        line = f"| `{name}` | `{default}` | {description} |" if markdown else f"{name} = {default}\n    {description}"
+        typer.echo(line)
 
 
 def _config(
