@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,6 +21,24 @@ from forgetlearn.encoding import Encoder
 from forgetlearn.errors import ConfigError, ModelError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What the hub's client raises, somewhere below transformers' own errors; the first that fits counts.
+HUB_PROBLEMS: tuple[tuple[type[Exception], str], ...] = (
+    (
+        hub_errors.GatedRepoError,
+        "is gated. Ask for access on its page, then set HF_TOKEN (or run `hf auth login`).",
+    ),
+    (
+        hub_errors.RepositoryNotFoundError,
+        "is no folder, and no model on the hub that can be read (private: set HF_TOKEN).",
+    ),
+    (hub_errors.RevisionNotFoundError, "has no such revision on the hub."),
+    (hub_errors.HFValidationError, "is no folder, and cannot be a hub id."),
+    (
+        hub_errors.LocalEntryNotFoundError,
+        "is no folder, is not in the cache, and the hub cannot be reached (HF_HUB_OFFLINE?).",
+    ),
+)
+log = logging.getLogger("forgetlearn")
 
 
 @dataclass
@@ -37,9 +58,13 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """An id for padding; padding is told by the mask, never by this id, so EOS will do."""
-        pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+        """An id for padding; padding is told by the mask, never by this id, so EOS will do.
+
+        A pad token that was added to the tokenizer only has no row among the embeddings.
+        """
+        pad, rows = self.tokenizer.pad_token_id, embedding_rows(self.model)
+        usable = pad is not None and (rows is None or pad < rows)
+        return int(pad if usable else self.tokenizer.eos_token_id)
 
     def to_device(self) -> None:
         """Move the weights to where the computing is done."""
@@ -50,11 +75,13 @@ def wrap(model: nn.Module, tokenizer: Any, settings: ModelSettings | None = None
     """A model and tokenizer that are in memory, ready to be asked and updated.
 
     Raises:
-        ModelError: the tokenizer has no EOS token, or no chat template where one is asked for.
+        ModelError: the tokenizer has no EOS token, no chat template where one is asked for, or ids that the
+            model has no embedding for.
     """
     settings = settings or ModelSettings()
     config: Any = model.config
     encoder = Encoder(tokenizer, settings.chat_template, context_length(config))
+    _check_vocabulary(model, encoder)
     name = settings.base_model_id or getattr(config, "_name_or_path", "") or type(model).__name__
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     return LanguageModel(model, encoder, settings.name or name, dtype, pick_device(settings.device))
@@ -74,11 +101,7 @@ def load_model(settings: ModelSettings) -> LanguageModel:
         model = _load_base(settings, settings.name)
         tokenizer = _load_tokenizer(settings, settings.name)
     else:
-        from forgetlearn import adapters
-
-        model = adapters.load(_load_base(settings, adapter), Path(settings.name), adapters.PRODUCT)
-        has_tokenizer = (Path(settings.name) / "tokenizer_config.json").is_file()
-        tokenizer = _load_tokenizer(settings, settings.name if has_tokenizer else adapter)
+        model, tokenizer = _load_adapter(settings, Path(settings.name), adapter)
     loaded = wrap(model, tokenizer, settings)
     loaded.to_device()
     model.eval()
@@ -125,11 +148,17 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def embedding_rows(model: nn.Module) -> int | None:
+    """Number of token ids that the model knows; None for a model that does not tell."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    weight: Any = getattr(find() if find else None, "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
 def save_model(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write model and tokenizer so that `from_pretrained` loads them: safetensors in `dtype`."""
-    saved: Any = model
-    saved.config.dtype = dtype
-    saved.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+    """Write model and tokenizer so that `from_pretrained` loads them: safetensors; `model` is cast to `dtype`."""
+    saved: Any = model.to(dtype)
+    saved.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
 
 
@@ -147,14 +176,29 @@ def _adapter_base(settings: ModelSettings) -> str | None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file}: not JSON: {error}") from None
-    base = config.get("base_model_name_or_path")
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not base:
         raise ModelError(f"{file}: names no base_model_name_or_path. Write the base's folder or hub id there.")
     return str(base)
 
 
+def _load_adapter(settings: ModelSettings, folder: Path, base: str) -> tuple[Any, Any]:
+    """An adapter on its base, and the tokenizer beside it or, where there is none, that of the base."""
+    from forgetlearn import adapters
+
+    try:
+        model = _load_base(settings, base)
+    except ModelError as error:
+        raise ModelError(f"{folder} is an adapter, and its base cannot be used. {error}") from error
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = _load_tokenizer(settings, str(folder) if has_tokenizer else base)
+    return adapters.load(model, folder, adapters.PRODUCT), tokenizer
+
+
 def _load_base(settings: ModelSettings, name: str) -> Any:
     _check_folder(name)
+    # Otherwise transformers asks a service on the hub to convert pickles, and sends it the user's token.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if not Path(name).is_dir():
         options["revision"] = settings.revision
@@ -166,6 +210,7 @@ def _load_base(settings: ModelSettings, name: str) -> Any:
             config=config,
             dtype=settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told by _check_loaded, with the tensor and its shapes
             output_loading_info=True,
             **options,
         )
@@ -173,10 +218,29 @@ def _load_base(settings: ModelSettings, name: str) -> Any:
         raise
     except Exception as error:
         raise ModelError(_loading_problem(name, error)) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(f"{name}: {len(missing)} tensors are not in its files, the first is {missing[0]}.")
+    _check_loaded(name, info)
     return model
+
+
+def _check_loaded(name: str, info: dict[str, Any]) -> None:
+    """Refuse weights that would stay random; say which ones of the files the product will not hold."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise ModelError(f"{name}: {len(missing)} tensors are not in its files, the first is {missing[0]}.")
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{name}: {len(mismatched)} tensors have another shape in its files than its config says, "
+            f"the first is {key}: {tuple(stored)}, expected {tuple(wanted)}."
+        )
+    if unexpected:
+        log.warning(
+            "%s: %d tensors of its files have no place in the model (transformers leaves them out), so the "
+            "product will not hold them; the first is %s",
+            name,
+            len(unexpected),
+            unexpected[0],
+        )
 
 
 def _load_tokenizer(settings: ModelSettings, name: str) -> Any:
@@ -184,7 +248,20 @@ def _load_tokenizer(settings: ModelSettings, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except Exception as error:
-        raise ModelError(f"{name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        if "instantiate the backend tokenizer" in str(error):
+            raise ModelError(f"{name}: has no tokenizer. Save it there with tokenizer.save_pretrained.") from error
+        raise ModelError(_loading_problem(name, error, what="its tokenizer cannot be loaded")) from error
+
+
+def _check_vocabulary(model: nn.Module, encoder: Encoder) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for: training would end in an IndexError."""
+    rows = embedding_rows(model)
+    highest = max(encoder.tokenizer.vocab_size - 1, *encoder.end_ids)
+    if rows is not None and highest >= rows:
+        raise ModelError(
+            f"The tokenizer has ids up to {highest}, the model embeddings for 0 to {rows - 1}. "
+            "Is it the tokenizer of this model?"
+        )
 
 
 def _check_folder(name: str) -> None:
@@ -202,13 +279,15 @@ def _check_folder(name: str) -> None:
         raise ModelError(f"{name}: has no config.json, so it is no saved model.")
     if not any(file.endswith(".safetensors") for file in files):
         pickles = [file for file in files if file.endswith(PICKLES)]
-        found = f"only pickled weights ({pickles[0]}), which can run code when they are read" if pickles else "no weights"
+        found = "no weights"
+        if pickles:
+            found = f"only pickled weights ({pickles[0]}), which can run code when they are read"
         raise ModelError(f"{name}: has {found}. Save it with save_pretrained, which writes safetensors.")
 
 
 def _check_causal(name: str, config: Any, settings: ModelSettings) -> None:
     named = list(config.architectures or [])
-    known = set()
+    known: set[str] = set()
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         known.update([value] if isinstance(value, str) else value)
     if named and not known.intersection(named) and not settings.trust_remote_code:
@@ -217,8 +296,11 @@ def _check_causal(name: str, config: Any, settings: ModelSettings) -> None:
         raise ModelError(f"{name}: its architecture is {named[0]}{hint}.")
 
 
-def _loading_problem(name: str, error: Exception) -> str:
+def _loading_problem(name: str, error: Exception, what: str = "cannot be loaded") -> str:
     text = str(error)
+    for kind, problem in HUB_PROBLEMS:
+        if any(isinstance(cause, kind) for cause in _causes(error)):
+            return f"{name}: {problem}"
     if "trust_remote_code" in text:
         return (
             f"{name}: it needs Python code from its repository. "
@@ -226,10 +308,20 @@ def _loading_problem(name: str, error: Exception) -> str:
         )
     if "Unrecognized configuration class" in text:
         return f"{name}: is no causal language model."
+    if "model_type" in text and "Unrecognized model" in text:
+        return f"{name}: has no config.json that names a model_type, so it is no saved model (is it an adapter?)."
     if "safetensors" in text and ("does not appear" in text or "not found" in text or "no file named" in text):
-        return f"{name}: has no safetensors weights. Pickled weights can run code when they are read; convert them first."
-    where = "" if Path(name).is_dir() else " It is no folder here either; check the name, and HF_TOKEN if it is gated."
-    return f"{name}: cannot be loaded: {_first_line(error)}{where}"
+        return (
+            f"{name}: has no safetensors weights. "
+            "Pickled weights can run code when they are read; convert them first."
+        )
+    return f"{name}: {what}: {_first_line(error)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: Exception) -> str:

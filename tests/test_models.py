@@ -1,0 +1,398 @@
+"""Loading: what is wrong is said in one line. Saving: what plain transformers loads again, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from forgetlearn.config import ModelSettings
+from forgetlearn.encoding import Encoder
+from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.models import (
+    as_language_model,
+    context_length,
+    load_model,
+    parameter_count,
+    pick_device,
+    save_model,
+    wrap,
+)
+from hub_server import serve
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model, char_tokenizer, tmp_path_factory) -> Path:
+    """A saved tiny model; tests copy it before they damage it."""
+    folder = tmp_path_factory.mktemp("models") / "good"
+    tiny_model().save_pretrained(folder)
+    char_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def load(folder, **settings):
+    return load_model(ModelSettings(name=str(folder), device="cpu", **settings))
+
+
+def refused(folder, **settings) -> str:
+    """The message with which a model is refused: one line, no traceback in it."""
+    with pytest.raises(ModelError) as caught:
+        load(folder, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Traceback" not in message
+    assert len(message) < 400
+    return message
+
+
+def change_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_weights(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+class TestLoad:
+    def test_a_folder(self, saved, tiny_model):
+        lm = load(saved)
+        assert lm.name == str(saved)
+        assert lm.dtype == torch.float32
+        assert lm.device == torch.device("cpu")
+        assert not lm.model.training
+        assert lm.encoder.max_length == 256
+        for name, weight in tiny_model().state_dict().items():
+            assert torch.equal(lm.model.state_dict()[name], weight), name
+
+    def test_no_name(self):
+        with pytest.raises(ConfigError, match=r"model\.name is not set"):
+            load_model(ModelSettings())
+
+    def test_named_passed_in_or_ready(self, saved, tiny_model, char_tokenizer):
+        assert as_language_model(saved, settings=ModelSettings(device="cpu")).name == str(saved)
+        lm = as_language_model(tiny_model(), char_tokenizer)
+        assert as_language_model(lm) is lm
+        with pytest.raises(ModelError, match="needs its tokenizer"):
+            as_language_model(tiny_model())
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_dtype_auto_is_that_of_the_checkpoint(self, tiny_model, char_tokenizer, tmp_path, dtype):
+        save_model(tiny_model(), char_tokenizer, tmp_path, getattr(torch, dtype))
+        lm = load(tmp_path)
+        assert lm.dtype == getattr(torch, dtype)
+        assert {weight.dtype for weight in lm.model.parameters()} == {getattr(torch, dtype)}
+
+    def test_dtype_that_is_asked_for(self, saved):
+        assert load(saved, dtype="bfloat16").dtype == torch.bfloat16
+
+
+    def test_tensors_without_a_place_are_told(self, damaged, caplog):
+        load(damaged)
+        assert "no place" not in caplog.text
+        change_weights(damaged, lambda weights: weights.update({"model.layers.2.bias": torch.ones(3)}))
+        load(damaged)
+        assert "1 tensors of its files have no place in the model" in caplog.text
+        assert "model.layers.2.bias" in caplog.text
+
+
+class TestRefused:
+    @pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "../nothing", "a/b/c"])
+    def test_no_such_folder(self, name):
+        assert refused(name) == f"{name}: there is no such folder. Give the folder of a saved model, or a hub id."
+
+    @pytest.mark.parametrize("name", ["nothing", "some/nothing"])
+    def test_hub_id_that_is_not_cached_while_offline(self, name):
+        assert refused(name).startswith(f"{name}: is no folder, is not in the cache, and the hub cannot be")
+
+    @pytest.mark.parametrize("name", ["not an id", "some/no id!"])
+    def test_neither_a_folder_nor_an_id(self, name):
+        assert refused(name) == f"{name}: is no folder, and cannot be a hub id."
+
+    def test_a_file(self, saved):
+        assert "is a file. Give the folder" in refused(saved / "model.safetensors")
+
+    def test_empty_folder(self, tmp_path):
+        assert "has no config.json" in refused(tmp_path)
+
+    def test_no_weights(self, damaged):
+        (damaged / "model.safetensors").unlink()
+        assert "has no weights" in refused(damaged)
+
+    @pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.00.pth"])
+    def test_only_pickled_weights(self, damaged, file):
+        (damaged / "model.safetensors").rename(damaged / file)
+        assert f"only pickled weights ({file})" in refused(damaged)
+
+    def test_config_that_is_not_json(self, damaged):
+        (damaged / "config.json").write_text("{")
+        assert "is not a valid JSON file" in refused(damaged)
+
+    def test_config_without_a_model_type(self, damaged):
+        (damaged / "config.json").write_text("{}")
+        assert "has no config.json that names a model_type" in refused(damaged)
+
+    def test_not_a_causal_language_model(self, tmp_path):
+        from transformers import BertConfig, BertForMaskedLM
+
+        tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        BertForMaskedLM(BertConfig(vocab_size=9, **tiny)).save_pretrained(tmp_path)
+        assert "its architecture is BertForMaskedLM, which is no causal language model" in refused(tmp_path)
+
+    def test_no_architecture_and_not_causal(self, damaged):
+        (damaged / "config.json").write_text('{"model_type": "t5"}')
+        assert "is no causal language model" in refused(damaged)
+
+    def test_remote_code(self, damaged):
+        change_config(damaged, model_type="own", architectures=["Own"], auto_map={"AutoConfig": "own.Own"})
+        (damaged / "own.py").write_text("raise SystemExit('this code must not run')")
+        message = refused(damaged)
+        assert "needs Python code from its repository" in message
+        assert "model.trust_remote_code=true" in message
+
+    def test_known_config_with_own_architecture(self, damaged):
+        change_config(damaged, architectures=["Own"], auto_map={"AutoModelForCausalLM": "own.Own"})
+        (damaged / "own.py").write_text("raise SystemExit('this code must not run')")
+        assert "It brings its own code" in refused(damaged)
+
+    def test_missing_tensors(self, damaged):
+        change_weights(damaged, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+        assert "1 tensors are not in its files, the first is model.layers.1.mlp.up_proj" in refused(damaged)
+
+    def test_tensor_of_another_shape(self, damaged):
+        change_weights(damaged, lambda weights: weights.update({"model.norm.weight": torch.ones(31)}))
+        assert "the first is model.norm.weight: (31,), expected (32,)." in refused(damaged)
+
+    def test_weights_that_are_cut_short(self, damaged):
+        file = damaged / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        assert "cannot be loaded" in refused(damaged)
+
+    def test_a_shard_that_is_missing(self, tiny_model, char_tokenizer, tmp_path):
+        tiny_model().save_pretrained(tmp_path, max_shard_size="30KB")
+        char_tokenizer.save_pretrained(tmp_path)
+        load(tmp_path)
+        shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+        shard.unlink()
+        assert shard.name in refused(tmp_path)
+
+    def test_tokenizer_without_eos(self, damaged, new_char_tokenizer):
+        new_char_tokenizer(eos_token=None).save_pretrained(damaged)
+        assert "no EOS token" in refused(damaged)
+
+    def test_no_tokenizer(self, damaged):
+        for file in damaged.glob("*token*"):
+            file.unlink()
+        assert "has no tokenizer" in refused(damaged)
+
+    def test_tokenizer_that_is_damaged(self, damaged):
+        (damaged / "tokenizer.json").write_text("{}")
+        assert "its tokenizer cannot be loaded" in refused(damaged)
+
+    def test_tokenizer_of_another_model(self, tiny_model, char_tokenizer):
+        with pytest.raises(ModelError, match=r"ids up to 99, the model embeddings for 0 to 49"):
+            wrap(tiny_model(vocab_size=50), char_tokenizer)
+
+    def test_chat_template_that_is_not_there(self, saved):
+        assert "chat_template = on, but the tokenizer has none" in refused(saved, chat_template="on")
+
+
+class TestAdapter:
+    @pytest.fixture
+    def adapter(self, saved, tiny_model, tmp_path) -> Path:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = get_peft_model(tiny_model(), config)
+        adapted.peft_config["default"].base_model_name_or_path = str(saved)
+        adapted.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def test_loads_on_its_base_with_the_base_s_tokenizer(self, adapter, saved, char_tokenizer):
+        lm, base = load(adapter), load(saved)
+        ids = torch.tensor([char_tokenizer("abc")["input_ids"]])
+        with torch.no_grad():
+            assert not torch.allclose(lm.model(ids).logits, base.model(ids).logits)
+            with lm.model.disable_adapter():
+                assert torch.equal(lm.model(ids).logits, base.model(ids).logits)
+        assert lm.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+        assert not lm.model.training
+        assert lm.name == str(adapter)
+
+    def test_own_tokenizer_counts_first(self, adapter, new_char_tokenizer):
+        new_char_tokenizer(chat_template="{{ messages[-1].content }}").save_pretrained(adapter)
+        assert load(adapter).encoder.is_chat
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ('{"peft_type": "LORA"}', "names no base_model_name_or_path"),
+            ("[]", "names no base_model_name_or_path"),
+            ("{", "adapter_config.json: not JSON"),
+            ('{"base_model_name_or_path": "/no/base"}', "is an adapter, and its base cannot be used. /no/base: there"),
+        ],
+    )
+    def test_config(self, adapter, config, message):
+        (adapter / "adapter_config.json").write_text(config)
+        assert message in refused(adapter)
+
+    def test_pickled_adapter(self, adapter):
+        (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+        assert "Pickled adapters are not read" in refused(adapter)
+
+    def test_adapter_of_another_model(self, adapter, saved, tiny_model, char_tokenizer, tmp_path):
+        save_model(tiny_model(hidden_size=64), char_tokenizer, tmp_path / "wide", torch.float32)
+        file = adapter / "adapter_config.json"
+        file.write_text(file.read_text().replace(str(saved), str(tmp_path / "wide")))
+        assert "does not fit this base model" in refused(adapter)
+
+
+class TestSave:
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_comes_back_bit_for_bit(self, tiny_model, char_tokenizer, tmp_path, tied):
+        model = tiny_model(tied=tied)
+        save_model(model, char_tokenizer, tmp_path, torch.float32)
+        stored = load_file(tmp_path / "model.safetensors")
+        assert ("lm_head.weight" in stored) is not tied
+        back = load(tmp_path)
+        assert (back.model.lm_head.weight is back.model.model.embed_tokens.weight) is tied
+        for name, weight in model.state_dict().items():
+            assert torch.equal(back.model.state_dict()[name], weight), name
+        assert back.model.config.vocab_size == model.config.vocab_size == len(back.tokenizer)
+        assert back.tokenizer.get_vocab() == char_tokenizer.get_vocab()
+        assert back.tokenizer("A b\n")["input_ids"] == char_tokenizer("A b\n")["input_ids"]
+
+    def test_chat_template_goes_with_it(self, tiny_model, new_char_tokenizer, tmp_path):
+        tokenizer = new_char_tokenizer(chat_template="[{{ messages[-1].content }}]")
+        save_model(tiny_model(), tokenizer, tmp_path, torch.float32)
+        assert load(tmp_path).encoder.prompt_text("a") == Encoder(tokenizer).prompt_text("a") == "[a]"
+
+    def test_is_written_in_the_wanted_dtype(self, tiny_model, char_tokenizer, tmp_path):
+        save_model(tiny_model(), char_tokenizer, tmp_path, torch.bfloat16)
+        stored = load_file(tmp_path / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+    def test_generation_settings_that_contradict_each_other(self, damaged, tmp_path):
+        # As Llama 2 was published: greedy, and a temperature. What was loaded must be saved again.
+        file = damaged / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False, "temperature": 0.9}))
+        lm = load(damaged)
+        save_model(lm.model, lm.tokenizer, tmp_path / "again", torch.float32)
+        assert load(tmp_path / "again").model.generation_config.temperature == 0.9
+
+    def test_no_pickle_is_written(self, saved):
+        assert {file.suffix for file in saved.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+class TestSmallThings:
+    def test_pad_is_eos_where_there_is_none(self, tiny_model, new_char_tokenizer):
+        assert wrap(tiny_model(), new_char_tokenizer()).pad_id == 0
+        assert wrap(tiny_model(), new_char_tokenizer(pad_token=None)).pad_id == 2
+
+    def test_pad_that_was_added_to_the_tokenizer_only(self, tiny_model, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(pad_token="[PAD]")
+        assert tokenizer.pad_token_id == 100  # the model's embeddings end at 99
+        assert wrap(tiny_model(), tokenizer).pad_id == 2
+
+    def test_parameters_are_counted_once(self, tiny_model):
+        untied, tied = parameter_count(tiny_model()), parameter_count(tiny_model(tied=True))
+        assert untied - tied == 100 * 32
+
+    @pytest.mark.parametrize(("family", "length"), [("llama", 256), ("gpt2", 256), ("mamba", None)])
+    def test_context_length(self, tiny_model, family, length):
+        assert context_length(tiny_model(family).config) == length
+
+    def test_device_that_is_not_there(self):
+        assert pick_device("cpu") == torch.device("cpu")
+        if not torch.backends.mps.is_available():
+            with pytest.raises(ConfigError, match=r"model\.device = mps"):
+                pick_device("mps")
+
+
+LOAD_AND_SAY = """
+import sys, time
+from forgetlearn.config import ModelSettings
+from forgetlearn.errors import ModelError
+from forgetlearn.models import load_model
+for name in sys.argv[1:]:
+    name, _, revision = name.partition("@")
+    start = time.monotonic()
+    try:
+        lm = load_model(ModelSettings(name=name, revision=revision or None, device="cpu"))
+        said = f"loaded {type(lm.model).__name__}, {len(lm.tokenizer)} tokens"
+    except ModelError as error:
+        said = str(error)
+    slow = time.monotonic() - start > 8
+    print(f"{name}@{revision}" if revision else name, "->", said, "SLOW" * slow)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub_folders(saved, tmp_path_factory) -> dict[str, Path]:
+    pickled = Path(shutil.copytree(saved, tmp_path_factory.mktemp("hub") / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    return {"some/model": saved, "single": saved, "some/pickled": pickled}
+
+
+def from_the_hub(url: str, home: Path, *names: str, **env: str) -> dict[str, str]:
+    """What a fresh process says about each name, with its hub at `url`."""
+    clean = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    clean = {key: value for key, value in clean.items() if not key.startswith(("HF_", "HUGGING"))}
+    clean |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD_AND_SAY, *names]
+    done = subprocess.run(command, env=clean | env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" -> ") for line in done.stdout.splitlines())
+    assert list(said) == list(names), done.stdout  # one line each
+    return {name: text.strip() for name, text in said.items()}
+
+
+class TestHub:
+    def test_by_id(self, hub_folders, tmp_path):
+        with serve(hub_folders, gated=frozenset({"some/gated"})) as hub:
+            said = from_the_hub(
+                hub.url,
+                tmp_path,
+                *("some/model", "single", "some/missing", "missing", "some/gated", "some/pickled"),
+                "some/model@v9",
+            )
+            asked = hub.requests.copy()
+        nothing = "is no folder, and no model on the hub that can be read (private: set HF_TOKEN)."
+        assert said == {
+            "some/model": "loaded LlamaForCausalLM, 100 tokens",
+            "single": "loaded LlamaForCausalLM, 100 tokens",
+            "some/missing": f"some/missing: {nothing}",
+            "missing": f"missing: {nothing}",
+            "some/gated": "some/gated: is gated. Ask for access on its page, then set HF_TOKEN "
+            "(or run `hf auth login`).",
+            "some/pickled": "some/pickled: has no safetensors weights. Pickled weights can run code when they "
+            "are read; convert them first.",
+            "some/model@v9": "some/model: has no such revision on the hub.",
+        }
+        assert ("GET", f"/some/model/resolve/{'0123456789abcdef' * 2}01234567/model.safetensors") in asked
+        # No pickle was fetched, and nobody was asked to convert one (with the user's token).
+        assert not [path for _, path in asked if path.endswith(".bin") or "/commits" in path]
+
+        # The cache is enough when the hub is gone.
+        offline = from_the_hub(hub.url, tmp_path, "some/model", "some/missing", HF_HUB_OFFLINE="1")
+        assert offline == {
+            "some/model": "loaded LlamaForCausalLM, 100 tokens",
+            "some/missing": "some/missing: is no folder, is not in the cache, and the hub cannot be reached "
+            "(HF_HUB_OFFLINE?).",
+        }
