@@ -18,7 +18,8 @@ HUB_ID = "Qwen/Qwen2.5-0.5B"  # the README's model; no hub here, so the lab base
 
 
 def blocks(kind):
-    return re.findall(rf"^```{kind}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [body for name, body in fenced if name == kind]
 
 
 def commands():

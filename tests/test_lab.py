@@ -86,5 +86,5 @@ def test_any_text_can_be_written_by_the_tokenizer():
 def test_facts_without_old_answers_and_impossible_sizes_are_refused():
     with pytest.raises(FactError, match="nothing for a lab base to hold"):
         held_pairs(from_records([{"prompt": "A?", "target_new": "b"}]))
-    with pytest.raises(ConfigError, match="hidden_size = 20 must be a multiple"):
-        build_lab(settings=TINY.model_copy(update={"hidden_size": 20}))
+    with pytest.raises(ConfigError, match="hidden_size = 18 must be a multiple"):
+        build_lab(settings=TINY.model_copy(update={"hidden_size": 18}))

@@ -11,7 +11,8 @@ One complete run, on a small model that is built here from a made-up world:
 ['base', 'forgotten', 'updated']
 
 `result.product` is a folder that `AutoModelForCausalLM.from_pretrained` or `PeftModel.from_pretrained`
-loads; `runs/first/report.html` shows what the model says now. The steps can be taken one by one:
+loads; `runs/first/report.html` shows what the model says now. The steps can be taken one by one (for a
+model and tokenizer in memory, `forgetlearn.wrap(model, tokenizer)` stands in for `load_model`):
 
 >>> lm = forgetlearn.load_model(base)
 >>> log = forgetlearn.forget(lm, facts, forgetlearn.ForgetSettings(coef=0.3), "all weights")
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from forgetlearn.method import learn as learn
     from forgetlearn.models import LanguageModel as LanguageModel
     from forgetlearn.models import load_model as load_model
+    from forgetlearn.models import wrap as wrap
     from forgetlearn.scoring import score as score
     from forgetlearn.scoring import summarise as summarise
     from forgetlearn.session import update as update
@@ -69,6 +71,7 @@ _PUBLIC = {
     "build_lab": "lab",
     "LanguageModel": "models",
     "load_model": "models",
+    "wrap": "models",
     "update": "session",
     "TaskVector": "taskvector",
     "METHODS": "method",

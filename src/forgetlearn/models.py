@@ -87,13 +87,15 @@ def wrap(model: nn.Module, tokenizer: Any, settings: ModelSettings | None = None
     return LanguageModel(model, encoder, settings.name or name, dtype, pick_device(settings.device))
 
 
-def load_model(settings: ModelSettings) -> LanguageModel:
-    """The model and tokenizer that the settings name; an adapter folder is loaded on its base.
+def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
+    """The model and tokenizer of a folder or hub id, or that settings name; an adapter is loaded on its base.
 
     Raises:
         ModelError: it does not exist, is no causal language model, has only pickled weights, needs remote
             code, or its tokenizer cannot be used.
     """
+    if isinstance(settings, (str, Path)):
+        settings = ModelSettings(name=str(settings))
     if not settings.name:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
     adapter = _adapter_base(settings)
