@@ -197,7 +197,11 @@ def validate(kind: type[S], data: Mapping[str, Any], where: str | None = None) -
         return kind.model_validate(data)
     except ValidationError as error:
         suffix = f" ({where})" if where else ""
-        raise ConfigError("\n".join(_problem(kind, item, suffix) for item in error.errors())) from None
+        items = error.errors()
+        places = [item["loc"] for item in items]
+        # A list whose items are wrong is also said to be empty: the items are the problem.
+        inner = [item for item in items if not any(_is_inside(place, item["loc"]) for place in places)]
+        raise ConfigError("\n".join(_problem(kind, item, suffix) for item in inner)) from None
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, object]:
@@ -269,6 +273,10 @@ def _assign(data: dict[str, Any], dotted: str, value: object) -> None:
 
 def _inner_settings(annotation: object) -> type[Settings] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+
+
+def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
 
 
 def _problem(kind: type[Settings], item: Any, suffix: str) -> str:

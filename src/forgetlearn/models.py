@@ -106,7 +106,6 @@ def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
         model, tokenizer = _load_adapter(settings, Path(settings.name), adapter)
     loaded = wrap(model, tokenizer, settings)
     loaded.to_device()
-    model.eval()
     return loaded
 
 
@@ -210,7 +209,7 @@ def _load_base(settings: ModelSettings, name: str) -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype=settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            dtype=settings.dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # told by _check_loaded, with the tensor and its shapes
             output_loading_info=True,
@@ -314,8 +313,7 @@ def _loading_problem(name: str, error: Exception, what: str = "cannot be loaded"
         return f"{name}: has no config.json that names a model_type, so it is no saved model (is it an adapter?)."
     if "safetensors" in text and ("does not appear" in text or "not found" in text or "no file named" in text):
         return (
-            f"{name}: has no safetensors weights. "
-            "Pickled weights can run code when they are read; convert them first."
+            f"{name}: has no safetensors weights. Pickled weights can run code when they are read; convert them first."
         )
     return f"{name}: {what}: {_first_line(error)}"
 

@@ -42,6 +42,8 @@ def write_run(path: Path) -> None:
     """
     context = load_context(path)
     runs.write_text(path / "report.md", render("report.md.j2", context))
+    plots = [plot_scores(context["summary"], context["phases"]), plot_losses(path / "logs")]
+    context["plots"] = [plot for plot in plots if plot]
     runs.write_text(path / "report.html", render("report.html.j2", context))
 
 
@@ -51,7 +53,7 @@ def write_card(path: Path, product: Path) -> None:
 
 
 def load_context(path: Path) -> dict[str, Any]:
-    """Everything a page shows, read from the run folder."""
+    """Everything a page shows but the plots, read from the run folder."""
     summary = runs.read_json(path / "summary.json")
     manifest = runs.RunFolder.open(path).manifest
     rows = runs.read_rows(path / "facts.jsonl")
@@ -69,7 +71,6 @@ def load_context(path: Path) -> dict[str, Any]:
         "facts": fact_table(inputs, rows, phases),
         "errors": _errors(rows),
         "shown_facts": SHOWN_FACTS_MARKDOWN,
-        "plots": [plot for plot in (plot_scores(summary, phases), plot_losses(path / "logs")) if plot],
         "verdict": verdict(summary, phases),
     }
 
@@ -122,7 +123,14 @@ def fact_table(
         state = "errored" if last.get("errors") else "new" if last.get("reliability") else "other"
         if last.get("residue") and state == "other":
             state = "old"
-        table.append({**fact, "said": {phase: own.get(phase, {}).get("said") for phase in phases}, "state": state})
+        table.append(
+            {
+                "ground_truth": None,
+                **fact,
+                "said": {phase: own.get(phase, {}).get("said") for phase in phases},
+                "state": state,
+            }
+        )
     return table
 
 

@@ -59,6 +59,8 @@ def update(
     config = resolve(config, model, facts)
     reads = (config.model.name, config.facts.source)
     runs.check_output(output, resume=resume, overwrite=overwrite, inputs=reads)
+    if resume and runs.is_run(output):  # before a large model is loaded
+        runs.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config")
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     if resume and runs.is_finished(output):
         return _finished(Path(output), config, fact_set)
@@ -397,7 +399,6 @@ def summary_of(
 def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
     """The result of a run that is done, from its folder alone; the base may be gone by now."""
     run = runs.RunFolder.open(path)
-    run.check_same(config.model_dump(mode="json"), "config")
     base = Path(str(config.model.name))
     was = run.manifest["inputs"]
     now = {"facts_sha256": facts.sha256(), "base_sha256": runs.sha256_of(base) if base.is_dir() else None}

@@ -1,0 +1,191 @@
+"""Settings: where a value comes from, and a word about each that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from forgetlearn.config import (
+    ForgetSettings,
+    RunConfig,
+    StageSettings,
+    describe,
+    load_config,
+    parse_assignments,
+    validate,
+)
+from forgetlearn.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+METHODS = ["f-ft", "f-lora", "f-lora-ft", "ft", "lora"]
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> Path:
+        file = tmp_path / "run.yaml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+def problems(overrides: dict[str, object], file: Path | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, overrides)
+    return str(caught.value).split("\n")
+
+
+# Where a value comes from ------------------------------------------------------------------------
+
+
+def test_defaults_are_the_papers():
+    config = load_config()
+    assert (config.method, config.seed, config.forget.coef, config.forget.only_known) == ("f-lora", 0, 0.3, True)
+    assert (config.learn.epochs, config.learn.learning_rate, config.teach.epochs) == (3, 5e-5, 0)
+    assert config.learn.lora_learning_rate == pytest.approx(5e-4)
+    assert config.evaluate.protocols == ("token", "exact", "generate", "prefer")
+
+
+def test_file_wins_over_defaults_and_overrides_over_the_file(yaml_file):
+    file = yaml_file("method: f-ft\nforget: {coef: 0.7, epochs: 5}\n")
+    config = load_config(file, {"forget.coef": "1.5"})
+    assert (config.method, config.forget.coef, config.forget.epochs, config.learn.epochs) == ("f-ft", 1.5, 5, 3)
+
+
+def test_empty_file_is_the_defaults(yaml_file):
+    assert load_config(yaml_file("# nothing\n")) == RunConfig()
+
+
+def test_rate_of_yaml_1_1_is_a_number(yaml_file):
+    file = yaml_file("learn: {learning_rate: 1e-4}\n")
+    assert isinstance(yaml.safe_load(file.read_text())["learn"]["learning_rate"], str)  # the trap
+    assert load_config(file).learn.learning_rate == 1e-4
+    assert load_config(None, parse_assignments(["learn.learning_rate=2e-5"])).learn.learning_rate == 2e-5
+
+
+def test_on_and_off_of_yaml_1_1_are_words(yaml_file):
+    assert load_config(yaml_file("model: {chat_template: on}\n")).model.chat_template == "on"
+    assert load_config(None, parse_assignments(["model.chat_template=off"])).model.chat_template == "off"
+
+
+def test_anchors_do_not_share(yaml_file):
+    file = yaml_file("forget: &stage {epochs: 6, lora: {r: 4}}\nlearn: *stage\n")
+    config = load_config(file, {"forget.epochs": 1, "forget.lora.r": 2})
+    assert (config.forget.epochs, config.learn.epochs) == (1, 6)
+    assert (config.forget.lora.r, config.learn.lora.r) == (2, 4)
+
+
+def test_what_is_written_is_read_back(yaml_file):
+    config = load_config(None, {"model.chat_template": "on", "learn.learning_rate": 1e-5, "facts.limit": 3})
+    assert load_config(yaml_file(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_assignments_are_yaml():
+    given = ["forget.epochs=6", "learn.lora.target_modules=[q_proj, v_proj]", "facts.limit=", "model.name=a=b"]
+    assert parse_assignments(given) == {
+        "forget.epochs": 6,
+        "learn.lora.target_modules": ["q_proj", "v_proj"],
+        "facts.limit": None,
+        "model.name": "a=b",
+    }
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config().method = "ft"
+
+
+# What is wrong -----------------------------------------------------------------------------------
+
+
+def test_all_problems_are_told_at_once(yaml_file):
+    file = yaml_file("metod: f-ft\nlearn: {epochs: many}\n")
+    told = problems({"forget.coef": -0.3, "method": "f-loar"}, file)
+    assert len(told) == 4
+    assert all(f"({file})" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("forget.coef", -0.3, "forget.coef = -0.3: must be greater than or equal to 0. Share of what"),
+        ("forget.coef", "nan", "forget.coef = 'nan': must be a finite number."),
+        ("forget.coef", float("inf"), "forget.coef = inf: must be a finite number."),
+        ("forget.coef", "much", "forget.coef = 'much': must be a valid number"),
+        ("forget.coef", True, "forget.coef = True: must be a number."),
+        ("facts.limit", True, "facts.limit = True: must be a number."),
+        ("forget.epochs", 0, "forget.epochs = 0: must be greater than or equal to 1."),
+        ("method", "f-loar", "method = 'f-loar': must be 'ft', 'lora', 'f-ft', 'f-lora' or 'f-lora-ft'."),
+        ("forget.epoch", 3, "forget.epoch: there is no such setting. Did you mean 'forget.epochs'?"),
+        ("forgt", {}, "forgt: there is no such setting. Did you mean 'forget'?"),
+        ("coef", 1, "coef: there is no such setting. Did you mean 'forget.coef'?"),
+        ("learn.lora.alpha", 1, "learn.lora.alpha: there is no such setting. Did you mean 'learn.lora.lora_alpha'?"),
+        ("learn.batch_size", 6, "learn: micro_batch_size = 4 does not divide batch_size = 6."),
+        ("evaluate.protocols", [], "evaluate.protocols = []: must be Tuple should have at least 1 item"),
+        ("evaluate.protocols", ["tokens"], "evaluate.protocols.0 = 'tokens': must be 'token', 'exact', 'generate' or"),
+        ("forget", 3, "forget = 3: must be a valid dictionary"),
+    ],
+)
+def test_message(name, value, message):
+    told = problems({"learn.micro_batch_size": 4 if name == "learn.batch_size" else None, name: value})
+    assert len(told) == 1
+    assert told[0].startswith(message)
+
+
+def test_unknown_name_far_from_all_lists_what_is_known():
+    assert problems({"forget.zzz": 1})[0].startswith("forget.zzz: there is no such setting. Known here: epochs, ")
+
+
+def test_setting_below_a_value():
+    assert problems({"method": "ft", "method.name": "ft"}) == [
+        "method.name: 'method' is a single value ('ft'), it holds no settings."
+    ]
+
+
+@pytest.mark.parametrize("assignment", ["forget.epochs", "=6", "forget.epochs={"])
+def test_assignment_that_is_none(assignment):
+    with pytest.raises(ConfigError, match=f"--set {assignment}"):
+        parse_assignments([assignment])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"a: [1", "not YAML"), (b"\xff\xfe", "not YAML in UTF-8"), (b"- a", "found a list")]
+)
+def test_file_that_is_no_config(tmp_path, content, message):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_file_that_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"no\.yaml: No such file"):
+        load_config(tmp_path / "no.yaml")
+
+
+def test_other_kinds_of_settings_name_their_own():
+    with pytest.raises(ConfigError, match="Did you mean 'epochs'"):
+        validate(StageSettings, {"epoch": 1})
+
+
+# What is told about settings ---------------------------------------------------------------------
+
+
+def test_every_setting_is_described():
+    rows = {name: (default, text) for name, _type, default, text in describe()}
+    assert rows["forget.coef"][0] == "0.3"
+    assert rows["facts.limit"][0] == "null"
+    assert all(text for _default, text in rows.values())
+    assert set(ForgetSettings.model_fields) - {"lora"} <= {name.removeprefix("forget.") for name in rows}
+
+
+@pytest.mark.skipif(not CONFIGS, reason="configs/ has no files yet")
+def test_shipped_configs():
+    assert len(CONFIGS) == 10
+    configs = [load_config(file) for file in CONFIGS]
+    assert sorted(config.method for config in configs) == sorted(2 * METHODS)
+    assert {config.learn.learning_rate for config in configs} == {5e-5}
+    assert {config.learn.epochs for config in configs} == {config.teach.epochs for config in configs} == {3}

@@ -1,0 +1,323 @@
+"""The run folder: nothing half written counts, nothing of others is replaced, no token is kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forgetlearn import runs
+from forgetlearn.errors import RunError
+from forgetlearn.runs import RunFolder
+
+CONFIG = {"method": "f-ft", "forget": {"coef": 0.3, "epochs": 3}}
+INPUTS = {"facts_sha256": "aa", "base_sha256": "bb"}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run", CONFIG, INPUTS)
+
+
+def write_weights(folder: Path) -> dict[str, int]:
+    (folder / "w.safetensors").write_text("weights")
+    return {"facts": 7}
+
+
+# Stages ------------------------------------------------------------------------------------------
+
+
+def test_new_run_says_what_it_was_begun_with(run):
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    assert (manifest["config"], manifest["inputs"], manifest["stages"]) == (CONFIG, INPUTS, {})
+    assert {"python", "forgetlearn", "torch", "transformers", "peft"} <= manifest["versions"].keys()
+    assert names(run.path) == ["manifest.json"]
+
+
+def test_stage_is_done_once(run):
+    run.do("forget", write_weights)
+    run.do("forget", lambda folder: pytest.fail("done again"))
+    again = RunFolder.open(run.path)
+    assert again.is_done("forget")
+    assert not again.is_done("learn")
+    assert again.manifest["stages"]["forget"]["facts"] == 7
+    assert names(run.path) == ["manifest.json", "stages", "stages/forget", "stages/forget/w.safetensors"]
+
+
+def test_failed_stage_leaves_nothing(run):
+    def fail(folder):
+        write_weights(folder)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run.do("forget", fail)
+    assert names(run.path) == ["manifest.json", "stages"]
+    assert not RunFolder.open(run.path).is_done("forget")
+
+
+def test_stage_without_its_line_in_the_manifest_is_done_again(run, monkeypatch):
+    monkeypatch.setattr(RunFolder, "_save", lambda run: None)
+    run.do("learn", write_weights, folder="model")
+    monkeypatch.undo()
+    assert (run.path / "model/w.safetensors").is_file()
+    again = RunFolder.create(run.path, CONFIG, INPUTS, resume=True)
+    assert not again.is_done("learn")
+    again.do("learn", lambda folder: (folder / "other").touch(), folder="model")
+    assert names(run.path) == ["manifest.json", "model", "model/other"]
+
+
+def test_resume_removes_what_a_kill_left_half_written(run):
+    run.do("forget", write_weights)
+    for left in (run.path / ".adapter.unfinished-x1", run.path / "stages/.learn.unfinished-x2"):
+        left.mkdir()
+        (left / "half.safetensors").touch()
+    (run.path / ".summary.json.unfinished-x3").touch()
+    RunFolder.create(run.path, CONFIG, INPUTS, resume=True)
+    assert names(run.path) == ["manifest.json", "stages", "stages/forget", "stages/forget/w.safetensors"]
+
+
+def test_folder_of_a_run_killed_before_its_manifest_is_free(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.manifest.json.unfinished-ab").write_text('{"half": ')
+    RunFolder.create(tmp_path / "run", CONFIG, INPUTS, resume=True)
+    assert names(tmp_path / "run") == ["manifest.json"]
+
+
+def test_stage_weights_go_and_rows_stay(run):
+    run.do("forget", lambda folder: [(folder / name).touch() for name in ("w.safetensors", "rows.jsonl")] and None)
+    run.do("learn", write_weights, folder="model")
+    run.remove_stage_weights()
+    assert names(run.path / "stages") == ["forget", "forget/rows.jsonl"]
+    assert (run.path / "model/w.safetensors").is_file()
+
+
+def test_finished_is_said_by_the_manifest(run, tmp_path):
+    assert not runs.is_finished(run.path)
+    run.finish()
+    assert runs.is_finished(run.path)
+    assert runs.is_run(run.path)
+    assert not runs.is_run(tmp_path)
+    assert 0 < run.manifest["peak_memory_gb"] < 100
+
+
+# What may be written to --------------------------------------------------------------------------
+
+
+def test_existing_folder_names_both_flags(run):
+    with pytest.raises(RunError, match=r"exists\. Pass --resume .* or --overwrite"):
+        RunFolder.create(run.path, CONFIG, INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs", "named"),
+    [
+        (
+            {"method": "f-ft", "forget": {"coef": 0.5, "epochs": 3}},
+            INPUTS,
+            r"config\.forget\.coef = 0\.3, now it is 0\.5",
+        ),
+        ({"method": "ft", "forget": {"coef": 0.5, "epochs": 3}}, INPUTS, r"'f-ft', now it is 'ft' \(and 1 more"),
+        (CONFIG, {**INPUTS, "facts_sha256": "cc"}, r"inputs\.facts_sha256 = 'aa', now it is 'cc'"),
+        (CONFIG, {**INPUTS, "base_sha256": None}, r"inputs\.base_sha256 = 'bb', now it is None"),
+    ],
+)
+def test_resume_of_another_run_names_the_difference(run, config, inputs, named):
+    before = (run.path / "manifest.json").read_bytes()
+    with pytest.raises(RunError, match=named):
+        RunFolder.create(run.path, config, inputs, resume=True)
+    assert (run.path / "manifest.json").read_bytes() == before
+
+
+def test_resume_compares_as_json_does(tmp_path):
+    RunFolder.create(tmp_path / "run", {"protocols": ("token", "exact")}, INPUTS)
+    RunFolder.create(tmp_path / "run", {"protocols": ("token", "exact")}, INPUTS, resume=True)
+
+
+def test_overwrite_replaces_everything_of_the_old_run(run):
+    run.do("learn", write_weights, folder="model")
+    (run.path / "logs").mkdir()
+    (run.path / "report.md").touch()
+    new = RunFolder.create(run.path, {"method": "ft"}, INPUTS, overwrite=True)
+    assert names(run.path) == ["manifest.json"]
+    assert new.manifest["config"] == {"method": "ft"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"thesis.tex": "years of work"},
+        {"manifest.json": '{"name": "a web page"}', "index.html": ""},
+        {"manifest.json": "not JSON"},
+        {"manifest.json": "[]"},
+        {"lab.json": '{"bench": 3}'},
+    ],
+)
+def test_overwrite_refuses_what_forgetlearn_did_not_write(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RunError, match="not written by forgetlearn"):
+        RunFolder.create(tmp_path, CONFIG, INPUTS, overwrite=True)
+    assert {name: (tmp_path / name).read_text() for name in files} == files
+
+
+def test_overwrite_refuses_a_file(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunError, match="not written by forgetlearn"):
+        runs.check_output(tmp_path / "run", resume=False, overwrite=True)
+
+
+@pytest.mark.parametrize("read", ["model", "inputs.jsonl", "."])
+def test_overwrite_refuses_a_folder_that_holds_what_is_read(run, read):
+    with pytest.raises(RunError, match="which this run reads"):
+        runs.check_output(run.path, resume=False, overwrite=True, inputs=[None, run.path / read])
+
+
+def test_resume_refuses_a_folder_without_a_run(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(RunError, match="holds no run to go on with"):
+        runs.check_output(tmp_path, resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no manifest.json"), ('{"cut": ', "cannot be read"), ("[1]", "no JSON object"), ("{}", "not written by")],
+)
+def test_open_says_what_is_wrong(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(RunError, match=message):
+        RunFolder.open(tmp_path)
+
+
+# Atomic writes -----------------------------------------------------------------------------------
+
+
+def no_space(*_args: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "summary.json"
+    runs.write_json(file, {"n": 1})
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(RunError, match=rf"{file}: cannot be written: No space left on device\."):
+        runs.write_json(file, {"n": 2})
+    assert names(tmp_path) == ["summary.json"]
+    assert runs.read_json(file) == {"n": 1}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Exception("I/O: No space left")])
+def test_full_disk_leaves_the_old_folder(tmp_path, error):
+    with runs.atomic_folder(tmp_path / "model") as folder:
+        (folder / "old").touch()
+
+    def fill():
+        with runs.atomic_folder(tmp_path / "model") as folder:
+            (folder / "new").touch()
+            raise error
+
+    with pytest.raises(RunError, match="model: cannot be written: No space left"):
+        fill()
+    assert names(tmp_path) == ["model", "model/old"]
+
+
+def test_folder_is_replaced_as_a_whole(tmp_path):
+    for name in ("old", "new"):
+        with runs.atomic_folder(tmp_path / "deep/model") as folder:
+            (folder / name).touch()
+    assert names(tmp_path) == ["deep", "deep/model", "deep/model/new"]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 1 MB; only root can mount one."""
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("cannot mount a file system here")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_real_full_disk(tiny_disk):
+    import torch
+    from safetensors.torch import save_file
+
+    run = RunFolder.create(tiny_disk / "run", CONFIG, INPUTS)
+    weights = {"w": torch.zeros(400_000)}
+    with pytest.raises(RunError, match="model: cannot be written: No space left"):
+        run.do("learn", lambda folder: save_file(weights, folder / "model.safetensors"), folder="model")
+    with pytest.raises(RunError, match=r"facts\.jsonl: cannot be written: No space left"):
+        runs.write_rows(run.path / "facts.jsonl", [{"said": "x" * 1_600_000}])
+    assert names(tiny_disk) == ["run", "run/manifest.json"]
+    assert RunFolder.open(run.path).manifest["stages"] == {}
+
+
+def test_files_get_the_permissions_of_the_user(tmp_path):
+    mask = os.umask(0o022)
+    try:
+        runs.write_text(tmp_path / "report.md", "x")
+        with runs.atomic_folder(tmp_path / "model"):
+            pass
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "report.md").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+
+
+def test_rows_survive_every_character(tmp_path):
+    rows = [{"said": 'a\u2028b\x85"\\\n'}, {"said": "日本 ü"}, {"said": None}]
+    runs.write_rows(tmp_path / "rows.jsonl", rows)
+    assert runs.read_rows(tmp_path / "rows.jsonl") == rows
+
+
+def test_numbers_that_are_not_json_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        runs.write_json(tmp_path / "x.json", {"mean": float("nan")})
+    assert names(tmp_path) == []
+
+
+# What the manifest tells -------------------------------------------------------------------------
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--hub-token", "secret", "--seed", "1"], ["--hub-token", "***", "--seed", "1"]),
+        (["--api-key=secret"], ["--api-key=***"]),
+        (["--set", f"model.revision={TOKEN}"], ["--set", "model.revision=***"]),
+        (["--model", "hf_models/llama", "--set", "learn.max_packed_tokens=512"], None),
+    ],
+)
+def test_command_line_hides_tokens(monkeypatch, words, shown):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/forgetlearn", "update", *words])
+    assert runs.command_line() == ["forgetlearn", "update", *(shown or words)]
+
+
+def test_manifest_holds_no_token_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(sys, "argv", ["forgetlearn", "--token", TOKEN])
+    run = RunFolder.create(tmp_path / "run", CONFIG, INPUTS)
+    run.finish()
+    assert TOKEN not in (run.path / "manifest.json").read_text()
+
+
+def test_hash_sees_weights_config_and_tokenizer(tmp_path):
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / name).write_text(name)
+    seen = {runs.sha256_of(tmp_path)}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("other")
+        seen.add(runs.sha256_of(tmp_path))
+    assert len(seen) == 4
+    (tmp_path / "notes.md").touch()
+    assert runs.sha256_of(tmp_path) in seen

@@ -1,0 +1,549 @@
+"""One update, end to end: five methods, what is counted, what is left, and resume after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import forgetlearn
+from forgetlearn import runs
+from forgetlearn.config import load_config
+from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError, RunError
+from forgetlearn.session import update
+
+METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
+USED = 6
+CHANGES = {"learn__epochs": 12, "learn__learning_rate": 2e-3}  # enough for answers to change
+LEFT_OUT = {"old_equals_new": 1, "repeated_prompt": 1}
+
+
+def write_lines(file: Path, records: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+@pytest.fixture(scope="module")
+def records(small_lab) -> list[dict[str, Any]]:
+    """Six facts that the base holds, one without a rephrase, one with a probe longer than its context."""
+    own = runs.read_rows(small_lab / "facts.jsonl")[:USED]
+    own[1].pop("rephrase_prompts")
+    own[2]["locality"] = [{"prompt": "far " * 600, "answer": "away"}]
+    return own
+
+
+@pytest.fixture(scope="module")
+def facts(records, tmp_path_factory) -> Path:
+    unusable = [
+        {"prompt": "The same is", "target_new": "same", "ground_truth": "same"},
+        {"prompt": records[0]["prompt"], "target_new": "else", "ground_truth": "other"},
+    ]
+    return write_lines(tmp_path_factory.mktemp("facts") / "facts.jsonl", records + unusable)
+
+
+@pytest.fixture(scope="module")
+def new_only(records, tmp_path_factory) -> Path:
+    """The same facts without old answers."""
+    lines = [{name: value for name, value in record.items() if name != "ground_truth"} for record in records]
+    return write_lines(tmp_path_factory.mktemp("facts") / "new.jsonl", lines)
+
+
+@pytest.fixture(scope="module")
+def config(small_lab):
+    def make(method: str = "f-ft", **more: object):
+        settings = {"method": method, "forget.epochs": 1, "learn.epochs": 1, "forget.coef": 1.0}
+        settings |= {f"{stage}.batch_size": 2 for stage in ("teach", "forget", "learn")}
+        return load_config(
+            small_lab / "update.yaml", settings | {name.replace("__", "."): v for name, v in more.items()}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(small_lab, facts, config, tmp_path_factory):
+    """Method -> its run, with enough epochs that answers change; each is run once."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+
+    def run(method: str):
+        if method not in done:
+            settings = config(method, **CHANGES)
+            done[method] = update(small_lab, facts, settings, output=folder / method)
+        return done[method]
+
+    return run
+
+
+def tensors(product: Path) -> dict[str, Any]:
+    return {name: value for file in product.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def same_tensors(one: Path, two: Path) -> bool:
+    a, b = tensors(one), tensors(two)
+    return bool(a) and a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+# End to end --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_run_folder(finished, method):
+    result = finished(method)
+    product = "adapter" if method in ("lora", "f-lora") else "model"
+    assert result.product == result.output / product
+    files = {"config.yaml", "manifest.json", "facts.jsonl", "inputs.jsonl", "summary.json", "report.md", "report.html"}
+    assert {path.name for path in result.output.iterdir()} == files | {"logs", "stages", product}
+    assert (result.product / "README.md").is_file()
+    assert not list((result.output / "stages").rglob("*.safetensors"))
+    assert load_config(result.output / "config.yaml").method == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_add_up(finished, method):
+    result = finished(method)
+    phases = ["base", "forgotten", "updated"] if method.startswith("f-") else ["base", "updated"]
+    protocols = ["token", "exact", "prefer", "generate", "contains", "agreement", "accuracy"]
+    rows = runs.read_rows(result.output / "facts.jsonl")
+    counts = Counter((row["phase"], row["protocol"]) for row in rows)
+    assert counts == {(phase, protocol): USED for phase in phases for protocol in protocols}
+    assert len({row["fact"] for row in rows}) == USED
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_summary(finished, method):
+    summary = runs.read_json(finished(method).output / "summary.json")
+    assert (summary["method"], summary["seed"]) == (method, 0)
+    assert summary["coef"] == (1.0 if method.startswith("f-") else None)
+    facts = summary["facts"]
+    assert (facts["read"], facts["used"], facts["known"], facts["left_out"]) == (USED + 2, USED, USED, LEFT_OUT)
+    assert facts["read"] == facts["used"] + sum(facts["left_out"].values())
+    for phase in summary["phases"].values():
+        for quantity in ("reliability", "generality", "residue"):
+            assert {"token", "exact", "generate", "prefer"} <= phase[quantity].keys()
+        assert phase["locality"].keys() == {"agreement", "accuracy"}
+        for quantity in phase.values():
+            for cell in quantity.values():
+                assert cell["n"] + cell["errored"] + cell["not_asked"] == USED
+                assert 0 <= cell["mean"] <= 100
+
+
+def test_base_agrees_with_itself(finished):
+    locality = finished("ft").summary["phases"]["base"]["locality"]
+    assert (locality["agreement"]["mean"], locality["accuracy"]["mean"]) == (100.0, 100.0)
+
+
+def test_answers_change(finished):
+    phases = finished("ft").summary["phases"]
+    assert phases["base"]["residue"]["generate"]["mean"] == 100.0
+    assert phases["base"]["reliability"]["generate"]["mean"] == 0.0
+    assert phases["updated"]["reliability"]["generate"]["mean"] >= 50.0
+
+
+def test_fact_without_rephrase_is_not_asked(finished, records):
+    summary = finished("f-ft").summary
+    for phase in summary["phases"].values():
+        assert phase["generality"]["token"]["not_asked"] == 1
+        assert phase["generality"]["token"]["n"] == USED - 1
+    rows = [row for row in finished("f-ft").rows if row["protocol"] == "token"]
+    assert [row["generality"] is None for row in rows[:USED]] == [False, True, False, False, False, False]
+    assert rows[1]["errors"] == {}
+
+
+def test_probe_that_is_too_long_is_errored_with_its_reason(finished):
+    for phase in finished("f-ft").summary["phases"].values():
+        for cell in phase["locality"].values():
+            assert (cell["n"], cell["errored"]) == (USED - 1, 1)
+    bad = [row for row in finished("f-ft").rows if row["errors"]]
+    assert {row["phase"] for row in bad} == {"base", "forgotten", "updated"}
+    assert all("the model's context is 512" in row["errors"]["locality"] for row in bad)
+    assert "the model's context is 512" in (finished("f-ft").output / "report.md").read_text()
+
+
+def test_coef_0_skips_forgetting_and_is_fine_tuning_to_the_bit(small_lab, facts, config, finished, tmp_path):
+    settings = config("f-ft", forget__coef=0, **CHANGES)
+    result = update(small_lab, facts, settings, output=tmp_path / "run")
+    assert "forget" not in runs.read_json(tmp_path / "run/manifest.json")["stages"]
+    assert same_tensors(result.product, finished("ft").product)
+    assert not same_tensors(finished("f-ft").product, finished("ft").product)
+
+
+def test_another_seed_gives_other_weights(small_lab, facts, config, tmp_path):
+    products = [
+        update(small_lab, facts, config("lora", seed=seed), output=tmp_path / f"{number}").product
+        for number, seed in enumerate([1, 1, 2])
+    ]
+    assert same_tensors(products[0], products[1])
+    assert not same_tensors(products[0], products[2])
+
+
+def test_only_known_false_forgets_all(small_lab, facts, config, tmp_path):
+    other = [{"prompt": f"Nobody knows {n}", "target_new": "b", "ground_truth": "c"} for n in range(3)]
+    mixed = write_lines(tmp_path / "facts.jsonl", runs.read_rows(facts) + other)
+    for only_known, forgotten in ((True, USED), (False, USED + 3)):
+        output = tmp_path / f"{only_known}"
+        result = update(small_lab, mixed, config(forget__only_known=only_known), output=output)
+        assert runs.read_json(output / "manifest.json")["stages"]["forget"]["facts"] == forgotten
+        assert result.summary["facts"]["known"] == USED
+
+
+def test_nothing_known_only_learns_and_says_so(small_lab, config, tmp_path, caplog):
+    unknown = [{"prompt": "Nobody knows", "target_new": "b", "ground_truth": "c"}]
+    file = write_lines(tmp_path / "facts.jsonl", unknown)
+    result = update(small_lab, file, config(), output=tmp_path / "run")
+    assert result.summary["facts"]["known"] == 0
+    assert list(result.summary["phases"]) == ["base", "updated"]
+    assert "nothing to forget" in caplog.text
+
+
+def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_path):
+    settings = config(evaluate__protocols=["token"], evaluate__every_phase=False)
+    result = update(small_lab, facts, settings, output=tmp_path / "run")
+    assert result.summary["facts"]["known"] == USED
+    assert list(result.summary["phases"]) == ["base", "updated"]
+    assert "probe" in runs.read_json(tmp_path / "run/manifest.json")["stages"]
+    assert result.summary["phases"]["base"]["reliability"].keys() == {"token"}
+
+
+def test_save_merged(small_lab, facts, config, tmp_path):
+    result = update(small_lab, facts, config("f-lora", save_merged=True), output=tmp_path / "run")
+    assert tensors(tmp_path / "run/merged").keys() == tensors(small_lab).keys()
+    assert not same_tensors(tmp_path / "run/merged", small_lab)
+    prompts = [row["prompt"] for row in runs.read_rows(result.output / "inputs.jsonl")]
+    assert forgetlearn.ask(prompts, tmp_path / "run/merged") == forgetlearn.ask(prompts, result.product)
+    assert (tmp_path / "run/merged/README.md").is_file()
+
+
+def test_keep_stages(small_lab, facts, config, tmp_path):
+    update(small_lab, facts, config("f-ft", keep_stages=True), output=tmp_path / "run")
+    assert (tmp_path / "run/stages/forget/weights.safetensors").is_file()
+
+
+def test_teach_old(small_lab, records, config, tmp_path):
+    prompt, old = records[0]["prompt"], records[3]["ground_truth"]
+    file = write_lines(tmp_path / "f.jsonl", [{"prompt": prompt, "target_new": "b", "ground_truth": old}])
+    settings = config("f-lora", teach__epochs=30, teach__learning_rate=5e-3)
+    result = update(small_lab, file, settings, output=tmp_path / "run")
+    assert result.summary["facts"]["known"] == 1
+    assert result.summary["phases"]["base"]["residue"]["exact"]["mean"] == 100.0
+    taught = tmp_path / "run/taught"
+    assert runs.read_json(result.product / "adapter_config.json")["base_model_name_or_path"] == str(taught)
+    assert forgetlearn.ask([prompt], taught) == {prompt: old}
+
+
+def test_model_and_facts_in_memory(small_lab, facts, config, finished, tmp_path):
+    lm = forgetlearn.load_model(small_lab)
+    fact_set = forgetlearn.read_facts(facts)
+    result = update(lm.model, fact_set, config("ft", **CHANGES), output=tmp_path / "r", tokenizer=lm.tokenizer)
+    assert same_tensors(result.product, finished("ft").product)
+
+
+# Old answers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["f-ft", "f-lora", "f-lora-ft"])
+def test_forgetting_without_old_answers_names_the_way_out(small_lab, new_only, config, tmp_path, method):
+    with pytest.raises(FactError, match="--old-from model"):
+        update(small_lab, new_only, config(method), output=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_teaching_without_old_answers_is_an_error(small_lab, new_only, config, tmp_path):
+    with pytest.raises(FactError, match=r"teach\.epochs > 0"):
+        update(small_lab, new_only, config("ft", teach__epochs=1), output=tmp_path / "run")
+
+
+def test_learning_needs_no_old_answers(small_lab, new_only, config, tmp_path):
+    result = update(small_lab, new_only, config("ft"), output=tmp_path / "run")
+    assert result.summary["facts"]["known"] == 0
+    assert result.summary["phases"]["base"]["residue"]["token"] | {"mean": None} == {
+        "mean": None, "low": None, "high": None, "n": 0, "errored": 0, "not_asked": USED,
+    }  # fmt: skip
+
+
+def test_policy_model_forgets_what_the_model_says(small_lab, new_only, facts, config, finished, tmp_path):
+    settings = config("f-ft", facts__old_from="model", **CHANGES)
+    result = update(small_lab, new_only, settings, output=tmp_path / "run")
+    assert (result.summary["facts"]["old_from"], result.summary["facts"]["known"]) == ("model", USED)
+    # The base holds the file's old answers, so asking it gives the same update.
+    assert same_tensors(result.product, finished("f-ft").product)
+
+
+def test_policy_model_with_no_fact_left_writes_nothing(small_lab, records, config, tmp_path):
+    held = [{"prompt": record["prompt"], "target_new": record["ground_truth"]} for record in records]
+    file = write_lines(tmp_path / "facts.jsonl", held)
+    with pytest.raises(FactError, match="no fact is left"):
+        update(small_lab, file, config(facts__old_from="model"), output=tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.jsonl"]
+
+
+def test_policy_model_is_strict_too(small_lab, records, config, tmp_path):
+    lines = [{"prompt": r["prompt"], "target_new": r["target_new"]} for r in records]
+    lines[0]["target_new"] = records[0]["ground_truth"]
+    file = write_lines(tmp_path / "facts.jsonl", lines)
+    with pytest.raises(FactError, match="strict"):
+        update(small_lab, file, config(facts__old_from="model", facts__strict=True), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Errors before anything is written ---------------------------------------------------------------
+
+
+def test_prompt_longer_than_the_context(small_lab, config, tmp_path):
+    file = write_lines(tmp_path / "f.jsonl", [{"prompt": "far " * 600, "target_new": "b", "ground_truth": "c"}])
+    with pytest.raises(FactError, match="the model's context is 512"):
+        update(small_lab, file, config(), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_base_is_never_overwritten(small_lab, facts, config, tmp_path):
+    lab = Path(shutil.copytree(small_lab, tmp_path / "lab"))
+    before = runs.sha256_of(lab)
+    with pytest.raises(RunError, match="which this run reads"):
+        update(lab, facts, config(), output=lab, overwrite=True)
+    assert runs.sha256_of(lab) == before
+
+
+def test_adapter_is_no_base(finished, facts, config, tmp_path):
+    with pytest.raises(ModelError, match="is an adapter"):
+        update(finished("lora").product, facts, config(), output=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("model", "facts_file"), [(None, "f.jsonl"), ("base", None)])
+def test_what_is_not_named(model, facts_file, tmp_path):
+    with pytest.raises(ConfigError, match="is not set"):
+        update(model, facts_file, {}, output=tmp_path / "run")
+
+
+# The product in other programs -------------------------------------------------------------------
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+answers = {}
+for run in map(Path, sys.argv[2:]):
+    if (run / "adapter").is_dir():
+        product = run / "adapter"
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), product)
+    else:
+        product = run / "model"
+        model = AutoModelForCausalLM.from_pretrained(product)
+    tokenizer = AutoTokenizer.from_pretrained(product)
+    said = {}
+    for line in (run / "inputs.jsonl").read_text().splitlines():
+        prompt = json.loads(line)["prompt"]
+        inputs = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+        said[json.loads(line)["id"]] = tokenizer.decode(out[0, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+    rows = model.get_input_embeddings().weight.shape[0]
+    answers[run.name] = {"said": said, "vocabulary": len(tokenizer), "rows": rows}
+assert "forgetlearn" not in sys.modules
+print(json.dumps(answers))
+"""
+
+
+def test_products_answer_as_reported_in_a_fresh_process(finished, small_lab, tmp_path):
+    outputs = [finished(method).output for method in METHODS]
+    command = [sys.executable, "-c", PLAIN, str(small_lab), *map(str, outputs)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = json.loads(done.stdout)
+    vocabulary = runs.read_json(small_lab / "config.json")["vocab_size"]
+    for output in outputs:
+        rows = runs.read_rows(output / "facts.jsonl")
+        said = {r["fact"]: r["said"] for r in rows if r["phase"] == "updated" and r["protocol"] == "generate"}
+        plain = answers[output.name]
+        assert {key: text.strip().split("\n")[0] for key, text in plain["said"].items()} == said
+        assert plain["vocabulary"] == plain["rows"] == vocabulary
+
+
+# Resume ------------------------------------------------------------------------------------------
+
+KILLER = """
+import gc, json, os, signal, sys, traceback
+from pathlib import Path
+import torch
+from forgetlearn import report, runs
+from forgetlearn.session import update
+
+torch.set_num_threads(1)
+save = runs.RunFolder._save
+runs._commit = lambda: None  # somebody may commit in between
+report.plot_scores = report.plot_losses = lambda *_: None  # they take their time, and are made of what is compared
+
+def run_in_child(job, output, kill=None):
+    '''Wait status of an update in a process that kills itself before or after the nth save of the manifest.'''
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    saves = []
+    def counted(run):
+        saves.append(1)
+        for moment in ("before", "after"):
+            if kill == (len(saves), moment):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if moment == "before":
+                save(run)
+    runs.RunFolder._save = counted
+    try:
+        update(job["base"], job["facts"], job["config"], output=output, resume=True)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+root, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+found = {}
+for name, job in jobs.items():
+    whole = root / name / "whole" / "run"
+    update(job["base"], job["facts"], job["config"], output=whole)  # here, so that the children need no imports
+    n_saves = len(runs.RunFolder.open(whole).manifest["stages"]) + 2
+    gc.freeze()  # a child that collects the parent's objects spends most of its time on that
+    kills = [(n, moment) for moment in job["moments"] for n in range(1, n_saves + 1)]
+    found[name] = [
+        [f"{n}-{moment}", run_in_child(job, output, (n, moment)), run_in_child(job, output)]
+        for n, moment in kills
+        for output in [root / name / f"{n}-{moment}" / "run"]
+    ]
+print(json.dumps(found))
+"""
+JOBS = {
+    "f-lora": ("before", "after"),
+    "f-ft": ("after",),
+    "f-lora-ft": ("after",),  # taught, old answers by asking
+}
+
+
+@pytest.fixture(scope="module")
+def killed(small_lab, records, new_only, config, tmp_path_factory):
+    """Every run was killed at each of its saves, and resumed; name -> [kill, its status, status of the rest]."""
+    root = tmp_path_factory.mktemp("killed")
+    few = write_lines(root / "facts.jsonl", records[:3])
+    jobs = {
+        name: {"base": str(small_lab), "facts": str(few), "config": config(name).model_dump(mode="json"), "moments": m}
+        for name, m in JOBS.items()
+    }
+    taught = config("f-lora-ft", teach__epochs=1, facts__old_from="model", facts__limit=3)
+    jobs["f-lora-ft"] |= {"facts": str(new_only), "config": taught.model_dump(mode="json")}
+    command = [sys.executable, "-c", KILLER, str(root), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert all(rest == 0 for kills in found.values() for _kill, _status, rest in kills), done.stderr[-3000:]
+    return root, found
+
+
+def result_files(run: Path) -> dict[str, bytes]:
+    """Everything but what tells times (the manifest) or its own path (cards, adapter_config.json)."""
+    return {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name not in ("manifest.json", "adapter_config.json", "README.md")
+    }
+
+
+@pytest.mark.parametrize(("method", "n_kills"), [("f-lora", 14), ("f-ft", 7), ("f-lora-ft", 9)])
+def test_killed_at_any_save_resume_gives_the_same_bytes(killed, method, n_kills):
+    root, found = killed
+    assert len(found[method]) == n_kills
+    whole = result_files(root / method / "whole/run")
+    assert {"facts.jsonl", "summary.json", "report.html", "logs/learn.jsonl"} <= whole.keys()
+    assert any(name.endswith("model.safetensors") for name in whole)
+    for kill, status, _rest in found[method]:
+        assert os.WIFSIGNALED(status), kill
+        assert os.WTERMSIG(status) == signal.SIGKILL, kill
+        resumed = result_files(root / method / kill / "run")
+        assert resumed.keys() == whole.keys(), kill
+        assert [name for name in whole if resumed[name] != whole[name]] == [], kill
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learn__epochs": 2}, r"config\.learn\.epochs = 1, now it is 2"),
+        ({"seed": 9}, r"config\.seed = 0, now it is 9"),
+    ],
+)
+def test_resume_with_another_setting(small_lab, facts, config, tmp_path, changes, named):
+    begin(small_lab, facts, config(), tmp_path / "run")
+    with pytest.raises(RunError, match=named):
+        update(small_lab, facts, config(**changes), output=tmp_path / "run", resume=True)
+
+
+def begin(base, facts, config, output) -> None:
+    """A run that was interrupted after its first stage."""
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_args, **_kwargs):
+        raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forgetlearn.session._Session._facts_to_forget", stop)
+        with pytest.raises(StoppedError):
+            update(base, facts, config, output=output)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_resume_with_other_facts_or_base(small_lab, facts, config, tmp_path, is_finished):
+    lab, own = Path(shutil.copytree(small_lab, tmp_path / "lab")), Path(shutil.copy(facts, tmp_path / "own.jsonl"))
+    settings = config("ft")
+    if is_finished:
+        update(lab, own, settings, output=tmp_path / "run")
+    else:
+        begin(lab, own, settings, tmp_path / "run")
+    own.write_text(own.read_text().splitlines()[0] + "\n")
+    with pytest.raises(RunError, match=r"inputs\.facts_sha256"):
+        update(lab, own, settings, output=tmp_path / "run", resume=True)
+    shutil.copy(facts, own)
+    (lab / "tokenizer.json").write_text((lab / "tokenizer.json").read_text() + " ")
+    with pytest.raises(RunError, match=r"inputs\.base_sha256"):
+        update(lab, own, settings, output=tmp_path / "run", resume=True)
+
+
+def test_existing_run_names_both_flags(finished, small_lab, facts, config):
+    with pytest.raises(RunError, match=r"--resume .* --overwrite"):
+        update(small_lab, facts, config("ft", **CHANGES), output=finished("ft").output)
+
+
+def test_overwrite_runs_again(small_lab, facts, config, tmp_path):
+    update(small_lab, facts, config("ft"), output=tmp_path / "run")
+    update(small_lab, facts, config("lora"), output=tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run/adapter").is_dir()
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_finished_run_is_given_back_without_the_model(finished, small_lab, facts, config, monkeypatch):
+    result = finished("f-lora")
+    before = result_files(result.output)
+    (result.output / "report.html").unlink()
+    monkeypatch.setattr("forgetlearn.session.as_language_model", lambda *_: pytest.fail("loaded"))
+    again = update(small_lab, facts, config("f-lora", **CHANGES), output=result.output, resume=True)
+    assert result_files(result.output) == before
+    assert (again.summary, again.product) == (result.summary, result.product)
+
+
+def test_finished_run_whose_product_is_gone(small_lab, facts, config, tmp_path):
+    result = update(small_lab, facts, config("lora"), output=tmp_path / "run")
+    shutil.rmtree(result.product)
+    with pytest.raises(RunError, match="its product adapter/ is gone"):
+        update(small_lab, facts, config("lora"), output=tmp_path / "run", resume=True)
+
+
+def test_scores_are_no_update_to_resume(small_lab, facts, config, tmp_path):
+    forgetlearn.evaluate(small_lab, facts, config("lora"), output=tmp_path / "scores")
+    with pytest.raises(ForgetLearnError, match="holds scores"):
+        update(small_lab, facts, config("lora"), output=tmp_path / "scores", resume=True)
