@@ -19,7 +19,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = re.compile(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 API = re.compile(
     r"/api/models/(?P<id>[^/]+(?:/[^/]+?)??)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+)(?P<under>/.*)?)?"
@@ -36,14 +35,18 @@ class Hub:
 
 @contextmanager
 def serve(repos: Mapping[str, Path], gated: frozenset[str] = frozenset()) -> Iterator[Hub]:
-    """A hub that holds these folders under these ids; `gated` ids exist and may not be read."""
+    """A hub that holds these folders under these ids ("some/model", "some/model@branch").
+
+    `gated` ids exist and may not be read.
+    """
 
     class Handler(_Handler):
         pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub = Hub(f"http://127.0.0.1:{server.server_port}")
-    Handler.repos, Handler.gated, Handler.hub = dict(repos), gated, hub
+    Handler.gated, Handler.hub = gated, hub
+    Handler.branches = {name if "@" in name else f"{name}@main": folder for name, folder in repos.items()}
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -56,9 +59,10 @@ def serve(repos: Mapping[str, Path], gated: frozenset[str] = frozenset()) -> Ite
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    repos: dict[str, Path]
+    branches: dict[str, Path]
     gated: frozenset[str]
     hub: Hub
+    commit = ""
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -82,22 +86,25 @@ class _Handler(BaseHTTPRequestHandler):
         repo, revision = match["id"], match["revision"] or "main"
         if repo in self.gated:
             return self._error(401, "GatedRepo", f"Access to model {repo} is restricted. You must be logged in.")
-        if repo not in self.repos:
+        names = [name for name in self.branches if name.split("@")[0] == repo]
+        if not names:
             return self._error(401, "RepoNotFound", "Invalid username or password.")  # as the hub says it
-        if revision not in ("main", COMMIT):
+        named = [name for name in names if revision in (name.split("@")[1], commit(name))]
+        if not named:
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        self.commit, folder = commit(named[0]), self.branches[named[0]]
         if match.re is RESOLVE:
-            return self._file(self.repos[repo] / match["file"])
-        return self._json(self._tree(repo) if match["what"] == "tree" else self._info(repo))
+            return self._file(folder / match["file"])
+        return self._json(self._tree(folder) if match["what"] == "tree" else self._info(repo, folder))
 
-    def _info(self, repo: str) -> object:
-        files = [{"rfilename": path.name} for path in sorted(self.repos[repo].iterdir())]
-        return {"_id": "0", "id": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": files}
+    def _info(self, repo: str, folder: Path) -> object:
+        files = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
+        return {"_id": "0", "id": repo, "sha": self.commit, "private": False, "tags": [], "siblings": files}
 
-    def _tree(self, repo: str) -> object:
+    def _tree(self, folder: Path) -> object:
         return [
             {"type": "file", "oid": _etag(path), "size": path.stat().st_size, "path": path.name}
-            for path in sorted(self.repos[repo].iterdir())
+            for path in sorted(folder.iterdir())
         ]
 
     def _file(self, path: Path) -> None:
@@ -120,12 +127,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, kind: str, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        fixed = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Repo-Commit": COMMIT}
+        fixed = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Repo-Commit": self.commit}
         for name, value in {**fixed, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def commit(name: str) -> str:
+    """The commit that a branch ("some/model@main") stands at."""
+    return hashlib.sha1(name.encode()).hexdigest()
 
 
 def _etag(path: Path) -> str:

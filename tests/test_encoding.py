@@ -36,10 +36,11 @@ def merging_tokenizer(vocab: Sequence[str], merges: list[tuple[str, str]]) -> Pr
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
-def llama2_tokenizer() -> PreTrainedTokenizerFast:
+def llama2_tokenizer(*, joins_spaces: bool = False) -> PreTrainedTokenizerFast:
     """SentencePiece as Llama 2 has it: every text gets a space in front, spaces are "▁"."""
-    vocab = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "▁a", "▁b", "▁c"]
-    bpe = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, [("▁", "a"), ("▁", "b"), ("▁", "c")]))
+    vocab = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "▁a", "▁b", "▁c", "▁▁"]
+    merges = [("▁", "▁")] * joins_spaces + [("▁", "a"), ("▁", "b"), ("▁", "c")]
+    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate(vocab)}, merges))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -146,6 +147,11 @@ class TestSentencePiece:
         assert text == Encoded((1, 7, 8, 3, 9), 4)
         assert tokenizer.decode(text.ids, skip_special_tokens=True) == "a b  c"
 
+    def test_spaces_that_merge_across_the_boundary(self):
+        tokenizer = llama2_tokenizer(joins_spaces=True)
+        assert tokenizer("a b  c")["input_ids"] == [1, 7, 8, 10, 6]  # "▁▁", "c": not what follows "a b "
+        assert Encoder(tokenizer).encode("a b ", "c") == Encoded((1, 7, 8, 3, 9), 4)
+
     def test_space_of_the_chat_template_joins_the_answer(self):
         tokenizer = llama2_tokenizer()
         tokenizer.chat_template = (
@@ -167,9 +173,7 @@ class TestChatTemplate:
         assert text == Encoded((BOS, 63, A, 65, SPACE, B, EOS), 4)
 
     def test_end_token_of_the_template_where_eos_is_another(self, new_char_tokenizer):
-        tokenizer = new_char_tokenizer(
-            chat_template=CHATML, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
-        )
+        tokenizer = new_char_tokenizer(chat_template=CHATML, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
         start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         encoder = Encoder(tokenizer)
         assert encoder.end_ids == [end]
@@ -187,9 +191,7 @@ class TestChatTemplate:
         template = CHATML.replace(
             "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n</think>\n{% endif %}{{ m.content }}"
         )
-        tokenizer = new_char_tokenizer(
-            chat_template=template, additional_special_tokens=["<|im_start|>", "<|im_end|>"]
-        )
+        tokenizer = new_char_tokenizer(chat_template=template, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
         encoder = Encoder(tokenizer)
         assert encoder.prompt_text("a").endswith("<|im_start|>assistant\n<think>\n</think>\n")
         assert encoder.encode("a", "b").answer_ids == (B,)

@@ -145,9 +145,7 @@ class Old(torch.nn.Module):
         self.inside = inside
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
-        return self.inside(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
-        )
+        return self.inside(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
 
 
 class RunsOn(Old):

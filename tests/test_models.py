@@ -25,7 +25,7 @@ from forgetlearn.models import (
     save_model,
     wrap,
 )
-from hub_server import serve
+from hub_server import commit, serve
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,6 @@ class TestLoad:
 
     def test_dtype_that_is_asked_for(self, saved):
         assert load(saved, dtype="bfloat16").dtype == torch.bfloat16
-
 
     def test_tensors_without_a_place_are_told(self, damaged, caplog):
         load(damaged)
@@ -335,7 +334,7 @@ for name in sys.argv[1:]:
     start = time.monotonic()
     try:
         lm = load_model(ModelSettings(name=name, revision=revision or None, device="cpu"))
-        said = f"loaded {type(lm.model).__name__}, {len(lm.tokenizer)} tokens"
+        said = f"loaded {type(lm.model).__name__}, context {lm.encoder.max_length}, chat {lm.encoder.is_chat}"
     except ModelError as error:
         said = str(error)
     slow = time.monotonic() - start > 8
@@ -344,10 +343,13 @@ for name in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def hub_folders(saved, tmp_path_factory) -> dict[str, Path]:
+def hub_folders(saved, new_char_tokenizer, tmp_path_factory) -> dict[str, Path]:
     pickled = Path(shutil.copytree(saved, tmp_path_factory.mktemp("hub") / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    return {"some/model": saved, "single": saved, "some/pickled": pickled}
+    chat = Path(shutil.copytree(saved, tmp_path_factory.mktemp("hub") / "chat"))
+    change_config(chat, max_position_embeddings=64)
+    new_char_tokenizer(chat_template="{{ messages[-1].content }}").save_pretrained(chat)
+    return {"some/model": saved, "some/model@chat": chat, "single": saved, "some/pickled": pickled}
 
 
 def from_the_hub(url: str, home: Path, *names: str, **env: str) -> dict[str, str]:
@@ -370,29 +372,30 @@ class TestHub:
                 hub.url,
                 tmp_path,
                 *("some/model", "single", "some/missing", "missing", "some/gated", "some/pickled"),
-                "some/model@v9",
+                *("some/model@chat", "some/model@v9"),
             )
             asked = hub.requests.copy()
         nothing = "is no folder, and no model on the hub that can be read (private: set HF_TOKEN)."
         assert said == {
-            "some/model": "loaded LlamaForCausalLM, 100 tokens",
-            "single": "loaded LlamaForCausalLM, 100 tokens",
+            "some/model": "loaded LlamaForCausalLM, context 256, chat False",
+            "single": "loaded LlamaForCausalLM, context 256, chat False",
             "some/missing": f"some/missing: {nothing}",
             "missing": f"missing: {nothing}",
             "some/gated": "some/gated: is gated. Ask for access on its page, then set HF_TOKEN "
             "(or run `hf auth login`).",
             "some/pickled": "some/pickled: has no safetensors weights. Pickled weights can run code when they "
             "are read; convert them first.",
+            "some/model@chat": "loaded LlamaForCausalLM, context 64, chat True",
             "some/model@v9": "some/model: has no such revision on the hub.",
         }
-        assert ("GET", f"/some/model/resolve/{'0123456789abcdef' * 2}01234567/model.safetensors") in asked
+        assert ("GET", f"/some/model/resolve/{commit('some/model@main')}/model.safetensors") in asked
         # No pickle was fetched, and nobody was asked to convert one (with the user's token).
         assert not [path for _, path in asked if path.endswith(".bin") or "/commits" in path]
 
         # The cache is enough when the hub is gone.
         offline = from_the_hub(hub.url, tmp_path, "some/model", "some/missing", HF_HUB_OFFLINE="1")
         assert offline == {
-            "some/model": "loaded LlamaForCausalLM, 100 tokens",
+            "some/model": "loaded LlamaForCausalLM, context 256, chat False",
             "some/missing": "some/missing: is no folder, is not in the cache, and the hub cannot be reached "
             "(HF_HUB_OFFLINE?).",
         }
