@@ -411,7 +411,7 @@ for name, job in jobs.items():
     update(job["base"], job["facts"], job["config"], output=whole)  # here, so that the children need no imports
     n_saves = len(runs.RunFolder.open(whole).manifest["stages"]) + 2
     gc.freeze()  # a child that collects the parent's objects spends most of its time on that
-    kills = [(n, moment) for moment in job["moments"] for n in range(1, n_saves + 1)]
+    kills = [(n, job["moment"]) for n in range(1, n_saves + 1)]
     found[name] = [
         [f"{n}-{moment}", run_in_child(job, output, (n, moment)), run_in_child(job, output)]
         for n, moment in kills
@@ -419,11 +419,8 @@ for name, job in jobs.items():
     ]
 print(json.dumps(found))
 """
-JOBS = {
-    "f-lora": ("before", "after"),
-    "f-ft": ("after",),
-    "f-lora-ft": ("after",),  # taught, old answers by asking
-}
+# Name -> when to kill: before the manifest says that a stage is done (its folder is there), or after.
+JOBS = {"f-lora": "before", "f-ft": "after", "f-lora-ft": "after", "taught": "after"}
 
 
 @pytest.fixture(scope="module")
@@ -431,12 +428,17 @@ def killed(small_lab, records, new_only, config, tmp_path_factory):
     """Every run was killed at each of its saves, and resumed; name -> [kill, its status, status of the rest]."""
     root = tmp_path_factory.mktemp("killed")
     few = write_lines(root / "facts.jsonl", records[:3])
+    configs = {name: config(name) for name in JOBS if name != "taught"}
+    configs["taught"] = config("f-lora", teach__epochs=1, facts__old_from="model", facts__limit=3)
     jobs = {
-        name: {"base": str(small_lab), "facts": str(few), "config": config(name).model_dump(mode="json"), "moments": m}
-        for name, m in JOBS.items()
+        name: {
+            "base": str(small_lab),
+            "facts": str(new_only if name == "taught" else few),
+            "config": configs[name].model_dump(mode="json"),
+            "moment": moment,
+        }
+        for name, moment in JOBS.items()
     }
-    taught = config("f-lora-ft", teach__epochs=1, facts__old_from="model", facts__limit=3)
-    jobs["f-lora-ft"] |= {"facts": str(new_only), "config": taught.model_dump(mode="json")}
     command = [sys.executable, "-c", KILLER, str(root), json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -454,17 +456,17 @@ def result_files(run: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("method", "n_kills"), [("f-lora", 14), ("f-ft", 7), ("f-lora-ft", 9)])
-def test_killed_at_any_save_resume_gives_the_same_bytes(killed, method, n_kills):
+@pytest.mark.parametrize(("name", "n_kills"), [("f-lora", 7), ("f-ft", 7), ("f-lora-ft", 7), ("taught", 9)])
+def test_killed_at_any_save_resume_gives_the_same_bytes(killed, name, n_kills):
     root, found = killed
-    assert len(found[method]) == n_kills
-    whole = result_files(root / method / "whole/run")
+    assert len(found[name]) == n_kills
+    whole = result_files(root / name / "whole/run")
     assert {"facts.jsonl", "summary.json", "report.html", "logs/learn.jsonl"} <= whole.keys()
     assert any(name.endswith("model.safetensors") for name in whole)
-    for kill, status, _rest in found[method]:
+    for kill, status, _rest in found[name]:
         assert os.WIFSIGNALED(status), kill
         assert os.WTERMSIG(status) == signal.SIGKILL, kill
-        resumed = result_files(root / method / kill / "run")
+        resumed = result_files(root / name / kill / "run")
         assert resumed.keys() == whole.keys(), kill
         assert [name for name in whole if resumed[name] != whole[name]] == [], kill
 

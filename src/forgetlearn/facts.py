@@ -188,8 +188,8 @@ def from_records(
         old_from=old_from,
         read=len(facts) + _count_facts(left).total(),
         in_source=len(records),
-        left_out=_count_facts(left),
-        left_out_probes=_count_probes(left_probes),
+        left_out=dict(_count_facts(left)),  # asdict cannot copy a Counter
+        left_out_probes=dict(_count_probes(left_probes)),
         stripped=stripped,
         left_out_records=_in_order(left_probes),
         ignored_fields=form.ignored(checked),
@@ -223,8 +223,8 @@ def with_old_answers(facts: FactSet, answers: Mapping[str, str], *, strict: bool
         facts,
         facts=tuple(kept),
         old_from="model",
-        left_out=_count_facts(left),
-        left_out_probes=_count_probes(left),
+        left_out=dict(_count_facts(left)),  # asdict cannot copy a Counter
+        left_out_probes=dict(_count_probes(left)),
         stripped=facts.stripped + sum(answers[fact.id] != answers[fact.id].strip() for fact in facts),
         left_out_records=_in_order(left),
     )

@@ -1,0 +1,209 @@
+"""Reports: text of facts and models stays text, numbers are traceable, pages need nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from forgetlearn import report, runs
+from forgetlearn.config import load_config
+from forgetlearn.errors import RunError
+
+NASTY = "<script>alert(\"x\")</script> & 'q' | `c` *b* [l](http://evil.example) \x1b[31mred\x07 \u202egnp"
+CELL = {"mean": 78.44, "low": 75.1, "high": 81.5, "n": 2, "errored": 0, "not_asked": 0}
+NOTHING = {"mean": None, "low": None, "high": None, "n": 0, "errored": 2, "not_asked": 0}
+
+
+class Page(HTMLParser):
+    """The text of a page, its elements, and everything that they refer to."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.text, self.elements, self.references = "", set(), []
+        self.feed(source)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.add(tag)
+        self.references += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        assert not any(name.startswith("on") for name, _value in attrs)
+
+
+def make_run(
+    path: Path, *, said: str = "new", cell: dict | None = CELL, protocols: tuple = ("token", "generate")
+) -> Path:
+    """A finished run of two facts, made by hand; the first is nasty, the second has no old answer."""
+    run = runs.RunFolder.create(path, load_config(None, {"model.name": "base"}).model_dump(mode="json"), {})
+    inputs = [
+        {"id": "a", "prompt": NASTY, "target_new": NASTY, "ground_truth": NASTY + "\nsecond line"},
+        {"id": "b", "prompt": "The capital is", "target_new": "new"},
+    ]
+    phases = ("base", "updated")
+    rows = [
+        {
+            "fact": fact,
+            "phase": phase,
+            "protocol": "generate",
+            "said": text,
+            "reliability": score,
+            "residue": 0.0,
+            "errors": e,
+        }
+        for phase in phases
+        for fact, text, score, e in [("a", NASTY, 0.0, {"locality": NASTY}), ("b", said, 1.0, {})]
+    ]
+    quantities = ("reliability", "generality", "residue")
+    scores = {quantity: dict.fromkeys(protocols, cell) for quantity in quantities}
+    scores["locality"] = {"agreement": cell}
+    facts = {"source": NASTY, "reader": "own", "old_from": "answers", "read": 3, "used": 2, "known": 1}
+    facts |= {"left_out": {"old_equals_new": 1}, "left_out_probes": {}}
+    summary = {"method": "f-lora", "coef": 0.3, "seed": 0, "facts": facts, "product": "adapter"}
+    runs.write_rows(path / "facts.jsonl", rows)
+    runs.write_rows(path / "inputs.jsonl", inputs)
+    runs.write_json(path / "summary.json", summary | {"phases": dict.fromkeys(phases, scores)})
+    (path / "logs").mkdir()
+    runs.write_rows(path / "logs/learn.jsonl", [{"step": n, "loss": 1 / n} for n in range(1, 5)])
+    run.finish()
+    return path
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    path = make_run(tmp_path / "run")
+    report.write_run(path)
+    return path
+
+
+def test_html_shows_markup_as_text(run):
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    shown = NASTY.replace("\x1b", "�").replace("\x07", "�").replace("\u202e", "�")
+    assert page.text.count(shown) == 7  # prompt, old, new, two phases; an error; the source
+    assert "script" not in page.elements
+    assert "second line" in page.text
+
+
+def test_html_refers_to_nothing_outside(run):
+    source = (run / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert all(reference.startswith("#") for reference in page.references), page.references
+    assert "url(http" not in source
+    assert "default-src 'none'" in source
+    assert source.count("<svg") == 2
+
+
+def test_markdown_shows_markup_as_text(run):
+    source = (run / "report.md").read_text(encoding="utf-8")
+    row = next(line for line in source.splitlines() if line.startswith("| &lt;script&gt;"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6  # a border more than prompt, old, new and two phases
+    assert "&lt;script&gt;alert(\"x\")&lt;/script&gt; &amp; 'q' \\| \\`c\\` \\*b\\* \\[l\\](http://evil.example)" in row
+    assert "second line |" in row
+    assert "<script>" not in source
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_nothing_steers_a_terminal(run, name):
+    text = (run / name).read_text(encoding="utf-8")
+    assert not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+
+
+def test_scripts_that_join_letters_are_kept(tmp_path):
+    persian = "می\u200cخواهم"
+    make_run(tmp_path / "run", said=f"{persian}\u00a0👩\u200d🔬")
+    report.write_run(tmp_path / "run")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        assert persian in text
+        assert "👩\u200d🔬" in text
+
+
+def test_numbers_carry_protocol_interval_and_count(run):
+    source = (run / "report.md").read_text(encoding="utf-8")
+    assert "| reliability (token) |" in source
+    assert "| updated | 78.4 [75.1, 81.5] |" in source
+    assert "over 2 facts" in source
+    assert "3 records read" in source
+    assert "left out, old\\_equals\\_new: 1" in source
+
+
+def test_made_again_it_is_the_same(run):
+    before = {name: (run / name).read_bytes() for name in ("report.md", "report.html")}
+    for name in before:
+        (run / name).unlink()
+    report.write_run(run)
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("cell", "protocols", "sentence"),
+    [
+        (CELL, ("token", "generate"), "gives the new answer to 2 of 2 prompts, answers 78.4 % of unrelated tokens"),
+        (CELL, ("token",), "gives 78.4 % of the new answers' tokens"),
+        (CELL, ("prefer",), "The updated model answers 78.4 % of unrelated tokens as before."),
+        (NOTHING, ("token", "generate"), "The updated model was scored on 2 facts."),
+    ],
+)
+def test_verdict(tmp_path, cell, protocols, sentence):
+    make_run(tmp_path / "run", cell=cell, protocols=protocols)
+    report.write_run(tmp_path / "run")
+    assert sentence in report.load_context(tmp_path / "run")["verdict"]
+
+
+def test_states_of_facts():
+    def row(fact, **more):
+        return {"fact": fact, "phase": "updated", "protocol": "generate", "said": "x", "errors": {}} | more
+
+    rows = [row("a", reliability=1.0), row("b", reliability=0.0, residue=1.0), row("c", reliability=0.0, residue=0.0)]
+    rows.append(row("d", reliability=None, errors={"reliability": "too long"}))
+    table = report.fact_table([{"id": key} for key in "abcd"], rows, ["base", "updated"])
+    assert [fact["state"] for fact in table] == ["new", "old", "other", "errored"]
+    assert table[0]["said"] == {"base": None, "updated": "x"}
+
+
+def test_card(run):
+    (run / "adapter").mkdir()
+    report.write_card(run, run / "adapter")
+    text = (run / "adapter/README.md").read_text(encoding="utf-8")
+    assert text.startswith("---\n")
+    assert "library_name: peft" in text
+    assert "78.4 [75.1, 81.5]" in text
+    assert "base_model:" not in text  # a local folder is no id
+
+
+def test_card_names_its_base_on_the_hub(run):
+    manifest = runs.read_json(run / "manifest.json")
+    manifest["config"]["model"]["base_model_id"] = "org/base"
+    runs.write_json(run / "manifest.json", manifest)
+    for product, relation in (("adapter", "adapter"), ("model", "finetune")):
+        (run / product).mkdir()
+        report.write_card(run, run / product)
+        text = (run / product / "README.md").read_text(encoding="utf-8")
+        assert f'base_model: "org/base"\nbase_model_relation: {relation}\n' in text
+
+
+@pytest.mark.parametrize("name", ["summary.json", "manifest.json", "facts.jsonl", "inputs.jsonl"])
+def test_damaged_run_names_the_file(run, name):
+    (run / name).write_text('{"cut": ')
+    with pytest.raises(RunError, match=re.escape(name)):
+        report.write_run(run)
+    (run / name).unlink()
+    with pytest.raises(RunError, match=re.escape(name)):
+        report.write_run(run)
+
+
+def test_command_is_quoted(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["forgetlearn", "update", "--output", "my run; rm x"])
+    make_run(tmp_path / "run")
+    assert report.load_context(tmp_path / "run")["command"] == "forgetlearn update --output 'my run; rm x'"
+
+
+def test_yaml_of_config_is_read_back(run):
+    config = json.loads((run / "manifest.json").read_text())["config"]
+    import yaml
+
+    assert yaml.safe_load(report.as_yaml(config)) == config
