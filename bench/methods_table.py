@@ -48,11 +48,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     facts = read_facts(args.facts, limit=args.limit)
+    whole = read_facts(args.facts)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     scores: dict[tuple[str, float | None], list[dict]] = {cell: [] for cell in CELLS}
     held = []
     for seed in seeds:
-        base = build_lab(facts, LabSettings(seed=seed, tie_word_embeddings=not args.untied))
+        base = build_lab(facts, LabSettings(seed=seed, tie_word_embeddings=not args.untied), vocabulary_from=whole)
         held.append(read_json(base / "lab.json")["held"])
         for method, coef in CELLS:
             output = args.output / f"{method}-{coef}-seed{seed}"

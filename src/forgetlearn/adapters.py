@@ -205,7 +205,7 @@ def _check_layers(model: PeftModel, name: str) -> None:
             continue
         if isinstance(layer, LoraEmbedding):
             raise ConfigError(
-                f"lora.target_modules matches the embedding {path}, which is not supported. Leave it out."
+                f"lora.target_modules matches {path}: an embedding is not supported. Leave it out."
             )
         weight: Tensor = layer.get_base_layer().weight
         if len(owners[id(weight)]) > 1:

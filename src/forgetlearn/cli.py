@@ -128,13 +128,14 @@ def lab(
     from forgetlearn.runs import read_json
 
     settings = validate(LabSettings, {"seed": seed, **parse_assignments(setting or [])})
-    given = None
+    given = whole = None
     if facts_file:
         wanted = _config(None, None, facts_file, old_from, limit, None).facts
         given = read_facts(facts_file, old_from=wanted.old_from, limit=wanted.limit)
+        whole = read_facts(facts_file, old_from=wanted.old_from)
     elif limit is not None:
         settings = validate(LabSettings, {**settings.model_dump(), "n_facts": limit})
-    folder = build_lab(given, settings, output=output, overwrite=overwrite)
+    folder = build_lab(given, settings, vocabulary_from=whole, output=output, overwrite=overwrite)
     built = read_json(folder / "lab.json")
     held = ", ".join(f"{100 * share:.1f} % of {what}" for what, share in built["held"].items() if share is not None)
     typer.echo(f"{folder}: {built['parameters']:,} parameters; gives {held} exactly.")

@@ -23,8 +23,8 @@ from forgetlearn.facts import FactSet, from_records, write_facts
 from forgetlearn.world import made_up_world
 
 log = logging.getLogger("forgetlearn")
-FORMAT = 1  # part of the cache key: raise it when the same settings build another base
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+FORMAT = 2  # part of the cache key: raise it when the same settings build another base
+EOS, PAD = "</s>", "<pad>"
 
 
 class LabSettings(Settings):
@@ -51,10 +51,15 @@ def build_lab(
     facts: FactSet | None = None,
     settings: LabSettings | None = None,
     *,
+    vocabulary_from: FactSet | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """The folder of a base that holds the old answers of `facts` (default: of a made-up world).
+
+    `vocabulary_from` are facts whose texts the tokenizer is trained on (default: `facts`). When `facts` are
+    a few of a file, the whole file is the better choice: from a few alone every rare name becomes a token of
+    its own, which real models do not have, and what is learned carries over less (docs/experiments.md).
 
     It holds a model that plain transformers loads, `facts.jsonl`, `update.yaml` with settings for
     `update`, and `lab.json` with what was built and how much of it the base answers exactly.
@@ -74,11 +79,12 @@ def build_lab(
         runs.check_output(output, resume=False, overwrite=overwrite)
     if facts is None:
         facts = from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
-    cached = cache_folder() / f"lab-{_key(facts, settings)}"
+    vocabulary_from = vocabulary_from or facts
+    cached = cache_folder() / f"lab-{_key(facts, vocabulary_from, settings)}"
     if not (cached / "lab.json").is_file():
         log.info("building a lab base that holds %d facts (once; kept in %s)", facts.used, cached.parent)
         with runs.atomic_folder(cached) as unfinished:
-            _build(facts, settings, unfinished)
+            _build(facts, vocabulary_from, settings, unfinished)
     if output is None:
         return cached
     output = Path(output)
@@ -125,7 +131,7 @@ def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
                 yield prompt, fact.ground_truth
 
 
-def _build(facts: FactSet, settings: LabSettings, folder: Path) -> None:
+def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, folder: Path) -> None:
     import torch
 
     from forgetlearn.encoding import Encoder
@@ -133,9 +139,7 @@ def _build(facts: FactSet, settings: LabSettings, folder: Path) -> None:
     from forgetlearn.models import parameter_count, save_model
 
     pairs, contradictions = held_pairs(facts)
-    tokenizer = train_tokenizer(
-        [f"{prompt} {answer}" for prompt, answer in pairs] + [f" {fact.target_new}" for fact in facts], settings
-    )
+    tokenizer = train_tokenizer(_texts(vocabulary_from), settings)
     encoder = Encoder(tokenizer, "off")
     stage = StageSettings(
         epochs=settings.epochs,
@@ -178,9 +182,18 @@ def _build(facts: FactSet, settings: LabSettings, folder: Path) -> None:
     )
 
 
+def _texts(facts: FactSet) -> list[str]:
+    """All that is said of the facts, old and new."""
+    said = [f"{prompt} {answer}" for prompt, answer in dict(_wanted(facts)).items()]
+    return said + [f" {fact.target_new}" for fact in facts]
+
+
 def train_tokenizer(texts: list[str], settings: LabSettings) -> Any:
-    """A byte-level BPE tokenizer of these texts; it can write any other text too."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """A byte-level BPE tokenizer of these texts; it can write any other text too.
+
+    Without a BOS token: with one, a base this small learns its facts less well (docs/experiments.md).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
@@ -188,14 +201,13 @@ def train_tokenizer(texts: list[str], settings: LabSettings) -> Any:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab_size,
-        special_tokens=[BOS, EOS, PAD],
+        special_tokens=[EOS, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left"
+        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, padding_side="left"
     )
 
 
@@ -212,7 +224,7 @@ def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:
         num_key_value_heads=settings.num_attention_heads,
         max_position_embeddings=max(512, 2 * longest),
         tie_word_embeddings=settings.tie_word_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -247,13 +259,14 @@ def _update_yaml() -> str:
     return "# Settings for `forgetlearn update` that suit this small base.\n" + body
 
 
-def _key(facts: FactSet, settings: LabSettings) -> str:
+def _key(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings) -> str:
     import hashlib
 
     parts = {
         "format": FORMAT,
         "settings": settings.model_dump(),
         "facts": facts.sha256(),
+        "vocabulary_from": vocabulary_from.sha256(),
         "versions": {name: runs.versions()[name] for name in ("torch", "transformers", "tokenizers")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
