@@ -19,6 +19,16 @@ COMMANDS = ["facts", "lab", "update", "evaluate", "ask", "report", "demo", "sett
 FEW = ["--limit", "2", "--set", "forget.epochs=1", "--set", "learn.epochs=2", "--set", "learn.batch_size=1"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_bars():
+    """As `main` wants it before transformers is imported; other tests have imported it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
 @pytest.fixture
 def told(capsys):
     """`told("facts", file)`: exit code, stdout and stderr of a command."""
@@ -63,7 +73,8 @@ def updated(small_lab, lab_facts, tmp_path_factory) -> Path:
     """A run folder with an adapter."""
     output = tmp_path_factory.mktemp("cli") / "run"
     argv = ["update", "--model", small_lab, "--facts", lab_facts, "--config", small_lab / "update.yaml", *FEW]
-    assert main([str(word) for word in (*argv, "--method", "f-lora", "--coef", "1", "--output", output)]) == 0
+    more = ["--set", "learn.learning_rate=2e-3", "--method", "f-lora", "--coef", "1", "--output", output]
+    assert main([str(word) for word in (*argv, *more)]) == 0
     return output
 
 
@@ -169,7 +180,7 @@ def test_update_prints_a_table_and_where_the_product_lies(told, small_lab, lab_f
 
 def test_update_again(told, refused, small_lab, lab_facts, updated):
     argv = ["update", "--model", small_lab, "--facts", lab_facts, "--config", small_lab / "update.yaml", *FEW]
-    argv += ["--method", "f-lora", "--coef", 1, "--output", updated]
+    argv += ["--set", "learn.learning_rate=2e-3", "--method", "f-lora", "--coef", 1, "--output", updated]
     before = snapshot(updated)
     err = refused("exists", *argv)
     assert "--resume" in err
@@ -196,6 +207,7 @@ def test_evaluate_an_adapter(told, small_lab, lab_facts, updated, tmp_path):
     assert code == 0, err
     summary = runs.read_json(tmp_path / "scores/summary.json")
     assert list(summary["phases"]) == ["base", "updated"]
+    assert summary["phases"]["updated"]["locality"]["agreement"]["mean"] < 100.0
     assert summary["phases"] == {
         name: scores
         for name, scores in runs.read_json(updated / "summary.json")["phases"].items()
@@ -230,6 +242,14 @@ def test_ask(told, small_lab, updated):
     assert json.loads(out) == [
         {"prompt": fact["prompt"], str(adapter): said, str(small_lab): fact["ground_truth"]},
     ]
+
+
+def test_process_prints_the_answer_and_nothing_else(small_lab, updated):
+    fact = runs.read_rows(updated / "inputs.jsonl")[0]
+    command = [sys.executable, "-m", "forgetlearn", "ask", "--model", str(updated / "adapter"), fact["prompt"]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{fact['prompt']}\n  ")
 
 
 def test_report(told, refused, updated, tmp_path):
@@ -480,6 +500,7 @@ def test_nothing_in_facts_steers_the_terminal(told, refused, tmp_path):
     assert "\x1b" not in out
     file.write_bytes(lines({NASTY: 1}))
     assert "\x1b" not in refused("f.jsonl", "facts", file)
+    assert "\x1b" not in refused("no such folder", "ask", "--model", tmp_path / "\x1b[31mred", "hello")
 
 
 def test_nothing_in_answers_steers_the_terminal(told, small_lab, monkeypatch):
