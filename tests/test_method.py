@@ -169,6 +169,9 @@ def test_a_bf16_base_is_trained_in_float32_and_rounded_once_at_the_end(small_lab
     forget(lm, facts, FORGET, how, seed=7)
     trained = [weight for weight in lm.model.parameters() if how == "all weights" or weight.requires_grad]
     assert all(weight.dtype == torch.float32 for weight in trained)
+    if how == "all weights":
+        forgotten = snapshot(lm.model)
+        assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in forgotten.values())
     learn(lm, facts, LEARN, "all weights", seed=3)
     assert {weight.dtype for weight in lm.model.parameters()} == {torch.bfloat16}
 

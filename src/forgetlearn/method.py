@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from forgetlearn import adapters, taskvector
 from forgetlearn.config import ForgetSettings, StageSettings
 from forgetlearn.encoding import Encoded
@@ -52,19 +54,38 @@ def forget(
     Raises:
         FactError: a fact has no old answer.
     """
+    base = None if how == "lora" else float32_snapshot(lm)
+    stage_log = tune_on_old(lm, facts, settings, how, seed=seed)
+    subtract_old(lm, settings.coef, base)
+    return stage_log
+
+
+def float32_snapshot(lm: LanguageModel) -> dict[str, Tensor]:
+    """The base's weights before forgetting. In float32, or the forgotten ones would be rounded to its dtype."""
+    _all_weights(lm)
+    return taskvector.snapshot(lm.model)
+
+
+def tune_on_old(
+    lm: LanguageModel, facts: Iterable[Fact], settings: StageSettings, how: How, *, seed: int = 0
+) -> StageLog:
+    """The first half of forgetting: `lm` fine-tuned on the old answers, as an adapter "forget" or all weights."""
     texts = _texts(lm, [(fact.prompt, _old_answer(fact)) for fact in facts])
     if how == "lora":
         lm.model = adapters.attach(lm.model, settings.lora, adapters.FORGET, seed)
-        stage_log = _train(lm, texts, settings, how, seed, "forgetting")
-        adapters.scale(lm.model, adapters.FORGET, -settings.coef)
+    else:
+        _all_weights(lm)
+    return _train(lm, texts, settings, how, seed, "forgetting")
+
+
+def subtract_old(lm: LanguageModel, coef: float, base: taskvector.StateDict | None) -> None:
+    """The second half: `base - coef * (tuned - base)`, or the adapter "forget" times -coef where `base` is None."""
+    if base is None:
+        adapters.scale(lm.model, adapters.FORGET, -coef)
         adapters.activate(lm.model, [adapters.FORGET])
-        return stage_log
-    _all_weights(lm)
-    base = taskvector.snapshot(lm.model)
-    stage_log = _train(lm, texts, settings, how, seed, "forgetting")
-    tuned = dict(lm.model.named_parameters())
-    taskvector.load_into(lm.model, taskvector.subtracted(base, tuned, settings.coef))
-    return stage_log
+    else:
+        tuned = dict(lm.model.named_parameters())
+        taskvector.load_into(lm.model, taskvector.subtracted(base, tuned, coef))
 
 
 def learn(
