@@ -28,9 +28,7 @@ from forgetlearn.facts import (
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 ZSRE, COUNTERFACT = DATA / "zsre.json", DATA / "counterfact.json"
-needs_data = pytest.mark.skipif(
-    not ZSRE.exists(), reason="the real files of facts (../shared/data) are absent"
-)
+needs_data = pytest.mark.skipif(not ZSRE.exists(), reason="the real files of facts (../shared/data) are absent")
 
 ZSRE_RECORD = {
     "subject": "Clutch Hitter",
@@ -78,9 +76,7 @@ KNOWEDIT_ZSRE_RECORD = {
         "Relation_Specificity": [
             {"prompt": "The taxon rank of Epaspidoceras is", "ground_truth": ["genus", "rank of genus"]}
         ],
-        "Forgetfulness": [
-            {"prompt": "Its order is", "ground_truth": [["Ammonitida", "ammonite"], ["other"]]}
-        ],
+        "Forgetfulness": [{"prompt": "Its order is", "ground_truth": [["Ammonitida", "ammonite"], ["other"]]}],
         "Absent": None,
     },
     "portability": {"Reasoning": [{"prompt": "not read", "ground_truth": "Owlet moths"}]},
@@ -122,9 +118,7 @@ def test_zsre_puts_alt_on_the_new_side_and_the_first_answer_on_the_old():
         ground_truth="Sega",
         subject="Clutch Hitter",
         rephrase_prompts=["What's the publisher of Clutch Hitter?"],
-        locality=[
-            Probe("nq question: what part of the brain is in the middle cranial fossa", "temporal lobes")
-        ],
+        locality=[Probe("nq question: what part of the brain is in the middle cranial fossa", "temporal lobes")],
     )
 
 
@@ -424,9 +418,7 @@ def test_strict_lists_reasons_with_the_first_records():
     records = [own(9), *(own(n, ground_truth=f"new {n}") for n in range(7)), own(9)]
     with pytest.raises(FactError, match=r"strict") as caught:
         from_records(records, strict=True)
-    assert str(caught.value).endswith(
-        "7 old_equals_new (record 2, 3, 4, 5, 6, and 2 more); 1 repeated_fact (record 9)"
-    )
+    assert str(caught.value).endswith("7 old_equals_new (record 2, 3, 4, 5, 6, and 2 more); 1 repeated_fact (record 9)")
     assert from_records(records[:1], strict=True).used == 1
 
 
@@ -564,9 +556,7 @@ def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: object) -> None:
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
 
 
-@pytest.mark.parametrize(
-    ("source", "split"), [("some/facts", "train"), ("some/facts:test[:10%]", "test[:10%]")]
-)
+@pytest.mark.parametrize(("source", "split"), [("some/facts", "train"), ("some/facts:test[:10%]", "test[:10%]")])
 def test_a_hub_data_set_is_asked_for_its_split(monkeypatch, tmp_path, source, split):
     monkeypatch.chdir(tmp_path)
     asked = []
@@ -650,8 +640,6 @@ def test_real_file_survives_writing(tmp_path):
 
 
 def test_import_is_light():
-    code = (
-        "import sys, forgetlearn.facts; print(sorted({'torch', 'transformers', 'datasets'} & {*sys.modules}))"
-    )
+    code = "import sys, forgetlearn.facts; print(sorted({'torch', 'transformers', 'datasets'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

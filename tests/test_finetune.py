@@ -89,6 +89,8 @@ def test_the_rate_rises_and_falls_as_asked(lm):
     assert rates.index(max(rates)) == 2
     assert max(rates) == pytest.approx(1e-3)
     assert rates[-1] < 2e-4
+    one_step = StageSettings(epochs=1, batch_size=10, learning_rate=1e-3)
+    assert trained(lm, one_step)[1].steps[0]["learning_rate"] == pytest.approx(1e-3)
     constant = settings.model_copy(update={"lr_scheduler_type": "constant"})
     assert {row["learning_rate"] for row in trained(lm, constant)[1].steps} == {1e-3}
     assert trained(lm, constant, learning_rate=7e-4)[1].steps[0]["learning_rate"] == pytest.approx(7e-4)

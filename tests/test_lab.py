@@ -4,13 +4,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from forgetlearn.config import load_config
 from forgetlearn.errors import ConfigError, FactError, RunError
 from forgetlearn.facts import from_records, read_facts
 from forgetlearn.lab import LabSettings, build_lab, cache_folder, held_pairs, train_tokenizer
-from forgetlearn.config import load_config
 
 TINY = LabSettings(
-    n_facts=5, epochs=2, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=300
+    n_facts=5,
+    epochs=2,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    vocab_size=300,
 )
 
 
@@ -62,15 +68,15 @@ def test_an_output_is_a_copy_and_is_not_overwritten_unasked(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_are_tied_as_asked(tied):
-    model = AutoModelForCausalLM.from_pretrained(build_lab(settings=TINY.model_copy(update={"tie_word_embeddings": tied})))
+    model = AutoModelForCausalLM.from_pretrained(
+        build_lab(settings=TINY.model_copy(update={"tie_word_embeddings": tied}))
+    )
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == tied
 
 
 def test_each_prompt_is_held_once_and_contradictions_are_counted():
     probe = {"prompt": "P?", "answer": "q"}
-    facts = facts_of(
-        ("A?", "a", {"rephrase_prompts": ["A, please?", "P?"]}), ("B?", "b", {"locality": [probe, probe]})
-    )
+    facts = facts_of(("A?", "a", {"rephrase_prompts": ["A, please?", "P?"]}), ("B?", "b", {"locality": [probe, probe]}))
     pairs, contradictions = held_pairs(facts)
     assert pairs == [("A?", "a"), ("B?", "b"), ("P?", "q"), ("A, please?", "a")]
     assert contradictions == 1

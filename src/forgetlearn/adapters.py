@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -147,10 +148,7 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder}: no adapter_model.safetensors. Pickled adapters are not read.")
     try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-            adapted = model
-        else:
+        with _quiet():
             adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
@@ -174,18 +172,25 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
 
 def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: object) -> PeftModel:
     try:
-        with warnings.catch_warnings():
-            # peft asks transformers by a name that is going out of use, and warns of tied heads, which
-            # _check_layers refuses where they matter.
-            warnings.filterwarnings(
-                "ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings|fan_in_fan_out).*"
-            )
+        with _quiet():
             if not isinstance(model, PeftModel):
                 return get_peft_model(model, config, adapter_name=name)
             model.add_adapter(name, config)
             return model
     except ValueError as error:
         raise ConfigError(f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without two of peft's warnings that are not for the user.
+
+    It asks transformers by a name that is going out of use, and warns of tied heads, which `_check_layers`
+    refuses where they matter.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings|fan_in_fan_out).*")
+        yield
 
 
 def _layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -204,9 +209,7 @@ def _check_layers(model: PeftModel, name: str) -> None:
         if name not in layer.lora_A and name not in layer.lora_embedding_A:
             continue
         if isinstance(layer, LoraEmbedding):
-            raise ConfigError(
-                f"lora.target_modules matches {path}: an embedding is not supported. Leave it out."
-            )
+            raise ConfigError(f"lora.target_modules matches {path}: an embedding is not supported. Leave it out.")
         weight: Tensor = layer.get_base_layer().weight
         if len(owners[id(weight)]) > 1:
             raise ConfigError(

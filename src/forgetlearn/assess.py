@@ -11,10 +11,11 @@ from torch import nn
 from forgetlearn import report, runs
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import FactError
-from forgetlearn.facts import FactSet, write_facts
+from forgetlearn.facts import FactSet
 from forgetlearn.models import LanguageModel, as_language_model, load_model
+from forgetlearn.results import write_results
 from forgetlearn.scoring import Said, Scorer, locality_predictions, score
-from forgetlearn.session import public_row, read_config_facts, resolve, summary_of
+from forgetlearn.session import read_config_facts, resolve
 
 
 def evaluate(
@@ -53,11 +54,7 @@ def evaluate(
     run = runs.RunFolder.create(
         output, config.model_dump(mode="json"), {"facts_sha256": fact_set.sha256()}, overwrite=overwrite
     )
-    everything = [row for phase_rows in rows.values() for row in phase_rows]
-    runs.write_rows(run.path / "facts.jsonl", [public_row(row) for row in everything])
-    write_facts(fact_set, run.path / "inputs.jsonl")
-    runs.write_json(run.path / "summary.json", summary_of(config, fact_set, None, rows, product=None))
-    runs.write_text(run.path / "config.yaml", report.as_yaml(config.model_dump(mode="json")))
+    write_results(run.path, config, fact_set, rows)
     report.write_run(run.path)
     run.finish()
     return run.path

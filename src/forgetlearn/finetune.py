@@ -24,7 +24,6 @@ from forgetlearn.encoding import Encoded
 from forgetlearn.errors import ConfigError, TrainingError
 from forgetlearn.forward import IGNORE, Layout, answer_logits, choose_layout, lay_out
 
-
 LOGGED = ("loss", "grad_norm", "learning_rate")
 
 
@@ -70,6 +69,10 @@ def finetune(
     with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:
         rate = learning_rate or settings.learning_rate
         arguments = _arguments(settings, rate, seed, unused, use_cpu=_on_cpu(device))
+        # Whole steps, rounded down: Trainer rounds up, and its first warm-up step has rate 0, so a stage of
+        # one step would learn nothing.
+        n_steps = settings.epochs * math.ceil(len(texts) / settings.batch_size)
+        arguments.warmup_steps = int(settings.warmup_ratio * n_steps)
         model.to(arguments.device)
         layout = choose_layout(model, texts, pad_id, arguments.device)
         steps = _Steps(name)
@@ -127,7 +130,6 @@ def _arguments(
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=settings.batch_size // micro,
         lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_ratio,  # below 1: a share of the steps
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         adam_beta1=settings.adam_beta1,

@@ -206,9 +206,7 @@ def train_tokenizer(texts: list[str], settings: LabSettings) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, padding_side="left"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, padding_side="left")
 
 
 def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:

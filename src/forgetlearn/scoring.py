@@ -252,9 +252,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Facts whose old answer the model gives when it is asked (rows of the `generate` protocol)."""
     said: dict[str, str] = {row["fact"]: row["said"] or "" for row in rows if row["protocol"] == "generate"}
-    return [
-        fact for fact in facts if fact.ground_truth and metrics.same_text(said.get(fact.id, ""), fact.ground_truth)
-    ]
+    return [fact for fact in facts if fact.ground_truth and metrics.same_text(said.get(fact.id, ""), fact.ground_truth)]
 
 
 def _prompts(fact: Fact) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ from forgetlearn import adapters, report, runs, scoring, taskvector
 from forgetlearn.config import RunConfig, StageSettings, TeachSettings, validate
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
-from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers, write_facts
+from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
 from forgetlearn.finetune import StageLog, finetune
 from forgetlearn.method import METHODS, How, Method, fold_in, forget, learn
 from forgetlearn.models import LanguageModel, as_language_model, load_model, save_model
+from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
 
 log = logging.getLogger("forgetlearn")
@@ -269,20 +270,22 @@ class _Session:
         if self.config.save_merged and self.method.learns == "lora":
             self._merge()
             products.append(path / "merged")
-        rows = [row for phase in self.rows.values() for row in phase]
-        runs.write_rows(path / "facts.jsonl", [public_row(row) for row in rows])
-        with runs.naming(path / "inputs.jsonl"):
-            write_facts(self.facts, path / "inputs.jsonl")
-        summary = summary_of(self.config, self.facts, len(self.known), self.rows, self.product.name)
-        runs.write_json(path / "summary.json", summary)
-        runs.write_text(path / "config.yaml", report.as_yaml(self.config.model_dump(mode="json")))
+        summary = write_results(
+            path,
+            self.config,
+            self.facts,
+            self.rows,
+            known=len(self.known),
+            product=self.product.name,
+            method=self.config.method,
+        )
         report.write_run(path)
         for product in products:
             report.write_card(path, product)
         if not self.config.keep_stages:
             self.folder.remove_stage_weights()
         self.folder.finish()
-        return UpdateResult(path, self.product, summary, rows)
+        return UpdateResult(path, self.product, summary, runs.read_rows(path / "facts.jsonl"))
 
     def _merge(self) -> None:
         """The adapter folded into the base's weights, beside it."""
@@ -365,35 +368,6 @@ def _base_hash(lm: LanguageModel) -> str | None:
     if folder.is_dir():
         return runs.sha256_of(folder)
     return getattr(getattr(lm.model, "config", None), "_commit_hash", None)
-
-
-def public_row(row: Row) -> Row:
-    """A row without the token ids that only resume needs."""
-    return {name: value for name, value in row.items() if name != "predicted"}
-
-
-def summary_of(
-    config: RunConfig, facts: FactSet, known: int | None, rows: Mapping[str, list[Row]], product: str | None
-) -> dict[str, Any]:
-    """What summary.json holds; without a product (scores only) there is no method."""
-    forgets = product is not None and METHODS[config.method].forgets
-    return {
-        "method": config.method if product else "scores",
-        "coef": config.forget.coef if forgets else None,
-        "seed": config.seed,
-        "facts": {
-            "source": facts.source,
-            "reader": facts.reader,
-            "old_from": facts.old_from,
-            "read": facts.read,
-            "used": facts.used,
-            "left_out": dict(facts.left_out),
-            "left_out_probes": dict(facts.left_out_probes),
-            "known": known,
-        },
-        "phases": {phase: scoring.summarise(phase_rows) for phase, phase_rows in rows.items()},
-        "product": product,
-    }
 
 
 def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
