@@ -66,6 +66,16 @@ def test_an_output_is_a_copy_and_is_not_overwritten_unasked(tmp_path):
     assert build_lab(settings=TINY, output=tmp_path / "base", overwrite=True) == folder
 
 
+def test_an_output_that_holds_what_is_read_is_not_replaced(tmp_path):
+    base = build_lab(settings=TINY, output=tmp_path / "base")
+    own = read_facts(base / "facts.jsonl")
+    other = facts_of(("A?", "a", {}))
+    for facts, vocabulary in ((own, None), (other, own)):
+        with pytest.raises(RunError, match=r"base holds .*facts\.jsonl, which this run reads"):
+            build_lab(facts, TINY, vocabulary_from=vocabulary, output=base, overwrite=True)
+    assert read_facts(base / "facts.jsonl").facts == own.facts
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_are_tied_as_asked(tied):
     model = AutoModelForCausalLM.from_pretrained(

@@ -67,7 +67,7 @@ def build_lab(
 
     Raises:
         FactError: no fact has an old answer.
-        RunError: the output exists.
+        RunError: the output exists; or, with `overwrite`, it holds the file that one of the two was read from.
     """
     settings = settings or LabSettings()
     if settings.hidden_size % (2 * settings.num_attention_heads):
@@ -76,7 +76,8 @@ def build_lab(
             f"= {settings.num_attention_heads}."
         )
     if output is not None:
-        runs.check_output(output, resume=False, overwrite=overwrite)
+        reads = [given.source for given in (facts, vocabulary_from) if given is not None]
+        runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads)
     if facts is None:
         facts = from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
     vocabulary_from = vocabulary_from or facts
