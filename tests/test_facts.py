@@ -196,6 +196,22 @@ def test_knowedit_old_answer_as_text_list_or_list_of_lists(old):
     assert one(record).ground_truth == "mayor"
 
 
+def test_a_list_of_old_answers_takes_nothing_from_the_own_form():
+    fields = {"rephrase_prompts": ["r1", "r2"], "locality_prompt": "p1", "locality_ground_truth": "a1"}
+    facts = from_records([own(1, ground_truth=["old", "other"], **fields), own(2, ground_truth="o", text="a note")])
+    assert (facts.reader, facts.ignored_fields) == ("own", ("text",))
+    assert [fact.ground_truth for fact in facts] == ["old", "o"]
+    assert facts[0].rephrase_prompts == ("r1", "r2")
+    assert facts[0].locality == (Probe("p1", "a1"),)
+
+
+def test_knowedit_without_groups_reads_the_same_by_the_own_names():
+    record = {"subject": "Abu Qasim", "prompt": "p", "target_new": "n", "ground_truth": [["mayor", "alias"]]}
+    assert (
+        one(record) == one(record | {"locality": {}}) == make_fact("p", "n", ground_truth="mayor", subject="Abu Qasim")
+    )
+
+
 def test_own_form_with_every_way_to_give_rephrases_and_probes():
     fact = one(
         own(
@@ -445,6 +461,39 @@ def test_models_own_answers_become_the_old_ones():
     assert (facts.left_out_probes, filled.left_out_probes) == ({"locality_is_edit_prompt": 1}, {})
     assert (filled.read, filled.stripped, filled.old_from) == (5, 1, "model")
     assert_adds_up(filled)
+
+
+def test_a_model_that_says_the_new_answer_in_another_spelling_holds_it_already():
+    facts = from_records([own(1, target_new="Paris"), own(2, target_new="the Nile"), own(3)], old_from="model")
+    said = dict(zip((fact.id for fact in facts), ["Paris.", " Nile", "new 33"], strict=True))
+    filled = with_old_answers(facts, said)
+    assert [fact.ground_truth for fact in filled] == ["new 33"]
+    assert filled.left_out == {"old_equals_new": 2}
+
+
+def test_in_a_file_old_and_new_are_compared_letter_by_letter():
+    facts = from_records([own(1, ground_truth="C++", target_new="C"), own(2, ground_truth="nile", target_new="Nile")])
+    assert (facts.used, facts.left_out) == (2, {})
+
+
+def test_what_a_model_says_without_an_end_is_no_answer():
+    facts = from_records([own(1), own(2), own(3), own(4)], old_from="model")
+    ids = [fact.id for fact in facts]
+    said = dict(zip(ids, ["Rome", "Oslo and the", "new 3", ""], strict=True))
+    filled = with_old_answers(facts, said, unfinished={ids[1], ids[2], ids[3]})
+    assert [fact.ground_truth for fact in filled] == ["Rome"]
+    assert filled.left_out == {"unfinished_old_answer": 2, "no_old_answer": 1}
+    assert "evaluate.max_new_tokens" in REASONS["unfinished_old_answer"]
+    assert_adds_up(filled)
+    with pytest.raises(FactError, match=r"1 unfinished_old_answer \(record 2\)"):
+        with_old_answers(facts, said, unfinished=[ids[1]], strict=True)
+
+
+def test_no_model_answer_that_ends_says_what_to_do():
+    facts = from_records([own(1), own(2)], old_from="model")
+    said = {fact.id: "and so on" for fact in facts}
+    with pytest.raises(FactError, match=r"(?s)no fact is left of 2.*2 unfinished_old_answer.*max_new_tokens"):
+        with_old_answers(facts, said, unfinished=said)
 
 
 def test_model_answers_must_be_there_for_every_fact():

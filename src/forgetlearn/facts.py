@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, overload
@@ -20,6 +20,7 @@ OldFrom = Literal["answers", "pred", "model"]
 
 OLD_EQUALS_NEW = "old_equals_new"
 NO_OLD_ANSWER = "no_old_answer"
+UNFINISHED_OLD_ANSWER = "unfinished_old_answer"
 EMPTY_NEW_ANSWER = "empty_new_answer"
 REPEATED_PROMPT = "repeated_prompt"
 REPEATED_FACT = "repeated_fact"
@@ -29,6 +30,8 @@ EMPTY_LOCALITY_PROBE = "empty_locality_probe"
 REASONS: Mapping[str, str] = {
     OLD_EQUALS_NEW: "The old answer is the new one: forgetting it would forget the target.",
     NO_OLD_ANSWER: "It has no old answer under the policy, and other records have one.",
+    UNFINISHED_OLD_ANSWER: "The model's own answer did not end within evaluate.max_new_tokens, so what it holds is not "
+    "known. Raise that, or take the old answers from the file.",
     EMPTY_NEW_ANSWER: "Its new answer is empty.",
     REPEATED_PROMPT: "An earlier fact has the same prompt and another new answer; the earlier one stays.",
     REPEATED_FACT: "An earlier fact has the same prompt and the same new answer.",
@@ -197,10 +200,13 @@ def from_records(
     return _accepted(result, strict)
 
 
-def with_old_answers(facts: FactSet, answers: Mapping[str, str], *, strict: bool = False) -> FactSet:
+def with_old_answers(
+    facts: FactSet, answers: Mapping[str, str], *, unfinished: Collection[str] = (), strict: bool = False
+) -> FactSet:
     """The facts with the model's own answers (fact id -> answer) as old ones: the policy `model`.
 
-    An empty answer, or one that is the new answer already, leaves its fact out and is counted.
+    A fact is left out and counted where the answer is empty, was cut off at the token limit (`unfinished`
+    has its id), or is the new answer already, compared as `generate` compares: "Paris." is "Paris".
 
     Raises:
         FactError: a fact has no entry in `answers`, or no fact is left, or one is left out under `strict`.
@@ -212,8 +218,8 @@ def with_old_answers(facts: FactSet, answers: Mapping[str, str], *, strict: bool
     gone: dict[int, LeftOut] = {}
     for number, fact in zip(_record_numbers(facts), facts, strict=True):
         old = answers[fact.id].strip()
-        if not old or old == fact.target_new:
-            reason = OLD_EQUALS_NEW if old else NO_OLD_ANSWER
+        reason = _why_not_said(fact, old, fact.id in unfinished)
+        if reason:
             gone[number] = LeftOut(number, reason, _detail(fact.prompt, old))
         else:
             kept.append(replace(fact, ground_truth=old))
@@ -310,6 +316,17 @@ def _why_not(fact: Fact, needs_old: bool, earlier: Mapping[str, tuple[int, str]]
     return "", ""
 
 
+def _why_not_said(fact: Fact, said: str, is_unfinished: bool) -> str:
+    """The reason to leave a fact out for what the model said itself; "" where that is its old answer."""
+    from forgetlearn.metrics import same_text  # here, because it brings numpy and scipy
+
+    if not said:
+        return NO_OLD_ANSWER
+    if is_unfinished:
+        return UNFINISHED_OLD_ANSWER
+    return OLD_EQUALS_NEW if same_text(said, fact.target_new) else ""
+
+
 def _empty_probes(draft: Draft, number: int) -> Iterator[LeftOut]:
     """The probes with only one of prompt and answer; one with neither is an empty cell, not a probe."""
     for question, answer in draft.probes:
@@ -339,7 +356,8 @@ def _accepted(result: FactSet, strict: bool) -> FactSet:
     if strict and result.left_out_records:
         raise FactError(f"{result.source}: strict, and not everything can be used.\n{_account(result)}")
     if not result.facts:
-        raise FactError(f"{result.source}: no fact is left of {result.read} records.\n{_account(result)}")
+        hint = f"\n{REASONS[UNFINISHED_OLD_ANSWER]}" if UNFINISHED_OLD_ANSWER in result.left_out else ""
+        raise FactError(f"{result.source}: no fact is left of {result.read} records.\n{_account(result)}{hint}")
     return result
 
 

@@ -172,14 +172,14 @@ def read_knowedit(fields: Fields) -> Draft:
 
 
 def read_own(fields: Fields) -> Draft:
-    """The project's own names, of which flat COUNTERFACT uses a part."""
+    """The project's own names, of which flat COUNTERFACT uses a part; of several old answers the first one."""
     _check_spelling(fields)
     rephrases = [*fields.texts("rephrase_prompt"), *fields.texts("rephrase_prompts")]
     rephrases += [fields.text(f"rephrase_prompt_{n}") for n in _numbers(fields.record, "rephrase_prompt")]
     return Draft(
         prompt=fields.text("prompt"),
         new=fields.text("target_new"),
-        old=fields.text("ground_truth"),
+        old=fields.first("ground_truth"),
         subject=fields.text("subject"),
         rephrases=tuple(rephrases),
         probes=tuple(_own_probes(fields)),
@@ -267,7 +267,7 @@ def _fits_knowedit(record: Record) -> bool:
     if not (("prompt" in record or "text" in record) and ("target_new" in record or "labels" in record)):
         return False
     groups = isinstance(record.get("locality"), Mapping) or isinstance(record.get("portability"), Mapping)
-    return groups or isinstance(record.get("ground_truth"), list) or not _fits_own(record)
+    return groups or not _fits_own(record)  # without groups the own names say the same
 
 
 def _fits_own(record: Record) -> bool:
