@@ -1,4 +1,10 @@
+import contextlib
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,19 +145,6 @@ def test_an_adapter_between_stages_is_saved_flat_and_goes_on(tiny_model, tmp_pat
         assert torch.equal(delta, expected.deltas[name])
 
 
-@pytest.mark.parametrize(
-    ("targets", "tied", "message"),
-    [
-        (["nothing"], False, "target_modules = .*nothing"),
-        (["embed_tokens"], False, "embed_tokens: an embedding is not supported"),
-        (["lm_head"], True, "lm_head, whose weight is tied"),
-    ],
-)
-def test_what_cannot_be_subtracted_exactly_is_refused(tiny_model, targets, tied, message):
-    with pytest.raises(ConfigError, match=message):
-        adapters.attach(tiny_model(tied=tied), LoraSettings(target_modules=targets), FORGET, seed=0)
-
-
 def test_an_untied_head_may_have_an_adapter(tiny_model):
     model = with_two_adapters(tiny_model(), *[LoraSettings(target_modules=["lm_head"])] * 2)
     together = logits(model)
@@ -166,3 +159,82 @@ def test_a_folder_without_an_adapter_or_with_one_that_does_not_fit_is_refused(ti
     adapters.save(model, PRODUCT, tmp_path / "a", "base")
     with pytest.raises(ModelError, match="does not fit"):
         adapters.load(tiny_model(hidden_size=64), tmp_path / "a", PRODUCT)
+
+
+SAVE = """
+import sys
+from conftest import make_tiny_model
+from forgetlearn import adapters
+from forgetlearn.config import LoraSettings
+folder = sys.argv[1]
+from pathlib import Path
+model = adapters.attach(make_tiny_model(), LoraSettings(), adapters.FORGET, seed=1)
+adapters.save(model, adapters.FORGET, Path(folder, "forget"), "base")
+adapters.compose(model, [adapters.FORGET])
+adapters.save(model, adapters.PRODUCT, Path(folder, "product"), "base")
+"""
+
+
+def test_the_saved_config_is_the_same_in_every_process(tmp_path):
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parent)}
+        subprocess.run([sys.executable, "-c", SAVE, tmp_path / hash_seed], env=environment, check=True)
+    for name in ("forget", "product"):
+        one, two = ((tmp_path / seed / name / "adapter_config.json").read_text() for seed in ("1", "2"))
+        assert one == two
+    short = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert json.loads(one)["target_modules"] == short
+
+
+WRONG_TARGETS = [
+    (["nothing"], False, "nothing"),
+    ("no_such_.*", False, "no_such_"),
+    ([], False, "target_modules"),
+    ("*proj", False, "is no regular expression: nothing to repeat"),
+    (["embed_tokens"], False, "embed_tokens: an embedding is not supported"),
+    (["lm_head"], True, "lm_head, whose weight is tied"),
+    (["norm"], False, "not supported"),
+]
+
+
+@pytest.mark.parametrize(("targets", "tied", "message"), WRONG_TARGETS)
+def test_targets_are_checked_before_anything_begins(tiny_model, targets, tied, message):
+    model = tiny_model(tied=tied)
+    with pytest.raises(ConfigError, match=rf"^forget\.lora\.target_modules .*{message}"):
+        adapters.check_targets(model, LoraSettings(target_modules=targets), "forget")
+    with pytest.raises(ConfigError, match=rf"^lora\.target_modules .*{message}"):
+        adapters.attach(model, LoraSettings(target_modules=targets), FORGET, seed=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "wte"]])
+def test_checking_leaves_the_model_as_it_is(tiny_model, family, targets):
+    model = tiny_model(family, tied=True)
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    model.train()
+    modules, weights = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    random_state = torch.get_rng_state()
+    attributes = set(vars(model))
+    with contextlib.suppress(ConfigError):
+        adapters.check_targets(model, LoraSettings(target_modules=targets), "learn")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert set(vars(model)) == attributes
+    assert dict(model.named_modules()) == modules
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is weight for name, weight in weights.items())
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items())
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad] == [
+        name for name, weight in model.named_parameters() if weight is model.lm_head.weight
+    ]
+    assert model.training
+
+
+def test_checking_takes_no_memory_for_weights(tiny_model):
+    model = tiny_model()
+    outline = adapters.outline(model)
+    assert {weight.device.type for weight in outline.parameters()} == {"meta"}
+    assert [name for name, _weight in outline.named_parameters()] == [name for name, _ in model.named_parameters()]
+    tied = adapters.outline(tiny_model(tied=True))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight

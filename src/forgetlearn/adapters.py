@@ -6,6 +6,9 @@ under rsLoRA). Folding `-coef` into B turns an adapter trained on the old facts 
 
 from __future__ import annotations
 
+import copy
+import itertools
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +36,38 @@ def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> Pe
     Raises:
         ConfigError: target_modules match nothing, or something that cannot be subtracted exactly.
     """
+    torch.manual_seed(seed)
+    frozen = list(model.peft_config) if isinstance(model, PeftModel) else []
+    adapted = _new_adapter(model, settings, name)
+    activate(adapted, [*frozen, name], trained=name)
+    return adapted
+
+
+def check_targets(model: nn.Module, settings: LoraSettings, stage: str) -> None:
+    """Nothing, if the stage can put an adapter on the model, which is left alone: an outline of it is tried.
+
+    Raises:
+        ConfigError: as `attach`, with the stage's name before the setting.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft draws the first A
+            _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)  # small: the rank matches nothing
+    except ConfigError as error:
+        raise ConfigError(f"{stage}.{error}") from error
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """A copy of the model without numbers: its modules, with weights that have names, shapes and ties only."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, memo={id(weight): _without_numbers(weight) for weight in weights})
+
+
+def _without_numbers(weight: Tensor) -> Tensor:
+    empty = torch.empty_like(weight, device="meta")
+    return nn.Parameter(empty, weight.requires_grad) if isinstance(weight, nn.Parameter) else empty
+
+
+def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftModel:
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -41,11 +76,8 @@ def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> Pe
         use_rslora=settings.use_rslora,
         task_type=TaskType.CAUSAL_LM,
     )
-    torch.manual_seed(seed)
-    frozen = list(model.peft_config) if isinstance(model, PeftModel) else []
     adapted = _with_adapter(model, config, name, settings.target_modules)
     _check_layers(adapted, name)
-    activate(adapted, [*frozen, name], trained=name)
     return adapted
 
 
@@ -161,7 +193,10 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
 
 def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
     """Write one adapter as peft does (`adapter_config.json`, safetensors), naming its base."""
-    model.peft_config[name].base_model_name_or_path = base_model
+    config = model.peft_config[name]
+    config.base_model_name_or_path = base_model
+    if isinstance(config.target_modules, set):  # peft would write it in the order of the process's hash seed
+        config.target_modules = sorted(config.target_modules)
     model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
     nested = folder / name
     if nested.is_dir():  # peft puts every adapter but "default" one folder down
@@ -177,6 +212,8 @@ def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: obje
                 return get_peft_model(model, config, adapter_name=name)
             model.add_adapter(name, config)
             return model
+    except re.error as error:
+        raise ConfigError(f"lora.target_modules = {targets!r} is no regular expression: {error}.") from error
     except ValueError as error:
         raise ConfigError(f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}") from error
 
