@@ -139,6 +139,79 @@ def test_tied_weights_are_moved_once(tiny_model):
     assert torch.allclose(model.lm_head.weight, base["model.embed_tokens.weight"] - 0.5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tied_state_dict_fits_a_folder_whichever_is_the_base(tiny_model, tmp_path, family):
+    base, tuned = tiny_model(family, tied=True), tiny_model(family, tied=True, seed=1)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    in_memory, folders = (base.state_dict(), tuned.state_dict()), (tmp_path / "base", tmp_path / "tuned")
+    wanted = dict(subtracted(*folders, 0.5))
+    head = "lm_head.weight"
+    assert head in in_memory[0]
+    assert head not in wanted
+    for left in (0, 1):
+        got = dict(subtracted((in_memory, folders)[left][0], (in_memory, folders)[1 - left][1], 0.5))
+        assert (head in got) == (left == 0)  # the names of the base
+        assert all(torch.equal(got[name], weight) for name, weight in wanted.items())
+    vectors = [TaskVector.between(left[0], right[1]) for left in (in_memory, folders) for right in (in_memory, folders)]
+    assert {frozenset(vector.deltas) for vector in vectors} == {frozenset(wanted)}
+    moved = vectors[0].apply_to(in_memory[0])
+    assert torch.equal(
+        moved[head],
+        vectors[0].apply_to(tmp_path / "base")[
+            "model.embed_tokens.weight" if family == "llama" else "transformer.wte.weight"
+        ],
+    )
+    base.load_state_dict(moved)
+    assert torch.allclose(base.lm_head.weight, tuned.lm_head.weight, atol=1e-6)
+
+
+def test_what_is_tied_on_one_side_only_is_refused():
+    one, two = torch.ones(2), torch.zeros(2)
+    with pytest.raises(WeightMismatchError, match="b is tied to a in base, but in tuned the two differ"):
+        subtracted({"a": one, "b": one}, {"a": one.clone(), "b": two}, 0.3)
+    with pytest.raises(WeightMismatchError, match="only in base: c"):
+        subtracted({"a": one, "b": one, "c": two}, {"a": one}, 0.3)
+    untied = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
+    assert subtract(untied, {"a": one, "b": one}, 1.0)["b"].tolist() == [5.0, 7.0]
+
+
+def test_a_vector_moves_what_is_tied_in_one_way():
+    tensor = torch.ones(2)
+    tied = {"a": tensor, "b": tensor}
+    assert [t.tolist() for t in TaskVector({"b": tensor}).apply_to(tied).values()] == [[2, 2], [2, 2]]
+    with pytest.raises(WeightMismatchError, match="b is tied to a in base, but in vector the two differ"):
+        TaskVector({"a": tensor, "b": torch.zeros(2)}).apply_to(tied)
+
+
+def test_equal_tensors_and_views_are_not_taken_for_tied():
+    whole = torch.arange(4.0)
+    base = {"first": whole[:2], "both": whole, "row": whole.view(1, 4), "empty": whole[:0], "none": whole[:0]}
+    assert set(TaskVector.between(base, {name: tensor + 1 for name, tensor in base.items()}).deltas) == set(base)
+
+
+def test_a_stray_file_beside_the_model_is_not_read(tmp_path):
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    save_file({"w": torch.zeros(1), "v": torch.zeros(1)}, tmp_path / "optimizer.safetensors")
+    save_file({"w.lora_A": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert TaskVector({}).apply_to(tmp_path)["w"].tolist() == [1.0]
+
+
+def test_several_files_without_an_index_are_refused(tmp_path):
+    save_file({"w": torch.ones(1)}, tmp_path / "one.safetensors")
+    save_file({"lora": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    assert list(TaskVector({}).apply_to(tmp_path)) == ["w"]
+    save_file({"w": torch.zeros(1)}, tmp_path / "two.safetensors")
+    with pytest.raises(ModelError, match=r"2 \.safetensors files and no index.*one\.safetensors, two\.safetensors"):
+        TaskVector({}).apply_to(tmp_path)
+
+
+def test_a_folder_with_an_adapter_alone_is_no_model(tmp_path):
+    save_file({"lora": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="holds an adapter, not a whole model"):
+        TaskVector.between(tmp_path, tmp_path)
+
+
 def test_weights_that_do_not_fit_the_model_are_refused(tiny_model):
     model = tiny_model()
     weights = snapshot(model)

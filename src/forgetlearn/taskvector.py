@@ -7,7 +7,7 @@ forgetting    theta' = base - coef * tau
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, some
 
 StateDict = Mapping[str, Tensor]
+WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 
 
 class Weights(Protocol):
@@ -29,6 +30,9 @@ class Weights(Protocol):
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU or where it is."""
+
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Each name of a tensor that has several to all of them, in their order; no entry for the others."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +49,33 @@ class InMemory:
         """The tensor itself, not a copy."""
         return self.tensors[name].detach()
 
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Names of one and the same memory, as `state_dict()` gives a tied head beside the embedding."""
+        groups: dict[object, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            if tensor.numel() and tensor.device.type != "meta":  # otherwise there is no memory to share
+                place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                groups.setdefault(place, []).append(name)
+        return {name: tuple(group) for group in groups.values() if len(group) > 1 for name in group}
+
 
 class Checkpoint:
     """Weights in a folder of safetensors, sharded or not; nothing is read until it is asked for.
 
+    Read is what transformers reads: `model.safetensors`, else the files of the index; a folder with
+    neither may hold one other file of weights.
+
     Raises:
-        ModelError: there are no safetensors, or the index names a file that is not there.
+        ModelError: there are no safetensors, several without an index, or the index names a file that is
+            not there.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if not names or missing:
-            what = f"{index.name} names {some(missing)}, not there" if missing else "holds no .safetensors file"
-            raise ModelError(f"{self.folder}: {what}. Pickled weights are not read: save with save_pretrained.")
-        self.files = names
+        self.files = _weight_files(self.folder)
         self._file_of: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for name in names:
+        for name in self.files:
             with safe_open(self.folder / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     self._file_of[key] = name
@@ -83,6 +91,36 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Nothing: transformers writes a tied tensor once, under one name."""
+        return {}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the model of a folder."""
+    if (folder / WHOLE).is_file():
+        return [WHOLE]
+    index = folder / f"{WHOLE}.index.json"
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if missing := [name for name in names if name not in found]:
+            raise ModelError(f"{folder}: {index.name} names {some(missing)}, not there. Is the download complete?")
+        return names
+    names = [name for name in found if name != ADAPTER]
+    if len(names) > 1:
+        raise ModelError(
+            f"{folder}: {len(names)} .safetensors files and no index: {some(names)}. Which hold the model is not "
+            "known: save it with save_pretrained."
+        )
+    if not names and found:
+        raise ModelError(f"{folder}: holds an adapter, not a whole model. Merge it, or make it with save_merged.")
+    if not names:
+        raise ModelError(
+            f"{folder}: holds no .safetensors file. Pickled weights are not read: save with save_pretrained."
+        )
+    return names
+
 
 def open_weights(source: StateDict | str | Path | Weights) -> Weights:
     """`source` as weights that are read one tensor at a time."""
@@ -96,35 +134,36 @@ def open_weights(source: StateDict | str | Path | Weights) -> Weights:
 def subtracted(
     base: StateDict | str | Path | Weights, tuned: StateDict | str | Path | Weights, coef: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of `base - coef * (tuned - base)`, one at a time, in the order of `base`.
+    """Names and tensors of `base - coef * (tuned - base)`, one at a time, under the names and in the order of `base`.
 
     Each floating-point tensor is summed in float32 (float64 where base is) and rounded once to the dtype
     of `base`; other tensors are those of `base`. The inputs are left alone. `coef=0` gives the bits of
-    `base`. Names and shapes are compared before the first tensor is given.
+    `base`. Names and shapes are compared before the first tensor is given. A tied tensor may have two names
+    on one side, as in a state dict, and one on the other, as in a folder.
 
     Raises:
-        WeightMismatchError: a name is missing on one side, or two shapes differ.
+        WeightMismatchError: a name is missing on one side, two shapes differ, or what is tied in `base` is
+            two different tensors in `tuned`.
         ConfigError: coef is negative or not finite.
     Source: Ni et al. 2023, arXiv:2311.08011, eq. 3.
     """
     if not 0 <= coef < float("inf"):
         raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Subtraction is built in: 0.3 forgets.")
     left, right = open_weights(base), open_weights(tuned)
-    check_same(left.shapes(), right.shapes())
-    return _moved(left, right, lambda start, end: start - coef * (end - start), skip=coef == 0)
+    return _subtracted(left, right, _partners(left, right), coef)
 
 
-def _moved(
-    left: Weights, right: Weights, move: Callable[[Tensor, Tensor], Tensor], *, skip: bool
+def _subtracted(
+    left: Weights, right: Weights, partners: Mapping[str, str], coef: float
 ) -> Iterator[tuple[str, Tensor]]:
-    for name in left.shapes():
+    for name, partner in partners.items():
         start = left.get(name)
-        if skip or not start.is_floating_point():
+        if coef == 0 or not start.is_floating_point():
             yield name, start.clone()
             continue
         wide = torch.float64 if start.dtype == torch.float64 else torch.float32
-        end = right.get(name).to(start.device, wide)
-        yield name, move(start.to(wide), end).to(start.dtype)
+        start_wide, end = start.to(wide), right.get(partner).to(start.device, wide)
+        yield name, (start_wide - coef * (end - start_wide)).to(start.dtype)
 
 
 def subtract(base: StateDict, tuned: StateDict, coef: float) -> dict[str, Tensor]:
@@ -148,16 +187,17 @@ class TaskVector:
 
     @classmethod
     def between(cls, base: StateDict | str | Path | Weights, tuned: StateDict | str | Path | Weights) -> TaskVector:
-        """`tuned - base`, for two state dicts, checkpoint folders, or one of each.
+        """`tuned - base`, for two state dicts, checkpoint folders, or one of each; tied tensors once.
 
         Raises:
-            WeightMismatchError: a name is missing on one side, or two shapes differ.
+            WeightMismatchError: see `subtracted`.
         """
         left, right = open_weights(base), open_weights(tuned)
-        check_same(left.shapes(), right.shapes())
-        deltas = {}
-        for name in left.shapes():
-            start, end = left.get(name), right.get(name)
+        deltas, ties = {}, left.tied()
+        for name, partner in _partners(left, right).items():
+            if name != ties.get(name, (name,))[0]:
+                continue
+            start, end = left.get(name), right.get(partner)
             if start.is_floating_point():
                 deltas[name] = end.float() - start.float()
         return cls(deltas)
@@ -165,10 +205,11 @@ class TaskVector:
     def apply_to(self, base: StateDict | str | Path | Weights) -> dict[str, Tensor]:
         """`base + vector`, summed in float32 and rounded once to the dtype of `base`.
 
-        Tensors that the vector does not name are those of `base`.
+        Tensors that the vector does not name, under any of their names, are those of `base`.
 
         Raises:
-            WeightMismatchError: the vector names a tensor that `base` has not, or in another shape.
+            WeightMismatchError: the vector names a tensor that `base` has not, or in another shape, or moves
+                what is tied in `base` in two ways.
         """
         return dict(self.applied(base))
 
@@ -177,13 +218,14 @@ class TaskVector:
         weights = open_weights(base)
         shapes, own = weights.shapes(), InMemory(self.deltas).shapes()
         check_same({name: shapes[name] for name in own if name in shapes}, own, sides=("base", "vector"))
+        partners = _named_in(own, weights)
+        _check_ties(weights, InMemory(self.deltas), partners, sides=("base", "vector"))
         for name in shapes:
             start = weights.get(name)
-            delta = self.deltas.get(name)
-            if delta is None:
-                yield name, start.clone()
+            if name in partners:
+                yield name, (start.float() + self.deltas[partners[name]].to(start.device)).to(start.dtype)
             else:
-                yield name, (start.float() + delta.to(start.device)).to(start.dtype)
+                yield name, start.clone()
 
     def norm(self) -> float:
         """Euclidean length over all tensors."""
@@ -204,6 +246,48 @@ class TaskVector:
 
     def __sub__(self, other: TaskVector) -> TaskVector:
         return self + -other
+
+
+def _partners(base: Weights, tuned: Weights) -> dict[str, str]:
+    """Each name of `base` with the name of the same tensor in `tuned`, which may be another one where it is tied.
+
+    Raises:
+        WeightMismatchError: see `subtracted`.
+    """
+    ours, theirs = base.shapes(), tuned.shapes()
+    partners = _named_in(theirs, base)
+    ties = tuned.tied()
+    seen = {name: theirs[partner] for name, partner in partners.items()}
+    seen |= {name: shape for name, shape in theirs.items() if not any(n in ours for n in ties.get(name, (name,)))}
+    check_same(ours, seen)
+    _check_ties(base, tuned, partners)
+    return partners
+
+
+def _named_in(names: Mapping[str, object], weights: Weights) -> dict[str, str]:
+    """The names of `weights` that are among `names`, by themselves or by another name of the same tensor."""
+    ties = weights.tied()
+    found = ((name, [n for n in (name, *ties.get(name, ())) if n in names]) for name in weights.shapes())
+    return {name: among[0] for name, among in found if among}
+
+
+def _check_ties(
+    base: Weights, other: Weights, partners: Mapping[str, str], sides: tuple[str, str] = ("base", "tuned")
+) -> None:
+    """Nothing, if what is one tensor in `base` is one, or two equal ones, in `other`.
+
+    Raises:
+        WeightMismatchError: it is two that differ: of the two results a tied model would keep the last.
+    """
+    for name, (first, *_more) in base.tied().items():
+        mine, firsts = partners.get(name), partners.get(first)
+        if mine != firsts and mine is not None and firsts is not None:
+            one, two = other.get(mine), other.get(firsts)
+            if one.dtype != two.dtype or not torch.equal(one, two):
+                raise WeightMismatchError(
+                    f"{name} is tied to {first} in {sides[0]}, but in {sides[1]} the two differ. "
+                    "Is one of them a model with tied embeddings and the other without?"
+                )
 
 
 def check_same(
