@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import forgetlearn.finetune
 from forgetlearn import forward
 from forgetlearn.config import StageSettings
 from forgetlearn.errors import ConfigError, TrainingError
@@ -148,3 +149,25 @@ def test_the_final_loss_is_that_of_the_last_tenth():
 def test_the_layout_is_chosen_by_a_check_at_the_start(lm, monkeypatch):
     monkeypatch.setattr(forward, "AGREEMENT_TOLERANCE", -1.0)
     assert trained(lm, SETTINGS.model_copy(update={"epochs": 1}))[1].layout == "single"
+
+
+def test_several_gpus_are_not_spread_over_by_trainer(lm, monkeypatch):
+    seen = []
+    own = forgetlearn.finetune._FactTrainer.__init__
+
+    def init(self, **options):
+        seen.append((options["args"].n_gpu, options["args"].train_batch_size))
+        own(self, **options)
+
+    monkeypatch.setattr(forgetlearn.finetune._FactTrainer, "__init__", init)
+    arguments = forgetlearn.finetune._arguments
+
+    def with_two_gpus(*args, **options):
+        made = arguments(*args, **options)
+        made._setup_devices  # noqa: B018 (a property that reads the devices once)
+        made._n_gpu = 2
+        return made
+
+    monkeypatch.setattr("forgetlearn.finetune._arguments", with_two_gpus)
+    finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
+    assert seen == [(1, 4)]

@@ -73,7 +73,7 @@ class TestLoad:
     def test_a_folder(self, saved, tiny_model):
         lm = load(saved)
         assert lm.name == str(saved)
-        assert lm.dtype == torch.float32
+        assert set(lm.dtypes.values()) == {torch.float32}
         assert lm.device == torch.device("cpu")
         assert not lm.model.training
         assert lm.encoder.max_length == 256
@@ -93,13 +93,13 @@ class TestLoad:
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_dtype_auto_is_that_of_the_checkpoint(self, tiny_model, char_tokenizer, tmp_path, dtype):
-        save_model(tiny_model(), char_tokenizer, tmp_path, getattr(torch, dtype))
+        save_model(tiny_model().to(getattr(torch, dtype)), char_tokenizer, tmp_path)
         lm = load(tmp_path)
-        assert lm.dtype == getattr(torch, dtype)
+        assert set(lm.dtypes.values()) == {getattr(torch, dtype)}
         assert {weight.dtype for weight in lm.model.parameters()} == {getattr(torch, dtype)}
 
     def test_dtype_that_is_asked_for(self, saved):
-        assert load(saved, dtype="bfloat16").dtype == torch.bfloat16
+        assert set(load(saved, dtype="bfloat16").dtypes.values()) == {torch.bfloat16}
 
     def test_tensors_without_a_place_are_told(self, damaged, caplog):
         load(damaged)
@@ -255,7 +255,7 @@ class TestAdapter:
         assert "Pickled adapters are not read" in refused(adapter)
 
     def test_adapter_of_another_model(self, adapter, saved, tiny_model, char_tokenizer, tmp_path):
-        save_model(tiny_model(hidden_size=64), char_tokenizer, tmp_path / "wide", torch.float32)
+        save_model(tiny_model(hidden_size=64), char_tokenizer, tmp_path / "wide")
         file = adapter / "adapter_config.json"
         file.write_text(file.read_text().replace(str(saved), str(tmp_path / "wide")))
         assert "does not fit this base model" in refused(adapter)
@@ -265,7 +265,7 @@ class TestSave:
     @pytest.mark.parametrize("tied", [False, True])
     def test_comes_back_bit_for_bit(self, tiny_model, char_tokenizer, tmp_path, tied):
         model = tiny_model(tied=tied)
-        save_model(model, char_tokenizer, tmp_path, torch.float32)
+        save_model(model, char_tokenizer, tmp_path)
         stored = load_file(tmp_path / "model.safetensors")
         assert ("lm_head.weight" in stored) is not tied
         back = load(tmp_path)
@@ -278,21 +278,36 @@ class TestSave:
 
     def test_chat_template_goes_with_it(self, tiny_model, new_char_tokenizer, tmp_path):
         tokenizer = new_char_tokenizer(chat_template="[{{ messages[-1].content }}]")
-        save_model(tiny_model(), tokenizer, tmp_path, torch.float32)
+        save_model(tiny_model(), tokenizer, tmp_path)
         assert load(tmp_path).encoder.prompt_text("a") == Encoder(tokenizer).prompt_text("a") == "[a]"
 
-    def test_is_written_in_the_wanted_dtype(self, tiny_model, char_tokenizer, tmp_path):
-        save_model(tiny_model(), char_tokenizer, tmp_path, torch.bfloat16)
+    def test_is_written_in_the_dtype_of_its_weights(self, tiny_model, char_tokenizer, tmp_path):
+        save_model(tiny_model().bfloat16(), char_tokenizer, tmp_path)
         stored = load_file(tmp_path / "model.safetensors")
         assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
         assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+    def test_trained_weights_go_back_to_their_own_dtypes_and_buffers_stay(self, tiny_model, char_tokenizer):
+        model = tiny_model()
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.data = weight.data.bfloat16()
+        lm = wrap(model, char_tokenizer)
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        frequencies = model.model.rotary_emb.inv_freq.clone()
+        lm.to_float32()
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+        lm.to_own_dtypes()
+        assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32, torch.bfloat16}
+        assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
 
     def test_generation_settings_that_contradict_each_other(self, damaged, tmp_path):
         # As Llama 2 was published: greedy, and a temperature. What was loaded must be saved again.
         file = damaged / "generation_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False, "temperature": 0.9}))
         lm = load(damaged)
-        save_model(lm.model, lm.tokenizer, tmp_path / "again", torch.float32)
+        save_model(lm.model, lm.tokenizer, tmp_path / "again")
         assert load(tmp_path / "again").model.generation_config.temperature == 0.9
 
     def test_no_pickle_is_written(self, saved):

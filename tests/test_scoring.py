@@ -92,6 +92,15 @@ def test_generation_in_batches_is_generation_one_by_one(lm):
     assert batched[prompts[3]].text == text.lstrip().split("\n")[0].strip()
 
 
+def test_a_prompt_that_fills_the_context_takes_no_room_from_others(lm):
+    settings = EvaluateSettings(max_new_tokens=20)
+    alone = Scorer(lm, settings).say(["Hello"])["Hello"]
+    lm.encoder.max_length = 60
+    together = Scorer(lm, settings).say(["Hello", "x" * 55])
+    assert together["Hello"] == alone
+    assert len(together["x" * 55].text) <= 4
+
+
 def test_the_models_own_generation_settings_do_not_change_answers(lm):
     plain = Scorer(lm).say(["Hello"])["Hello"]
     lm.model.generation_config.repetition_penalty = 5.0

@@ -556,3 +556,95 @@ def test_scores_are_no_update_to_resume(small_lab, facts, config, tmp_path):
     forgetlearn.evaluate(small_lab, facts, config("lora"), output=tmp_path / "scores")
     with pytest.raises(ForgetLearnError, match="holds scores"):
         update(small_lab, facts, config("lora"), output=tmp_path / "scores", resume=True)
+
+
+class Killed(Exception):
+    """Stands in for a kill between two stages."""
+
+
+@pytest.mark.parametrize("method", ["ft", "f-ft", "f-lora"])
+def test_a_half_precision_base_resumes_to_the_same_bits(small_lab, records, config, tmp_path, monkeypatch, method):
+    """bfloat16 weights, float32 rotary frequencies: casting the whole module once changed what came after teaching."""
+    facts = write_lines(tmp_path / "facts.jsonl", records)
+    settings = config(method, model__dtype="bfloat16", teach__epochs=2)
+    whole = update(small_lab, facts, settings, output=tmp_path / "whole")
+    own_do = runs.RunFolder.do
+
+    def do_and_die(self, stage, *args, **options):
+        own_do(self, stage, *args, **options)
+        if stage == "teach":
+            raise Killed
+
+    monkeypatch.setattr(runs.RunFolder, "do", do_and_die)
+    with pytest.raises(Killed):
+        update(small_lab, facts, settings, output=tmp_path / "killed")
+    monkeypatch.setattr(runs.RunFolder, "do", own_do)
+    resumed = update(small_lab, facts, settings, output=tmp_path / "killed", resume=True)
+    assert same_tensors(whole.product, resumed.product)
+    assert resumed.rows == whole.rows
+
+
+def test_a_half_precision_product_is_the_model_that_was_scored(small_lab, facts, config, tmp_path):
+    settings = config("f-ft", model__dtype="bfloat16", **CHANGES)
+    result = update(small_lab, facts, settings, output=tmp_path / "run")
+    rows = forgetlearn.score(forgetlearn.load_model(result.product), forgetlearn.read_facts(facts), phase="updated")
+    scored = [row for row in result.rows if row["phase"] == "updated" and row["protocol"] != "agreement"]
+    assert [row for row in rows if row["protocol"] != "agreement"] == scored
+    assert {str(tensor.dtype) for tensor in tensors(result.product).values()} == {"torch.bfloat16"}
+
+
+def test_what_was_forgotten_and_what_auto_came_to_are_written_down(finished, small_lab, config, tmp_path):
+    run = finished("f-ft")
+    assert run.summary["facts"]["forgotten"] == run.summary["facts"]["known"] == USED
+    model = runs.read_json(run.output / "manifest.json")["model"]
+    assert (model["dtype"], model["device"], model["asked_in"]) == ("float32", "cpu", "plain text")
+    unknown = write_lines(tmp_path / "f.jsonl", [{"prompt": "Who is it?", "target_new": "Ann", "ground_truth": "Zog"}])
+    nothing = update(small_lab, unknown, config("f-lora"), output=tmp_path / "run")
+    assert nothing.summary["facts"]["forgotten"] == 0
+    assert "Nothing was forgotten." in (nothing.output / "report.md").read_text()
+    assert "Nothing was forgotten." not in (run.output / "report.md").read_text()
+
+
+def test_a_config_that_contradicts_what_is_passed_in_is_refused(small_lab, facts, config, tmp_path):
+    lm = forgetlearn.load_model(small_lab)
+    with pytest.raises(ConfigError, match=r"model\.dtype = 'bfloat16', but the model .* 'auto'"):
+        update(lm, facts, config("ft", model__dtype="bfloat16"), output=tmp_path / "run")
+    read = forgetlearn.read_facts(facts)
+    with pytest.raises(ConfigError, match=r"facts\.limit = 3, but the facts"):
+        update(lm, read, config("ft", facts__limit=3), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("targets", ["[nothing]", "(q_proj", "[embed_tokens]"])
+@pytest.mark.parametrize("stage", ["forget", "learn"])
+def test_bad_target_modules_are_found_before_anything_is_written(small_lab, facts, config, tmp_path, stage, targets):
+    value = [targets.strip("[]")] if targets.startswith("[") else targets
+    settings = config("f-lora", **{f"{stage}__lora__target_modules": value})
+    with pytest.raises(ConfigError, match=rf"{stage}\.lora\.target_modules"):
+        update(small_lab, facts, settings, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_old_answer_that_was_cut_off_is_none(small_lab, new_only, config, tmp_path):
+    settings = config("f-lora", facts__old_from="model", evaluate__max_new_tokens=1)
+    try:
+        summary = update(small_lab, new_only, settings, output=tmp_path / "run").summary
+    except FactError as error:
+        assert "unfinished_old_answer" in str(error)
+    else:
+        assert summary["facts"]["left_out"]["unfinished_old_answer"] > 0
+
+
+def test_an_adapters_card_after_teaching_does_not_name_the_untaught_base(small_lab, records, config, tmp_path):
+    facts = write_lines(tmp_path / "facts.jsonl", records)
+    settings = config("f-lora", teach__epochs=1, model__base_model_id="some/base")
+    card = (update(small_lab, facts, settings, output=tmp_path / "run").product / "README.md").read_text()
+    assert "base_model:" not in card
+    assert "belongs on the taught model" in card
+
+
+def test_scores_against_another_vocabulary_are_refused(small_lab, facts, tiny_model, char_tokenizer, tmp_path):
+    other = forgetlearn.wrap(tiny_model(), char_tokenizer)
+    with pytest.raises(ModelError, match="different vocabularies"):
+        forgetlearn.evaluate(small_lab, facts, output=tmp_path / "scores", reference=other)
+    assert not (tmp_path / "scores").exists()

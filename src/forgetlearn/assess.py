@@ -10,12 +10,12 @@ from torch import nn
 
 from forgetlearn import report, runs
 from forgetlearn.config import RunConfig
-from forgetlearn.errors import FactError
+from forgetlearn.errors import FactError, ModelError
 from forgetlearn.facts import FactSet
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Said, Scorer, locality_predictions, score
-from forgetlearn.session import read_config_facts, resolve
+from forgetlearn.session import read_config_facts, resolve, with_asked_answers
 
 
 def evaluate(
@@ -30,7 +30,8 @@ def evaluate(
 ) -> Path:
     """The folder with scores and a report of a model, or of an adapter on its base, on facts.
 
-    With `reference` (the model before) its scores stand beside, and locality is agreement with it.
+    With `reference` (the model before) its scores stand beside, and locality is agreement with it. Under the
+    policy `model` the old answers are what the reference says, or without one what the model says.
 
     Raises:
         ForgetLearnError: anything that is wrong with the input, before anything is written.
@@ -39,25 +40,34 @@ def evaluate(
     reads = (config.model.name, config.facts.source, reference if isinstance(reference, (str, Path)) else None)
     runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
-    rows = {}
-    before = None
+    rows, before, vocabulary = {}, None, None
     if reference is not None:
-        rows["base"] = score(
-            as_language_model(reference, None, config.model), fact_set, phase="base", settings=config.evaluate
-        )
-        before = locality_predictions(rows["base"])
+        base = as_language_model(reference, None, config.model)
+        fact_set = _with_old_answers(base, fact_set, config)
+        rows["base"] = score(base, fact_set, phase="base", settings=config.evaluate)
+        before, vocabulary = locality_predictions(rows["base"]), base.tokenizer.get_vocab()
+        del base  # before the other is loaded
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
-    phase = "model" if reference is None else "updated"
+    if vocabulary is not None and vocabulary != lm.tokenizer.get_vocab():
+        raise ModelError(f"{lm.name} and {reference} have different vocabularies: their tokens cannot be compared.")
+    if before is None:
+        fact_set = _with_old_answers(lm, fact_set, config)
+    phase = "model" if before is None else "updated"
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
     if before is None:
         rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # with itself: says nothing
     run = runs.RunFolder.create(
         output, config.model_dump(mode="json"), {"facts_sha256": fact_set.sha256()}, overwrite=overwrite
     )
+    run.note(model=lm.describe())
     write_results(run.path, config, fact_set, rows)
     report.write_run(run.path)
     run.finish()
     return run.path
+
+
+def _with_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> FactSet:
+    return with_asked_answers(lm, facts, config) if facts.old_from == "model" else facts
 
 
 def ask(

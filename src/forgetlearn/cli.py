@@ -321,12 +321,8 @@ def _print_facts(found: Any) -> None:
 
 
 def _print_scores(context: dict[str, Any]) -> None:
-    known = context["summary"]["facts"]["known"]
-    account = context["summary"]["facts"]
-    typer.echo(
-        f"{account['used']} facts of {account['read']} read"
-        + (f"; the base gave the old answer to {known}" if known is not None else "")
-    )
+    for line in context["account"]:
+        typer.echo(_plain(line))
     phases = [(phase, context["summary"]["phases"][phase]) for phase in context["phases"]]
     _table(context["columns"], phases, "phase")
 

@@ -73,6 +73,8 @@ def finetune(
         # one step would learn nothing.
         n_steps = settings.epochs * math.ceil(len(texts) / settings.batch_size)
         arguments.warmup_steps = int(settings.warmup_ratio * n_steps)
+        # One process, one device: Trainer would spread a batch over all GPUs, and a packed row cannot be cut.
+        arguments._n_gpu = min(1, arguments.n_gpu)
         model.to(arguments.device)
         layout = choose_layout(model, texts, pad_id, arguments.device)
         steps = _Steps(name)
@@ -111,6 +113,15 @@ def check_trainable(
     half = [name for name, weight in trained if weight.dtype != torch.float32]
     if half:
         raise ConfigError(f"{len(half)} trainable tensors are not float32, the first is {half[0]}: call model.float().")
+    check_dtype(settings, device)
+
+
+def check_dtype(settings: StageSettings, device: torch.device | None) -> None:
+    """Nothing, if the device can compute in the stage's dtype.
+
+    Raises:
+        ConfigError: bfloat16 on a GPU that has none.
+    """
     if settings.dtype == "bfloat16" and not _on_cpu(device) and not torch.cuda.is_bf16_supported():
         raise ConfigError("dtype = bfloat16, but this GPU does not support it. Use float32.")
 

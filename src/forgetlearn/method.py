@@ -62,7 +62,7 @@ def forget(
 
 def float32_snapshot(lm: LanguageModel) -> dict[str, Tensor]:
     """The base's weights before forgetting. In float32, or the forgotten ones would be rounded to its dtype."""
-    _all_weights(lm)
+    all_weights(lm)
     return taskvector.snapshot(lm.model)
 
 
@@ -74,7 +74,7 @@ def tune_on_old(
     if how == "lora":
         lm.model = adapters.attach(lm.model, settings.lora, adapters.FORGET, seed)
     else:
-        _all_weights(lm)
+        all_weights(lm)
     return _train(lm, texts, settings, how, seed, "forgetting")
 
 
@@ -93,7 +93,7 @@ def learn(
 ) -> StageLog:
     """Fine-tune on the new answers; `lm` is changed in place and is then the product.
 
-    With all weights `lm.model` has no adapter and the dtype it was loaded in (rounded once, here). With
+    With all weights `lm.model` has no adapter and the dtypes it was loaded in (rounded once, here). With
     LoRA it carries one adapter "default", which holds the forgetting too.
     """
     texts = _texts(lm, [(fact.prompt, fact.target_new) for fact in facts])
@@ -103,9 +103,9 @@ def learn(
         adapters.compose(lm.model, adapters.names(lm.model))
         return stage_log
     fold_in(lm, adapters.FORGET)
-    _all_weights(lm)
+    all_weights(lm)
     stage_log = _train(lm, texts, settings, how, seed, "learning")
-    lm.model.to(lm.dtype)
+    lm.to_own_dtypes()
     return stage_log
 
 
@@ -113,13 +113,15 @@ def fold_in(lm: LanguageModel, name: str) -> None:
     """Add what an adapter holds, where the model carries one, to the base's weights, in float32."""
     if hasattr(lm.model, "peft_config"):
         vector = adapters.as_vector(lm.model, name)
-        lm.model = adapters.detach(lm.model).float()
+        lm.model = adapters.detach(lm.model)
+        lm.to_float32()
         taskvector.load_into(lm.model, vector.applied(dict(lm.model.named_parameters())))
 
 
-def _all_weights(lm: LanguageModel) -> None:
+def all_weights(lm: LanguageModel) -> None:
     """Weights that are trained are float32; half precision would lose the small steps."""
-    lm.model.float().requires_grad_(True)
+    lm.to_float32()
+    lm.model.requires_grad_(True)
 
 
 def _train(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ class LanguageModel:
     model: nn.Module
     encoder: Encoder
     name: str
-    dtype: torch.dtype
     device: torch.device
+    settings: ModelSettings
+    dtypes: Mapping[str, torch.dtype]  # of each weight, as it was loaded and as it will be saved
 
     @property
     def tokenizer(self) -> Any:
@@ -70,6 +71,29 @@ class LanguageModel:
         """Move the weights to where the computing is done."""
         self.model.to(self.device)
 
+    def to_float32(self) -> None:
+        """Every floating-point weight in float32, for training. Buffers stay: rotary frequencies have a dtype."""
+        for weight in self.model.parameters():
+            if weight.is_floating_point():
+                weight.data = weight.data.float()
+
+    def to_own_dtypes(self) -> None:
+        """Every weight in the dtype that it was loaded in, rounded once if it was trained."""
+        for name, weight in self.model.named_parameters():
+            weight.data = weight.data.to(self.dtypes[name])
+
+    def describe(self) -> dict[str, Any]:
+        """What `auto` in the settings came to, for the manifest."""
+        dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()})
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        asked = "chat template" if self.encoder.is_chat else "plain text"
+        return {
+            "dtype": ", ".join(dtypes),
+            "device": device,
+            "asked_in": asked,
+            "parameters": parameter_count(self.model),
+        }
+
 
 def wrap(model: nn.Module, tokenizer: Any, settings: ModelSettings | None = None) -> LanguageModel:
     """A model and tokenizer that are in memory, ready to be asked and updated.
@@ -83,8 +107,8 @@ def wrap(model: nn.Module, tokenizer: Any, settings: ModelSettings | None = None
     encoder = Encoder(tokenizer, settings.chat_template, context_length(config))
     _check_vocabulary(model, encoder)
     name = settings.base_model_id or getattr(config, "_name_or_path", "") or type(model).__name__
-    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    return LanguageModel(model, encoder, settings.name or name, dtype, pick_device(settings.device))
+    dtypes = {path: weight.dtype for path, weight in model.named_parameters()}
+    return LanguageModel(model, encoder, settings.name or name, pick_device(settings.device), settings, dtypes)
 
 
 def load_model(settings: ModelSettings | str | Path) -> LanguageModel:
@@ -156,9 +180,9 @@ def embedding_rows(model: nn.Module) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write model and tokenizer so that `from_pretrained` loads them: safetensors; `model` is cast to `dtype`."""
-    saved: Any = model.to(dtype)
+def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer so that `from_pretrained` loads them: safetensors, each weight in its dtype."""
+    saved: Any = model
     saved.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
 

@@ -69,10 +69,27 @@ def load_context(path: Path) -> dict[str, Any]:
         "columns": COLUMNS,
         "table": score_table(summary, phases),
         "facts": fact_table(inputs, rows, phases),
+        "account": account(summary["facts"]),
         "errors": _errors(rows),
         "shown_facts": SHOWN_FACTS_MARKDOWN,
         "verdict": verdict(summary, phases),
     }
+
+
+def account(facts: Mapping[str, Any]) -> list[str]:
+    """What became of the records that were read: a sentence, then a line for each reason to leave some out."""
+    sentence = (
+        f"{facts['read']} records read from {facts['source']} (reader: {facts['reader']}, old answers from: "
+        f"{facts['old_from']}), {facts['used']} used"
+    )
+    if facts["known"] is not None:
+        sentence += f"; the base gave the old answer to {facts['known']}, {facts['forgotten'] or 0} were forgotten"
+    lines = [f"{sentence}."]
+    lines += [f"left out, {reason}: {count}" for reason, count in facts["left_out"].items()]
+    lines += [f"locality probes left out, {reason}: {count}" for reason, count in facts["left_out_probes"].items()]
+    if facts["not_read"]:
+        lines.append(f"fields that were not read: {', '.join(facts['not_read'])}")
+    return lines
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
@@ -120,9 +137,7 @@ def fact_table(
     for fact in inputs:
         own = said.get(fact["id"], {})
         last = own.get(phases[-1], {})
-        state = "errored" if last.get("errors") else "new" if last.get("reliability") else "other"
-        if last.get("residue") and state == "other":
-            state = "old"
+        state = _state(last) if own else "not asked"
         table.append(
             {
                 "ground_truth": None,
@@ -132,6 +147,15 @@ def fact_table(
             }
         )
     return table
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    """What a fact's free answers are now: the new answer to its prompt, else the old one anywhere, else another."""
+    if row.get("errors"):
+        return "errored"
+    if row.get("reliability"):
+        return "new"
+    return "old" if row.get("residue") else "other"
 
 
 def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
@@ -154,7 +178,8 @@ def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
         parts.append(f"still gives the old answer to {residue['mean']:.1f} % of prompts and rephrasings")
     if not parts:
         return f"{subject} was scored on {used} facts."
-    return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] + "."
+    nothing = "" if summary["coef"] is None or summary["facts"]["forgotten"] else " Nothing was forgotten."
+    return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + f"{parts[-1]}.{nothing}"
 
 
 def plot_scores(summary: Mapping[str, Any], phases: Sequence[str]) -> str | None:

@@ -20,6 +20,7 @@ def write_results(
     rows: Mapping[str, list[Row]],
     *,
     known: int | None = None,
+    forgotten: int | None = None,
     product: str | None = None,
     method: str | None = None,
 ) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def write_results(
     runs.write_rows(path / "facts.jsonl", [_public(row) for phase in rows.values() for row in phase])
     with runs.naming(path / "inputs.jsonl"):
         write_facts(facts, path / "inputs.jsonl")
-    summary = _summary(config, facts, rows, known=known, product=product, method=method)
+    summary = _summary(config, facts, rows, known=known, forgotten=forgotten, product=product, method=method)
     runs.write_json(path / "summary.json", summary)
     runs.write_text(path / "config.yaml", report.as_yaml(config.model_dump(mode="json")))
     return summary
@@ -44,6 +45,7 @@ def _summary(
     rows: Mapping[str, list[Row]],
     *,
     known: int | None,
+    forgotten: int | None,
     product: str | None,
     method: str | None,
 ) -> dict[str, Any]:
@@ -62,6 +64,8 @@ def _summary(
             "left_out": dict(facts.left_out),
             "left_out_probes": dict(facts.left_out_probes),
             "known": known,
+            "forgotten": forgotten,
+            "not_read": list(facts.ignored_fields),
         },
         "phases": {phase: scoring.summarise(phase_rows) for phase, phase_rows in rows.items()},
         "product": product,

@@ -136,6 +136,11 @@ class RunFolder:
         for file in (self.path / "stages").rglob("*.safetensors"):
             file.unlink()
 
+    def note(self, **facts: Any) -> None:
+        """Add to the manifest."""
+        self.manifest.update(_plain(facts))
+        self._save()
+
     def finish(self) -> None:
         """Note that the whole run is done, and the most memory that it took."""
         self.manifest["finished"] = True

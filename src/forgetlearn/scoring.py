@@ -6,6 +6,7 @@ length; rows are then computed from what was read, without the model.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -61,6 +62,7 @@ class Scorer:
     def __init__(self, lm: LanguageModel, settings: EvaluateSettings | None = None, name: str = "scoring") -> None:
         self.lm, self.name = lm, name
         self.settings = settings or EvaluateSettings()
+        lm.to_device()
 
     @torch.inference_mode()
     def read(self, pairs: Iterable[Pair]) -> dict[Pair, Reading | Failure]:
@@ -91,8 +93,12 @@ class Scorer:
             else:
                 ids[prompt] = Encoded(tuple(encoded), len(encoded))
         self.lm.model.eval()
+        # A batch has the room of its longest prompt, so one that nearly fills the context is asked by itself.
+        longest = room - self.settings.max_new_tokens if room else None
+        alone = {prompt for prompt, encoded in ids.items() if longest is not None and len(encoded.ids) > longest}
+        together = {prompt: encoded for prompt, encoded in ids.items() if prompt not in alone}
         with _plain_generation(self.lm.model):
-            for batch in self._batches(ids, "answering"):
+            for batch in itertools.chain(self._batches(together, "answering"), ([prompt] for prompt in alone)):
                 answers = self._say_batch([ids[prompt].ids for prompt in batch])
                 found.update(zip(batch, answers, strict=True))
         return found
@@ -104,7 +110,6 @@ class Scorer:
         layout = choose_layout(self.lm.model, _with_answers(texts.values()), self.lm.pad_id, self.lm.device)
         size = 1 if layout == "single" else self.settings.batch_size
         order = sorted(texts, key=lambda key: len(texts[key].ids))
-        # Rows of very different length waste little when sorted, but one long row must not widen 63 short ones.
         with tqdm(total=len(order), desc=f"{self.name}: {what}", disable=None, leave=False) as bar:
             for start in range(0, len(order), size):
                 yield order[start : start + size]
@@ -224,7 +229,12 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
     said = Scorer(lm, settings, "probe").say(fact.prompt for fact in facts)
     replies = {fact.id: said[fact.prompt] for fact in facts}
     return [
-        {"fact": key, "protocol": "generate", "said": reply.text if isinstance(reply, Said) else None}
+        {
+            "fact": key,
+            "protocol": "generate",
+            "said": reply.text if isinstance(reply, Said) else None,
+            "truncated": isinstance(reply, Said) and reply.truncated,
+        }
         for key, reply in replies.items()
     ]
 

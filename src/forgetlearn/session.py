@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from forgetlearn import adapters, report, runs, scoring, taskvector
-from forgetlearn.config import RunConfig, StageSettings, TeachSettings, validate
+from forgetlearn.config import FactsSettings, ModelSettings, RunConfig, Settings, StageSettings, TeachSettings, validate
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
-from forgetlearn.finetune import StageLog, finetune
-from forgetlearn.method import METHODS, How, Method, fold_in, forget, learn
+from forgetlearn.finetune import StageLog, check_dtype, finetune
+from forgetlearn.method import METHODS, How, Method, all_weights, fold_in, forget, learn
 from forgetlearn.models import LanguageModel, as_language_model, load_model, save_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
@@ -69,14 +69,16 @@ def update(
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
-    check_lengths(lm.encoder, _longest_pairs(fact_set))
+    check_lengths(lm.encoder, longest_pairs(fact_set))
+    _check_stages(config, lm)
     answers = None
     if config.facts.old_from == "model" and not (resume and runs.is_run(output)):
-        answers = _ask_old_answers(lm, fact_set, config)  # now, because no fact may be left
-        held = with_old_answers(fact_set, answers, strict=config.facts.strict)
-        check_lengths(lm.encoder, _longest_pairs(held))
-    inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": _base_hash(lm)}
+        answers = scoring.probe(lm, fact_set, config.evaluate)  # now, because no fact may be left
+        held = _with_old_answers(fact_set, answers, config)
+        check_lengths(lm.encoder, longest_pairs(held))
+    inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
     run = runs.RunFolder.create(output, config.model_dump(mode="json"), inputs, resume=resume, overwrite=overwrite)
+    run.note(model=lm.describe())
     if answers is not None:
         _keep_old_answers(run, answers)
     return _Session(run, config, lm, fact_set).run()
@@ -90,6 +92,7 @@ class _Session:
         self.method: Method = METHODS[config.method]
         self.rows: dict[str, list[Row]] = {}
         self.known: list[Fact] = []
+        self.n_forgotten = 0
         self.base_name = lm.name
         # Weights of a stage that was done before a kill are loaded only when a later stage needs them.
         self._pending: Callable[[], None] | None = None
@@ -101,6 +104,7 @@ class _Session:
         self._score("base")
         self.known = self._facts_to_forget()
         if self._forgets():
+            self.n_forgotten = len(self._forget_set())
             self._forget()
             if self.config.evaluate.every_phase:
                 self._score("forgotten")
@@ -114,9 +118,9 @@ class _Session:
             return
 
         if not self.folder.is_done("old_answers"):
-            _keep_old_answers(self.folder, _ask_old_answers(self.lm, self.facts, self.config))
-        answers = runs.read_json(self.folder.path / "stages/old_answers/answers.json")
-        self.facts = with_old_answers(self.facts, answers, strict=self.config.facts.strict)
+            _keep_old_answers(self.folder, scoring.probe(self.lm, self.facts, self.config.evaluate))
+        rows = runs.read_rows(self.folder.path / "stages/old_answers/rows.jsonl")
+        self.facts = _with_old_answers(self.facts, rows, self.config)
 
     def _teach(self) -> None:
         settings = self.config.teach
@@ -126,7 +130,7 @@ class _Session:
 
         def compute(folder: Path) -> dict[str, Any]:
             stage_log = teach(self.lm, list(self.facts), settings, seed=self._seed("teach"))
-            save_model(self.lm.model, self.lm.tokenizer, folder, self.lm.dtype)
+            save_model(self.lm.model, self.lm.tokenizer, folder)
             return self._log_stage("teach", stage_log)
 
         if self.folder.is_done("teach"):
@@ -184,7 +188,8 @@ class _Session:
         if how == "lora":
             self.lm.model = adapters.load(self.lm.model, folder, adapters.FORGET, device=self.lm.device)
         else:
-            taskvector.load_into(self.lm.model.float(), load_file(folder / FORGOTTEN_WEIGHTS))
+            self.lm.to_float32()
+            taskvector.load_into(self.lm.model, load_file(folder / FORGOTTEN_WEIGHTS))
 
     @property
     def product(self) -> Path:
@@ -201,7 +206,7 @@ class _Session:
                 adapters.save(self.lm.model, adapters.PRODUCT, folder, self._base_for_adapter())
                 self.lm.tokenizer.save_pretrained(folder)
             else:
-                save_model(self.lm.model, self.lm.tokenizer, folder, self.lm.dtype)
+                save_model(self.lm.model, self.lm.tokenizer, folder)
             return {"facts": len(self.facts), **self._log_stage("learn", stage_log)}
 
         if self.folder.is_done("learn"):
@@ -218,8 +223,9 @@ class _Session:
             self._load_named(self.product)
 
     def _load_named(self, folder: Path) -> None:
-        settings = self.config.model.model_copy(update={"name": str(folder)})
-        self.lm = load_model(settings)
+        self.lm.model = nn.Identity()  # so that the base is not held beside what replaces it
+        settings = self.lm.settings.model_copy(update={"name": str(folder)})
+        self.lm.model = load_model(settings).model
 
     def _base_for_adapter(self) -> str:
         """What the adapter's config names as its base: the hub id if the user gave one."""
@@ -255,7 +261,7 @@ class _Session:
         return both
 
     def _seed(self, stage: str) -> int:
-        return (self.config.seed + SEED_OFFSETS[stage]) % 2**32
+        return stage_seed(self.config.seed, stage)
 
     def _log_stage(self, stage: str, stage_log: StageLog) -> dict[str, Any]:
         """Every step's numbers to the run folder; the gist for the manifest."""
@@ -276,6 +282,7 @@ class _Session:
             self.facts,
             self.rows,
             known=len(self.known),
+            forgotten=self.n_forgotten,
             product=self.product.name,
             method=self.config.method,
         )
@@ -293,45 +300,83 @@ class _Session:
         def compute(folder: Path) -> None:
             self._restore()
             fold_in(self.lm, adapters.PRODUCT)
-            save_model(self.lm.model.to(self.lm.dtype), self.lm.tokenizer, folder, self.lm.dtype)
+            self.lm.to_own_dtypes()
+            save_model(self.lm.model, self.lm.tokenizer, folder)
 
         self.folder.do("merge", compute, folder="merged")
 
 
-def _ask_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> dict[str, str]:
-    """Fact id to what the model says itself."""
-    return {row["fact"]: row["said"] or "" for row in scoring.probe(lm, facts, config.evaluate)}
+def stage_seed(seed: int, stage: str) -> int:
+    """The seed of a stage (`learn`, `forget`, `teach`) of a run with this seed."""
+    return (seed + SEED_OFFSETS[stage]) % 2**32
 
 
-def _keep_old_answers(run: runs.RunFolder, answers: Mapping[str, str]) -> None:
-    run.do("old_answers", lambda folder: runs.write_json(folder / "answers.json", answers))
+def with_asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> FactSet:
+    """Policy `model`: the facts with what the model itself says as the old answer."""
+    return _with_old_answers(facts, scoring.probe(lm, facts, config.evaluate), config)
+
+
+def _keep_old_answers(run: runs.RunFolder, rows: list[Row]) -> None:
+    run.do("old_answers", lambda folder: runs.write_rows(folder / "rows.jsonl", rows))
+
+
+def _with_old_answers(facts: FactSet, rows: list[Row], config: RunConfig) -> FactSet:
+    """Policy `model`: what the model said is the old answer, unless it was cut off."""
+    return with_old_answers(
+        facts,
+        {row["fact"]: row["said"] or "" for row in rows},
+        unfinished={row["fact"] for row in rows if row["truncated"]},
+        strict=config.facts.strict,
+    )
 
 
 def teach(lm: LanguageModel, facts: list[Fact], settings: TeachSettings, *, seed: int) -> StageLog:
     """Fine-tune all weights on the old answers, so that the base really holds them; `lm` is changed in place."""
     texts = [lm.encoder.encode(fact.prompt, fact.ground_truth or "", end=True) for fact in facts if fact.ground_truth]
-    lm.model.float().requires_grad_(True)
+    all_weights(lm)
     stage = StageSettings.model_validate(settings.model_dump())
     stage_log = finetune(lm.model, texts, stage, seed=seed, pad_id=lm.pad_id, device=lm.device, name="teaching")
-    lm.model.to(lm.dtype)
+    lm.to_own_dtypes()
     return stage_log
 
 
 def resolve(
     config: RunConfig | Mapping[str, Any] | None, model: object, facts: FactSet | str | Path | None
 ) -> RunConfig:
-    """The config with what was passed in written into it."""
+    """The config with what was passed in written into it.
+
+    Raises:
+        ConfigError: no model is named, or the config contradicts a model or facts that are passed in.
+    """
     config = config if isinstance(config, RunConfig) else validate(RunConfig, config or {})
-    name = str(model) if isinstance(model, (str, Path)) else getattr(model, "name", config.model.name)
-    facts_settings = config.facts
-    if isinstance(facts, FactSet):
-        facts_settings = facts_settings.model_copy(update={"source": facts.source, "old_from": facts.old_from})
-    elif facts is not None:
-        facts_settings = facts_settings.model_copy(update={"source": str(facts)})
-    models = config.model.model_copy(update={"name": name})
-    if name is None and model is None:
+    return config.model_copy(
+        update={"model": _model_settings(config.model, model), "facts": _facts_settings(config.facts, facts)}
+    )
+
+
+def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
+    if isinstance(model, LanguageModel):
+        _no_contradiction("model", settings, model.settings, "the model that is passed in was wrapped or loaded with")
+        return model.settings.model_copy(update={"name": model.name})
+    if isinstance(model, (str, Path)):
+        return settings.model_copy(update={"name": str(model)})
+    if model is None and settings.name is None:
         raise ConfigError("model.name is not set. Give a folder or a hub id of a causal language model.")
-    return config.model_copy(update={"model": models, "facts": facts_settings})
+    return settings
+
+
+def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:
+    if isinstance(facts, FactSet):
+        own = settings.model_copy(update={"source": facts.source, "old_from": facts.old_from, "limit": None})
+        _no_contradiction("facts", settings, own, "the facts that are passed in were read with")
+        return own
+    return settings if facts is None else settings.model_copy(update={"source": str(facts)})
+
+
+def _no_contradiction(part: str, asked: Settings, given: Settings, why: str) -> None:
+    for name in sorted(asked.model_fields_set - {"name", "source"}):
+        if getattr(asked, name) != getattr(given, name):
+            raise ConfigError(f"{part}.{name} = {getattr(asked, name)!r}, but {why} {getattr(given, name)!r}.")
 
 
 def read_config_facts(config: RunConfig) -> FactSet:
@@ -353,7 +398,20 @@ def _check_old_answers(facts: FactSet, config: RunConfig) -> None:
         )
 
 
-def _longest_pairs(facts: FactSet) -> list[tuple[str, str, str]]:
+def _check_stages(config: RunConfig, lm: LanguageModel) -> None:
+    """What would make a stage fail, found before anything is written."""
+    method = METHODS[config.method]
+    stages: list[tuple[str, StageSettings, How | None]] = [("learn", config.learn, method.learns)]
+    if config.forget.coef > 0:
+        stages.append(("forget", config.forget, method.forgets))
+    for name, settings, how in stages:
+        if how is not None:
+            check_dtype(settings, lm.device)
+        if how == "lora":
+            adapters.check_targets(lm.model, settings.lora, name)
+
+
+def longest_pairs(facts: FactSet) -> list[tuple[str, str, str]]:
     """Everything that is trained on, with the name of the fact for a message."""
     return [
         (f"fact {fact.id}", fact.prompt, answer)
@@ -363,7 +421,8 @@ def _longest_pairs(facts: FactSet) -> list[tuple[str, str, str]]:
     ]
 
 
-def _base_hash(lm: LanguageModel) -> str | None:
+def base_hash(lm: LanguageModel) -> str | None:
+    """What tells this base from another: a hash of its folder, or its commit on the hub."""
     folder = Path(lm.name)
     if folder.is_dir():
         return runs.sha256_of(folder)
