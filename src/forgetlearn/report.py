@@ -83,11 +83,11 @@ def account(facts: Mapping[str, Any]) -> list[str]:
         f"{facts['old_from']}), {facts['used']} used"
     )
     if facts["known"] is not None:
-        sentence += f"; the base gave the old answer to {facts['known']}, {facts['forgotten'] or 0} were forgotten"
+        sentence += f"; the base gave the old answer to {facts['known']}, {facts.get('forgotten') or 0} were forgotten"
     lines = [f"{sentence}."]
     lines += [f"left out, {reason}: {count}" for reason, count in facts["left_out"].items()]
     lines += [f"locality probes left out, {reason}: {count}" for reason, count in facts["left_out_probes"].items()]
-    if facts["not_read"]:
+    if facts.get("not_read"):
         lines.append(f"fields that were not read: {', '.join(facts['not_read'])}")
     return lines
 
@@ -178,7 +178,7 @@ def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
         parts.append(f"still gives the old answer to {residue['mean']:.1f} % of prompts and rephrasings")
     if not parts:
         return f"{subject} was scored on {used} facts."
-    nothing = "" if summary["coef"] is None or summary["facts"]["forgotten"] else " Nothing was forgotten."
+    nothing = "" if summary["coef"] is None or summary["facts"].get("forgotten", 1) else " Nothing was forgotten."
     return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + f"{parts[-1]}.{nothing}"
 
 

@@ -48,12 +48,15 @@ class RunFolder:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        remove_leftovers: bool = True,
     ) -> RunFolder:
         """A new run folder, or with `resume` the one that is there, if it was begun with the same things.
 
         Raises:
             RunError: the folder exists and neither flag is given, or the run in it was begun with another
                 config or other inputs (the message names the first difference).
+
+        Without `remove_leftovers` other processes may be writing in the folder.
         """
         path = Path(path)
         check_output(path, resume=resume, overwrite=overwrite)
@@ -62,7 +65,8 @@ class RunFolder:
             run = cls.open(path)
             run.check_same(config, "config")
             run.check_same(inputs, "inputs")
-            run._remove_leftovers()
+            if remove_leftovers:
+                run._remove_leftovers()
             return run
         with naming(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,8 @@ class RunFolder:
         }
         run = cls(path, manifest)
         run._save()  # before the old run goes: a kill leaves a folder that is known as ours
-        run._remove_leftovers()
+        if remove_leftovers:
+            run._remove_leftovers()
         return run
 
     @classmethod
@@ -158,6 +163,12 @@ class RunFolder:
                 shutil.rmtree(left)
             else:
                 left.unlink(missing_ok=True)
+
+
+def remove_unfinished(final: Path) -> None:
+    """Delete what a kill left of `atomic_folder(final)`; nobody else may be writing it."""
+    for left in final.parent.glob(f".{final.name}{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def is_run(path: str | Path) -> bool:

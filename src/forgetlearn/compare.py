@@ -1,0 +1,263 @@
+"""Methods x coefficients x epochs x seeds on one base: shared work, cells that are done once, one table.
+
+The base is scored once. Fine-tuning on the old facts is done once per seed and kind (all weights, LoRA) and
+serves every coefficient. Each cell is a run folder of its own, written whole; several processes may fill one
+folder, each cell guarded by a lock that the system releases when its process dies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from filelock import FileLock, Timeout
+from pydantic import Field, field_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from forgetlearn import adapters, runs, scoring, taskvector
+from forgetlearn.config import MethodName, RunConfig, Settings
+from forgetlearn.encoding import check_lengths
+from forgetlearn.errors import ConfigError
+from forgetlearn.facts import Fact, FactSet
+from forgetlearn.method import METHODS, How, float32_snapshot, learn, subtract_old, tune_on_old
+from forgetlearn.models import LanguageModel, as_language_model
+from forgetlearn.results import write_results
+from forgetlearn.scoring import Row
+from forgetlearn.session import base_hash, longest_pairs, read_config_facts, resolve, stage_seed
+
+log = logging.getLogger("forgetlearn")
+Budget = Literal["equal-epochs", "equal-steps"]
+CELLS, SHARED = "cells", "shared"
+POLL_S = 0.5
+
+
+class CompareSettings(Settings):
+    """What is compared."""
+
+    methods: tuple[MethodName, ...] = Field(get_args(MethodName), min_length=1, description="Methods.")
+    coefs: tuple[float, ...] = Field((0.1, 0.3, 1.0), min_length=1, description="Coefficients of forgetting.")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Seeds.")
+    epochs: tuple[int, ...] = Field((), description="Epochs of learning; unset: those of the config.")
+    budgets: tuple[Budget, ...] = Field(
+        ("equal-epochs",),
+        min_length=1,
+        description="equal-epochs: as the paper compares; equal-steps: plain methods also get the steps of forgetting.",
+    )
+
+    @field_validator("methods", "coefs", "seeds", "epochs", "budgets")
+    @classmethod
+    def _no_repeats(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        repeated = sorted({str(value) for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(repeated)} stands there more than once")
+        return values
+
+    @field_validator("coefs")
+    @classmethod
+    def _coefs_forget(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(value <= 0 for value in values):
+            raise ValueError("a coefficient must be above 0; without forgetting the method is ft or lora")
+        return values
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One update of the comparison."""
+
+    method: MethodName
+    coef: float | None  # None: the method does not forget
+    epochs: int
+    seed: int
+    budget: Budget
+
+    @property
+    def label(self) -> str:
+        """The row of the table that the cell belongs to; its seeds share it."""
+        coef = "" if self.coef is None else f"-coef{self.coef:g}"
+        return f"{self.method}{coef}-{self.epochs}epochs" + ("-equal-steps" if self.budget == "equal-steps" else "")
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.label}-seed{self.seed}"
+
+
+def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
+    """All cells, ordered so that those with the same fine-tuning on old facts follow each other."""
+    cells = []
+    epochs = settings.epochs or (config.learn.epochs,)
+    for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
+        coefs: Sequence[float | None] = settings.coefs if METHODS[method].forgets else (None,)
+        cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in coefs]
+        if "equal-steps" in settings.budgets and not METHODS[method].forgets:
+            cells.append(Cell(method, None, n_epochs + config.forget.epochs, seed, "equal-steps"))
+    order = {"all weights": 0, "lora": 1, None: 2}
+    return sorted(cells, key=lambda cell: (cell.seed, order[METHODS[cell.method].forgets], cell.coef or 0))
+
+
+def fill(
+    model: LanguageModel | nn.Module | str | Path | None = None,
+    facts: FactSet | str | Path | None = None,
+    settings: CompareSettings | None = None,
+    config: RunConfig | Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    tokenizer: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> list[Cell]:
+    """All cells of the comparison, each in `output/cells/`; what is done already is not done again.
+
+    Several processes may call this with `resume=True` on one folder.
+
+    Raises:
+        RunError: the folder was begun with other facts, another base or other settings.
+    """
+    settings = settings or CompareSettings()
+    config = resolve(config, model, facts)
+    if config.teach.epochs or config.facts.old_from == "model":
+        raise ConfigError("compare takes a base that is taught already: teach.epochs must be 0, old_from not model.")
+    runs.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
+    fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+    lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
+    check_lengths(lm.encoder, longest_pairs(fact_set))
+    inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
+    whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
+    run = runs.RunFolder.create(output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite)
+    cells = cells_of(settings, config)
+    _Worker(run.path, config, lm, fact_set).work(cells)
+    return cells
+
+
+class _Worker:
+    """One process that fills cells. It holds the base's weights and the last fine-tuning on old facts."""
+
+    def __init__(self, path: Path, config: RunConfig, lm: LanguageModel, facts: FactSet) -> None:
+        self.path, self.config, self.lm, self.facts = path, config, lm, facts
+        self.base = taskvector.snapshot(lm.model)
+        self._tuned: tuple[str, dict[str, Tensor]] | None = None
+        self._base_rows: list[Row] = []
+        for folder in (CELLS, SHARED):
+            (path / folder).mkdir(exist_ok=True)
+
+    def work(self, cells: Sequence[Cell]) -> None:
+        """Fill every cell that no other process fills; return when all are done."""
+        self._base_rows = self._score_base()
+        open_cells = list(cells)
+        while open_cells:
+            open_cells = [cell for cell in open_cells if not self._is_done(cell)]
+            if open_cells and not self._fill_one(open_cells):
+                time.sleep(POLL_S)  # other processes have the rest; one may die and leave its cell
+
+    def _is_done(self, cell: Cell) -> bool:
+        return (self.path / CELLS / cell.name / runs.MANIFEST).is_file()
+
+    def _fill_one(self, cells: Sequence[Cell]) -> bool:
+        for cell in cells:
+            with _claimed(self.path / CELLS / f".{cell.name}.lock") as is_ours:
+                if is_ours and not self._is_done(cell):
+                    log.info("%s", cell.name)
+                    runs.remove_unfinished(self.path / CELLS / cell.name)
+                    self._fill(cell)
+                    return True
+        return False
+
+    def _fill(self, cell: Cell) -> None:
+        config = cell_config(self.config, cell)
+        method = METHODS[cell.method]
+        known = scoring.known_facts(self.facts, self._base_rows)
+        rows: dict[str, list[Row]] = {"base": self._base_rows}
+        self._reset()
+        to_forget = known if config.forget.only_known else [fact for fact in self.facts if fact.ground_truth]
+        if method.forgets and to_forget:
+            self._forget(config, method.forgets, to_forget)
+            if config.evaluate.every_phase:
+                rows["forgotten"] = self._score("forgotten", config)
+        stage_log = learn(self.lm, self.facts, config.learn, method.learns, seed=stage_seed(cell.seed, "learn"))
+        rows["updated"] = self._score("updated", config)
+        forgotten = len(to_forget) if method.forgets else 0
+        with runs.atomic_folder(self.path / CELLS / cell.name) as folder:
+            run = runs.RunFolder.create(folder, config.model_dump(mode="json"), {"comparison": str(self.path)})
+            (folder / "logs").mkdir()
+            runs.write_rows(folder / "logs" / "learn.jsonl", stage_log.steps)
+            write_results(folder, config, self.facts, rows, known=len(known), forgotten=forgotten, method=cell.method)
+            run.note(model=self.lm.describe())
+            run.finish()
+
+    def _forget(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> None:
+        """The forgotten model, from the fine-tuning on old facts that every coefficient shares."""
+        tuned = self._tune_on_old(config, how, facts)
+        if how == "lora":
+            self.lm.model = adapters.attach(self.lm.model, config.forget.lora, adapters.FORGET, seed=0)
+            adapters.set_weights(self.lm.model, tuned)
+            subtract_old(self.lm, config.forget.coef, None)
+        else:
+            base = float32_snapshot(self.lm)
+            taskvector.load_into(self.lm.model, taskvector.subtracted(base, tuned, config.forget.coef))
+
+    def _tune_on_old(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> dict[str, Tensor]:
+        """Tuned weights (all, or the adapter's): from memory, from the folder, or made now, once for all processes."""
+        name = f"old-{how.replace(' ', '-')}-seed{config.seed}"
+        if self._tuned is not None and self._tuned[0] == name:
+            return self._tuned[1]
+        folder = self.path / SHARED / name
+        with FileLock(self.path / SHARED / f".{name}.lock"):
+            if not folder.is_dir():
+                seed = stage_seed(config.seed, "forget")
+                stage_log = tune_on_old(self.lm, facts, config.forget, how, seed=seed)
+                weights = adapters.weights_of(self.lm.model, adapters.FORGET) if how == "lora" else None
+                with runs.atomic_folder(folder) as unfinished:
+                    save_file(weights or taskvector.snapshot(self.lm.model), unfinished / "weights.safetensors")
+                    runs.write_rows(unfinished / "steps.jsonl", stage_log.steps)
+                self._reset()
+        self._tuned = (name, load_file(folder / "weights.safetensors"))
+        return self._tuned[1]
+
+    def _score_base(self) -> list[Row]:
+        folder = self.path / SHARED / "base"
+        with FileLock(self.path / SHARED / ".base.lock"):
+            if not folder.is_dir():
+                rows = scoring.score(self.lm, self.facts, phase="base", settings=self.config.evaluate)
+                with runs.atomic_folder(folder) as unfinished:
+                    runs.write_rows(unfinished / "rows.jsonl", rows)
+        return runs.read_rows(folder / "rows.jsonl")
+
+    def _score(self, phase: str, config: RunConfig) -> list[Row]:
+        reference = scoring.locality_predictions(self._base_rows)
+        return scoring.score(self.lm, self.facts, phase=phase, settings=config.evaluate, reference=reference)
+
+    def _reset(self) -> None:
+        """The base again, to the bit, without reading it from disk."""
+        if hasattr(self.lm.model, "peft_config"):
+            self.lm.model = adapters.detach(self.lm.model)
+        self.lm.to_own_dtypes()
+        taskvector.load_into(self.lm.model, self.base)
+
+
+def cell_config(config: RunConfig, cell: Cell) -> RunConfig:
+    """The config of an update that does what the cell does."""
+    forget = config.forget if cell.coef is None else config.forget.model_copy(update={"coef": cell.coef})
+    learning = config.learn.model_copy(update={"epochs": cell.epochs})
+    return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learning})
+
+
+@contextmanager
+def _claimed(lock: Path) -> Iterator[bool]:
+    """Whether this process got the lock; the system releases it when a process dies, however it dies."""
+    claim = FileLock(lock)
+    try:
+        claim.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.release()

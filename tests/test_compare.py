@@ -1,0 +1,199 @@
+"""Many updates that share their work give what each gives by itself, once, whoever does it and whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+import forgetlearn
+from forgetlearn import compare, runs
+from forgetlearn.compare import Cell, CompareSettings, cells_of, fill
+from forgetlearn.config import RunConfig, load_config, validate
+from forgetlearn.errors import ConfigError, RunError
+from forgetlearn.facts import read_facts
+from forgetlearn.session import update
+
+METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
+
+
+@pytest.fixture(scope="module")
+def facts(small_lab):
+    return read_facts(small_lab / "facts.jsonl", limit=6)
+
+
+@pytest.fixture(scope="module")
+def config(small_lab):
+    settings = {"forget.epochs": 2, "learn.epochs": 2, "forget.batch_size": 3, "learn.batch_size": 3}
+    return load_config(small_lab / "update.yaml", settings | {"model.name": str(small_lab)})
+
+
+SETTINGS = CompareSettings(coefs=(0.5, 2.0), seeds=(0, 1), budgets=("equal-epochs", "equal-steps"))
+
+
+@pytest.fixture(scope="module")
+def filled(small_lab, facts, config, tmp_path_factory):
+    """A comparison, and how often each piece of work was done for it."""
+    done = {"tune_on_old": 0, "score": []}
+    own_tune, own_score = compare.tune_on_old, compare.scoring.score
+    with pytest.MonkeyPatch.context() as patch:
+
+        def tune(*args, **options):
+            done["tune_on_old"] += 1
+            return own_tune(*args, **options)
+
+        def score(*args, **options):
+            done["score"].append(options["phase"])
+            return own_score(*args, **options)
+
+        patch.setattr(compare, "tune_on_old", tune)
+        patch.setattr(compare.scoring, "score", score)
+        output = tmp_path_factory.mktemp("compare") / "out"
+        cells = fill(small_lab, facts, SETTINGS, config, output=output)
+    return output, cells, done
+
+
+def rows_of(folder):
+    return (folder / "facts.jsonl").read_text()
+
+
+def test_the_cells_are_methods_by_coefficients_by_seeds():
+    cells = cells_of(SETTINGS, RunConfig())
+    assert len(cells) == len({cell.name for cell in cells}) == 2 * (2 + 2 + 3 * 2)
+    assert Cell("ft", None, 6, 1, "equal-steps") in cells  # 3 of learning and 3 that forgetting costs
+    assert Cell("f-lora", 0.5, 3, 0, "equal-epochs") in cells
+    assert [
+        cell.name for cell in cells_of(CompareSettings(methods=("f-ft",), coefs=(0.3,), seeds=(4,)), RunConfig())
+    ] == ["f-ft-coef0.3-3epochs-seed4"]
+    several = CompareSettings(methods=("ft",), seeds=(0,), epochs=(1, 8))
+    assert [cell.epochs for cell in cells_of(several, RunConfig())] == [1, 8]
+
+
+def test_work_is_shared(filled):
+    _output, cells, done = filled
+    assert done["tune_on_old"] == 4  # two seeds, all weights and LoRA
+    assert done["score"].count("base") == 1
+    assert done["score"].count("updated") == len(cells)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_is_what_update_gives(filled, small_lab, facts, config, tmp_path, method):
+    output, _cells, _done = filled
+    changes = {"method": method, "seed": 1, "forget": config.forget.model_copy(update={"coef": 2.0})}
+    update(small_lab, facts, config.model_copy(update=changes), output=tmp_path / "run")
+    coef = "-coef2" if method.startswith("f-") else ""
+    assert rows_of(output / "cells" / f"{method}{coef}-2epochs-seed1") == rows_of(tmp_path / "run")
+
+
+def test_a_cell_is_a_run_folder(filled):
+    output, cells, _done = filled
+    for cell in cells:
+        folder = output / "cells" / cell.name
+        assert runs.is_finished(folder)
+        summary = runs.read_json(folder / "summary.json")
+        assert (summary["method"], summary["coef"], summary["seed"]) == (cell.method, cell.coef, cell.seed)
+    from forgetlearn.report import write_run
+
+    write_run(folder)
+    assert (folder / "report.html").is_file()
+
+
+def test_what_is_done_is_not_done_again(filled, small_lab, facts, config, monkeypatch):
+    output, cells, _done = filled
+    before = {cell.name: (output / "cells" / cell.name / "facts.jsonl").stat().st_mtime_ns for cell in cells}
+    monkeypatch.setattr(compare, "learn", None)  # called, it fails
+    assert fill(small_lab, facts, SETTINGS, config, output=output, resume=True) == cells
+    assert before == {cell.name: (output / "cells" / cell.name / "facts.jsonl").stat().st_mtime_ns for cell in cells}
+
+
+def in_child(job):
+    """Process id of a forked child that does the job."""
+    child = os.fork()
+    if child == 0:
+        try:
+            job()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return child
+
+
+def test_two_processes_do_each_cell_once(small_lab, facts, config, tmp_path):
+    settings = CompareSettings(methods=("ft", "f-lora"), coefs=(0.5, 2.0), seeds=(0, 1))
+    output = tmp_path / "out"
+    fill(small_lab, facts, settings.model_copy(update={"methods": ("ft",)}), config, output=tmp_path / "warm-up")
+    runs.RunFolder.create(
+        output, {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}, {}
+    )
+    log = tmp_path / "log"
+    own = compare._Worker._fill
+
+    def noted(self, cell):
+        with log.open("a") as file:
+            file.write(cell.name + "\n")
+        own(self, cell)
+
+    def job():
+        compare._Worker._fill = noted
+        lm = forgetlearn.load_model(small_lab)
+        compare._Worker(output, config, lm, facts).work(cells_of(settings, config))
+
+    children = [in_child(job), in_child(job)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert sorted(log.read_text().split()) == sorted(cell.name for cell in cells_of(settings, config))
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_rows(filled, small_lab, facts, config, tmp_path):
+    whole, cells, _done = filled
+    output = tmp_path / "out"
+    waits = iter((0.3, 0.9, 1.7, 2.5, 0.6))
+    kills = 0
+    while True:
+        child = in_child(lambda: fill(small_lab, facts, SETTINGS, config, output=output, resume=True))
+        wait = next(waits, None)
+        if wait is not None:
+            time.sleep(wait)
+            os.kill(child, signal.SIGKILL)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+        kills += 1
+    assert kills >= 3
+    for cell in cells:
+        assert rows_of(output / "cells" / cell.name) == rows_of(whole / "cells" / cell.name)
+    assert not list(output.rglob("*.unfinished-*"))
+
+
+def test_other_settings_facts_or_base_are_named(filled, small_lab, facts, config):
+    output, _cells, _done = filled
+    with pytest.raises(RunError, match=r"config\.compare\.coefs"):
+        fill(small_lab, facts, SETTINGS.model_copy(update={"coefs": (0.1,)}), config, output=output, resume=True)
+    fewer = read_facts(small_lab / "facts.jsonl", limit=5)
+    with pytest.raises(RunError, match=r"inputs\.facts_sha256"):
+        fill(small_lab, fewer, SETTINGS, config, output=output, resume=True)
+    with pytest.raises(RunError, match="--resume"):
+        fill(small_lab, facts, SETTINGS, config, output=output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["f-magic"]}, "f-lora-ft"),
+        ({"seeds": [1, 1]}, "seeds.*1 stands there more than once"),
+        ({"coefs": [0]}, "must be above 0"),
+        ({"coefs": []}, "coefs"),
+        ({"budgets": ["free"]}, "equal-steps"),
+    ],
+)
+def test_impossible_comparisons_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(CompareSettings, changes)
+
+
+def test_a_base_that_is_to_be_taught_is_refused(small_lab, facts, config, tmp_path):
+    taught = config.model_copy(update={"teach": config.teach.model_copy(update={"epochs": 1})})
+    with pytest.raises(ConfigError, match="taught already"):
+        fill(small_lab, facts, SETTINGS, taught, output=tmp_path / "out")
+    assert json.dumps(SETTINGS.model_dump())
