@@ -10,7 +10,7 @@ import copy
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -158,6 +158,23 @@ def _shorten_targets(model: PeftModel, name: str, targets: list[str]) -> None:
     }
     if matched == set(targets):
         model.peft_config[name].target_modules = set(short)
+
+
+def weights_of(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """Copies of an adapter's factors on the CPU, by their names in the model."""
+    return {
+        path: weight.detach().cpu().clone()
+        for path, weight in model.named_parameters()
+        if "lora_" in path and f".{name}." in path
+    }
+
+
+@torch.no_grad()
+def set_weights(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
+    """Put back what `weights_of` gave."""
+    parameters = dict(model.named_parameters())
+    for path, weight in weights.items():
+        parameters[path].copy_(weight)
 
 
 def names(model: PeftModel) -> list[str]:
