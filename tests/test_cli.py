@@ -125,6 +125,16 @@ def test_settings(told):
     assert json.loads(out)["properties"].keys() >= {"method", "seed", "forget", "learn"}
 
 
+def test_settings_of_the_lab(told):
+    code, out, _err = told("settings", "--lab")
+    assert code == 0
+    assert "hidden_size = 128\n    Width of the model." in out
+    assert "forget.coef" not in out
+    _code, out, _err = told("settings", "--lab", "--schema")
+    assert json.loads(out)["properties"].keys() == LabSettings.model_fields.keys()
+    assert "settings --lab" in told("lab", "--help")[1]
+
+
 # Commands that go well ---------------------------------------------------------------------------
 
 
@@ -308,6 +318,8 @@ def test_demo_refuses(refused, tmp_path):
     refused("not written by", "demo", "--overwrite", "--output", tmp_path / "mine")
     refused("n_facts = 0", "demo", "--limit", 0, "--output", tmp_path / "new")
     refused("seed = -1", "demo", "--seed", -1, "--output", tmp_path / "new")
+    refused("n_facts = 20000: a made-up world has", "demo", "--limit", 20000, "--output", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # Bad input ---------------------------------------------------------------------------------------

@@ -56,6 +56,9 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file o
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="One setting: NAME=VALUE; `forgetlearn settings` lists them.")
 ]
+LabSetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting: NAME=VALUE; `forgetlearn settings --lab` lists them.")
+]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")]
@@ -118,7 +121,7 @@ def lab(
     old_from: OldFromOption = None,
     limit: LimitOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the made-up world, the weights and the order.")] = 0,
-    setting: SetOption = None,
+    setting: LabSetOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Build a small base model that holds given facts, or a made-up world, in about a minute."""
@@ -260,14 +263,18 @@ def demo(
 def settings(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config file.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    of_lab: Annotated[bool, typer.Option("--lab", help="The settings of `forgetlearn lab --set` instead.")] = False,
 ) -> None:
     """List every setting with its default: for --set and config files."""
+    from forgetlearn.lab import LabSettings
+
+    kind = LabSettings if of_lab else RunConfig
     if schema:
-        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        typer.echo(json.dumps(kind.model_json_schema(), indent=2))
         return
     if markdown:
         typer.echo("| setting | default | |\n|---|---|---|")
-    for name, _type, default, description in describe():
+    for name, _type, default, description in describe(kind):
         line = f"| `{name}` | `{default}` | {description} |" if markdown else f"{name} = {default}\n    {description}"
         typer.echo(line)
 

@@ -11,7 +11,7 @@ from typing import Any
 from forgetlearn import runs
 from forgetlearn.config import load_config, validate
 from forgetlearn.errors import RunError
-from forgetlearn.lab import LabSettings, build_lab
+from forgetlearn.lab import LabSettings, build_lab, world_facts
 from forgetlearn.report import show_score
 
 log = logging.getLogger("forgetlearn")
@@ -49,11 +49,13 @@ def run_demo(
     """Build a base that holds a made-up world, update it with each method, and compare.
 
     Raises:
+        ConfigError: the made-up world has no such number of facts.
         RunError: the output exists and neither `resume` nor `overwrite` is given.
     """
     from forgetlearn.session import update
 
     settings = validate(LabSettings, {"n_facts": n_facts, "seed": seed})
+    facts = world_facts(settings)
     output = Path(output)
     marker = output / "demo.json"
     if output.exists() and any(output.iterdir()) and not (resume or overwrite):
@@ -62,7 +64,7 @@ def run_demo(
         raise RunError(f"{output} was not written by the demo. Choose another folder.")
     output.mkdir(parents=True, exist_ok=True)
     runs.write_json(marker, {"n_facts": n_facts, "seed": seed})
-    base = build_lab(settings=settings)
+    base = build_lab(facts, settings)
     rows: list[tuple[str, dict[str, Any]]] = []
     for method in methods:
         log.info("updating with %s", method)

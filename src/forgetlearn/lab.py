@@ -79,7 +79,7 @@ def build_lab(
         reads = [given.source for given in (facts, vocabulary_from) if given is not None]
         runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads)
     if facts is None:
-        facts = from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
+        facts = world_facts(settings)
     vocabulary_from = vocabulary_from or facts
     cached = cache_folder() / f"lab-{_key(facts, vocabulary_from, settings)}"
     if not (cached / "lab.json").is_file():
@@ -92,6 +92,15 @@ def build_lab(
     with runs.atomic_folder(output) as unfinished:
         shutil.copytree(cached, unfinished, dirs_exist_ok=True)
     return output
+
+
+def world_facts(settings: LabSettings) -> FactSet:
+    """The facts of the made-up world that a lab base holds when no others are given.
+
+    Raises:
+        ConfigError: it has no such number of facts.
+    """
+    return from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
 
 
 def cache_folder() -> Path:
@@ -161,7 +170,7 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
         device=torch.device("cpu"),
         name="building the lab base",
     )
-    save_model(model, tokenizer, folder, model.dtype)
+    save_model(model, tokenizer, folder)
     write_facts(facts, folder / "facts.jsonl")
     runs.write_text(folder / "update.yaml", _update_yaml())
     held = _share_held(model, tokenizer, facts)
