@@ -10,7 +10,8 @@ import pytest
 
 import forgetlearn
 from forgetlearn.cli import main
-from forgetlearn.config import describe
+from forgetlearn.config import RunConfig, describe
+from forgetlearn.lab import LabSettings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,11 +73,12 @@ def test_the_two_commands_are_in_the_makefile():
     assert re.search(r"^test: install\n\t.*pytest", makefile, flags=re.MULTILINE)
 
 
-def test_the_settings_in_the_docs_are_the_settings_of_the_program(capsys):
-    assert main(["settings", "--markdown"]) == 0
+@pytest.mark.parametrize(("flags", "kind"), [([], RunConfig), (["--lab"], LabSettings)])
+def test_the_settings_in_the_docs_are_the_settings_of_the_program(capsys, flags, kind):
+    assert main(["settings", "--markdown", *flags]) == 0
     table = capsys.readouterr().out.strip()
-    assert len(table.splitlines()) == len(list(describe())) + 2
-    assert table in (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    assert len(table.splitlines()) == len(list(describe(kind))) + 2
+    assert f"{table}\n" in (ROOT / "docs/commands.md").read_text(encoding="utf-8")
 
 
 def test_every_command_is_in_the_docs(capsys):

@@ -61,11 +61,11 @@ class LoraSettings(Settings):
 S = TypeVar("S", bound=Settings)
 
 
-class StageSettings(Settings):
-    """One stage of fine-tuning."""
+class TrainSettings(Settings):
+    """Fine-tuning, of all weights or of an adapter."""
 
     epochs: int = Field(3, ge=1, description="Passes over the facts.")
-    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate for all weights.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate where all weights are trained.")
     batch_size: int = Field(8, ge=1, description="Facts per optimiser step.")
     micro_batch_size: int | None = Field(
         None, ge=1, description="Facts per forward pass; must divide batch_size. Unset: batch_size."
@@ -73,27 +73,38 @@ class StageSettings(Settings):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate changes over the stage."
     )
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    warmup_ratio: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of the steps over which the rate rises; without effect with lr_scheduler_type constant.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Precision of the forward and backward pass; trained weights and optimiser state are float32.",
+        description="Precision of the forward and backward pass; trained weights and optimiser state are float32. "
+        "With LoRA the frozen base stays in its own dtype, and one in half precision computes in that.",
     )
     max_packed_tokens: int = Field(
         1024, ge=1, description="A batch with more tokens is padded instead of packed into one row."
     )
-    lora: LoraSettings = Field(default_factory=LoraSettings, description="Used where the stage is done with LoRA.")
 
     @model_validator(mode="after")
-    def _micro_batch_divides(self) -> StageSettings:
+    def _micro_batch_divides(self) -> TrainSettings:
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size = {self.micro_batch_size} does not divide batch_size = {self.batch_size}"
             )
         return self
+
+
+class StageSettings(TrainSettings):
+    """One stage of fine-tuning, with all weights or with LoRA."""
+
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="Used where the stage is done with LoRA.")
 
     @property
     def lora_learning_rate(self) -> float:
@@ -113,8 +124,8 @@ class ForgetSettings(StageSettings):
     only_known: bool = Field(True, description="Forget only facts whose old answer the model gives when it is asked.")
 
 
-class TeachSettings(StageSettings):
-    """Fine-tuning on the old answers before anything else, so that the base really holds them."""
+class TeachSettings(TrainSettings):
+    """Fine-tuning of all weights on the old answers before anything else, so that the base really holds them."""
 
     epochs: int = Field(0, ge=0, description="Passes over the old answers; 0 leaves the base as it is.")
 
@@ -123,7 +134,7 @@ class ModelSettings(Settings):
     """The model that is updated, and how it is loaded."""
 
     name: str | None = Field(None, description="Folder or hub id of a causal language model.")
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights in memory and in the product; auto: that of the checkpoint."
     )
@@ -157,7 +168,9 @@ class EvaluateSettings(Settings):
         get_args(Protocol), min_length=1, description="Protocols to score with (docs/scores.md)."
     )
     max_new_tokens: int = Field(32, ge=1, description="Longest free answer; a longer one counts as truncated.")
-    every_phase: bool = Field(True, description="Score after forgetting too, not only before and after the update.")
+    every_phase: bool = Field(
+        True, description="Score after forgetting too (where the method forgets), not only before and after the update."
+    )
 
 
 class RunConfig(Settings):
@@ -171,7 +184,10 @@ class RunConfig(Settings):
     forget: ForgetSettings = Field(default_factory=ForgetSettings)
     learn: StageSettings = Field(default_factory=StageSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
-    save_merged: bool = Field(False, description="Beside an adapter, write the model with it merged in.")
+    save_merged: bool = Field(
+        False,
+        description="Beside an adapter, write the model with it merged in; without effect where the product is a model.",
+    )
     keep_stages: bool = Field(False, description="Keep the weights between the stages when the run is done.")
 
 
