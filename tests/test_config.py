@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import forgetlearn
+from forgetlearn import runs
 from forgetlearn.config import (
     ForgetSettings,
     RunConfig,
@@ -18,7 +20,8 @@ from forgetlearn.config import (
 )
 from forgetlearn.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 METHODS = ["f-ft", "f-lora", "f-lora-ft", "ft", "lora"]
 
 
@@ -171,6 +174,12 @@ def test_other_kinds_of_settings_name_their_own():
         validate(StageSettings, {"epoch": 1})
 
 
+def test_teaching_trains_all_weights_so_it_takes_no_lora_settings():
+    with pytest.raises(ConfigError, match=r"teach\.lora.*there is no such setting"):
+        load_config(None, {"teach.lora.r": 4})
+    assert not any(name.startswith("teach.lora") for name, *_ in describe())
+
+
 # What is told about settings ---------------------------------------------------------------------
 
 
@@ -188,4 +197,23 @@ def test_shipped_configs():
     configs = [load_config(file) for file in CONFIGS]
     assert sorted(config.method for config in configs) == sorted(2 * METHODS)
     assert {config.learn.learning_rate for config in configs} == {5e-5}
+    assert not any(config.forget.only_known for config in configs if config.method.startswith("f-"))
     assert {config.learn.epochs for config in configs} == {config.teach.epochs for config in configs} == {3}
+
+
+@pytest.mark.parametrize("name", ["zsre-f-ft", "counterfact-f-lora"])
+def test_a_paper_config_runs_on_a_lab_base_in_the_place_of_its_model(small_lab, tmp_path, name):
+    """With another model, other facts, and the epochs and rates that suit a small base."""
+    lab_like = {"teach.epochs": 6, "forget.epochs": 6, "learn.epochs": 40}
+    lab_like |= {f"{stage}.learning_rate": 5e-3 for stage in ("teach", "forget", "learn")}
+    lab_like |= {f"{stage}.lora.learning_rate": 1e-2 for stage in ("forget", "learn")}
+    places = {"model.name": str(small_lab), "facts.source": str(small_lab / "facts.jsonl"), "facts.limit": 6}
+    places["model.base_model_id"] = None
+    config = load_config(ROOT / f"configs/{name}.yaml", {**lab_like, **places})
+    result = forgetlearn.update(config=config, output=tmp_path / "run")
+    facts = result.summary["facts"]
+    assert facts["used"] == 6
+    assert facts["known"] > 0
+    stages = runs.read_json(result.output / "manifest.json")["stages"]
+    assert stages["forget"]["facts"] == stages["learn"]["facts"] == 6
+    assert result.summary["phases"]["updated"]["reliability"]["token"]["mean"] > 50
