@@ -11,11 +11,13 @@ import pytest
 
 import forgetlearn
 from forgetlearn import compare, runs
+from forgetlearn.cli import main
 from forgetlearn.compare import Cell, CompareSettings, cells_of, fill
 from forgetlearn.config import RunConfig, load_config, validate
 from forgetlearn.errors import ConfigError, RunError
 from forgetlearn.facts import read_facts
 from forgetlearn.session import update
+from forgetlearn.table import write_table
 
 METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 
@@ -197,3 +199,80 @@ def test_a_base_that_is_to_be_taught_is_refused(small_lab, facts, config, tmp_pa
     with pytest.raises(ConfigError, match="taught already"):
         fill(small_lab, facts, SETTINGS, taught, output=tmp_path / "out")
     assert json.dumps(SETTINGS.model_dump())
+
+
+def test_the_table_has_a_row_per_group_and_pairs_each_with_its_baselines(filled):
+    output, _cells, _done = filled
+    data = write_table(output)
+    rows = {row["label"]: row for row in data["rows"]}
+    assert list(rows)[:4] == ["ft-2epochs", "ft-4epochs-equal-steps", "lora-2epochs", "lora-4epochs-equal-steps"]
+    assert len(rows) == 2 + 2 + 3 * 2
+    assert rows["ft-2epochs"]["against"] == {}
+    against = rows["f-lora-coef2-2epochs"]["against"]
+    assert {budget: entry["label"] for budget, entry in against.items()} == {
+        "equal-epochs": "lora-2epochs",
+        "equal-steps": "lora-4epochs-equal-steps",
+    }
+    assert rows["f-lora-ft-coef0.5-2epochs"]["against"]["equal-epochs"]["label"] == "ft-2epochs"
+    for label, row in rows.items():
+        for budget, entry in row["against"].items():
+            for column, difference in entry["differences"].items():
+                ours, baseline = row["scores"][column], rows[entry["label"]]["scores"][column]
+                assert difference["mean"] == pytest.approx(ours["mean"] - baseline["mean"], abs=1e-9), (label, budget)
+
+
+def test_the_means_of_the_table_are_those_of_the_cells(filled):
+    output, _cells, _done = filled
+    rows = {row["label"]: row for row in write_table(output)["rows"]}
+    means = [
+        runs.read_json(output / "cells" / f"f-ft-coef2-2epochs-seed{seed}" / "summary.json")["phases"]["updated"]
+        for seed in (0, 1)
+    ]
+    for quantity, protocol in (("reliability", "token"), ("locality", "agreement"), ("residue", "generate")):
+        expected = sum(mean[quantity][protocol]["mean"] for mean in means) / 2
+        assert rows["f-ft-coef2-2epochs"]["scores"][f"{quantity}.{protocol}"]["mean"] == pytest.approx(expected)
+    page = (output / "compare.md").read_text()
+    assert "| f-ft-coef2-2epochs |" in page
+    assert "f-ft-coef2-2epochs | ft-2epochs (equal-epochs)" in page
+
+
+def test_curves_at_equal_reliability(small_lab, facts, config, tmp_path):
+    settings = CompareSettings(methods=("ft", "f-ft"), coefs=(1.0,), seeds=(0, 1), epochs=(1, 20))
+    fill(small_lab, facts, settings, config, output=tmp_path / "out")
+    (curve,) = write_table(tmp_path / "out")["curves"]
+    assert (curve["method"], curve["coef"], curve["against"]) == ("f-ft", 1.0, "ft")
+    assert curve["at_equal_reliability"]["low"] < curve["at_equal_reliability"]["high"]
+    assert "## At equal reliability" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_a_table_of_unfinished_cells_or_of_no_comparison_is_refused(small_lab, facts, config, tmp_path):
+    whole = {"run": config.model_dump(mode="json"), "compare": SETTINGS.model_dump(mode="json")}
+    runs.RunFolder.create(tmp_path / "begun", whole, {})
+    with pytest.raises(RunError, match=r"the cell .* is not done. Go on with --resume"):
+        write_table(tmp_path / "begun")
+    runs.RunFolder.create(tmp_path / "run", config.model_dump(mode="json"), {})
+    with pytest.raises(RunError, match="holds no comparison"):
+        write_table(tmp_path / "run")
+
+
+def test_the_command(small_lab, tmp_path, capsys):
+    words = f"compare --model {small_lab} --facts {small_lab}/facts.jsonl --config {small_lab}/update.yaml --limit 4"
+    words += f" --methods lora,f-lora --coefs 1 --seeds 0 --epochs 1 --output {tmp_path}/out"
+    assert main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert "f-lora-coef1-1epochs" in shown
+    assert (tmp_path / "out" / "compare.json").is_file()
+    assert main([*words.split(), "--resume"]) == 0
+    assert main([*words.split()]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(words.replace("f-lora ", "f-magic ").replace("/out", "/other").split()) == 2
+    assert "'f-magic'" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_two_workers_fill_one_table(small_lab, facts, config, tmp_path):
+    settings = CompareSettings(methods=("ft", "f-lora"), coefs=(1.0,), seeds=(0, 1))
+    fill(small_lab, small_lab / "facts.jsonl", settings, config, output=tmp_path / "out", workers=2)
+    assert len(write_table(tmp_path / "out")["rows"]) == 2
+    with pytest.raises(ConfigError, match="workers = 2"):
+        fill(forgetlearn.load_model(small_lab), facts, settings, output=tmp_path / "other", workers=2)

@@ -179,6 +179,39 @@ def update(
 
 
 @app.command()
+def compare(
+    output: OutputOption,
+    model: ModelOption = None,
+    facts_file: FactsOption = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="Methods, separated by commas.")] = None,
+    coefs: Annotated[str | None, typer.Option("--coefs", help="Coefficients of forgetting.")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Seeds.")] = None,
+    epochs: Annotated[str | None, typer.Option("--epochs", help="Epochs of learning, to trace curves.")] = None,
+    budgets: Annotated[str | None, typer.Option("--budgets", help="equal-epochs, equal-steps, or both.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that fill the table.")] = 1,
+    limit: LimitOption = None,
+    config_file: ConfigOption = None,
+    setting: SetOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Methods x coefficients x seeds in one table, with intervals and paired differences; the work is shared."""
+    from forgetlearn.config import validate
+
+    config = _config(config_file, model, facts_file, None, limit, None, None, None, setting)
+    from forgetlearn.compare import CompareSettings, fill
+    from forgetlearn.table import COLUMNS, write_table
+
+    lists = {"methods": methods, "coefs": coefs, "seeds": seeds, "epochs": epochs, "budgets": budgets}
+    asked = {name: text.split(",") for name, text in lists.items() if text is not None}
+    settings = validate(CompareSettings, asked)
+    fill(settings=settings, config=config, output=output, resume=resume, overwrite=overwrite, workers=workers)
+    table = write_table(output)
+    _table(COLUMNS, [(row["label"], _nested(row["scores"])) for row in table["rows"]], "")
+    typer.echo(f"\nintervals, differences, curves: {output / 'compare.md'}\na run folder per cell: {output / 'cells'}")
+
+
+@app.command()
 def evaluate(
     output: OutputOption,
     model: ModelOption = None,
@@ -332,6 +365,15 @@ def _print_scores(context: dict[str, Any]) -> None:
         typer.echo(_plain(line))
     phases = [(phase, context["summary"]["phases"][phase]) for phase in context["phases"]]
     _table(context["columns"], phases, "phase")
+
+
+def _nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`{"reliability.token": cell}` as quantity -> protocol -> cell."""
+    nested: dict[str, dict[str, Any]] = {}
+    for name, cell in scores.items():
+        quantity, protocol = name.split(".")
+        nested.setdefault(quantity, {})[protocol] = cell
+    return nested
 
 
 def _table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], first: str) -> None:

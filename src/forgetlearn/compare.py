@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from filelock import FileLock, Timeout
 from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
@@ -27,7 +30,7 @@ from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.method import METHODS, How, float32_snapshot, learn, subtract_old, tune_on_old
-from forgetlearn.models import LanguageModel, as_language_model
+from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
 from forgetlearn.session import base_hash, longest_pairs, read_config_facts, resolve, stage_seed
@@ -109,31 +112,65 @@ def fill(
     config: RunConfig | Mapping[str, Any] | None = None,
     *,
     output: str | Path,
-    tokenizer: Any = None,
     resume: bool = False,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> list[Cell]:
     """All cells of the comparison, each in `output/cells/`; what is done already is not done again.
 
-    Several processes may call this with `resume=True` on one folder.
+    Several processes may call this with `resume=True` on one folder; `workers` starts that many here (the
+    model must then be named, since each loads its own).
 
     Raises:
         RunError: the folder was begun with other facts, another base or other settings.
     """
     settings = settings or CompareSettings()
     config = resolve(config, model, facts)
+    if workers > 1 and not isinstance(model, (str, Path)) and model is not None:
+        raise ConfigError(f"workers = {workers}: each loads its own model, so give a folder or a hub id.")
     if config.teach.epochs or config.facts.old_from == "model":
         raise ConfigError("compare takes a base that is taught already: teach.epochs must be 0, old_from not model.")
     runs.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
-    lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
+    lm = as_language_model(model if model is not None else str(config.model.name), None, config.model)
     check_lengths(lm.encoder, longest_pairs(fact_set))
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = runs.RunFolder.create(output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite)
     cells = cells_of(settings, config)
-    _Worker(run.path, config, lm, fact_set).work(cells)
+    worker = _Worker(run.path, config, lm, fact_set)
+    with _helpers(workers - 1, run.path, config, fact_set, cells):
+        worker.work(cells)
     return cells
+
+
+@contextmanager
+def _helpers(n: int, path: Path, config: RunConfig, facts: FactSet, cells: Sequence[Cell]) -> Iterator[None]:
+    """`n` more processes that fill cells of the same folder, ended when this one is done."""
+    context = multiprocessing.get_context("spawn")
+    n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
+    helpers = [context.Process(target=_help, args=(path, config, facts, list(cells), n_threads)) for _ in range(n)]
+    for helper in helpers:
+        helper.start()
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads if n else before)
+    try:
+        yield
+        for helper in helpers:
+            helper.join()
+    finally:
+        torch.set_num_threads(before)
+        for helper in helpers:
+            helper.terminate()
+    failed = [helper.exitcode for helper in helpers if helper.exitcode]
+    if failed:
+        log.warning("%d of %d workers failed; their cells were done here", len(failed), len(helpers))
+
+
+def _help(path: Path, config: RunConfig, facts: FactSet, cells: list[Cell], n_threads: int) -> None:
+    """What a helper process does: load the model, fill cells."""
+    torch.set_num_threads(n_threads)
+    _Worker(path, config, load_model(config.model), facts).work(cells)
 
 
 class _Worker:
