@@ -186,7 +186,7 @@ class RunConfig(Settings):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     save_merged: bool = Field(
         False,
-        description="Beside an adapter, write the model with it merged in; without effect where the product is a model.",
+        description="Beside an adapter, write the model with it merged in; no effect where the product is a model.",
     )
     keep_stages: bool = Field(False, description="Keep the weights between the stages when the run is done.")
 
