@@ -6,17 +6,21 @@ facts or models is escaped: in HTML by jinja2's autoescape, in Markdown by `_cel
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from forgetlearn import runs
+from forgetlearn import metrics, runs
 
 PHASES = ("base", "forgotten", "updated")
 COLUMNS = (
@@ -28,10 +32,31 @@ COLUMNS = (
     ("generality", "generate"),
     ("residue", "generate"),
 )
+STAGES = ("teach", "forget", "learn")
 SHOWN_FACTS_MARKDOWN = 20
+ASSETS = ("page.css", "page.js")
 # Control characters but tab and line break, and those that change the direction of text.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-PHASE_COLOURS = {"base": "#8a8f98", "forgotten": "#d08a2e", "updated": "#2f7ed8"}
+QUESTIONS = {
+    "reliability": "does it give the new answer?",
+    "generality": "also when asked in other words?",
+    "locality": "is everything else as it was?",
+    "residue": "does it still give the old answer? (lower is better)",
+}
+JUDGES = ("generate", "exact", "token", "prefer")  # a fact's state comes from the first of these that was scored
+FILTERS = {
+    "all": "all",
+    "unlearned": "not new",
+    "residue": "still old",
+    "broken": "broken locality",
+    "errored": "errored",
+}
+TAG_SAYS = {"old": "residue", "errored": "errored"}  # states that a flag would only repeat
+# Colours of plots stand for the page's own, so that they follow it into dark mode and print.
+PAGE_COLOURS = {"#000000": "currentColor", "#262626": "currentColor", "#ffffff": "var(--page)"}
+FIRST, SECOND, LINE, DIM = "#010101", "#020202", "#030303", "#040404"
+PAGE_COLOURS |= {FIRST: "var(--accent)", SECOND: "var(--second)", LINE: "var(--line)", DIM: "var(--dim)"}
+PLOTTED_STEPS = 500
 
 
 def write_run(path: Path) -> None:
@@ -42,9 +67,8 @@ def write_run(path: Path) -> None:
     """
     context = load_context(path)
     runs.write_text(path / "report.md", render("report.md.j2", context))
-    plots = [plot_scores(context["summary"], context["phases"]), plot_losses(path / "logs")]
-    context["plots"] = [plot for plot in plots if plot]
-    runs.write_text(path / "report.html", render("report.html.j2", context))
+    plots = {"panels": plot_scores(context["summary"], context["phases"]), "losses": plot_losses(path / "logs")}
+    runs.write_text(path / "report.html", render_page("report.html.j2", {**context, **plots}))
 
 
 def write_card(path: Path, product: Path) -> None:
@@ -59,6 +83,8 @@ def load_context(path: Path) -> dict[str, Any]:
     rows = runs.read_rows(path / "facts.jsonl")
     inputs = runs.read_rows(path / "inputs.jsonl")
     phases = [phase for phase in (*PHASES, "model") if phase in summary["phases"]]
+    table = score_table(summary, phases)
+    facts = fact_table(inputs, rows, phases)
     return {
         "title": path.resolve().name,
         "summary": summary,
@@ -67,8 +93,14 @@ def load_context(path: Path) -> dict[str, Any]:
         "command": " ".join(_quoted(word) for word in manifest["command"]),
         "phases": phases,
         "columns": COLUMNS,
-        "table": score_table(summary, phases),
-        "facts": fact_table(inputs, rows, phases),
+        "table": table,
+        "quantities": [row for row in zip(COLUMNS, *(cells for _phase, cells in table), strict=True) if any(row[1:])],
+        "phase_names": phase_names(phases),
+        "questions": QUESTIONS,
+        "facts": facts,
+        "judged_by": judged_by(rows),
+        "filters": FILTERS,
+        "counts": {name: sum(name == "all" or name in fact["flags"] for fact in facts) for name in FILTERS},
         "account": account(summary["facts"]),
         "errors": _errors(rows),
         "shown_facts": SHOWN_FACTS_MARKDOWN,
@@ -109,6 +141,14 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(context)
 
 
+def render_page(template: str, context: Mapping[str, Any]) -> str:
+    """A page with its style and script in it; the policy in its head lets no other script run, and no request."""
+    style, script = (resources.files("forgetlearn").joinpath("templates", name).read_text("utf-8") for name in ASSETS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # our own files
+    return render(template, {**context, **inlined})
+
+
 def show_score(cell: Mapping[str, Any] | None, *, interval: bool = False) -> str:
     """`78.4`, or `78.4 [75.1, 81.5]`; a dash where nothing was scored."""
     if not cell or cell["mean"] is None:
@@ -125,37 +165,99 @@ def score_table(summary: Mapping[str, Any], phases: Iterable[str]) -> list[tuple
     ]
 
 
+def phase_names(phases: Sequence[str]) -> dict[str, str]:
+    """The phases in words: before, after forgetting, after learning."""
+    words = {"base": "before", "forgotten": "after forgetting", "updated": "after learning", "model": "now"}
+    return {phase: words[phase] for phase in phases}
+
+
+def judged_by(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """The protocol that says which answer a fact has now: free answers where there are some."""
+    there = {row["protocol"] for row in rows}
+    return next((protocol for protocol in JUDGES if protocol in there), None)
+
+
 def fact_table(
-    inputs: Sequence[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]], phases: Sequence[str]
+    inputs: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], phases: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A line per fact: old and new answer, and what the model said in each phase."""
-    said: dict[str, dict[str, Any]] = {}
+    """A line per fact: old and new answer, what the model said in each phase, its state, flags and marks."""
+    judge = judged_by(rows)
+    scored: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
     for row in rows:
-        if row["protocol"] == "generate":
-            said.setdefault(row["fact"], {})[row["phase"]] = row
-    table = []
-    for fact in inputs:
-        own = said.get(fact["id"], {})
-        last = own.get(phases[-1], {})
-        state = _state(last) if own else "not asked"
-        table.append(
-            {
-                "ground_truth": None,
-                **fact,
-                "said": {phase: own.get(phase, {}).get("said") for phase in phases},
-                "state": state,
-            }
-        )
-    return table
+        scored.setdefault(row["fact"], {})[row["phase"], row["protocol"]] = row
+    return [_fact_line({"ground_truth": None, **fact}, scored.get(fact["id"], {}), phases, judge) for fact in inputs]
+
+
+def _fact_line(
+    fact: dict[str, Any], own: Mapping[tuple[str, str], Mapping[str, Any]], phases: Sequence[str], judge: str | None
+) -> dict[str, Any]:
+    said = {phase: own.get((phase, "generate"), {}).get("said") for phase in phases}
+    last = own.get((phases[-1], judge or ""), {})
+    place = own.get((phases[-1], "agreement"), {}).get("locality")
+    reasons = [reason for row in own.values() for reason in row["errors"].values()]
+    state = _state(last) if last else "not asked"
+    flags = {
+        "unlearned": state != "new",
+        "residue": bool(last.get("residue")),
+        "broken": place is not None and place < 1,
+        "errored": bool(reasons),
+    }
+    found = [name for name, is_set in flags.items() if is_set]
+    return {
+        **fact,
+        "said": said,
+        "told": {phase: _told(text, fact) for phase, text in said.items()},
+        "state": state,
+        "flags": found,
+        "shown_flags": [name for name in found if name not in ("unlearned", TAG_SAYS.get(state))],
+        "reason": reasons[0] if reasons else None,
+        "marks": [_mark(quantity, own, phases, judge or "") for quantity in QUESTIONS],
+    }
 
 
 def _state(row: Mapping[str, Any]) -> str:
-    """What a fact's free answers are now: the new answer to its prompt, else the old one anywhere, else another."""
-    if row.get("errors"):
-        return "errored"
-    if row.get("reliability"):
+    """What a fact's answers are now: the new one to its prompt, else the old one anywhere, else another."""
+    if row.get("reliability") is None:
+        return "errored" if row["errors"] else "not asked"
+    if row["reliability"] == 1:
         return "new"
     return "old" if row.get("residue") else "other"
+
+
+def _told(said: str | None, fact: Mapping[str, Any]) -> str | None:
+    """Which of a fact's answers a text is."""
+    if said is None:
+        return None
+    if metrics.same_text(said, fact.get("target_new", "")):
+        return "new"
+    return "old" if fact["ground_truth"] and metrics.same_text(said, fact["ground_truth"]) else None
+
+
+def _mark(
+    quantity: str, own: Mapping[tuple[str, str], Mapping[str, Any]], phases: Sequence[str], judge: str
+) -> dict[str, str]:
+    """A quantity of one fact before and now: signs to show, words for them, and whether it got better or worse."""
+    protocol = "agreement" if quantity == "locality" else judge
+    ends = [own.get((phase, protocol), {}) for phase in dict.fromkeys((phases[0], phases[-1]))]
+    values = [row.get(quantity) for row in ends]
+    signs = ["!" if quantity in row.get("errors", {}) else _sign(row.get(quantity)) for row in ends]
+    shown = ["not scored" if value is None else f"{100 * value:.0f} %" for value in values]
+    turn = ""
+    before, now = values[0], values[-1]
+    if before is not None and now is not None and len(set(signs)) > 1:
+        turn = " up" if (now > before) != (quantity == "residue") else " down"
+    return {
+        "text": "".join(signs),
+        "title": f"{quantity} {' → '.join(shown)}",
+        "turn": turn,
+        "value": "" if now is None else f"{now:.3g}",
+    }
+
+
+def _sign(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "●" if value == 1 else "◐" if value else "○"
 
 
 def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
@@ -182,55 +284,111 @@ def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
     return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + f"{parts[-1]}.{nothing}"
 
 
-def plot_scores(summary: Mapping[str, Any], phases: Sequence[str]) -> str | None:
-    """Bars with intervals, a group per quantity and a bar per phase, as an SVG element."""
-    columns = [("reliability", "token"), ("generality", "token"), ("locality", "agreement"), ("residue", "token")]
-    columns = [(q, p) for q, p in columns if any(_mean(summary, phase, q, p) is not None for phase in phases)]
-    if not columns:
-        return None
-    figure, axes = _figure()
-    width = 0.8 / len(phases)
-    for index, phase in enumerate(phases):
-        cells = [summary["phases"][phase].get(q, {}).get(p) or {} for q, p in columns]
-        means = [cell.get("mean") or 0 for cell in cells]
-        bounds = [(cell.get("low"), cell.get("high"), mean) for cell, mean in zip(cells, means, strict=True)]
-        below = [0 if low is None else mean - low for low, _high, mean in bounds]
-        above = [0 if high is None else high - mean for _low, high, mean in bounds]
-        at = [position + (index - (len(phases) - 1) / 2) * width for position in range(len(columns))]
-        axes.bar(at, means, width * 0.92, yerr=[below, above], label=phase, color=PHASE_COLOURS.get(phase), capsize=2)
-    axes.set_xticks(range(len(columns)), [f"{quantity}\n{protocol}" for quantity, protocol in columns])
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("percent of tokens")
-    axes.legend(frameon=False, ncols=len(phases), loc="upper center", bbox_to_anchor=(0.5, 1.14))
-    return _svg(figure)
+def plot_scores(summary: Mapping[str, Any], phases: Sequence[str]) -> list[Markup]:
+    """A small plot per quantity, as SVG elements: its mean and interval in each phase. None for a single phase."""
+    plots = []
+    for quantity in QUESTIONS if len(phases) > 1 else ():
+        lines = {
+            protocol: [summary["phases"][phase].get(quantity, {}).get(protocol) for phase in phases]
+            for protocol in ("agreement", "token", "generate")
+        }
+        lines = {
+            name: cells for name, cells in lines.items() if any(cell and cell["mean"] is not None for cell in cells)
+        }
+        if lines:
+            plots.append(_plot_phases(quantity, lines, phases))
+    return plots
 
 
-def plot_losses(logs: Path) -> str | None:
-    """Training loss of the stages over their steps, as an SVG element."""
-    curves = {file.stem: runs.read_rows(file) for file in sorted(logs.glob("*.jsonl"))} if logs.is_dir() else {}
+def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Any]], phases: Sequence[str]) -> Markup:
+    figure, axes = _figure(2.3, 1.9)
+    for protocol, cells in lines.items():
+        free = protocol == "generate"
+        found = [(place, cell) for place, cell in enumerate(cells) if cell and cell["mean"] is not None]
+        at = [place + (0.09 if free else -0.09) * (len(lines) > 1) for place, _found in found]
+        means = [cell["mean"] for _place, cell in found]
+        ranges = [(cell["low"], cell["high"]) if cell["low"] is not None else (cell["mean"],) * 2 for _, cell in found]
+        bounds = [[abs(mean - own[end]) for mean, own in zip(means, ranges, strict=True)] for end in (0, 1)]
+        colour = SECOND if free else FIRST
+        axes.plot(at, means, color=LINE, lw=1, zorder=1)
+        marks = axes.errorbar(
+            at, means, bounds, fmt="o", ms=4.5, color=colour, mfc="#ffffff" if free else colour, lw=1.2
+        )
+        for part in (marks[0], *marks[2]):
+            part.set_clip_on(False)
+    axes.set_xticks(range(len(phases)), phases)
+    axes.set_xlim(-0.4, len(phases) - 0.6)
+    axes.set_yticks([0, 50, 100])
+    axes.set_ylim(-3, 103)
+    axes.grid(axis="y", color=LINE, lw=0.6)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_title(
+        quantity + (" (lower is better)" if quantity == "residue" else ""), loc="left", fontsize=9, fontweight="bold"
+    )
+    words = [f"{name} {', '.join(show_score(cell) for cell in cells)}" for name, cells in lines.items()]
+    return _svg(figure, quantity, f"{quantity} in percent, {', '.join(phases)}: {'; '.join(words)}")
+
+
+def plot_losses(logs: Path) -> Markup | None:
+    """Training loss of the stages, one after the other on one axis of steps, as an SVG element."""
+    curves = {name: runs.read_rows(file) for name in STAGES if (file := logs / f"{name}.jsonl").is_file()}
+    curves = {name: rows for name, rows in curves.items() if rows}
     if not curves:
         return None
-    figure, axes = _figure()
-    for name, colour in (("teach", "#8a8f98"), ("forget", "#d08a2e"), ("learn", "#2f7ed8")):
-        if name in curves:
-            rows = curves[name]
-            axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=name, color=colour, lw=1.2)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss per answer token, nats")
+    figure, axes = _figure(5.2, 2.1)
+    start = 0
+    for name, rows in curves.items():
+        steps, losses = _thinned([row["step"] for row in rows], [row["loss"] for row in rows])
+        at = [start + step for step in steps]
+        axes.plot(at, losses, color=FIRST, lw=0.6, alpha=0.35)
+        axes.plot(at, running_mean(losses, max(3, len(losses) // 20)), color=FIRST, lw=1.6)
+        if start:
+            axes.axvline(start + 0.5, color=LINE, lw=1)
+        end = start + rows[-1]["step"]
+        axes.text(
+            (start + end) / 2,
+            1.03,
+            name,
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            fontsize=8.5,
+            fontweight="bold",
+        )
+        start = end
+    axes.set_xlim(0, start + 1)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return _svg(figure)
+    axes.grid(axis="y", color=LINE, lw=0.6)
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_color(LINE)
+    ends = [
+        f"{name} {rows[0]['loss']:.3g} to {rows[-1]['loss']:.3g} in {rows[-1]['step']} steps"
+        for name, rows in curves.items()
+    ]
+    return _svg(figure, "loss", f"Training loss: {'; '.join(ends)}")
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Each value's mean with its neighbours, `width` in all; fewer at the ends, as many on each side."""
+    means = []
+    for place in range(len(values)):
+        reach = min(width // 2, place, len(values) - 1 - place)
+        near = values[place - reach : place + reach + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
+def _thinned(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most PLOTTED_STEPS points, each the mean of as many steps: a long run's plot stays small."""
+    size = -(-len(steps) // PLOTTED_STEPS)
+    chunks = [slice(start, start + size) for start in range(0, len(steps), size)]
+    means = ([sum(values[c]) / len(values[c]) for c in chunks] for values in (steps, losses))
+    return next(means), next(means)
 
 
 def as_yaml(data: object) -> str:
     """Plain YAML, keys in their own order."""
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return text
-
-
-def _mean(summary: Mapping[str, Any], phase: str, quantity: str, protocol: str) -> float | None:
-    cell = summary["phases"][phase].get(quantity, {}).get(protocol)
-    return cell["mean"] if cell else None
 
 
 def _errors(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -242,31 +400,39 @@ def _errors(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def _figure() -> tuple[Any, Any]:
-    """A figure without pyplot, which would keep global state; transparent, in the page's text colour."""
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure without pyplot, which would keep global state; transparent, without a frame."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    figure.patch.set_alpha(0)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_visible(False)
     axes = figure.subplots()
-    axes.patch.set_alpha(0)
+    axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=DIM)
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
-    """The SVG element alone; black becomes the page's text colour, so that it reads in dark mode too."""
+def _svg(figure: Any, name: str, words: str) -> Markup:
+    """The SVG element alone, in the page's colours and fonts; `words` are for those who cannot see it."""
     import matplotlib
 
     buffer = io.StringIO()
     # Text stays text, and neither date nor random ids make two reports of one run differ.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "forgetlearn", "font.size": 10}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for black in ("#000000", "#262626"):
-        text = text.replace(black, "currentColor")
-    return text.replace("<text ", '<text fill="currentColor" ')
+    text = re.sub(
+        r"<metadata>.*?</metadata>|<style .*?</style>|<g (id=\"[^\"]*\")?>(?=\s*</g>)", "", text, flags=re.DOTALL
+    )
+    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)  # the same in every figure; nothing refers to them
+    for colour, own in PAGE_COLOURS.items():
+        text = text.replace(colour, own)
+    text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1 role=\"img\">", text, count=1, flags=re.DOTALL)
+    label = Markup("<title>{}</title>").format(words)
+    start = text.index(">") + 1
+    return Markup(text[:start]) + label + Markup(text[start:].replace("<text ", '<text fill="currentColor" '))
 
 
 def _printable(value: object) -> object:

@@ -1,0 +1,67 @@
+// Search, filters and sorting of the facts table. The rows are the data; nothing else is loaded or kept.
+"use strict";
+(() => {
+  const table = document.getElementById("facts");
+  if (!table) return;
+  const body = table.tBodies[0];
+  const words = text => text.normalize("NFKC").toLowerCase();
+  const items = Array.from(body.rows, (row, place) => ({ row, place, text: words(row.textContent) }));
+  const search = document.getElementById("search");
+  const shown = document.getElementById("shown");
+  const none = document.getElementById("none");
+
+  const show = () => {
+    const wanted = words(search.value).split(/\s+/).filter(Boolean);
+    const filter = document.querySelector("input[name=show]:checked").value;
+    let count = 0;
+    for (const { row, text } of items) {
+      const fits = (filter === "all" || row.classList.contains(filter)) && wanted.every(word => text.includes(word));
+      if (row.hidden === fits) row.hidden = !fits;
+      if (fits) count += 1;
+    }
+    shown.textContent = `${count} of ${items.length} facts`;
+    none.hidden = count > 0;
+  };
+
+  // A cell is compared by its number where it has one, else by its text; an empty one comes last either way.
+  const collator = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
+  const key = (row, column) => {
+    const cell = row.cells[column];
+    return cell.dataset.v === undefined ? cell.textContent.trim() : cell.dataset.v === "" ? "" : Number(cell.dataset.v);
+  };
+  const compare = (a, b) => typeof a === "number" ? a - b : collator.compare(a, b);
+  const sort = (column, order) => {
+    const keyed = items.map(item => ({ ...item, key: key(item.row, column) }));
+    const sign = order === "descending" ? -1 : 1;
+    if (order !== "none") {
+      keyed.sort((a, b) => (a.key === "") - (b.key === "") || sign * compare(a.key, b.key) || a.place - b.place);
+    }
+    body.append(...keyed.map(item => item.row));
+  };
+
+  const next = { none: "ascending", ascending: "descending", descending: "none" };
+  const heads = Array.from(table.tHead.rows[0].cells);
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    head.setAttribute("aria-sort", "none");
+    button.addEventListener("click", () => {
+      const order = next[head.getAttribute("aria-sort")];
+      for (const other of heads) other.setAttribute("aria-sort", other === head ? order : "none");
+      sort(column, order);
+    });
+  });
+
+  search.addEventListener("input", show);
+  search.addEventListener("keydown", event => {
+    if (event.key === "Escape") { search.value = ""; show(); }
+  });
+  for (const input of document.querySelectorAll("input[name=show]")) input.addEventListener("change", show);
+  window.addEventListener("beforeprint", () => {
+    for (const details of document.querySelectorAll("details")) details.open = true;
+  });
+  document.getElementById("controls").hidden = false;
+  show();
+})();
