@@ -121,7 +121,7 @@ def test_all_problems_are_told_at_once(yaml_file):
         ("forget.coef", True, "forget.coef = True: must be a number."),
         ("facts.limit", True, "facts.limit = True: must be a number."),
         ("forget.epochs", 0, "forget.epochs = 0: must be greater than or equal to 1."),
-        ("method", "f-loar", "method = 'f-loar': must be 'ft', 'lora', 'f-ft', 'f-lora' or 'f-lora-ft'."),
+        ("method", "f-loar", "method = 'f-loar': must be 'ft', 'lora', 'f-ft', 'f-lora', 'f-lora-ft', 'locft', 'ft-c' or 'ga'."),
         ("forget.epoch", 3, "forget.epoch: there is no such setting. Did you mean 'forget.epochs'?"),
         ("forgt", {}, "forgt: there is no such setting. Did you mean 'forget'?"),
         ("coef", 1, "coef: there is no such setting. Did you mean 'forget.coef'?"),

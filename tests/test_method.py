@@ -8,8 +8,8 @@ from forgetlearn import adapters
 from forgetlearn.config import ForgetSettings, ModelSettings, StageSettings
 from forgetlearn.errors import FactError
 from forgetlearn.facts import make_fact, read_facts
-from forgetlearn.method import METHODS, forget, learn
-from forgetlearn.models import load_model
+from forgetlearn.method import METHODS, PAPER_METHODS, forget, learn
+from forgetlearn.models import editable_module, load_model
 from forgetlearn.scoring import score, summarise
 from forgetlearn.taskvector import TaskVector, snapshot, subtract
 
@@ -37,7 +37,7 @@ def logits(lm):
 
 
 def test_the_methods_are_those_of_the_paper():
-    assert {name: (m.forgets, m.learns) for name, m in METHODS.items()} == {
+    assert {name: (METHODS[name].forgets, METHODS[name].learns) for name in PAPER_METHODS} == {
         "ft": (None, "all weights"),
         "lora": (None, "lora"),
         "f-ft": ("all weights", "all weights"),
@@ -192,3 +192,46 @@ def test_gpt2_and_tied_models_go_through_every_method(tiny_model, char_tokenizer
             assert torch.isfinite(logits(lm)).all()
             head = lm.model.get_output_embeddings().weight
             assert head is lm.model.get_input_embeddings().weight
+
+
+def changed(before, after):
+    return {name for name, weight in after.items() if not torch.equal(before[name], weight)}
+
+
+def test_locft_trains_one_module_and_nothing_else(world):
+    lm, facts = world
+    base = snapshot(lm.model)
+    step_by_step(lm, facts, "locft")
+    assert changed(base, snapshot(lm.model)) == {"model.layers.1.mlp.down_proj.weight"}  # int(0.7 * 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("llama", "model.layers.7.mlp.down_proj"),
+        ("gpt2", "transformer.h.7.mlp.c_proj"),
+        ("opt", "model.decoder.layers.7.fc2"),
+    ],
+)
+def test_the_one_module_is_told_from_the_structure(tiny_model, family, module):
+    n_layers = {"n_layer": 10} if family == "gpt2" else {"num_hidden_layers": 10}
+    assert editable_module(tiny_model(family, **n_layers)) == module
+
+
+def test_ft_c_stays_in_its_ball_and_reaches_its_edge(world):
+    lm, facts = world
+    base = snapshot(lm.model)
+    learn(lm, facts, LEARN.model_copy(update={"max_change": 1e-3}), "bounded", seed=3)
+    most = max(float((weight - base[name]).abs().max()) for name, weight in snapshot(lm.model).items())
+    assert 0.99e-3 < most <= 1e-3 * 1.001
+
+
+def test_ga_climbs_the_loss_of_the_old_answers_and_harder_with_its_coefficient(world):
+    lm, facts = world
+    losses = []
+    for coef in (0.1, 1.0):
+        lm.model = load_with(lm).model
+        log = forget(lm, facts, FORGET.model_copy(update={"coef": coef}), "ascent", seed=7)
+        losses.append(log.final_loss)
+    assert log.steps[-1]["loss"] < log.steps[0]["loss"] < 0  # logged with its sign: ever more negative
+    assert losses[1] < losses[0]

@@ -153,7 +153,7 @@ def update(
     output: OutputOption,
     model: ModelOption = None,
     facts_file: FactsOption = None,
-    method: Annotated[str | None, typer.Option("--method", help="ft, lora, f-ft, f-lora or f-lora-ft.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help=HELP["method"])] = None,
     coef: Annotated[str | None, typer.Option("--coef", help=HELP["forget.coef"])] = None,
     seed: Annotated[int | None, typer.Option("--seed", help=HELP["seed"])] = None,
     old_from: OldFromOption = None,
@@ -281,10 +281,10 @@ def demo(
 ) -> None:
     """Run all five methods on a made-up world that a small model, built here, holds."""
     from forgetlearn.demo import COLUMNS, DEMO_FACTS, run_demo
-    from forgetlearn.method import METHODS
+    from forgetlearn.method import PAPER_METHODS
 
     n_facts = DEMO_FACTS if limit is None else limit
-    result = run_demo(output, methods=METHODS, n_facts=n_facts, seed=seed, resume=resume, overwrite=overwrite)
+    result = run_demo(output, methods=PAPER_METHODS, n_facts=n_facts, seed=seed, resume=resume, overwrite=overwrite)
     _table(COLUMNS, list(result.rows), "method")
     typer.echo(
         "Percent. Locality is agreement with the original; residue, the old answer, is better when it is lower.\n"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,7 +29,7 @@ from forgetlearn.config import MethodName, RunConfig, Settings
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError
 from forgetlearn.facts import Fact, FactSet
-from forgetlearn.method import METHODS, How, float32_snapshot, learn, subtract_old, tune_on_old
+from forgetlearn.method import METHODS, PAPER_METHODS, How, float32_snapshot, forget, learn, subtract_old, tune_on_old
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
@@ -44,7 +44,7 @@ POLL_S = 0.5
 class CompareSettings(Settings):
     """What is compared."""
 
-    methods: tuple[MethodName, ...] = Field(get_args(MethodName), min_length=1, description="Methods.")
+    methods: tuple[MethodName, ...] = Field(PAPER_METHODS, min_length=1, description="Methods.")
     coefs: tuple[float, ...] = Field((0.1, 0.3, 1.0), min_length=1, description="Coefficients of forgetting.")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Seeds.")
     epochs: tuple[int, ...] = Field((), description="Epochs of learning; unset: those of the config.")
@@ -99,10 +99,9 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
         coefs: Sequence[float | None] = settings.coefs if METHODS[method].forgets else (None,)
         cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in coefs]
-        if "equal-steps" in settings.budgets and not METHODS[method].forgets:
+        if "equal-steps" in settings.budgets and method in ("ft", "lora"):
             cells.append(Cell(method, None, n_epochs + config.forget.epochs, seed, "equal-steps"))
-    order = {"all weights": 0, "lora": 1, None: 2}
-    return sorted(cells, key=lambda cell: (cell.seed, order[METHODS[cell.method].forgets], cell.coef or 0))
+    return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
 
 
 def fill(
@@ -230,6 +229,9 @@ class _Worker:
 
     def _forget(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> None:
         """The forgotten model, from the fine-tuning on old facts that every coefficient shares."""
+        if how == "ascent":  # depends on the coefficient from its first step
+            forget(self.lm, facts, config.forget, how, seed=stage_seed(config.seed, "forget"))
+            return
         tuned = self._tune_on_old(config, how, facts)
         if how == "lora":
             self.lm.model = adapters.attach(self.lm.model, config.forget.lora, adapters.FORGET, seed=0)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from forgetlearn.errors import ConfigError
 
-MethodName = Literal["ft", "lora", "f-ft", "f-lora", "f-lora-ft"]
+MethodName = Literal["ft", "lora", "f-ft", "f-lora", "f-lora-ft", "locft", "ft-c", "ga"]
 Protocol = Literal["token", "exact", "generate", "prefer"]
 LORA_RATE_FACTOR = 10
 
@@ -104,6 +104,9 @@ class TrainSettings(Settings):
 class StageSettings(TrainSettings):
     """One stage of fine-tuning, with all weights or with LoRA."""
 
+    max_change: float = Field(
+        5e-4, gt=0, description="Method ft-c: no weight leaves this distance from where the stage began."
+    )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Used where the stage is done with LoRA.")
 
     @property
@@ -176,7 +179,9 @@ class EvaluateSettings(Settings):
 class RunConfig(Settings):
     """Everything that determines a run, except the folder it is written to."""
 
-    method: MethodName = Field("f-lora", description="How facts are updated (docs/method.md).")
+    method: MethodName = Field(
+        "f-lora", description=f"How facts are updated: {', '.join(get_args(MethodName))} (docs/method.md)."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
     model: ModelSettings = Field(default_factory=ModelSettings)
     facts: FactsSettings = Field(default_factory=FactsSettings)

@@ -48,9 +48,9 @@ def finetune(
     *,
     seed: int,
     pad_id: int,
-    learning_rate: float | None = None,
     device: torch.device | None = None,
     name: str = "fine-tuning",
+    variant: Variant | None = None,
 ) -> StageLog:
     """The log of a stage; `model` is trained in place, whichever of its parameters require gradients.
 
@@ -58,17 +58,16 @@ def finetune(
     are trained must be float32: half precision loses the small steps of a fact update.
 
     Args:
-        learning_rate: instead of the one in `settings` (LoRA wants a higher one).
         device: where to train; None leaves the choice to Trainer.
 
     Raises:
         TrainingError: the loss or the gradient is not finite; the message names the step.
         ConfigError: bfloat16 is asked for where the device has none, or nothing is to be trained.
     """
+    variant = variant or Variant()
     check_trainable(model, texts, settings, device)
     with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:
-        rate = learning_rate or settings.learning_rate
-        arguments = _arguments(settings, rate, seed, unused, use_cpu=_on_cpu(device))
+        arguments = _arguments(settings, seed, unused, use_cpu=_on_cpu(device))
         # Whole steps, rounded down: Trainer rounds up, and its first warm-up step has rate 0, so a stage of
         # one step would learn nothing.
         n_steps = settings.epochs * math.ceil(len(texts) / settings.batch_size)
@@ -83,7 +82,8 @@ def finetune(
             args=arguments,
             train_dataset=list(texts),
             data_collator=_Collator(layout, pad_id, settings.max_packed_tokens),
-            callbacks=[steps],
+            callbacks=[steps] if variant.max_change is None else [steps, _Ball(model, variant.max_change)],
+            loss_sign=variant.loss_sign,
         )
         trainer.remove_callback(PrinterCallback)
         own_forward = vars(model).get("forward")
@@ -130,14 +130,12 @@ def _on_cpu(device: torch.device | None) -> bool:
     return device.type == "cpu" if device is not None else not torch.accelerator.is_available()
 
 
-def _arguments(
-    settings: StageSettings, learning_rate: float, seed: int, folder: str, *, use_cpu: bool
-) -> TrainingArguments:
+def _arguments(settings: StageSettings, seed: int, folder: str, *, use_cpu: bool) -> TrainingArguments:
     micro = settings.micro_batch_size or settings.batch_size
     return TrainingArguments(
         output_dir=folder,
         num_train_epochs=settings.epochs,
-        learning_rate=learning_rate,
+        learning_rate=settings.learning_rate,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=settings.batch_size // micro,
         lr_scheduler_type=settings.lr_scheduler_type,
@@ -157,6 +155,27 @@ def _arguments(
         remove_unused_columns=False,
         report_to="none",
     )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a stage departs from fine-tuning: `loss_sign` -1 climbs the loss, `max_change` bounds every weight."""
+
+    loss_sign: int = 1
+    max_change: float | None = None
+
+
+class _Ball(TrainerCallback):  # type: ignore[misc]
+    """Puts every weight back into the L-infinity ball around where the stage began."""
+
+    def __init__(self, model: nn.Module, radius: float) -> None:
+        self.radius = radius
+        self.start = [(weight, weight.detach().clone()) for weight in model.parameters() if weight.requires_grad]
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for weight, start in self.start:
+            weight.clamp_(start - self.radius, start + self.radius)
 
 
 class _Collator:
@@ -182,8 +201,9 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, loss_sign: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.loss_sign = loss_sign
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens and hands the number on
 
     def compute_loss(
@@ -204,7 +224,7 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
         loss = functional.cross_entropy(torch.cat(logits).float(), labels, ignore_index=IGNORE, reduction="sum")
         n_tokens = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
         # Every process divides by the tokens of all, and DDP averages: the factor undoes the average.
-        scaled: Tensor = loss / n_tokens * self.accelerator.num_processes
+        scaled: Tensor = self.loss_sign * loss / n_tokens * self.accelerator.num_processes
         return scaled
 
 

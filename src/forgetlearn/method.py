@@ -16,14 +16,14 @@ from typing import Literal
 from torch import Tensor
 
 from forgetlearn import adapters, taskvector
-from forgetlearn.config import ForgetSettings, StageSettings
+from forgetlearn.config import ForgetSettings, MethodName, StageSettings
 from forgetlearn.encoding import Encoded
 from forgetlearn.errors import FactError
 from forgetlearn.facts import Fact
-from forgetlearn.finetune import StageLog, finetune
-from forgetlearn.models import LanguageModel
+from forgetlearn.finetune import StageLog, Variant, finetune
+from forgetlearn.models import LanguageModel, editable_module
 
-How = Literal["all weights", "lora"]
+How = Literal["all weights", "lora", "one module", "bounded", "ascent"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,21 @@ class Method:
 
     forgets: How | None
     learns: How
+    source: str = "Ni et al. 2023, arXiv:2311.08011"
 
 
 METHODS: Mapping[str, Method] = {
     "ft": Method(None, "all weights"),
-    "lora": Method(None, "lora"),
+    "lora": Method(None, "lora", "Hu et al. 2021, arXiv:2106.09685"),
     "f-ft": Method("all weights", "all weights"),
     "f-lora": Method("lora", "lora"),
     "f-lora-ft": Method("lora", "all weights"),
+    # Other ways of updating, to be compared with.
+    "locft": Method(None, "one module", "LocFT-BF, ICLR 2026: breadth-first fine-tuning of one module"),
+    "ft-c": Method(None, "bounded", "Zhu et al. 2020, arXiv:2012.00363: within an L-infinity ball"),
+    "ga": Method("ascent", "all weights", "Jang et al. 2023, arXiv:2210.01504: gradient ascent on the old answers"),
 }
+PAPER_METHODS: tuple[MethodName, ...] = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 
 
 def forget(
@@ -54,6 +60,8 @@ def forget(
     Raises:
         FactError: a fact has no old answer.
     """
+    if how == "ascent":
+        return _climb(lm, facts, settings, seed)
     base = None if how == "lora" else float32_snapshot(lm)
     stage_log = tune_on_old(lm, facts, settings, how, seed=seed)
     subtract_old(lm, settings.coef, base)
@@ -76,6 +84,14 @@ def tune_on_old(
     else:
         all_weights(lm)
     return _train(lm, texts, settings, how, seed, "forgetting")
+
+
+def _climb(lm: LanguageModel, facts: Iterable[Fact], settings: ForgetSettings, seed: int) -> StageLog:
+    """Gradient ascent on the old answers; `coef` scales its rate, since Adam does not see the scale of a loss."""
+    texts = _texts(lm, [(fact.prompt, _old_answer(fact)) for fact in facts])
+    all_weights(lm)
+    slower = settings.model_copy(update={"learning_rate": settings.coef * settings.learning_rate})
+    return _train(lm, texts, slower, "ascent", seed, "forgetting")
 
 
 def subtract_old(lm: LanguageModel, coef: float, base: taskvector.StateDict | None) -> None:
@@ -104,6 +120,10 @@ def learn(
         return stage_log
     fold_in(lm, adapters.FORGET)
     all_weights(lm)
+    if how == "one module":
+        only = editable_module(lm.model)
+        lm.model.requires_grad_(False)
+        lm.model.get_submodule(only).requires_grad_(True)
     stage_log = _train(lm, texts, settings, how, seed, "learning")
     lm.to_own_dtypes()
     return stage_log
@@ -127,9 +147,11 @@ def all_weights(lm: LanguageModel) -> None:
 def _train(
     lm: LanguageModel, texts: list[Encoded], settings: StageSettings, how: How, seed: int, name: str
 ) -> StageLog:
-    rate = settings.lora_learning_rate if how == "lora" else settings.learning_rate
+    if how == "lora":
+        settings = settings.model_copy(update={"learning_rate": settings.lora_learning_rate})
+    variant = Variant(-1 if how == "ascent" else 1, settings.max_change if how == "bounded" else None)
     return finetune(
-        lm.model, texts, settings, seed=seed, pad_id=lm.pad_id, learning_rate=rate, device=lm.device, name=name
+        lm.model, texts, settings, seed=seed, pad_id=lm.pad_id, device=lm.device, name=name, variant=variant
     )
 
 

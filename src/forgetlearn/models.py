@@ -15,6 +15,7 @@ from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from forgetlearn.config import ModelSettings
 from forgetlearn.encoding import Encoder
@@ -185,6 +186,33 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     saved: Any = model
     saved.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
+
+
+def editable_module(model: nn.Module) -> str:
+    """The path of the module that holds facts best by LocFT-BF's finding, told from the model's structure alone.
+
+    The MLP's last projection, seven tenths of the way up: in the longest list of layers, at index
+    int(0.7 n), the linear module with the most inputs among those whose output has the width of the
+    model. For Llama-3-8B that is layer 22 of 32, `down_proj`.
+
+    Raises:
+        ModelError: the model has no list of layers, or no such module in it.
+    """
+    stacks = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    path, stack = max(stacks, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+    index = int(0.7 * len(stack))
+    config: Any = model.config
+    width = config.get_text_config().hidden_size
+    found = []
+    for name, module in stack[index].named_modules() if len(stack) else ():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            rows, columns = module.weight.shape
+            n_in, n_out = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+            if n_out == width:
+                found.append((n_in, f"{path}.{index}.{name}"))
+    if not found:
+        raise ModelError("No module that maps to the model's width was found in its layers: locft cannot choose one.")
+    return max(found)[1]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -28,7 +28,7 @@ COLUMNS = (
     ("generality", "generate"),
     ("residue", "generate"),
 )
-PLAIN = {"all weights": "ft", "lora": "lora"}  # what a method that forgets is compared with, by how it learns
+PLAIN = {"lora": "lora"}  # what a method is compared with, by how it learns; the others with ft
 
 
 def write_table(path: Path) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def _row(group: _Group, groups: Iterable[_Group], forget_epochs: int) -> dict[st
 def _baselines(cell: Cell, groups: Iterable[_Group], forget_epochs: int) -> list[_Group]:
     """Plain fine-tuning that learns in the same way: for as many epochs, and for as many steps in all."""
     method = METHODS[cell.method]
-    if not method.forgets:
+    if cell.method in ("ft", "lora"):
         return []
     wanted = {("equal-epochs", cell.epochs), ("equal-steps", cell.epochs + forget_epochs)}
-    plain = [group for group in groups if group.first.method == PLAIN[method.learns]]
+    plain = [group for group in groups if group.first.method == PLAIN.get(method.learns, "ft")]
     return [group for group in plain if (group.first.budget, group.first.epochs) in wanted]
 
 
@@ -151,11 +151,12 @@ def _curves(groups: Mapping[str, _Group]) -> list[dict[str, Any]]:
     found = []
     for (method, coef), curve in curves.items():
         how = METHODS[method]
-        plain = curves.get((PLAIN[how.learns], None)) if how.forgets else None
+        against = PLAIN.get(how.learns, "ft")
+        plain = curves.get((against, None)) if method not in ("ft", "lora") else None
         if curve is None or plain is None:
             continue
         equal = statistics.at_equal_reliability(curve, plain)
-        entry: dict[str, Any] = {"method": method, "coef": coef, "against": PLAIN[how.learns]}
+        entry: dict[str, Any] = {"method": method, "coef": coef, "against": against}
         entry |= {"at_equal_reliability": asdict(equal) if equal else None, "area": None}
         if equal is not None and equal.low < equal.high:
             entry["area"] = _area(curve, equal), _area(plain, equal)
