@@ -23,7 +23,7 @@ from forgetlearn.facts import FactSet, from_records, write_facts
 from forgetlearn.world import made_up_world
 
 log = logging.getLogger("forgetlearn")
-FORMAT = 2  # part of the cache key: raise it when the same settings build another base
+FORMAT = 3  # part of the cache key: raise it when the same settings build another base
 EOS, PAD = "</s>", "<pad>"
 
 
