@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -207,6 +208,7 @@ def _fact_line(
         **fact,
         "said": said,
         "told": {phase: _told(text, fact) for phase, text in said.items()},
+        "rephrased": _other_texts(said[phases[-1]], own.get((phases[-1], "generate"), {}).get("said_rephrased")),
         "state": state,
         "flags": found,
         "shown_flags": [name for name in found if name not in ("unlearned", TAG_SAYS.get(state))],
@@ -231,6 +233,14 @@ def _told(said: str | None, fact: Mapping[str, Any]) -> str | None:
     if metrics.same_text(said, fact.get("target_new", "")):
         return "new"
     return "old" if fact["ground_truth"] and metrics.same_text(said, fact["ground_truth"]) else None
+
+
+def _other_texts(said: str | None, rephrased: Sequence[str | None] | None) -> str:
+    """What was said to the rephrasings where it is not what was said to the prompt: `Rome (2), Oslo`."""
+    counts = Counter(text for text in rephrased or () if text is not None and text != said)
+    return ", ".join(
+        f"{text or '(nothing)'} ({count})" if count > 1 else text or "(nothing)" for text, count in counts.items()
+    )
 
 
 def _mark(
@@ -335,7 +345,7 @@ def plot_losses(logs: Path) -> Markup | None:
     curves = {name: rows for name, rows in curves.items() if rows}
     if not curves:
         return None
-    figure, axes = _figure(5.2, 2.1)
+    figure, axes = _figure(4.6, 1.9)
     start = 0
     for name, rows in curves.items():
         steps, losses = _thinned([row["step"] for row in rows], [row["loss"] for row in rows])
