@@ -15,6 +15,7 @@ from pathlib import Path
 from forgetlearn.config import load_config
 from forgetlearn.facts import read_facts
 from forgetlearn.lab import LabSettings, build_lab
+from forgetlearn.report import COLUMNS
 from forgetlearn.runs import is_finished, read_json
 from forgetlearn.session import update
 
@@ -27,15 +28,6 @@ CELLS = (
     ("f-lora", 1.0),
     ("f-lora-ft", 0.3),
     ("f-lora-ft", 1.0),
-)
-COLUMNS = (
-    ("reliability", "token"),
-    ("generality", "token"),
-    ("locality", "agreement"),
-    ("residue", "token"),
-    ("reliability", "generate"),
-    ("generality", "generate"),
-    ("residue", "generate"),
 )
 
 

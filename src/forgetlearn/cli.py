@@ -200,7 +200,8 @@ def compare(
 
     config = _config(config_file, model, facts_file, None, limit, None, None, None, setting)
     from forgetlearn.compare import CompareSettings, fill
-    from forgetlearn.table import COLUMNS, write_table
+    from forgetlearn.report import COLUMNS
+    from forgetlearn.table import write_table
 
     lists = {"methods": methods, "coefs": coefs, "seeds": seeds, "epochs": epochs, "budgets": budgets}
     asked = {name: text.split(",") for name, text in lists.items() if text is not None}
@@ -280,8 +281,9 @@ def demo(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Run all five methods on a made-up world that a small model, built here, holds."""
-    from forgetlearn.demo import COLUMNS, DEMO_FACTS, run_demo
+    from forgetlearn.demo import DEMO_FACTS, run_demo
     from forgetlearn.method import PAPER_METHODS
+    from forgetlearn.report import COLUMNS
 
     n_facts = DEMO_FACTS if limit is None else limit
     result = run_demo(output, methods=PAPER_METHODS, n_facts=n_facts, seed=seed, resume=resume, overwrite=overwrite)

@@ -12,20 +12,12 @@ from forgetlearn import runs
 from forgetlearn.config import load_config, validate
 from forgetlearn.errors import RunError
 from forgetlearn.lab import LabSettings, build_lab, world_facts
-from forgetlearn.report import show_score
+from forgetlearn.report import COLUMNS, show_score
 
 log = logging.getLogger("forgetlearn")
 DEMO_FACTS = 150
 EPOCHS = 12  # until the new answers are learned; the studies use 6
 COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
-COLUMNS = (
-    ("reliability", "token"),
-    ("generality", "token"),
-    ("locality", "agreement"),
-    ("residue", "token"),
-    ("reliability", "generate"),
-    ("residue", "generate"),
-)
 
 
 @dataclass(frozen=True)

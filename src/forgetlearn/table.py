@@ -17,17 +17,9 @@ from forgetlearn.compare import CELLS, Cell, CompareSettings, cells_of
 from forgetlearn.config import RunConfig, validate
 from forgetlearn.errors import RunError
 from forgetlearn.method import METHODS
+from forgetlearn.report import COLUMNS
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
-COLUMNS = (
-    ("reliability", "token"),
-    ("generality", "token"),
-    ("locality", "agreement"),
-    ("residue", "token"),
-    ("reliability", "generate"),
-    ("generality", "generate"),
-    ("residue", "generate"),
-)
 PLAIN = {"lora": "lora"}  # what a method is compared with, by how it learns; the others with ft
 
 
