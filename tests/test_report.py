@@ -166,6 +166,57 @@ def test_states_of_facts():
     assert table[0]["said"] == {"base": None, "updated": "x"}
 
 
+@pytest.mark.parametrize(
+    ("protocols", "judge", "states"),
+    [
+        (("token", "prefer"), "token", ["new", "old", "other"]),
+        (("prefer", "token", "exact", "contains"), "exact", ["new", "old", "other"]),
+        (("contains",), None, ["not asked"] * 3),
+    ],
+)
+def test_without_free_answers_teacher_forced_ones_judge(protocols, judge, states):
+    scores = {"a": (1.0, 0.5), "b": (0.5, 0.5), "c": (0.5, 0.0)}  # half of the new answer's tokens is not the answer
+    rows = [
+        {"fact": fact, "phase": "updated", "protocol": p, "errors": {}, "reliability": score, "residue": residue}
+        for fact, (score, residue) in scores.items()
+        for p in protocols
+    ]
+    assert report.judged_by(rows) == judge
+    assert [fact["state"] for fact in report.fact_table([{"id": key} for key in "abc"], rows, ["updated"])] == states
+
+
+def test_flags_and_other_answers_of_a_fact():
+    row = {"fact": "a", "phase": "updated", "errors": {}}
+    said = {"protocol": "generate", "said": "Rome", "reliability": 1.0, "residue": 0.5, "generality": 0.25}
+    rows = [row | said | {"said_rephrased": ["Oslo", "Rome", "", "Oslo"]}]
+    rows.append(row | {"protocol": "agreement", "locality": 0.9, "errors": {"locality": "too long"}})
+    (fact,) = report.fact_table([{"id": "a", "target_new": "rome.", "ground_truth": "Oslo"}], rows, ["updated"])
+    assert fact["flags"] == fact["shown_flags"] == ["residue", "broken", "errored"]
+    assert fact["rephrased"] == "Oslo (2), (nothing)"
+    assert fact["told"] == {"updated": "new"}
+    assert [mark["text"] for mark in fact["marks"]] == ["●", "◐", "!", "◐"]
+
+
+def test_running_mean_by_hand():
+    assert report.running_mean([0, 3, 6, 3, 0], 3) == [0, 3, 4, 3, 0]
+    assert report.running_mean([0, 3, 6, 3, 1], 5) == [0, 3, 2.6, 10 / 3, 1]
+    assert report.running_mean([], 3) == []
+
+
+def test_a_long_run_has_a_small_plot(tmp_path):
+    for count in (500, 20_000):
+        runs.write_rows(tmp_path / "learn.jsonl", [{"step": n, "loss": n % 7} for n in range(1, count + 1)])
+        plot = report.plot_losses(tmp_path)
+        assert len(plot) < 60_000
+        assert f"in {count} steps" in plot
+
+
+def test_plots_take_the_colours_of_the_page(run):
+    plots = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not re.findall(r"#[0-9a-f]{6}\b", "".join(plots))
+    assert "reliability in percent, base, updated: token 78.4, 78.4; generate 78.4, 78.4" in plots[0]
+
+
 def test_card(run):
     (run / "adapter").mkdir()
     report.write_card(run, run / "adapter")
