@@ -1,0 +1,176 @@
+"""`forgetlearn compare` against the same updates as `forgetlearn update` commands, one after the other.
+
+    python bench/sharing.py --limit 60 --epochs 2
+
+5 methods x 3 coefficients x 3 seeds are 33 updates. Both sides are commands in processes of their own, one
+thread, on one lab base that is built before the clock starts. The updates of the first seed are done one by
+one and stand for the other seeds (a seed changes the order of facts, not the amount of work); their scores
+must equal those of the cells of compare. An update also hashes its base and writes its product (a model or
+an adapter); a cell of compare writes scores and report only. With `--pairs` both sides are run again. The last line is the ratio
+of CPU times, compare to one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from common import ZSRE, machine
+from forgetlearn.compare import CompareSettings, cell_config, cells_of
+from forgetlearn.config import RunConfig, load_config
+from forgetlearn.facts import read_facts
+from forgetlearn.lab import LabSettings, build_lab
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+START = [sys.executable, "-c", "import forgetlearn.session, forgetlearn.report"]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What processes took, with all their children."""
+
+    wall_s: float
+    cpu_s: float
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+    def times(self, factor: float) -> Spent:
+        return Spent(self.wall_s * factor, self.cpu_s * factor)
+
+
+def spent_by(command: Sequence[str]) -> Spent:
+    """Wall and CPU time of a command, from start to end.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Spent(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    base = lab_base(args.facts, args.limit)
+    config = load_config(
+        base / "update.yaml",
+        {
+            "model.name": str(base),
+            "facts.source": str(base / "facts.jsonl"),
+            "forget.epochs": args.epochs,
+            "learn.epochs": args.epochs,
+        },
+    )
+    settings = CompareSettings(seeds=tuple(range(args.seeds)))
+    compared, alone = [], []
+    for _ in range(args.pairs):
+        with tempfile.TemporaryDirectory(prefix="forgetlearn-bench-") as folder:
+            compared.append(run_compare(Path(folder), config, settings))
+            alone.append(run_alone(Path(folder), config, settings))
+            check_equal_scores(Path(folder), config, settings)
+    starts = [spent_by(START) for _ in range(3)]
+    report(args, settings, config, compared, alone, statistics.median(start.cpu_s for start in starts))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--facts", type=Path, default=ZSRE)
+    parser.add_argument("--limit", type=int, default=60, help="usable facts of the file")
+    parser.add_argument("--epochs", type=int, default=2, help="of each stage (a lab base is made for 6)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=1, help="runs of each side, one after the other")
+    return parser.parse_args()
+
+
+def lab_base(facts_file: Path, limit: int) -> Path:
+    """A lab base that holds the facts; kept in the cache, so that it is built once."""
+    return build_lab(read_facts(facts_file, limit=limit), LabSettings(), vocabulary_from=read_facts(facts_file))
+
+
+def run_compare(folder: Path, config: RunConfig, settings: CompareSettings) -> Spent:
+    (folder / "config.yaml").write_text(as_yaml(config))
+    command = [sys.executable, "-m", "forgetlearn", "--quiet", "compare", "--config", str(folder / "config.yaml")]
+    for name in ("methods", "coefs", "seeds"):
+        command += [f"--{name}", ",".join(map(str, getattr(settings, name)))]
+    return spent_by([*command, "--output", str(folder / "compared")])
+
+
+def run_alone(folder: Path, config: RunConfig, settings: CompareSettings) -> Spent:
+    """The updates of the first seed, a command each."""
+    total = Spent(0, 0)
+    for cell in first_seed(config, settings):
+        file = folder / f"{cell.name}.yaml"
+        file.write_text(as_yaml(cell_config(config, cell)))
+        command = [sys.executable, "-m", "forgetlearn", "--quiet", "update", "--config", str(file)]
+        total += spent_by([*command, "--output", str(folder / cell.name)])
+    return total
+
+
+def first_seed(config: RunConfig, settings: CompareSettings) -> list:
+    return [cell for cell in cells_of(settings, config) if cell.seed == settings.seeds[0]]
+
+
+def as_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def check_equal_scores(folder: Path, config: RunConfig, settings: CompareSettings) -> None:
+    """Raise unless both sides did the same updates."""
+    for cell in first_seed(config, settings):
+        paths = (folder / "compared" / "cells" / cell.name, folder / cell.name)
+        mine, other = (json.loads((path / "summary.json").read_text())["phases"] for path in paths)
+        assert mine == other, f"{cell.name}: compare and update have other scores"
+
+
+def report(
+    args: argparse.Namespace,
+    settings: CompareSettings,
+    config: RunConfig,
+    compared: list[Spent],
+    alone: list[Spent],
+    start_s: float,
+) -> None:
+    n_cells, n_alone = len(cells_of(settings, config)), len(first_seed(config, settings))
+    scaled = [spent.times(n_cells / n_alone) for spent in alone]
+    print(machine())
+    print(
+        f"{args.limit} facts, {args.epochs} epochs a stage, {len(settings.methods)} methods x {len(settings.coefs)} "
+        f"coefficients x {len(settings.seeds)} seeds = {n_cells} updates; {args.pairs} pair(s)"
+    )
+    print(f"one by one: {n_alone} updates (seed {settings.seeds[0]}) were run, and scaled by {n_cells / n_alone:g}")
+    print("equal scores in every phase of these updates on both sides")
+    print(f"{'':28}{'wall s':>9}{'CPU s':>9}{'CPU s / update':>16}")
+    for name, all_spent in (("forgetlearn compare", compared), ("forgetlearn update, scaled", scaled)):
+        wall = statistics.median(spent.wall_s for spent in all_spent)
+        cpu = statistics.median(spent.cpu_s for spent in all_spent)
+        print(f"{name:28}{wall:9.0f}{cpu:9.0f}{cpu / n_cells:16.1f}")
+    walls = statistics.median(a.wall_s / b.wall_s for a, b in zip(compared, scaled, strict=True))
+    cpus = statistics.median(a.cpu_s / b.cpu_s for a, b in zip(compared, scaled, strict=True))
+    bare = statistics.median(
+        (a.cpu_s - start_s) / (b.cpu_s - n_cells * start_s) for a, b in zip(compared, scaled, strict=True)
+    )
+    print(f"starting a process (imports) takes {start_s:.1f} CPU s of each update; ratio without that: {bare:.2f}")
+    print(f"wall ratio {walls:.2f}")
+    print(f"ratio {cpus:.2f}")
+
+
+if __name__ == "__main__":
+    main()

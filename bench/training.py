@@ -1,0 +1,191 @@
+"""One epoch of fine-tuning: Trainer with padded batches, as one would write it, against forgetlearn.finetune.
+
+    python bench/training.py --facts ../shared/data/zsre.json --limit 960 --pairs 3
+
+Prompt -> new answer, loss on the answer only, batches of 32 in random order, all weights, one thread, CPU
+milliseconds per step. Both sides see the same batches and must end at the same loss. The floor is forward,
+backward, clipping and fused AdamW on the same packed rows, made beforehand, without Trainer. TRL is not
+measured here. The last line is the ratio.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers.trainer_callback import PrinterCallback
+
+from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
+from forgetlearn.config import StageSettings
+from forgetlearn.encoding import Encoded, Encoder
+from forgetlearn.facts import read_facts
+from forgetlearn.finetune import finetune
+from forgetlearn.forward import IGNORE, answer_logits, pack
+
+STAGE = StageSettings(epochs=1, batch_size=32, learning_rate=1e-3)
+PADDED, OURS, FLOOR = "Trainer, right-padded, full logits", "forgetlearn.finetune", "floor: bare steps, packed"
+
+
+class Bench:
+    """The same epoch in three ways; each leaves its mean loss per step in `loss`."""
+
+    def __init__(self, facts_file: Path, limit: int) -> None:
+        torch.set_num_threads(1)
+        self.tokenizer = tokenizer_of(read_facts(facts_file))
+        self.model = small_llama(self.tokenizer)
+        self.start = {name: weight.clone() for name, weight in self.model.state_dict().items()}
+        encoder = Encoder(self.tokenizer, "off")
+        facts = read_facts(facts_file, limit=limit)
+        self.texts = [encoder.encode(fact.prompt, fact.target_new, end=True) for fact in facts]
+        self.n_steps = STAGE.epochs * math.ceil(len(self.texts) / STAGE.batch_size)
+        self.batches: list[list[Encoded]] = []
+        self.loss: dict[str, float] = {}
+
+    def variants(self) -> dict[str, Callable[[], Callable[[], None]]]:
+        return {PADDED: self.padded, OURS: self.ours, FLOOR: self.floor}
+
+    def _reset(self) -> None:
+        self.model.load_state_dict(self.start)
+        self.model.train()
+
+    def padded(self) -> Callable[[], None]:
+        """What a user of transformers would write: labels that are IGNORE except at the answer."""
+        self._reset()
+        self.batches = []
+
+        def collate(texts: list[Encoded]) -> dict[str, torch.Tensor]:
+            self.batches.append(texts)
+            width = max(len(text.ids) for text in texts)
+            rows = [(text.ids, width - len(text.ids), text.n_prompt_tokens) for text in texts]
+            pad = self.tokenizer.pad_token_id
+            return {
+                "input_ids": torch.tensor([[*ids, *[pad] * n] for ids, n, _ in rows]),
+                "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for ids, n, _ in rows]),
+                "labels": torch.tensor([[IGNORE] * k + list(ids[k:]) + [IGNORE] * n for ids, n, k in rows]),
+            }
+
+        def run() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                training = TrainingArguments(
+                    output_dir=folder,
+                    num_train_epochs=STAGE.epochs,
+                    learning_rate=STAGE.learning_rate,
+                    per_device_train_batch_size=STAGE.batch_size,
+                    warmup_steps=self._warmup(),
+                    seed=0,
+                    data_seed=0,
+                    save_strategy="no",
+                    use_cpu=True,
+                    dataloader_pin_memory=False,
+                    disable_tqdm=True,
+                    remove_unused_columns=False,
+                    report_to="none",
+                )
+                trainer = Trainer(model=self.model, args=training, train_dataset=self.texts, data_collator=collate)
+                trainer.remove_callback(PrinterCallback)
+                self.loss[PADDED] = trainer.train().training_loss
+
+        return run
+
+    def ours(self) -> Callable[[], None]:
+        self._reset()
+
+        def run() -> None:
+            pad, cpu = self.tokenizer.pad_token_id, torch.device("cpu")
+            log = finetune(self.model, self.texts, STAGE, seed=0, pad_id=pad, device=cpu)
+            assert log.layout == "packed", log.layout
+            self.loss[OURS] = statistics.mean(step["loss"] for step in log.steps)
+
+        return run
+
+    def floor(self) -> Callable[[], None]:
+        """The arithmetic of the same steps on the batches that Trainer drew; nothing is made or logged."""
+        self._reset()
+        rows = [pack(texts) for texts in self.batches]
+        rate, betas = STAGE.learning_rate, (STAGE.adam_beta1, STAGE.adam_beta2)
+
+        def run() -> None:
+            weights = list(self.model.parameters())
+            optimizer = torch.optim.AdamW(weights, lr=rate, betas=betas, weight_decay=0.0, fused=True)
+            schedule = get_linear_schedule_with_warmup(optimizer, self._warmup(), self.n_steps)
+            losses = []
+            for row in rows:
+                logits = answer_logits(self.model, row.inputs, row.positions)[0]
+                loss = functional.cross_entropy(logits, row.labels[0])
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(weights, STAGE.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+            self.loss[FLOOR] = float(torch.stack(losses).mean())
+
+        return run
+
+    def _warmup(self) -> int:
+        return int(STAGE.warmup_ratio * self.n_steps)
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0], limit=960, pairs=3)
+    parser.add_argument("--alone", choices=(PADDED, OURS, FLOOR), help="run one once and print its peak memory")
+    args = parser.parse_args()
+    bench = Bench(args.facts, args.limit)
+    if args.alone:
+        print(f"{run_alone(bench, args.alone):.0f}")
+        return
+    for variant in bench.variants().values():  # once before timing, and for the losses
+        variant()()
+    losses = dict(bench.loss)
+    apart = max(losses.values()) - min(losses.values())
+    assert apart < 1e-3, f"the losses are not equal: {losses}"
+    times = paired(bench.variants(), args.pairs)
+    slow, own, floor = times.values()
+
+    lengths = [len(text.ids) for text in bench.texts]
+    answers = sum(len(text.answer_ids) for text in bench.texts)
+    padded = sum(len(texts) * max(len(text.ids) for text in texts) for texts in bench.batches)
+    print(machine())
+    print(
+        f"{len(bench.texts)} facts, {bench.n_steps} steps of {STAGE.batch_size}; {statistics.mean(lengths):.1f} tokens "
+        f"a text, {100 * answers / sum(lengths):.0f} % of them answer; random batches are "
+        f"{100 - 100 * sum(lengths) / padded:.0f} % padding; "
+        f"{sum(p.numel() for p in bench.model.parameters()):,} parameters; {args.pairs} rounds"
+    )
+    print(f"{'':36}{'CPU ms / step':>14}{'peak RSS MB':>13}{'mean loss':>11}")
+    for name, seconds in times.items():
+        median = 1000 * statistics.median(seconds) / bench.n_steps
+        print(f"{name:36}{median:14.0f}{peak_rss(args.facts, args.limit, name):13.0f}{losses[name]:11.5f}")
+    print(f"losses are within {apart:.1e}; TRL is not installed here and not measured (engine.md has its figures)")
+    print(f"forgetlearn / floor: {spread(own, floor)}")
+    print(f"Trainer padded / forgetlearn: {spread(slow, own)}")
+    print(f"ratio {ratio(slow, own):.2f}")
+
+
+def peak_rss(facts_file: Path, limit: int, name: str) -> float:
+    """Peak resident memory in MB of a fresh process that runs one variant."""
+    command = [sys.executable, __file__, "--facts", str(facts_file), "--limit", str(limit), "--alone", name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def run_alone(bench: Bench, name: str) -> float:
+    """The peak of this process, which does nothing but one variant."""
+    if name == FLOOR:  # which draws no batches itself: in the order of the file, of the same size
+        size = STAGE.batch_size
+        bench.batches = [bench.texts[start : start + size] for start in range(0, len(bench.texts), size)]
+    bench.variants()[name]()()
+    # Not getrusage: its maximum includes the parent, from before this program was loaded.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    main()
