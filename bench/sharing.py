@@ -5,9 +5,9 @@
 5 methods x 3 coefficients x 3 seeds are 33 updates. Both sides are commands in processes of their own, one
 thread, on one lab base that is built before the clock starts. The updates of the first seed are done one by
 one and stand for the other seeds (a seed changes the order of facts, not the amount of work); their scores
-must equal those of the cells of compare. An update also hashes its base and writes its product (a model or
-an adapter); a cell of compare writes scores and report only. With `--pairs` both sides are run again. The last line is the ratio
-of CPU times, compare to one by one.
+must equal those of the cells of compare. An update also writes its product (a model or an adapter); a cell
+of compare writes its scores and report only. With `--pairs` both sides are run again. The last line is the
+ratio of CPU times, compare to one by one.
 """
 
 from __future__ import annotations
