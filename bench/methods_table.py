@@ -49,7 +49,10 @@ def main() -> None:
         held.append(read_json(base / "lab.json")["held"])
         for method, coef in CELLS:
             output = args.output / f"{method}-{coef}-seed{seed}"
-            config = load_config(base / "update.yaml", {"method": method, "seed": seed, "forget.coef": coef or 0.0})
+            changes = {"method": method, "seed": seed, "forget.epochs": 6, "learn.epochs": 6}
+            if coef is not None:
+                changes["forget.coef"] = coef
+            config = load_config(base / "update.yaml", changes)
             resume = output.exists()
             if resume and is_finished(output):
                 summary = read_json(output / "summary.json")

@@ -268,7 +268,10 @@ def test_report(told, refused, updated, tmp_path):
         (updated / name).unlink()
     assert told("report", updated) == (0, f"{updated}/report.html\n", "")
     assert {name: (updated / name).read_bytes() for name in before} == before
-    refused("summary.json", "report", tmp_path)
+    refused("no manifest.json there, so it is no run folder", "report", tmp_path)
+    (updated / "summary.json").rename(tmp_path / "summary.json")
+    refused("the run is not finished", "report", updated)
+    (tmp_path / "summary.json").rename(updated / "summary.json")
 
 
 SMALL = ["hidden_size=32", "intermediate_size=64", "num_hidden_layers=1", "num_attention_heads=2", "epochs=2"]
@@ -297,7 +300,6 @@ def test_demo(told, refused, monkeypatch, tmp_path):
         epochs: int = 2
 
     monkeypatch.setattr(demo_module, "LabSettings", SmallSettings)
-    monkeypatch.setattr(demo_module, "EPOCHS", 1)
     code, out, err = told("--quiet", "demo", "--limit", 3, "--output", tmp_path / "demo")
     assert code == 0, err
     methods = ["ft", "lora", "f-ft", "f-lora", "f-lora-ft"]
@@ -438,7 +440,7 @@ def test_prompt_that_cannot_be_asked(refused, small_lab, prompt):
         (["--coef", "nan"], "forget.coef = 'nan': must be a finite number"),
         (["--coef", "inf"], "forget.coef = 'inf': must be a finite number"),
         (["--coef", "much"], "forget.coef = 'much': must be a valid number"),
-        (["--method", "f-loar"], "must be 'ft', 'lora', 'f-ft', 'f-lora' or 'f-lora-ft'"),
+        (["--method", "f-loar"], "must be 'ft', 'lora', 'f-ft', 'f-lora', 'f-lora-ft', 'locft', 'ft-c' or 'ga'"),
         (["--set", "forget.epoch=1"], "Did you mean 'forget.epochs'"),
         (["--set", "forget.epochs"], "expected NAME=VALUE"),
         (["--limit", "0"], "facts.limit = 0"),

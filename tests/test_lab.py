@@ -37,7 +37,7 @@ def test_the_base_holds_what_it_is_to_hold(small_lab):
 
 def test_the_settings_beside_it_load(small_lab):
     config = load_config(small_lab / "update.yaml", {"forget.coef": 1})
-    assert (config.forget.epochs, config.learn.epochs, config.teach.epochs) == (6, 6, 0)
+    assert (config.forget.epochs, config.learn.epochs, config.teach.epochs) == (40, 40, 0)  # 24 facts
     assert config.learn.learning_rate == 5e-4
     assert config.learn.lora_learning_rate == pytest.approx(5e-3)
 

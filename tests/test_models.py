@@ -117,7 +117,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("name", ["nothing", "some/nothing"])
     def test_hub_id_that_is_not_cached_while_offline(self, name):
-        assert refused(name).startswith(f"{name}: is no folder, is not in the cache, and the hub cannot be")
+        assert refused(name).startswith(f"{name}: is no folder here, is not in the hub's cache, and the hub cannot be")
 
     @pytest.mark.parametrize("name", ["not an id", "some/no id!"])
     def test_neither_a_folder_nor_an_id(self, name):
@@ -411,6 +411,6 @@ class TestHub:
         offline = from_the_hub(hub.url, tmp_path, "some/model", "some/missing", HF_HUB_OFFLINE="1")
         assert offline == {
             "some/model": "loaded LlamaForCausalLM, context 256, chat False",
-            "some/missing": "some/missing: is no folder, is not in the cache, and the hub cannot be reached "
-            "(HF_HUB_OFFLINE?).",
+            "some/missing": "some/missing: is no folder here, is not in the hub's cache, and the hub cannot be "
+            "reached. Check the name, the network and HF_HUB_OFFLINE, or download the model first.",
         }

@@ -264,7 +264,8 @@ def test_teaching_without_old_answers_is_an_error(small_lab, new_only, config, t
 
 def test_learning_needs_no_old_answers(small_lab, new_only, config, tmp_path):
     result = update(small_lab, new_only, config("ft"), output=tmp_path / "run")
-    assert result.summary["facts"]["known"] == 0
+    assert result.summary["facts"]["known"] is None  # there was nothing to know
+    assert result.summary["facts"]["forgotten"] is None
     assert result.summary["phases"]["base"]["residue"]["token"] | {"mean": None} == {
         "mean": None, "low": None, "high": None, "n": 0, "errored": 0, "not_asked": USED,
     }  # fmt: skip

@@ -38,7 +38,7 @@ def evaluate(
     """
     config = resolve(config, model, facts)
     reads = (config.model.name, config.facts.source, reference if isinstance(reference, (str, Path)) else None)
-    runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads)
+    runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads, can_resume=False)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     rows, before, vocabulary = {}, None, None
     if reference is not None:
@@ -87,7 +87,10 @@ def ask(
     config = resolve(config, model, None)
     lm = model if isinstance(model, LanguageModel) else load_model(config.model)
     answers = {}
-    for prompt, said in Scorer(lm, config.evaluate, "asking").say(prompts).items():
+    stripped = {prompt: prompt.strip() for prompt in prompts}  # as the prompts of facts are
+    found = Scorer(lm, config.evaluate, "asking").say(stripped.values())
+    for prompt, plain in stripped.items():
+        said = found[plain]
         if not isinstance(said, Said):
             raise FactError(f"{prompt[:60]!r}: {said.reason}")
         answers[prompt] = said.text

@@ -267,7 +267,13 @@ def ask(
 def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Make report.md and report.html again from a run folder, without the model."""
     from forgetlearn.report import write_run
+    from forgetlearn.runs import RunFolder
+    from forgetlearn.table import write_table
 
+    if "compare" in RunFolder.open(run_folder).manifest["config"]:
+        write_table(run_folder)
+        typer.echo(str(run_folder / "compare.md"))
+        return
     write_run(run_folder)
     typer.echo(str(run_folder / "report.html"))
 

@@ -199,7 +199,7 @@ class _Worker:
         for cell in cells:
             with _claimed(self.path / CELLS / f".{cell.name}.lock") as is_ours:
                 if is_ours and not self._is_done(cell):
-                    log.info("%s", cell.name)
+                    log.info("%s (%d cells open)", cell.name, len(cells))
                     runs.remove_unfinished(self.path / CELLS / cell.name)
                     self._fill(cell)
                     return True
@@ -218,7 +218,7 @@ class _Worker:
                 rows["forgotten"] = self._score("forgotten", config)
         stage_log = learn(self.lm, self.facts, config.learn, method.learns, seed=stage_seed(cell.seed, "learn"))
         rows["updated"] = self._score("updated", config)
-        forgotten = len(to_forget) if method.forgets else 0
+        forgotten = len(to_forget) if method.forgets else None
         with runs.atomic_folder(self.path / CELLS / cell.name) as folder:
             run = runs.RunFolder.create(folder, config.model_dump(mode="json"), {"comparison": str(self.path)})
             (folder / "logs").mkdir()

@@ -205,11 +205,13 @@ def load_config(file: Path | None = None, overrides: Mapping[str, object] | None
     data = _read_yaml(file) if file else {}
     for dotted, value in (overrides or {}).items():
         _assign(data, dotted, value)
-    return validate(RunConfig, data, where=str(file) if file else None)
+    return validate(RunConfig, data, where=str(file) if file else None, elsewhere=frozenset(overrides or {}))
 
 
-def validate(kind: type[S], data: Mapping[str, Any], where: str | None = None) -> S:
-    """`data` as settings of this kind; all problems at once.
+def validate(
+    kind: type[S], data: Mapping[str, Any], where: str | None = None, elsewhere: frozenset[str] = frozenset()
+) -> S:
+    """`data` as settings of this kind; all problems at once. `where` it is from is named, but for names `elsewhere`.
 
     Raises:
         ConfigError: which setting, its value, what was expected, and the nearest known name.
@@ -217,12 +219,11 @@ def validate(kind: type[S], data: Mapping[str, Any], where: str | None = None) -
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        suffix = f" ({where})" if where else ""
         items = error.errors()
         places = [item["loc"] for item in items]
         # A list whose items are wrong is also said to be empty: the items are the problem.
         inner = [item for item in items if not any(_is_inside(place, item["loc"]) for place in places)]
-        raise ConfigError("\n".join(_problem(kind, item, suffix) for item in inner)) from None
+        raise ConfigError("\n".join(_problem(kind, item, where, elsewhere) for item in inner)) from None
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, object]:
@@ -300,9 +301,11 @@ def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
     return len(place) > len(outer) and place[: len(outer)] == outer
 
 
-def _problem(kind: type[Settings], item: Any, suffix: str) -> str:
-    """One line for one of pydantic's errors."""
+def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: frozenset[str]) -> str:
+    """One line for one of pydantic's errors; the file is named unless a flag gave the value."""
     name = ".".join(str(part) for part in item["loc"]) or "config"
+    is_flag = any(name == given or name.startswith(f"{given}.") for given in elsewhere)
+    suffix = f" ({where})" if where and not is_flag else ""
     if item["type"] == "extra_forbidden":
         return f"{name}{suffix}: there is no such setting.{_nearest(kind, item['loc'])}"
     description = _field_description(kind, item["loc"])

@@ -16,7 +16,6 @@ from forgetlearn.report import COLUMNS, show_score
 
 log = logging.getLogger("forgetlearn")
 DEMO_FACTS = 150
-EPOCHS = 12  # until the new answers are learned; the studies use 6
 COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
 
 
@@ -60,11 +59,8 @@ def run_demo(
     rows: list[tuple[str, dict[str, Any]]] = []
     for method in methods:
         log.info("updating with %s", method)
-        config = load_config(
-            base / "update.yaml",
-            {"method": method, "seed": seed, "model.name": str(base), "forget.coef": COEF}
-            | {"forget.epochs": EPOCHS, "learn.epochs": EPOCHS},
-        )
+        changes = {"method": method, "seed": seed, "model.name": str(base), "forget.coef": COEF}
+        config = load_config(base / "update.yaml", changes)
         result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
         phases = result.summary["phases"]
         rows = rows or [("original", phases["base"])]

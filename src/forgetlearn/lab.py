@@ -23,7 +23,7 @@ from forgetlearn.facts import FactSet, from_records, write_facts
 from forgetlearn.world import made_up_world
 
 log = logging.getLogger("forgetlearn")
-FORMAT = 3  # part of the cache key: raise it when the same settings build another base
+FORMAT = 4  # part of the cache key: raise it when the same settings build another base
 EOS, PAD = "</s>", "<pad>"
 
 
@@ -43,8 +43,9 @@ class LabSettings(Settings):
     batch_size: int = Field(32, ge=1, description="Texts per optimiser step.")
 
 
-UPDATE_SETTINGS: dict[str, Any] = {"epochs": 6, "batch_size": 8, "learning_rate": 5e-4, "adam_beta2": 0.98}
+UPDATE_SETTINGS: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-4, "adam_beta2": 0.98}
 """What suits a lab base in the stages of an update; written beside it as update.yaml."""
+UPDATE_TEXTS = 1800  # facts x epochs of a stage: about what it takes until the new answers are learned
 
 
 def build_lab(
@@ -77,7 +78,7 @@ def build_lab(
         )
     if output is not None:
         reads = [given.source for given in (facts, vocabulary_from) if given is not None]
-        runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads)
+        runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads, can_resume=False)
     if facts is None:
         facts = world_facts(settings)
     vocabulary_from = vocabulary_from or facts
@@ -172,7 +173,7 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
     )
     save_model(model, tokenizer, folder)
     write_facts(facts, folder / "facts.jsonl")
-    runs.write_text(folder / "update.yaml", _update_yaml())
+    runs.write_text(folder / "update.yaml", _update_yaml(facts.used))
     held = _share_held(model, tokenizer, facts)
     for what, share in held.items():
         if share is not None and share < 0.99:
@@ -258,12 +259,12 @@ def _share_held(model: Any, tokenizer: Any, facts: FactSet) -> dict[str, float |
     return {"old answers": share(old), "locality answers": share(probes)}
 
 
-def _update_yaml() -> str:
+def _update_yaml(n_facts: int) -> str:
+    """Settings for an update of all facts: fewer facts take more epochs."""
     import yaml
 
-    teach = {name: value for name, value in UPDATE_SETTINGS.items() if name != "epochs"}
-    settings = {"forget": {**UPDATE_SETTINGS}, "learn": {**UPDATE_SETTINGS}, "teach": teach}
-    body: str = yaml.safe_dump(settings, sort_keys=False)
+    stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **UPDATE_SETTINGS}
+    body: str = yaml.safe_dump({"forget": {**stage}, "learn": {**stage}, "teach": UPDATE_SETTINGS}, sort_keys=False)
     return "# Settings for `forgetlearn update` that suit this small base.\n" + body
 
 

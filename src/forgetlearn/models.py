@@ -36,7 +36,8 @@ HUB_PROBLEMS: tuple[tuple[type[Exception], str], ...] = (
     (hub_errors.HFValidationError, "is no folder, and cannot be a hub id."),
     (
         hub_errors.LocalEntryNotFoundError,
-        "is no folder, is not in the cache, and the hub cannot be reached (HF_HUB_OFFLINE?).",
+        "is no folder here, is not in the hub's cache, and the hub cannot be reached. "
+        "Check the name, the network and HF_HUB_OFFLINE, or download the model first.",
     ),
 )
 log = logging.getLogger("forgetlearn")
@@ -329,7 +330,9 @@ def _check_folder(name: str) -> None:
         raise ModelError(f"{name}: is a file. Give the folder of a saved model, or a hub id.")
     files = [path.name for path in folder.iterdir()]
     if "config.json" not in files:
-        raise ModelError(f"{name}: has no config.json, so it is no saved model.")
+        products = [f"{name}/{product}" for product in ("adapter", "model") if product in files]
+        hint = f" Did you mean {products[0]}?" if products else " Give the folder that save_pretrained wrote."
+        raise ModelError(f"{name}: has no config.json, so it is no saved model.{hint}")
     if not any(file.endswith(".safetensors") for file in files):
         pickles = [file for file in files if file.endswith(PICKLES)]
         found = "no weights"

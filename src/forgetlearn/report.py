@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from forgetlearn import metrics, runs
+from forgetlearn.errors import RunError
 
 PHASES = ("base", "forgotten", "updated")
 COLUMNS = (
@@ -79,8 +80,10 @@ def write_card(path: Path, product: Path) -> None:
 
 def load_context(path: Path) -> dict[str, Any]:
     """Everything a page shows but the plots, read from the run folder."""
-    summary = runs.read_json(path / "summary.json")
     manifest = runs.RunFolder.open(path).manifest
+    if not (path / "summary.json").is_file():
+        raise RunError(f"{path}: the run is not finished, so there is nothing to report. Go on with --resume.")
+    summary = runs.read_json(path / "summary.json")
     rows = runs.read_rows(path / "facts.jsonl")
     inputs = runs.read_rows(path / "inputs.jsonl")
     phases = [phase for phase in (*PHASES, "model") if phase in summary["phases"]]
@@ -116,7 +119,9 @@ def account(facts: Mapping[str, Any]) -> list[str]:
         f"{facts['old_from']}), {facts['used']} used"
     )
     if facts["known"] is not None:
-        sentence += f"; the base gave the old answer to {facts['known']}, {facts.get('forgotten') or 0} were forgotten"
+        sentence += f"; the base gave the old answer to {facts['known']}"
+    if facts.get("forgotten") is not None:
+        sentence += f"; {facts['forgotten']} were forgotten"
     lines = [f"{sentence}."]
     lines += [f"left out, {reason}: {count}" for reason, count in facts["left_out"].items()]
     lines += [f"locality probes left out, {reason}: {count}" for reason, count in facts["left_out_probes"].items()]

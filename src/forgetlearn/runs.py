@@ -181,7 +181,14 @@ def is_finished(path: str | Path) -> bool:
     return is_run(path) and "finished" in RunFolder.open(path).manifest
 
 
-def check_output(path: str | Path, *, resume: bool, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+def check_output(
+    path: str | Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    inputs: Iterable[str | Path | None] = (),
+    can_resume: bool = True,
+) -> None:
     """Nothing, if a run may be written to this folder without losing anything else, `inputs` least of all.
 
     Raises:
@@ -191,12 +198,17 @@ def check_output(path: str | Path, *, resume: bool, overwrite: bool, inputs: Ite
     path = Path(path)
     if not path.exists() or (path.is_dir() and all(UNFINISHED in child.name for child in path.iterdir())):
         return
-    if resume and is_run(path):
+    if resume and not overwrite and is_run(path):
         return
     if not overwrite:
+        if path.is_file():
+            raise RunError(f"{path} is a file. Give a folder that does not exist yet.")
         if resume:
             raise RunError(f"{path} exists, but holds no run to go on with. Choose another folder.")
-        raise RunError(f"{path} exists. Pass --resume to go on with it, or --overwrite to replace it.")
+        go_on = "--resume to go on with it, or " if can_resume else ""
+        raise RunError(f"{path} exists. Pass {go_on}--overwrite to replace it.")
+    if resume:
+        raise RunError("Pass --resume to go on with the run, or --overwrite to replace it, not both.")
     if not (_is_ours(path / MANIFEST) or _is_ours(path / "lab.json")):
         raise RunError(f"{path} was not written by forgetlearn, so --overwrite does not replace it. Choose another.")
     for read in inputs:

@@ -66,6 +66,8 @@ def update(
     if resume and runs.is_finished(output):
         return _finished(Path(output), config, fact_set)
     _check_old_answers(fact_set, config)
+    if not METHODS[config.method].forgets and "coef" in config.forget.model_fields_set:
+        log.warning("forget.coef = %s has no effect: %s does not forget", config.forget.coef, config.method)
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
@@ -169,6 +171,7 @@ class _Session:
         def compute(unfinished: Path) -> dict[str, Any]:
             self._restore()
             facts, settings = self._forget_set(), self.config.forget
+            log.info("forgetting %d facts (%s)", len(facts), how)
             stage_log = forget(self.lm, facts, settings, how, seed=self._seed("forget"))
             self._save_forgotten(unfinished, how)
             return {"facts": len(facts), **self._log_stage("forget", stage_log)}
@@ -199,6 +202,7 @@ class _Session:
     def _learn(self) -> None:
         def compute(folder: Path) -> dict[str, Any]:
             self._restore()
+            log.info("learning %d facts (%s)", len(self.facts), self.method.learns)
             stage_log = learn(
                 self.lm, list(self.facts), self.config.learn, self.method.learns, seed=self._seed("learn")
             )
@@ -239,6 +243,7 @@ class _Session:
 
         def compute(folder: Path) -> None:
             self._restore()
+            log.info("scoring the %s model", phase)
             reference = scoring.locality_predictions(self.rows["base"]) if phase != "base" else None
             rows = scoring.score(self.lm, self.facts, phase=phase, settings=self.config.evaluate, reference=reference)
             runs.write_rows(folder / "rows.jsonl", rows)
@@ -281,8 +286,8 @@ class _Session:
             self.config,
             self.facts,
             self.rows,
-            known=len(self.known),
-            forgotten=self.n_forgotten,
+            known=len(self.known) if any(fact.ground_truth for fact in self.facts) else None,
+            forgotten=self.n_forgotten if self.method.forgets else None,
             product=self.product.name,
             method=self.config.method,
         )
