@@ -11,6 +11,7 @@ from forgetlearn.forward import (
     IGNORE,
     answer_logits,
     choose_layout,
+    fitting_threads,
     forward_parameters,
     lay_out,
     pack,
@@ -208,3 +209,13 @@ class TestChooseLayout:
         with pytest.raises(ModelError, match="not finite"):
             choose_layout(model, TEXTS, 0, CPU)
         assert model.training
+
+
+def test_a_small_model_computes_with_one_thread_and_the_number_comes_back(tiny_model):
+    torch.set_num_threads(2)
+    try:
+        with fitting_threads(tiny_model(), torch.device("cpu")):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

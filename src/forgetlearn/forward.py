@@ -9,7 +9,8 @@ Shapes: B batch, T tokens, K answer positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from forgetlearn.errors import ModelError
 
 Layout = Literal["packed", "padded", "single"]
 IGNORE = -100
+SMALL_MODEL = 20_000_000  # parameters
 # Two layouts sum in another order. Root mean square of what that does to the logits, as a share of their
 # standard deviation: 1e-6 in float32, up to 0.02 in bfloat16 (24 layers); a wrong mask does 0.3 to 1.2.
 AGREEMENT_TOLERANCE = 1e-3
@@ -93,6 +95,22 @@ def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor
         return logits
     logits = model(**inputs).logits
     return logits[:, positions]
+
+
+@contextmanager
+def fitting_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """One thread while a small model computes on the CPU.
+
+    Its operations are so short that a second thread gains nothing, and where another process wants that
+    core each of them waits for it: the same stage then took ten times as long.
+    """
+    before = torch.get_num_threads()
+    small = device.type == "cpu" and sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
