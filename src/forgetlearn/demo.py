@@ -43,6 +43,7 @@ def run_demo(
         ConfigError: the made-up world has no such number of facts.
         RunError: the output exists and neither `resume` nor `overwrite` is given.
     """
+    from forgetlearn.method import METHODS
     from forgetlearn.session import update
 
     settings = validate(LabSettings, {"n_facts": n_facts, "seed": seed})
@@ -59,7 +60,9 @@ def run_demo(
     rows: list[tuple[str, dict[str, Any]]] = []
     for method in methods:
         log.info("updating with %s", method)
-        changes = {"method": method, "seed": seed, "model.name": str(base), "forget.coef": COEF}
+        changes = {"method": method, "seed": seed, "model.name": str(base)}
+        if METHODS[method].forgets:
+            changes["forget.coef"] = COEF
         config = load_config(base / "update.yaml", changes)
         result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
         phases = result.summary["phases"]
