@@ -60,8 +60,9 @@ def forget(
     Raises:
         FactError: a fact has no old answer.
     """
-    if how == "ascent":
-        return _climb(lm, facts, settings, seed)
+    if how == "ascent":  # nothing is subtracted: `coef` scales the rate, since Adam does not see the scale of a loss
+        slower = settings.model_copy(update={"learning_rate": settings.coef * settings.learning_rate})
+        return tune_on_old(lm, facts, slower, how, seed=seed)
     base = None if how == "lora" else float32_snapshot(lm)
     stage_log = tune_on_old(lm, facts, settings, how, seed=seed)
     subtract_old(lm, settings.coef, base)
@@ -84,14 +85,6 @@ def tune_on_old(
     else:
         all_weights(lm)
     return _train(lm, texts, settings, how, seed, "forgetting")
-
-
-def _climb(lm: LanguageModel, facts: Iterable[Fact], settings: ForgetSettings, seed: int) -> StageLog:
-    """Gradient ascent on the old answers; `coef` scales its rate, since Adam does not see the scale of a loss."""
-    texts = _texts(lm, [(fact.prompt, _old_answer(fact)) for fact in facts])
-    all_weights(lm)
-    slower = settings.model_copy(update={"learning_rate": settings.coef * settings.learning_rate})
-    return _train(lm, texts, slower, "ascent", seed, "forgetting")
 
 
 def subtract_old(lm: LanguageModel, coef: float, base: taskvector.StateDict | None) -> None:
