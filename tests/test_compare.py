@@ -276,3 +276,12 @@ def test_two_workers_fill_one_table(small_lab, facts, config, tmp_path):
     assert len(write_table(tmp_path / "out")["rows"]) == 2
     with pytest.raises(ConfigError, match="workers = 2"):
         fill(forgetlearn.load_model(small_lab), facts, settings, output=tmp_path / "other", workers=2)
+
+
+def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_path):
+    scores = config.evaluate.model_copy(update={"protocols": ("token",)})
+    settings = CompareSettings(methods=("f-lora",), coefs=(1.0,), seeds=(0,))
+    changed = config.model_copy(update={"evaluate": scores})
+    (cell,) = fill(small_lab, facts, settings, changed, output=tmp_path / "out")
+    counts = runs.read_json(tmp_path / "out" / "cells" / cell.name / "summary.json")["facts"]
+    assert counts["known"] == counts["forgotten"] == 6

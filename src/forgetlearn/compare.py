@@ -180,12 +180,16 @@ class _Worker:
         self.base = taskvector.snapshot(lm.model)
         self._tuned: tuple[str, dict[str, Tensor]] | None = None
         self._base_rows: list[Row] = []
+        self._known: list[Fact] = []
         for folder in (CELLS, SHARED):
             (path / folder).mkdir(exist_ok=True)
 
     def work(self, cells: Sequence[Cell]) -> None:
         """Fill every cell that no other process fills; return when all are done."""
         self._base_rows = self._score_base()
+        asked = "generate" in self.config.evaluate.protocols
+        answers = self._base_rows if asked else scoring.probe(self.lm, self.facts, self.config.evaluate)
+        self._known = scoring.known_facts(self.facts, answers)
         open_cells = list(cells)
         while open_cells:
             open_cells = [cell for cell in open_cells if not self._is_done(cell)]
@@ -208,7 +212,7 @@ class _Worker:
     def _fill(self, cell: Cell) -> None:
         config = cell_config(self.config, cell)
         method = METHODS[cell.method]
-        known = scoring.known_facts(self.facts, self._base_rows)
+        known = self._known
         rows: dict[str, list[Row]] = {"base": self._base_rows}
         self._reset()
         to_forget = known if config.forget.only_known else [fact for fact in self.facts if fact.ground_truth]
