@@ -10,7 +10,7 @@ import time
 import pytest
 
 import forgetlearn
-from forgetlearn import compare, runs
+from forgetlearn import coefficient, compare, runs
 from forgetlearn.cli import main
 from forgetlearn.compare import Cell, CompareSettings, cells_of, fill
 from forgetlearn.config import RunConfig, load_config, validate
@@ -40,7 +40,7 @@ SETTINGS = CompareSettings(coefs=(0.5, 2.0), seeds=(0, 1), budgets=("equal-epoch
 def filled(small_lab, facts, config, tmp_path_factory):
     """A comparison, and how often each piece of work was done for it."""
     done = {"tune_on_old": 0, "score": []}
-    own_tune, own_score = compare.tune_on_old, compare.scoring.score
+    own_tune, own_score = coefficient.tune_on_old, compare.scoring.score
     with pytest.MonkeyPatch.context() as patch:
 
         def tune(*args, **options):
@@ -51,7 +51,7 @@ def filled(small_lab, facts, config, tmp_path_factory):
             done["score"].append(options["phase"])
             return own_score(*args, **options)
 
-        patch.setattr(compare, "tune_on_old", tune)
+        patch.setattr(coefficient, "tune_on_old", tune)
         patch.setattr(compare.scoring, "score", score)
         output = tmp_path_factory.mktemp("compare") / "out"
         cells = fill(small_lab, facts, SETTINGS, config, output=output)

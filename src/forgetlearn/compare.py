@@ -24,16 +24,17 @@ from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetlearn import adapters, runs, scoring, taskvector
+from forgetlearn import runs, scoring
+from forgetlearn.coefficient import Forgetter
 from forgetlearn.config import MethodName, RunConfig, Settings
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError
 from forgetlearn.facts import Fact, FactSet
-from forgetlearn.method import METHODS, PAPER_METHODS, How, float32_snapshot, forget, learn, subtract_old, tune_on_old
+from forgetlearn.method import METHODS, PAPER_METHODS, How, forget, learn, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
-from forgetlearn.session import base_hash, longest_pairs, read_config_facts, resolve, stage_seed
+from forgetlearn.session import base_hash, longest_pairs, read_config_facts, resolve
 
 log = logging.getLogger("forgetlearn")
 Budget = Literal["equal-epochs", "equal-steps"]
@@ -177,7 +178,7 @@ class _Worker:
 
     def __init__(self, path: Path, config: RunConfig, lm: LanguageModel, facts: FactSet) -> None:
         self.path, self.config, self.lm, self.facts = path, config, lm, facts
-        self.base = taskvector.snapshot(lm.model)
+        self.forgetter = Forgetter(lm)
         self._tuned: tuple[str, dict[str, Tensor]] | None = None
         self._base_rows: list[Row] = []
         self._known: list[Fact] = []
@@ -214,7 +215,7 @@ class _Worker:
         method = METHODS[cell.method]
         known = self._known
         rows: dict[str, list[Row]] = {"base": self._base_rows}
-        self._reset()
+        self.forgetter.reset()
         to_forget = known if config.forget.only_known else [fact for fact in self.facts if fact.ground_truth]
         if method.forgets and to_forget:
             self._forget(config, method.forgets, to_forget)
@@ -236,14 +237,7 @@ class _Worker:
         if how == "ascent":  # depends on the coefficient from its first step
             forget(self.lm, facts, config.forget, how, seed=stage_seed(config.seed, "forget"))
             return
-        tuned = self._tune_on_old(config, how, facts)
-        if how == "lora":
-            self.lm.model = adapters.attach(self.lm.model, config.forget.lora, adapters.FORGET, seed=0)
-            adapters.set_weights(self.lm.model, tuned)
-            subtract_old(self.lm, config.forget.coef, None)
-        else:
-            base = float32_snapshot(self.lm)
-            taskvector.load_into(self.lm.model, taskvector.subtracted(base, tuned, config.forget.coef))
+        self.forgetter.forget(self._tune_on_old(config, how, facts), config.forget, how)
 
     def _tune_on_old(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Tuned weights (all, or the adapter's): from memory, from the folder, or made now, once for all processes."""
@@ -254,12 +248,10 @@ class _Worker:
         with FileLock(self.path / SHARED / f".{name}.lock"):
             if not folder.is_dir():
                 seed = stage_seed(config.seed, "forget")
-                stage_log = tune_on_old(self.lm, facts, config.forget, how, seed=seed)
-                weights = adapters.weights_of(self.lm.model, adapters.FORGET) if how == "lora" else None
+                tuned, stage_log = self.forgetter.tune(facts, config.forget, how, seed=seed)
                 with runs.atomic_folder(folder) as unfinished:
-                    save_file(weights or taskvector.snapshot(self.lm.model), unfinished / "weights.safetensors")
+                    save_file(tuned, unfinished / "weights.safetensors")
                     runs.write_rows(unfinished / "steps.jsonl", stage_log.steps)
-                self._reset()
         self._tuned = (name, load_file(folder / "weights.safetensors"))
         return self._tuned[1]
 
@@ -275,13 +267,6 @@ class _Worker:
     def _score(self, phase: str, config: RunConfig) -> list[Row]:
         reference = scoring.locality_predictions(self._base_rows)
         return scoring.score(self.lm, self.facts, phase=phase, settings=config.evaluate, reference=reference)
-
-    def _reset(self) -> None:
-        """The base again, to the bit, without reading it from disk."""
-        if hasattr(self.lm.model, "peft_config"):
-            self.lm.model = adapters.detach(self.lm.model)
-        self.lm.to_own_dtypes()
-        taskvector.load_into(self.lm.model, self.base)
 
 
 def cell_config(config: RunConfig, cell: Cell) -> RunConfig:

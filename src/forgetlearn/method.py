@@ -46,7 +46,14 @@ METHODS: Mapping[str, Method] = {
     "ft-c": Method(None, "bounded", "Zhu et al. 2020, arXiv:2012.00363: within an L-infinity ball"),
     "ga": Method("ascent", "all weights", "Jang et al. 2023, arXiv:2210.01504: gradient ascent on the old answers"),
 }
+# Each stage draws from its own stream, so that learning is the same whether or not forgetting went before.
+SEED_OFFSETS = {"learn": 0, "forget": 1_000_003, "teach": 2_000_003}
 PAPER_METHODS: tuple[MethodName, ...] = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """The seed of a stage (`learn`, `forget`, `teach`) of a run with this seed."""
+    return (seed + SEED_OFFSETS[stage]) % 2**32
 
 
 def forget(

@@ -17,15 +17,13 @@ from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
 from forgetlearn.finetune import StageLog, check_dtype, finetune
-from forgetlearn.method import METHODS, How, Method, all_weights, fold_in, forget, learn
+from forgetlearn.method import METHODS, How, Method, all_weights, fold_in, forget, learn, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model, save_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
 
 log = logging.getLogger("forgetlearn")
 
-# Each stage draws from its own stream, so that learning is the same whether or not forgetting went before.
-SEED_OFFSETS = {"learn": 0, "forget": 1_000_003, "teach": 2_000_003}
 FORGOTTEN_WEIGHTS = "weights.safetensors"
 
 
@@ -309,11 +307,6 @@ class _Session:
             save_model(self.lm.model, self.lm.tokenizer, folder)
 
         self.folder.do("merge", compute, folder="merged")
-
-
-def stage_seed(seed: int, stage: str) -> int:
-    """The seed of a stage (`learn`, `forget`, `teach`) of a run with this seed."""
-    return (seed + SEED_OFFSETS[stage]) % 2**32
 
 
 def with_asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> FactSet:
