@@ -285,3 +285,34 @@ def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_
     (cell,) = fill(small_lab, facts, settings, changed, output=tmp_path / "out")
     counts = runs.read_json(tmp_path / "out" / "cells" / cell.name / "summary.json")["facts"]
     assert counts["known"] == counts["forgotten"] == 6
+
+
+def test_variants_are_rows_of_their_own_and_share_the_tuned_weights(small_lab, facts, config, tmp_path):
+    variants = {"attn": {"modules": ["attention"], "coefs": [2]}, "noise": {"control": "random"}}
+    settings = validate(
+        CompareSettings, {"methods": ["ft", "f-ft"], "coefs": [0.5], "seeds": [0], "variants": variants}
+    )
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"protocols": ("token",)})})
+    fill(small_lab, facts, settings, config, output=tmp_path / "out")
+    rows = write_table(tmp_path / "out")["rows"]
+    assert [(row["method"], row["variant"], row["coef"]) for row in rows] == [
+        ("ft", "", None),
+        ("f-ft", "", 0.5),
+        ("f-ft", "attn", 2.0),
+        ("f-ft", "noise", 0.5),
+    ]
+    assert [path.name for path in (tmp_path / "out" / "shared").glob("old-*")] == ["old-all-weights-seed0"]
+    cell = tmp_path / "out" / "cells" / "f-ft-attn-coef2-2epochs-seed0"
+    alone = update(small_lab, facts, load_config(cell / "config.yaml"), output=tmp_path / "alone")
+    assert rows_of(alone.output) == rows_of(cell)
+    losses = {path.read_text() for path in (tmp_path / "out" / "cells").glob("*/logs/learn.jsonl")}
+    assert len(losses) == len(rows)  # each began to learn from other weights
+
+
+def test_a_variant_that_matches_nothing_is_found_at_once(small_lab, facts, config, tmp_path):
+    settings = validate(CompareSettings, {"methods": ["f-ft"], "variants": {"x": {"modules": "heads"}}})
+    with pytest.raises(ConfigError, match=r"variants\.x: forget\.modules: 'heads' matches nothing"):
+        fill(small_lab, facts, settings, config, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="letters, digits"):
+        validate(CompareSettings, {"variants": {"a/b": {}}})

@@ -6,9 +6,9 @@ from peft import PeftModel
 
 from forgetlearn import adapters
 from forgetlearn.config import ForgetSettings, ModelSettings, StageSettings
-from forgetlearn.errors import FactError
+from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import make_fact, read_facts
-from forgetlearn.method import METHODS, PAPER_METHODS, forget, learn
+from forgetlearn.method import METHODS, PAPER_METHODS, check_forgetting, forget, learn
 from forgetlearn.models import editable_module, load_model
 from forgetlearn.scoring import score, summarise
 from forgetlearn.taskvector import TaskVector, snapshot, subtract
@@ -235,3 +235,38 @@ def test_ga_climbs_the_loss_of_the_old_answers_and_harder_with_its_coefficient(w
         losses.append(log.final_loss)
     assert log.steps[-1]["loss"] < log.steps[0]["loss"] < 0  # logged with its sign: ever more negative
     assert losses[1] < losses[0]
+
+
+def test_only_the_named_modules_change_each_by_its_factor(world):
+    lm, facts = world
+    base, whole = snapshot(lm.model), copy.deepcopy(lm)
+    forget(whole, facts, FORGET, "all weights", seed=7)
+    modules = {"mlp@layers.0": 2.0, "attention": 1.0}
+    forget(lm, facts, FORGET.model_copy(update={"modules": modules}), "all weights", seed=7)
+    for name, weight in snapshot(lm.model).items():
+        change, all_of_it = weight - base[name], snapshot(whole.model)[name] - base[name]
+        factor = 2 if "layers.0.mlp" in name else 1 if "attn" in name else 0
+        assert torch.allclose(change, factor * all_of_it, atol=1e-6), name
+        assert factor or torch.equal(weight, base[name])
+
+
+def test_only_the_named_modules_of_an_adapter_forget(world):
+    lm, facts = world
+    forget(lm, facts, FORGET.model_copy(update={"modules": ("attention",)}), "lora", seed=7)
+    changed = {name for name, delta in adapters.as_vector(lm.model, adapters.FORGET).deltas.items() if delta.any()}
+    assert changed
+    assert all("self_attn" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "how", "message"),
+    [
+        ({"modules": "embeddings"}, "lora", "the adapter changes none of these weights, but for example model.layers"),
+        ({"modules": "nothing*"}, "all weights", "matches nothing"),
+        ({"control": "random"}, "lora", "forgetting with all weights alone"),
+        ({"modules": "mlp"}, "ascent", "subtracts nothing"),
+    ],
+)
+def test_forgetting_that_cannot_be_done(world, changes, how, message):
+    with pytest.raises(ConfigError, match=message):
+        check_forgetting(world[0], FORGET.model_copy(update=changes), how)

@@ -43,17 +43,19 @@ def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> Pe
     return adapted
 
 
-def check_targets(model: nn.Module, settings: LoraSettings, stage: str) -> None:
-    """Nothing, if the stage can put an adapter on the model, which is left alone: an outline of it is tried.
+def check_targets(model: nn.Module, settings: LoraSettings, stage: str) -> list[str]:
+    """Names of the weights that the stage's adapter will change; the model is left alone: an outline of it is tried.
 
     Raises:
         ConfigError: as `attach`, with the stage's name before the setting.
     """
     try:
         with torch.random.fork_rng(devices=[]):  # peft draws the first A
-            _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)  # small: the rank matches nothing
+            # small: the rank matches nothing
+            adapted = _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)
     except ConfigError as error:
         raise ConfigError(f"{stage}.{error}") from error
+    return [f"{path}.weight" for path, _layer in _layers(adapted)]
 
 
 def outline(model: nn.Module) -> nn.Module:
@@ -93,11 +95,15 @@ def activate(model: PeftModel, names: Sequence[str], trained: str | None = None)
 
 
 @torch.no_grad()
-def scale(model: PeftModel, name: str, factor: float) -> None:
-    """Multiply what an adapter adds by `factor`, in its float32 weights: -coef makes it forget."""
-    for _path, layer in _layers(model):
+def scale(model: PeftModel, name: str, factor: float, factors: Mapping[str, float] | None = None) -> None:
+    """Multiply what an adapter adds by `factor`, in its float32 weights: -coef makes it forget.
+
+    With `factors` (by the names of the base's weights) also by a weight's own, which is 0 where it has none.
+    """
+    for path, layer in _layers(model):
         if name in layer.lora_B:
-            layer.lora_B[name].weight.mul_(factor)
+            own = 1 if factors is None else factors.get(f"{path}.weight", 0)
+            layer.lora_B[name].weight.mul_(factor * own)
 
 
 @torch.no_grad()

@@ -188,6 +188,9 @@ def compare(
     seeds: Annotated[str | None, typer.Option("--seeds", help="Seeds.")] = None,
     epochs: Annotated[str | None, typer.Option("--epochs", help="Epochs of learning, to trace curves.")] = None,
     budgets: Annotated[str | None, typer.Option("--budgets", help="equal-epochs, equal-steps, or both.")] = None,
+    variants: Annotated[
+        Path | None, typer.Option("--variants", help="YAML file of variants of subtracting (docs/commands.md).")
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that fill the table.")] = 1,
     limit: LimitOption = None,
     config_file: ConfigOption = None,
@@ -196,7 +199,7 @@ def compare(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Methods x coefficients x seeds in one table, with intervals and paired differences; the work is shared."""
-    from forgetlearn.config import validate
+    from forgetlearn.config import read_yaml, validate
 
     config = _config(config_file, model, facts_file, None, limit, None, None, None, setting)
     from forgetlearn.compare import CompareSettings, fill
@@ -204,7 +207,9 @@ def compare(
     from forgetlearn.table import write_table
 
     lists = {"methods": methods, "coefs": coefs, "seeds": seeds, "epochs": epochs, "budgets": budgets}
-    asked = {name: text.split(",") for name, text in lists.items() if text is not None}
+    asked: dict[str, Any] = {name: text.split(",") for name, text in lists.items() if text is not None}
+    if variants:
+        asked["variants"] = read_yaml(variants)
     settings = validate(CompareSettings, asked)
     fill(settings=settings, config=config, output=output, resume=resume, overwrite=overwrite, workers=workers)
     table = write_table(output)

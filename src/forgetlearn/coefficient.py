@@ -37,15 +37,14 @@ class Forgetter:
         self.reset()
         return tuned, stage_log
 
-    def forget(self, tuned: dict[str, Tensor], settings: ForgetSettings, how: How) -> None:
+    def forget(self, tuned: dict[str, Tensor], settings: ForgetSettings, how: How, *, seed: int = 0) -> None:
         """Make the base the forgotten model, from what `tune` gave and the coefficient of the settings."""
         if how == "lora":
             self.lm.model = adapters.attach(self.lm.model, settings.lora, adapters.FORGET, seed=0)
             adapters.set_weights(self.lm.model, tuned)
-            subtract_old(self.lm, settings.coef, None)
+            subtract_old(self.lm, settings, None)
         else:
-            base = float32_snapshot(self.lm)
-            taskvector.load_into(self.lm.model, taskvector.subtracted(base, tuned, settings.coef))
+            subtract_old(self.lm, settings, float32_snapshot(self.lm), tuned, seed=seed)
 
     def reset(self) -> None:
         """The base again, to the bit, without reading it from disk."""

@@ -11,11 +11,13 @@ import itertools
 import logging
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -26,11 +28,11 @@ from torch import Tensor, nn
 
 from forgetlearn import runs, scoring
 from forgetlearn.coefficient import Forgetter
-from forgetlearn.config import MethodName, RunConfig, Settings
+from forgetlearn.config import Control, MethodName, Modules, RunConfig, Settings
 from forgetlearn.encoding import check_lengths
-from forgetlearn.errors import ConfigError
+from forgetlearn.errors import ConfigError, some
 from forgetlearn.facts import Fact, FactSet
-from forgetlearn.method import METHODS, PAPER_METHODS, How, forget, learn, stage_seed
+from forgetlearn.method import METHODS, PAPER_METHODS, How, check_forgetting, forget, learn, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
@@ -38,8 +40,26 @@ from forgetlearn.session import base_hash, longest_pairs, read_config_facts, res
 
 log = logging.getLogger("forgetlearn")
 Budget = Literal["equal-epochs", "equal-steps"]
+Variants = Mapping[str, "VariantSettings"]
+NO_VARIANTS: Variants = MappingProxyType({})
 CELLS, SHARED = "cells", "shared"
 POLL_S = 0.5
+
+
+def _above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
+    if any(value <= 0 for value in values):
+        raise ValueError("a coefficient must be above 0; without forgetting the method is ft or lora")
+    return values
+
+
+class VariantSettings(Settings):
+    """What differs in a variant of subtracting; the fine-tuning on old facts is the same for all of them."""
+
+    modules: Modules = Field("all", description="As forget.modules.")
+    control: Control = Field("none", description="As forget.control.")
+    coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
+
+    _forgets = field_validator("coefs")(_above_zero)
 
 
 class CompareSettings(Settings):
@@ -55,6 +75,10 @@ class CompareSettings(Settings):
         description="equal-epochs: as the paper compares; equal-steps: plain methods also get the steps of forgetting.",
     )
 
+    variants: dict[str, VariantSettings] = Field(
+        {}, description="More rows for the methods that subtract with all weights: a name, and what differs."
+    )
+
     @field_validator("methods", "coefs", "seeds", "epochs", "budgets")
     @classmethod
     def _no_repeats(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -63,12 +87,15 @@ class CompareSettings(Settings):
             raise ValueError(f"{', '.join(repeated)} stands there more than once")
         return values
 
-    @field_validator("coefs")
+    @field_validator("variants")
     @classmethod
-    def _coefs_forget(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if any(value <= 0 for value in values):
-            raise ValueError("a coefficient must be above 0; without forgetting the method is ft or lora")
+    def _names_of_folders(cls, values: dict[str, VariantSettings]) -> dict[str, VariantSettings]:
+        bad = [name for name in values if not re.fullmatch(r"[A-Za-z0-9_.+]+", name)]
+        if bad:
+            raise ValueError(f"{some(bad)}: a variant's name is made of letters, digits, '_', '.' and '+'")
         return values
+
+    _forgets = field_validator("coefs")(_above_zero)
 
 
 @dataclass(frozen=True)
@@ -80,12 +107,16 @@ class Cell:
     epochs: int
     seed: int
     budget: Budget
+    variant: str = ""  # a name of CompareSettings.variants
 
     @property
     def label(self) -> str:
         """The row of the table that the cell belongs to; its seeds share it."""
         coef = "" if self.coef is None else f"-coef{self.coef:g}"
-        return f"{self.method}{coef}-{self.epochs}epochs" + ("-equal-steps" if self.budget == "equal-steps" else "")
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.method}{variant}{coef}-{self.epochs}epochs" + (
+            "-equal-steps" if self.budget == "equal-steps" else ""
+        )
 
     @property
     def name(self) -> str:
@@ -100,6 +131,12 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
         coefs: Sequence[float | None] = settings.coefs if METHODS[method].forgets else (None,)
         cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in coefs]
+        if METHODS[method].forgets == "all weights":
+            cells += [
+                Cell(method, coef, n_epochs, seed, "equal-epochs", name)
+                for name, variant in settings.variants.items()
+                for coef in variant.coefs or settings.coefs
+            ]
         if "equal-steps" in settings.budgets and method in ("ft", "lora"):
             cells.append(Cell(method, None, n_epochs + config.forget.epochs, seed, "equal-steps"))
     return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
@@ -134,22 +171,27 @@ def fill(
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     lm = as_language_model(model if model is not None else str(config.model.name), None, config.model)
     check_lengths(lm.encoder, longest_pairs(fact_set))
+    for cell in {(cell.method, cell.variant): cell for cell in cells_of(settings, config)}.values():
+        _check(lm, cell_config(config, cell, settings.variants), cell)
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = runs.RunFolder.create(output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite)
     cells = cells_of(settings, config)
-    worker = _Worker(run.path, config, lm, fact_set)
-    with _helpers(workers - 1, run.path, config, fact_set, cells):
+    worker = _Worker(run.path, config, lm, fact_set, settings.variants)
+    with _helpers(workers - 1, run.path, config, fact_set, cells, settings.variants):
         worker.work(cells)
     return cells
 
 
 @contextmanager
-def _helpers(n: int, path: Path, config: RunConfig, facts: FactSet, cells: Sequence[Cell]) -> Iterator[None]:
+def _helpers(
+    n: int, path: Path, config: RunConfig, facts: FactSet, cells: Sequence[Cell], variants: Variants
+) -> Iterator[None]:
     """`n` more processes that fill cells of the same folder, ended when this one is done."""
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
-    helpers = [context.Process(target=_help, args=(path, config, facts, list(cells), n_threads)) for _ in range(n)]
+    arguments = (path, config, facts, list(cells), variants, n_threads)
+    helpers = [context.Process(target=_help, args=arguments) for _ in range(n)]
     for helper in helpers:
         helper.start()
     before = torch.get_num_threads()
@@ -167,17 +209,19 @@ def _helpers(n: int, path: Path, config: RunConfig, facts: FactSet, cells: Seque
         log.warning("%d of %d workers failed; their cells were done here", len(failed), len(helpers))
 
 
-def _help(path: Path, config: RunConfig, facts: FactSet, cells: list[Cell], n_threads: int) -> None:
+def _help(path: Path, config: RunConfig, facts: FactSet, cells: list[Cell], variants: Variants, n_threads: int) -> None:
     """What a helper process does: load the model, fill cells."""
     torch.set_num_threads(n_threads)
-    _Worker(path, config, load_model(config.model), facts).work(cells)
+    _Worker(path, config, load_model(config.model), facts, variants).work(cells)
 
 
 class _Worker:
     """One process that fills cells. It holds the base's weights and the last fine-tuning on old facts."""
 
-    def __init__(self, path: Path, config: RunConfig, lm: LanguageModel, facts: FactSet) -> None:
-        self.path, self.config, self.lm, self.facts = path, config, lm, facts
+    def __init__(
+        self, path: Path, config: RunConfig, lm: LanguageModel, facts: FactSet, variants: Variants = NO_VARIANTS
+    ) -> None:
+        self.path, self.config, self.lm, self.facts, self.variants = path, config, lm, facts, variants
         self.forgetter = Forgetter(lm)
         self._tuned: tuple[str, dict[str, Tensor]] | None = None
         self._base_rows: list[Row] = []
@@ -211,7 +255,7 @@ class _Worker:
         return False
 
     def _fill(self, cell: Cell) -> None:
-        config = cell_config(self.config, cell)
+        config = cell_config(self.config, cell, self.variants)
         method = METHODS[cell.method]
         known = self._known
         rows: dict[str, list[Row]] = {"base": self._base_rows}
@@ -237,7 +281,9 @@ class _Worker:
         if how == "ascent":  # depends on the coefficient from its first step
             forget(self.lm, facts, config.forget, how, seed=stage_seed(config.seed, "forget"))
             return
-        self.forgetter.forget(self._tune_on_old(config, how, facts), config.forget, how)
+        self.forgetter.forget(
+            self._tune_on_old(config, how, facts), config.forget, how, seed=stage_seed(config.seed, "forget")
+        )
 
     def _tune_on_old(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Tuned weights (all, or the adapter's): from memory, from the folder, or made now, once for all processes."""
@@ -269,11 +315,24 @@ class _Worker:
         return scoring.score(self.lm, self.facts, phase=phase, settings=config.evaluate, reference=reference)
 
 
-def cell_config(config: RunConfig, cell: Cell) -> RunConfig:
+def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS) -> RunConfig:
     """The config of an update that does what the cell does."""
-    forget = config.forget if cell.coef is None else config.forget.model_copy(update={"coef": cell.coef})
+    changes: dict[str, Any] = {} if cell.coef is None else {"coef": cell.coef}
+    if cell.variant:
+        changes |= {name: getattr(variants[cell.variant], name) for name in ("modules", "control")}
+    forget = config.forget.model_copy(update=changes)
     learning = config.learn.model_copy(update={"epochs": cell.epochs})
     return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learning})
+
+
+def _check(lm: LanguageModel, config: RunConfig, cell: Cell) -> None:
+    """What would make a cell fail, found before the first one is begun."""
+    how = METHODS[cell.method].forgets
+    try:
+        if how:
+            check_forgetting(lm, config.forget, how)
+    except ConfigError as error:
+        raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
 
 
 @contextmanager

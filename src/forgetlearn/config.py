@@ -18,6 +18,8 @@ from forgetlearn.errors import ConfigError
 
 MethodName = Literal["ft", "lora", "f-ft", "f-lora", "f-lora-ft", "locft", "ft-c", "ga"]
 Protocol = Literal["token", "exact", "generate", "prefer"]
+Control = Literal["none", "random", "row-norms", "reinforce"]
+Modules = str | tuple[str, ...] | dict[str, float]
 LORA_RATE_FACTOR = 10
 
 
@@ -125,6 +127,16 @@ class ForgetSettings(StageSettings):
         "Subtraction is built in: 0.3 forgets, 0 skips the stage.",
     )
     only_known: bool = Field(True, description="Forget only facts whose old answer the model gives when it is asked.")
+    modules: Modules = Field(
+        "all",
+        description="Weights that the subtraction changes: embeddings, head, vocabulary (both), attention, mlp, norms, "
+        "layers.4-7, all, or a pattern over parameter names; several in a list, or each with a factor on coef.",
+    )
+    control: Control = Field(
+        "none",
+        description="For experiments: replace the change by one of the same size that is not forgetting "
+        "(all weights only): random direction, row-norms only, or reinforce (added instead of subtracted).",
+    )
 
 
 class TeachSettings(TrainSettings):
@@ -202,10 +214,31 @@ def load_config(file: Path | None = None, overrides: Mapping[str, object] | None
     Raises:
         ConfigError: with every problem that was found, one a line.
     """
-    data = _read_yaml(file) if file else {}
+    data = read_yaml(file) if file else {}
     for dotted, value in (overrides or {}).items():
         _assign(data, dotted, value)
     return validate(RunConfig, data, where=str(file) if file else None, elsewhere=frozenset(overrides or {}))
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Names and values of a YAML file.
+
+    Raises:
+        ConfigError: it is not there, not YAML in UTF-8, or holds something else.
+    """
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {file}: {error.strerror or error}. Give an existing YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config {file}: not YAML in UTF-8: {reason}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {file}: expected names and values, found a {type(data).__name__}.")
+    separate: dict[str, Any] = _unshared(data)
+    return separate
 
 
 def validate(
@@ -257,22 +290,6 @@ def describe(kind: type[Settings] = RunConfig, prefix: str = "") -> Iterator[tup
             if isinstance(field.annotation, type):
                 type_name = field.annotation.__name__
             yield prefix + name, type_name, shown.replace("\n...", "").strip(), field.description or ""
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config {file}: {error.strerror or error}. Give an existing YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config {file}: not YAML in UTF-8: {reason}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"config {file}: expected names and values, found a {type(data).__name__}.")
-    separate: dict[str, Any] = _unshared(data)
-    return separate
 
 
 def _unshared(data: Any) -> Any:

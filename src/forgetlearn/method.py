@@ -15,10 +15,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from forgetlearn import adapters, taskvector
+from forgetlearn import adapters, selection, taskvector
 from forgetlearn.config import ForgetSettings, MethodName, StageSettings
+from forgetlearn.controls import controlled
 from forgetlearn.encoding import Encoded
-from forgetlearn.errors import FactError
+from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import Fact
 from forgetlearn.finetune import StageLog, Variant, finetune
 from forgetlearn.models import LanguageModel, editable_module
@@ -72,7 +73,7 @@ def forget(
         return tune_on_old(lm, facts, slower, how, seed=seed)
     base = None if how == "lora" else float32_snapshot(lm)
     stage_log = tune_on_old(lm, facts, settings, how, seed=seed)
-    subtract_old(lm, settings.coef, base)
+    subtract_old(lm, settings, base, seed=seed)
     return stage_log
 
 
@@ -94,14 +95,45 @@ def tune_on_old(
     return _train(lm, texts, settings, how, seed, "forgetting")
 
 
-def subtract_old(lm: LanguageModel, coef: float, base: taskvector.StateDict | None) -> None:
-    """The second half: `base - coef * (tuned - base)`, or the adapter "forget" times -coef where `base` is None."""
+def subtract_old(
+    lm: LanguageModel,
+    settings: ForgetSettings,
+    base: taskvector.StateDict | None,
+    tuned: taskvector.StateDict | None = None,
+    *,
+    seed: int = 0,
+) -> None:
+    """The second half: `base - coef * (tuned - base)`, or the adapter "forget" times -coef where `base` is None.
+
+    `tuned` are the weights of `lm` unless they are given; `settings.modules` says which weights change.
+    """
+    factors = selection.factors(lm.model, settings.modules)
     if base is None:
-        adapters.scale(lm.model, adapters.FORGET, -coef)
+        adapters.scale(lm.model, adapters.FORGET, -settings.coef, factors)
         adapters.activate(lm.model, [adapters.FORGET])
-    else:
-        tuned = dict(lm.model.named_parameters())
-        taskvector.load_into(lm.model, taskvector.subtracted(base, tuned, coef))
+        return
+    tuned = dict(lm.model.named_parameters()) if tuned is None else tuned
+    forgotten = taskvector.subtracted(base, tuned, settings.coef, factors)
+    taskvector.load_into(lm.model, controlled(base, forgotten, settings.control, seed))
+
+
+def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> None:
+    """Nothing, if the subtraction that the settings describe can be done on this model.
+
+    Raises:
+        ConfigError: `modules` match nothing, or nothing that is trained; a control where there is none.
+    """
+    factors = selection.factors(lm.model, settings.modules)
+    targets = adapters.check_targets(lm.model, settings.lora, "forget") if how == "lora" else list(factors)
+    if not any(name in factors for name in targets):
+        raise ConfigError(
+            f"forget.modules = {settings.modules!r}: the adapter changes none of these weights, but for example "
+            f"{targets[0]}. Name some that forget.lora.target_modules cover."
+        )
+    if how != "all weights" and settings.control != "none":
+        raise ConfigError(f"forget.control = {settings.control}: is there for forgetting with all weights alone.")
+    if how == "ascent" and settings.modules != selection.ALL:
+        raise ConfigError("forget.modules: gradient ascent (ga) subtracts nothing. Leave it at all.")
 
 
 def learn(

@@ -35,14 +35,15 @@ def write_table(path: Path) -> dict[str, Any]:
     settings = validate(CompareSettings, manifest["config"]["compare"])
     config = validate(RunConfig, manifest["config"]["run"])
     groups = _groups(path, cells_of(settings, config))
-    data = {
+    data: dict[str, Any] = {
         "seeds": list(settings.seeds),
         "rows": [_row(group, groups.values(), config.forget.epochs) for group in groups.values()],
         "curves": _curves(groups) if len(settings.epochs) > 1 else None,
     }
     runs.write_json(path / "compare.json", data)
+    columns = [(q, p) for q, p in COLUMNS if any(f"{q}.{p}" in row["scores"] for row in data["rows"])]
     runs.write_text(
-        path / "compare.md", report.render("compare.md.j2", {**data, "columns": COLUMNS, "path": path.name})
+        path / "compare.md", report.render("compare.md.j2", {**data, "columns": columns, "path": path.name})
     )
     return data
 
@@ -68,9 +69,9 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
                 group.scores[column] = np.array([table[column] for table in tables], dtype=float)
     order = list(METHODS)
 
-    def key(label: str) -> tuple[int, float, str, int]:
+    def key(label: str) -> tuple[int, str, float, str, int]:
         first = groups[label].first
-        return order.index(first.method), first.coef or 0, first.budget, first.epochs
+        return order.index(first.method), first.variant, first.coef or 0, first.budget, first.epochs
 
     return {label: groups[label] for label in sorted(groups, key=key)}
 
@@ -95,6 +96,7 @@ def _row(group: _Group, groups: Iterable[_Group], forget_epochs: int) -> dict[st
     return {
         "label": cell.label,
         "method": cell.method,
+        "variant": cell.variant,
         "coef": cell.coef,
         "epochs": cell.epochs,
         "budget": cell.budget,
@@ -135,20 +137,20 @@ def _difference(ours: Scores, baseline: Scores) -> dict[str, Any] | None:
 
 def _curves(groups: Mapping[str, _Group]) -> list[dict[str, Any]]:
     """Per method and coefficient that forgets: what it has at equal reliability against plain fine-tuning."""
-    lines: dict[tuple[str, float | None], list[_Group]] = {}
+    lines: dict[tuple[str, str, float | None], list[_Group]] = {}
     for group in groups.values():
         if group.first.budget == "equal-epochs":
-            lines.setdefault((group.first.method, group.first.coef), []).append(group)
+            lines.setdefault((group.first.method, group.first.variant, group.first.coef), []).append(group)
     curves = {key: _curve(members) for key, members in lines.items()}
     found = []
-    for (method, coef), curve in curves.items():
+    for (method, variant, coef), curve in curves.items():
         how = METHODS[method]
         against = PLAIN.get(how.learns, "ft")
-        plain = curves.get((against, None)) if method not in ("ft", "lora") else None
+        plain = curves.get((against, "", None)) if method not in ("ft", "lora") else None
         if curve is None or plain is None:
             continue
         equal = statistics.at_equal_reliability(curve, plain)
-        entry: dict[str, Any] = {"method": method, "coef": coef, "against": against}
+        entry: dict[str, Any] = {"method": method, "variant": variant, "coef": coef, "against": against}
         entry |= {"at_equal_reliability": asdict(equal) if equal else None, "area": None}
         if equal is not None and equal.low < equal.high:
             entry["area"] = _area(curve, equal), _area(plain, equal)

@@ -132,13 +132,17 @@ def open_weights(source: StateDict | str | Path | Weights) -> Weights:
 
 
 def subtracted(
-    base: StateDict | str | Path | Weights, tuned: StateDict | str | Path | Weights, coef: float
+    base: StateDict | str | Path | Weights,
+    tuned: StateDict | str | Path | Weights,
+    coef: float,
+    factors: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of `base - coef * (tuned - base)`, one at a time, under the names and in the order of `base`.
 
     Each floating-point tensor is summed in float32 (float64 where base is) and rounded once to the dtype
     of `base`; other tensors are those of `base`. The inputs are left alone. `coef=0` gives the bits of
-    `base`. Names and shapes are compared before the first tensor is given. A tied tensor may have two names
+    `base`. With `factors` a tensor's coefficient is `coef` times its factor, and 0 where it has none. Names and
+    shapes are compared before the first tensor is given. A tied tensor may have two names
     on one side, as in a state dict, and one on the other, as in a folder.
 
     Raises:
@@ -150,14 +154,16 @@ def subtracted(
     if not 0 <= coef < float("inf"):
         raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Subtraction is built in: 0.3 forgets.")
     left, right = open_weights(base), open_weights(tuned)
-    return _subtracted(left, right, _partners(left, right), coef)
+    partners = _partners(left, right)
+    coefs = {name: coef * (1 if factors is None else factors.get(name, 0)) for name in partners}
+    return _subtracted(left, right, partners, coefs)
 
 
 def _subtracted(
-    left: Weights, right: Weights, partners: Mapping[str, str], coef: float
+    left: Weights, right: Weights, partners: Mapping[str, str], coefs: Mapping[str, float]
 ) -> Iterator[tuple[str, Tensor]]:
     for name, partner in partners.items():
-        start = left.get(name)
+        start, coef = left.get(name), coefs[name]
         if coef == 0 or not start.is_floating_point():
             yield name, start.clone()
             continue

@@ -1,0 +1,39 @@
+"""Controls: changes of the weights as large as forgetting, without what it is said to do.
+
+Whatever a control gains as well is not an effect of forgetting the old answers (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from forgetlearn.config import Control
+from forgetlearn.taskvector import StateDict
+
+
+def controlled(
+    base: StateDict, forgotten: Iterable[tuple[str, Tensor]], control: Control, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """`forgotten`, name by name, with the change from `base` replaced by that of a control.
+
+    random: of the same norm per tensor, in a random direction. reinforce: the same, added instead of subtracted.
+    row-norms: every row of `base` keeps its direction and gets the length it has in `forgotten`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, moved in forgotten:
+        start = base[name].to(moved.device, moved.dtype)
+        yield name, moved if control == "none" else _replaced(start, moved, control, generator)
+
+
+def _replaced(start: Tensor, moved: Tensor, control: Control, generator: torch.Generator) -> Tensor:
+    if control == "reinforce":
+        return 2 * start - moved
+    if control == "row-norms":
+        lengths, wanted = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (start, moved))
+        return torch.where(lengths > 0, start * (wanted / lengths), start)
+    noise: Tensor = torch.randn(start.shape, generator=generator).to(start.device, start.dtype)
+    noise *= torch.linalg.vector_norm(moved - start) / torch.linalg.vector_norm(noise)
+    return start + noise

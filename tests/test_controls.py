@@ -1,0 +1,37 @@
+"""Controls change as much as forgetting does, and only that."""
+
+import torch
+from torch import tensor
+
+from forgetlearn.controls import controlled
+
+BASE = {"w": tensor([[3.0, 4.0], [0.0, 2.0]]), "still": tensor([1.0])}
+FORGOTTEN = {"w": tensor([[3.0, 4.0], [3.0, 2.0]]), "still": tensor([1.0])}
+
+
+def made(control, seed=0):
+    return dict(controlled(BASE, FORGOTTEN.items(), control, seed))
+
+
+def test_none_is_forgetting_itself():
+    assert all(made("none")[name] is FORGOTTEN[name] for name in BASE)
+
+
+def test_reinforce_goes_the_other_way():
+    assert torch.equal(made("reinforce")["w"], tensor([[3.0, 4.0], [-3.0, 2.0]]))
+
+
+def test_row_norms_keeps_directions():
+    assert torch.allclose(made("row-norms")["w"], tensor([[3.0, 4.0], [0.0, 13**0.5]]))
+
+
+def test_random_has_the_norm_of_the_change_and_the_seed_decides():
+    moved = made("random")["w"] - BASE["w"]
+    assert torch.allclose(moved.norm(), tensor(3.0))
+    assert not torch.allclose(moved, FORGOTTEN["w"] - BASE["w"], atol=0.1)
+    assert torch.equal(made("random")["w"], made("random")["w"])
+    assert not torch.equal(made("random")["w"], made("random", seed=1)["w"])
+
+
+def test_what_does_not_change_stays_to_the_bit():
+    assert all(torch.equal(made(control)["still"], BASE["still"]) for control in ("random", "reinforce", "row-norms"))

@@ -1,0 +1,78 @@
+"""Names of parts of a model, told from its structure."""
+
+import pytest
+
+from forgetlearn import adapters
+from forgetlearn.config import LoraSettings
+from forgetlearn.errors import ConfigError
+from forgetlearn.selection import factors, groups
+
+FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
+
+
+def test_a_llama_by_name(tiny_model):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    found = groups(model)
+    assert found["embeddings"] == ["model.embed_tokens.weight"]
+    assert found["head"] == ["lm_head.weight"]
+    assert found["vocabulary"] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert found["attention"][:4] == [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"]
+    assert found["mlp"][:3] == [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    assert "model.layers.1.input_layernorm.weight" in found["norms"]
+    assert "model.norm.weight" not in found["norms"]  # it is no part of a layer; a pattern reaches it
+    assert factors(model, "*norm.weight").keys() >= {"model.norm.weight"}
+
+
+def test_tied_embeddings_and_head_are_one(tiny_model):
+    found = groups(tiny_model("llama", tie_word_embeddings=True))
+    assert found["head"] == found["embeddings"] == found["vocabulary"] == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_parts_of_a_layer_add_up_in_every_family(tiny_model, family):
+    model = tiny_model(family)
+    found = groups(model)
+    layers = [name for key, names in found.items() if key.startswith("layers.") for name in names]
+    assert sorted(found["attention"] + found["mlp"] + found["norms"]) == sorted(layers)
+    assert len(layers) == len(set(layers))
+    assert set(layers).isdisjoint(found["vocabulary"])
+    assert {name for name, _weight in model.named_parameters()} == set(found["all"])
+    weights = dict(model.named_parameters())
+    assert all(weights[name].dim() == 1 for name in found["norms"])
+    for kind in ("attention", "mlp"):
+        assert any(weights[name].dim() == 2 for name in found[kind])
+
+
+def test_ranges_patterns_factors_and_what_two_names_share(tiny_model):
+    model = tiny_model("llama")
+    assert factors(model, "layers.0-1") == dict.fromkeys(groups(model)["layers.0"] + groups(model)["layers.1"], 1.0)
+    assert list(factors(model, ("*.0.mlp.up*",))) == ["model.layers.0.mlp.up_proj.weight"]
+    assert set(factors(model, "attention@layers.1")) == {
+        f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"
+    }
+    both = factors(model, {"embeddings": 2.0, "layers.1": 0.5})
+    assert both["model.embed_tokens.weight"] == 2.0
+    assert both["model.layers.1.mlp.up_proj.weight"] == 0.5
+    assert "model.layers.0.mlp.up_proj.weight" not in both
+
+
+def test_an_adapter_does_not_change_the_names(tiny_model):
+    model = tiny_model("llama")
+    before = groups(model)
+    assert groups(adapters.attach(model, LoraSettings(r=2), "forget", 0)) == before
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ("atention", "'atention' matches nothing. There are all, embeddings"),
+        ("layers.7", r"layers.0 to layers.1 \(or layers.0-1\)"),
+        (("mlp", "mlp"), "mlp stands there more than once"),
+        (("mlp", "layers.0"), "'mlp' and 'layers.0' both match model.layers.0.mlp"),
+        (("embeddings", "head"), "embeddings and head are one matrix in this model"),
+        ("mlp@head", "'mlp@head' matches nothing"),
+    ],
+)
+def test_bad_names(tiny_model, modules, message):
+    with pytest.raises(ConfigError, match=message):
+        factors(tiny_model("llama", tie_word_embeddings=True), modules)
