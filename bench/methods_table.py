@@ -15,7 +15,7 @@ from pathlib import Path
 from forgetlearn.config import load_config
 from forgetlearn.facts import read_facts
 from forgetlearn.lab import LabSettings, build_lab
-from forgetlearn.report import COLUMNS
+from forgetlearn.pages import COLUMNS
 from forgetlearn.runs import is_finished, read_json
 from forgetlearn.session import update
 

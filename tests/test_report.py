@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forgetlearn import report, runs
+from forgetlearn import plots, report, runs
 from forgetlearn.config import load_config
 from forgetlearn.errors import RunError
 
@@ -198,15 +198,15 @@ def test_flags_and_other_answers_of_a_fact():
 
 
 def test_running_mean_by_hand():
-    assert report.running_mean([0, 3, 6, 3, 0], 3) == [0, 3, 4, 3, 0]
-    assert report.running_mean([0, 3, 6, 3, 1], 5) == [0, 3, 2.6, 10 / 3, 1]
-    assert report.running_mean([], 3) == []
+    assert plots.running_mean([0, 3, 6, 3, 0], 3) == [0, 3, 4, 3, 0]
+    assert plots.running_mean([0, 3, 6, 3, 1], 5) == [0, 3, 2.6, 10 / 3, 1]
+    assert plots.running_mean([], 3) == []
 
 
 def test_a_long_run_has_a_small_plot(tmp_path):
     for count in (500, 20_000):
         runs.write_rows(tmp_path / "learn.jsonl", [{"step": n, "loss": n % 7} for n in range(1, count + 1)])
-        plot = report.plot_losses(tmp_path)
+        plot = plots.plot_losses(tmp_path)
         assert len(plot) < 60_000
         assert f"in {count} steps" in plot
 

@@ -377,13 +377,13 @@ KILLER = """
 import gc, json, os, signal, sys, traceback
 from pathlib import Path
 import torch
-from forgetlearn import report, runs
+from forgetlearn import plots, runs
 from forgetlearn.session import update
 
 torch.set_num_threads(1)
 save = runs.RunFolder._save
 runs._commit = lambda: None  # somebody may commit in between
-report.plot_scores = report.plot_losses = lambda *_: None  # they take their time, and are made of what is compared
+plots.plot_scores = plots.plot_losses = lambda *_: None  # they take their time, and are made of what is compared
 
 def run_in_child(job, output, kill=None):
     '''Wait status of an update in a process that kills itself before or after the nth save of the manifest.'''

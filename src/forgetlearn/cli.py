@@ -203,7 +203,7 @@ def compare(
 
     config = _config(config_file, model, facts_file, None, limit, None, None, None, setting)
     from forgetlearn.compare import CompareSettings, fill
-    from forgetlearn.report import COLUMNS
+    from forgetlearn.pages import COLUMNS
     from forgetlearn.table import write_table
 
     lists = {"methods": methods, "coefs": coefs, "seeds": seeds, "epochs": epochs, "budgets": budgets}
@@ -294,7 +294,7 @@ def demo(
     """Run all five methods on a made-up world that a small model, built here, holds."""
     from forgetlearn.demo import DEMO_FACTS, run_demo
     from forgetlearn.method import PAPER_METHODS
-    from forgetlearn.report import COLUMNS
+    from forgetlearn.pages import COLUMNS
 
     n_facts = DEMO_FACTS if limit is None else limit
     result = run_demo(output, methods=PAPER_METHODS, n_facts=n_facts, seed=seed, resume=resume, overwrite=overwrite)
@@ -391,7 +391,7 @@ def _nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], first: str) -> None:
     """Plain lines in columns: readable on a terminal, in a log and by `awk`."""
-    from forgetlearn.report import show_score
+    from forgetlearn.pages import show_score
 
     widths = [max(len(quantity), len(protocol)) for quantity, protocol in columns]
     name_width = max([len(first), *(len(name) for name, _cells in rows)])

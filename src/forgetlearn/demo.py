@@ -12,7 +12,7 @@ from forgetlearn import runs
 from forgetlearn.config import load_config, validate
 from forgetlearn.errors import RunError
 from forgetlearn.lab import LabSettings, build_lab, world_facts
-from forgetlearn.report import COLUMNS, show_score
+from forgetlearn.pages import COLUMNS, show_score
 
 log = logging.getLogger("forgetlearn")
 DEMO_FACTS = 150

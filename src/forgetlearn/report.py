@@ -1,50 +1,23 @@
 """A run folder to pages for people: Markdown, and one self-contained HTML file with plots.
 
-Everything is read from the folder, so a report can be made again without the model. Text that comes from
-facts or models is escaped: in HTML by jinja2's autoescape, in Markdown by `_cell`.
+Everything is read from the folder, so a report can be made again without the model.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
-import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from forgetlearn import metrics, runs
+from forgetlearn import metrics, plots, runs
 from forgetlearn.errors import RunError
+from forgetlearn.pages import COLUMNS, QUESTIONS, render, render_page
 
 PHASES = ("base", "forgotten", "updated")
-COLUMNS = (
-    ("reliability", "token"),
-    ("generality", "token"),
-    ("locality", "agreement"),
-    ("residue", "token"),
-    ("reliability", "generate"),
-    ("generality", "generate"),
-    ("residue", "generate"),
-)
-STAGES = ("teach", "forget", "learn")
 SHOWN_FACTS_MARKDOWN = 20
-ASSETS = ("page.css", "page.js")
-# Control characters but tab and line break, and those that change the direction of text.
-STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-QUESTIONS = {
-    "reliability": "does it give the new answer?",
-    "generality": "also when asked in other words?",
-    "locality": "is everything else as it was?",
-    "residue": "does it still give the old answer? (lower is better)",
-}
 JUDGES = ("generate", "exact", "token", "prefer")  # a fact's state comes from the first of these that was scored
 FILTERS = {
     "all": "all",
@@ -54,11 +27,6 @@ FILTERS = {
     "errored": "errored",
 }
 TAG_SAYS = {"old": "residue", "errored": "errored"}  # states that a flag would only repeat
-# Colours of plots stand for the page's own, so that they follow it into dark mode and print.
-PAGE_COLOURS = {"#000000": "currentColor", "#262626": "currentColor", "#ffffff": "var(--page)"}
-FIRST, SECOND, LINE, DIM = "#010101", "#020202", "#030303", "#040404"
-PAGE_COLOURS |= {FIRST: "var(--accent)", SECOND: "var(--second)", LINE: "var(--line)", DIM: "var(--dim)"}
-PLOTTED_STEPS = 500
 
 
 def write_run(path: Path) -> None:
@@ -69,8 +37,9 @@ def write_run(path: Path) -> None:
     """
     context = load_context(path)
     runs.write_text(path / "report.md", render("report.md.j2", context))
-    plots = {"panels": plot_scores(context["summary"], context["phases"]), "losses": plot_losses(path / "logs")}
-    runs.write_text(path / "report.html", render_page("report.html.j2", {**context, **plots}))
+    panels = plots.plot_scores(context["summary"], context["phases"])
+    shown = {**context, "panels": panels, "losses": plots.plot_losses(path / "logs")}
+    runs.write_text(path / "report.html", render_page("report.html.j2", shown))
 
 
 def write_card(path: Path, product: Path) -> None:
@@ -128,39 +97,6 @@ def account(facts: Mapping[str, Any]) -> list[str]:
     if facts.get("not_read"):
         lines.append(f"fields that were not read: {', '.join(facts['not_read'])}")
     return lines
-
-
-def render(template: str, context: Mapping[str, Any]) -> str:
-    """A template of the package, filled; HTML is autoescaped, a missing name is an error."""
-    environment = Environment(
-        loader=PackageLoader("forgetlearn"),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=_printable,
-    )
-    environment.filters["cell"] = _cell
-    environment.filters["score"] = show_score
-    environment.filters["yaml_string"] = json.dumps  # a JSON string is a YAML string
-    return environment.get_template(template).render(context)
-
-
-def render_page(template: str, context: Mapping[str, Any]) -> str:
-    """A page with its style and script in it; the policy in its head lets no other script run, and no request."""
-    style, script = (resources.files("forgetlearn").joinpath("templates", name).read_text("utf-8") for name in ASSETS)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # our own files
-    return render(template, {**context, **inlined})
-
-
-def show_score(cell: Mapping[str, Any] | None, *, interval: bool = False) -> str:
-    """`78.4`, or `78.4 [75.1, 81.5]`; a dash where nothing was scored."""
-    if not cell or cell["mean"] is None:
-        return "–"
-    text = f"{cell['mean']:.1f}"
-    return f"{text} [{cell['low']:.1f}, {cell['high']:.1f}]" if interval and cell["low"] is not None else text
 
 
 def score_table(summary: Mapping[str, Any], phases: Iterable[str]) -> list[tuple[str, list[Any]]]:
@@ -299,107 +235,6 @@ def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
     return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + f"{parts[-1]}.{nothing}"
 
 
-def plot_scores(summary: Mapping[str, Any], phases: Sequence[str]) -> list[Markup]:
-    """A small plot per quantity, as SVG elements: its mean and interval in each phase. None for a single phase."""
-    plots = []
-    for quantity in QUESTIONS if len(phases) > 1 else ():
-        lines = {
-            protocol: [summary["phases"][phase].get(quantity, {}).get(protocol) for phase in phases]
-            for protocol in ("agreement", "token", "generate")
-        }
-        lines = {
-            name: cells for name, cells in lines.items() if any(cell and cell["mean"] is not None for cell in cells)
-        }
-        if lines:
-            plots.append(_plot_phases(quantity, lines, phases))
-    return plots
-
-
-def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Any]], phases: Sequence[str]) -> Markup:
-    figure, axes = _figure(2.3, 1.9)
-    for protocol, cells in lines.items():
-        free = protocol == "generate"
-        found = [(place, cell) for place, cell in enumerate(cells) if cell and cell["mean"] is not None]
-        at = [place + (0.09 if free else -0.09) * (len(lines) > 1) for place, _found in found]
-        means = [cell["mean"] for _place, cell in found]
-        ranges = [(cell["low"], cell["high"]) if cell["low"] is not None else (cell["mean"],) * 2 for _, cell in found]
-        bounds = [[abs(mean - own[end]) for mean, own in zip(means, ranges, strict=True)] for end in (0, 1)]
-        colour = SECOND if free else FIRST
-        axes.plot(at, means, color=LINE, lw=1, zorder=1)
-        marks = axes.errorbar(
-            at, means, bounds, fmt="o", ms=4.5, color=colour, mfc="#ffffff" if free else colour, lw=1.2
-        )
-        for part in (marks[0], *marks[2]):
-            part.set_clip_on(False)
-    axes.set_xticks(range(len(phases)), phases)
-    axes.set_xlim(-0.4, len(phases) - 0.6)
-    axes.set_yticks([0, 50, 100])
-    axes.set_ylim(-3, 103)
-    axes.grid(axis="y", color=LINE, lw=0.6)
-    axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set_title(
-        quantity + (" (lower is better)" if quantity == "residue" else ""), loc="left", fontsize=9, fontweight="bold"
-    )
-    words = [f"{name} {', '.join(show_score(cell) for cell in cells)}" for name, cells in lines.items()]
-    return _svg(figure, quantity, f"{quantity} in percent, {', '.join(phases)}: {'; '.join(words)}")
-
-
-def plot_losses(logs: Path) -> Markup | None:
-    """Training loss of the stages, one after the other on one axis of steps, as an SVG element."""
-    curves = {name: runs.read_rows(file) for name in STAGES if (file := logs / f"{name}.jsonl").is_file()}
-    curves = {name: rows for name, rows in curves.items() if rows}
-    if not curves:
-        return None
-    figure, axes = _figure(4.6, 1.9)
-    start = 0
-    for name, rows in curves.items():
-        steps, losses = _thinned([row["step"] for row in rows], [row["loss"] for row in rows])
-        at = [start + step for step in steps]
-        axes.plot(at, losses, color=FIRST, lw=0.6, alpha=0.35)
-        axes.plot(at, running_mean(losses, max(3, len(losses) // 20)), color=FIRST, lw=1.6)
-        if start:
-            axes.axvline(start + 0.5, color=LINE, lw=1)
-        end = start + rows[-1]["step"]
-        axes.text(
-            (start + end) / 2,
-            1.03,
-            name,
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            fontsize=8.5,
-            fontweight="bold",
-        )
-        start = end
-    axes.set_xlim(0, start + 1)
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=LINE, lw=0.6)
-    axes.spines["left"].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-    ends = [
-        f"{name} {rows[0]['loss']:.3g} to {rows[-1]['loss']:.3g} in {rows[-1]['step']} steps"
-        for name, rows in curves.items()
-    ]
-    return _svg(figure, "loss", f"Training loss: {'; '.join(ends)}")
-
-
-def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Each value's mean with its neighbours, `width` in all; fewer at the ends, as many on each side."""
-    means = []
-    for place in range(len(values)):
-        reach = min(width // 2, place, len(values) - 1 - place)
-        near = values[place - reach : place + reach + 1]
-        means.append(sum(near) / len(near))
-    return means
-
-
-def _thinned(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most PLOTTED_STEPS points, each the mean of as many steps: a long run's plot stays small."""
-    size = -(-len(steps) // PLOTTED_STEPS)
-    chunks = [slice(start, start + size) for start in range(0, len(steps), size)]
-    means = ([sum(values[c]) / len(values[c]) for c in chunks] for values in (steps, losses))
-    return next(means), next(means)
-
-
 def as_yaml(data: object) -> str:
     """Plain YAML, keys in their own order."""
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
@@ -413,57 +248,6 @@ def _errors(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
         for quantity, reason in row["errors"].items():
             found.setdefault((row["fact"], quantity), {"fact": row["fact"], "quantity": quantity, "reason": reason})
     return list(found.values())
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure without pyplot, which would keep global state; transparent, without a frame."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.subplots()
-    axes.patch.set_visible(False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=0, labelsize=8.5, labelcolor=DIM)
-    return figure, axes
-
-
-def _svg(figure: Any, name: str, words: str) -> Markup:
-    """The SVG element alone, in the page's colours and fonts; `words` are for those who cannot see it."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    # Text stays text, and neither date nor random ids make two reports of one run differ.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(
-        r"<metadata>.*?</metadata>|<style .*?</style>|<g (id=\"[^\"]*\")?>(?=\s*</g>)", "", text, flags=re.DOTALL
-    )
-    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)  # the same in every figure; nothing refers to them
-    for colour, own in PAGE_COLOURS.items():
-        text = text.replace(colour, own)
-    text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1 role=\"img\">", text, count=1, flags=re.DOTALL)
-    label = Markup("<title>{}</title>").format(words)
-    start = text.index(">") + 1
-    return Markup(text[:start]) + label + Markup(text[start:].replace("<text ", '<text fill="currentColor" '))
-
-
-def _printable(value: object) -> object:
-    """What a template prints, with a mark for each character that steers a terminal or reorders a line."""
-    if not isinstance(value, str):
-        return value
-    return type(value)(STEERING.sub("�", value))  # Markup stays Markup
-
-
-def _cell(text: object) -> str:
-    """Text for a Markdown table or line: nothing in it is markup."""
-    shown = "" if text is None else str(text)
-    for mark in ("\\", "|", "`", "*", "_", "[", "]", "#", "~", "$"):
-        shown = shown.replace(mark, f"\\{mark}")
-    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join(STEERING.sub("�", shown).split())
 
 
 def _quoted(word: str) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn import report, runs, statistics
+from forgetlearn import pages, runs, statistics
 from forgetlearn.compare import CELLS, Cell, CompareSettings, cells_of
 from forgetlearn.config import RunConfig, validate
 from forgetlearn.errors import RunError
 from forgetlearn.method import METHODS
-from forgetlearn.report import COLUMNS
+from forgetlearn.pages import COLUMNS
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 PLAIN = {"lora": "lora"}  # what a method is compared with, by how it learns; the others with ft
@@ -42,9 +42,7 @@ def write_table(path: Path) -> dict[str, Any]:
     }
     runs.write_json(path / "compare.json", data)
     columns = [(q, p) for q, p in COLUMNS if any(f"{q}.{p}" in row["scores"] for row in data["rows"])]
-    runs.write_text(
-        path / "compare.md", report.render("compare.md.j2", {**data, "columns": columns, "path": path.name})
-    )
+    runs.write_text(path / "compare.md", pages.render("compare.md.j2", {**data, "columns": columns, "path": path.name}))
     return data
 
 

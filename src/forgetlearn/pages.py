@@ -1,0 +1,85 @@
+"""Templates to text: Markdown, and self-contained HTML; which scores are shown, and how.
+
+Text that comes from facts or models is escaped: in HTML by jinja2's autoescape, in Markdown by `_cell`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+COLUMNS = (
+    ("reliability", "token"),
+    ("generality", "token"),
+    ("locality", "agreement"),
+    ("residue", "token"),
+    ("reliability", "generate"),
+    ("generality", "generate"),
+    ("residue", "generate"),
+)
+QUESTIONS = {
+    "reliability": "does it give the new answer?",
+    "generality": "also when asked in other words?",
+    "locality": "is everything else as it was?",
+    "residue": "does it still give the old answer? (lower is better)",
+}
+ASSETS = ("page.css", "page.js")
+# Control characters but tab and line break, and those that change the direction of text.
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A template of the package, filled; HTML is autoescaped, a missing name is an error."""
+    environment = Environment(
+        loader=PackageLoader("forgetlearn"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_printable,
+    )
+    environment.filters["cell"] = _cell
+    environment.filters["score"] = show_score
+    environment.filters["yaml_string"] = json.dumps  # a JSON string is a YAML string
+    return environment.get_template(template).render(context)
+
+
+def render_page(template: str, context: Mapping[str, Any]) -> str:
+    """A page with its style and script in it; the policy in its head lets no other script run, and no request."""
+    style, script = (resources.files("forgetlearn").joinpath("templates", name).read_text("utf-8") for name in ASSETS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # our own files
+    return render(template, {**context, **inlined})
+
+
+def show_score(cell: Mapping[str, Any] | None, *, interval: bool = False) -> str:
+    """`78.4`, or `78.4 [75.1, 81.5]`; a dash where nothing was scored."""
+    if not cell or cell["mean"] is None:
+        return "–"
+    text = f"{cell['mean']:.1f}"
+    return f"{text} [{cell['low']:.1f}, {cell['high']:.1f}]" if interval and cell["low"] is not None else text
+
+
+def _printable(value: object) -> object:
+    """What a template prints, with a mark for each character that steers a terminal or reorders a line."""
+    if not isinstance(value, str):
+        return value
+    return type(value)(STEERING.sub("�", value))  # Markup stays Markup
+
+
+def _cell(text: object) -> str:
+    """Text for a Markdown table or line: nothing in it is markup."""
+    shown = "" if text is None else str(text)
+    for mark in ("\\", "|", "`", "*", "_", "[", "]", "#", "~", "$"):
+        shown = shown.replace(mark, f"\\{mark}")
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(STEERING.sub("�", shown).split())
