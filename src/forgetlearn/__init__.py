@@ -30,6 +30,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from forgetlearn.arithmetic import apply_vector as apply_vector
+    from forgetlearn.arithmetic import save_vector as save_vector
+    from forgetlearn.arithmetic import subtract_folders as subtract_folders
     from forgetlearn.assess import ask as ask
     from forgetlearn.assess import evaluate as evaluate
     from forgetlearn.config import ForgetSettings as ForgetSettings
@@ -55,6 +58,9 @@ if TYPE_CHECKING:
 
 # Public names and the modules they live in; loaded on first use, so that `import forgetlearn` is instant.
 _PUBLIC = {
+    "apply_vector": "arithmetic",
+    "save_vector": "arithmetic",
+    "subtract_folders": "arithmetic",
     "ask": "assess",
     "evaluate": "assess",
     "ForgetSettings": "config",

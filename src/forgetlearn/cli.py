@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from forgetlearn import __version__
+from forgetlearn import __version__, cli_weights
 from forgetlearn.config import RunConfig, describe, load_config, parse_assignments
 from forgetlearn.errors import ForgetLearnError
 
@@ -25,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(cli_weights.app)
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 HELP = {name: description for name, _type, _default, description in describe()}

@@ -25,6 +25,7 @@ from typing import Any
 from forgetlearn.errors import RunError
 
 MANIFEST = "manifest.json"
+ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
 VERSIONED = ("forgetlearn", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy")
 SECRET_FLAGS = ("token", "key", "secret", "password")
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # weights, config, tokenizer
@@ -209,7 +210,7 @@ def check_output(
         raise RunError(f"{path} exists. Pass {go_on}--overwrite to replace it.")
     if resume:
         raise RunError("Pass --resume to go on with the run, or --overwrite to replace it, not both.")
-    if not (_is_ours(path / MANIFEST) or _is_ours(path / "lab.json")):
+    if not any(_is_ours(path / name) for name in (MANIFEST, "lab.json", ARITHMETIC)):
         raise RunError(f"{path} was not written by forgetlearn, so --overwrite does not replace it. Choose another.")
     for read in inputs:
         if read and Path(read).resolve().is_relative_to(path.resolve()):

@@ -6,20 +6,23 @@ forgetting    theta' = base - coef * tau
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, some
+from forgetlearn.checkpoints import CheckpointFolder, check_same, named_in, partners
+from forgetlearn.errors import ConfigError, WeightMismatchError, some
 
 StateDict = Mapping[str, Tensor]
-WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+TORCH = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool},
+}
 
 
 class Weights(Protocol):
@@ -27,6 +30,9 @@ class Weights(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name to shape, without reading any data."""
+
+    def twins(self, name: str) -> tuple[str, ...]:
+        """The other names of a tensor."""
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU or where it is."""
@@ -45,6 +51,10 @@ class InMemory:
         """Name to shape."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    def twins(self, name: str) -> tuple[str, ...]:
+        """The other names of the same memory."""
+        return tuple(other for other in self.tied().get(name, ()) if other != name)
+
     def get(self, name: str) -> Tensor:
         """The tensor itself, not a copy."""
         return self.tensors[name].detach()
@@ -59,67 +69,21 @@ class InMemory:
         return {name: tuple(group) for group in groups.values() if len(group) > 1 for name in group}
 
 
-class Checkpoint:
-    """Weights in a folder of safetensors, sharded or not; nothing is read until it is asked for.
-
-    Read is what transformers reads: `model.safetensors`, else the files of the index; a folder with
-    neither may hold one other file of weights.
-
-    Raises:
-        ModelError: there are no safetensors, several without an index, or the index names a file that is
-            not there.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.files = _weight_files(self.folder)
-        self._file_of: dict[str, str] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for name in self.files:
-            with safe_open(self.folder / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    self._file_of[key] = name
-                    self._shapes[key] = tuple(file.get_slice(key).get_shape())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape, from the headers."""
-        return dict(self._shapes)
+class Checkpoint(CheckpointFolder):
+    """Weights in a folder of safetensors, sharded or not, as torch tensors; see `CheckpointFolder`."""
 
     def get(self, name: str) -> Tensor:
         """One tensor, read from its file."""
-        with safe_open(self.folder / self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        entry = self.entries[name]
+        if entry.n_bytes == 0:
+            return torch.empty(entry.shape, dtype=TORCH[entry.dtype])
+        found = torch.frombuffer(self.read_bytes(entry), dtype=TORCH[entry.dtype]).reshape(entry.shape)
+        self.close()
+        return found
 
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """Nothing: transformers writes a tied tensor once, under one name."""
+        """Nothing is known: a tied tensor is written once, under one name, or twice like two that are equal."""
         return {}
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the model of a folder."""
-    if (folder / WHOLE).is_file():
-        return [WHOLE]
-    index = folder / f"{WHOLE}.index.json"
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if missing := [name for name in names if name not in found]:
-            raise ModelError(f"{folder}: {index.name} names {some(missing)}, not there. Is the download complete?")
-        return names
-    names = [name for name in found if name != ADAPTER]
-    if len(names) > 1:
-        raise ModelError(
-            f"{folder}: {len(names)} .safetensors files and no index: {some(names)}. Which hold the model is not "
-            "known: save it with save_pretrained."
-        )
-    if not names and found:
-        raise ModelError(f"{folder}: holds an adapter, not a whole model. Merge it, or make it with save_merged.")
-    if not names:
-        raise ModelError(
-            f"{folder}: holds no .safetensors file. Pickled weights are not read: save with save_pretrained."
-        )
-    return names
 
 
 def open_weights(source: StateDict | str | Path | Weights) -> Weights:
@@ -140,9 +104,9 @@ def subtracted(
     """Names and tensors of `base - coef * (tuned - base)`, one at a time, under the names and in the order of `base`.
 
     Each floating-point tensor is summed in float32 (float64 where base is) and rounded once to the dtype
-    of `base`; other tensors are those of `base`. The inputs are left alone. `coef=0` gives the bits of
-    `base`. With `factors` a tensor's coefficient is `coef` times its factor, and 0 where it has none. Names and
-    shapes are compared before the first tensor is given. A tied tensor may have two names
+    of `base`; other tensors and infinite numbers are those of `base`. The inputs are left alone. `coef=0`
+    gives the bits of `base`. With `factors` a tensor's coefficient is `coef` times its factor, and 0 where it
+    has none. Names and shapes are compared before the first tensor is given. A tied tensor may have two names
     on one side, as in a state dict, and one on the other, as in a folder.
 
     Raises:
@@ -169,7 +133,8 @@ def _subtracted(
             continue
         wide = torch.float64 if start.dtype == torch.float64 else torch.float32
         start_wide, end = start.to(wide), right.get(partner).to(start.device, wide)
-        yield name, (start_wide - coef * (end - start_wide)).to(start.dtype)
+        moved = (start_wide - coef * (end - start_wide)).to(start.dtype)
+        yield name, torch.where(start.isinf(), start, moved)  # a mask that holds -inf
 
 
 def subtract(base: StateDict, tuned: StateDict, coef: float) -> dict[str, Tensor]:
@@ -223,13 +188,13 @@ class TaskVector:
         """As `apply_to`, one tensor at a time."""
         weights = open_weights(base)
         shapes, own = weights.shapes(), InMemory(self.deltas).shapes()
-        check_same({name: shapes[name] for name in own if name in shapes}, own, sides=("base", "vector"))
-        partners = _named_in(own, weights)
-        _check_ties(weights, InMemory(self.deltas), partners, sides=("base", "vector"))
+        check_same({name: shapes[name] for name in own if name in shapes}, own, ("base", "vector"))
+        moved = named_in(own, weights)
+        _check_ties(weights, InMemory(self.deltas), moved, sides=("base", "vector"))
         for name in shapes:
             start = weights.get(name)
-            if name in partners:
-                yield name, (start.float() + self.deltas[partners[name]].to(start.device)).to(start.dtype)
+            if name in moved:
+                yield name, (start.float() + self.deltas[moved[name]].to(start.device)).to(start.dtype)
             else:
                 yield name, start.clone()
 
@@ -247,7 +212,7 @@ class TaskVector:
 
     def __add__(self, other: TaskVector) -> TaskVector:
         ours, theirs = InMemory(self.deltas).shapes(), InMemory(other.deltas).shapes()
-        check_same(ours, theirs, sides=("left", "right"))
+        check_same(ours, theirs, ("left", "right"))
         return TaskVector({name: delta + other.deltas[name] for name, delta in self.deltas.items()})
 
     def __sub__(self, other: TaskVector) -> TaskVector:
@@ -255,26 +220,10 @@ class TaskVector:
 
 
 def _partners(base: Weights, tuned: Weights) -> dict[str, str]:
-    """Each name of `base` with the name of the same tensor in `tuned`, which may be another one where it is tied.
-
-    Raises:
-        WeightMismatchError: see `subtracted`.
-    """
-    ours, theirs = base.shapes(), tuned.shapes()
-    partners = _named_in(theirs, base)
-    ties = tuned.tied()
-    seen = {name: theirs[partner] for name, partner in partners.items()}
-    seen |= {name: shape for name, shape in theirs.items() if not any(n in ours for n in ties.get(name, (name,)))}
-    check_same(ours, seen)
-    _check_ties(base, tuned, partners)
-    return partners
-
-
-def _named_in(names: Mapping[str, object], weights: Weights) -> dict[str, str]:
-    """The names of `weights` that are among `names`, by themselves or by another name of the same tensor."""
-    ties = weights.tied()
-    found = ((name, [n for n in (name, *ties.get(name, ())) if n in names]) for name in weights.shapes())
-    return {name: among[0] for name, among in found if among}
+    """As `checkpoints.partners`, and what is tied in `base` may not be two different tensors in `tuned`."""
+    found = partners(base, tuned)
+    _check_ties(base, tuned, found)
+    return found
 
 
 def _check_ties(
@@ -294,34 +243,6 @@ def _check_ties(
                     f"{name} is tied to {first} in {sides[0]}, but in {sides[1]} the two differ. "
                     "Is one of them a model with tied embeddings and the other without?"
                 )
-
-
-def check_same(
-    base: Mapping[str, tuple[int, ...]],
-    tuned: Mapping[str, tuple[int, ...]],
-    sides: tuple[str, str] = ("base", "tuned"),
-) -> None:
-    """Nothing, if both have the same names and shapes.
-
-    Raises:
-        WeightMismatchError: how many differ, and the first five.
-    """
-    only_base = [name for name in base if name not in tuned]
-    only_tuned = [name for name in tuned if name not in base]
-    if only_base or only_tuned:
-        sentences = [
-            f"{len(names)} of {len(whole)} tensors are only in {side}: {some(names)}"
-            for names, whole, side in ((only_base, base, sides[0]), (only_tuned, tuned, sides[1]))
-            if names
-        ]
-        raise WeightMismatchError(f"{'; '.join(sentences)}. Are both of the same architecture?")
-    differ = [name for name in base if base[name] != tuned[name]]
-    if differ:
-        listed = some([f"{name} {base[name]} and {tuned[name]}" for name in differ])
-        raise WeightMismatchError(
-            f"{len(differ)} of {len(base)} tensors differ in shape between {sides[0]} and {sides[1]}: {listed}. "
-            "Was a token added before fine-tuning?"
-        )
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,336 @@
+"""What is subtracted from a checkpoint, read piece by piece: another checkpoint, a vector's file, an adapter.
+
+Each says which tensors of the base it moves and gives, for a range of one tensor's numbers, the change in the
+width that it is summed in. All names and shapes are compared when it is opened, before anything is written.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from forgetlearn.checkpoints import (
+    ADAPTER,
+    FLOATS,
+    WIDTHS,
+    CheckpointFolder,
+    Entry,
+    Shape,
+    check_same,
+    named_in,
+    partners,
+    read_object,
+)
+from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, some
+from forgetlearn.rounding import Array, Scratch, widen
+from forgetlearn.runs import MANIFEST
+
+VECTOR = "vector.safetensors"
+PREFIX = "base_model.model."
+# Fields of adapter_config.json that change nothing about what saved factors mean.
+HARMLESS = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config"),
+    *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "lora_alpha", "lora_dropout", "peft_type", "peft_version", "qalora_group_size", "r"),
+    *("rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "megatron_core"),
+    *("loftq_config", "corda_config", "lora_ga_config"),  # without effect unless init_lora_weights names them
+}
+KEEPS_BASE = (True, False, None, "true", "gaussian", "eva", "orthogonal")  # ways of starting that leave the base alone
+WHY_NOT = {
+    "use_dora": "DoRA also scales the weights",
+    "lora_bias": "it trains biases",
+    "bias": "it trains biases",
+    "modules_to_save": "it holds whole modules beside the factors",
+    "trainable_token_indices": "it holds rows of the embedding",
+    "target_parameters": "it adapts parameters without a module",
+    "layer_replication": "its model has more layers than its base",
+}
+
+
+class Change(Protocol):
+    """What is subtracted, times a coefficient.
+
+    moved    each tensor of the base that is moved, to the name by which it is found here
+    made_on  SHA-256 of the only base that it may be subtracted from, as `runs.sha256_of`; None for any
+    """
+
+    moved: Mapping[str, str]
+    made_on: str | None
+
+    def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
+        """The change of a tensor's numbers from `start` on into `into`; `base` are the base's numbers there."""
+
+    def close(self) -> None:
+        """Close the files."""
+
+
+class Difference:
+    """`tuned - base`, for another checkpoint of the same architecture, whatever its shards, order and dtypes.
+
+    Raises:
+        WeightMismatchError: names, shapes or kinds of numbers differ.
+        ModelError: see `CheckpointFolder`.
+    """
+
+    def __init__(self, base: CheckpointFolder, tuned: str | Path) -> None:
+        self.tuned = CheckpointFolder(tuned).open_all()
+        refuse_quantised(self.tuned)
+        found = partners(base, self.tuned)
+        theirs = self.tuned.dtypes()
+        floats = [name for name, dtype in base.dtypes().items() if dtype in FLOATS]
+        if odd := [f"{name} ({theirs[found[name]]})" for name in floats if theirs[found[name]] not in FLOATS]:
+            raise WeightMismatchError(
+                f"{len(odd)} of {len(found)} tensors are numbers with a point in base and whole numbers in tuned: "
+                f"{some(odd)}. Is tuned quantised? Save it in float32 or bfloat16."
+            )
+        self.moved: Mapping[str, str] = {name: found[name] for name in floats}
+        self.made_on: str | None = None
+
+    def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
+        """Tuned minus base."""
+        _read(self.tuned, self.tuned.entries[self.moved[entry.name]], start, into, scratch)
+        np.subtract(into, base, out=into)
+
+    def close(self) -> None:
+        """Close the tuned files."""
+        self.tuned.close()
+
+
+class Stored:
+    """A task vector that was saved: float32 tensors under the names of the base.
+
+    Raises:
+        WeightMismatchError: it names a tensor that the base has not, or in another shape.
+        ModelError: there is none.
+    """
+
+    def __init__(self, base: CheckpointFolder, vector: str | Path) -> None:
+        self.file = open_vector(vector)
+        self.made_on: str | None = None  # it may be added to what was made from its base, or to another model
+        ours, theirs = base.shapes(), self.file.shapes()
+        self.moved: Mapping[str, str] = named_in(theirs, base)
+        reached = {partner: ours[name] for name, partner in self.moved.items()}
+        check_same(reached, theirs, ("base", "vector"))
+        if whole := [name for name in self.moved if base.entries[name].dtype not in FLOATS]:
+            raise WeightMismatchError(f"The vector moves {some(whole)}, whole numbers in {base.folder}.")
+
+    def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
+        """The vector's own numbers."""
+        _read(self.file, self.file.entries[self.moved[entry.name]], start, into, scratch)
+
+    def close(self) -> None:
+        """Close the vector's file."""
+        self.file.close()
+
+
+class Adapter:
+    """`scaling * B A` of a LoRA adapter's factors, a few rows at a time: the dense matrix is never whole.
+
+    The scaling is lora_alpha / r, under rsLoRA lora_alpha / sqrt(r), with the patterns of the config; under
+    fan_in_fan_out (GPT-2) the product is turned.
+
+    Raises:
+        ModelError: the folder holds no safetensors adapter, or one that is more than LoRA factors on matrices.
+        WeightMismatchError: the factors do not fit the base.
+    """
+
+    def __init__(self, base: CheckpointFolder, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = adapter_config(self.folder)
+        self.factors = CheckpointFolder.of_file(self.folder / ADAPTER).open_all()
+        self.paths = _paths(self.factors)
+        self.turned: dict[str, bool] = {}
+        for name, path in self.paths.items():
+            self._check_target(base, name, path)
+        self.moved: Mapping[str, str] = {name: name for name in self.paths}
+        self.made_on = _base_of_run(self.folder)
+        self._kept: dict[str, tuple[Array, Array]] = {}
+        self._lock = threading.Lock()
+
+    def _check_target(self, base: CheckpointFolder, name: str, path: str) -> None:
+        if name not in base.entries:
+            raise WeightMismatchError(
+                f"{self.folder}: adapts {path}, and {base.folder} has no {name}. Is it the adapter of another base? "
+                "(A head that is tied to the embedding is not stored, and LoRA on it cannot be subtracted.)"
+            )
+        if twins := base.twins(name):
+            raise WeightMismatchError(
+                f"{self.folder}: adapts {path}, whose weight is also {some(twins)} in {base.folder}: with tied weights "
+                "peft computes an adapter in two ways that disagree. Train it without that module."
+            )
+        shape, r_in, r_out = base.shapes()[name], self._shape(path, "A"), self._shape(path, "B")
+        straight, turned = (r_out[0], r_in[1]), (r_in[1], r_out[0])
+        if len({r_in[0], r_out[1], self._setting(path, "rank_pattern", "r")}) > 1 or shape not in (straight, turned):
+            raise WeightMismatchError(
+                f"{self.folder}: the factors of {path} are B {r_out} and A {r_in} (r = "
+                f"{self._setting(path, 'rank_pattern', 'r')} in its config), {name} of the base is {shape}. "
+                "Is it the adapter of another base?"
+            )
+        if base.entries[name].dtype not in FLOATS:
+            raise WeightMismatchError(f"{self.folder}: adapts {path}, whole numbers in {base.folder}.")
+        self.turned[name] = bool(self.config.get("fan_in_fan_out")) if straight == turned else shape == turned
+
+    def _shape(self, path: str, factor: str) -> Shape:
+        return self.factors.entries[f"{PREFIX}{path}.lora_{factor}.weight"].shape
+
+    def _setting(self, path: str, pattern: str, default: str) -> float:
+        """A rank or an alpha: that of the first pattern that matches the module's path, as peft reads them."""
+        of: dict[str, float] = self.config.get(pattern) or {}
+        matched = next((key for key in of if re.match(rf"(.*\.)?({key})$", path)), None)
+        return of[matched] if matched is not None else self.config[default]
+
+    def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
+        """Rows of the product, or a part of one row."""
+        left, right = self._pair(entry.name)
+        columns = entry.shape[1]
+        row, column = divmod(start, columns)
+        rows = max(1, len(into) // columns)
+        width = columns if column == 0 and len(into) >= columns else len(into)
+        np.matmul(left[row : row + rows], right[:, column : column + width], out=into.reshape(rows, width))
+
+    def _pair(self, name: str) -> tuple[Array, Array]:
+        """Two factors whose product is the change of the matrix; those of the last matrices are kept."""
+        with self._lock:
+            if name not in self._kept:
+                while len(self._kept) >= 4:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[name] = self._load(name)
+            return self._kept[name]
+
+    def _load(self, name: str) -> tuple[Array, Array]:
+        path = self.paths[name]
+        a, b = (self._matrix(f"{PREFIX}{path}.lora_{factor}.weight") for factor in "AB")
+        rank = len(a)
+        alpha = self._setting(path, "alpha_pattern", "lora_alpha")
+        b *= np.float32(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+        return (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if self.turned[name] else (b, a)
+
+    def _matrix(self, key: str) -> Array:
+        entry = self.factors.entries[key]
+        found = np.empty(entry.n_entries, np.float32)
+        _read(self.factors, entry, 0, found, Scratch())
+        return found.reshape(entry.shape)
+
+    def close(self) -> None:
+        """Close the adapter's file."""
+        self.factors.close()
+
+
+def _read(folder: CheckpointFolder, entry: Entry, start: int, into: Array, scratch: Scratch) -> None:
+    width = WIDTHS[entry.dtype]
+    if entry.dtype == "F32" and into.dtype == np.float32:
+        folder.read_into(entry, start * width, into.data.cast("B"))
+        return
+    raw = scratch.array("other", len(into) * width, np.uint8)
+    folder.read_into(entry, start * width, raw.data)
+    widen(raw, entry.dtype, into)
+
+
+def open_vector(vector: str | Path) -> CheckpointFolder:
+    """The tensors of a saved vector; `metadata[VECTOR]` says where it is from.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = Path(vector)
+    file = folder if folder.suffix == ".safetensors" else folder / VECTOR
+    if not file.is_file():
+        raise ModelError(f"{vector}: holds no {VECTOR}. Make one with forgetlearn vector.")
+    found = CheckpointFolder.of_file(file)
+    if found.metadata[file.name].get("forgetlearn") != "task vector":
+        raise ModelError(f"{file}: was not written by forgetlearn vector.")
+    return found.open_all()
+
+
+def refuse_quantised(folder: CheckpointFolder) -> None:
+    """Nothing, if the weights are plain numbers.
+
+    Raises:
+        ModelError: the config says that they are quantised.
+    """
+    if folder.config().get("quantization_config"):
+        raise ModelError(
+            f"{folder.folder}: is quantised (quantization_config in config.json). Quantised weights are not moved: "
+            "take the checkpoint in bfloat16, float16 or float32 that it was made from."
+        )
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The config of an adapter that is LoRA factors and nothing else.
+
+    Raises:
+        ModelError: there is no such adapter, or subtracting its factors would not subtract what it does.
+    """
+    if not (folder / ADAPTER).is_file():
+        hint = (
+            " Pickled adapters are not read: save it again with peft."
+            if (folder / "adapter_model.bin").is_file()
+            else ""
+        )
+        raise ModelError(f"{folder}: holds no {ADAPTER}.{hint}")
+    config = read_object(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
+        raise ModelError(f"{folder}: peft_type = {config.get('peft_type')}, expected LORA with r and lora_alpha.")
+    used = [name for name, value in config.items() if name not in HARMLESS and value and value != "none"]
+    if used:
+        reason = WHY_NOT.get(used[0], "forgetlearn does not know what that adds")
+        raise ModelError(
+            f"{folder}: {used[0]} = {config[used[0]]}: {reason}, so subtracting the factors would be wrong. "
+            "Merge it with peft into a copy of the base and pass that as --tuned."
+        )
+    start = config.get("init_lora_weights", True)
+    if start not in KEEPS_BASE:
+        raise ModelError(
+            f"{folder}: init_lora_weights = {start}: that changed the base's own weights too. "
+            "Save it with path_initial_model_for_weight_conversion, which makes it plain LoRA."
+        )
+    return config
+
+
+def _base_of_run(folder: Path) -> str | None:
+    """The hash of the base in the manifest of the run that the folder is the product of."""
+    manifest = folder.resolve().parent / MANIFEST
+    inputs = read_object(manifest).get("inputs") if manifest.is_file() else None
+    found = inputs.get("base_sha256") if isinstance(inputs, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _paths(factors: CheckpointFolder) -> dict[str, str]:
+    """Names of the base's weights to paths of the adapted modules."""
+    found: dict[str, set[str]] = {}
+    odd = []
+    for key in factors.entries:
+        matched = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if matched is None or len(factors.entries[key].shape) != 2 or factors.entries[key].dtype not in FLOATS:
+            odd.append(key)
+        else:
+            found.setdefault(matched[1], set()).add(matched[2])
+    odd += [path for path, both in found.items() if len(both) < 2]
+    if odd or not found:
+        raise ModelError(
+            f"{factors.folder / ADAPTER}: {some(odd) if odd else 'nothing'}: expected pairs of LoRA factors on "
+            "matrices and nothing else (an embedding's factors are not supported). Merge it with peft into a copy of "
+            "the base and pass that as --tuned."
+        )
+    return {f"{path}.weight": path for path in found}
+
+
+def open_change(
+    base: CheckpointFolder, tuned: str | Path | None, adapter: str | Path | None, vector: str | Path | None
+) -> Change:
+    """The one of the three that is given.
+
+    Raises:
+        ConfigError: none is, or more than one.
+    """
+    given = [what for what in (tuned, adapter, vector) if what is not None]
+    if len(given) != 1:
+        raise ConfigError(f"{len(given)} of --tuned, --adapter and --vector are given. Give one: what is subtracted.")
+    if tuned is not None:
+        return Difference(base, tuned)
+    return Adapter(base, adapter) if adapter is not None else Stored(base, vector or "")

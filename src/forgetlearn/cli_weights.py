@@ -1,0 +1,149 @@
+"""The commands on weights: subtract, vector, apply, inspect. They import neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from forgetlearn.arithmetic import Written
+    from forgetlearn.streamed import Numbers
+
+app = typer.Typer()
+
+
+class StoredAs(StrEnum):
+    """Precision of the result."""
+
+    keep = "keep"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Rounding(StrEnum):
+    """How sums become numbers of that precision."""
+
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
+BaseOption = Annotated[Path, typer.Option("--base", help="Folder of the model that is moved.")]
+OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what forgetlearn wrote there.")]
+DtypeOption = Annotated[StoredAs, typer.Option("--dtype", help="Precision of the result; keep: the base's.")]
+RoundingOption = Annotated[
+    Rounding, typer.Option("--rounding", help="stochastic keeps small changes in bfloat16, with a little noise.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of stochastic rounding.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; unset: the cores, up to 4.")]
+AnyBaseOption = Annotated[bool, typer.Option("--any-base", help="Also a base that the adapter was not trained on.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def subtract(
+    base: BaseOption,
+    output: OutputOption,
+    coef: Annotated[float, typer.Option("--coef", help="How much of the change is subtracted: 0.3, say.")],
+    tuned: Annotated[Path | None, typer.Option("--tuned", help="Folder of the fine-tuned model.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Folder of a LoRA adapter.")] = None,
+    vector: Annotated[Path | None, typer.Option("--vector", help="Folder that `forgetlearn vector` wrote.")] = None,
+    dtype: DtypeOption = StoredAs.keep,
+    rounding: RoundingOption = Rounding.nearest,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    any_base: AnyBaseOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write base - coef * (tuned - base), whatever the size of the model, in little memory."""
+    numbers = _numbers(dtype, rounding, seed, threads)
+    from forgetlearn.arithmetic import subtract_folders
+
+    sources: dict[str, Any] = {"tuned": tuned, "adapter": adapter, "vector": vector}
+    written = subtract_folders(base, output, coef, **sources, numbers=numbers, any_base=any_base, overwrite=overwrite)
+    _say(written, as_json)
+
+
+@app.command()
+def vector(
+    base: BaseOption,
+    tuned: Annotated[Path, typer.Option("--tuned", help="Folder of the fine-tuned model.")],
+    output: OutputOption,
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Save tuned - base in float32, to be subtracted, added or looked at later."""
+    _few_threads()
+    from forgetlearn.arithmetic import save_vector
+
+    written = save_vector(base, tuned, output, overwrite=overwrite, threads=threads)
+    typer.echo(f"{output}: {written.moved} tensors, {written.parameters:,} numbers in float32, {written.seconds:.1f} s")
+
+
+@app.command()
+def apply(
+    what: Annotated[Path, typer.Argument(help="Folder that `forgetlearn vector` wrote.")],
+    base: BaseOption,
+    output: OutputOption,
+    factor: Annotated[float, typer.Option("--factor", help="base + factor * vector; negative subtracts.")] = 1.0,
+    dtype: DtypeOption = StoredAs.keep,
+    rounding: RoundingOption = Rounding.nearest,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write base + factor * vector."""
+    numbers = _numbers(dtype, rounding, seed, threads)
+    from forgetlearn.arithmetic import apply_vector
+
+    written = apply_vector(what, base, output, factor, numbers=numbers, overwrite=overwrite)
+    _say(written, as_json)
+
+
+def _few_threads() -> None:
+    """Before numpy is imported: the products of factors are small, and the pieces are shared out already."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def _numbers(dtype: StoredAs, rounding: Rounding, seed: int, threads: int | None) -> Numbers:
+    _few_threads()
+    from forgetlearn.streamed import Numbers
+
+    return Numbers(dtype.value, rounding.value, seed, threads)
+
+
+def _say(written: Written, as_json: bool) -> None:
+    survival = written.survival
+    if as_json:
+        told: dict[str, Any] = {
+            "output": str(written.output),
+            "tensors": written.tensors,
+            "moved": written.moved,
+            "parameters": written.parameters,
+            "share_changed": survival.share_changed,
+            "share_survived": survival.share_survived,
+            "looked_at": survival.seen,
+            "seconds": round(written.seconds, 3),
+            "seconds_to_sync": round(written.seconds_to_sync, 3),
+        }
+        typer.echo(json.dumps(told))
+        return
+    typer.echo(
+        f"{written.output}: {written.parameters:,} numbers, {written.moved} of {written.tensors} tensors moved; "
+        f"{written.seconds:.1f} s, and {written.seconds_to_sync:.1f} s until it was on the disk"
+    )
+    if survival.share_changed is not None and survival.share_survived is not None:
+        typer.echo(
+            f"{100 * survival.share_changed:.1f} % of the numbers that should change do, and "
+            f"{survival.share_survived:.3f} of the wanted change survives the rounding "
+            f"({survival.seen:,} numbers looked at)"
+        )
+    if warning := written.warning():
+        typer.echo(warning, err=True)
