@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from forgetlearn import adapters
+from forgetlearn import adapters, selection
 from forgetlearn.config import ForgetSettings, ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import make_fact, read_facts
-from forgetlearn.method import METHODS, PAPER_METHODS, check_forgetting, forget, learn
+from forgetlearn.method import METHODS, PAPER_METHODS, check_forgetting, check_learning, forget, learn
 from forgetlearn.models import editable_module, load_model
 from forgetlearn.scoring import score, summarise
 from forgetlearn.taskvector import TaskVector, snapshot, subtract
@@ -270,3 +270,33 @@ def test_only_the_named_modules_of_an_adapter_forget(world):
 def test_forgetting_that_cannot_be_done(world, changes, how, message):
     with pytest.raises(ConfigError, match=message):
         check_forgetting(world[0], FORGET.model_copy(update=changes), how)
+
+
+def test_centred_forgetting_moves_the_vocabulary_by_nothing_on_average(world):
+    lm, facts = world
+    base = snapshot(lm.model)
+    forget(lm, facts, FORGET.model_copy(update={"centred": True, "modules": "vocabulary"}), "all weights", seed=7)
+    change = snapshot(lm.model)["model.embed_tokens.weight"] - base["model.embed_tokens.weight"]
+    assert change.abs().max() > 1e-4
+    assert change.mean(0).abs().max() < 1e-6
+
+
+def test_only_the_named_modules_learn(world):
+    lm, facts = world
+    base = snapshot(lm.model)
+    learn(lm, facts, LEARN.model_copy(update={"modules": ("mlp", "attention@layers.0")}), "all weights", seed=3)
+    changed = {name for name, weight in snapshot(lm.model).items() if not torch.equal(weight, base[name])}
+    assert changed == set(selection.factors(lm.model, ("mlp", "attention@layers.0")))
+
+
+@pytest.mark.parametrize(
+    ("modules", "how", "message"),
+    [
+        ("nothing", "all weights", "learn.modules: 'nothing' matches nothing"),
+        ({"mlp": 2.0}, "all weights", "names without factors"),
+        ("mlp", "lora", "LoRA takes learn.lora.target_modules"),
+    ],
+)
+def test_learning_that_cannot_be_done(world, modules, how, message):
+    with pytest.raises(ConfigError, match=message):
+        check_learning(world[0], LEARN.model_copy(update={"modules": modules}), how)

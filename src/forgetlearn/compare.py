@@ -32,7 +32,7 @@ from forgetlearn.config import Control, MethodName, Modules, RunConfig, Settings
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.facts import Fact, FactSet
-from forgetlearn.method import METHODS, PAPER_METHODS, How, check_forgetting, forget, learn, stage_seed
+from forgetlearn.method import METHODS, PAPER_METHODS, How, check_forgetting, check_learning, forget, learn, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
@@ -41,6 +41,7 @@ from forgetlearn.session import base_hash, longest_pairs, read_config_facts, res
 log = logging.getLogger("forgetlearn")
 Budget = Literal["equal-epochs", "equal-steps"]
 Variants = Mapping[str, "VariantSettings"]
+WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.forgets == "all weights")
 NO_VARIANTS: Variants = MappingProxyType({})
 CELLS, SHARED = "cells", "shared"
 POLL_S = 0.5
@@ -53,10 +54,15 @@ def _above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class VariantSettings(Settings):
-    """What differs in a variant of subtracting; the fine-tuning on old facts is the same for all of them."""
+    """What differs in a variant; the fine-tuning on old facts is the same for all of them."""
 
+    methods: tuple[MethodName, ...] = Field(
+        (), description="Methods that it varies; unset: those of the comparison that forget with all weights."
+    )
     modules: Modules = Field("all", description="As forget.modules.")
+    centred: bool = Field(False, description="As forget.centred.")
     control: Control = Field("none", description="As forget.control.")
+    learn_modules: Modules = Field("all", description="As learn.modules.")
     coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
 
     _forgets = field_validator("coefs")(_above_zero)
@@ -75,9 +81,7 @@ class CompareSettings(Settings):
         description="equal-epochs: as the paper compares; equal-steps: plain methods also get the steps of forgetting.",
     )
 
-    variants: dict[str, VariantSettings] = Field(
-        {}, description="More rows for the methods that subtract with all weights: a name, and what differs."
-    )
+    variants: dict[str, VariantSettings] = Field({}, description="More rows: a name, and what differs.")
 
     @field_validator("methods", "coefs", "seeds", "epochs", "budgets")
     @classmethod
@@ -129,17 +133,20 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
     cells = []
     epochs = settings.epochs or (config.learn.epochs,)
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
-        coefs: Sequence[float | None] = settings.coefs if METHODS[method].forgets else (None,)
-        cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in coefs]
-        if METHODS[method].forgets == "all weights":
-            cells += [
-                Cell(method, coef, n_epochs, seed, "equal-epochs", name)
-                for name, variant in settings.variants.items()
-                for coef in variant.coefs or settings.coefs
-            ]
+        cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in _coefs(method, settings.coefs)]
+        cells += [
+            Cell(method, coef, n_epochs, seed, "equal-epochs", name)
+            for name, variant in settings.variants.items()
+            if method in (variant.methods or WITH_ALL_WEIGHTS)
+            for coef in _coefs(method, variant.coefs or settings.coefs)
+        ]
         if "equal-steps" in settings.budgets and method in ("ft", "lora"):
             cells.append(Cell(method, None, n_epochs + config.forget.epochs, seed, "equal-steps"))
     return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
+
+
+def _coefs(method: MethodName, coefs: tuple[float, ...]) -> Sequence[float | None]:
+    return coefs if METHODS[method].forgets else (None,)
 
 
 def fill(
@@ -317,20 +324,23 @@ class _Worker:
 
 def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS) -> RunConfig:
     """The config of an update that does what the cell does."""
-    changes: dict[str, Any] = {} if cell.coef is None else {"coef": cell.coef}
+    forgetting: dict[str, Any] = {} if cell.coef is None else {"coef": cell.coef}
+    learning: dict[str, Any] = {"epochs": cell.epochs}
     if cell.variant:
-        changes |= {name: getattr(variants[cell.variant], name) for name in ("modules", "control")}
-    forget = config.forget.model_copy(update=changes)
-    learning = config.learn.model_copy(update={"epochs": cell.epochs})
-    return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learning})
+        variant = variants[cell.variant]
+        forgetting |= {name: getattr(variant, name) for name in ("modules", "centred", "control")}
+        learning["modules"] = variant.learn_modules
+    forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
+    return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})
 
 
 def _check(lm: LanguageModel, config: RunConfig, cell: Cell) -> None:
     """What would make a cell fail, found before the first one is begun."""
-    how = METHODS[cell.method].forgets
+    method = METHODS[cell.method]
     try:
-        if how:
-            check_forgetting(lm, config.forget, how)
+        check_learning(lm, config.learn, method.learns)
+        if method.forgets:
+            check_forgetting(lm, config.forget, method.forgets)
     except ConfigError as error:
         raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
 

@@ -109,6 +109,10 @@ class StageSettings(TrainSettings):
     max_change: float = Field(
         5e-4, gt=0, description="Method ft-c: no weight leaves this distance from where the stage began."
     )
+    modules: Modules = Field(
+        "all",
+        description="Weights that learning with all weights trains, named as in forget.modules; the others stay.",
+    )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Used where the stage is done with LoRA.")
 
     @property
@@ -131,6 +135,11 @@ class ForgetSettings(StageSettings):
         "all",
         description="Weights that the subtraction changes: embeddings, head, vocabulary (both), attention, mlp, norms, "
         "layers.4-7, all, or a pattern over parameter names; several in a list, or each with a factor on coef.",
+    )
+    centred: bool = Field(
+        False,
+        description="Leave out of the subtraction what all rows of the embeddings or of the head share, their mean "
+        "(all weights only).",
     )
     control: Control = Field(
         "none",

@@ -114,6 +114,8 @@ def subtract_old(
         return
     tuned = dict(lm.model.named_parameters()) if tuned is None else tuned
     forgotten = taskvector.subtracted(base, tuned, settings.coef, factors)
+    if settings.centred:
+        forgotten = taskvector.without_shared_rows(base, forgotten, selection.groups(lm.model)["vocabulary"])
     taskvector.load_into(lm.model, controlled(base, forgotten, settings.control, seed))
 
 
@@ -130,10 +132,28 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
             f"forget.modules = {settings.modules!r}: the adapter changes none of these weights, but for example "
             f"{targets[0]}. Name some that forget.lora.target_modules cover."
         )
-    if how != "all weights" and settings.control != "none":
-        raise ConfigError(f"forget.control = {settings.control}: is there for forgetting with all weights alone.")
+    if how != "all weights" and (settings.control != "none" or settings.centred):
+        raise ConfigError("forget.control and forget.centred are there for forgetting with all weights alone.")
     if how == "ascent" and settings.modules != selection.ALL:
         raise ConfigError("forget.modules: gradient ascent (ga) subtracts nothing. Leave it at all.")
+
+
+def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
+    """Nothing, if learning can train what the settings name.
+
+    Raises:
+        ConfigError: `modules` match nothing, give a factor, or the method chooses what it trains itself.
+    """
+    if settings.modules == selection.ALL:
+        return
+    if how not in ("all weights", "bounded"):
+        raise ConfigError(
+            f"learn.modules = {settings.modules!r}: is there for learning with all weights; "
+            "LoRA takes learn.lora.target_modules, and locft chooses its module."
+        )
+    if isinstance(settings.modules, dict):
+        raise ConfigError("learn.modules: a weight is trained or not, so it takes names without factors.")
+    selection.factors(lm.model, settings.modules, "learn.modules")
 
 
 def learn(
@@ -156,6 +176,10 @@ def learn(
         only = editable_module(lm.model)
         lm.model.requires_grad_(False)
         lm.model.get_submodule(only).requires_grad_(True)
+    elif settings.modules != selection.ALL:
+        trained = selection.factors(lm.model, settings.modules, "learn.modules")
+        for name, weight in lm.model.named_parameters():
+            weight.requires_grad_(name in trained)
     stage_log = _train(lm, texts, settings, how, seed, "learning")
     lm.to_own_dtypes()
     return stage_log

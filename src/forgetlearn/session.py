@@ -17,7 +17,18 @@ from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
 from forgetlearn.finetune import StageLog, check_dtype, finetune
-from forgetlearn.method import METHODS, How, Method, all_weights, check_forgetting, fold_in, forget, learn, stage_seed
+from forgetlearn.method import (
+    METHODS,
+    How,
+    Method,
+    all_weights,
+    check_forgetting,
+    check_learning,
+    fold_in,
+    forget,
+    learn,
+    stage_seed,
+)
 from forgetlearn.models import LanguageModel, as_language_model, load_model, save_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Row
@@ -407,6 +418,7 @@ def _check_stages(config: RunConfig, lm: LanguageModel) -> None:
             check_dtype(settings, lm.device)
         if how == "lora":
             adapters.check_targets(lm.model, settings.lora, name)
+    check_learning(lm, config.learn, method.learns)
     if config.forget.coef > 0 and method.forgets:
         check_forgetting(lm, config.forget, method.forgets)
 

@@ -1,0 +1,108 @@
+"""Does forgetting first help, and which forgetting? Every base of the study's config, compared, tabulated, plotted.
+
+    python bench/study.py ../shared/data --output runs/study [--only zsre-tied] [--config configs/study/study.yaml]
+
+Resumable: cells that are done are not done again. Each base is a folder of `forgetlearn compare`. At the end
+it writes study.md and a plot of the trade-off per base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forgetlearn.compare import CompareSettings, fill
+from forgetlearn.config import load_config, validate
+from forgetlearn.facts import read_facts
+from forgetlearn.lab import LabSettings, build_lab
+from forgetlearn.runs import write_text
+from forgetlearn.table import write_table
+
+ROOT = Path(__file__).parents[1]
+SHOWN = ("reliability.token", "generality.token", "locality.agreement", "residue.token")
+
+
+@dataclass(frozen=True)
+class Base:
+    """One lab base, and the facts that it is updated with."""
+
+    file: str
+    tied: bool
+    part: str
+    start: int
+    limit: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.file).stem}-{'tied' if self.tied else 'untied'}-{self.part}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder with the files of facts")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "study" / "study.yaml")
+    parser.add_argument("--only", default="", help="bases whose name holds this")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    study = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    bases = [base for base in bases_of(study) if args.only in base.name]
+    tables = {}
+    for base in bases:
+        print(base.name, flush=True)
+        tables[base.name] = compared(base, study, args.data, args.output / base.name, args.workers)
+    text = "\n\n".join(f"### {name}\n\n{differences(table)}" for name, table in tables.items())
+    write_text(args.output / "study.md", text + "\n")
+    print(text)
+
+
+def bases_of(study: Mapping[str, Any]) -> Iterator[Base]:
+    for part, file, tied in itertools.product(study["parts"], study["files"], study["tied"]):
+        own = study["parts"][part]
+        yield Base(file, tied, part, own["start"], own["limit"], own["base_seed"])
+
+
+def compared(base: Base, study: Mapping[str, Any], data: Path, output: Path, workers: int) -> dict[str, Any]:
+    """The table of one base, made now or read."""
+    part = study["parts"][base.part]
+    whole = read_facts(data / base.file)
+    facts = replace(whole, facts=whole[base.start : base.start + base.limit])
+    lab = LabSettings(seed=base.seed, tie_word_embeddings=base.tied, **study.get("lab", {}), **part.get("lab", {}))
+    folder = build_lab(facts, lab, vocabulary_from=whole)
+    config = load_config(folder / "update.yaml", study["update"] | part.get("update", {}))
+    variants = study["variants"][part["variants"]]["tied" if base.tied else "untied"]
+    settings = validate(CompareSettings, part["compare"] | {"variants": variants})
+    fill(folder, folder / "facts.jsonl", settings, config, output=output, resume=output.exists(), workers=workers)
+    return write_table(output)
+
+
+def differences(table: Mapping[str, Any]) -> str:
+    """Scores, and paired differences to plain fine-tuning, with 95 % intervals, in Markdown."""
+    lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
+    for row in table["rows"]:
+        cells = []
+        against = row["against"].get("equal-epochs", {}).get("differences", {})
+        for name in SHOWN:
+            score, change = row["scores"][name], against.get(name)
+            shown = f"{score['mean']:.1f}"
+            if change:
+                shown += f" ({change['mean']:+.1f} [{change['low']:+.1f}, {change['high']:+.1f}])"
+            cells.append(shown)
+        lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+    for curve in table["curves"] or []:
+        equal = curve["at_equal_reliability"]
+        if equal:
+            label = " ".join(str(part) for part in (curve["method"], curve["variant"], curve["coef"]) if part)
+            lines.append(f"at equal reliability: {label}: {equal}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
