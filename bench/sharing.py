@@ -4,10 +4,10 @@
 
 5 methods x 3 coefficients x 3 seeds are 33 updates. Both sides are commands in processes of their own, one
 thread, on one lab base that is built before the clock starts. The updates of the first seed are done one by
-one and stand for the other seeds (a seed changes the order of facts, not the amount of work); their scores
-must equal those of the cells of compare. An update also writes its product (a model or an adapter); a cell
-of compare writes its scores and report only. With `--pairs` both sides are run again. The last line is the
-ratio of CPU times, compare to one by one.
+one and stand for the other seeds (a seed changes the order of facts, not the amount of work); with
+`--every-seed` all are done. Their scores must equal those of the cells of compare. An update also writes its
+product (a model or an adapter); a cell of compare writes its scores and report only. With `--pairs` both
+sides are run again. The last line is the ratio of CPU times, compare to one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +80,13 @@ def main() -> None:
         },
     )
     settings = CompareSettings(seeds=tuple(range(args.seeds)))
+    cells = cells_alone(config, settings, args.every_seed)
     compared, alone = [], []
     for _ in range(args.pairs):
         with tempfile.TemporaryDirectory(prefix="forgetlearn-bench-") as folder:
             compared.append(run_compare(Path(folder), config, settings))
-            alone.append(run_alone(Path(folder), config, settings))
-            check_equal_scores(Path(folder), config, settings)
+            alone.append(run_alone(Path(folder), cells))
+            check_equal_scores(Path(folder), cells)
     starts = [spent_by(START) for _ in range(3)]
     report(args, settings, config, compared, alone, statistics.median(start.cpu_s for start in starts))
 
@@ -96,6 +97,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=60, help="usable facts of the file")
     parser.add_argument("--epochs", type=int, default=2, help="of each stage (a lab base is made for 6)")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--every-seed", action="store_true", help="run every update one by one, scale nothing")
     parser.add_argument("--pairs", type=int, default=1, help="runs of each side, one after the other")
     return parser.parse_args()
 
@@ -113,31 +115,33 @@ def run_compare(folder: Path, config: RunConfig, settings: CompareSettings) -> S
     return spent_by([*command, "--output", str(folder / "compared")])
 
 
-def run_alone(folder: Path, config: RunConfig, settings: CompareSettings) -> Spent:
-    """The updates of the first seed, a command each."""
+def run_alone(folder: Path, cells: Mapping[str, RunConfig]) -> Spent:
+    """The updates, a command each."""
     total = Spent(0, 0)
-    for cell in first_seed(config, settings):
-        file = folder / f"{cell.name}.yaml"
-        file.write_text(as_yaml(cell_config(config, cell)))
+    for name, config in cells.items():
+        file = folder / f"{name}.yaml"
+        file.write_text(as_yaml(config))
         command = [sys.executable, "-m", "forgetlearn", "--quiet", "update", "--config", str(file)]
-        total += spent_by([*command, "--output", str(folder / cell.name)])
+        total += spent_by([*command, "--output", str(folder / name)])
     return total
 
 
-def first_seed(config: RunConfig, settings: CompareSettings) -> list:
-    return [cell for cell in cells_of(settings, config) if cell.seed == settings.seeds[0]]
+def cells_alone(config: RunConfig, settings: CompareSettings, every_seed: bool) -> dict[str, RunConfig]:
+    """The configs of the updates that are done one by one, by the names of their cells."""
+    seeds = settings.seeds if every_seed else settings.seeds[:1]
+    return {cell.name: cell_config(config, cell) for cell in cells_of(settings, config) if cell.seed in seeds}
 
 
 def as_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def check_equal_scores(folder: Path, config: RunConfig, settings: CompareSettings) -> None:
+def check_equal_scores(folder: Path, names: Iterable[str]) -> None:
     """Raise unless both sides did the same updates."""
-    for cell in first_seed(config, settings):
-        paths = (folder / "compared" / "cells" / cell.name, folder / cell.name)
+    for name in names:
+        paths = (folder / "compared" / "cells" / name, folder / name)
         mine, other = (json.loads((path / "summary.json").read_text())["phases"] for path in paths)
-        assert mine == other, f"{cell.name}: compare and update have other scores"
+        assert mine == other, f"{name}: compare and update have other scores"
 
 
 def report(
@@ -148,17 +152,17 @@ def report(
     alone: list[Spent],
     start_s: float,
 ) -> None:
-    n_cells, n_alone = len(cells_of(settings, config)), len(first_seed(config, settings))
+    n_cells, n_alone = len(cells_of(settings, config)), len(cells_alone(config, settings, args.every_seed))
     scaled = [spent.times(n_cells / n_alone) for spent in alone]
     print(machine())
     print(
         f"{args.limit} facts, {args.epochs} epochs a stage, {len(settings.methods)} methods x {len(settings.coefs)} "
         f"coefficients x {len(settings.seeds)} seeds = {n_cells} updates; {args.pairs} pair(s)"
     )
-    print(f"one by one: {n_alone} updates (seed {settings.seeds[0]}) were run, and scaled by {n_cells / n_alone:g}")
+    print(f"one by one: {n_alone} updates were run, and scaled by {n_cells / n_alone:g}")
     print("equal scores in every phase of these updates on both sides")
     print(f"{'':28}{'wall s':>9}{'CPU s':>9}{'CPU s / update':>16}")
-    for name, all_spent in (("forgetlearn compare", compared), ("forgetlearn update, scaled", scaled)):
+    for name, all_spent in (("forgetlearn compare", compared), ("forgetlearn update", scaled)):
         wall = statistics.median(spent.wall_s for spent in all_spent)
         cpu = statistics.median(spent.cpu_s for spent in all_spent)
         print(f"{name:28}{wall:9.0f}{cpu:9.0f}{cpu / n_cells:16.1f}")
