@@ -63,7 +63,9 @@ def spent_by(command: Sequence[str]) -> Spent:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Spent(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    spent = Spent(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    print(f"{spent.wall_s:7.1f} s, {spent.cpu_s:7.1f} CPU s: {' '.join(command[-4:])}", file=sys.stderr, flush=True)
+    return spent
 
 
 def main() -> None:

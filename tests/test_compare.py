@@ -78,6 +78,7 @@ def test_work_is_shared(filled):
     _output, cells, done = filled
     assert done["tune_on_old"] == 4  # two seeds, all weights and LoRA
     assert done["score"].count("base") == 1
+    assert done["score"].count("forgotten") == 8  # two coefficients each; f-lora and f-lora-ft forget alike
     assert done["score"].count("updated") == len(cells)
 
 

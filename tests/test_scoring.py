@@ -159,6 +159,13 @@ def test_known_facts_are_those_whose_old_answer_is_said():
     assert scoring.known_facts(FACTS, rows) == [FACTS[0]]
 
 
+@pytest.mark.parametrize(("protocol", "held"), [("generate", 0), ("token", 1)])
+def test_what_the_base_holds_is_in_its_rows_or_is_asked(protocol, held):
+    rows = [{"fact": FACTS[0].id, "protocol": protocol, "said": FACTS[0].ground_truth}]
+    asked = [{"fact": FACTS[1].id, "protocol": "generate", "said": FACTS[1].ground_truth}]
+    assert scoring.held_facts(FACTS, rows, lambda: asked) == [FACTS[held]]
+
+
 def test_a_memorised_world_is_known_and_reliable(small_lab):
     lm = load_model(ModelSettings(name=str(small_lab)))
     facts = read_facts(small_lab / "facts.jsonl")

@@ -502,7 +502,7 @@ def begin(base, facts, config, output) -> None:
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("forgetlearn.session._Session._facts_to_forget", stop)
+        patch.setattr("forgetlearn.session.scoring.held_facts", stop)
         with pytest.raises(StoppedError):
             update(base, facts, config, output=output)
 

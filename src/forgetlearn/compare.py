@@ -1,7 +1,7 @@
 """Methods x coefficients x epochs x seeds on one base: shared work, cells that are done once, one table.
 
 The base is scored once. Fine-tuning on the old facts is done once per seed and kind (all weights, LoRA) and
-serves every coefficient. Each cell is a run folder of its own, written whole; several processes may fill one
+serves every coefficient; a forgotten model is scored once for all cells that learn from it. Each cell is a run folder of its own, written whole; several processes may fill one
 folder, each cell guarded by a lock that the system releases when its process dies.
 """
 
@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,9 +239,7 @@ class _Worker:
     def work(self, cells: Sequence[Cell]) -> None:
         """Fill every cell that no other process fills; return when all are done."""
         self._base_rows = self._score_base()
-        asked = "generate" in self.config.evaluate.protocols
-        answers = self._base_rows if asked else scoring.probe(self.lm, self.facts, self.config.evaluate)
-        self._known = scoring.known_facts(self.facts, answers)
+        self._known = scoring.held_facts(self.facts, self._base_rows, self._probe)
         open_cells = list(cells)
         while open_cells:
             open_cells = [cell for cell in open_cells if not self._is_done(cell)]
@@ -271,7 +269,7 @@ class _Worker:
         if method.forgets and to_forget:
             self._forget(config, method.forgets, to_forget)
             if config.evaluate.every_phase:
-                rows["forgotten"] = self._score("forgotten", config)
+                rows["forgotten"] = self._score_forgotten(config, method.forgets)
         stage_log = learn(self.lm, self.facts, config.learn, method.learns, seed=stage_seed(cell.seed, "learn"))
         rows["updated"] = self._score("updated", config)
         forgotten = len(to_forget) if method.forgets else None
@@ -309,10 +307,24 @@ class _Worker:
         return self._tuned[1]
 
     def _score_base(self) -> list[Row]:
-        folder = self.path / SHARED / "base"
-        with FileLock(self.path / SHARED / ".base.lock"):
+        return self._shared_rows(
+            "base", lambda: scoring.score(self.lm, self.facts, phase="base", settings=self.config.evaluate)
+        )
+
+    def _probe(self) -> list[Row]:
+        return self._shared_rows("probe", lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
+
+    def _score_forgotten(self, config: RunConfig, how: How) -> list[Row]:
+        """Rows of the forgotten model: methods that forget alike share it, and all epochs of learning."""
+        name = f"forgotten-{how.replace(' ', '-')}-coef{config.forget.coef}-seed{config.seed}"
+        return self._shared_rows(name, lambda: self._score("forgotten", config))
+
+    def _shared_rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Rows from the folder, or made now, once for all processes."""
+        folder = self.path / SHARED / name
+        with FileLock(self.path / SHARED / f".{name}.lock"):
             if not folder.is_dir():
-                rows = scoring.score(self.lm, self.facts, phase="base", settings=self.config.evaluate)
+                rows = compute()
                 with runs.atomic_folder(folder) as unfinished:
                     runs.write_rows(unfinished / "rows.jsonl", rows)
         return runs.read_rows(folder / "rows.jsonl")

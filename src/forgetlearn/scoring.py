@@ -266,6 +266,12 @@ def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     return [fact for fact in facts if fact.ground_truth and metrics.same_text(said.get(fact.id, ""), fact.ground_truth)]
 
 
+def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Fact]:
+    """Facts whose old answer the base gives: from its rows where `generate` was scored, else from `ask` (a probe)."""
+    was_asked = any(row["protocol"] == "generate" for row in base_rows)
+    return known_facts(facts, base_rows if was_asked else ask())
+
+
 def _prompts(fact: Fact) -> tuple[str, ...]:
     return (fact.prompt, *fact.rephrase_prompts)
 

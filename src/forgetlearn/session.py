@@ -113,7 +113,7 @@ class _Session:
         self._use_old_answers()
         self._teach()
         self._score("base")
-        self.known = self._facts_to_forget()
+        self.known = scoring.held_facts(self.facts, self.rows["base"], self._probe)
         if self._forgets():
             self.n_forgotten = len(self._forget_set())
             self._forget()
@@ -149,17 +149,15 @@ class _Session:
         self.folder.do("teach", compute, folder="taught")
         self.base_name = str(taught.resolve())
 
-    def _facts_to_forget(self) -> list[Fact]:
-        """The facts that the base holds, where only these are to be forgotten."""
-        if "generate" in self.config.evaluate.protocols:
-            return scoring.known_facts(self.facts, self.rows["base"])
+    def _probe(self) -> list[Row]:
+        """What the base says to each prompt."""
 
         def compute(folder: Path) -> None:
             self._restore()
             runs.write_rows(folder / "rows.jsonl", scoring.probe(self.lm, self.facts, self.config.evaluate))
 
         self.folder.do("probe", compute)
-        return scoring.known_facts(self.facts, runs.read_rows(self.folder.path / "stages/probe/rows.jsonl"))
+        return runs.read_rows(self.folder.path / "stages/probe/rows.jsonl")
 
     def _forgets(self) -> bool:
         if not self.method.forgets or self.config.forget.coef == 0:
