@@ -141,12 +141,40 @@ def test_two_processes_do_each_cell_once(small_lab, facts, config, tmp_path):
 
     def job():
         compare._Worker._fill = noted
-        lm = forgetlearn.load_model(small_lab)
-        compare._Worker(output, config, lm, facts).work(cells_of(settings, config))
+        compare.help_fill(compare.Comparison(output, config, facts, cells_of(settings, config)))
 
     children = [in_child(job), in_child(job)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
     assert sorted(log.read_text().split()) == sorted(cell.name for cell in cells_of(settings, config))
+
+
+def test_the_claim_of_a_killed_process_is_taken_over(small_lab, facts, config, tmp_path):
+    settings = CompareSettings(methods=("ft",), seeds=(0,))
+    begun, _lm = compare.begin(
+        small_lab, facts, settings, config, output=tmp_path / "out", resume=False, overwrite=False
+    )
+    (cell,) = begun.open_cells()
+    (begun.path / "cells").mkdir()
+    lock = begun.path / "cells" / f".{cell.name}.lock"
+
+    def hold():
+        with compare._claimed(lock) as is_ours:
+            assert is_ours
+            (tmp_path / "held").touch()
+            time.sleep(100)
+
+    holder = in_child(hold)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    waiting = in_child(lambda: compare.help_fill(begun))
+    while not (begun.path / "shared" / "base").exists():
+        time.sleep(0.01)
+    time.sleep(3 * compare.POLL_S)
+    assert begun.open_cells() == [cell]
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert os.waitpid(waiting, 0)[1] == 0
+    assert begun.open_cells() == []
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_rows(filled, small_lab, facts, config, tmp_path):
@@ -303,6 +331,7 @@ def test_variants_are_rows_of_their_own_and_share_the_tuned_weights(small_lab, f
         ("f-ft", "noise", 0.5),
     ]
     assert [path.name for path in (tmp_path / "out" / "shared").glob("old-*")] == ["old-all-weights-seed0"]
+    assert len(list((tmp_path / "out" / "shared").glob("forgotten-*"))) == 3  # each variant has a forgotten model
     cell = tmp_path / "out" / "cells" / "f-ft-attn-coef2-2epochs-seed0"
     alone = update(small_lab, facts, load_config(cell / "config.yaml"), output=tmp_path / "alone")
     assert rows_of(alone.output) == rows_of(cell)

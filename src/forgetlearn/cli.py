@@ -16,7 +16,7 @@ import typer
 
 from forgetlearn import __version__, cli_weights
 from forgetlearn.config import RunConfig, describe, load_config, parse_assignments
-from forgetlearn.errors import ForgetLearnError
+from forgetlearn.errors import ConfigError, ForgetLearnError
 
 app = typer.Typer(
     name="forgetlearn",
@@ -193,7 +193,11 @@ def compare(
     variants: Annotated[
         Path | None, typer.Option("--variants", help="YAML file of variants of subtracting (docs/commands.md).")
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that fill the table.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes (--slurm: jobs) to fill it.")] = 1,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the work as Slurm jobs and wait for them.")] = False,
+    slurm_setting: Annotated[
+        list[str] | None, typer.Option("--slurm-set", help="What submitit is to ask for: partition=gpu, mem_gb=32.")
+    ] = None,
     limit: LimitOption = None,
     config_file: ConfigOption = None,
     setting: SetOption = None,
@@ -204,6 +208,7 @@ def compare(
     from forgetlearn.config import read_yaml, validate
 
     config = _config(config_file, model, facts_file, None, limit, None, None, None, setting)
+    from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
     from forgetlearn.pages import COLUMNS
     from forgetlearn.table import write_table
@@ -213,7 +218,14 @@ def compare(
     if variants:
         asked["variants"] = read_yaml(variants)
     settings = validate(CompareSettings, asked)
-    fill(settings=settings, config=config, output=output, resume=resume, overwrite=overwrite, workers=workers)
+    where: dict[str, Any] = {"output": output, "resume": resume, "overwrite": overwrite}
+    if slurm:
+        wanted = parse_assignments(slurm_setting or [], "--slurm-set")
+        fill_on_cluster(Jobs(workers, wanted), settings=settings, config=config, **where)
+    elif slurm_setting:
+        raise ConfigError("--slurm-set is for jobs: pass --slurm too.")
+    else:
+        fill(settings=settings, config=config, **where, workers=workers)
     table = write_table(output)
     _table(COLUMNS, [(row["label"], _nested(row["scores"])) for row in table["rows"]], "")
     typer.echo(f"\nintervals, differences, curves: {output / 'compare.md'}\na run folder per cell: {output / 'cells'}")

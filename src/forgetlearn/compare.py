@@ -1,8 +1,9 @@
 """Methods x coefficients x epochs x seeds on one base: shared work, cells that are done once, one table.
 
 The base is scored once. Fine-tuning on the old facts is done once per seed and kind (all weights, LoRA) and
-serves every coefficient; a forgotten model is scored once for all cells that learn from it. Each cell is a run folder of its own, written whole; several processes may fill one
-folder, each cell guarded by a lock that the system releases when its process dies.
+serves every coefficient; a forgotten model is scored once for all cells that learn from it. Each cell is a
+run folder of its own, written whole; several processes may fill one folder, each cell guarded by a lock that
+the system releases when its process dies.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -149,6 +150,25 @@ def _coefs(method: MethodName, coefs: tuple[float, ...]) -> Sequence[float | Non
     return coefs if METHODS[method].forgets else (None,)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What a process needs to fill cells of a comparison's folder."""
+
+    path: Path
+    config: RunConfig
+    facts: FactSet
+    cells: list[Cell]
+    variants: Variants = field(default_factory=dict)
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether somebody has done the cell."""
+        return runs.is_run(self.path / CELLS / cell.name)
+
+    def open_cells(self) -> list[Cell]:
+        """The cells that nobody has done."""
+        return [cell for cell in self.cells if not self.is_done(cell)]
+
+
 def fill(
     model: LanguageModel | nn.Module | str | Path | None = None,
     facts: FactSet | str | Path | None = None,
@@ -168,10 +188,28 @@ def fill(
     Raises:
         RunError: the folder was begun with other facts, another base or other settings.
     """
+    if workers > 1:
+        check_named(model, f"workers = {workers}")
+    comparison, lm = begin(model, facts, settings, config, output=output, resume=resume, overwrite=overwrite)
+    worker = _Worker(comparison, lm)
+    with _helpers(workers - 1, comparison):
+        worker.work()
+    return comparison.cells
+
+
+def begin(
+    model: LanguageModel | nn.Module | str | Path | None,
+    facts: FactSet | str | Path | None,
+    settings: CompareSettings | None,
+    config: RunConfig | Mapping[str, Any] | None,
+    *,
+    output: str | Path,
+    resume: bool,
+    overwrite: bool,
+) -> tuple[Comparison, LanguageModel]:
+    """The comparison, whose folder is there now, and the base; see `fill`, which fills it."""
     settings = settings or CompareSettings()
     config = resolve(config, model, facts)
-    if workers > 1 and not isinstance(model, (str, Path)) and model is not None:
-        raise ConfigError(f"workers = {workers}: each loads its own model, so give a folder or a hub id.")
     if config.teach.epochs or config.facts.old_from == "model":
         raise ConfigError("compare takes a base that is taught already: teach.epochs must be 0, old_from not model.")
     runs.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
@@ -183,22 +221,30 @@ def fill(
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = runs.RunFolder.create(output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite)
-    cells = cells_of(settings, config)
-    worker = _Worker(run.path, config, lm, fact_set, settings.variants)
-    with _helpers(workers - 1, run.path, config, fact_set, cells, settings.variants):
-        worker.work(cells)
-    return cells
+    return Comparison(run.path, config, fact_set, cells_of(settings, config), settings.variants), lm
+
+
+def check_named(model: object, why: str) -> None:
+    """Nothing, if processes that know its name can load the model.
+
+    Raises:
+        ConfigError: it is one in memory; `why` others are to load it.
+    """
+    if model is not None and not isinstance(model, (str, Path)):
+        raise ConfigError(f"{why}: each loads its own model, so give a folder or a hub id.")
+
+
+def help_fill(comparison: Comparison) -> None:
+    """Load the model and fill the cells that no other process fills; return when all are done."""
+    _Worker(comparison, load_model(comparison.config.model)).work()
 
 
 @contextmanager
-def _helpers(
-    n: int, path: Path, config: RunConfig, facts: FactSet, cells: Sequence[Cell], variants: Variants
-) -> Iterator[None]:
+def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
     """`n` more processes that fill cells of the same folder, ended when this one is done."""
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
-    arguments = (path, config, facts, list(cells), variants, n_threads)
-    helpers = [context.Process(target=_help, args=arguments) for _ in range(n)]
+    helpers = [context.Process(target=_help, args=(comparison, n_threads)) for _ in range(n)]
     for helper in helpers:
         helper.start()
     before = torch.get_num_threads()
@@ -216,43 +262,37 @@ def _helpers(
         log.warning("%d of %d workers failed; their cells were done here", len(failed), len(helpers))
 
 
-def _help(path: Path, config: RunConfig, facts: FactSet, cells: list[Cell], variants: Variants, n_threads: int) -> None:
-    """What a helper process does: load the model, fill cells."""
+def _help(comparison: Comparison, n_threads: int) -> None:
     torch.set_num_threads(n_threads)
-    _Worker(path, config, load_model(config.model), facts, variants).work(cells)
+    help_fill(comparison)
 
 
 class _Worker:
     """One process that fills cells. It holds the base's weights and the last fine-tuning on old facts."""
 
-    def __init__(
-        self, path: Path, config: RunConfig, lm: LanguageModel, facts: FactSet, variants: Variants = NO_VARIANTS
-    ) -> None:
-        self.path, self.config, self.lm, self.facts, self.variants = path, config, lm, facts, variants
+    def __init__(self, comparison: Comparison, lm: LanguageModel) -> None:
+        self.comparison, self.lm = comparison, lm
+        self.path, self.config, self.facts = comparison.path, comparison.config, comparison.facts
+        self.variants = comparison.variants
         self.forgetter = Forgetter(lm)
         self._tuned: tuple[str, dict[str, Tensor]] | None = None
         self._base_rows: list[Row] = []
         self._known: list[Fact] = []
         for folder in (CELLS, SHARED):
-            (path / folder).mkdir(exist_ok=True)
+            (self.path / folder).mkdir(exist_ok=True)
 
-    def work(self, cells: Sequence[Cell]) -> None:
+    def work(self) -> None:
         """Fill every cell that no other process fills; return when all are done."""
         self._base_rows = self._score_base()
         self._known = scoring.held_facts(self.facts, self._base_rows, self._probe)
-        open_cells = list(cells)
-        while open_cells:
-            open_cells = [cell for cell in open_cells if not self._is_done(cell)]
-            if open_cells and not self._fill_one(open_cells):
+        while open_cells := self.comparison.open_cells():
+            if not self._fill_one(open_cells):
                 time.sleep(POLL_S)  # other processes have the rest; one may die and leave its cell
-
-    def _is_done(self, cell: Cell) -> bool:
-        return (self.path / CELLS / cell.name / runs.MANIFEST).is_file()
 
     def _fill_one(self, cells: Sequence[Cell]) -> bool:
         for cell in cells:
             with _claimed(self.path / CELLS / f".{cell.name}.lock") as is_ours:
-                if is_ours and not self._is_done(cell):
+                if is_ours and not self.comparison.is_done(cell):
                     log.info("%s (%d cells open)", cell.name, len(cells))
                     runs.remove_unfinished(self.path / CELLS / cell.name)
                     self._fill(cell)
@@ -269,7 +309,7 @@ class _Worker:
         if method.forgets and to_forget:
             self._forget(config, method.forgets, to_forget)
             if config.evaluate.every_phase:
-                rows["forgotten"] = self._score_forgotten(config, method.forgets)
+                rows["forgotten"] = self._score_forgotten(cell, config)
         stage_log = learn(self.lm, self.facts, config.learn, method.learns, seed=stage_seed(cell.seed, "learn"))
         rows["updated"] = self._score("updated", config)
         forgotten = len(to_forget) if method.forgets else None
@@ -314,9 +354,10 @@ class _Worker:
     def _probe(self) -> list[Row]:
         return self._shared_rows("probe", lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
 
-    def _score_forgotten(self, config: RunConfig, how: How) -> list[Row]:
+    def _score_forgotten(self, cell: Cell, config: RunConfig) -> list[Row]:
         """Rows of the forgotten model: methods that forget alike share it, and all epochs of learning."""
-        name = f"forgotten-{how.replace(' ', '-')}-coef{config.forget.coef}-seed{config.seed}"
+        how = str(METHODS[cell.method].forgets).replace(" ", "-")
+        name = "-".join(filter(None, ["forgotten", how, cell.variant, f"coef{cell.coef}", f"seed{cell.seed}"]))
         return self._shared_rows(name, lambda: self._score("forgotten", config))
 
     def _shared_rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:

@@ -7,6 +7,7 @@ made from them.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -268,7 +269,7 @@ def validate(
         raise ConfigError("\n".join(_problem(kind, item, where, elsewhere) for item in inner)) from None
 
 
-def parse_assignments(assignments: list[str]) -> dict[str, object]:
+def parse_assignments(assignments: list[str], flag: str = "--set") -> dict[str, object]:
     """`["forget.epochs=6"]` as `{"forget.epochs": 6}`; values are read as YAML.
 
     Raises:
@@ -278,11 +279,11 @@ def parse_assignments(assignments: list[str]) -> dict[str, object]:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name.strip():
-            raise ConfigError(f"--set {assignment}: expected NAME=VALUE, for example --set forget.epochs=6.")
+            raise ConfigError(f"{flag} {assignment}: expected NAME=VALUE, for example --set forget.epochs=6.")
         try:
             parsed[name.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(f"--set {assignment}: the value is not YAML.") from None
+            raise ConfigError(f"{flag} {assignment}: the value is not YAML.") from None
     return parsed
 
 
@@ -337,8 +338,15 @@ def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: froz
     description = _field_description(kind, item["loc"])
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = message if item["type"] == "value_error" else f"must be {message}"
+    near = _nearest_choice(item) if item["type"] == "literal_error" else ""
     shown = "" if isinstance(item["input"], Mapping) else f" = {item['input']!r}"
-    return f"{name}{shown}{suffix}: {expected}.{' ' + description if description else ''}"
+    return f"{name}{shown}{suffix}: {expected}.{near}{' ' + description if description else ''}"
+
+
+def _nearest_choice(item: Any) -> str:
+    choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+    near = difflib.get_close_matches(str(item["input"]), choices, n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
