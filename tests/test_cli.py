@@ -88,6 +88,20 @@ def test_help(told, command):
     assert f"forgetlearn {command}" in " ".join(out.split())
 
 
+def test_without_a_terminal_progress_is_plain_lines(small_lab, lab_facts, tmp_path):
+    given = ["--model", small_lab, "--facts", lab_facts, "--method", "f-ft", "--output", tmp_path / "run"]
+    command = [sys.executable, "-m", "forgetlearn", "update", *FEW, *map(str, given)]
+    done = subprocess.run(command, capture_output=True, check=True)  # not as text: that hides carriage returns
+    assert done.stderr.decode().splitlines(keepends=True) == [
+        "scoring the base model\n",
+        "forgetting 2 facts (all weights)\n",
+        "scoring the forgotten model\n",
+        "learning 2 facts (all weights)\n",
+        "scoring the updated model\n",
+    ]
+    assert b"\r" not in done.stdout
+
+
 def test_help_lists_every_command(told):
     code, out, _err = told("--help")
     assert code == 0
@@ -441,6 +455,7 @@ def test_prompt_that_cannot_be_asked(refused, small_lab, prompt):
         (["--coef", "inf"], "forget.coef = 'inf': must be a finite number"),
         (["--coef", "much"], "forget.coef = 'much': must be a valid number"),
         (["--method", "f-loar"], "must be 'ft', 'lora', 'f-ft', 'f-lora', 'f-lora-ft', 'locft', 'ft-c' or 'ga'"),
+        (["--method", "f_lora"], "Did you mean 'f-lora'?"),
         (["--set", "forget.epoch=1"], "Did you mean 'forget.epochs'"),
         (["--set", "forget.epochs"], "expected NAME=VALUE"),
         (["--limit", "0"], "facts.limit = 0"),

@@ -49,10 +49,18 @@ def test_every_command_of_the_readme_runs_in_its_order(in_tmp, small_lab, capsys
     assert scores["phases"]["updated"] == updated["phases"]["updated"]
 
 
-def test_the_python_of_the_readme_runs(in_tmp):
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_python_of_the_readme_runs(in_tmp, capsys):
+    update, load = blocks("python")
+    names = {}
+    exec(compile(update, "README.md", "exec"), names)
     assert (in_tmp / "runs/python/adapter").is_dir()
+    capsys.readouterr()
+    exec(compile(load, "README.md", "exec"), names)
+    prompt = names["facts"][0].prompt
+    (said,) = forgetlearn.ask([prompt], names["result"].product).values()
+    answer = capsys.readouterr().out.strip().removeprefix(prompt).strip()
+    assert answer
+    assert said.startswith(answer) or answer.startswith(said)
 
 
 def test_the_docstring_of_the_package_runs(in_tmp):

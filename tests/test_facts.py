@@ -527,7 +527,9 @@ BAD_FILES = [
     ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 has 1 cells, the header 2"),
     ("twice.csv", "prompt,target_new,prompt\n", r"header names prompt more than once"),
     ("cell.csv", 'prompt,target_new,locality\np,n,"[x"\n', r"record 1: 'locality' is not JSON at line 1"),
-    ("semi.csv", "prompt;target_new\np;n\n", r"(?s)no known form.*Fields found: prompt;target_new"),
+    ("semi.csv", "prompt;target_new\np, q;n\n", r"'prompt;target_new'. Is the delimiter ';'\? Save it with commas"),
+    ("tabs.csv", "prompt\ttarget_new\np\tn\n", r"Is the delimiter '\\t'\?"),
+    ("one.csv", "prompt\np\n", r"has no 'target_new'. Fields found: prompt"),
 ]  # fmt: skip
 
 

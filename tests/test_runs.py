@@ -94,6 +94,7 @@ def test_folder_of_a_run_killed_before_its_manifest_is_free(tmp_path):
 
 def test_stage_weights_go_and_rows_stay(run):
     run.do("forget", lambda folder: [(folder / name).touch() for name in ("w.safetensors", "rows.jsonl")] and None)
+    run.do("forget_too", lambda folder: [(folder / f"{name}.safetensors").touch() for name in "ab"] and None)
     run.do("learn", write_weights, folder="model")
     run.remove_stage_weights()
     assert names(run.path / "stages") == ["forget", "forget/rows.jsonl"]

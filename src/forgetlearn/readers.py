@@ -434,6 +434,10 @@ def _parse_csv(text: str, source: str) -> list[object]:
     records: list[object] = []
     try:
         header = [name.strip() for name in next(rows)]
+        if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])):
+            raise FactError(
+                f"{source}: its header is one cell, {header[0]!r}. Is the delimiter {other[0]!r}? Save it with commas."
+            )
         twice = sorted({name for name in header if header.count(name) > 1})
         if twice:
             raise FactError(f"{source}: the header names {some(twice)} more than once.")
