@@ -194,9 +194,9 @@ def test_rounding_eats_a_small_change_and_says_so(tmp_path):
     tuned = {"w": base["w"].float() + 1e-4 * torch.randn(300, 300)}
     write(tmp_path / "b", base), write(tmp_path / "t", tuned)
     near = subtract_folders(tmp_path / "b", tmp_path / "near", 0.1, tuned=tmp_path / "t")
-    # engine.md: 12 % change, 0.29 survive
-    assert near.survival.share_changed == pytest.approx(0.12, abs=0.02)
-    assert near.survival.share_survived == pytest.approx(0.29, abs=0.03)
+    # The table in docs/arithmetic.md.
+    assert near.survival.share_changed == pytest.approx(0.12, abs=0.01)
+    assert near.survival.share_survived == pytest.approx(0.28, abs=0.02)
     assert "float32" in near.warning()
     assert "stochastic" in near.warning()
     wanted = -0.1 * (tuned["w"] - base["w"].float())
@@ -222,8 +222,8 @@ def test_rounding_eats_a_small_change_and_says_so(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A process that subtracts 200 MB tensors holds no more than small ones need."""
-    big = torch.zeros(50_000, 1000).bfloat16()
+    """A process that subtracts a tensor of 50 MB (100 in float32) holds no more than Python and numpy need."""
+    big = torch.zeros(25_000, 1000).bfloat16()
     big[0, 0] = 1
     write(tmp_path / "b", {"w": big}), write(tmp_path / "t", {"w": big + 1})
     code = (
@@ -235,7 +235,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     command = [sys.executable, "-c", code, *command, "--coef", "0.3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = next(line for line in done.stdout.splitlines() if line.startswith("VmHWM"))
-    assert int(peak.split()[1]) < 120_000  # kB
+    assert int(peak.split()[1]) < 90_000  # kB
     assert read(tmp_path / "o")["w"][1, 1].item() == torch.tensor(-0.3).bfloat16().item()
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from forgetlearn.facts import Fact as Fact
     from forgetlearn.facts import FactSet as FactSet
     from forgetlearn.facts import read_facts as read_facts
+    from forgetlearn.inspection import inspect_change as inspect_change
     from forgetlearn.lab import LabSettings as LabSettings
     from forgetlearn.lab import build_lab as build_lab
     from forgetlearn.method import METHODS as METHODS
@@ -73,6 +74,7 @@ _PUBLIC = {
     "Fact": "facts",
     "FactSet": "facts",
     "read_facts": "facts",
+    "inspect_change": "inspection",
     "LabSettings": "lab",
     "build_lab": "lab",
     "LanguageModel": "models",

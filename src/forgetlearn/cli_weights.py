@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from forgetlearn.arithmetic import Written
+    from forgetlearn.inspection import Tally
     from forgetlearn.streamed import Numbers
 
 app = typer.Typer()
@@ -105,6 +106,47 @@ def apply(
 
     written = apply_vector(what, base, output, factor, numbers=numbers, overwrite=overwrite)
     _say(written, as_json)
+
+
+@app.command()
+def inspect(
+    what: Annotated[Path, typer.Argument(help="Folder of a vector, a run, an adapter or a fine-tuned model.")],
+    base: Annotated[Path | None, typer.Option("--base", help="What it changes; a run names its own.")] = None,
+    coef: Annotated[float | None, typer.Option("--coef", help="Count what rounding leaves of this much.")] = None,
+    other: Annotated[Path | None, typer.Option("--other", help="Another change: the cosine between the two.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="SVG file to write: the change over the layers.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how large a change of weights is, per layer and kind of module, and what rounding leaves of it."""
+    _few_threads()
+    from forgetlearn.inspection import inspect_change, plot_change
+
+    found = inspect_change(what, other=other, base=base, coef=coef)
+    if plot:
+        plot_change(found, plot)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    for name, value in found.told.items():
+        typer.echo(f"{name}: {value}")
+    rows = [("all", found.total), *found.by_kind().items()]
+    layers = sorted(found.by_layer().items(), key=lambda item: -1 if item[0] is None else item[0])
+    rows += [(f"layer {layer}" if layer is not None else "in no layer", tally) for layer, tally in layers]
+    _print_tallies(rows)
+
+
+def _print_tallies(rows: list[tuple[str, Tally]]) -> None:
+    """Lines in columns; a column that has nothing to say is left out."""
+    shown = [(name, tally.as_dict()) for name, tally in rows]
+    columns = ["tensors", "numbers", "norm", "rms", "relative", "cosine", "share_changed", "share_survived"]
+    columns = [column for column in columns if any(told[column] is not None for _name, told in shown)]
+    width = max(len(name) for name, _told in shown)
+    typer.echo(" " * width + "".join(f"{column.replace('_', ' '):>15}" for column in columns))
+    for name, told in shown:
+        cells = (
+            "" if told[c] is None else f"{told[c]:,}" if type(told[c]) is int else f"{told[c]:.4g}" for c in columns
+        )
+        typer.echo(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 def _few_threads() -> None:
