@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from forgetlearn.arithmetic import subtract_folders as subtract_folders
     from forgetlearn.assess import ask as ask
     from forgetlearn.assess import evaluate as evaluate
+    from forgetlearn.coefficient import choose_coefficient as choose_coefficient
     from forgetlearn.config import ForgetSettings as ForgetSettings
     from forgetlearn.config import RunConfig as RunConfig
     from forgetlearn.config import StageSettings as StageSettings
@@ -64,6 +65,7 @@ _PUBLIC = {
     "subtract_folders": "arithmetic",
     "ask": "assess",
     "evaluate": "assess",
+    "choose_coefficient": "coefficient",
     "ForgetSettings": "config",
     "RunConfig": "config",
     "StageSettings": "config",

@@ -157,6 +157,7 @@ def update(
     facts_file: FactsOption = None,
     method: Annotated[str | None, typer.Option("--method", help=HELP["method"])] = None,
     coef: Annotated[str | None, typer.Option("--coef", help=HELP["forget.coef"])] = None,
+    validation: Annotated[float | None, typer.Option("--validation", help=HELP["forget.validation"])] = None,
     seed: Annotated[int | None, typer.Option("--seed", help=HELP["seed"])] = None,
     old_from: OldFromOption = None,
     limit: LimitOption = None,
@@ -169,7 +170,8 @@ def update(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
-    more = {"method": method, "forget.coef": coef, "seed": seed, "teach.epochs": teach_old}
+    more = {"method": method, "forget.coef": coef, "forget.validation": validation, "seed": seed}
+    more["teach.epochs"] = teach_old
     config = _config(config_file, model, facts_file, old_from, limit, strict, chat_template, more, setting)
     from forgetlearn.report import load_context
     from forgetlearn.session import update as run_update

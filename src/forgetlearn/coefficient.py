@@ -6,16 +6,63 @@ once and serves every coefficient that is tried.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from safetensors.torch import load_file, save_file
+from scipy import optimize
 from torch import Tensor
 
-from forgetlearn import adapters, taskvector
-from forgetlearn.config import ForgetSettings
+from forgetlearn import adapters, runs, scoring, taskvector
+from forgetlearn.config import EvaluateSettings, ForgetSettings, RunConfig
+from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import Fact
 from forgetlearn.finetune import StageLog
-from forgetlearn.method import How, float32_snapshot, subtract_old, tune_on_old
+from forgetlearn.method import METHODS, How, float32_snapshot, learn, stage_seed, subtract_old, tune_on_old
 from forgetlearn.models import LanguageModel
+from forgetlearn.scoring import Row
+
+log = logging.getLogger("forgetlearn")
+WEIGHTS, CHOICE = "weights.safetensors", "choice.json"
+# Where it is looked for. The paper's own are 0.1 to 3; at 3 the lab bases lost 10 to 50 points of locality by
+# forgetting alone (docs/experiments.md).
+LOWEST, HIGHEST = 0.1, 1.5
+TOLERANCE = 0.1  # of the natural logarithm of the coefficient
+GOAL = (("reliability", "token"), ("generality", "token"), ("locality", "agreement"))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A coefficient that was tried, and the percentages by quantity on the facts set aside; None: not asked."""
+
+    coef: float
+    scores: Mapping[str, float | None]
+
+    @property
+    def goal(self) -> float:
+        """Mean of reliability, generality and locality, of those that there are."""
+        there = [score for quantity, _protocol in GOAL if (score := self.scores[quantity]) is not None]
+        return sum(there) / len(there)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The coefficient that was chosen, on which facts (their ids), from which trials, and why."""
+
+    coef: float
+    search: str
+    validation: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    why: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return {**asdict(self), "validation": list(self.validation), "trials": [asdict(trial) for trial in self.trials]}
 
 
 class Forgetter:
@@ -37,7 +84,7 @@ class Forgetter:
         self.reset()
         return tuned, stage_log
 
-    def forget(self, tuned: dict[str, Tensor], settings: ForgetSettings, how: How, *, seed: int = 0) -> None:
+    def forget(self, tuned: Mapping[str, Tensor], settings: ForgetSettings, how: How, *, seed: int = 0) -> None:
         """Make the base the forgotten model, from what `tune` gave and the coefficient of the settings."""
         if how == "lora":
             self.lm.model = adapters.attach(self.lm.model, settings.lora, adapters.FORGET, seed=0)
@@ -52,3 +99,210 @@ class Forgetter:
             self.lm.model = adapters.detach(self.lm.model)
         self.lm.to_own_dtypes()
         taskvector.load_into(self.lm.model, self.base)
+
+
+def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConfig) -> Choice:
+    """The coefficient of forgetting for these facts, chosen as `config.forget` says; `lm` is the base, and stays it.
+
+    Raises:
+        ConfigError: the method subtracts nothing, or the share set aside leaves no fact on one side.
+        FactError: the base gives none of the old answers, or no fact set aside has what the search looks at.
+    """
+    facts = list(facts)
+    check(facts, config)
+    to_forget = [fact for fact in facts if fact.ground_truth]
+    if config.forget.only_known:
+        to_forget = scoring.known_facts(facts, scoring.probe(lm, facts, config.evaluate))
+    if not to_forget:
+        raise FactError("The model gives none of the old answers: there is nothing to forget, and no coefficient.")
+    base_rows = scoring.score(lm, set_aside(facts, config), phase="base", settings=_teacher_forced(config))
+    return choose(lm, facts, to_forget, base_rows, config)[0]
+
+
+def choose(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    to_forget: Sequence[Fact],
+    base_rows: Sequence[Row],
+    config: RunConfig,
+    folder: Path | None = None,
+) -> tuple[Choice, StageLog]:
+    """The choice, and the log of the fine-tuning on old answers that it needed; `lm` is the base again.
+
+    Both the choice and the tuned weights are written to `folder`, for `read_choice` and `forget_as_chosen`.
+    """
+    forgetter, how = Forgetter(lm), _subtracts(config)
+    log.info("fine-tuning on %d old answers, once for every coefficient that is tried", len(to_forget))
+    tuned, stage_log = forgetter.tune(to_forget, config.forget, how, seed=stage_seed(config.seed, "forget"))
+    choice = search(forgetter, tuned, facts, base_rows, config)
+    if folder is not None:
+        save_file(tuned, folder / WEIGHTS)
+        runs.write_json(folder / CHOICE, choice.as_dict())
+    return choice, stage_log
+
+
+def read_choice(folder: Path) -> Choice:
+    """What `choose` wrote."""
+    data = runs.read_json(folder / CHOICE)
+    trials = tuple(Trial(**trial) for trial in data["trials"])
+    return Choice(data["coef"], data["search"], tuple(data["validation"]), trials, data["why"])
+
+
+def forget_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> None:
+    """Make the base the forgotten model of the coefficient that `choose` wrote; nothing is fine-tuned again."""
+    settings = config.forget.model_copy(update={"coef": read_choice(folder).coef})
+    tuned, seed = load_file(folder / WEIGHTS), stage_seed(config.seed, "forget")
+    Forgetter(lm).forget(tuned, settings, _subtracts(config), seed=seed)
+
+
+def check(facts: Sequence[Fact], config: RunConfig) -> None:
+    """Nothing, if a coefficient can be chosen for these facts, as far as can be told without the model.
+
+    Raises:
+        ConfigError: the method subtracts nothing, or the share set aside leaves no fact on one side.
+        FactError: no fact set aside has an unrelated probe, and the search needs one.
+    """
+    _subtracts(config)
+    aside = set_aside(facts, config)
+    if config.forget.search == "cheap" and not any(fact.locality for fact in aside):
+        raise FactError(
+            f"forget.coef = auto, forget.search = cheap: none of the {len(aside)} facts set aside has an unrelated "
+            "probe to measure locality with. Give locality_prompt, or --set forget.search=full."
+        )
+
+
+def _subtracts(config: RunConfig) -> How:
+    how = METHODS[config.method].forgets
+    if how not in ("all weights", "lora"):
+        able = ", ".join(name for name, method in METHODS.items() if method.forgets in ("all weights", "lora"))
+        raise ConfigError(
+            f"forget.coef = auto: method {config.method} subtracts nothing, so there is no coefficient to choose. "
+            f"Choose one of {able}, or give a number."
+        )
+    return how
+
+
+def set_aside(facts: Sequence[Fact], config: RunConfig) -> list[Fact]:
+    """The facts that choose, in their order: told by their ids and the seed, not by their place in the file.
+
+    Raises:
+        ConfigError: the share leaves no fact on one side.
+    """
+    share = config.forget.validation
+    n_aside = round(share * len(facts))
+    if not 0 < n_aside < len(facts):
+        left = "to choose on" if n_aside == 0 else "to score"
+        raise ConfigError(
+            f"forget.validation = {share}: of {len(facts)} facts it sets {n_aside} aside, which leaves none {left}. "
+            "Choose another share, or give forget.coef as a number."
+        )
+    drawn = sorted(facts, key=lambda fact: hashlib.sha256(f"{config.seed}:{fact.id}".encode()).digest())
+    chosen = {fact.id for fact in drawn[:n_aside]}
+    return [fact for fact in facts if fact.id in chosen]
+
+
+def search(
+    forgetter: Forgetter,
+    tuned: Mapping[str, Tensor],
+    facts: Sequence[Fact],
+    base_rows: Sequence[Row],
+    config: RunConfig,
+) -> Choice:
+    """The choice for these facts, from one fine-tuning on old answers; the model is the base again.
+
+    `base_rows` are the base's scores of at least the facts set aside.
+    """
+    trying = _Trying(forgetter, tuned, facts, base_rows, config)
+    aside = trying.aside
+    cheap = config.forget.search == "cheap"
+    try:
+        coef, why = _largest_within_bound(trying) if cheap else _best_after_learning(trying)
+    finally:
+        forgetter.reset()
+    why = f"coef {coef:g} was chosen ({config.forget.search} search on {len(aside)} facts set aside): {why}."
+    trials = tuple(sorted(trying.trials.values(), key=lambda trial: trial.coef))
+    return Choice(coef, config.forget.search, tuple(fact.id for fact in aside), trials, why)
+
+
+class _Trying:
+    """What the model is at a coefficient, on the facts set aside; each coefficient is tried once.
+
+    The full search learns all facts, as the update will: fewer facts, or fewer epochs, cost other coefficients other
+    scores (docs/experiments.md).
+    """
+
+    def __init__(
+        self,
+        forgetter: Forgetter,
+        tuned: Mapping[str, Tensor],
+        facts: Sequence[Fact],
+        base_rows: Sequence[Row],
+        config: RunConfig,
+    ) -> None:
+        self.forgetter, self.tuned, self.facts, self.config = forgetter, tuned, facts, config
+        self.aside, self.reference = set_aside(facts, config), scoring.locality_predictions(base_rows)
+        self.trials: dict[float, Trial] = {}
+
+    def at(self, log_coef: float) -> Trial:
+        """The trial at a coefficient, rounded to three digits, given by its natural logarithm."""
+        coef = float(f"{math.exp(log_coef):.3g}")
+        if coef not in self.trials:
+            self.trials[coef] = Trial(coef, self._scores(coef))
+        return self.trials[coef]
+
+    def _scores(self, coef: float) -> dict[str, float | None]:
+        config, lm = self.config, self.forgetter.lm
+        self.forgetter.reset()
+        settings = config.forget.model_copy(update={"coef": coef})
+        self.forgetter.forget(self.tuned, settings, _subtracts(config), seed=stage_seed(config.seed, "forget"))
+        if config.forget.search == "full":
+            learns, seed = METHODS[config.method].learns, stage_seed(config.seed, "learn")
+            learn(lm, self.facts, config.learn, learns, seed=seed)
+        rows = scoring.score(
+            lm,
+            self.aside,
+            phase="trial",
+            settings=_teacher_forced(config),
+            reference=self.reference,
+        )
+        table = scoring.summarise(rows)
+        return {quantity: table[quantity][protocol]["mean"] for quantity, protocol in (*GOAL, ("residue", "token"))}
+
+
+def _teacher_forced(config: RunConfig) -> EvaluateSettings:
+    """Scoring without free answers, which take most of the time."""
+    return config.evaluate.model_copy(update={"protocols": ("token",)})
+
+
+def _largest_within_bound(trying: _Trying) -> tuple[float, str]:
+    """The largest coefficient of forgetting whose loss of locality stays within the bound, by halving."""
+    bound = trying.config.forget.max_locality_loss
+
+    def excess(log_coef: float) -> float:
+        kept = trying.at(log_coef).scores["locality"]
+        if kept is None:
+            raise FactError("forget.coef = auto: no unrelated probe of the facts set aside could be scored.")
+        return 100 - kept - bound
+
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    if excess(high) > 0 and excess(low) <= 0:
+        optimize.bisect(excess, low, high, xtol=TOLERANCE)
+    lost = {coef: 100 - float(trial.scores["locality"] or 0) for coef, trial in trying.trials.items()}
+    over = min((coef for coef in lost if lost[coef] > bound), default=math.inf)
+    coef = max((coef for coef in lost if coef < over), default=LOWEST)
+    why = f"there forgetting alone costs {lost[coef]:.1f} points of locality (at most {bound:g} are allowed)"
+    return coef, why + (f", at {over:g} it costs {lost[over]:.1f}" if over < math.inf else ", and no more is tried")
+
+
+def _best_after_learning(trying: _Trying) -> tuple[float, str]:
+    """The best trial: at both ends, then, where more are asked for, where a bracketing search between them looks."""
+    ends = math.log(LOWEST), math.log(HIGHEST)
+    for end in ends:
+        trying.at(end)
+    if more := trying.config.forget.trials - len(ends):
+        options = {"maxiter": more, "xatol": TOLERANCE}
+        optimize.minimize_scalar(lambda place: -trying.at(place).goal, bounds=ends, method="bounded", options=options)
+    trials = sorted(trying.trials.values(), key=lambda trial: trial.coef)
+    best = max(trials, key=lambda trial: trial.goal)
+    listed = ", ".join(f"{trial.goal:.1f} at {trial.coef:g}" for trial in trials)
+    return best.coef, f"learned and scored, the mean of reliability, generality and locality is {listed}"

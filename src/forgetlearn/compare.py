@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from forgetlearn import runs, scoring
 from forgetlearn.coefficient import Forgetter
-from forgetlearn.config import Control, MethodName, Modules, RunConfig, Settings
+from forgetlearn.config import AUTO, Control, MethodName, Modules, RunConfig, Settings
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.method import METHODS, PAPER_METHODS, How, check_forgetting, check_learning, forget, learn, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model
-from forgetlearn.results import write_results
+from forgetlearn.results import Done, write_results
 from forgetlearn.scoring import Row
 from forgetlearn.session import base_hash, longest_pairs, read_config_facts, resolve
 
@@ -83,6 +83,16 @@ class CompareSettings(Settings):
     )
 
     variants: dict[str, VariantSettings] = Field({}, description="More rows: a name, and what differs.")
+
+    @field_validator("coefs", mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        if isinstance(values, (list, tuple)) and AUTO in values:
+            raise ValueError(
+                "auto sets facts aside that it does not score, and a table scores all rows on the same facts. "
+                "Give numbers here; for auto run `forgetlearn update --coef auto`"
+            )
+        return values
 
     @field_validator("methods", "coefs", "seeds", "epochs", "budgets")
     @classmethod
@@ -210,6 +220,11 @@ def begin(
     """The comparison, whose folder is there now, and the base; see `fill`, which fills it."""
     settings = settings or CompareSettings()
     config = resolve(config, model, facts)
+    if config.forget.coef == AUTO:
+        raise ConfigError(
+            "forget.coef = auto: compare scores every coefficient on all facts, and auto sets some aside to choose on. "
+            "Give numbers with --coefs; for auto run `forgetlearn update`."
+        )
     if config.teach.epochs or config.facts.old_from == "model":
         raise ConfigError("compare takes a base that is taught already: teach.epochs must be 0, old_from not model.")
     runs.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
@@ -317,7 +332,7 @@ class _Worker:
             run = runs.RunFolder.create(folder, config.model_dump(mode="json"), {"comparison": str(self.path)})
             (folder / "logs").mkdir()
             runs.write_rows(folder / "logs" / "learn.jsonl", stage_log.steps)
-            write_results(folder, config, self.facts, rows, known=len(known), forgotten=forgotten, method=cell.method)
+            write_results(folder, config, self.facts, rows, Done(len(known), forgotten))
             run.note(model=self.lm.describe())
             run.finish()
 

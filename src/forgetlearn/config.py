@@ -10,10 +10,20 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from forgetlearn.errors import ConfigError
 
@@ -21,6 +31,11 @@ MethodName = Literal["ft", "lora", "f-ft", "f-lora", "f-lora-ft", "locft", "ft-c
 Protocol = Literal["token", "exact", "generate", "prefer"]
 Control = Literal["none", "random", "row-norms", "reinforce"]
 Modules = str | tuple[str, ...] | dict[str, float]
+AUTO = "auto"
+Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
+    Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
+    Discriminator(lambda value: AUTO if value == AUTO else "a number"),
+]
 LORA_RATE_FACTOR = 10
 
 
@@ -37,9 +52,14 @@ class Settings(BaseModel):
             annotation = cls.model_fields[str(info.field_name)].annotation
             if {"on", "off"} <= {*get_args(annotation)}:
                 return "on" if value else "off"
-            if {int, float} & {annotation, *get_args(annotation)}:
+            if {int, float} & _plain_types(annotation):
                 raise ValueError("must be a number")
         return value
+
+
+def _plain_types(annotation: object) -> set[object]:
+    """The types that an annotation is made of."""
+    return {annotation}.union(*(_plain_types(part) for part in get_args(annotation)))
 
 
 class LoraSettings(Settings):
@@ -125,11 +145,27 @@ class StageSettings(TrainSettings):
 class ForgetSettings(StageSettings):
     """The forgetting stage: fine-tuning on the old answers, and how much of it is subtracted."""
 
-    coef: float = Field(
+    coef: Coefficient = Field(
         0.3,
-        ge=0,
         description="Share of what fine-tuning on the old answers added that is subtracted (lambda in the paper). "
-        "Subtraction is built in: 0.3 forgets, 0 skips the stage.",
+        "Subtraction is built in: 0.3 forgets, 0 skips the stage, auto chooses.",
+    )
+    validation: float = Field(
+        0.2, gt=0, lt=1, description="With coef auto: share of the facts that choose it; they are not scored."
+    )
+    search: Literal["cheap", "full"] = Field(
+        "full",
+        description="With coef auto: full learns at each coefficient that it tries; cheap takes the largest within "
+        "max_locality_loss, without learning.",
+    )
+    trials: int = Field(
+        2, ge=2, description="With search full: how many coefficients are tried; first both ends, then between them."
+    )
+    max_locality_loss: float = Field(
+        1.0,
+        gt=0,
+        lt=100,
+        description="With search cheap: most points of locality (agreement) that forgetting may cost, before learning.",
     )
     only_known: bool = Field(True, description="Forget only facts whose old answer the model gives when it is asked.")
     modules: Modules = Field(
@@ -147,6 +183,17 @@ class ForgetSettings(StageSettings):
         description="For experiments: replace the change by one of the same size that is not forgetting "
         "(all weights only): random direction, row-norms only, or reinforce (added instead of subtracted).",
     )
+
+    @property
+    def number(self) -> float:
+        """The coefficient.
+
+        Raises:
+            ConfigError: it is still to be chosen.
+        """
+        if self.coef == AUTO:
+            raise ConfigError("forget.coef = auto: a number is needed here. Give one; choose_coefficient finds it.")
+        return float(self.coef)
 
 
 class TeachSettings(TrainSettings):
@@ -330,12 +377,13 @@ def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
 
 def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: frozenset[str]) -> str:
     """One line for one of pydantic's errors; the file is named unless a flag gave the value."""
-    name = ".".join(str(part) for part in item["loc"]) or "config"
+    loc = tuple(part for part in item["loc"] if part != "a number")
+    name = ".".join(str(part) for part in loc) or "config"
     is_flag = any(name == given or name.startswith(f"{given}.") for given in elsewhere)
     suffix = f" ({where})" if where and not is_flag else ""
     if item["type"] == "extra_forbidden":
-        return f"{name}{suffix}: there is no such setting.{_nearest(kind, item['loc'])}"
-    description = _field_description(kind, item["loc"])
+        return f"{name}{suffix}: there is no such setting.{_nearest(kind, loc)}"
+    description = _field_description(kind, loc)
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = message if item["type"] == "value_error" else f"must be {message}"
     near = _nearest_choice(item) if item["type"] == "literal_error" else ""

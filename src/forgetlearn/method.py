@@ -69,7 +69,7 @@ def forget(
         FactError: a fact has no old answer.
     """
     if how == "ascent":  # nothing is subtracted: `coef` scales the rate, since Adam does not see the scale of a loss
-        slower = settings.model_copy(update={"learning_rate": settings.coef * settings.learning_rate})
+        slower = settings.model_copy(update={"learning_rate": settings.number * settings.learning_rate})
         return tune_on_old(lm, facts, slower, how, seed=seed)
     base = None if how == "lora" else float32_snapshot(lm)
     stage_log = tune_on_old(lm, facts, settings, how, seed=seed)
@@ -109,11 +109,11 @@ def subtract_old(
     """
     factors = selection.factors(lm.model, settings.modules)
     if base is None:
-        adapters.scale(lm.model, adapters.FORGET, -settings.coef, factors)
+        adapters.scale(lm.model, adapters.FORGET, -settings.number, factors)
         adapters.activate(lm.model, [adapters.FORGET])
         return
     tuned = dict(lm.model.named_parameters()) if tuned is None else tuned
-    forgotten = taskvector.subtracted(base, tuned, settings.coef, factors)
+    forgotten = taskvector.subtracted(base, tuned, settings.number, factors)
     if settings.centred:
         forgotten = taskvector.without_shared_rows(base, forgotten, selection.groups(lm.model)["vocabulary"])
     taskvector.load_into(lm.model, controlled(base, forgotten, settings.control, seed))

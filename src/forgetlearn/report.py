@@ -53,6 +53,7 @@ def load_context(path: Path) -> dict[str, Any]:
     if not (path / "summary.json").is_file():
         raise RunError(f"{path}: the run is not finished, so there is nothing to report. Go on with --resume.")
     summary = runs.read_json(path / "summary.json")
+    summary["facts"].setdefault("scored", summary["facts"]["used"])  # folders from before facts could be set aside
     rows = runs.read_rows(path / "facts.jsonl")
     inputs = runs.read_rows(path / "inputs.jsonl")
     phases = [phase for phase in (*PHASES, "model") if phase in summary["phases"]]
@@ -74,7 +75,7 @@ def load_context(path: Path) -> dict[str, Any]:
         "judged_by": judged_by(rows),
         "filters": FILTERS,
         "counts": {name: sum(name == "all" or name in fact["flags"] for fact in facts) for name in FILTERS},
-        "account": account(summary["facts"]),
+        "account": account(summary["facts"]) + chosen(summary),
         "errors": _errors(rows),
         "shown_facts": SHOWN_FACTS_MARKDOWN,
         "verdict": verdict(summary, phases),
@@ -97,6 +98,17 @@ def account(facts: Mapping[str, Any]) -> list[str]:
     if facts.get("not_read"):
         lines.append(f"fields that were not read: {', '.join(facts['not_read'])}")
     return lines
+
+
+def chosen(summary: Mapping[str, Any]) -> list[str]:
+    """How `coef: auto` was chosen and what became of the facts that it was chosen on, where it was."""
+    choice, facts = summary.get("choice"), summary["facts"]
+    if choice is None:
+        return []
+    return [
+        choice["why"],
+        f"{facts['scored']} facts are scored; the {facts['set_aside']} set aside are updated and listed, not scored",
+    ]
 
 
 def score_table(summary: Mapping[str, Any], phases: Iterable[str]) -> list[tuple[str, list[Any]]]:
@@ -214,13 +226,13 @@ def _sign(value: float | None) -> str:
 def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
     """The run in one sentence."""
     last = summary["phases"][phases[-1]]
-    used = summary["facts"]["used"]
+    scored = summary["facts"]["scored"]
     generated = last.get("reliability", {}).get("generate") or {}
     token = last.get("reliability", {}).get("token") or {}
     subject = "The model" if phases[-1] == "model" else f"The {phases[-1]} model"
     parts = []
     if generated.get("mean") is not None:
-        parts.append(f"gives the new answer to {round(generated['mean'] * generated['n'] / 100)} of {used} prompts")
+        parts.append(f"gives the new answer to {round(generated['mean'] * generated['n'] / 100)} of {scored} prompts")
     elif token.get("mean") is not None:
         parts.append(f"gives {token['mean']:.1f} % of the new answers' tokens (teacher forced)")
     locality = last.get("locality", {}).get("agreement")
@@ -230,7 +242,7 @@ def verdict(summary: Mapping[str, Any], phases: Sequence[str]) -> str:
     if residue and residue["mean"] is not None:
         parts.append(f"still gives the old answer to {residue['mean']:.1f} % of prompts and rephrasings")
     if not parts:
-        return f"{subject} was scored on {used} facts."
+        return f"{subject} was scored on {scored} facts."
     nothing = "" if summary["coef"] is None or summary["facts"].get("forgotten", 1) else " Nothing was forgotten."
     return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + f"{parts[-1]}.{nothing}"
 

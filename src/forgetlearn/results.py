@@ -3,57 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forgetlearn import report, runs, scoring
-from forgetlearn.config import RunConfig
+from forgetlearn.coefficient import Choice
+from forgetlearn.config import AUTO, RunConfig
 from forgetlearn.facts import FactSet, write_facts
 from forgetlearn.method import METHODS
 from forgetlearn.scoring import Row
 
 
+@dataclass(frozen=True)
+class Done:
+    """What an update did besides scoring; a count is None where it was not asked for."""
+
+    known: int | None = None  # facts whose old answer the base gave
+    forgotten: int | None = None
+    product: str | None = None
+    choice: Choice | None = None
+
+
 def write_results(
-    path: Path,
-    config: RunConfig,
-    facts: FactSet,
-    rows: Mapping[str, list[Row]],
-    *,
-    known: int | None = None,
-    forgotten: int | None = None,
-    product: str | None = None,
-    method: str | None = None,
+    path: Path, config: RunConfig, facts: FactSet, rows: Mapping[str, list[Row]], done: Done | None = None
 ) -> dict[str, Any]:
-    """The summary, after everything that a report is made from has been written to `path`."""
-    runs.write_rows(path / "facts.jsonl", [_public(row) for phase in rows.values() for row in phase])
+    """The summary, after everything that a report is made from has been written to `path`; without `done`, of scores.
+
+    Facts that the coefficient was chosen on have rows, marked `split: validation`, but no part in the means.
+    """
+    aside = frozenset(done.choice.validation if done and done.choice else ())
+    runs.write_rows(path / "facts.jsonl", [_public(row, aside) for phase in rows.values() for row in phase])
     with runs.naming(path / "inputs.jsonl"):
         write_facts(facts, path / "inputs.jsonl")
-    summary = _summary(config, facts, rows, known=known, forgotten=forgotten, product=product, method=method)
+    scored = {phase: [row for row in own if row["fact"] not in aside] for phase, own in rows.items()}
+    summary = _summary(config, facts, scored, done, n_aside=len(aside))
     runs.write_json(path / "summary.json", summary)
     runs.write_text(path / "config.yaml", report.as_yaml(config.model_dump(mode="json")))
     return summary
 
 
-def _public(row: Row) -> Row:
-    """A row without the token ids that only resume needs."""
-    return {name: value for name, value in row.items() if name != "predicted"}
+def _public(row: Row, aside: frozenset[str]) -> Row:
+    """A row without the token ids that only resume needs, marked where its fact was set aside."""
+    public = {name: value for name, value in row.items() if name != "predicted"}
+    return public | {"split": "validation"} if row["fact"] in aside else public
 
 
 def _summary(
-    config: RunConfig,
-    facts: FactSet,
-    rows: Mapping[str, list[Row]],
-    *,
-    known: int | None,
-    forgotten: int | None,
-    product: str | None,
-    method: str | None,
+    config: RunConfig, facts: FactSet, scored: Mapping[str, list[Row]], done: Done | None, n_aside: int
 ) -> dict[str, Any]:
     """What summary.json holds; a run that only scores has no method, coefficient or product."""
-    forgets = method is not None and METHODS[method].forgets
+    did = done or Done()
     return {
-        "method": method or "scores",
-        "coef": config.forget.coef if forgets else None,
+        "method": config.method if done else "scores",
+        "coef": _coef(config, did.choice) if done and METHODS[config.method].forgets else None,
+        "choice": did.choice.as_dict() if did.choice else None,
         "seed": config.seed,
         "facts": {
             "source": facts.source,
@@ -61,12 +65,21 @@ def _summary(
             "old_from": facts.old_from,
             "read": facts.read,
             "used": facts.used,
+            "set_aside": n_aside,
+            "scored": facts.used - n_aside,
             "left_out": dict(facts.left_out),
             "left_out_probes": dict(facts.left_out_probes),
-            "known": known,
-            "forgotten": forgotten,
+            "known": did.known,
+            "forgotten": did.forgotten,
             "not_read": list(facts.ignored_fields),
         },
-        "phases": {phase: scoring.summarise(phase_rows) for phase, phase_rows in rows.items()},
-        "product": product,
+        "phases": {phase: scoring.summarise(own) for phase, own in scored.items()},
+        "product": did.product,
     }
+
+
+def _coef(config: RunConfig, choice: Choice | None) -> float:
+    """The coefficient that was used: 0 where one was to be chosen and there was nothing to forget."""
+    if config.forget.coef != AUTO:
+        return config.forget.number
+    return choice.coef if choice else 0.0

@@ -11,8 +11,17 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forgetlearn import adapters, report, runs, scoring, taskvector
-from forgetlearn.config import FactsSettings, ModelSettings, RunConfig, Settings, StageSettings, TeachSettings, validate
+from forgetlearn import adapters, coefficient, report, runs, scoring, taskvector
+from forgetlearn.config import (
+    AUTO,
+    FactsSettings,
+    ModelSettings,
+    RunConfig,
+    Settings,
+    StageSettings,
+    TeachSettings,
+    validate,
+)
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
@@ -30,7 +39,7 @@ from forgetlearn.method import (
     stage_seed,
 )
 from forgetlearn.models import LanguageModel, as_language_model, load_model, save_model
-from forgetlearn.results import write_results
+from forgetlearn.results import Done, write_results
 from forgetlearn.scoring import Row
 
 log = logging.getLogger("forgetlearn")
@@ -75,7 +84,9 @@ def update(
     if resume and runs.is_finished(output):
         return _finished(Path(output), config, fact_set)
     _check_old_answers(fact_set, config)
-    if not METHODS[config.method].forgets and "coef" in config.forget.model_fields_set:
+    if config.forget.coef == AUTO:
+        coefficient.check(list(fact_set), config)
+    elif not METHODS[config.method].forgets and "coef" in config.forget.model_fields_set:
         log.warning("forget.coef = %s has no effect: %s does not forget", config.forget.coef, config.method)
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
     if hasattr(lm.model, "peft_config"):
@@ -104,6 +115,7 @@ class _Session:
         self.rows: dict[str, list[Row]] = {}
         self.known: list[Fact] = []
         self.n_forgotten = 0
+        self.choice: coefficient.Choice | None = None
         self.base_name = lm.name
         # Weights of a stage that was done before a kill are loaded only when a later stage needs them.
         self._pending: Callable[[], None] | None = None
@@ -115,6 +127,8 @@ class _Session:
         self._score("base")
         self.known = scoring.held_facts(self.facts, self.rows["base"], self._probe)
         if self._forgets():
+            if self.config.forget.coef == AUTO:
+                self._choose_coefficient()
             self.n_forgotten = len(self._forget_set())
             self._forget()
             if self.config.evaluate.every_phase:
@@ -159,6 +173,23 @@ class _Session:
         self.folder.do("probe", compute)
         return runs.read_rows(self.folder.path / "stages/probe/rows.jsonl")
 
+    def _choose_coefficient(self) -> None:
+        def compute(folder: Path) -> dict[str, Any]:
+            self._restore()
+            choice, stage_log = coefficient.choose(
+                self.lm, list(self.facts), self._forget_set(), self.rows["base"], self.config, folder
+            )
+            return {"coef": choice.coef, "why": choice.why, **self._log_stage("forget", stage_log)}
+
+        self.folder.do("coefficient", compute)
+        self.choice = coefficient.read_choice(self._chosen)
+        log.info(self.choice.why)
+
+    @property
+    def _chosen(self) -> Path:
+        """Where the choice of the coefficient and the weights that it was made with are."""
+        return self.folder.path / "stages/coefficient"
+
     def _forgets(self) -> bool:
         if not self.method.forgets or self.config.forget.coef == 0:
             return False
@@ -179,9 +210,14 @@ class _Session:
             self._restore()
             facts, settings = self._forget_set(), self.config.forget
             log.info("forgetting %d facts (%s)", len(facts), how)
-            stage_log = forget(self.lm, facts, settings, how, seed=self._seed("forget"))
+            noted: dict[str, Any] = {"facts": len(facts)}
+            if self.choice is not None:
+                coefficient.forget_as_chosen(self.lm, self._chosen, self.config)
+            else:
+                stage_log = forget(self.lm, facts, settings, how, seed=self._seed("forget"))
+                noted |= self._log_stage("forget", stage_log)
             self._save_forgotten(unfinished, how)
-            return {"facts": len(facts), **self._log_stage("forget", stage_log)}
+            return noted
 
         if self.folder.is_done("forget"):
             self._pending = self._after(self._pending, lambda: self._load_forgotten(folder, how))
@@ -288,16 +324,13 @@ class _Session:
         if self.config.save_merged and self.method.learns == "lora":
             self._merge()
             products.append(path / "merged")
-        summary = write_results(
-            path,
-            self.config,
-            self.facts,
-            self.rows,
+        done = Done(
             known=len(self.known) if any(fact.ground_truth for fact in self.facts) else None,
             forgotten=self.n_forgotten if self.method.forgets else None,
             product=self.product.name,
-            method=self.config.method,
+            choice=self.choice,
         )
+        summary = write_results(path, self.config, self.facts, self.rows, done)
         report.write_run(path)
         for product in products:
             report.write_card(path, product)
@@ -396,7 +429,7 @@ def read_config_facts(config: RunConfig) -> FactSet:
 
 def _check_old_answers(facts: FactSet, config: RunConfig) -> None:
     method = METHODS[config.method]
-    needs = (method.forgets and config.forget.coef > 0) or config.teach.epochs > 0
+    needs = (method.forgets and config.forget.coef != 0) or config.teach.epochs > 0
     if needs and facts.old_from != "model" and not any(fact.ground_truth for fact in facts):
         reason = f"method {config.method} forgets" if method.forgets else "teach.epochs > 0 teaches"
         raise FactError(
@@ -409,7 +442,7 @@ def _check_stages(config: RunConfig, lm: LanguageModel) -> None:
     """What would make a stage fail, found before anything is written."""
     method = METHODS[config.method]
     stages: list[tuple[str, StageSettings, How | None]] = [("learn", config.learn, method.learns)]
-    if config.forget.coef > 0:
+    if config.forget.coef != 0:
         stages.append(("forget", config.forget, method.forgets))
     for name, settings, how in stages:
         if how is not None:
@@ -417,7 +450,7 @@ def _check_stages(config: RunConfig, lm: LanguageModel) -> None:
         if how == "lora":
             adapters.check_targets(lm.model, settings.lora, name)
     check_learning(lm, config.learn, method.learns)
-    if config.forget.coef > 0 and method.forgets:
+    if config.forget.coef != 0 and method.forgets:
         check_forgetting(lm, config.forget, method.forgets)
 
 
