@@ -29,8 +29,8 @@ from forgetlearn.scoring import Row
 
 log = logging.getLogger("forgetlearn")
 WEIGHTS, CHOICE = "weights.safetensors", "choice.json"
-# Where it is looked for. The paper's own are 0.1 to 3; at 3 the lab bases lost 10 to 50 points of locality by
-# forgetting alone (docs/experiments.md).
+# Where it is looked for. The paper's own are 0.1 to 3; at 3 lab bases lost up to 47 points of locality by forgetting
+# alone (docs/experiments.md).
 LOWEST, HIGHEST = 0.1, 1.5
 TOLERANCE = 0.1  # of the natural logarithm of the coefficient
 GOAL = (("reliability", "token"), ("generality", "token"), ("locality", "agreement"))
