@@ -1,7 +1,8 @@
-"""The run's page in headless Chromium: it asks for nothing, and search, filters and sorting do what they say."""
+"""The pages of runs and comparisons in headless Chromium: no request, and search, filters, sorting as they say."""
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import re
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from forgetlearn import report, runs
+from comparison_folder import NASTY as COMPARED_NASTY
+from comparison_folder import make_comparison
+from forgetlearn import report, runs, statistics
+from forgetlearn.compare import CompareSettings
 from forgetlearn.config import load_config
+from forgetlearn.table import write_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt install chromium)")
@@ -85,6 +90,11 @@ def chromium(page: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def requests_in(net: Path) -> list[str]:
+    """Addresses that Chromium asked for, from its log."""
+    return re.findall(r'"url":"((?:https?|wss?|ftp):[^"]*)"', net.read_text(encoding="utf-8"))
+
+
 # Runs in a copy of the page, whose policy lets it (the original's would not: a test below says so).
 HARNESS = """
 const errors = [], $ = selector => document.querySelector(selector), result = { errors };
@@ -143,8 +153,7 @@ def test_it_runs_without_error_or_request_under_its_own_policy(page):
     done = chromium(page, "--dump-dom", "--enable-logging=stderr", "--v=0", f"--log-net-log={net}")
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert '<output class="shown" id="shown">20 of 20 facts</output>' in done.stdout  # the script did run
-    asked = re.findall(r'"url":"((?:https?|wss?|ftp):[^"]*)"', net.read_text(encoding="utf-8"))
-    assert not [url for url in asked if "google" not in url]  # Chromium's own housekeeping aside
+    assert not [url for url in requests_in(net) if "google" not in url]  # Chromium's own housekeeping aside
 
 
 @needs_chromium
@@ -297,3 +306,87 @@ def test_10000_facts_are_small_and_filtered_at_once(tmp_path):
     print(f"10,000 facts: {size / 1e6:.1f} MB, milliseconds {took}")
     assert (result["found"], result["broken"]) == (sum("99" in str(number) for number in range(10_000)), 2000)
     assert max(took.values()) < 3000
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """The page of a comparison of 20 facts: ft and f-ft, two coefficients, two seeds."""
+    settings = CompareSettings(methods=("ft", "f-ft"), coefs=(0.3, 1.0), seeds=(0, 1), epochs=(2, 5))
+    folder = make_comparison(tmp_path_factory.mktemp("compared") / "out", settings, 20)
+    write_table(folder)
+    return folder / "report.html"
+
+
+@needs_chromium
+def test_a_comparison_runs_without_error_or_request(compared):
+    source = compared.read_text(encoding="utf-8")
+    assert not re.search(r"\b(src|href|action|srcset)=(?!\"#)", source)
+    assert not re.search(r"https?:|url\((?!#)|@import", source)
+    net = compared.parent / "net.json"
+    done = chromium(compared, "--dump-dom", "--enable-logging=stderr", "--v=0", f"--log-net-log={net}")
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert '<output class="shown" id="shown">20 of 20 facts</output>' in done.stdout
+    assert not [url for url in requests_in(net) if "google" not in url]
+
+
+@needs_chromium
+def test_tables_of_a_comparison_sort(compared):
+    result = drive(
+        compared,
+        """
+        const tables = document.querySelectorAll("table.sortable");
+        result.names = Array.from(tables, table => table.parentNode.getAttribute("aria-label"));
+        const scores = tables[1], column = number => Array.from(scores.tBodies[0].rows, row => row.cells[number]);
+        const click = number => scores.tHead.rows[0].cells[number].querySelector("button").click();
+        result.before = column(0).map(cell => cell.textContent);
+        click(1); result.up = column(1).map(cell => Number(cell.dataset.v));
+        click(1); result.down = column(1).map(cell => Number(cell.dataset.v));
+        result.moved = column(0).map(cell => cell.textContent);
+        click(1); result.back = column(0).map(cell => cell.textContent);
+    """,
+    )
+    assert result["names"] == ["Paired differences", "Scores", "At equal reliability", None]
+    assert result["up"] == sorted(result["up"]) == result["down"][::-1]
+    assert len(set(result["up"])) == 6
+    assert result["before"] == result["back"] != result["moved"]
+
+
+@needs_chromium
+def test_facts_of_a_comparison(compared):
+    result = drive(
+        compared,
+        """
+        result.prompt = rows()[1].cells[0].textContent; result.new = rows()[1].cells[2].textContent;
+        result.title = document.title;
+        type("<script>"); result.found = seen().length; type("");
+        result.filters = {};
+        for (const input of document.querySelectorAll("input[name=show]")) {
+          input.click();
+          result.filters[input.value] = [Number(input.parentNode.querySelector("b").textContent), seen().length];
+        }
+        choose("errored"); result.errored = seen()[0].cells[4].textContent;
+        choose("all"); press(4); result.learned = seen().map(row => Number(row.cells[4].dataset.v));
+    """,
+    )
+    assert result["prompt"] == result["new"] == COMPARED_NASTY
+    assert result["title"] == "out – forgetlearn"
+    assert result["found"] == 1
+    assert all(count == shown for count, shown in result["filters"].values())
+    assert result["filters"]["all"] == [20, 20]
+    assert result["filters"]["gained"][0] > result["filters"]["lost"][0]
+    assert result["filters"]["errored"] == [1, 1]
+    assert result["errored"] == "!!"
+    assert result["learned"] == sorted(result["learned"])
+    assert len(set(result["learned"])) == 3
+
+
+@pytest.mark.parametrize(("count", "limit"), [(300, 1e6), pytest.param(10_000, 15e6, marks=pytest.mark.slow)])
+def test_a_comparison_is_small(tmp_path, monkeypatch, count, limit):
+    fewer = functools.partial(statistics.paired_difference, resamples=99)  # p-values take their time
+    monkeypatch.setattr(statistics, "paired_difference", fewer)
+    settings = CompareSettings(coefs=(0.3,), seeds=(0, 1, 2))
+    folder = make_comparison(tmp_path / "out", settings, count)
+    write_table(folder)
+    size = (folder / "report.html").stat().st_size
+    print(f"{count} facts, 5 methods, 3 seeds: {size / 1e6:.2f} MB")
+    assert size < limit

@@ -212,6 +212,7 @@ def compare(
     config = _config(config_file, model, facts_file, None, limit, None, None, None, setting)
     from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
+    from forgetlearn.comparison import verdict
     from forgetlearn.pages import COLUMNS
     from forgetlearn.table import write_table
 
@@ -230,7 +231,9 @@ def compare(
         fill(settings=settings, config=config, **where, workers=workers)
     table = write_table(output)
     _table(COLUMNS, [(row["label"], _nested(row["scores"])) for row in table["rows"]], "")
-    typer.echo(f"\nintervals, differences, curves: {output / 'compare.md'}\na run folder per cell: {output / 'cells'}")
+    typer.echo(
+        f"\n{verdict(table)[0]}\nreport   {output / 'report.html'}\ncells    {output / 'cells'}, a run folder each"
+    )
 
 
 @app.command()
@@ -285,17 +288,16 @@ def ask(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """Make report.md and report.html again from a run folder, without the model."""
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run or a comparison.")]) -> None:
+    """Make the pages of a run or a comparison again from its folder, without the model."""
     from forgetlearn.report import write_run
     from forgetlearn.runs import RunFolder
     from forgetlearn.table import write_table
 
     if "compare" in RunFolder.open(run_folder).manifest["config"]:
         write_table(run_folder)
-        typer.echo(str(run_folder / "compare.md"))
-        return
-    write_run(run_folder)
+    else:
+        write_run(run_folder)
     typer.echo(str(run_folder / "report.html"))
 
 

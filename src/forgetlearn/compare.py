@@ -72,9 +72,9 @@ class VariantSettings(Settings):
 class CompareSettings(Settings):
     """What is compared."""
 
-    methods: tuple[MethodName, ...] = Field(PAPER_METHODS, min_length=1, description="Methods.")
+    methods: tuple[MethodName, ...] = Field(PAPER_METHODS, min_length=1, description="docs/method.md describes them.")
     coefs: tuple[float, ...] = Field((0.1, 0.3, 1.0), min_length=1, description="Coefficients of forgetting.")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Seeds.")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Whole numbers.")
     epochs: tuple[int, ...] = Field((), description="Epochs of learning; unset: those of the config.")
     budgets: tuple[Budget, ...] = Field(
         ("equal-epochs",),
@@ -151,8 +151,9 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
             if method in (variant.methods or WITH_ALL_WEIGHTS)
             for coef in _coefs(method, variant.coefs or settings.coefs)
         ]
-        if "equal-steps" in settings.budgets and method in ("ft", "lora"):
-            cells.append(Cell(method, None, n_epochs + config.forget.epochs, seed, "equal-steps"))
+        in_all = n_epochs + config.forget.epochs
+        if "equal-steps" in settings.budgets and method in ("ft", "lora") and in_all not in epochs:
+            cells.append(Cell(method, None, in_all, seed, "equal-steps"))  # else the cell of so many epochs is that
     return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
 
 

@@ -378,7 +378,8 @@ def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
 def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: frozenset[str]) -> str:
     """One line for one of pydantic's errors; the file is named unless a flag gave the value."""
     loc = tuple(part for part in item["loc"] if part != "a number")
-    name = ".".join(str(part) for part in loc) or "config"
+    in_list = bool(loc) and isinstance(loc[-1], int)  # which item it is, its value says
+    name = ".".join(str(part) for part in (loc[:-1] if in_list else loc)) or "config"
     is_flag = any(name == given or name.startswith(f"{given}.") for given in elsewhere)
     suffix = f" ({where})" if where and not is_flag else ""
     if item["type"] == "extra_forbidden":

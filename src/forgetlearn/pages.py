@@ -9,7 +9,8 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -83,3 +84,8 @@ def _cell(text: object) -> str:
         shown = shown.replace(mark, f"\\{mark}")
     shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return " ".join(STEERING.sub("�", shown).split())
+
+
+def command_text(words: Sequence[str]) -> str:
+    """A command as a shell would take it."""
+    return " ".join(shlex.quote(word) for word in words)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -17,8 +18,46 @@ STAGES = ("teach", "forget", "learn")
 # Colours of plots stand for the page's own, so that they follow it into dark mode and print.
 PAGE_COLOURS = {"#000000": "currentColor", "#262626": "currentColor", "#ffffff": "var(--page)"}
 FIRST, SECOND, LINE, DIM = "#010101", "#020202", "#030303", "#040404"
+OF_MARKS = tuple(f"#0a000{place}" for place in range(8))
+PAGE_COLOURS |= {colour: f"var(--m{place})" for place, colour in enumerate(OF_MARKS)}
 PAGE_COLOURS |= {FIRST: "var(--accent)", SECOND: "var(--second)", LINE: "var(--line)", DIM: "var(--dim)"}
+# Markers of matplotlib and of the text that explains them; the first two are for plain fine-tuning.
+MARKS = (("s", "■"), ("D", "◆"), ("o", "●"), ("^", "▲"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("*", "★"))
 PLOTTED_STEPS = 500
+
+
+class Style(NamedTuple):
+    """How a method looks in every plot of a page."""
+
+    colour: str
+    marker: str
+    sign: str
+    place: int
+
+
+class Point(NamedTuple):
+    """A row of the table in a trade-off plot; lines go along `order`."""
+
+    x: float
+    y: float
+    order: tuple[float, float]
+
+
+class Panel(NamedTuple):
+    """Scores against the coefficient: methods that forget as lines, plain ones as levels."""
+
+    title: str
+    unit: str
+    lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
+    plain: Mapping[str, Mapping[str, Any]]
+
+
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """A colour and a marker for each name; the plain methods always have the first two."""
+    plain = {"ft": 0, "lora": 1}
+    others = [name for name in names if name not in plain]
+    places = {name: plain.get(name, 2 + (others.index(name) if name in others else 0) % 6) for name in names}
+    return {name: Style(OF_MARKS[place], *MARKS[place], place) for name, place in places.items()}
 
 
 def plot_scores(summary: Mapping[str, Any], phases: Sequence[str]) -> list[Markup]:
@@ -43,9 +82,7 @@ def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Any]], phases: Sequ
         free = protocol == "generate"
         found = [(place, cell) for place, cell in enumerate(cells) if cell and cell["mean"] is not None]
         at = [place + (0.09 if free else -0.09) * (len(lines) > 1) for place, _found in found]
-        means = [cell["mean"] for _place, cell in found]
-        ranges = [(cell["low"], cell["high"]) if cell["low"] is not None else (cell["mean"],) * 2 for _, cell in found]
-        bounds = [[abs(mean - own[end]) for mean, own in zip(means, ranges, strict=True)] for end in (0, 1)]
+        means, bounds = _with_bounds([cell for _place, cell in found])
         colour = SECOND if free else FIRST
         axes.plot(at, means, color=LINE, lw=1, zorder=1)
         marks = axes.errorbar(
@@ -102,6 +139,98 @@ def plot_losses(logs: Path) -> Markup | None:
         for name, rows in curves.items()
     ]
     return _svg(figure, "loss", f"Training loss: {'; '.join(ends)}")
+
+
+def plot_trade_off(
+    x_name: str,
+    y_name: str,
+    lines: Mapping[str, Mapping[str, Sequence[Point]]],
+    front: Sequence[Point],
+    looks: Mapping[str, Style],
+) -> Markup:
+    """One quantity against another, a line per method and tag; rings around the points of the front."""
+    figure, axes = _figure(4.6, 3.4)
+    for name, own in lines.items():
+        for tag, points in own.items():
+            look = looks[name]
+            xs, ys = [point.x for point in points], [point.y for point in points]
+            dash = "--" if look.place < 2 else "-"
+            axes.plot(xs, ys, dash, marker=look.marker, ms=5, lw=1.1, color=look.colour, clip_on=False, zorder=3)
+            if tag:
+                axes.annotate(
+                    tag, (xs[-1], ys[-1]), (5, 3), textcoords="offset points", fontsize=7.5, color=look.colour
+                )
+    axes.plot([p.x for p in front], [p.y for p in front], "o", ms=11, mfc="none", mec="#262626", mew=0.9, clip_on=False)
+    axes.set_xlabel(x_name, fontsize=8.5, color=DIM)
+    axes.set_title(y_name, loc="left", fontsize=9, fontweight="bold")
+    axes.margins(0.08)
+    _open_frame(axes)
+    ends = [f"{name} {points[-1].x:.1f}, {points[-1].y:.1f}" for name, own in lines.items() for points in own.values()]
+    return _svg(figure, f"{x_name} {y_name}", f"{y_name} against {x_name}, last point of each line: {'; '.join(ends)}")
+
+
+def plot_coefficients(panel: Panel, looks: Mapping[str, Style]) -> Markup:
+    """Means with 95 % intervals against the coefficient, on a logarithmic scale; plain methods as dashed levels."""
+    figure, axes = _figure(2.9, 2.2)
+    coefs = sorted({coef for points in panel.lines.values() for coef, _cell in points})
+    span = max(math.log10(coefs[-1] / coefs[0]), 0.5)
+    for place, (name, points) in enumerate(panel.lines.items()):
+        shift = 0.03 * span * (place - (len(panel.lines) - 1) / 2)  # lines of equal height stay apart
+        at = [math.log10(coef) + shift for coef, _cell in points]
+        means, bounds = _with_bounds([cell for _coef, cell in points])
+        look = looks[name]
+        marks = axes.errorbar(
+            at, means, bounds, fmt=f"-{look.marker}", ms=4.5, color=look.colour, lw=1.1, elinewidth=0.8
+        )
+        for part in (marks[0], *marks[2]):
+            part.set_clip_on(False)
+    for name, cell in panel.plain.items():
+        axes.axhline(cell["mean"], ls="--", lw=1.1, color=looks[name].colour)
+    axes.set_xticks([math.log10(coef) for coef in coefs], [f"{coef:g}" for coef in coefs])
+    axes.set_xlim(math.log10(coefs[0]) - 0.12 * span, math.log10(coefs[-1]) + 0.12 * span)
+    axes.set_title(panel.title, loc="left", fontsize=9, fontweight="bold")
+    axes.set_xlabel(panel.unit, fontsize=8, color=DIM)
+    _open_frame(axes)
+    words = [
+        f"{name} " + ", ".join(f"{coef:g}: {cell['mean']:.1f}" for coef, cell in points)
+        for name, points in panel.lines.items()
+    ]
+    words += [f"{name} {cell['mean']:.1f}" for name, cell in panel.plain.items()]
+    return _svg(figure, panel.title + panel.unit, f"{panel.title}, {panel.unit}, by coefficient: {'; '.join(words)}")
+
+
+def plot_training(title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]], looks: Mapping[str, Style]) -> Markup:
+    """Running means of the loss over the steps, a line per name; a name without a look is written beside its line."""
+    figure, axes = _figure(4.6, 1.9)
+    for place, (name, rows) in enumerate(curves.items()):
+        look = looks.get(name)
+        steps, losses = _thinned([row["step"] for row in rows], [row["loss"] for row in rows])
+        means = running_mean(losses, max(3, len(losses) // 20))
+        colour = look.colour if look else (FIRST, SECOND, DIM)[place % 3]
+        axes.plot(steps, means, "--" if look and look.place < 2 else "-", color=colour, lw=1.4)
+        if not look and steps:
+            axes.annotate(name, (steps[0], means[0]), (4, 0), textcoords="offset points", fontsize=8, color=colour)
+    axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    _open_frame(axes)
+    ends = [f"{name} {rows[0]['loss']:.3g} to {rows[-1]['loss']:.3g}" for name, rows in curves.items() if rows]
+    return _svg(figure, title, f"Loss of {title}: {'; '.join(ends)}")
+
+
+def _open_frame(axes: Any) -> None:
+    """Lines across instead of a frame."""
+    axes.grid(axis="y", color=LINE, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_color(LINE)
+
+
+def _with_bounds(cells: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Means, and how far their intervals reach below and above; nowhere where there is none."""
+    means = [float(cell["mean"]) for cell in cells]
+    ends = [(cell["low"], cell["high"]) if cell["low"] is not None else (cell["mean"],) * 2 for cell in cells]
+    return means, [[abs(mean - own[end]) for mean, own in zip(means, ends, strict=True)] for end in (0, 1)]
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

@@ -14,7 +14,7 @@ import yaml
 
 from forgetlearn import metrics, plots, runs
 from forgetlearn.errors import RunError
-from forgetlearn.pages import COLUMNS, QUESTIONS, render, render_page
+from forgetlearn.pages import COLUMNS, QUESTIONS, command_text, render, render_page
 
 PHASES = ("base", "forgotten", "updated")
 SHOWN_FACTS_MARKDOWN = 20
@@ -64,7 +64,7 @@ def load_context(path: Path) -> dict[str, Any]:
         "summary": summary,
         "manifest": manifest,
         "config_yaml": as_yaml(manifest["config"]),
-        "command": " ".join(_quoted(word) for word in manifest["command"]),
+        "command": command_text(manifest["command"]),
         "phases": phases,
         "columns": COLUMNS,
         "table": table,
@@ -149,7 +149,7 @@ def _fact_line(
     last = own.get((phases[-1], judge or ""), {})
     place = own.get((phases[-1], "agreement"), {}).get("locality")
     reasons = [reason for row in own.values() for reason in row["errors"].values()]
-    state = _state(last) if last else "not asked"
+    state = state_of(last) if last else "not asked"
     flags = {
         "unlearned": state != "new",
         "residue": bool(last.get("residue")),
@@ -170,7 +170,7 @@ def _fact_line(
     }
 
 
-def _state(row: Mapping[str, Any]) -> str:
+def state_of(row: Mapping[str, Any]) -> str:
     """What a fact's answers are now: the new one to its prompt, else the old one anywhere, else another."""
     if row.get("reliability") is None:
         return "errored" if row["errors"] else "not asked"
@@ -260,9 +260,3 @@ def _errors(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
         for quantity, reason in row["errors"].items():
             found.setdefault((row["fact"], quantity), {"fact": row["fact"], "quantity": quantity, "reason": reason})
     return list(found.values())
-
-
-def _quoted(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)

@@ -1,6 +1,6 @@
 """A comparison's cells to one table: means with intervals, paired differences, curves at equal reliability.
 
-Everything is read from the folder, so the table can be made again without the model.
+Everything is read from the folder, so the table and its page can be made again without the model.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn import pages, runs, statistics
-from forgetlearn.compare import CELLS, Cell, CompareSettings, cells_of
+from forgetlearn import comparison, runs, statistics
+from forgetlearn.compare import CELLS, SHARED, Budget, Cell, CompareSettings, cells_of
 from forgetlearn.config import RunConfig, validate
 from forgetlearn.errors import RunError
 from forgetlearn.method import METHODS
 from forgetlearn.pages import COLUMNS
 
+Column = tuple[str, str]  # quantity and protocol
 Scores = np.ndarray[Any, np.dtype[np.float64]]
+PLAIN_METHODS = ("ft", "lora")
 PLAIN = {"lora": "lora"}  # what a method is compared with, by how it learns; the others with ft
+RESIDUES: tuple[Column, ...] = (("residue", "generate"), ("residue", "token"))
 
 
 def write_table(path: Path) -> dict[str, Any]:
-    """The table of a comparison's folder, also written to `compare.json` and `compare.md`.
+    """The table of a comparison's folder, also written to `compare.json`, and to `compare.md` and `report.html`.
 
     Raises:
         RunError: the folder holds no comparison, or a cell of it is not done.
@@ -35,36 +38,45 @@ def write_table(path: Path) -> dict[str, Any]:
     settings = validate(CompareSettings, manifest["config"]["compare"])
     config = validate(RunConfig, manifest["config"]["run"])
     groups = _groups(path, cells_of(settings, config))
+    overall = _overall_columns(groups.values())
     data: dict[str, Any] = {
         "seeds": list(settings.seeds),
-        "rows": [_row(group, groups.values(), config.forget.epochs) for group in groups.values()],
+        "overall": [f"{quantity}.{protocol}" for quantity, protocol in overall],
+        "rows": [
+            _row(group, _baselines(group, groups.values(), settings, config), overall) for group in groups.values()
+        ],
+        "unpaired": _unpaired(settings),
         "curves": _curves(groups) if len(settings.epochs) > 1 else None,
     }
     runs.write_json(path / "compare.json", data)
-    columns = [(q, p) for q, p in COLUMNS if any(f"{q}.{p}" in row["scores"] for row in data["rows"])]
-    runs.write_text(path / "compare.md", pages.render("compare.md.j2", {**data, "columns": columns, "path": path.name}))
+    cells = {label: [path / CELLS / cell.name for cell in group.cells] for label, group in groups.items()}
+    comparison.write_pages(path, data, manifest, cells, path / SHARED)
     return data
 
 
 class _Group:
-    """The cells of one row of the table: one per seed."""
+    """The cells of one row of the table, one per seed, and their scores: matrices (S, N), NaN where there is none."""
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        self.cells = cells
-        self.first = cells[0]
-        self.scores: dict[tuple[str, str], Scores] = {}  # quantity and protocol -> (S, N), NaN where there is none
+    def __init__(self, path: Path, cells: Sequence[Cell]) -> None:
+        self.cells = sorted(cells, key=lambda cell: cell.seed)
+        self.first = self.cells[0]
+        tables = [_scores(path / CELLS / cell.name) for cell in self.cells]
+        self.phases = {
+            phase: {
+                column: np.array([table[phase][column] for table in tables], dtype=float)
+                for column in COLUMNS
+                if all(column in table.get(phase, {}) for table in tables)
+            }
+            for phase in ("base", "forgotten", "updated")
+        }
+        self.scores: dict[Column, Scores] = self.phases["updated"]
 
 
 def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
     by_label: dict[str, list[Cell]] = {}
     for cell in cells:
         by_label.setdefault(cell.label, []).append(cell)
-    groups = {label: _Group(sorted(members, key=lambda cell: cell.seed)) for label, members in by_label.items()}
-    for group in groups.values():
-        tables = [_scores(path / CELLS / cell.name) for cell in group.cells]
-        for column in COLUMNS:
-            if all(column in table for table in tables):
-                group.scores[column] = np.array([table[column] for table in tables], dtype=float)
+    groups = {label: _Group(path, members) for label, members in by_label.items()}
     order = list(METHODS)
 
     def key(label: str) -> tuple[int, str, float, str, int]:
@@ -74,23 +86,23 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
     return {label: groups[label] for label in sorted(groups, key=key)}
 
 
-def _scores(cell: Path) -> dict[tuple[str, str], list[float]]:
-    """Quantity and protocol to the updated model's score of each fact, in the order of the facts."""
+def _scores(cell: Path) -> dict[str, dict[Column, list[float]]]:
+    """Phase, then quantity and protocol, to the score of each fact, in the order of the facts."""
     if not (cell / runs.MANIFEST).is_file():
         raise RunError(f"{cell.parent.parent}: the cell {cell.name} is not done. Go on with --resume.")
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[str, dict[Column, list[float]]] = {}
     for row in runs.read_rows(cell / "facts.jsonl"):
-        if row["phase"] == "updated":
-            for quantity, protocol in COLUMNS:
-                if protocol == row["protocol"] and quantity in row:
-                    score = row[quantity]
-                    found.setdefault((quantity, protocol), []).append(np.nan if score is None else score)
+        own = found.setdefault(row["phase"], {})
+        for quantity, protocol in COLUMNS:
+            if protocol == row["protocol"] and quantity in row:
+                score = row[quantity]
+                own.setdefault((quantity, protocol), []).append(np.nan if score is None else score)
     return found
 
 
-def _row(group: _Group, groups: Iterable[_Group], forget_epochs: int) -> dict[str, Any]:
+def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Column]) -> dict[str, Any]:
     cell = group.first
-    baselines = _baselines(cell, groups, forget_epochs)
+    ours = _overall(group, overall)
     return {
         "label": cell.label,
         "method": cell.method,
@@ -98,29 +110,79 @@ def _row(group: _Group, groups: Iterable[_Group], forget_epochs: int) -> dict[st
         "coef": cell.coef,
         "epochs": cell.epochs,
         "budget": cell.budget,
+        "overall": _estimate(ours),
         "scores": {f"{q}.{p}": _estimate(scores) for (q, p), scores in group.scores.items()},
+        "forgotten": _forgotten(group),
         "against": {
-            baseline.first.budget: {
+            budget: {
                 "label": baseline.first.label,
+                "overall": _difference(ours, _overall(baseline, overall)),
                 "differences": {
                     f"{q}.{p}": _difference(scores, baseline.scores[q, p])
                     for (q, p), scores in group.scores.items()
                     if (q, p) in baseline.scores
                 },
             }
-            for baseline in baselines
+            for budget, baseline in baselines.items()
         },
     }
 
 
-def _baselines(cell: Cell, groups: Iterable[_Group], forget_epochs: int) -> list[_Group]:
-    """Plain fine-tuning that learns in the same way: for as many epochs, and for as many steps in all."""
-    method = METHODS[cell.method]
-    if cell.method in ("ft", "lora"):
+def _overall_columns(groups: Iterable[_Group]) -> list[Column]:
+    """What a row's one number is the mean of: reliability, generality, locality, those that every group has."""
+    found = [{column for column, scores in group.scores.items() if np.isfinite(scores).any()} for group in groups]
+    there = set.intersection(*found)
+    protocol = next((name for name in ("token", "generate") if ("reliability", name) in there), None)
+    if protocol is None:
         return []
-    wanted = {("equal-epochs", cell.epochs), ("equal-steps", cell.epochs + forget_epochs)}
-    plain = [group for group in groups if group.first.method == PLAIN.get(method.learns, "ft")]
-    return [group for group in plain if (group.first.budget, group.first.epochs) in wanted]
+    wanted = [("reliability", protocol), ("generality", protocol), ("locality", "agreement")]
+    return [column for column in wanted if column in there]
+
+
+def _overall(group: _Group, columns: Sequence[Column]) -> Scores:
+    """Each fact's mean over the columns; NaN where one of them is missing."""
+    matrices = [group.scores[column] for column in columns] or [np.full((1, 1), np.nan)]
+    mean: Scores = np.mean(matrices, axis=0)
+    return mean
+
+
+def _forgotten(group: _Group) -> dict[str, Any] | None:
+    """What the forgotten model has lost of the old answers (points less than the base), and its locality."""
+    base, forgotten = group.phases["base"], group.phases["forgotten"]
+    residue = next((column for column in RESIDUES if column in base and column in forgotten), None)
+    if residue is None:
+        return None
+    place = forgotten.get(("locality", "agreement"))
+    return {
+        "protocol": residue[1],
+        "lost": _difference(base[residue], forgotten[residue]),
+        "locality": None if place is None else _estimate(place),
+    }
+
+
+def _baselines(
+    group: _Group, groups: Iterable[_Group], settings: CompareSettings, config: RunConfig
+) -> dict[Budget, _Group]:
+    """Plain fine-tuning that learns in the same way: for as many epochs, and for as many steps in all."""
+    cell = group.first
+    method = METHODS[cell.method]
+    if cell.method in PLAIN_METHODS and not cell.variant:
+        return {}
+    by_epochs = {other.first.epochs: other for other in groups if _is(other, PLAIN.get(method.learns, "ft"))}
+    wanted: dict[Budget, int] = {"equal-epochs": cell.epochs}
+    if "equal-steps" in settings.budgets and method.forgets:
+        wanted["equal-steps"] = cell.epochs + config.forget.epochs
+    return {budget: by_epochs[epochs] for budget, epochs in wanted.items() if epochs in by_epochs}
+
+
+def _is(group: _Group, plain: str) -> bool:
+    return group.first.method == plain and not group.first.variant
+
+
+def _unpaired(settings: CompareSettings) -> list[dict[str, str]]:
+    """Methods that have nothing to be paired with, since the plain one is not among those compared."""
+    wanted = {method: PLAIN.get(METHODS[method].learns, "ft") for method in settings.methods}
+    return [{"method": method, "plain": plain} for method, plain in wanted.items() if plain not in settings.methods]
 
 
 def _estimate(scores: Scores) -> dict[str, Any] | None:
@@ -144,7 +206,7 @@ def _curves(groups: Mapping[str, _Group]) -> list[dict[str, Any]]:
     for (method, variant, coef), curve in curves.items():
         how = METHODS[method]
         against = PLAIN.get(how.learns, "ft")
-        plain = curves.get((against, "", None)) if method not in ("ft", "lora") else None
+        plain = curves.get((against, "", None)) if variant or method not in PLAIN_METHODS else None
         if curve is None or plain is None:
             continue
         equal = statistics.at_equal_reliability(curve, plain)
