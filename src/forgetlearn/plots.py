@@ -208,8 +208,9 @@ def plot_training(title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]],
         means = running_mean(losses, max(3, len(losses) // 20))
         colour = look.colour if look else (FIRST, SECOND, DIM)[place % 3]
         axes.plot(steps, means, "--" if look and look.place < 2 else "-", color=colour, lw=1.4)
-        if not look and steps:
-            axes.annotate(name, (steps[0], means[0]), (4, 0), textcoords="offset points", fontsize=8, color=colour)
+        if not look:
+            at = (0.99, 0.9 - 0.11 * place)
+            axes.text(*at, name, transform=axes.transAxes, ha="right", fontsize=8, color=colour)
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
