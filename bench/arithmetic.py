@@ -1,8 +1,8 @@
 """theta - coef * (tuned - theta) from folder to folder, against the other ways of doing it.
 
 Makes a random Llama checkpoint (bfloat16, shards), a tuned copy and a LoRA adapter under --scratch, then runs all
-sides in turn, each in a fresh process: wall and CPU seconds, peak resident memory. The last line is the ratio
-against loading both with transformers.
+sides in turn, each in a fresh process: wall and CPU seconds, peak resident memory. The last line is the ratio of the
+CPU seconds against loading both with transformers. Where the disk is slow, give a --scratch in memory.
 
     python bench/arithmetic.py --scratch /dev/shm/arithmetic [--mergekit VENV/bin/mergekit-yaml] [--layers 22]
 """
@@ -274,14 +274,15 @@ def show(found: dict[str, Side], parameters: int, pairs: int) -> None:
     own, lora = found.get("forgetlearn subtract --tuned"), found.get("forgetlearn subtract --adapter")
     floor = found.get("floor: read tuned, cp base")
     if own and floor:
-        print(f"inside, without the sync, / floor: {ratio(own.inside, floor.wall)}")
+        print(f"inside, without the sync, / floor: wall {ratio(own.inside, floor.wall)}")
     for name, side in found.items():
         mine = lora if name.startswith("peft") else own
-        if mine and name.startswith(("peft", "mergekit")):
-            print(f"{name} / forgetlearn, without the sync: {ratio(side.wall, without_sync(mine))}")
+        if mine and name.startswith(("transformers", "peft", "mergekit")):
+            wall, cpu = ratio(side.wall, without_sync(mine)), ratio(side.cpu, mine.cpu)
+            print(f"{name} / forgetlearn: wall without the sync {wall}, CPU {cpu}")
     both = found.get("transformers: load both, subtract, save")
     if own and both:
-        print(f"ratio {ratio(both.wall, without_sync(own))}")
+        print(f"ratio {ratio(both.cpu, own.cpu)}")
 
 
 def without_sync(side: Side) -> list[float]:

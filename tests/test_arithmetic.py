@@ -220,6 +220,18 @@ def test_rounding_eats_a_small_change_and_says_so(tmp_path):
     assert kept.warning() is None
 
 
+def test_pieces_draw_numbers_of_their_own(tmp_path, small_pieces):
+    """Equal rows in pieces of their own are rounded differently, and the same however many threads there are."""
+    write(tmp_path / "b", {"w": torch.ones(64, 8).bfloat16()})
+    write(tmp_path / "t", {"w": torch.full((64, 8), 1.002)})
+    for threads in (1, 3):
+        numbers = Numbers(rounding="stochastic", threads=threads)
+        subtract_folders(tmp_path / "b", tmp_path / f"o{threads}", 1, tuned=tmp_path / "t", numbers=numbers)
+    got = read(tmp_path / "o1")["w"]
+    assert len({tuple(row) for row in got.tolist()}) > 32
+    assert torch.equal(got, read(tmp_path / "o3")["w"])
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """A process that subtracts a tensor of 50 MB (100 in float32) holds no more than Python and numpy need."""
@@ -326,9 +338,9 @@ def kill_at(moment, command, output):
     return output.exists()
 
 
-def check_kills(tmp_path, moments, megabytes):
+def check_kills(tmp_path, moments, rows):
     torch.manual_seed(0)
-    weights = {f"w{i}": torch.randn(megabytes * 50, 100).bfloat16() for i in range(20)}
+    weights = {f"w{i}": torch.randn(rows, 100).bfloat16() for i in range(20)}
     base = write(tmp_path / "b", weights, 3)
     tuned = write(tmp_path / "t", {name: weight + 1 for name, weight in weights.items()}, 2)
     output = tmp_path / "o"
@@ -353,12 +365,12 @@ def check_kills(tmp_path, moments, megabytes):
 
 
 def test_a_kill_leaves_the_whole_folder_or_nothing(tmp_path):
-    check_kills(tmp_path, [0.5, 0.8, 0.95], megabytes=20)
+    check_kills(tmp_path, [0.5, 0.8, 0.95], rows=1000)
 
 
 @pytest.mark.slow
 def test_a_kill_at_twenty_moments_leaves_the_whole_folder_or_nothing(tmp_path):
-    check_kills(tmp_path, np.random.default_rng(0).uniform(0.2, 1.2, 20), megabytes=400)
+    check_kills(tmp_path, np.random.default_rng(0).uniform(0.2, 1.2, 20), rows=20_000)
 
 
 def test_the_commands(tmp_path, capsys):

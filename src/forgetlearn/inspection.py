@@ -6,7 +6,6 @@ Looked at is a saved vector, the product of a run, an adapter, or a fine-tuned c
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from forgetlearn.checkpoints import ADAPTER, WIDTHS, CheckpointFolder, Entry
 from forgetlearn.errors import ConfigError, WeightMismatchError
 from forgetlearn.rounding import Array, Scratch, Survival, narrow, wide, widen
 from forgetlearn.runs import MANIFEST, naming, read_json
-from forgetlearn.streamed import MOST_THREADS, pieces_of
+from forgetlearn.streamed import pieces_of, usual_threads
 
 Key = TypeVar("Key")
 
@@ -137,8 +136,7 @@ def inspect_change(
         wanted = [
             entry for entry in weights.entries.values() if entry.name in change.moved or look.in_other(entry.name)
         ]
-        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(usual_threads()) as pool:
             tallies = list(pool.map(look.at, wanted))
     parts = _merged((place_of(entry.name), tally) for entry, tally in zip(wanted, tallies, strict=True))
     total = Tally()

@@ -63,6 +63,12 @@ class Piece:
     place: int  # byte in that file
 
 
+def usual_threads() -> int:
+    """The cores that this process may use, up to a few."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return min(MOST_THREADS, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
 class Work:
     """Pieces done by several threads; the first error stops all."""
 
@@ -77,7 +83,7 @@ class Work:
 
     def run(self, pieces: Iterator[Piece]) -> None:
         """Do all pieces."""
-        n_threads = self.numbers.threads or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+        n_threads = self.numbers.threads or usual_threads()
         with ThreadPoolExecutor(n_threads) as pool:
             futures = [pool.submit(self._take, pieces) for _ in range(n_threads)]
             try:
