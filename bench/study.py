@@ -66,7 +66,7 @@ def main() -> None:
 def bases_of(study: Mapping[str, Any]) -> Iterator[Base]:
     for part, file, tied in itertools.product(study["parts"], study["files"], study["tied"]):
         own = study["parts"][part]
-        yield Base(file, tied, part, own["start"], own["limit"], own["base_seed"])
+        yield Base(file, tied, part, **own["facts"], seed=own["base_seed"])
 
 
 def compared(base: Base, study: Mapping[str, Any], data: Path, output: Path, workers: int) -> dict[str, Any]:
@@ -74,10 +74,10 @@ def compared(base: Base, study: Mapping[str, Any], data: Path, output: Path, wor
     part = study["parts"][base.part]
     whole = read_facts(data / base.file)
     facts = replace(whole, facts=whole[base.start : base.start + base.limit])
-    lab = LabSettings(seed=base.seed, tie_word_embeddings=base.tied, **study.get("lab", {}), **part.get("lab", {}))
+    lab = LabSettings(seed=base.seed, tie_word_embeddings=base.tied)
     folder = build_lab(facts, lab, vocabulary_from=whole)
-    config = load_config(folder / "update.yaml", study["update"] | part.get("update", {}))
-    variants = study["variants"][part["variants"]]["tied" if base.tied else "untied"]
+    config = load_config(folder / "update.yaml", study["update"] | part["update"])
+    variants = part["variants"]["tied" if base.tied else "untied"]
     settings = validate(CompareSettings, part["compare"] | {"variants": variants})
     fill(folder, folder / "facts.jsonl", settings, config, output=output, resume=output.exists(), workers=workers)
     return write_table(output)

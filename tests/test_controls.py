@@ -25,6 +25,10 @@ def test_row_norms_keeps_directions():
     assert torch.allclose(made("row-norms")["w"], tensor([[3.0, 4.0], [0.0, 13**0.5]]))
 
 
+def test_centred_leaves_out_what_all_rows_share():
+    assert torch.equal(made("centred")["w"], tensor([[1.5, 4.0], [1.5, 2.0]]))
+
+
 def test_random_has_the_norm_of_the_change_and_the_seed_decides():
     moved = made("random")["w"] - BASE["w"]
     assert torch.allclose(moved.norm(), tensor(3.0))

@@ -61,7 +61,6 @@ class VariantSettings(Settings):
         (), description="Methods that it varies; unset: those of the comparison that forget with all weights."
     )
     modules: Modules = Field("all", description="As forget.modules.")
-    centred: bool = Field(False, description="As forget.centred.")
     control: Control = Field("none", description="As forget.control.")
     learn_modules: Modules = Field("all", description="As learn.modules.")
     coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
@@ -397,7 +396,7 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS)
     learning: dict[str, Any] = {"epochs": cell.epochs}
     if cell.variant:
         variant = variants[cell.variant]
-        forgetting |= {name: getattr(variant, name) for name in ("modules", "centred", "control")}
+        forgetting |= {name: getattr(variant, name) for name in ("modules", "control")}
         learning["modules"] = variant.learn_modules
     forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
     return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})

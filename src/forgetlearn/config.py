@@ -29,7 +29,7 @@ from forgetlearn.errors import ConfigError
 
 MethodName = Literal["ft", "lora", "f-ft", "f-lora", "f-lora-ft", "locft", "ft-c", "ga"]
 Protocol = Literal["token", "exact", "generate", "prefer"]
-Control = Literal["none", "random", "row-norms", "reinforce"]
+Control = Literal["none", "random", "row-norms", "reinforce", "centred"]
 Modules = str | tuple[str, ...] | dict[str, float]
 AUTO = "auto"
 Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
@@ -173,15 +173,11 @@ class ForgetSettings(StageSettings):
         description="Weights that the subtraction changes: embeddings, head, vocabulary (both), attention, mlp, norms, "
         "layers.4-7, all, or a pattern over parameter names; several in a list, or each with a factor on coef.",
     )
-    centred: bool = Field(
-        False,
-        description="Leave out of the subtraction what all rows of the embeddings or of the head share, their mean "
-        "(all weights only).",
-    )
     control: Control = Field(
         "none",
-        description="For experiments: replace the change by one of the same size that is not forgetting "
-        "(all weights only): random direction, row-norms only, or reinforce (added instead of subtracted).",
+        description="For experiments: replace the change by one that is not, or not all of, forgetting "
+        "(all weights only): random direction, row-norms only, reinforce (added instead of subtracted), or centred "
+        "(without what all rows of a matrix share).",
     )
 
     @property

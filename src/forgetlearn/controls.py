@@ -1,4 +1,4 @@
-"""Controls: changes of the weights as large as forgetting, without what it is said to do.
+"""Controls: changes of the weights as large as forgetting, without what it is said to do, or without a part of it.
 
 Whatever a control gains as well is not an effect of forgetting the old answers (docs/experiments.md).
 """
@@ -20,7 +20,8 @@ def controlled(
     """`forgotten`, name by name, with the change from `base` replaced by that of a control.
 
     random: of the same norm per tensor, in a random direction. reinforce: the same, added instead of subtracted.
-    row-norms: every row of `base` keeps its direction and gets the length it has in `forgotten`.
+    row-norms: every row of `base` keeps its direction and gets the length it has in `forgotten`. centred: without the
+    mean over rows, which are tokens in the embeddings and in the head.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, moved in forgotten:
@@ -34,6 +35,8 @@ def _replaced(start: Tensor, moved: Tensor, control: Control, generator: torch.G
     if control == "row-norms":
         lengths, wanted = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (start, moved))
         return torch.where(lengths > 0, start * (wanted / lengths), start)
+    if control == "centred":
+        return moved - (moved - start).mean(0, keepdim=True)
     noise: Tensor = torch.randn(start.shape, generator=generator).to(start.device, start.dtype)
     noise *= torch.linalg.vector_norm(moved - start) / torch.linalg.vector_norm(noise)
     return start + noise

@@ -114,8 +114,6 @@ def subtract_old(
         return
     tuned = dict(lm.model.named_parameters()) if tuned is None else tuned
     forgotten = taskvector.subtracted(base, tuned, settings.number, factors)
-    if settings.centred:
-        forgotten = taskvector.without_shared_rows(base, forgotten, selection.groups(lm.model)["vocabulary"])
     taskvector.load_into(lm.model, controlled(base, forgotten, settings.control, seed))
 
 
@@ -132,8 +130,8 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
             f"forget.modules = {settings.modules!r}: the adapter changes none of these weights, but for example "
             f"{targets[0]}. Name some that forget.lora.target_modules cover."
         )
-    if how != "all weights" and (settings.control != "none" or settings.centred):
-        raise ConfigError("forget.control and forget.centred are there for forgetting with all weights alone.")
+    if how != "all weights" and settings.control != "none":
+        raise ConfigError(f"forget.control = {settings.control}: is there for forgetting with all weights alone.")
     if how == "ascent" and settings.modules != selection.ALL:
         raise ConfigError("forget.modules: gradient ascent (ga) subtracts nothing. Leave it at all.")
 

@@ -6,7 +6,7 @@ forgetting    theta' = base - coef * tau
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -135,20 +135,6 @@ def _subtracted(
         start_wide, end = start.to(wide), right.get(partner).to(start.device, wide)
         moved = (start_wide - coef * (end - start_wide)).to(start.dtype)
         yield name, torch.where(start.isinf(), start, moved)  # a mask that holds -inf
-
-
-def without_shared_rows(
-    base: StateDict, moved: Iterator[tuple[str, Tensor]], matrices: Collection[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """`moved`, name by name, but in `matrices` the mean over rows of the change from `base` is taken out of it.
-
-    Rows are tokens there: what is left tells one token from another.
-    """
-    for name, weight in moved:
-        if name in matrices:
-            change = weight.float() - base[name].to(weight.device).float()
-            weight = (weight.float() - change.mean(0, keepdim=True)).to(weight.dtype)
-        yield name, weight
 
 
 def subtract(base: StateDict, tuned: StateDict, coef: float) -> dict[str, Tensor]:
