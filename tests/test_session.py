@@ -455,12 +455,15 @@ def killed(small_lab, records, new_only, config, tmp_path_factory):
     return root, found
 
 
+TIMED_OR_PLACED = ("manifest.json", "forgetlearn.json", "adapter_config.json", "README.md")
+
+
 def result_files(run: Path) -> dict[str, bytes]:
-    """Everything but what tells times (the manifest) or its own path (cards, adapter_config.json)."""
+    """Everything but what tells times (the manifest, the chain) or its own path (cards, adapter_config.json)."""
     return {
         path.relative_to(run).as_posix(): path.read_bytes()
         for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name not in ("manifest.json", "adapter_config.json", "README.md")
+        if path.is_file() and path.name not in TIMED_OR_PLACED
     }
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from forgetlearn import __version__, cli_weights
+from forgetlearn.cli_weights import plain
 from forgetlearn.config import RunConfig, describe, load_config, parse_assignments
 from forgetlearn.errors import ConfigError, ForgetLearnError
 
@@ -282,9 +283,9 @@ def ask(
         typer.echo(json.dumps([{"prompt": p, **{m: a[p] for m, a in answers.items()}} for p in prompts]))
         return
     for prompt in prompts:
-        typer.echo(_plain(prompt))
+        typer.echo(plain(prompt))
         for name, said in answers.items():
-            typer.echo(f"  {name}: {_plain(said[prompt])}" if reference else f"  {_plain(said[prompt])}")
+            typer.echo(f"  {name}: {plain(said[prompt])}" if reference else f"  {plain(said[prompt])}")
 
 
 @app.command()
@@ -380,20 +381,20 @@ def _print_facts(found: Any) -> None:
         for reason, count in counts.items():
             typer.echo(f"left out: {count} {what}, {reason}. {REASONS[reason]}")
     if found.ignored_fields:
-        typer.echo(f"not used: {_plain(', '.join(found.ignored_fields))}")
+        typer.echo(f"not used: {plain(', '.join(found.ignored_fields))}")
     for fact in found[:3]:
-        typer.echo(f"\n{fact.id}  {_plain(fact.prompt)}")
-        old = "(none)" if fact.ground_truth is None else _plain(fact.ground_truth)
-        typer.echo(f"  old  {old}\n  new  {_plain(fact.target_new)}")
+        typer.echo(f"\n{fact.id}  {plain(fact.prompt)}")
+        old = "(none)" if fact.ground_truth is None else plain(fact.ground_truth)
+        typer.echo(f"  old  {old}\n  new  {plain(fact.target_new)}")
         for prompt in fact.rephrase_prompts:
-            typer.echo(f"  also asked as  {_plain(prompt)}")
+            typer.echo(f"  also asked as  {plain(prompt)}")
         for probe in fact.locality:
-            typer.echo(f"  must stay      {_plain(probe.prompt)} -> {_plain(probe.answer)}")
+            typer.echo(f"  must stay      {plain(probe.prompt)} -> {plain(probe.answer)}")
 
 
 def _print_scores(context: dict[str, Any]) -> None:
     for line in context["account"]:
-        typer.echo(_plain(line))
+        typer.echo(plain(line))
     phases = [(phase, context["summary"]["phases"][phase]) for phase in context["phases"]]
     _table(context["columns"], phases, "phase")
 
@@ -422,11 +423,6 @@ def _table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], 
         typer.echo(f"{name:<{name_width}}  {cells}")
 
 
-def _plain(text: str) -> str:
-    """Text from facts and models for a terminal: nothing in it steers the terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 if it went well, 2 for anything that the user can put right."""
     # Bars and warnings of the libraries that nobody asked for; set before they are imported.
@@ -445,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ForgetLearnError, OSError) as error:
         if _State.debug:
             raise
-        typer.echo(f"{type(error).__name__}: " + "\n".join(map(_plain, str(error).split("\n"))), err=True)
+        typer.echo(f"{type(error).__name__}: " + "\n".join(map(plain, str(error).split("\n"))), err=True)
         return 2
     return 0
 

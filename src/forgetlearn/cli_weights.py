@@ -135,6 +135,30 @@ def inspect(
     _print_tallies(rows)
 
 
+@app.command("log")
+def show_log(
+    model: Annotated[str, typer.Argument(help="Folder of a model or a run, or a hub id.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Also hash the files of the last update's product.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the chain of updates that made a model: when, which facts, method, scores, hashes."""
+    from forgetlearn.history import chain_of, check_files, describe
+
+    chain = chain_of(model)
+    if verify:
+        check_files(model, chain)
+    if as_json:
+        typer.echo(json.dumps(chain))
+        return
+    for number, update in enumerate(chain, 1):
+        first, *others = map(plain, describe(update))
+        typer.echo("\n".join([f"{number:>2}  {first}", *(f"    {line}" for line in others)]))
+    if not chain:
+        typer.echo(f"{model}: no update of forgetlearn made this model, as far as it tells.")
+    elif verify:
+        typer.echo("verified: the files are those that the last update wrote")
+
+
 def _print_tallies(rows: list[tuple[str, Tally]]) -> None:
     """Lines in columns; a column that has nothing to say is left out."""
     shown = [(name, tally.as_dict()) for name, tally in rows]
@@ -147,6 +171,11 @@ def _print_tallies(rows: list[tuple[str, Tally]]) -> None:
             "" if told[c] is None else f"{told[c]:,}" if type(told[c]) is int else f"{told[c]:.4g}" for c in columns
         )
         typer.echo(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+def plain(text: str) -> str:
+    """Text from facts and models for a terminal: nothing in it steers the terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _few_threads() -> None:

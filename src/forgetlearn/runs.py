@@ -26,6 +26,7 @@ from forgetlearn.errors import RunError
 
 MANIFEST = "manifest.json"
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
+HISTORY = "forgetlearn.json"  # the updates that made a model
 VERSIONED = ("forgetlearn", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy")
 SECRET_FLAGS = ("token", "key", "secret", "password")
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # weights, config, tokenizer
@@ -213,7 +214,7 @@ def check_output(
         raise RunError(f"{path} exists. Pass {go_on}--overwrite to replace it.")
     if resume:
         raise RunError("Pass --resume to go on with the run, or --overwrite to replace it, not both.")
-    if not any(_is_ours(path / name) for name in (MANIFEST, "lab.json", ARITHMETIC)):
+    if not any(_is_ours(path / name) for name in (MANIFEST, "lab.json", ARITHMETIC, HISTORY)):
         raise RunError(f"{path} was not written by forgetlearn, so --overwrite does not replace it. Choose another.")
     for read in inputs:
         if read and Path(read).resolve().is_relative_to(path.resolve()):
@@ -357,7 +358,7 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, or of the weights, config and tokenizer files of a folder with their names."""
     digest = hashlib.sha256()
     inside = [] if path.is_file() else [file for file in path.iterdir() if file.suffix in MODEL_SUFFIXES]
-    files = [path] if path.is_file() else sorted(inside)
+    files = [path] if path.is_file() else sorted(file for file in inside if file.name != HISTORY)
     for file in files:
         digest.update(file.name.encode() if path.is_dir() else b"")
         with file.open("rb") as stream:

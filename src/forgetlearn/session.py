@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forgetlearn import adapters, coefficient, report, runs, scoring, taskvector
+from forgetlearn import adapters, coefficient, history, report, runs, scoring, taskvector
 from forgetlearn.config import (
     AUTO,
     FactsSettings,
@@ -100,7 +100,7 @@ def update(
         check_lengths(lm.encoder, longest_pairs(held))
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
     run = runs.RunFolder.create(output, config.model_dump(mode="json"), inputs, resume=resume, overwrite=overwrite)
-    run.note(model=lm.describe())
+    run.note(model=lm.describe(), parent=history.parent_of(lm.name))
     if answers is not None:
         _keep_old_answers(run, answers)
     return _Session(run, config, lm, fact_set).run()
@@ -334,6 +334,7 @@ class _Session:
         report.write_run(path)
         for product in products:
             report.write_card(path, product)
+        history.carry_on(self.folder, products, self.facts)
         if not self.config.keep_stages:
             self.folder.remove_stage_weights()
         self.folder.finish()

@@ -1,0 +1,222 @@
+"""The chain of updates that made a model: a file beside each product, carried on when the product is updated again.
+
+What stands in it may be published: names without folders, counts, hashes and scores, never facts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from forgetlearn import __version__
+from forgetlearn.errors import RunError, some
+from forgetlearn.facts import FactSet, read_facts
+from forgetlearn.readers import is_hub_id
+from forgetlearn.runs import HISTORY, MODEL_SUFFIXES, RunFolder, is_run, read_json, sha256_of, write_json
+
+log = logging.getLogger("forgetlearn")
+
+Update = dict[str, Any]
+COMMIT_DIGITS = 40  # a commit on the hub; a folder's SHA-256 has 64
+TOLD = ("mean", "low", "high", "n", "errored")  # of a score
+
+
+def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet) -> None:
+    """Write the base's chain and this update beside each product."""
+    earlier, own = chain_of_base(run.manifest), _entry(run, facts)
+    for product in products:
+        update = {**own, "product": product.name, "files": product_files(product)}
+        told = {"format": 1, "versions": {"forgetlearn": __version__}, "updates": [*earlier, update]}
+        write_json(product / HISTORY, told)
+
+
+def parent_of(base: str) -> dict[str, Any]:
+    """What a run's manifest says of its parent: the base, and the run that made it if one did."""
+    return {"name": base, "run": _run_around(Path(base))}
+
+
+def _entry(run: RunFolder, facts: FactSet) -> Update:
+    config, summary = run.manifest["config"], read_json(run.path / "summary.json")
+    return {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": summary["method"],
+        "coef": summary["coef"],
+        "seed": summary["seed"],
+        "base": base_id(run.manifest),
+        "base_sha256": run.manifest["inputs"].get("base_sha256"),
+        "taught_first": config["teach"]["epochs"] > 0,
+        "facts": {
+            "source": facts.source if is_hub_id(facts.source) else Path(facts.source).name,
+            "used": facts.used,
+            "known": summary["facts"]["known"],
+            "forgotten": summary["facts"]["forgotten"],
+            "sha256": facts.sha256(),
+        },
+        "scores": {
+            quantity: {protocol: {name: cell[name] for name in TOLD} for protocol, cell in cells.items()}
+            for quantity, cells in summary["phases"]["updated"].items()
+        },
+    }
+
+
+def base_id(manifest: Mapping[str, Any]) -> str | None:
+    """The hub id of a run's base, as the user named it; None where only a local folder is known."""
+    model, found = manifest["config"]["model"], manifest["inputs"].get("base_sha256") or ""
+    named: str | None = model["base_model_id"] or (model["name"] if len(found) == COMMIT_DIGITS else None)
+    return named
+
+
+def product_files(product: Path) -> dict[str, str]:
+    """Name to SHA-256 of the files that load the product; not the card, and not the chain itself."""
+    own = [path for path in sorted(product.iterdir()) if path.is_file() and path.suffix in (*MODEL_SUFFIXES, ".py")]
+    return {path.name: sha256_of(path) for path in own if path.name != HISTORY}
+
+
+def changed_files(product: Path, update: Update) -> list[str]:
+    """Files of a product that are gone or not as its last update wrote them."""
+    there = {name: product / name for name in update["files"]}
+    return [name for name, path in there.items() if not path.is_file() or sha256_of(path) != update["files"][name]]
+
+
+def check_files(model: str | Path, chain: list[Update]) -> None:
+    """Nothing, if the files of a model are those that the last of its updates wrote.
+
+    Raises:
+        RunError: which ones are not, or there is no folder or no update to ask.
+    """
+    if not chain or not Path(model).is_dir():
+        raise RunError(f"{model}: there are no files here that an update wrote, so there is nothing to verify.")
+    product = product_of(Path(model))
+    if changed := changed_files(product, chain[-1]):
+        raise RunError(f"{product}: {some(changed)}: not as the last update wrote it. Something changed it since.")
+
+
+def chain_of(model: str | Path) -> list[Update]:
+    """The updates that made a model (its folder, its run folder, or its id on the hub), oldest first; empty for none.
+
+    Raises:
+        RunError: there is no such model, the run is not finished, or the file is damaged.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return read_chain(product_of(folder))
+    if folder.exists() or not is_hub_id(str(model)):
+        raise RunError(f"{model}: there is no such folder. Give the folder of a model or of a run.")
+    return _from_hub(str(model), None)
+
+
+def chain_of_base(manifest: Mapping[str, Any]) -> list[Update]:
+    """The updates that had made a run's base before the run."""
+    model, found = manifest["config"]["model"], manifest["inputs"].get("base_sha256") or ""
+    if Path(str(model["name"])).is_dir():
+        return read_chain(Path(model["name"]))
+    return _from_hub(model["name"], found) if len(found) == COMMIT_DIGITS else []
+
+
+def product_of(folder: Path) -> Path:
+    """The product's folder of a run folder; any other folder as it is.
+
+    Raises:
+        RunError: the run is not finished, only scored, or its product is gone.
+    """
+    if not is_run(folder):
+        return folder
+    if not (folder / "summary.json").is_file():
+        raise RunError(f"{folder}: the run is not finished. Go on with --resume.")
+    name = read_json(folder / "summary.json").get("product")
+    if not name:
+        raise RunError(f"{folder} holds scores, not an update. Give the folder of a model or of an update.")
+    if not (folder / name).is_dir():
+        raise RunError(f"{folder}: its product {name}/ is gone.")
+    return folder / str(name)
+
+
+def read_chain(folder: Path) -> list[Update]:
+    """The updates that are told beside a model, oldest first.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    return _updates_in(folder / HISTORY) if (folder / HISTORY).is_file() else []
+
+
+def _updates_in(file: Path) -> list[Update]:
+    updates = read_json(file).get("updates")
+    if not isinstance(updates, list) or not all(isinstance(u, dict) and {"when", "facts"} <= u.keys() for u in updates):
+        raise RunError(f"{file}: holds no list of updates. Is it from forgetlearn?")
+    return updates
+
+
+def _from_hub(name: str, revision: str | None) -> list[Update]:
+    """The chain of a model on the hub, from its cache where it is there."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return _updates_in(Path(hf_hub_download(name, HISTORY, revision=revision)))
+    except errors.LocalEntryNotFoundError:
+        log.warning("%s: the hub cannot be asked whether updates made this model; its chain is taken as empty", name)
+        return []
+    except errors.EntryNotFoundError:
+        return []
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        raise RunError(f"{name}: cannot be read from the hub: {str(error).splitlines()[0]}") from error
+
+
+def _run_around(folder: Path) -> str | None:
+    """The run whose product a folder is."""
+    parent = folder.resolve().parent
+    return str(parent) if folder.is_dir() and is_run(parent) else None
+
+
+def find_facts(update: Update, places: Iterable[Path]) -> FactSet | None:
+    """The facts of an update, from the first of the places (run folders, files of facts) that holds the same ones."""
+    told = update["facts"]
+    for place in places:
+        file = place / "inputs.jsonl" if place.is_dir() else place
+        if not file.is_file():
+            continue
+        found = read_facts(file, limit=told["used"])
+        if found.sha256() == told["sha256"]:
+            return found
+    return None
+
+
+def runs_before(model: Path) -> list[Path]:
+    """The run folders that made a model, as far as they are still where they were: the last one first."""
+    found: list[Path] = []
+    run = _run_around(model) if not is_run(model) else str(model.resolve())
+    while run is not None and is_run(run) and Path(run) not in found:
+        found.append(Path(run))
+        run = (RunFolder.open(run).manifest.get("parent") or {}).get("run")
+    return found
+
+
+def describe(update: Update) -> list[str]:
+    """An update in lines for a terminal.
+
+    Raises:
+        RunError: something is missing in it; it may come from the hub.
+    """
+    try:
+        return _lines(update)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{HISTORY}: the update of {update['when']} is damaged: {error!r}.") from error
+
+
+def _lines(update: Update) -> list[str]:
+    facts, coef, files = update["facts"], update["coef"], update["files"]
+    method = f"{update['method']}{'' if coef is None else f', coef {coef}'}, seed {update['seed']}"
+    taught = ", taught the old answers first" if update["taught_first"] else ""
+    known = "" if facts["known"] is None else f", {facts['known']} known before"
+    lines = [
+        f"{update['when']}  {method}{taught}",
+        f"  facts   {facts['used']} from {facts['source']}{known}; SHA-256 {facts['sha256']}",
+        f"  base    {update['base'] or 'a local folder'}; hash {update['base_sha256'] or 'unknown'}",
+    ]
+    for quantity, cells in update["scores"].items():
+        shown = (f"{protocol} {cell['mean']:.1f} (n {cell['n']})" for protocol, cell in cells.items() if cell["n"])
+        lines.append(f"  {quantity:<12} {', '.join(shown) or 'not scored'}")
+    return lines + [f"  wrote   {name}  {files[name]}" for name in files if name.endswith(".safetensors")]

@@ -1,0 +1,113 @@
+"""The chain of updates: carried on from product to product, shown, verified; no local path in it."""
+
+import json
+import shutil
+
+import pytest
+
+import forgetlearn
+from forgetlearn import history, runs
+from forgetlearn.cli import main
+from forgetlearn.errors import RunError
+
+QUICK = {
+    "forget": {"epochs": 1, "only_known": False},
+    "learn": {"epochs": 1},
+    "evaluate": {"protocols": ["token"], "every_phase": False},
+}
+
+
+@pytest.fixture(scope="module")
+def twice(small_lab, tmp_path_factory):
+    """A folder with two runs: `first` from the lab (an adapter, merged too), `second` from first's merged model."""
+    root = tmp_path_factory.mktemp("twice")
+    lines = (small_lab / "facts.jsonl").read_text().splitlines(keepends=True)
+    (root / "early.jsonl").write_text("".join(lines[:3]))
+    (root / "late.jsonl").write_text("".join(lines[3:5]))
+    config = {"method": "f-lora", "save_merged": True, **QUICK}
+    forgetlearn.update(small_lab, root / "early.jsonl", config, output=root / "first")
+    config = {"method": "f-ft", **QUICK}
+    forgetlearn.update(root / "first/merged", root / "late.jsonl", config, output=root / "second")
+    return root
+
+
+def test_a_product_tells_of_every_update_that_made_it(twice):
+    chain = history.chain_of(twice / "second")
+    assert [update["method"] for update in chain] == ["f-lora", "f-ft"]
+    assert [update["facts"]["used"] for update in chain] == [3, 2]
+    assert [update["facts"]["source"] for update in chain] == ["early.jsonl", "late.jsonl"]
+    assert chain[0] == history.chain_of(twice / "first/merged")[0]
+    summary = runs.read_json(twice / "second/summary.json")
+    told = chain[1]["scores"]["reliability"]["token"]
+    assert told == {name: summary["phases"]["updated"]["reliability"]["token"][name] for name in told}
+    assert told["n"] == 2
+    weights = twice / "second/model/model.safetensors"
+    assert chain[1]["files"]["model.safetensors"] == runs.sha256_of(weights)
+
+
+def test_a_run_knows_its_parent(twice):
+    parents = [runs.RunFolder.open(twice / name).manifest["parent"] for name in ("first", "second")]
+    assert parents[0]["run"] is None
+    assert parents[1]["run"] == str(twice / "first")
+    assert history.runs_before(twice / "second/model") == [twice / "second", twice / "first"]
+
+
+def test_no_local_path_is_in_it(twice, small_lab):
+    text = (twice / "second/model/forgetlearn.json").read_text()
+    assert str(twice) not in text
+    assert small_lab.name not in text
+
+
+def test_the_chain_is_no_part_of_the_hash_of_a_base(twice, tmp_path):
+    copy = shutil.copytree(twice / "second/model", tmp_path / "copy")
+    before = runs.sha256_of(copy)
+    (copy / "forgetlearn.json").unlink()
+    assert runs.sha256_of(copy) == before
+
+
+def test_log_prints_the_chain(twice, small_lab, capsys):
+    assert main(["log", str(twice / "second"), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("f-lora, coef 0.3") < out.index("f-ft, coef 0.3")
+    assert "3 from early.jsonl" in out
+    assert "(n 2)" in out
+    assert "verified" in out
+    assert main(["log", str(twice / "first/adapter"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+    assert main(["log", str(small_lab)]) == 0
+    assert "no update" in capsys.readouterr().out
+
+
+def test_log_verify_finds_a_changed_file(twice, tmp_path, capsys):
+    copy = shutil.copytree(twice / "second/model", tmp_path / "copy")
+    with (copy / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    assert main(["log", str(copy), "--verify"]) == 2
+    assert "tokenizer.json: not as the last update wrote it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"updates": 3}', '{"updates": [{"when": "x"}]}', "[]", "{"])
+def test_a_damaged_chain_is_an_error(tmp_path, text):
+    (tmp_path / "forgetlearn.json").write_text(text)
+    with pytest.raises(RunError, match=r"forgetlearn\.json"):
+        history.chain_of(tmp_path)
+
+
+def test_a_half_told_update_is_an_error():
+    with pytest.raises(RunError, match="the update of now is damaged"):
+        history.describe({"when": "now", "facts": {}})
+
+
+def test_what_is_no_model_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="no such folder"):
+        history.chain_of(tmp_path / "nothing/at/all")
+
+
+def test_facts_are_found_by_their_hash(twice):
+    first, second = history.chain_of(twice / "second")
+    places = [twice / "second", twice / "first"]
+    assert [fact.prompt for fact in history.find_facts(first, places)] == [
+        row["prompt"] for row in runs.read_rows(twice / "first/inputs.jsonl")
+    ]
+    assert history.find_facts(second, [twice / "early.jsonl", twice / "late.jsonl"]).used == 2
+    assert history.find_facts(first, [twice / "second", twice / "nowhere"]) is None
