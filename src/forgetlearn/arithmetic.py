@@ -22,6 +22,7 @@ from forgetlearn.errors import ConfigError, ModelError, RunError
 from forgetlearn.rounding import Survival
 from forgetlearn.runs import (
     ARITHMETIC,
+    HISTORY,
     MANIFEST,
     atomic_folder,
     check_output,
@@ -42,7 +43,7 @@ COMPANIONS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".py")
 NAMED_COMPANIONS = ("LICENSE", "NOTICE", "USE_POLICY")
 LEFT_BEHIND = (
     *("trainer_state.json", "adapter_config.json", "all_results.json", "train_results.json"),
-    *("lab.json", MANIFEST, ARITHMETIC),
+    *("lab.json", MANIFEST, ARITHMETIC, HISTORY),
 )
 
 
@@ -113,6 +114,13 @@ def apply_vector(
     if not math.isfinite(factor):
         raise ConfigError(f"factor = {factor}: must be a finite number.")
     return _write(base, output, -factor, (None, None, vector), numbers, any_base=True, overwrite=overwrite)
+
+
+def merge_adapter(
+    adapter: str | Path, base: str | Path, output: str | Path, *, numbers: Numbers, overwrite: bool = False
+) -> Written:
+    """The base with an adapter added, as a checkpoint folder; see `subtract_folders`. The caller knows the base."""
+    return _write(base, output, -1.0, (None, adapter, None), numbers, any_base=True, overwrite=overwrite)
 
 
 def _write(

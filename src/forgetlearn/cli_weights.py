@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from forgetlearn.errors import ConfigError
+from forgetlearn.runs import is_run
+
 if TYPE_CHECKING:
     from forgetlearn.arithmetic import Written
     from forgetlearn.inspection import Tally
@@ -89,9 +92,10 @@ def vector(
 
 @app.command()
 def apply(
-    what: Annotated[Path, typer.Argument(help="Folder that `forgetlearn vector` wrote.")],
+    what: Annotated[Path, typer.Argument(help="Folder that `forgetlearn vector` wrote, or of a finished run.")],
     base: BaseOption,
     output: OutputOption,
+    merge: Annotated[bool, typer.Option("--merge", help="Of a run's adapter: add it to the base's weights.")] = False,
     factor: Annotated[float, typer.Option("--factor", help="base + factor * vector; negative subtracts.")] = 1.0,
     dtype: DtypeOption = StoredAs.keep,
     rounding: RoundingOption = Rounding.nearest,
@@ -100,12 +104,33 @@ def apply(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write base + factor * vector."""
+    """Write base + factor * vector, or the product of a run again from its base."""
     numbers = _numbers(dtype, rounding, seed, threads)
+    if is_run(what):
+        if factor != 1 or ((dtype, rounding) != (StoredAs.keep, Rounding.nearest) and not merge):
+            raise ConfigError("--factor is for vectors; --dtype and --rounding are for vectors and --merge.")
+        from forgetlearn.restore import apply_run
+
+        typer.echo(apply_run(what, base, output, merge=merge, numbers=numbers, overwrite=overwrite))
+        return
+    if merge:
+        raise ConfigError(f"--merge is for runs, and {what} is none.")
     from forgetlearn.arithmetic import apply_vector
 
     written = apply_vector(what, base, output, factor, numbers=numbers, overwrite=overwrite)
     _say(written, as_json)
+
+
+@app.command()
+def undo(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to write the base to.")] = None,
+) -> None:
+    """Give back the exact base of a run, verified by its hash, or say why not."""
+    _few_threads()
+    from forgetlearn.restore import undo_run
+
+    typer.echo(undo_run(run, output))
 
 
 @app.command()

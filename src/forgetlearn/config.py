@@ -258,6 +258,11 @@ class RunConfig(Settings):
         False,
         description="Beside an adapter, write the model with it merged in; no effect where the product is a model.",
     )
+    keep_change: bool = Field(
+        False,
+        description="Where the product is a whole model, keep its exact change from the base, as large as the base: "
+        "the product can be made again from the base, and the base from the product (docs/history.md).",
+    )
     keep_stages: bool = Field(False, description="Keep the weights between the stages when the run is done.")
 
 

@@ -29,8 +29,18 @@ def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet) -> None:
     earlier, own = chain_of_base(run.manifest), _entry(run, facts)
     for product in products:
         update = {**own, "product": product.name, "files": product_files(product)}
-        told = {"format": 1, "versions": {"forgetlearn": __version__}, "updates": [*earlier, update]}
-        write_json(product / HISTORY, told)
+        _write_chain(product, [*earlier, update])
+
+
+def carry_merged(adapter: Path, merged: Path) -> None:
+    """Write an adapter's chain beside the weights that it was merged into."""
+    if chain := read_chain(adapter):
+        chain[-1] |= {"product": "merged", "files": product_files(merged)}
+        _write_chain(merged, chain)
+
+
+def _write_chain(product: Path, chain: list[Update]) -> None:
+    write_json(product / HISTORY, {"format": 1, "versions": {"forgetlearn": __version__}, "updates": chain})
 
 
 def parent_of(base: str) -> dict[str, Any]:

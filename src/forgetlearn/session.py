@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forgetlearn import adapters, coefficient, history, report, runs, scoring, taskvector
+from forgetlearn import adapters, coefficient, history, report, restore, runs, scoring, taskvector
 from forgetlearn.config import (
     AUTO,
     FactsSettings,
@@ -99,6 +99,8 @@ def update(
         held = _with_old_answers(fact_set, answers, config)
         check_lengths(lm.encoder, longest_pairs(held))
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
+    if config.keep_change and METHODS[config.method].learns != "lora":
+        restore.check_keeping({"config": config.model_dump(), "inputs": inputs})
     run = runs.RunFolder.create(output, config.model_dump(mode="json"), inputs, resume=resume, overwrite=overwrite)
     run.note(model=lm.describe(), parent=history.parent_of(lm.name))
     if answers is not None:
@@ -335,6 +337,8 @@ class _Session:
         for product in products:
             report.write_card(path, product)
         history.carry_on(self.folder, products, self.facts)
+        if self.config.keep_change and self.method.learns != "lora":
+            self.folder.do("change", lambda f: restore.keep_change(self.folder, self.product, f), restore.CHANGE)
         if not self.config.keep_stages:
             self.folder.remove_stage_weights()
         self.folder.finish()

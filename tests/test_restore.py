@@ -1,0 +1,200 @@
+"""A product again from its base, and the base from it: the same bits, verified; anything else is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import forgetlearn
+from forgetlearn import history, restore, runs
+from forgetlearn.cli import main
+from forgetlearn.errors import ConfigError, ModelError, RunError
+
+QUICK = {
+    "forget": {"epochs": 1, "only_known": False},
+    "learn": {"epochs": 1},
+    "evaluate": {"protocols": ["token"], "every_phase": False},
+}
+
+
+@pytest.fixture(scope="module")
+def made(small_lab, tmp_path_factory):
+    """A folder with a base and two runs from it: `whole` (f-ft, the change kept), `lora` (f-lora, merged too)."""
+    root = tmp_path_factory.mktemp("made")
+    shutil.copytree(small_lab, root / "base")
+    facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=2)
+    forgetlearn.update(root / "base", facts, {"method": "f-ft", "keep_change": True, **QUICK}, output=root / "whole")
+    forgetlearn.update(root / "base", facts, {"method": "f-lora", "save_merged": True, **QUICK}, output=root / "lora")
+    return root
+
+
+@pytest.fixture
+def moved(made, tmp_path) -> Path:
+    """The same on another machine: the base is not where it was."""
+    root = Path(shutil.copytree(made, tmp_path / "there"))
+    for name in ("whole", "lora"):
+        manifest = runs.read_json(root / name / "manifest.json")
+        manifest["config"]["model"]["name"] = str(tmp_path / "gone/base")
+        runs.write_json(root / name / "manifest.json", manifest)
+    return root
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+
+
+def changed(path: Path) -> None:
+    """Flip one bit of the last weight."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+class TestApply:
+    def test_a_model_from_its_base_and_the_change(self, moved, tmp_path, capsys):
+        expected = files_of(moved / "whole/model")
+        shutil.rmtree(moved / "whole/model")
+        words = ["apply", moved / "whole", "--base", moved / "base", "--output", tmp_path / "again"]
+        assert main([str(word) for word in words]) == 0
+        assert "verified by hash" in capsys.readouterr().out
+        assert files_of(tmp_path / "again") == expected
+
+    def test_a_model_without_a_change_is_copied(self, moved, tmp_path):
+        shutil.rmtree(moved / "whole/change")
+        assert "copied" in restore.apply_run(moved / "whole", moved / "base", tmp_path / "again")
+        assert files_of(tmp_path / "again") == files_of(moved / "whole/model")
+        shutil.rmtree(moved / "whole/model")
+        with pytest.raises(RunError, match="product model/ is gone"):
+            restore.apply_run(moved / "whole", moved / "base", tmp_path / "more")
+
+    def test_an_adapter_names_the_base_that_is_given(self, moved, tmp_path):
+        restore.apply_run(moved / "lora", moved / "base", tmp_path / "again")
+        assert json.loads((tmp_path / "again/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            moved / "base"
+        )
+        own = files_of(moved / "lora/adapter")
+        assert files_of(tmp_path / "again")["adapter_model.safetensors"] == own["adapter_model.safetensors"]
+        assert len(history.read_chain(tmp_path / "again")) == 1
+
+    def test_an_adapter_merged(self, moved, tmp_path):
+        restore.apply_run(moved / "lora", moved / "base", tmp_path / "again", merge=True)
+        found, expected = (
+            load_file(folder / "model.safetensors") for folder in (tmp_path / "again", moved / "lora/merged")
+        )
+        base = load_file(moved / "base/model.safetensors")
+        assert found.keys() == expected.keys()
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+        assert any(not torch.equal(found[name], base[name]) for name in found)
+        (update,) = history.read_chain(tmp_path / "again")
+        assert update["product"] == "merged"
+        assert history.changed_files(tmp_path / "again", update) == []
+
+    @pytest.mark.parametrize("name", ["whole", "lora"])
+    def test_another_base_is_refused(self, moved, tmp_path, name):
+        changed(moved / "base/model.safetensors")
+        with pytest.raises(ModelError, match="is not the base"):
+            restore.apply_run(moved / name, moved / "base", tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+
+    def test_a_damaged_change_gives_nothing(self, moved, tmp_path):
+        changed(moved / "whole/change/change.safetensors")
+        with pytest.raises(ModelError, match="another hash"):
+            restore.apply_run(moved / "whole", moved / "base", tmp_path / "again")
+        assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+    def test_what_does_not_fit_a_run(self, moved, tmp_path, capsys):
+        with pytest.raises(ConfigError, match="--merge"):
+            restore.apply_run(moved / "whole", moved / "base", tmp_path / "again", merge=True)
+        words = ["apply", moved / "whole", "--base", moved / "base", "--output", tmp_path / "o", "--factor", "2"]
+        assert main([str(word) for word in words]) == 2
+        assert "--factor is for vectors" in capsys.readouterr().err
+        (moved / "half").mkdir()
+        manifest = runs.read_json(moved / "whole/manifest.json")
+        manifest.pop("finished")
+        runs.write_json(moved / "half/manifest.json", manifest)
+        with pytest.raises(RunError, match="not finished"):
+            restore.apply_run(moved / "half", moved / "base", tmp_path / "again")
+
+
+class TestUndo:
+    @pytest.mark.parametrize("name", ["whole", "lora"])
+    def test_the_base_is_where_it_was(self, made, tmp_path, name, capsys):
+        assert main(["undo", str(made / name)]) == 0
+        assert "untouched" in capsys.readouterr().out
+        restore.undo_run(made / name, tmp_path / "base")
+        assert runs.sha256_of(tmp_path / "base") == runs.sha256_of(made / "base")
+
+    def test_the_base_from_the_product(self, moved, tmp_path):
+        wanted = runs.sha256_of(moved / "base")
+        shutil.rmtree(moved / "base")
+        with pytest.raises(RunError, match="pass --output"):
+            restore.undo_run(moved / "whole")
+        assert "verified by hash" in restore.undo_run(moved / "whole", tmp_path / "back")
+        assert runs.sha256_of(tmp_path / "back") == wanted
+
+    def test_from_a_changed_product_nothing(self, moved, tmp_path):
+        changed(moved / "whole/model/model.safetensors")
+        with pytest.raises(ModelError, match="not the product"):
+            restore.undo_run(moved / "whole", tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+    def test_why_not(self, moved):
+        shutil.rmtree(moved / "whole/change")
+        with pytest.raises(RunError, match=r"is not there any more\. It kept no change"):
+            restore.undo_run(moved / "whole")
+        with pytest.raises(RunError, match="holds nothing of the base"):
+            restore.undo_run(moved / "lora")
+
+    def test_a_base_that_was_changed_since(self, made, tmp_path):
+        root = Path(shutil.copytree(made, tmp_path / "there"))
+        manifest = runs.read_json(root / "lora/manifest.json")
+        manifest["config"]["model"]["name"] = str(root / "base")
+        runs.write_json(root / "lora/manifest.json", manifest)
+        changed(root / "base/model.safetensors")
+        with pytest.raises(RunError, match="was changed since"):
+            restore.undo_run(root / "lora")
+
+
+def test_shards_dtypes_and_names_that_differ(tmp_path):
+    """What has no partner of its dtype and shape is kept whole; both ways give the same files."""
+    base, product = tmp_path / "base", tmp_path / "product"
+    base.mkdir()
+    product.mkdir()
+    one, two = torch.arange(6.0).reshape(2, 3).bfloat16(), torch.arange(5, dtype=torch.int64)
+    save_file({"a": one, "tied": one.clone()}, base / "model-1.safetensors", {"format": "pt"})
+    save_file({"b": one.float(), "n": two}, base / "model-2.safetensors")
+    index = {"a": "model-1.safetensors", "tied": "model-1.safetensors"}
+    index |= {"b": "model-2.safetensors", "n": "model-2.safetensors"}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    save_file({"b": one + 1, "a": one * 1.5, "n": two, "new": two + 1}, product / "model.safetensors")
+    for folder in (base, product):
+        (folder / "config.json").write_text(json.dumps({"name": folder.name}))
+    inputs = {"base_sha256": runs.sha256_of(base)}
+    run = runs.RunFolder(tmp_path / "run", {"config": {"model": {"name": str(base)}}, "inputs": inputs})
+    kept = tmp_path / "run/change"
+    kept.mkdir(parents=True)
+    restore.keep_change(run, product, kept)
+    assert load_file(kept / "change.safetensors").keys() == {"xor:a", "xor:n", "base:tied", "base:b"} | {
+        "product:b",
+        "product:new",
+    }
+    restore._rebuild(kept, "base", product, tmp_path / "base2")
+    restore._rebuild(kept, "product", base, tmp_path / "product2")
+    assert files_of(tmp_path / "base2") == files_of(base)
+    assert files_of(tmp_path / "product2") == files_of(product)
+
+
+def test_a_change_is_kept_only_from_the_base_of_the_run(tmp_path):
+    (tmp_path / "base").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "base/model.safetensors")
+    manifest = {"config": {"model": {"name": str(tmp_path / "base")}}, "inputs": {"base_sha256": "another"}}
+    run = runs.RunFolder(tmp_path, manifest)
+    with pytest.raises(RunError, match="changed during the run"):
+        restore.keep_change(run, tmp_path / "base", tmp_path)
+    manifest["config"]["model"]["name"] = "LlamaForCausalLM"
+    with pytest.raises(ConfigError, match="Save the base first"):
+        restore.check_keeping(manifest)
