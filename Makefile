@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint slow clean
+.PHONY: install demo test lint slow study clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,11 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# The study of docs/experiments.md: hours, resumable. STUDY_DATA is a folder with zsre.json and counterfact.json.
+STUDY_DATA ?= ../shared/data
+study: install
+	$(BIN)/python bench/study.py $(STUDY_DATA) --output runs/study
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
     python bench/study.py ../shared/data --output runs/study [--only zsre-tied] [--config configs/study/study.yaml]
 
 Resumable: cells that are done are not done again. Each base is a folder of `forgetlearn compare`. At the end
-it writes study.md and a plot of the trade-off per base.
+it writes study.md (scores, paired differences to plain fine-tuning with 95 % intervals) and study.svg (a trade-off
+curve over epochs per row, a panel per base).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def main() -> None:
         tables[base.name] = compared(base, study, args.data, args.output / base.name, args.workers)
     text = "\n\n".join(f"### {name}\n\n{differences(table)}" for name, table in tables.items())
     write_text(args.output / "study.md", text + "\n")
+    plot(tables, args.output / "study.svg")
     print(text)
 
 
@@ -85,23 +87,53 @@ def compared(base: Base, study: Mapping[str, Any], data: Path, output: Path, wor
 
 def differences(table: Mapping[str, Any]) -> str:
     """Scores, and paired differences to plain fine-tuning, with 95 % intervals, in Markdown."""
-    lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
+    lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---:|" * len(SHOWN)]
     for row in table["rows"]:
-        cells = []
         against = row["against"].get("equal-epochs", {}).get("differences", {})
-        for name in SHOWN:
-            score, change = row["scores"][name], against.get(name)
-            shown = f"{score['mean']:.1f}"
-            if change:
-                shown += f" ({change['mean']:+.1f} [{change['low']:+.1f}, {change['high']:+.1f}])"
-            cells.append(shown)
+        cells = [f"{row['scores'][name]['mean']:.1f}{_shown(against.get(name))}" for name in SHOWN]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+    lines += ["", "At equal reliability, averaged over the range that both reach:", ""]
+    lines += ["| | reliabilities | locality | generality |", "|---|---|---:|---:|"]
     for curve in table["curves"] or []:
         equal = curve["at_equal_reliability"]
         if equal:
             label = " ".join(str(part) for part in (curve["method"], curve["variant"], curve["coef"]) if part)
-            lines.append(f"at equal reliability: {label}: {equal}")
+            changes = [_shown(equal[quantity]) for quantity in ("locality", "generality")]
+            lines.append(f"| {label} | {equal['low']:.1f} to {equal['high']:.1f} | {' | '.join(changes)} |")
     return "\n".join(lines)
+
+
+def _shown(change: Mapping[str, Any] | None) -> str:
+    return f" {change['mean']:+.1f} [{change['low']:+.1f}, {change['high']:+.1f}]" if change else ""
+
+
+def plot(tables: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Locality against generality, a line over epochs per row, a panel per base."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.fonttype"] = "none"
+    from matplotlib import pyplot
+
+    columns = 2
+    rows = -(-len(tables) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(9, 3.6 * rows), squeeze=False, layout="constrained")
+    for axis, (name, table) in zip(axes.flat, tables.items(), strict=False):
+        lines: dict[str, list[Any]] = {}
+        for row in table["rows"]:
+            key = " ".join(str(part) for part in (row["method"], row["variant"], row["coef"]) if part)
+            lines.setdefault(key, []).append(row)
+        for index, (key, points) in enumerate(lines.items()):
+            points.sort(key=lambda row: row["epochs"])
+            places = [[row["scores"][name]["mean"] for row in points] for name in SHOWN[1:3]]
+            width, colour = (2.2, "black") if key == "ft" else (1.2, f"C{index % 10}")
+            axis.plot(*places, marker="o", markersize=3, linewidth=width, color=colour, label=key)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("generality (token), %", fontsize=8)
+        axis.set_ylabel("locality (agreement), %", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=6, frameon=False)
+    figure.savefig(file, metadata={"Date": None})
 
 
 if __name__ == "__main__":
