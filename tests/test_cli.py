@@ -537,3 +537,10 @@ def test_nothing_in_answers_steers_the_terminal(told, small_lab, monkeypatch):
     monkeypatch.setattr("forgetlearn.assess.ask", lambda prompts, config: dict.fromkeys(prompts, NASTY))
     code, out, _err = told("ask", "--model", small_lab, NASTY)
     assert (code, out) == (0, f"{PLAIN}\n  {PLAIN}\n")
+
+
+def test_modules_that_forget_are_named_by_a_flag(small_lab, tmp_path, capsys):
+    arguments = ["update", "--model", str(small_lab), "--facts", str(small_lab / "facts.jsonl"), "--method", "f-ft"]
+    assert main([*arguments, "--modules", "head,mpl", "--output", str(tmp_path / "out")]) == 2
+    assert "forget.modules: 'mpl' matches nothing. There are all, embeddings" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -158,6 +158,7 @@ def update(
     facts_file: FactsOption = None,
     method: Annotated[str | None, typer.Option("--method", help=HELP["method"])] = None,
     coef: Annotated[str | None, typer.Option("--coef", help=HELP["forget.coef"])] = None,
+    modules: Annotated[str | None, typer.Option("--modules", help=HELP["forget.modules"])] = None,
     validation: Annotated[float | None, typer.Option("--validation", help=HELP["forget.validation"])] = None,
     seed: Annotated[int | None, typer.Option("--seed", help=HELP["seed"])] = None,
     old_from: OldFromOption = None,
@@ -171,8 +172,8 @@ def update(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
-    more = {"method": method, "forget.coef": coef, "forget.validation": validation, "seed": seed}
-    more["teach.epochs"] = teach_old
+    more: dict[str, Any] = {"method": method, "forget.coef": coef, "forget.validation": validation, "seed": seed}
+    more |= {"teach.epochs": teach_old, "forget.modules": modules.split(",") if modules else None}
     config = _config(config_file, model, facts_file, old_from, limit, strict, chat_template, more, setting)
     from forgetlearn.report import load_context
     from forgetlearn.session import update as run_update
