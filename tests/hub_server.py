@@ -1,13 +1,16 @@
-"""A small stand-in for the Hugging Face hub: as much of its protocol as loading a model by its id needs.
+"""A small stand-in for the Hugging Face hub: as much of its protocol as loading or pushing a model needs.
 
 Read in huggingface_hub 2.4 (`file_download.get_hf_file_metadata`, `_http.hf_raise_for_status`) and
 transformers 5.23 (`utils.hub.cached_files`): HEAD and GET of `/{id}/resolve/{revision}/{file}` with ETag and
 X-Repo-Commit, `/api/models/{id}[/revision/{revision}]`, `/api/models/{id}/tree/{revision}`, and errors told
-by X-Error-Code.
+by X-Error-Code. For pushing (`hf_api.create_repo`, `create_branch`, `create_commit`, `_commit_api`, `lfs`):
+`/api/repos/create`, `/api/validate-yaml`, `/api/models/{id}/branch/{branch}`, `.../preupload/{revision}`,
+`/{id}.git/info/lfs/objects/batch`, a PUT of each large file, `.../commit/{revision}`.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -17,12 +20,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 RESOLVE = re.compile(r"/(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 API = re.compile(
     r"/api/models/(?P<id>[^/]+(?:/[^/]+?)??)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+)(?P<under>/.*)?)?"
 )
+WRITES = re.compile(
+    r"/api/(?P<create>repos/create|validate-yaml)"
+    r"|/api/models/(?P<id>[^/]+/[^/]+)/(?P<what>branch|preupload|commit)/(?P<revision>[^/]+)"
+    r"|/(?P<lfs>[^/]+/[^/]+)\.git/info/lfs/objects/batch"
+)
+WRITE_TOKEN = "hf_abcdefghijklmnopqrstuvwx"
 
 
 @dataclass
@@ -31,6 +41,10 @@ class Hub:
 
     url: str
     requests: list[tuple[str, str]] = field(default_factory=list)
+    written: dict[str, dict[str, bytes]] = field(default_factory=dict)  # "some/model@branch" -> its files
+    private: dict[str, bool] = field(default_factory=dict)  # the repositories that were made
+    objects: dict[str, bytes] = field(default_factory=dict)  # large files by SHA-256
+    tokens: set[str] = field(default_factory=set)  # that came with requests that write
 
 
 @contextmanager
@@ -71,8 +85,69 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._answer()
+        body = self._body()
+        path = unquote(urlparse(self.path).path)
+        match = WRITES.fullmatch(path)
+        if match is None:
+            return self._answer()
+        self.hub.requests.append(("POST", path))
+        self.hub.tokens.add(self.headers.get("Authorization", ""))
+        if self.headers.get("Authorization") != f"Bearer {WRITE_TOKEN}":
+            return self._error(401, "", "Invalid username or password.")
+        return self._json(self._write(match, body))
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        digest = self.path.rsplit("/", 1)[-1]
+        assert hashlib.sha256(body).hexdigest() == digest
+        self.hub.objects[digest] = body
+        self._send(200, b"", "text/plain", {})
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        found = b""
+        while length := int(self.rfile.readline(), 16):
+            found += self.rfile.read(length)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
+
+    def _write(self, match: re.Match[str], body: bytes) -> object:
+        """Do what a request asks for that changes something; the JSON of the answer."""
+        lines = [json.loads(line) for line in body.splitlines() if line]
+        asked: dict[str, Any] = lines[0] if lines else {}
+        if match["create"] == "repos/create":
+            name = f"{asked['organization']}/{asked['name']}"
+            self.hub.private.setdefault(name, asked.get("visibility") == "private")
+            return {"url": f"{self.hub.url}/{name}", "name": name}
+        if match["create"]:
+            return {"errors": [], "warnings": []}
+        if match["lfs"]:
+            return {"transfer": "basic", "objects": [self._object(told) for told in asked["objects"]]}
+        if match["what"] == "preupload":
+            modes = {True: "lfs", False: "regular"}
+            return {
+                "files": [
+                    {
+                        "path": told["path"],
+                        "uploadMode": modes[told["path"].endswith(".safetensors")],
+                        "shouldIgnore": False,
+                        "oid": None,
+                    }
+                    for told in asked["files"]
+                ]
+            }
+        branch = self.hub.written.setdefault(f"{match['id']}@{match['revision']}", {})
+        for line in lines[1:]:
+            told = line["value"]
+            large = line["key"] == "lfsFile"
+            branch[told["path"]] = self.hub.objects[told["oid"]] if large else base64.b64decode(told["content"])
+        return {"commitUrl": f"{self.hub.url}/{match['id']}/commit/abc", "commitOid": "abc", "success": True}
+
+    def _object(self, told: dict[str, Any]) -> object:
+        upload = {"href": f"{self.hub.url}/objects/{told['oid']}", "header": {}}
+        return {**told, "actions": {"upload": upload}}
 
     def log_message(self, *args: object) -> None:
         """Quiet."""
@@ -86,6 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo, revision = match["id"], match["revision"] or "main"
         if repo in self.gated:
             return self._error(401, "GatedRepo", f"Access to model {repo} is restricted. You must be logged in.")
+        if repo in self.hub.private and match["what"] is None:
+            return self._json({"_id": "0", "id": repo, "private": self.hub.private[repo], "tags": [], "siblings": []})
         names = [name for name in self.branches if name.split("@")[0] == repo]
         if not names:
             return self._error(401, "RepoNotFound", "Invalid username or password.")  # as the hub says it

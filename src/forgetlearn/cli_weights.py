@@ -133,6 +133,45 @@ def undo(
     typer.echo(undo_run(run, output))
 
 
+BaseIdOption = Annotated[str | None, typer.Option("--base-model-id", help="The base's id on the hub, for the card.")]
+MergedOption = Annotated[bool, typer.Option("--merged", help="The merged weights instead of the adapter.")]
+
+
+@app.command()
+def save(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    output: OutputOption,
+    base_model_id: BaseIdOption = None,
+    merged: MergedOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write what push would publish: the product's own files and a card without local paths."""
+    from forgetlearn import publish
+
+    publish.save(run, output, base_model_id=base_model_id, merged=merged, overwrite=overwrite)
+    typer.echo(
+        f"{output}: ready to be looked at. Confirm the licence of the base and name it in {output / 'README.md'}."
+    )
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    to: Annotated[str, typer.Option("--to", help="USER/NAME on the hub.")],
+    base_model_id: BaseIdOption = None,
+    merged: MergedOption = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch to write to; made if it is not there.")
+    ] = None,
+) -> None:
+    """Publish a run's product on the hub, with the token of HF_TOKEN or `hf auth login`."""
+    from forgetlearn import publish
+
+    address = publish.push(run, to, base_model_id=base_model_id, merged=merged, private=private, revision=revision)
+    typer.echo(f"{address}\nConfirm that the licence of the base allows this, and name it in the card.")
+
+
 @app.command()
 def inspect(
     what: Annotated[Path, typer.Argument(help="Folder of a vector, a run, an adapter or a fine-tuned model.")],

@@ -5,6 +5,7 @@ What stands in it may be published: names without folders, counts, hashes and sc
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from forgetlearn import __version__
 from forgetlearn.errors import RunError, some
 from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.readers import is_hub_id
-from forgetlearn.runs import HISTORY, MODEL_SUFFIXES, RunFolder, is_run, read_json, sha256_of, write_json
+from forgetlearn.runs import HISTORY, MODEL_SUFFIXES, RunFolder, is_run, read_json, sha256_of, write_text
 
 log = logging.getLogger("forgetlearn")
 
@@ -32,15 +33,21 @@ def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet) -> None:
         _write_chain(product, [*earlier, update])
 
 
-def carry_merged(adapter: Path, merged: Path) -> None:
-    """Write an adapter's chain beside the weights that it was merged into."""
-    if chain := read_chain(adapter):
-        chain[-1] |= {"product": "merged", "files": product_files(merged)}
-        _write_chain(merged, chain)
+def carry_over(product: Path, to: Path, name: str) -> None:
+    """Write a product's chain beside what was made of it: merged weights, or a copy with another base named."""
+    if chain := read_chain(product):
+        chain[-1] |= {"product": name, "files": product_files(to)}
+        _write_chain(to, chain)
 
 
 def _write_chain(product: Path, chain: list[Update]) -> None:
-    write_json(product / HISTORY, {"format": 1, "versions": {"forgetlearn": __version__}, "updates": chain})
+    write_text(product / HISTORY, as_json(chain))
+
+
+def as_json(chain: list[Update]) -> str:
+    """What `forgetlearn.json` holds."""
+    told = {"format": 1, "versions": {"forgetlearn": __version__}, "updates": chain}
+    return json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def parent_of(base: str) -> dict[str, Any]:

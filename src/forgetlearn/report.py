@@ -44,7 +44,15 @@ def write_run(path: Path) -> None:
 
 def write_card(path: Path, product: Path) -> None:
     """The model card of the product, with its scores and the command that made it."""
-    runs.write_text(product / "README.md", render("card.md.j2", {**load_context(path), "product": product.name}))
+    runs.write_text(product / "README.md", card(path, product.name))
+
+
+def card(path: Path, product: str, *, base_model_id: str | None = None, command: Sequence[str] | None = None) -> str:
+    """The text of the model card; what is given stands in it in place of what the run's manifest tells."""
+    context = load_context(path)
+    shown = context["command"] if command is None else command_text(command)
+    base = base_model_id or context["manifest"]["config"]["model"]["base_model_id"]
+    return render("card.md.j2", {**context, "product": product, "base": base, "command": shown})
 
 
 def load_context(path: Path) -> dict[str, Any]:

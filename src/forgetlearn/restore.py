@@ -20,7 +20,7 @@ import numpy as np
 from forgetlearn.arithmetic import NAMED_COMPANIONS, check_places, check_space, merge_adapter
 from forgetlearn.checkpoints import CheckpointFolder, Entry, header_bytes, read_header, read_object
 from forgetlearn.errors import ConfigError, ModelError, RunError
-from forgetlearn.history import COMMIT_DIGITS, carry_merged, product_of
+from forgetlearn.history import COMMIT_DIGITS, carry_over, product_of
 from forgetlearn.runs import MODEL_SUFFIXES, RunFolder, atomic_folder, is_finished, sha256_of, write_json
 from forgetlearn.streamed import Numbers
 
@@ -50,7 +50,7 @@ def apply_run(
         ModelError: `base` is not the run's base, told by its hash, or the result is not the product.
         RunError: the run is not finished, or keeps neither product nor change; or the output exists.
     """
-    folder = _finished(run)
+    folder = finished_run(run)
     base, output = Path(base), Path(output)
     check_places(output, [folder.path, base], overwrite)
     name = read_object(folder.path / "summary.json")["product"]
@@ -63,13 +63,14 @@ def apply_run(
     _check_base(folder, base, taught=name == "adapter")
     if merge:
         merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
-        carry_merged(product, output)
+        carry_over(product, output, "merged")
         return f"{output}: {product} added to {base}"
     with atomic_folder(output) as unfinished:
         shutil.copytree(product, unfinished, dirs_exist_ok=True)
         if name == "adapter":
             config = read_object(unfinished / "adapter_config.json")
             write_json(unfinished / "adapter_config.json", config | {"base_model_name_or_path": str(base.resolve())})
+            carry_over(product, unfinished, name)
     return f"{output}: {product} copied" + (f", on the base {base}" if name == "adapter" else "")
 
 
@@ -80,7 +81,7 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
         RunError: it is nowhere, and cannot be made from what the run keeps; the message says why.
         ModelError: what was made is not the base.
     """
-    folder = _finished(run)
+    folder = finished_run(run)
     base, output = base_folder(folder.manifest), None if output is None else Path(output)
     if output is not None:
         check_places(output, [folder.path], overwrite=False)
@@ -147,7 +148,12 @@ def _check_base(run: RunFolder, base: Path, *, taught: bool) -> None:
         )
 
 
-def _finished(run: str | Path) -> RunFolder:
+def finished_run(run: str | Path) -> RunFolder:
+    """The update in a run folder.
+
+    Raises:
+        RunError: there is none, it is not finished, or it only scored.
+    """
     folder = RunFolder.open(run)
     if not is_finished(run):
         raise RunError(f"{run}: the run is not finished. Go on with --resume.")
