@@ -433,6 +433,11 @@ def test_missing_model(refused, lab_facts, tmp_path):
     refused("is a file", "ask", "--model", lab_facts, "hello")
 
 
+def test_a_comparison_of_no_methods(refused, small_lab, lab_facts, tmp_path):
+    argv = ("--model", small_lab, "--facts", lab_facts, "--output", tmp_path / "run")
+    refused("methods = []: must name at least 1 of ft, lora, f-ft", "compare", "--methods", "", *argv)
+
+
 def test_tokenizer_without_eos(refused, small_lab, lab_facts, tmp_path):
     lab = Path(shutil.copytree(small_lab, tmp_path / "lab"))
     config = runs.read_json(lab / "tokenizer_config.json")

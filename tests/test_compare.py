@@ -214,7 +214,8 @@ def test_other_settings_facts_or_base_are_named(filled, small_lab, facts, config
         ({"methods": ["f-magic"]}, "f-lora-ft"),
         ({"seeds": [1, 1]}, "seeds.*1 stands there more than once"),
         ({"coefs": [0]}, "must be above 0"),
-        ({"coefs": []}, "coefs"),
+        ({"coefs": []}, r"coefs = \[\]: must name at least 1"),
+        ({"methods": []}, r"methods = \[\]: must name at least 1 of ft, lora, f-ft"),
         ({"budgets": ["free"]}, "equal-steps"),
     ],
 )

@@ -135,7 +135,7 @@ METHODS_IN_WORDS = "'ft', 'lora', 'f-ft', 'f-lora', 'f-lora-ft', 'locft', 'ft-c'
         ("coef", 1, "coef: there is no such setting. Did you mean 'forget.coef'?"),
         ("learn.lora.alpha", 1, "learn.lora.alpha: there is no such setting. Did you mean 'learn.lora.lora_alpha'?"),
         ("learn.batch_size", 6, "learn: micro_batch_size = 4 does not divide batch_size = 6."),
-        ("evaluate.protocols", [], "evaluate.protocols = []: must be Tuple should have at least 1 item"),
+        ("evaluate.protocols", [], "evaluate.protocols = []: must name at least 1 of token, exact, generate, prefer."),
         ("evaluate.protocols", ["tokens"], "evaluate.protocols = 'tokens': must be 'token', 'exact', 'generate' or"),
         ("forget", 3, "forget = 3: must be a valid dictionary"),
     ],

@@ -7,6 +7,7 @@ table) makes 1,000 draws per setting; the default run takes a few settings with 
 import itertools
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -245,6 +246,37 @@ def test_flips_are_counted_one_by_one_where_they_are_few(ours, p_value):
     assert statistics.paired_difference(ours, np.zeros(np.shape(ours)), rng=0).p_value == p_value
 
 
+@pytest.mark.parametrize("resamples", [1023, 5000])  # too few for all 2^11 ways, and enough
+def test_random_flips_agree_with_all_of_them_and_with_their_normal_limit(resamples):
+    differences = np.repeat([0.0, 1.0, 0.5, 0.2], [1, 5, 4, 2]) * np.where(np.arange(12) % 3 == 1, -1, 1)
+    ours, baseline = np.maximum(differences, 0)[None], np.maximum(-differences, 0)[None]
+    all_ways = np.array([np.dot(signs, differences[1:]) for signs in itertools.product((-1, 1), repeat=11)])
+    exact = np.mean(np.abs(all_ways) >= abs(differences.sum()) - 1e-9)
+    found = statistics.paired_difference(ours, baseline, rng=0, resamples=resamples)
+    assert found.p_value == pytest.approx(exact, abs=0.05 if resamples < 2048 else 1e-12)
+    many = statistics.paired_difference(np.tile(ours, 30), np.tile(baseline, 30), rng=0)  # 330 facts that differ
+    at = abs(differences.sum()) * 30 / math.sqrt(30 * (differences**2).sum())
+    assert many.p_value == pytest.approx(2 * stats.norm.sf(at), abs=0.01)
+
+
+def test_random_flips_sign_each_value_both_ways_and_count_as_many_as_asked():
+    values = 2.0 ** np.arange(11)  # each sum tells its signs
+    flips = statistics._random_flips(values, 1203, np.random.default_rng(0))
+    assert len(flips) == 1203
+    assert set(flips) <= set(range(-2047, 2048, 2))
+    plus = ((flips[:, None].astype(int) + 2047) // 2 >> np.arange(11)) & 1
+    assert plus.mean(axis=0) == pytest.approx(0.5, abs=0.06)
+    assert np.abs(np.corrcoef(plus.T) - np.eye(11)).max() < 0.12
+
+
+def test_the_p_value_of_ten_thousand_facts_takes_less_than_a_second():
+    rng = np.random.default_rng(0)
+    ours, baseline = rng.random((2, 10_000)), rng.random((2, 10_000))
+    start = time.process_time()
+    statistics.paired_difference(ours, baseline, rng=0)
+    assert time.process_time() - start < 1  # 0.1 s; scipy's permutation test takes 3
+
+
 def test_seeds_that_disagree_raise_the_p_value():
     facts = np.ones(60)
     alike = statistics.paired_difference([0.3 * facts, 0.3 * facts, 0.3 * facts], np.zeros((3, 60)), rng=0)
@@ -304,14 +336,31 @@ def test_pairs_must_pair():
 # --- seeds and curves
 
 
-def test_a_mean_over_seeds_is_a_t_interval():
-    found = statistics.mean_over_seeds([1.0, 2.0, 3.0, NAN])
-    assert (found.mean, found.n_seeds) == (2, 3)
-    assert found.high - 2 == pytest.approx(T_2 / math.sqrt(3)) == pytest.approx(2 - found.low)
+def test_a_mean_over_seeds_is_a_t_interval_on_the_logit():
+    found = statistics.mean_over_seeds([70.0, 80.0, 90.0, NAN])
+    half = T_2 * 0.1 / math.sqrt(3) / (0.8 * 0.2)
+    assert (found.mean, found.n_seeds) == (80, 3)
+    assert found.low == pytest.approx(100 / (1 + math.exp(half - math.log(4))))
+    assert found.high == pytest.approx(100 / (1 + math.exp(-half - math.log(4))))
     assert statistics.mean_over_seeds([5.0]) == statistics.OverSeeds(5.0, None, None, 1)
     for wrong in ([], [NAN], [[1.0]]):
         with pytest.raises(ValueError, match="a finite number per seed"):
             statistics.mean_over_seeds(wrong)
+
+
+def test_a_mean_over_seeds_of_differences_is_a_plain_t_interval():
+    found = statistics.mean_over_seeds([1.0, 2.0, 3.0, NAN], differences=True)
+    assert (found.mean, found.n_seeds) == (2, 3)
+    assert found.high - 2 == pytest.approx(T_2 / math.sqrt(3)) == pytest.approx(2 - found.low)
+
+
+def test_a_mean_over_seeds_stays_within_what_it_can_be():
+    few = statistics.mean_over_seeds([80.0, 87.0, 94.0])  # a plain t would end at 104.4
+    assert 87 < few.high < 100
+    assert statistics.mean_over_seeds([100.0, 100.0]) == statistics.OverSeeds(100.0, 100.0, 100.0, 2)
+    assert statistics.mean_over_seeds([100.0, 0.0]).low > 0
+    apart = statistics.mean_over_seeds([40.0, 90.0], differences=True)
+    assert (apart.low, apart.high) == (-100, 100)
 
 
 def test_area_by_hand():

@@ -219,7 +219,7 @@ def compare(
     from forgetlearn.table import write_table
 
     lists = {"methods": methods, "coefs": coefs, "seeds": seeds, "epochs": epochs, "budgets": budgets}
-    asked: dict[str, Any] = {name: text.split(",") for name, text in lists.items() if text is not None}
+    asked: dict[str, Any] = {name: text.split(",") if text else [] for name, text in lists.items() if text is not None}
     if variants:
         asked["variants"] = read_yaml(variants)
     settings = validate(CompareSettings, asked)

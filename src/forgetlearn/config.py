@@ -388,6 +388,8 @@ def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: froz
     description = _field_description(kind, loc)
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = message if item["type"] == "value_error" else f"must be {message}"
+    if item["type"] == "too_short":
+        expected = f"must name at least {item['ctx']['min_length']}{_known_items(kind, loc)}"
     near = _nearest_choice(item) if item["type"] == "literal_error" else ""
     shown = "" if isinstance(item["input"], Mapping) else f" = {item['input']!r}"
     return f"{name}{shown}{suffix}: {expected}.{near}{' ' + description if description else ''}"
@@ -397,6 +399,14 @@ def _nearest_choice(item: Any) -> str:
     choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
     near = difflib.get_close_matches(str(item["input"]), choices, n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def _known_items(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
+    """What the list there can hold, where that is a choice."""
+    for part in loc[:-1]:
+        kind = _inner_settings(kind.model_fields[str(part)].annotation) or kind
+    item, *_ = get_args(kind.model_fields[str(loc[-1])].annotation)
+    return f" of {', '.join(get_args(item))}" if get_args(item) else ""
 
 
 def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
