@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import forgetlearn
-from forgetlearn import history, runs
+from forgetlearn import history, retention, runs
 from forgetlearn.cli import main
 from forgetlearn.errors import RunError
 
@@ -111,3 +111,44 @@ def test_facts_are_found_by_their_hash(twice):
     ]
     assert history.find_facts(second, [twice / "early.jsonl", twice / "late.jsonl"]).used == 2
     assert history.find_facts(first, [twice / "second", twice / "nowhere"]) is None
+
+
+class TestRetention:
+    def test_the_facts_of_earlier_updates_are_asked_again(self, twice, capsys):
+        model, late, output = twice / "second/model", twice / "late.jsonl", twice / "scores"
+        words = ["evaluate", "--model", model, "--facts", late, "--retention", "--output", output]
+        assert main([*map(str, words), "--set", "evaluate.protocols=[token,generate]"]) == 0
+        assert "update 1, early.jsonl: retention of 3 facts: token" in capsys.readouterr().out
+        summary = runs.read_json(output / "summary.json")
+        (told,) = summary["retention"]
+        assert (told["update"], told["facts"], told["superseded"]) == (1, 3, 0)
+        overall = summary["phases"]["model"]["retention"]
+        assert overall == told["scores"]
+        assert {protocol: cell["n"] for protocol, cell in overall.items()} == {"token": 3, "generate": 3, "contains": 3}
+        rows = runs.read_rows(output / "retention.jsonl")
+        token = [row["retention"] for row in rows if row["protocol"] == "token"]
+        assert overall["token"]["mean"] == pytest.approx(100 * sum(token) / 3)
+        # the same as the same facts, scored by themselves
+        early = forgetlearn.evaluate(model, twice / "early.jsonl", QUICK, output=twice / "early")
+        assert runs.read_json(early / "summary.json")["phases"]["model"]["reliability"]["token"] == overall["token"]
+        for page in ("report.md", "report.html"):
+            assert "Earlier updates" in (output / page).read_text()
+            assert "Earlier updates" not in (early / page).read_text()
+
+    def test_a_fact_that_was_changed_again_is_not_asked(self, twice, tmp_path):
+        copy = shutil.copytree(twice / "second/model", tmp_path / "copy")
+        early = forgetlearn.read_facts(twice / "early.jsonl")
+        (one,) = retention.earlier_updates(copy, early[:1], [twice / "first"])
+        assert one.superseded == 1
+        assert [fact.prompt for fact in one.facts] == [fact.prompt for fact in early[1:]]
+
+    def test_facts_that_are_nowhere_are_an_error(self, twice, tmp_path, small_lab, capsys):
+        copy = shutil.copytree(twice / "second/model", tmp_path / "copy")
+        words = ["evaluate", "--model", copy, "--facts", twice / "late.jsonl", "--output", tmp_path / "out"]
+        assert main([*map(str, words), "--retention"]) == 2
+        assert "3 facts of update 1" in capsys.readouterr().err
+        assert main([*map(str, words), "--earlier", str(twice / "second")]) == 2
+        assert "pass --earlier" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(RunError, match="one update made it"):
+            retention.earlier_updates(twice / "first/merged", ())

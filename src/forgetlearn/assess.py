@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from forgetlearn import report, runs
+from forgetlearn import report, retention, runs
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.facts import FactSet
@@ -26,12 +26,16 @@ def evaluate(
     output: str | Path,
     reference: LanguageModel | str | Path | None = None,
     tokenizer: Any = None,
+    earlier: Sequence[str | Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """The folder with scores and a report of a model, or of an adapter on its base, on facts.
 
     With `reference` (the model before) its scores stand beside, and locality is agreement with it. Under the
     policy `model` the old answers are what the reference says, or without one what the model says.
+
+    With `earlier` (places where facts may be, or none) the facts of the model's earlier updates are scored too:
+    retention.
 
     Raises:
         ForgetLearnError: anything that is wrong with the input, before anything is written.
@@ -40,6 +44,9 @@ def evaluate(
     reads = (config.model.name, config.facts.source, reference if isinstance(reference, (str, Path)) else None)
     runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads, can_resume=False)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+    updates = []
+    if earlier is not None:
+        updates = retention.earlier_updates(str(config.model.name), fact_set, earlier)
     rows, before, vocabulary = {}, None, None
     if reference is not None:
         base = as_language_model(reference, None, config.model)
@@ -56,11 +63,14 @@ def evaluate(
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
     if before is None:
         rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # with itself: says nothing
+    retained = retention.score_earlier(lm, updates, config.evaluate)
     run = runs.RunFolder.create(
         output, config.model_dump(mode="json"), {"facts_sha256": fact_set.sha256()}, overwrite=overwrite
     )
     run.note(model=lm.describe())
     write_results(run.path, config, fact_set, rows)
+    if updates:
+        retention.write(run.path, phase, retained)
     report.write_run(run.path)
     run.finish()
     return run.path

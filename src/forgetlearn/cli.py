@@ -244,6 +244,12 @@ def evaluate(
     model: ModelOption = None,
     facts_file: FactsOption = None,
     reference: ReferenceOption = None,
+    retention: Annotated[
+        bool, typer.Option("--retention", help="Also the facts of the model's earlier updates.")
+    ] = False,
+    earlier: Annotated[
+        list[Path] | None, typer.Option("--earlier", help="Run folder or file of facts of an earlier update.")
+    ] = None,
     old_from: OldFromOption = None,
     limit: LimitOption = None,
     strict: StrictOption = None,
@@ -257,9 +263,15 @@ def evaluate(
     from forgetlearn.assess import evaluate as run_evaluate
     from forgetlearn.report import load_context
 
-    path = run_evaluate(config=config, reference=reference, output=output, overwrite=overwrite)
+    places = (earlier or []) if retention or earlier else None
+    path = run_evaluate(config=config, reference=reference, output=output, earlier=places, overwrite=overwrite)
     context = load_context(path)
     _print_scores(context)
+    for row in context["retention"]:
+        from forgetlearn.pages import show_score
+
+        shown = ", ".join(f"{name} {show_score(cell, interval=True)}" for name, cell in row["scores"].items())
+        typer.echo(plain(f"update {row['update']}, {row['source']}: retention of {row['facts']} facts: {shown}"))
     typer.echo(f"\n{context['verdict']}\nreport   {path / 'report.html'}")
 
 

@@ -87,6 +87,8 @@ def load_context(path: Path) -> dict[str, Any]:
         "errors": _errors(rows),
         "shown_facts": SHOWN_FACTS_MARKDOWN,
         "verdict": verdict(summary, phases),
+        "retention": summary.get("retention", []),
+        "asked_again": list(summary["phases"][phases[-1]].get("retention", {})) if phases else [],
     }
 
 
