@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import forgetlearn
-from forgetlearn import coefficient, runs
+from forgetlearn import coefficient, runs, session
 from forgetlearn.cli import main
 from forgetlearn.coefficient import HIGHEST, LOWEST, Forgetter, Trial, choose_coefficient, set_aside
 from forgetlearn.compare import CompareSettings, fill
@@ -57,7 +57,7 @@ def chosen(small_lab, facts, config, tmp_path_factory):
             settings = config(forget__search=search, method=method)
             epochs = run.learned[search] = []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(coefficient, "learn", lambda *a, **o: (epochs.append(a[2].epochs), own(*a, **o)))
+                patch.setattr(coefficient, "learn", lambda *a, **o: (epochs.append(a[2].epochs), own(*a, **o))[1])
                 done[search] = update(small_lab, facts, settings, output=folder / search)
         return done[search]
 
@@ -105,7 +105,7 @@ class Curve(coefficient._Trying):
     """Scores that are a function of the coefficient."""
 
     def __init__(self, config, of):
-        self.config, self.of, self.trials = config, of, {}
+        self.config, self.of, self.trials, self.learned = config, of, {}, None
 
     def _scores(self, coef):
         return {"reliability": None, "generality": None, "residue": None, "locality": self.of(coef)}
@@ -182,6 +182,61 @@ def test_the_result_is_that_of_the_chosen_number(chosen, small_lab, facts, tmp_p
     assert unmarked == plain.rows
     assert plain.summary["choice"] is None
     assert (plain.output / "logs/forget.jsonl").read_text() == (result.output / "logs/forget.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("method", "resumed"), [("f-ft", False), ("f-lora", True), ("f-lora-ft", True)])
+def test_what_the_best_trial_learned_is_the_product_to_the_bit(
+    small_lab, facts, config, tmp_path, monkeypatch, method, resumed
+):
+    settings, output = config(forget__search="full", method=method, evaluate__every_phase=False), tmp_path / "out"
+
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "learn", None)  # called, it fails: the trials have learned already
+        if resumed:
+            with patch.context() as inner:
+                inner.setattr(coefficient, "learn_as_chosen", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    update(small_lab, facts, settings, output=output)
+            patch.setattr(coefficient, "learn", None)
+        result = update(small_lab, facts, settings, output=output, resume=resumed)
+    plain = update(
+        small_lab,
+        facts,
+        load_config(output / "config.yaml", {"forget.coef": result.summary["coef"]}),
+        output=tmp_path / "plain",
+    )
+    (weights,) = result.product.glob("*.safetensors")
+    assert weights.read_bytes() == (plain.product / weights.name).read_bytes()
+    assert sorted(file.name for file in result.product.iterdir()) == sorted(f.name for f in plain.product.iterdir())
+    assert (output / "logs/learn.jsonl").read_text() == (plain.output / "logs/learn.jsonl").read_text()
+    stages, of_plain = (runs.read_json(run.output / "manifest.json")["stages"]["learn"] for run in (result, plain))
+    assert {name: stages[name] for name in ("facts", "steps", "layout", "final_loss")}.items() <= of_plain.items()
+    assert not list(output.rglob("stages/**/*.safetensors"))
+
+
+def test_the_best_trial_is_kept_wherever_it_is_tried(config, tmp_path):
+    """The first, a middle and the last one; of equal ones the smallest coefficient, as it is chosen."""
+
+    class Keeping(Curve):
+        """Notes which coefficient the model is at when it is kept."""
+
+        kept = math.nan
+
+        def _scores(self, coef):
+            self.now = coef
+            return super()._scores(coef)
+
+        def _keep(self, learned, folder):
+            self.kept = self.now
+
+    curves = [lambda coef, best=best: 60 - 5 * math.log(coef / best) ** 2 for best in (0.1, 0.3, 1.5)]
+    for of in (*curves, lambda _coef: 60.0):
+        curve = Keeping(config(forget__trials=7), of)
+        curve.learned, curve.folder = object(), tmp_path
+        assert coefficient._best_after_learning(curve)[0] == curve.kept
 
 
 @pytest.mark.parametrize("search", ["cheap", "full"])

@@ -29,6 +29,7 @@ from forgetlearn.scoring import Row
 
 log = logging.getLogger("forgetlearn")
 WEIGHTS, CHOICE = "weights.safetensors", "choice.json"
+LEARNED, LEARNED_LOG = "learned.safetensors", "learned.json"  # of the best trial, where trials learn
 # Where it is looked for. The paper's own are 0.1 to 3; at 3 lab bases lost up to 47 points of locality by forgetting
 # alone (docs/experiments.md).
 LOWEST, HIGHEST = 0.1, 1.5
@@ -95,9 +96,7 @@ class Forgetter:
 
     def reset(self) -> None:
         """The base again, to the bit, without reading it from disk."""
-        if hasattr(self.lm.model, "peft_config"):
-            self.lm.model = adapters.detach(self.lm.model)
-        self.lm.to_own_dtypes()
+        _to_own_form(self.lm)
         taskvector.load_into(self.lm.model, self.base)
 
 
@@ -129,12 +128,13 @@ def choose(
 ) -> tuple[Choice, StageLog]:
     """The choice, and the log of the fine-tuning on old answers that it needed; `lm` is the base again.
 
-    Both the choice and the tuned weights are written to `folder`, for `read_choice` and `forget_as_chosen`.
+    The choice, the tuned weights and what the best trial learned are written to `folder`, for `read_choice`,
+    `forget_as_chosen` and `learn_as_chosen`.
     """
     forgetter, how = Forgetter(lm), _subtracts(config)
     log.info("fine-tuning on %d old answers, once for every coefficient that is tried", len(to_forget))
     tuned, stage_log = forgetter.tune(to_forget, config.forget, how, seed=stage_seed(config.seed, "forget"))
-    choice = search(forgetter, tuned, facts, base_rows, config)
+    choice = search(forgetter, tuned, facts, base_rows, config, folder)
     if folder is not None:
         save_file(tuned, folder / WEIGHTS)
         runs.write_json(folder / CHOICE, choice.as_dict())
@@ -153,6 +153,32 @@ def forget_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> None
     settings = config.forget.model_copy(update={"coef": read_choice(folder).coef})
     tuned, seed = load_file(folder / WEIGHTS), stage_seed(config.seed, "forget")
     Forgetter(lm).forget(tuned, settings, _subtracts(config), seed=seed)
+
+
+def learn_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> StageLog | None:
+    """Make the forgotten model the product that the best trial learned: to the bit what `learn` makes of it.
+
+    What comes back is that trial's log; None, and nothing is done, where trials did not learn.
+    """
+    if not (folder / LEARNED).is_file():
+        return None
+    learned = load_file(folder / LEARNED)
+    if METHODS[config.method].learns == "lora":
+        lm.model = adapters.attach(lm.model, config.learn.lora, adapters.LEARN, seed=0)
+        adapters.compose(lm.model, adapters.names(lm.model))
+        adapters.set_weights(lm.model, learned)
+    else:
+        _to_own_form(lm)
+        taskvector.load_into(lm.model, learned)
+    kept = runs.read_json(folder / LEARNED_LOG)
+    return StageLog(tuple(kept["steps"]), kept["layout"])
+
+
+def _to_own_form(lm: LanguageModel) -> None:
+    """No adapter, and the dtypes that it was loaded in."""
+    if hasattr(lm.model, "peft_config"):
+        lm.model = adapters.detach(lm.model)
+    lm.to_own_dtypes()
 
 
 def check(facts: Sequence[Fact], config: RunConfig) -> None:
@@ -207,12 +233,14 @@ def search(
     facts: Sequence[Fact],
     base_rows: Sequence[Row],
     config: RunConfig,
+    folder: Path | None = None,
 ) -> Choice:
     """The choice for these facts, from one fine-tuning on old answers; the model is the base again.
 
-    `base_rows` are the base's scores of at least the facts set aside.
+    `base_rows` are the base's scores of at least the facts set aside. What the best trial learned is written to
+    `folder`.
     """
-    trying = _Trying(forgetter, tuned, facts, base_rows, config)
+    trying = _Trying(forgetter, tuned, facts, base_rows, config, folder)
     aside = trying.aside
     cheap = config.forget.search == "cheap"
     try:
@@ -227,8 +255,8 @@ def search(
 class _Trying:
     """What the model is at a coefficient, on the facts set aside; each coefficient is tried once.
 
-    The full search learns all facts, as the update will: fewer facts, or fewer epochs, cost other coefficients other
-    scores (docs/experiments.md).
+    The full search learns all facts, as the update would: fewer facts, or fewer epochs, cost other coefficients other
+    scores (docs/experiments.md). So what the best trial learned is the product, and is kept in `folder`.
     """
 
     def __init__(
@@ -238,17 +266,35 @@ class _Trying:
         facts: Sequence[Fact],
         base_rows: Sequence[Row],
         config: RunConfig,
+        folder: Path | None,
     ) -> None:
         self.forgetter, self.tuned, self.facts, self.config = forgetter, tuned, facts, config
+        self.folder = folder
         self.aside, self.reference = set_aside(facts, config), scoring.locality_predictions(base_rows)
         self.trials: dict[float, Trial] = {}
+        self.learned: StageLog | None = None  # by the last trial
 
     def at(self, log_coef: float) -> Trial:
         """The trial at a coefficient, rounded to three digits, given by its natural logarithm."""
         coef = float(f"{math.exp(log_coef):.3g}")
         if coef not in self.trials:
             self.trials[coef] = Trial(coef, self._scores(coef))
+            if self.learned is not None and self.folder is not None and self.best.coef == coef:
+                self._keep(self.learned, self.folder)
         return self.trials[coef]
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the highest goal so far; of equal ones that with the smallest coefficient."""
+        return max(self.trials.values(), key=lambda trial: (trial.goal, -trial.coef))
+
+    def _keep(self, learned: StageLog, folder: Path) -> None:
+        model = self.forgetter.lm.model
+        is_lora = METHODS[self.config.method].learns == "lora"
+        save_file(
+            adapters.weights_of(model, adapters.PRODUCT) if is_lora else taskvector.snapshot(model), folder / LEARNED
+        )
+        runs.write_json(folder / LEARNED_LOG, asdict(learned))
 
     def _scores(self, coef: float) -> dict[str, float | None]:
         config, lm = self.config, self.forgetter.lm
@@ -257,7 +303,7 @@ class _Trying:
         self.forgetter.forget(self.tuned, settings, _subtracts(config), seed=stage_seed(config.seed, "forget"))
         if config.forget.search == "full":
             learns, seed = METHODS[config.method].learns, stage_seed(config.seed, "learn")
-            learn(lm, self.facts, config.learn, learns, seed=seed)
+            self.learned = learn(lm, self.facts, config.learn, learns, seed=seed)
         rows = scoring.score(
             lm,
             self.aside,
@@ -303,6 +349,5 @@ def _best_after_learning(trying: _Trying) -> tuple[float, str]:
         options = {"maxiter": more, "xatol": TOLERANCE}
         optimize.minimize_scalar(lambda place: -trying.at(place).goal, bounds=ends, method="bounded", options=options)
     trials = sorted(trying.trials.values(), key=lambda trial: trial.coef)
-    best = max(trials, key=lambda trial: trial.goal)
     listed = ", ".join(f"{trial.goal:.1f} at {trial.coef:g}" for trial in trials)
-    return best.coef, f"learned and scored, the mean of reliability, generality and locality is {listed}"
+    return trying.best.coef, f"learned and scored, the mean of reliability, generality and locality is {listed}"

@@ -247,10 +247,12 @@ class _Session:
     def _learn(self) -> None:
         def compute(folder: Path) -> dict[str, Any]:
             self._restore()
-            log.info("learning %d facts (%s)", len(self.facts), self.method.learns)
-            stage_log = learn(
-                self.lm, list(self.facts), self.config.learn, self.method.learns, seed=self._seed("learn")
-            )
+            stage_log = coefficient.learn_as_chosen(self.lm, self._chosen, self.config) if self.choice else None
+            if stage_log is None:
+                log.info("learning %d facts (%s)", len(self.facts), self.method.learns)
+                stage_log = learn(
+                    self.lm, list(self.facts), self.config.learn, self.method.learns, seed=self._seed("learn")
+                )
             if self.method.learns == "lora":
                 adapters.save(self.lm.model, adapters.PRODUCT, folder, self._base_for_adapter())
                 self.lm.tokenizer.save_pretrained(folder)
