@@ -1,6 +1,7 @@
 """Names of parts of a model, told from its structure."""
 
 import pytest
+from torch import nn
 
 from forgetlearn import adapters
 from forgetlearn.config import LoraSettings
@@ -56,10 +57,22 @@ def test_ranges_patterns_factors_and_what_two_names_share(tiny_model):
     assert "model.layers.0.mlp.up_proj.weight" not in both
 
 
-def test_an_adapter_does_not_change_the_names(tiny_model):
-    model = tiny_model("llama")
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+def test_an_adapter_does_not_change_the_names(tiny_model, targets):
+    model = tiny_model("llama", tie_word_embeddings=False)
     before = groups(model)
-    assert groups(adapters.attach(model, LoraSettings(r=2), "forget", 0)) == before
+    settings = LoraSettings(r=2, target_modules=targets)
+    assert groups(adapters.attach(model, settings, "forget", 0)) == before
+
+
+def test_experts_are_not_layers_however_many_they_are():
+    def layer():
+        return nn.ModuleDict({"self_attn": nn.Linear(2, 2), "experts": nn.ModuleList(nn.Linear(2, 2) for _ in "abcd")})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList(layer() for _ in "ab")})
+    found = groups(model)
+    assert [name for name in found if name.startswith("layers.")] == ["layers.0", "layers.1"]
+    assert "layers.1.experts.3.weight" in found["layers.1"]
 
 
 @pytest.mark.parametrize(

@@ -189,18 +189,26 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and layers of the list of modules that holds the most weights; an empty one where there is no list.
+
+    Not the longest one: a model with 24 layers may have 64 experts in each.
+    """
+    stacks = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return max(stacks, key=lambda item: parameter_count(item[1]), default=("", nn.ModuleList()))
+
+
 def editable_module(model: nn.Module) -> str:
     """The path of the module that holds facts best by LocFT-BF's finding, told from the model's structure alone.
 
-    The MLP's last projection, seven tenths of the way up: in the longest list of layers, at index
+    The MLP's last projection, seven tenths of the way up: in the list of layers, at index
     int(0.7 n), the linear module with the most inputs among those whose output has the width of the
     model. For Llama-3-8B that is layer 22 of 32, `down_proj`.
 
     Raises:
         ModelError: the model has no list of layers, or no such module in it.
     """
-    stacks = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    path, stack = max(stacks, key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+    path, stack = layer_list(model)
     index = int(0.7 * len(stack))
     config: Any = model.config
     width = config.get_text_config().hidden_size

@@ -1,8 +1,8 @@
 """Which weights forgetting acts on: names such as `embeddings` or `layers.0-3`, told from the model's structure.
 
-Nothing here depends on what a model is called. A layer is an entry of the longest list of modules; attention is
-what has "attention" in its class's name in there, norms what has "norm", and the MLP (or whatever else a layer is
-made of) the rest.
+Nothing here depends on what a model is called. A layer is an entry of the list of modules that holds the most weights;
+attention is what has "attention" in its class's name in there, norms what has "norm", and the MLP (or whatever else a
+layer is made of) the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from forgetlearn.errors import ConfigError, some
+from forgetlearn.models import layer_list
 
 Modules = str | Sequence[str] | Mapping[str, float]
 ALL = "all"
@@ -54,11 +55,12 @@ def groups(model: nn.Module) -> dict[str, list[str]]:
     names = {id(weight): _own_name(name) for name, weight in model.named_parameters() if ".lora_" not in name}
     found: dict[str, list[str]] = {ALL: list(names.values())}
     for name, module in (("embeddings", _ends(model)[0]), ("head", _ends(model)[1])):
-        found[name] = [names[id(weight)] for weight in module.parameters()] if module is not None else []
+        weights = module.parameters() if module is not None else ()
+        found[name] = [names[id(weight)] for weight in weights if id(weight) in names]  # others are an adapter's
     found["vocabulary"] = list(dict.fromkeys([*found["embeddings"], *found["head"]]))
     for kind in ("attention", "mlp", "norms"):
         found[kind] = []
-    for index, layer in enumerate(_layers(model)):
+    for index, layer in enumerate(layer_list(model)[1]):
         own = {name: names[id(weight)] for name, weight in layer.named_parameters() if id(weight) in names}
         found[f"layers.{index}"] = list(own.values())
         for name, full in own.items():
@@ -71,11 +73,6 @@ def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     own = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
     first, last = (get() if get else None for get in own)
     return first, last
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(stacks, key=len, default=nn.ModuleList())
 
 
 def _own_name(name: str) -> str:
