@@ -125,7 +125,7 @@ def test_cheap_where_every_coefficient_costs_too_much_or_none_does(config):
     assert coefficient._largest_within_bound(Curve(config(), lambda _coef: 100.0))[0] == HIGHEST
     coef, why = coefficient._largest_within_bound(Curve(config(), lambda _coef: 0.0))
     assert coef == LOWEST
-    assert "100.0 points" in why
+    assert why.endswith("costs 100.0 points of locality (at most 1 are allowed), and it is the smallest that is tried")
 
 
 @pytest.mark.parametrize("best", [0.1, 0.3, 0.6, 1.5])
@@ -291,6 +291,23 @@ def test_resumed_after_the_choice_nothing_is_tuned_or_searched_again(
             update(small_lab, facts, settings, output=output)
     monkeypatch.setattr(coefficient, "choose", None)  # called, it fails
     assert update(small_lab, facts, settings, output=output, resume=True).rows == chosen("full").rows
+
+
+@pytest.mark.parametrize("killed_in", ["finish", "remove_stage_weights"])
+def test_killed_at_its_end_it_goes_on_and_leaves_no_stage_weights(
+    chosen, small_lab, facts, config, tmp_path, monkeypatch, killed_in
+):
+    settings, output = config(method="f-ft", forget__search="cheap"), tmp_path / "out"
+
+    def stop(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunFolder, killed_in, stop)
+        with pytest.raises(KeyboardInterrupt):
+            update(small_lab, facts, settings, output=output)
+    assert update(small_lab, facts, settings, output=output, resume=True).rows == chosen("cheap").rows
+    assert not list(output.rglob("stages/**/*.safetensors"))
 
 
 def test_by_itself_it_chooses_what_the_run_chose_and_leaves_the_base(chosen, small_lab, facts, config):

@@ -337,6 +337,8 @@ def _largest_within_bound(trying: _Trying) -> tuple[float, str]:
     over = min((coef for coef in lost if lost[coef] > bound), default=math.inf)
     coef = max((coef for coef in lost if coef < over), default=LOWEST)
     why = f"there forgetting alone costs {lost[coef]:.1f} points of locality (at most {bound:g} are allowed)"
+    if lost[coef] > bound:
+        return coef, f"{why}, and it is the smallest that is tried"
     return coef, why + (f", at {over:g} it costs {lost[over]:.1f}" if over < math.inf else ", and no more is tried")
 
 

@@ -92,7 +92,7 @@ def update(
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
     check_lengths(lm.encoder, longest_pairs(fact_set))
-    _check_stages(config, lm)
+    check_stages(config, lm)
     answers = None
     if config.facts.old_from == "model" and not (resume and runs.is_run(output)):
         answers = scoring.probe(lm, fact_set, config.evaluate)  # now, because no fact may be left
@@ -341,9 +341,9 @@ class _Session:
         history.carry_on(self.folder, products, self.facts)
         if self.config.keep_change and self.method.learns != "lora":
             self.folder.do("change", lambda f: restore.keep_change(self.folder, self.product, f), restore.CHANGE)
-        if not self.config.keep_stages:
-            self.folder.remove_stage_weights()
         self.folder.finish()
+        if not self.config.keep_stages:  # after the end, since a killed run needs them to go on
+            self.folder.remove_stage_weights()
         return UpdateResult(path, self.product, summary, runs.read_rows(path / "facts.jsonl"))
 
     def _merge(self) -> None:
@@ -445,8 +445,12 @@ def _check_old_answers(facts: FactSet, config: RunConfig) -> None:
         )
 
 
-def _check_stages(config: RunConfig, lm: LanguageModel) -> None:
-    """What would make a stage fail, found before anything is written."""
+def check_stages(config: RunConfig, lm: LanguageModel) -> None:
+    """Nothing, if no stage of such an update would fail for its settings on this model.
+
+    Raises:
+        ConfigError: the dtype, the modules or what LoRA is to adapt cannot be had.
+    """
     method = METHODS[config.method]
     stages: list[tuple[str, StageSettings, How | None]] = [("learn", config.learn, method.learns)]
     if config.forget.coef != 0:
@@ -492,5 +496,7 @@ def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
     product = path / summary["product"]
     if not product.is_dir():
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
+    if not config.keep_stages:
+        run.remove_stage_weights()  # killed just after its end, it left some
     report.write_run(path)
     return UpdateResult(path, product, summary, runs.read_rows(path / "facts.jsonl"))
