@@ -347,3 +347,21 @@ def test_a_variant_that_matches_nothing_is_found_at_once(small_lab, facts, confi
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="letters, digits"):
         validate(CompareSettings, {"variants": {"a/b": {}}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "message"),
+    [
+        ({"methods": ["ft", "ft-c"], "variants": {"c": {"methods": ["ft"]}}}, {}, "ft-c-2epochs-seed0: more than one"),
+        ({"methods": ["f-ft"], "variants": {"x": {"coefs": [2, 2]}}}, {}, "f-ft-x-coef2-2epochs-seed0: more than"),
+        ({"methods": ["f-ft"], "coefs": [0.3, 0.30000001]}, {}, "f-ft-coef0.3-2epochs-seed0: more than one"),
+        ({"methods": ["ft"], "variants": {"x": {}}}, {}, r"variants\.x: varies f-ft, which is not compared here"),
+        ({"methods": ["lora"]}, {"learn.lora.target_modules": ["nothing"]}, "target_modules"),
+    ],
+)
+def test_what_would_be_left_out_or_fail_later_is_found_at_once(small_lab, facts, tmp_path, settings, more, message):
+    config = load_config(small_lab / "update.yaml", {"learn.epochs": 2, "model.name": str(small_lab), **more})
+    settings = validate(CompareSettings, {"seeds": [0], **settings})
+    with pytest.raises(ConfigError, match=message):
+        fill(small_lab, facts, settings, config, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -33,11 +33,11 @@ from forgetlearn.config import AUTO, Control, MethodName, Modules, RunConfig, Se
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.facts import Fact, FactSet
-from forgetlearn.method import METHODS, PAPER_METHODS, How, check_forgetting, check_learning, forget, learn, stage_seed
+from forgetlearn.method import METHODS, PAPER_METHODS, How, forget, learn, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import Done, write_results
 from forgetlearn.scoring import Row
-from forgetlearn.session import base_hash, longest_pairs, read_config_facts, resolve
+from forgetlearn.session import base_hash, check_stages, longest_pairs, read_config_facts, resolve
 
 log = logging.getLogger("forgetlearn")
 Budget = Literal["equal-epochs", "equal-steps"]
@@ -227,16 +227,36 @@ def begin(
         )
     if config.teach.epochs or config.facts.old_from == "model":
         raise ConfigError("compare takes a base that is taught already: teach.epochs must be 0, old_from not model.")
+    cells = cells_of(settings, config)
+    _check_rows(settings, cells)
     runs.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     lm = as_language_model(model if model is not None else str(config.model.name), None, config.model)
     check_lengths(lm.encoder, longest_pairs(fact_set))
-    for cell in {(cell.method, cell.variant): cell for cell in cells_of(settings, config)}.values():
+    for cell in {(cell.method, cell.variant): cell for cell in cells}.values():
         _check(lm, cell_config(config, cell, settings.variants), cell)
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = runs.RunFolder.create(output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite)
-    return Comparison(run.path, config, fact_set, cells_of(settings, config), settings.variants), lm
+    return Comparison(run.path, config, fact_set, cells, settings.variants), lm
+
+
+def _check_rows(settings: CompareSettings, cells: Sequence[Cell]) -> None:
+    """Nothing, if each cell has a folder of its own, and each variant a row for each of its methods."""
+    for name, variant in settings.variants.items():
+        wanted = variant.methods or WITH_ALL_WEIGHTS
+        missing = [method for method in wanted if method not in settings.methods]
+        if missing:
+            raise ConfigError(
+                f"variants.{name}: varies {some(missing)}, which is not compared here. "
+                f"Add it to --methods, or name the variant's methods out of {', '.join(settings.methods)}."
+            )
+    names = [cell.name for cell in cells]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"{some(twice)}: more than one row of the table would have this name. Give the variant another name, or "
+            "leave out the coefficient that repeats."
+        )
 
 
 def check_named(model: object, why: str) -> None:
@@ -404,11 +424,8 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS)
 
 def _check(lm: LanguageModel, config: RunConfig, cell: Cell) -> None:
     """What would make a cell fail, found before the first one is begun."""
-    method = METHODS[cell.method]
     try:
-        check_learning(lm, config.learn, method.learns)
-        if method.forgets:
-            check_forgetting(lm, config.forget, method.forgets)
+        check_stages(config, lm)
     except ConfigError as error:
         raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
 
