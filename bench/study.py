@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from forgetlearn.compare import CompareSettings, fill
+from forgetlearn.comparison import show_difference
 from forgetlearn.config import load_config, validate
 from forgetlearn.facts import read_facts
 from forgetlearn.lab import LabSettings, build_lab
@@ -55,6 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     study = yaml.safe_load(args.config.read_text(encoding="utf-8"))
     bases = [base for base in bases_of(study) if args.only in base.name]
+    if not bases:
+        parser.error(f"--only {args.only}: no base of {args.config} has this in its name")
     tables = {}
     for base in bases:
         print(base.name, flush=True)
@@ -90,7 +93,7 @@ def differences(table: Mapping[str, Any]) -> str:
     lines = ["| | " + " | ".join(SHOWN) + " |", "|---|" + "---:|" * len(SHOWN)]
     for row in table["rows"]:
         against = row["against"].get("equal-epochs", {}).get("differences", {})
-        cells = [f"{row['scores'][name]['mean']:.1f}{_shown(against.get(name))}" for name in SHOWN]
+        cells = [f"{row['scores'][name]['mean']:.1f}{_change(against.get(name))}" for name in SHOWN]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     lines += ["", "At equal reliability, averaged over the range that both reach:", ""]
     lines += ["| | reliabilities | locality | generality |", "|---|---|---:|---:|"]
@@ -98,13 +101,13 @@ def differences(table: Mapping[str, Any]) -> str:
         equal = curve["at_equal_reliability"]
         if equal:
             label = " ".join(str(part) for part in (curve["method"], curve["variant"], curve["coef"]) if part)
-            changes = [_shown(equal[quantity]) for quantity in ("locality", "generality")]
+            changes = [_change(equal[quantity]) for quantity in ("locality", "generality")]
             lines.append(f"| {label} | {equal['low']:.1f} to {equal['high']:.1f} | {' | '.join(changes)} |")
     return "\n".join(lines)
 
 
-def _shown(change: Mapping[str, Any] | None) -> str:
-    return f" {change['mean']:+.1f} [{change['low']:+.1f}, {change['high']:+.1f}]" if change else ""
+def _change(change: Mapping[str, Any] | None) -> str:
+    return f" {show_difference(change)}" if change else ""
 
 
 def plot(tables: Mapping[str, Mapping[str, Any]], file: Path) -> None:
