@@ -114,6 +114,7 @@ def test_finished_is_said_by_the_manifest(run, tmp_path):
 
 
 def test_existing_folder_names_both_flags(run):
+    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"exists\. Pass --resume .* or --overwrite"):
         RunFolder.create(run.path, CONFIG, INPUTS)
 
@@ -322,3 +323,12 @@ def test_hash_sees_weights_config_and_tokenizer(tmp_path):
     assert len(seen) == 4
     (tmp_path / "notes.md").touch()
     assert runs.sha256_of(tmp_path) in seen
+
+
+def test_resume_is_offered_only_for_a_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"exists\. Pass --overwrite"):
+        runs.check_output(tmp_path, resume=False, overwrite=False)
+    (tmp_path / runs.MANIFEST).write_text("{}")
+    with pytest.raises(RunError, match="Pass --resume to go on with it"):
+        runs.check_output(tmp_path, resume=False, overwrite=False)

@@ -217,7 +217,7 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
             "known: save it with save_pretrained."
         )
     if not names and found:
-        raise ModelError(f"{folder}: holds an adapter, not a whole model. Merge it, or make it with save_merged.")
+        raise ModelError(f"{folder}: holds an adapter, not a whole model. Pass it as --adapter, or merge it first.")
     if not names:
         raise ModelError(
             f"{folder}: holds no .safetensors file. Pickled weights are not read: save with save_pretrained."

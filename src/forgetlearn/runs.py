@@ -210,7 +210,7 @@ def check_output(
             raise RunError(f"{path} is a file. Give a folder that does not exist yet.")
         if resume:
             raise RunError(f"{path} exists, but holds no run to go on with. Choose another folder.")
-        go_on = "--resume to go on with it, or " if can_resume else ""
+        go_on = "--resume to go on with it, or " if can_resume and is_run(path) else ""
         raise RunError(f"{path} exists. Pass {go_on}--overwrite to replace it.")
     if resume:
         raise RunError("Pass --resume to go on with the run, or --overwrite to replace it, not both.")

@@ -86,8 +86,10 @@ def update(
     _check_old_answers(fact_set, config)
     if config.forget.coef == AUTO:
         coefficient.check(list(fact_set), config)
-    elif not METHODS[config.method].forgets and "coef" in config.forget.model_fields_set:
-        log.warning("forget.coef = %s has no effect: %s does not forget", config.forget.coef, config.method)
+    elif not METHODS[config.method].forgets:
+        for name in sorted({"coef", "modules", "control"} & config.forget.model_fields_set):
+            given = getattr(config.forget, name)
+            log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
