@@ -114,7 +114,6 @@ def test_finished_is_said_by_the_manifest(run, tmp_path):
 
 
 def test_existing_folder_names_both_flags(run):
-    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"exists\. Pass --resume .* or --overwrite"):
         RunFolder.create(run.path, CONFIG, INPUTS)
 
