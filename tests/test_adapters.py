@@ -175,6 +175,7 @@ adapters.save(model, adapters.PRODUCT, Path(folder, "product"), "base")
 """
 
 
+@pytest.mark.slow
 def test_the_saved_config_is_the_same_in_every_process(tmp_path):
     for hash_seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parent)}

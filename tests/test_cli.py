@@ -88,6 +88,7 @@ def test_help(told, command):
     assert f"forgetlearn {command}" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_without_a_terminal_progress_is_plain_lines(small_lab, lab_facts, tmp_path):
     given = ["--model", small_lab, "--facts", lab_facts, "--method", "f-ft", "--output", tmp_path / "run"]
     command = [sys.executable, "-m", "forgetlearn", "update", *FEW, *map(str, given)]

@@ -30,6 +30,7 @@ def config(small_lab):
     return load_config(small_lab / "update.yaml", {"forget.epochs": 1, "learn.epochs": 1})
 
 
+@pytest.mark.slow
 def test_two_jobs_do_each_cell_once(small_lab, facts, config, tmp_path):
     jobs = Jobs(2, {"timeout_min": 3, "partition": "gpu"}, "local")
     cells = fill_on_cluster(jobs, small_lab, facts, SETTINGS, config, output=tmp_path / "out")
