@@ -41,6 +41,7 @@ class Base:
     limit: int
     seed: int
     keep: int = 0
+    lab: tuple[tuple[str, Any], ...] = ()  # settings of the base other than the usual ones
 
     @property
     def name(self) -> str:
@@ -49,7 +50,7 @@ class Base:
     @property
     def same(self) -> tuple[Any, ...]:
         """What parts on one and the same base share."""
-        return self.file, self.tied, self.start, self.limit, self.seed, self.keep
+        return self.file, self.tied, self.start, self.limit, self.seed, self.keep, self.lab
 
 
 def main() -> None:
@@ -81,7 +82,8 @@ def main() -> None:
 def bases_of(study: Mapping[str, Any]) -> Iterator[Base]:
     for part, own in study["parts"].items():
         for file, tied in itertools.product(study["files"], own.get("tied", study["tied"])):
-            yield Base(file, tied, part, **own["facts"], seed=own["base_seed"])
+            lab = tuple(own.get("lab", {}).items())
+            yield Base(file, tied, part, **own["facts"], seed=own["base_seed"], lab=lab)
 
 
 def rows_of(bases: list[Base], study: Mapping[str, Any], output: Path) -> dict[str, dict[str, Row]]:
@@ -99,7 +101,7 @@ def compared(base: Base, study: Mapping[str, Any], data: Path, output: Path, wor
     part = study["parts"][base.part]
     whole = read_facts(data / base.file)
     first, last = base.start, base.start + base.limit
-    lab = LabSettings(seed=base.seed, tie_word_embeddings=base.tied)
+    lab = LabSettings(seed=base.seed, tie_word_embeddings=base.tied, **dict(base.lab))
     folder = build_lab(replace(whole, facts=whole[first : last + base.keep]), lab, vocabulary_from=whole)
     facts = replace(whole, facts=whole[first:last])
     config = load_config(folder / "update.yaml", study["update"] | part["update"])
