@@ -63,7 +63,10 @@ def test_a_job_that_is_preempted_begins_again_with_the_same(config, facts, tmp_p
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [({"partion": "gpu"}, "partion"), ({"timeout_min": "long"}, "timeout_min")],
+    [
+        ({"partion": "gpu"}, r"--slurm-set: .*partion[^\n]*\nGive submitit's names"),
+        ({"timeout_min": "long"}, "--slurm-set: .*timeout_min"),
+    ],
 )
 def test_unknown_parameters_are_refused_before_anything_is_written(small_lab, facts, tmp_path, parameters, message):
     with pytest.raises(ConfigError, match=message):
@@ -80,7 +83,7 @@ def test_a_model_in_memory_is_refused(small_lab, facts, tmp_path):
     ("flags", "hide", "message"),
     [
         ("--slurm", True, "pip install 'forgetlearn[slurm]'"),
-        ("--slurm --slurm-set partition=gpu", False, "srun"),
+        ("--slurm --slurm-set partition=gpu", False, "leave out --slurm: --workers"),
         ("--slurm-set partition=gpu", False, "--slurm"),
     ],
 )

@@ -88,6 +88,20 @@ def test_log_verify_finds_a_changed_file(twice, tmp_path, capsys):
     assert "tokenizer.json: not as the last update wrote it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["update", "compare"])
+def test_nothing_is_made_from_a_damaged_product(twice, tmp_path, capsys, command):
+    copy = shutil.copytree(twice / "second/model", tmp_path / "copy")
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    words = [command, "--model", str(copy), "--facts", str(twice / "late.jsonl"), "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "model.safetensors: not as the last update wrote it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("text", ['{"updates": 3}', '{"updates": [{"when": "x"}]}', "[]", "{"])
 def test_a_damaged_chain_is_an_error(tmp_path, text):
     (tmp_path / "forgetlearn.json").write_text(text)

@@ -83,15 +83,30 @@ def test_what_rounding_leaves_is_what_subtracting_does(tmp_path):
 
 
 def test_a_run_is_inspected_by_its_product(folders):
+    run = run_of(folders, teach_epochs=0)
+    (folders / "one").rename(run / "model")
+    assert inspect_change(run).total.as_dict()["norm"] == pytest.approx(14**0.5)
+    assert inspect_change(run, other=folders / "v-one").total.as_dict()["cosine"] == pytest.approx(1)
+
+
+def test_a_run_that_taught_first_is_inspected_from_the_taught_model(folders):
+    run = run_of(folders, teach_epochs=2)
+    (folders / "one").rename(run / "model")
+    with pytest.raises(ConfigError, match="--base is needed"):
+        inspect_change(run)  # the taught model is gone, and the base it was made from is another
+    (folders / "two").rename(run / "taught")
+    from_base = inspect_change(run, base=folders / "b").total.as_dict()["norm"]
+    assert inspect_change(run).total.as_dict()["norm"] != pytest.approx(from_base)
+
+
+def run_of(folders, teach_epochs):
     run = folders / "run"
     run.mkdir()
-    (folders / "one").rename(run / "model")
-    manifest = {"config": {"model": {"name": str(folders / "b")}}, "inputs": {}}
+    manifest = {"config": {"model": {"name": str(folders / "b")}, "teach": {"epochs": teach_epochs}}, "inputs": {}}
     manifest |= {"versions": {}, "stages": {}, "finished": True}
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "summary.json").write_text(json.dumps({"product": "model"}))
-    assert inspect_change(run).total.as_dict()["norm"] == pytest.approx(14**0.5)
-    assert inspect_change(run, other=folders / "v-one").total.as_dict()["cosine"] == pytest.approx(1)
+    return run
 
 
 def test_what_cannot_be_inspected_is_refused(folders, tmp_path):

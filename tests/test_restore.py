@@ -203,17 +203,23 @@ def test_a_base_and_a_product_on_the_hub(made, tmp_path):
         ["subtract", *base, "--adapter", f"{lora}/adapter", "--coef", "0", "--output", str(tmp_path / "zero")],
         ["log", "me/mine"],
         ["log", "org/base"],
+        ["vector", *base, "--revision", "v2", "--tuned", str(made / "base"), "--output", str(tmp_path / "vector")],
         ["apply", lora, "--base", "org/none", "--output", str(tmp_path / "none")],
+        ["inspect", f"{lora}/adapter", *base, "--revision", "v9"],
+        ["inspect", f"{lora}/adapter", "--revision", "v2"],
+        ["apply", lora, *base, "--revision", "v2", "--output", str(tmp_path / "none")],
+        ["subtract", "--base", lora, "--revision", "v2", "--coef", "0", "--output", str(tmp_path / "none")],
     ]
     clean = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     clean = {key: value for key, value in clean.items() if not key.startswith(("HF_", "HUGGING"))}
-    with serve({branch: made / "base", "me/mine": made / "lora/adapter"}) as hub:
+    repos = {branch: made / "base", "org/base@v2": made / "whole/model", "me/mine": made / "lora/adapter"}
+    with serve(repos) as hub:
         clean |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         command = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
         done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, check=False)
         asked = {path for _method, path in hub.requests}
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"code (\d)", done.stdout) == ["0"] * 7 + ["2"], done.stdout + done.stderr
+    assert re.findall(r"code (\d)", done.stdout) == ["0"] * 8 + ["2"] * 5, done.stdout + done.stderr
     assert f"org/base on the hub, commit {commit(branch)}, is the base" in done.stdout
     assert f"/org/base/resolve/{commit(branch)}/model.safetensors" in asked
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -225,6 +231,11 @@ def test_a_base_and_a_product_on_the_hub(made, tmp_path):
     assert "f-lora, coef 0.3" in done.stdout
     assert "org/base: no update of forgetlearn made this model" in done.stdout
     assert "org/none: is no folder, and no model on the hub that can be read" in done.stderr
+    assert f"/org/base/resolve/{commit('org/base@v2')}/model.safetensors" in asked
+    assert "org/base: has no such revision on the hub" in done.stderr
+    assert "--revision v2 is of a base on the hub: give its id with --base" in done.stderr
+    assert "--revision is for vectors: of a run's base the commit is taken" in done.stderr
+    assert "is a path, and only the hub has revisions" in done.stderr
 
 
 def test_shards_dtypes_and_names_that_differ(tmp_path):

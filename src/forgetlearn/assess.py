@@ -15,8 +15,7 @@ from forgetlearn import general, generation, processes, report, retention, runs
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.facts import FactSet
-from forgetlearn.history import check_product
-from forgetlearn.inputs import read_config_facts, resolve, with_asked_answers
+from forgetlearn.inputs import check_weights, read_config_facts, resolve, with_asked_answers
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Said, Scorer, locality_predictions, score
@@ -51,19 +50,12 @@ def evaluate(
         processes.on_main(
             lambda: runs.check_output(output, resume=False, overwrite=overwrite, inputs=reads, can_resume=False)
         )
-        _check_weights(config.model.name, reference)
+        check_weights(config.model.name, reference)
         fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
         processes.check_enough_for(len(fact_set))
         with _scratch() as scratch:
             write = _scored(model, fact_set, config, reference, tokenizer, earlier, scratch)
             return processes.on_main(lambda: write(Path(output), overwrite))
-
-
-def _check_weights(*models: object) -> None:
-    """Nothing, if those that are products on this disk have the weights that their last updates wrote."""
-    for named in models:
-        if isinstance(named, (str, Path)) and Path(named).is_dir():
-            check_product(Path(named), ".safetensors")
 
 
 @contextmanager

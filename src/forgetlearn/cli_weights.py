@@ -41,6 +41,9 @@ class Rounding(StrEnum):
 
 
 BaseOption = Annotated[str, typer.Option("--base", help="Folder or hub id of the base model; it is only read.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a base that is on the hub.")
+]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what forgetlearn wrote there.")]
 DtypeOption = Annotated[StoredAs, typer.Option("--dtype", help="Precision of the result; keep: the base's.")]
@@ -73,6 +76,7 @@ def subtract(
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     any_base: AnyBaseOption = False,
+    revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -81,7 +85,7 @@ def subtract(
     from forgetlearn.arithmetic import subtract_folders
 
     sources: dict[str, Any] = {"tuned": tuned, "adapter": adapter, "vector": vector}
-    folder = _folder_of(base)
+    folder = _folder_of(base, revision)
     sources["factors"] = _factors(folder, modules) if modules else None
     written = subtract_folders(folder, output, coef, **sources, numbers=numbers, any_base=any_base, overwrite=overwrite)
     _say(written, as_json)
@@ -93,13 +97,14 @@ def vector(
     tuned: Annotated[Path, typer.Option("--tuned", help="Folder of the fine-tuned model.")],
     output: OutputOption,
     threads: ThreadsOption = None,
+    revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Save tuned - base in float32, to be subtracted, added or looked at later."""
     _few_threads()
     from forgetlearn.arithmetic import save_vector
 
-    written = save_vector(_folder_of(base), tuned, output, overwrite=overwrite, threads=threads)
+    written = save_vector(_folder_of(base, revision), tuned, output, overwrite=overwrite, threads=threads)
     say(f"{output}: {written.moved} tensors, {written.parameters:,} numbers in float32, {written.seconds:.1f} s")
 
 
@@ -114,6 +119,7 @@ def apply(
     rounding: RoundingOption = Rounding.nearest,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
+    revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,6 +128,8 @@ def apply(
     if is_run(what):
         if factor != 1 or ((dtype, rounding) != (StoredAs.keep, Rounding.nearest) and not merge):
             raise ConfigError("--factor is for vectors; --dtype and --rounding are for vectors and --merge.")
+        if revision is not None:
+            raise ConfigError("--revision is for vectors: of a run's base the commit is taken that the run recorded.")
         from forgetlearn.restore import apply_run
 
         say(apply_run(what, base, output, merge=merge, numbers=numbers, overwrite=overwrite))
@@ -130,7 +138,7 @@ def apply(
         raise ConfigError(f"--merge is for runs, and {what} is none.")
     from forgetlearn.arithmetic import apply_vector
 
-    written = apply_vector(what, _folder_of(base), output, factor, numbers=numbers, overwrite=overwrite)
+    written = apply_vector(what, _folder_of(base, revision), output, factor, numbers=numbers, overwrite=overwrite)
     _say(written, as_json)
 
 
@@ -190,13 +198,16 @@ def inspect(
     coef: Annotated[float | None, typer.Option("--coef", help="Count what rounding leaves of this much.")] = None,
     other: Annotated[Path | None, typer.Option("--other", help="Another change: the cosine between the two.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="SVG file to write: the change over the layers.")] = None,
+    revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show how large a change of weights is, per layer and kind of module, and what rounding leaves of it."""
     _few_threads()
     from forgetlearn.inspection import inspect_change, plot_change
 
-    found = inspect_change(what, other=other, base=_folder_of(base) if base else None, coef=coef)
+    if revision is not None and base is None:
+        raise ConfigError(f"--revision {revision} is of a base on the hub: give its id with --base.")
+    found = inspect_change(what, other=other, base=_folder_of(base, revision) if base else None, coef=coef)
     if plot:
         plot_change(found, plot)
     if as_json:
@@ -278,13 +289,19 @@ def _factors(base: Path, modules: str) -> dict[str, float]:
     return parts.factors_among(parts.stored_groups(sizes), wanted, "--modules")
 
 
-def _folder_of(base: str) -> Path:
-    """The folder of a base, downloaded into the hub's cache where it is named by a hub id."""
+def _folder_of(base: str, revision: str | None = None) -> Path:
+    """The folder of a base, downloaded into the hub's cache where it is named by a hub id.
+
+    Raises:
+        ConfigError: a revision of what is not on the hub.
+    """
     if Path(base).exists() or base.count("/") != 1:  # the hub's client takes a while to import
+        if revision is not None:
+            raise ConfigError(f"--revision {revision}: {base} is a path, and only the hub has revisions. Leave it out.")
         return Path(base)
     from forgetlearn.hub import folder_of
 
-    return folder_of(base)
+    return folder_of(base, revision)
 
 
 def _few_threads() -> None:

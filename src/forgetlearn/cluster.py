@@ -98,8 +98,16 @@ def _executor(folder: Path, jobs: Jobs) -> Any:
         executor.update_parameters(
             **{name if name in shared else f"slurm_{name}": value for name, value in wanted.items()}
         )
-    except (RuntimeError, NameError, AssertionError, ValueError) as error:
-        raise ConfigError(f"The jobs cannot be submitted: {error}") from None
+    except RuntimeError as error:
+        raise ConfigError(
+            f"No jobs can be submitted here: {error}\nRun this on a machine of the cluster, or leave out --slurm: "
+            "--workers shares the work among processes of this machine."
+        ) from None
+    except (NameError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"--slurm-set: {str(error).splitlines()[0]}\nGive submitit's names (timeout_min=600, mem_gb=32) or "
+            "sbatch's (partition=gpu)."
+        ) from None
     return executor
 
 

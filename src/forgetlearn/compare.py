@@ -36,7 +36,7 @@ from forgetlearn.facts import Fact, FactSet
 from forgetlearn.facts import sha256 as facts_hash
 from forgetlearn.finetune import StageLog
 from forgetlearn.generation import check_engine
-from forgetlearn.inputs import base_hash, check_stages, longest_pairs, read_config_facts, resolve
+from forgetlearn.inputs import base_hash, check_stages, check_weights, longest_pairs, read_config_facts, resolve
 from forgetlearn.locks import claimed
 from forgetlearn.method import METHODS, PAPER_METHODS, How, float32_snapshot, forget, learn, measure_keep, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model
@@ -241,7 +241,9 @@ def begin(
     _check_rows(settings, cells)
     runs.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
-    lm = as_language_model(model if model is not None else str(config.model.name), None, config.model)
+    named = model if model is not None else str(config.model.name)
+    check_weights(named)
+    lm = as_language_model(named, None, config.model)
     check_lengths(lm.encoder, longest_pairs(fact_set))
     keep: dict[str, Sequence[Fact]] = {}
     for cell in {(cell.method, cell.variant): cell for cell in cells}.values():

@@ -10,6 +10,7 @@ from forgetlearn import keeping, runs, scoring
 from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig, Settings, validate
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
+from forgetlearn.history import check_product
 from forgetlearn.method import (
     METHODS,
     check_forgetting,
@@ -145,6 +146,17 @@ def facts_to_keep(facts: FactSet, config: RunConfig) -> list[Fact]:
     if config.forget.coef == AUTO:
         raise ConfigError("forget.keep: with forget.coef = auto it is not taken into account. Give a number.")
     return keeping.read_keep(config.forget, facts)
+
+
+def check_weights(*models: object) -> None:
+    """Nothing, if those that are products on this disk have the weights that their last updates wrote.
+
+    Raises:
+        RunError: which files are others; what is made of them would say nothing of it.
+    """
+    for named in models:
+        if isinstance(named, (str, Path)) and Path(named).is_dir():
+            check_product(Path(named), ".safetensors")
 
 
 def longest_pairs(facts: Iterable[Fact]) -> list[tuple[str, str, str]]:

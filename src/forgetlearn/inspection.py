@@ -205,8 +205,17 @@ def _vector_in(folder: Path) -> Path | None:
 
 
 def _base_named_by(folder: Path) -> Path | None:
-    """The folder of the model that a run started from; None where that is no run, or the model is not here."""
-    return base_folder(RunFolder.open(folder).manifest) if is_run(folder) else None
+    """The folder of the model that a run's product changes: the taught one, where it taught the old answers first.
+
+    None where that is no run, or the model is not here.
+    """
+    if not is_run(folder):
+        return None
+    manifest = RunFolder.open(folder).manifest
+    if manifest["config"]["teach"]["epochs"] == 0:
+        return base_folder(manifest)
+    taught = folder / "taught"
+    return taught if taught.is_dir() else None
 
 
 def _open(base: CheckpointFolder, what: str | Path) -> Change:

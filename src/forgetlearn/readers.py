@@ -469,7 +469,8 @@ def _parse_csv(text: str, source: str) -> list[object]:
                 raise FactError(f"{where} has {len(row)} cells, the header {len(header)}.")
             records.append({name: _cell(name, cell, where) for name, cell in zip(header, row, strict=True)})
     except csv.Error as error:
-        raise FactError(f"{source} is not CSV at line {rows.line_num}: {error}.") from error
+        hint = " Is a quote left open? JSON and JSONL have no limit." if "field limit" in str(error) else ""
+        raise FactError(f"{source} is not CSV at line {rows.line_num}: {error}.{hint}") from error
     return records
 
 

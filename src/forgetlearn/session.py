@@ -20,6 +20,7 @@ from forgetlearn.inputs import (
     check_old_answers,
     check_quantization,
     check_stages,
+    check_weights,
     facts_to_keep,
     longest_pairs,
     read_config_facts,
@@ -93,6 +94,7 @@ def _update(
             given = getattr(config.forget, name)
             log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
     named = model if model is not None else str(config.model.name)
+    processes.on_main(lambda: check_weights(named))
     lm = as_language_model(named, tokenizer, config.model, all_weights=trains_all_weights(config))
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
