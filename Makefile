@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint audit slow faults study docs package test-package test-oldest clean
+.PHONY: install demo test lint audit slow faults coverage study docs package test-package test-oldest clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,13 @@ test: install
 
 slow: $(VENV)/.docs-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --timeout 3600
+
+# Lines and branches that the default tests reach (docs/reliability.md).
+coverage: install
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --timeout 900
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 # Kills, failing writes, damaged files; the last line counts them (docs/reliability.md).
 faults: install
@@ -70,4 +77,4 @@ audit: install
 	$(BIN)/python tests/licences.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo dist site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) demo dist site .pytest_cache .ruff_cache .mypy_cache .coverage .coverage.*
