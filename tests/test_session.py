@@ -642,9 +642,11 @@ def test_finished_run_is_given_back_without_the_model(finished, small_lab, facts
     result = finished("f-lora")
     before = result_files(result.output)
     (result.output / "report.html").unlink()
+    (result.output / f".report.html{runs.UNFINISHED}x").touch()  # as a kill leaves it
     monkeypatch.setattr("forgetlearn.session.as_language_model", lambda *_: pytest.fail("loaded"))
     again = update(small_lab, facts, config("f-lora", **CHANGES), output=result.output, resume=True)
     assert result_files(result.output) == before
+    assert not list(result.output.glob(f"*{runs.UNFINISHED}*"))
     assert (again.summary, again.product) == (result.summary, result.product)
 
 

@@ -79,7 +79,7 @@ class RunFolder:
             run.check_same(inputs, "inputs")
             run._drop_damaged_stages()
             if remove_leftovers:
-                run._remove_leftovers()
+                run.remove_leftovers()
             return run
         with naming(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class RunFolder:
         run = cls(path, manifest)
         run._save()  # before the old run goes: a kill leaves a folder that is known as ours
         if remove_leftovers:
-            run._remove_leftovers()
+            run.remove_leftovers()
         return run
 
     @classmethod
@@ -243,8 +243,8 @@ class RunFolder:
         self.manifest.pop("sha256", None)
         write_json(self.path / MANIFEST, {**self.manifest, "sha256": hash_of(self.manifest)})
 
-    def _remove_leftovers(self) -> None:
-        """Delete what a kill left half written, and all of a run that this one replaces."""
+    def remove_leftovers(self) -> None:
+        """Delete what a kill left half written, and all of a run that this one replaces; nobody else may be writing."""
         kept, replaces = (MANIFEST, *LOCKS), self.manifest.get("replaces")
         old = [file for file in self.path.iterdir() if file.name not in kept] if replaces else []
         for left in (*old, *self.path.rglob(f"*{UNFINISHED}*")):

@@ -141,7 +141,8 @@ def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
     run.check_results()
     history.check_product(product)
+    run.remove_leftovers()  # killed at its end or in this function, it left some, and weights between the stages
     if not config.keep_stages:
-        run.remove_stage_weights()  # killed just after its end, it left some
+        run.remove_stage_weights()
     report.write_run(path)
     return UpdateResult(path, product, summary, runs.read_rows(path / "facts.jsonl"))
