@@ -19,6 +19,12 @@ import pytest
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+# Settings of an update that is made for its files, not for its scores.
+QUICK = {
+    "forget": {"epochs": 1, "only_known": False},
+    "learn": {"epochs": 1},
+    "evaluate": {"protocols": ["token"], "every_phase": False},
+}
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 
 

@@ -4,16 +4,8 @@ import pytest
 import torch
 
 from forgetlearn import attention
-from forgetlearn.encoding import Encoded
 from forgetlearn.forward import answer_logits, attention_by_text, by_text, pack
-
-CPU = torch.device("cpu")
-TEXTS = [
-    Encoded((1, 40, 41, 42), 3),
-    Encoded((1, 50, 51, 52, 53, 54, 55, 56, 57), 4),
-    Encoded((1, 60, 61, 62, 63, 64), 5),
-    Encoded((1, 70), 1),
-]
+from test_forward import CPU, TEXTS
 
 
 def logits_of(model, batch):

@@ -241,21 +241,27 @@ def test_out_of_memory_says_what_to_lower(lm, monkeypatch, caplog, error):
     assert [record.args[1] for record in caplog.records if "micro_batch_size" in record.getMessage()] == [2, 1]
 
 
+def out_of_memory_at(n, monkeypatch):
+    """Let the nth loss run out of memory; the list that comes back has an entry for each loss that was begun."""
+    real, calls = torch.nn.functional.cross_entropy, []
+
+    def counted(*args, **options):
+        calls.append(1)
+        if len(calls) == n:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return real(*args, **options)
+
+    monkeypatch.setattr("forgetlearn.finetune.functional.cross_entropy", counted)
+    return calls
+
+
 def test_out_of_memory_before_the_first_step_halves_the_micro_batch(lm, monkeypatch):
     start = {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
     wanted_log = finetune(lm.model, texts_of(lm), SETTINGS.model_copy(update={"micro_batch_size": 2}), seed=0, pad_id=0)
     wanted = {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
     lm.model.load_state_dict(start, strict=False)
     lm.model.requires_grad_(True)
-    real, calls = torch.nn.functional.cross_entropy, []
-
-    def once(*args, **options):
-        calls.append(1)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-        return real(*args, **options)
-
-    monkeypatch.setattr("forgetlearn.finetune.functional.cross_entropy", once)
+    out_of_memory_at(1, monkeypatch)
     log = finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
     assert (log.micro_batch_size, wanted_log.micro_batch_size) == (2, None)
     assert log.how()["micro_batch_size"] == 2
@@ -263,15 +269,7 @@ def test_out_of_memory_before_the_first_step_halves_the_micro_batch(lm, monkeypa
 
 
 def test_out_of_memory_after_a_step_does_not_begin_again(lm, monkeypatch):
-    real, calls = torch.nn.functional.cross_entropy, []
-
-    def third(*args, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-        return real(*args, **options)
-
-    monkeypatch.setattr("forgetlearn.finetune.functional.cross_entropy", third)
+    calls = out_of_memory_at(3, monkeypatch)
     with pytest.raises(TrainingError, match=r"Lower micro_batch_size \(4 now\)"):
         finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
     assert len(calls) == 3

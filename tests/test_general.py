@@ -11,17 +11,13 @@ import pytest
 import torch
 
 import forgetlearn
+from conftest import QUICK
 from forgetlearn import general, runs, statistics
 from forgetlearn.cli import main
 from forgetlearn.config import EvaluateSettings
 from forgetlearn.errors import FactError, MissingExtraError
 
 TEXT = "The sun went down behind the hills, and nobody in the village said a word about it. " * 12
-QUICK = {
-    "forget": {"epochs": 1, "only_known": False},
-    "learn": {"epochs": 1},
-    "evaluate": {"protocols": ["token"], "every_phase": False},
-}
 
 
 @pytest.fixture

@@ -6,15 +6,10 @@ import shutil
 import pytest
 
 import forgetlearn
+from conftest import QUICK
 from forgetlearn import history, report, retention, runs
 from forgetlearn.cli import main
 from forgetlearn.errors import RunError
-
-QUICK = {
-    "forget": {"epochs": 1, "only_known": False},
-    "learn": {"epochs": 1},
-    "evaluate": {"protocols": ["token"], "every_phase": False},
-}
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import forgetlearn
+from conftest import QUICK
 from forgetlearn import history, publish, runs
 from forgetlearn.cli import main
 from forgetlearn.errors import ConfigError, RunError
 from hub_server import WRITE_TOKEN, serve
 
-QUICK = {
-    "forget": {"epochs": 1, "only_known": False},
-    "learn": {"epochs": 1},
-    "evaluate": {"protocols": ["token"], "every_phase": False},
-}
 ADAPTER_FILES = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "forgetlearn.json"),
     *("tokenizer.json", "tokenizer_config.json"),

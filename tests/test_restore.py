@@ -14,16 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import forgetlearn
+from conftest import QUICK
 from forgetlearn import history, restore, runs
 from forgetlearn.cli import main
 from forgetlearn.errors import ConfigError, ModelError, RunError
 from hub_server import commit, serve
-
-QUICK = {
-    "forget": {"epochs": 1, "only_known": False},
-    "learn": {"epochs": 1},
-    "evaluate": {"protocols": ["token"], "every_phase": False},
-}
 
 
 @pytest.fixture(scope="module")

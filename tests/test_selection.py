@@ -72,6 +72,14 @@ def test_an_adapter_does_not_change_the_names(tiny_model, targets):
     assert groups(adapters.attach(model, settings, "forget", 0)) == before
 
 
+def subtract(folder, modules):
+    """The exit code of `subtract` on these modules, of the checkpoints `b` and `t` in a folder, to `o`."""
+    words = ["subtract", "--coef", "0.3", "--modules", modules]
+    for flag in ("base", "tuned", "output"):
+        words += [f"--{flag}", str(folder / flag[0])]
+    return main(words)
+
+
 @pytest.mark.parametrize(
     ("text", "tied"),
     [("layers.1", False), ("*q_proj*=2,layers.0-1@*mlp*=0.5", False), ("attention=1.5,vocabulary=0.5", True)],
@@ -83,18 +91,7 @@ def test_a_part_of_a_checkpoint_is_subtracted_as_in_memory(tmp_path, tiny_model,
         weight.data += 0.1  # norms are 1 in both
     base.save_pretrained(tmp_path / "b", max_shard_size="20KB")
     tuned.save_pretrained(tmp_path / "t")
-    words = [
-        "subtract",
-        "--base",
-        tmp_path / "b",
-        "--tuned",
-        tmp_path / "t",
-        "--output",
-        tmp_path / "o",
-        "--coef",
-        "0.3",
-    ]
-    assert main([*map(str, words), "--modules", text]) == 0
+    assert subtract(tmp_path, text) == 0
     own = factors(base, parse(text))
     wanted = dict(subtracted(*(dict(model.named_parameters()) for model in (base, tuned)), 0.3, own))
     found = {
@@ -110,17 +107,6 @@ def test_a_part_of_a_checkpoint_is_subtracted_as_in_memory(tmp_path, tiny_model,
 def test_parts_that_a_checkpoint_has_not(tmp_path, tiny_model, capsys):
     tiny_model().save_pretrained(tmp_path / "b")
     tiny_model(seed=1).save_pretrained(tmp_path / "t")
-    words = [
-        "subtract",
-        "--base",
-        tmp_path / "b",
-        "--tuned",
-        tmp_path / "t",
-        "--output",
-        tmp_path / "o",
-        "--coef",
-        "0.3",
-    ]
     for text, told in [
         ("layers.7", "'layers.7' matches nothing. There are all, layers.0 to layers.1"),
         ("layers.0=1,*mlp*=2", "both match"),
@@ -128,7 +114,7 @@ def test_parts_that_a_checkpoint_has_not(tmp_path, tiny_model, capsys):
         ("layers.0=nan", "must be finite"),
         ("nothing", "'nothing' matches nothing. There are all, embeddings"),
     ]:
-        assert main([*map(str, words), "--modules", text]) == 2
+        assert subtract(tmp_path, text) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 

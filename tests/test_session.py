@@ -388,17 +388,28 @@ def test_products_answer_as_reported_in_a_fresh_process(finished, small_lab, tmp
 
 # Resume ------------------------------------------------------------------------------------------
 
-KILLER = """
-import gc, json, os, signal, sys, traceback
+WITH_CHILDREN = """
+import gc, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from forgetlearn import plots, runs
+from forgetlearn import plots, progress, runs
 from forgetlearn.session import update
 
 torch.set_num_threads(1)
-save = runs.RunFolder._save
 runs._commit = lambda: None  # somebody may commit in between
 plots.plot_scores = plots.plot_losses = lambda *_: None  # they take their time, and are made of what is compared
+
+def go_on(job, output):
+    '''Go on with an update, and end this process with it: 0 if it went well.'''
+    try:
+        update(job["base"], job["facts"], job["config"], output=output, resume=True)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+"""
+KILLER = """
+save = runs.RunFolder._save
 
 def run_in_child(job, output, kill=None):
     '''Wait status of an update in a process that kills itself before or after the nth save of the manifest.'''
@@ -414,12 +425,7 @@ def run_in_child(job, output, kill=None):
             if moment == "before":
                 save(run)
     runs.RunFolder._save = counted
-    try:
-        update(job["base"], job["facts"], job["config"], output=output, resume=True)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+    go_on(job, output)
 
 root, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
 found = {}
@@ -462,7 +468,7 @@ def killed(small_lab, records, new_only, config, tmp_path_factory):
         }
         for name, moment in JOBS.items()
     }
-    command = [sys.executable, "-c", KILLER, str(root), json.dumps(jobs)]
+    command = [sys.executable, "-c", WITH_CHILDREN + KILLER, str(root), json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
@@ -521,15 +527,6 @@ def test_interrupted_inside_each_stage_and_resumed_the_bytes_are_the_same(
 
 
 RANDOM_KILLS = """
-import gc, json, os, random, signal, sys, time, traceback
-from pathlib import Path
-import torch
-from forgetlearn import plots, progress, runs
-from forgetlearn.session import update
-
-torch.set_num_threads(1)
-runs._commit = lambda: None
-plots.plot_scores = plots.plot_losses = lambda *_: None
 progress.TIMES_AS_LONG = 0  # a checkpoint after every step
 root, job = Path(sys.argv[1]), json.loads(sys.argv[2])
 begin = time.perf_counter()
@@ -542,12 +539,7 @@ for n in range(job["runs"]):
     while True:
         pid = os.fork()
         if not pid:
-            try:
-                update(job["base"], job["facts"], job["config"], output=output, resume=True)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
+            go_on(job, output)
         if kills < job["kills"]:
             time.sleep(draw.uniform(0.1, 0.5) * took)
             os.kill(pid, signal.SIGKILL)
@@ -570,7 +562,7 @@ def test_killed_at_random_moments_resume_gives_the_same_bytes(small_lab, facts, 
     )
     job = {"base": str(small_lab), "facts": str(facts), "config": settings.model_dump(mode="json")}
     job |= {"seed": 0, "runs": 10, "kills": 4}
-    command = [sys.executable, "-c", RANDOM_KILLS, str(tmp_path), json.dumps(job)]
+    command = [sys.executable, "-c", WITH_CHILDREN + RANDOM_KILLS, str(tmp_path), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 5, "few of the kills were inside a stage"
