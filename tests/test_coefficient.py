@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from forgetlearn.compare import CompareSettings, fill
 from forgetlearn.config import load_config, validate
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import make_fact, read_facts
+from forgetlearn.finetune import StageLog
 from forgetlearn.method import METHODS, forget
 from forgetlearn.models import load_model
 from forgetlearn.session import update
@@ -215,6 +217,12 @@ def test_what_the_best_trial_learned_is_the_product_to_the_bit(
     stages, of_plain = (runs.read_json(run.output / "manifest.json")["stages"]["learn"] for run in (result, plain))
     assert {name: stages[name] for name in ("facts", "steps", "layout", "final_loss")}.items() <= of_plain.items()
     assert not list(output.rglob("stages/**/*.safetensors"))
+
+
+def test_the_log_of_what_the_best_trial_learned_is_kept_whole(tmp_path):
+    log = StageLog(({"step": 1, "loss": 0.5},), "packed", "sdpa", {"share_survived": 0.9}, micro_batch_size=2)
+    runs.write_json(tmp_path / "log.json", asdict(log))
+    assert coefficient.read_stage_log(tmp_path / "log.json") == log
 
 
 def test_the_best_trial_is_kept_wherever_it_is_tried(config, tmp_path):

@@ -192,8 +192,13 @@ def learn_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> Stage
     else:
         _to_own_form(lm)
         taskvector.load_into(lm.model, learned)
-    kept = runs.read_json(folder / LEARNED_LOG)
-    return StageLog(tuple(kept["steps"]), kept["layout"], kept["attention"], kept["rounding"])
+    return read_stage_log(folder / LEARNED_LOG)
+
+
+def read_stage_log(file: Path) -> StageLog:
+    """What was written of a stage's log."""
+    kept: dict[str, Any] = runs.read_json(file)
+    return StageLog(**kept | {name: tuple(value) for name, value in kept.items() if isinstance(value, list)})
 
 
 def _to_own_form(lm: LanguageModel) -> None:
