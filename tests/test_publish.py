@@ -60,7 +60,7 @@ def test_saved_are_the_products_own_files(run, tmp_path, small_lab):
     assert config["bias"] == "none"
     (update,) = history.chain_of(out)
     assert update["base"] == "org/base"
-    assert history.changed_files(out, update) == []
+    assert runs.damaged(out, update["files"]) == []
 
 
 def test_the_card_tells_what_a_reader_needs(run, tmp_path, small_lab):

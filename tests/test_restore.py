@@ -98,7 +98,7 @@ class TestApply:
         torch.testing.assert_close(alone, merged, rtol=0, atol=1e-5)
         (update,) = history.read_chain(tmp_path / "again")
         assert update["product"] == "merged"
-        assert history.changed_files(tmp_path / "again", update) == []
+        assert runs.damaged(tmp_path / "again", update["files"]) == []
 
     @pytest.mark.parametrize("name", ["whole", "lora"])
     def test_another_base_is_refused(self, moved, tmp_path, name):

@@ -20,6 +20,7 @@ from forgetlearn.runs import (
     COMMIT_DIGITS,
     HISTORY,
     RunFolder,
+    damaged,
     hash_of,
     is_run,
     model_files,
@@ -129,12 +130,6 @@ def product_files(product: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in model_files(product)}
 
 
-def changed_files(product: Path, update: Update) -> list[str]:
-    """Files of a product that are gone or not as its last update wrote them."""
-    there = {name: product / name for name in update["files"]}
-    return [name for name, path in there.items() if not path.is_file() or sha256_of(path) != update["files"][name]]
-
-
 def check_files(model: str | Path, chain: list[Update]) -> None:
     """Nothing, if the files of a model are those that the last of its updates wrote.
 
@@ -153,7 +148,8 @@ def check_product(product: Path, suffix: str = "") -> None:
         RunError: which ones are not.
     """
     chain = read_chain(product)
-    if changed := [name for name in changed_files(product, chain[-1]) if name.endswith(suffix)] if chain else []:
+    written: dict[str, str] = chain[-1]["files"] if chain else {}
+    if changed := damaged(product, {name: written[name] for name in written if name.endswith(suffix)}):
         raise RunError(
             f"{product}: {some(changed)}: not as the last update wrote it. Something changed it since. If that was "
             f"meant, remove its {HISTORY}, which tells of another model."

@@ -18,11 +18,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from forgetlearn.arithmetic import check_places
 from forgetlearn.checkpoints import read_header
 from forgetlearn.errors import ConfigError, RunError, some, without_secrets
-from forgetlearn.history import as_json, base_id, changed_files, hub_commit, product_of, read_chain
+from forgetlearn.history import as_json, base_id, hub_commit, product_of, read_chain
 from forgetlearn.readers import is_hub_id
 from forgetlearn.report import card
 from forgetlearn.restore import finished_run
-from forgetlearn.runs import HISTORY, RunFolder, atomic_folder
+from forgetlearn.runs import HISTORY, RunFolder, atomic_folder, damaged
 
 CARD = "README.md"
 Content = bytes | Path
@@ -119,7 +119,7 @@ def contents(run: str | Path, *, base_model_id: str | None = None, merged: bool 
     chain = read_chain(product)
     if not chain:
         raise RunError(f"{product}: no {HISTORY} tells which files are the product's. Make the run again.")
-    if changed := changed_files(product, chain[-1]):
+    if changed := damaged(product, chain[-1]["files"]):
         raise RunError(f"{product}: {some(changed)}: not as the run wrote it, so it is not published.")
     found: dict[str, Content] = {name: product / name for name in chain[-1]["files"]}
     if not any(name.endswith(".safetensors") for name in found):

@@ -27,7 +27,6 @@ from forgetlearn.runs import (
     RunFolder,
     atomic_folder,
     copy_own,
-    is_finished,
     is_recorded,
     licences,
     model_files,
@@ -160,7 +159,7 @@ def finished_run(run: str | Path) -> RunFolder:
         RunError: there is none, it is not finished, it only scored, or its rows or summary were changed since.
     """
     folder = RunFolder.open(run)
-    if not is_finished(run):
+    if "finished" not in folder.manifest:
         raise RunError(f"{run}: the run is not finished. Go on with --resume.")
     folder.check_results()
     if not read_object(folder.path / "summary.json").get("product"):
