@@ -252,9 +252,8 @@ def coefficient_panels(data: Mapping[str, Any]) -> list[Panel]:
     for quantity, protocol in COLUMNS[:4] if forgetting else ():
         name = f"{quantity}.{protocol}"
         lines = _by_coefficient(forgetting, lambda row, name=name: row["scores"].get(name))
-        plain = {line_of(row): row["scores"].get(name) for row in rows if row["coef"] is None}
-        title = f"{quantity} ({protocol})"
-        panels.append(Panel(title, "after learning, percent", lines, {k: cell for k, cell in plain.items() if cell}))
+        plain = {line_of(row): cell for row in rows if row["coef"] is None and (cell := row["scores"].get(name))}
+        panels.append(Panel(_words(name), "after learning, percent", lines, plain))
     return [panel for panel in panels if panel.lines]
 
 
@@ -300,7 +299,7 @@ def _facts(chosen: Mapping[str, Row], cells: Cells) -> dict[str, Any]:
         "judged_by": judge,
         "signs": SIGNS,
         "filters": FILTERS,
-        "counts": {name: sum(name == "all" or name in fact["flags"] for fact in facts) for name in FILTERS},
+        "counts": report.counts(facts, FILTERS),
         "account": report.account({**summary["facts"], "forgotten": None}),
     }
 

@@ -87,7 +87,7 @@ def load_context(path: Path) -> dict[str, Any]:
         "facts": facts,
         "judged_by": judged_by(rows),
         "filters": FILTERS,
-        "counts": {name: sum(name == "all" or name in fact["flags"] for fact in facts) for name in FILTERS},
+        "counts": counts(facts, FILTERS),
         "account": account(summary["facts"]) + chosen(summary) + rounded(summary),
         "errors": _errors(rows),
         "shown_facts": SHOWN_FACTS_MARKDOWN,
@@ -191,6 +191,11 @@ def _fact_line(
         "reason": reasons[0] if reasons else None,
         "marks": [_mark(quantity, own, phases, judge or "") for quantity in QUESTIONS],
     }
+
+
+def counts(facts: Sequence[Mapping[str, Any]], filters: Iterable[str]) -> dict[str, int]:
+    """How many of a table's facts each filter shows."""
+    return {name: sum(name == "all" or name in fact["flags"] for fact in facts) for name in filters}
 
 
 def state_of(row: Mapping[str, Any]) -> str:
