@@ -100,19 +100,16 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
     """
     found: dict[str, Any] = {}
     if text := read_text(settings):
-        if before is not None and found_in(before)["text"]["sha256"] != _digest(text, settings):
+        digest = hashlib.sha256(f"{settings.general_tokens}:{text}".encode()).hexdigest()
+        if before is not None and found_in(before)["text"]["sha256"] != digest:
             raise FactError(f"evaluate.general = {settings.general}: is not the text that was read before the update.")
         on_text = score_text(lm, text, settings, keep=None if before else folder, before=before)
-        source = {"source": Path(str(settings.general)).name, "sha256": _digest(text, settings)}
+        source = {"source": Path(str(settings.general)).name, "sha256": digest}
         found["text"] = {**source, **asdict(on_text), "perplexity": on_text.perplexity}
     if settings.tasks:
         found["tasks"] = score_tasks(lm, settings)
     processes.on_main(lambda: runs.write_rows(folder / FOUND, [found]))
     return found
-
-
-def _digest(text: str, settings: EvaluateSettings) -> str:
-    return hashlib.sha256(f"{settings.general_tokens}:{text}".encode()).hexdigest()
 
 
 def found_in(folder: Path) -> dict[str, Any]:
