@@ -315,12 +315,7 @@ def read_outline(settings: ModelSettings) -> tuple[Any, Any, list[str]]:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
     if adapter_base(settings) is not None:
         raise ModelError(f"{settings.name}: is an adapter. Give the whole model that is to be updated.")
-    _check_folder(settings.name)
-    options = _source_options(settings, settings.name)
-    try:
-        config = AutoConfig.from_pretrained(settings.name, **options)
-    except Exception as error:
-        raise ModelError(_loading_problem(settings.name, error)) from error
+    config = _read_config(settings, settings.name)
     _check_causal(settings.name, config, settings)
     try:
         return config, _load_tokenizer(settings, settings.name), []
@@ -392,15 +387,19 @@ def _source_options(settings: ModelSettings, name: str) -> dict[str, Any]:
     return {**options, "revision": settings.revision, "local_files_only": not hub.answers()}
 
 
+def _read_config(settings: ModelSettings, name: str) -> Any:
+    _check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, **_source_options(settings, name))
+    except Exception as error:
+        raise ModelError(_loading_problem(name, error)) from error
+
+
 def _own_dtype(settings: ModelSettings, name: str) -> torch.dtype:
     """The dtype that a model would be loaded in; float32 where its config does not say."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
-    _check_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, **_source_options(settings, name))
-    except Exception as error:
-        raise ModelError(_loading_problem(name, error)) from error
+    config = _read_config(settings, name)
     return getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
