@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from forgetlearn import adapters, keeping, parts, selection, sharding, taskvector
-from forgetlearn.config import ForgetSettings, MethodName, StageSettings
+from forgetlearn.config import ForgetSettings, MethodName, Modules, StageSettings
 from forgetlearn.controls import controlled
 from forgetlearn.encoding import Encoded
 from forgetlearn.errors import ConfigError, FactError, some
@@ -257,16 +257,20 @@ def learn(
         return stage_log
     fold_in(lm, adapters.FORGET)
     all_weights(lm)
-    if how == "one module":
-        only = editable_module(lm.model)
-        lm.model.requires_grad_(False)
-        lm.model.get_submodule(only).requires_grad_(True)
-    elif settings.modules != parts.ALL:
-        trained = selection.factors(lm.model, settings.modules, "learn.modules")
-        for name, weight in lm.model.named_parameters():
-            weight.requires_grad_(name in trained)
+    train_only(lm.model, how, settings.modules)
     stage_log = _train(lm, texts, settings, how, seed, "learning", upkeep)
     return replace(stage_log, rounding=lm.to_own_dtypes(seed))
+
+
+def train_only(model: nn.Module, how: How, modules: Modules = parts.ALL) -> None:
+    """Let the weights that a stage without an adapter trains, and they alone, require gradients."""
+    model.requires_grad_(how != "one module")
+    if how == "one module":
+        model.get_submodule(editable_module(model)).requires_grad_(True)
+    elif modules != parts.ALL:
+        trained = selection.factors(model, modules, "learn.modules")
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in trained)
 
 
 def fold_in(lm: LanguageModel, name: str) -> None:

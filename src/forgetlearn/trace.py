@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from forgetlearn import adapters, parts, selection
+from forgetlearn import adapters, parts
 from forgetlearn.config import StageSettings, TrainSettings
 from forgetlearn.encoding import Encoded
 from forgetlearn.estimate import Step
 from forgetlearn.forward import answer_logits, lay_out, pad_left
-from forgetlearn.method import How
-from forgetlearn.models import editable_module, layer_list
+from forgetlearn.method import How, train_only
+from forgetlearn.models import layer_list
 
 
 class Skeleton:
@@ -66,7 +66,7 @@ class Skeleton:
                     self.model = adapters.attach(self.model, before.lora, f"{adapters.FORGET}{number}", 0)
                 self.model = adapters.attach(self.model, settings.lora, adapters.LEARN, 0)
         else:
-            _train_some(self.model, how, settings)
+            train_only(self.model, how, settings.modules if isinstance(settings, StageSettings) else parts.ALL)
         return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def train_step(self, texts: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> Step:
@@ -118,18 +118,6 @@ def seen(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
     with _live(model) as live, FlopCounterMode(display=False) as counter:
         step()
     return Step(tokens, live.peak, int(counter.get_total_flops()), live.operations)
-
-
-def _train_some(model: nn.Module, how: How, settings: TrainSettings) -> None:
-    """As `method.learn` does it."""
-    modules = settings.modules if isinstance(settings, StageSettings) else parts.ALL
-    model.requires_grad_(how != "one module")
-    if how == "one module":
-        model.get_submodule(editable_module(model)).requires_grad_(True)
-    elif modules != parts.ALL:
-        trained = selection.factors(model, modules, "learn.modules")
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(name in trained)
 
 
 class _Live(TorchDispatchMode):
