@@ -31,7 +31,7 @@ import torch
 
 from common import ROOT, machine
 from forgetlearn import runs
-from forgetlearn.coefficient import HIGHEST, LOWEST
+from forgetlearn.coefficient import GOAL, HIGHEST, LOWEST
 from forgetlearn.compare import CELLS, CompareSettings, fill
 from forgetlearn.config import RunConfig, load_config
 from forgetlearn.facts import FactSet, read_facts
@@ -44,7 +44,6 @@ FIXED = (0.3, 1.0)
 SEARCHES = ("cheap", "full")
 ENDS = (LOWEST, HIGHEST)
 DRAWS = 200
-GOAL = (("reliability", "token"), ("generality", "token"), ("locality", "agreement"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forgetlearn.facts import FactSet
+from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.lab import LabSettings, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -45,20 +45,47 @@ def tokenizer_of(facts: FactSet, vocab_size: int = 8000) -> Any:
 def small_llama(tokenizer: Any, seed: int = 0) -> LlamaForCausalLM:
     """A Llama of hidden size 256 and 4 layers: 5.2 M parameters at a vocabulary of 8,000. Random weights."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return llama(
+        tokenizer,
         hidden_size=256,
         intermediate_size=688,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+    )
+
+
+def random_llama(facts: Path, folder: Path) -> Path:
+    """A folder with a Llama of 59 M parameters: hidden size 640, 10 layers, a vocabulary of 8,000."""
+    tokenizer = tokenizer_of(read_facts(facts))
+    shape = {"hidden_size": 640, "intermediate_size": 1720, "num_hidden_layers": 10, "num_attention_heads": 10}
+    llama(tokenizer, **shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def llama(tokenizer: Any, **shape: Any) -> LlamaForCausalLM:
+    """A Llama of this shape and random weights, for this tokenizer."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **shape,
     )
     return LlamaForCausalLM(config)
+
+
+def reset_peak() -> None:
+    """Let VmHWM begin anew: it would include what was done before."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(name: str) -> float:
+    """A line of /proc/self/status (VmRSS, VmHWM), in MB (1e6 bytes)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024 / 1e6
 
 
 def paired(variants: Mapping[str, Callable[[], object]], pairs: int) -> dict[str, list[float]]:

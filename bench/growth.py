@@ -21,13 +21,12 @@ from pathlib import Path
 
 import torch
 
-from common import ZSRE, machine, small_llama, tokenizer_of
+from common import ZSRE, machine, reset_peak, resident, small_llama, tokenizer_of
 from forgetlearn.config import EvaluateSettings, StageSettings
 from forgetlearn.facts import read_facts
 from forgetlearn.finetune import finetune
 from forgetlearn.models import wrap
 from forgetlearn.scoring import score
-from planned import reset_peak, resident
 
 PARTS = ("scoring", "training")
 

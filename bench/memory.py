@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import arguments, machine
+from common import arguments, machine, random_llama, reset_peak, resident
 from forgetlearn.config import load_config
 from forgetlearn.facts import Fact, read_facts
 from forgetlearn.method import forget, learn
 from forgetlearn.models import load_model
-from planned import SETTINGS, random_llama, reset_peak, resident
+from planned import SETTINGS
 
 BARE, METHOD = "bare: model, gradients, AdamW", "f-ft: forget and learn"
 BYTES_A_PARAMETER = 16  # weight, gradient and two averages of the optimiser, in float32

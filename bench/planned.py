@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from common import ZSRE, machine, tokenizer_of
+from common import ZSRE, machine, random_llama, reset_peak, resident
 from forgetlearn.config import load_config
 from forgetlearn.estimate import GB
 from forgetlearn.facts import read_facts
@@ -68,25 +66,6 @@ def main() -> None:
     print(f"worst ratio {max(ratios, key=lambda ratio: abs(ratio - 1)):.2f}")
 
 
-def random_llama(facts: Path, folder: Path) -> Path:
-    """A folder with a Llama of 59 M parameters: hidden size 640, 10 layers, a vocabulary of 8,000."""
-    tokenizer = tokenizer_of(read_facts(facts))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=640,
-        intermediate_size=1720,
-        num_hidden_layers=10,
-        num_attention_heads=10,
-        num_key_value_heads=10,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def run_alone(args: argparse.Namespace) -> dict[str, Any]:
     """The plan of one update, and then what the update took of this process."""
     given = dict(setting.split("=", 1) for setting in args.settings)
@@ -94,7 +73,7 @@ def run_alone(args: argparse.Namespace) -> dict[str, Any]:
     config = load_config(None, {"method": args.alone, "model.name": str(args.model), **settings})
     facts = read_facts(args.facts, limit=args.limit)
     plan = plan_update(config, facts, rate=MEASURE)
-    reset_peak()
+    reset_peak()  # it would include the measuring of the rate
     before = resident("VmRSS")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as output:
@@ -108,17 +87,6 @@ def run_alone(args: argparse.Namespace) -> dict[str, Any]:
         "measured_s": seconds,
         "imports_mb": before,
     }
-
-
-def reset_peak() -> None:
-    """Let VmHWM begin anew: it would include the measuring of the rate."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(name: str) -> float:
-    """A line of /proc/self/status, in MB (1e6 bytes)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[name].split()[0]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_callback import PrinterCallback
 
-from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
+from common import arguments, machine, paired, ratio, resident, small_llama, spread, tokenizer_of
 from forgetlearn.config import StageSettings
 from forgetlearn.encoding import Encoded, Encoder
 from forgetlearn.facts import read_facts
@@ -235,8 +235,7 @@ def run_alone(bench: Bench, name: str) -> float:
         bench.batches = [bench.texts[start : start + size] for start in range(0, len(bench.texts), size)]
     bench.variants()[name]()()
     # Not getrusage: its maximum includes the parent, from before this program was loaded.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
+    return resident("VmHWM") * 1e6 / 2**20
 
 
 if __name__ == "__main__":
