@@ -21,10 +21,11 @@ import yaml
 
 from forgetlearn import runs
 from forgetlearn.compare import CompareSettings, fill
-from forgetlearn.config import load_config, validate
+from forgetlearn.config import load_config
 from forgetlearn.facts import read_facts, write_facts
 from forgetlearn.keeping import asked_too
 from forgetlearn.lab import LabSettings, build_lab
+from forgetlearn.settings import validate
 from study_tables import Row, plot, read_rows, tables
 
 ROOT = Path(__file__).parents[1]

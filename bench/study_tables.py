@@ -16,8 +16,9 @@ import numpy as np
 from forgetlearn import runs, statistics
 from forgetlearn.compare import CELLS, Cell, CompareSettings, cells_of
 from forgetlearn.comparison import show_difference
-from forgetlearn.config import RunConfig, validate
+from forgetlearn.config import RunConfig
 from forgetlearn.method import METHODS
+from forgetlearn.settings import validate
 
 PROTOCOLS = ("token", "exact", "generate")
 QUANTITIES = ("reliability", "generality", "locality", "residue")

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from forgetlearn.cli import main
 from forgetlearn.compare import CompareSettings
-from forgetlearn.config import describe, load_config, parse_assignments, validate
+from forgetlearn.config import RunConfig, load_config
 from forgetlearn.errors import ForgetLearnError
 from forgetlearn.facts import FactSet, from_records, read_facts
+from forgetlearn.settings import describe, parse_assignments, validate
 from test_facts import (
     FLAT_RECORD,
     KNOWEDIT_BIO_RECORD,
@@ -256,7 +257,7 @@ def test_a_hundred_thousand_facts(tmp_path, capsys):
 
 # Settings ----------------------------------------------------------------------------------------
 
-SETTINGS = [name for name, *_ in describe()]
+SETTINGS = [name for name, *_ in describe(RunConfig)]
 PARTS = sorted({part for name in SETTINGS for part in name.split(".")})
 YAML_WORDS = [
     "on", "auto", "1e-4", "nan", ".inf", "2001-99-99", "2001-01-01 00:00:99", "0x", "0o9", "1:99", "&a",

@@ -17,13 +17,14 @@ from forgetlearn import coefficient, runs
 from forgetlearn.cli import main
 from forgetlearn.coefficient import HIGHEST, LOWEST, Forgetter, Trial, choose_coefficient, forget_tuned, set_aside
 from forgetlearn.compare import CompareSettings, fill
-from forgetlearn.config import load_config, validate
+from forgetlearn.config import load_config
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.finetune import StageLog
 from forgetlearn.method import METHODS, forget
 from forgetlearn.models import load_model
 from forgetlearn.session import update
+from forgetlearn.settings import validate
 from forgetlearn.taskvector import snapshot
 
 USED, ASIDE = 10, 4

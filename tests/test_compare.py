@@ -13,10 +13,11 @@ import forgetlearn
 from forgetlearn import coefficient, compare, locks, runs
 from forgetlearn.cli import main
 from forgetlearn.compare import Cell, CompareSettings, cells_of, fill
-from forgetlearn.config import RunConfig, load_config, validate
+from forgetlearn.config import RunConfig, load_config
 from forgetlearn.errors import ConfigError, RunError
 from forgetlearn.facts import read_facts, write_facts
 from forgetlearn.session import update
+from forgetlearn.settings import validate
 from forgetlearn.table import write_table
 
 METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")

@@ -9,16 +9,9 @@ import yaml
 
 import forgetlearn
 from forgetlearn import runs
-from forgetlearn.config import (
-    ForgetSettings,
-    RunConfig,
-    StageSettings,
-    describe,
-    load_config,
-    parse_assignments,
-    validate,
-)
+from forgetlearn.config import ForgetSettings, RunConfig, StageSettings, load_config
 from forgetlearn.errors import ConfigError
+from forgetlearn.settings import describe, parse_assignments, validate
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -185,14 +178,14 @@ def test_other_kinds_of_settings_name_their_own():
 def test_teaching_trains_all_weights_so_it_takes_no_lora_settings():
     with pytest.raises(ConfigError, match=r"teach\.lora.*there is no such setting"):
         load_config(None, {"teach.lora.r": 4})
-    assert not any(name.startswith("teach.lora") for name, *_ in describe())
+    assert not any(name.startswith("teach.lora") for name, *_ in describe(RunConfig))
 
 
 # What is told about settings ---------------------------------------------------------------------
 
 
 def test_every_setting_is_described():
-    rows = {name: (default, text) for name, _type, default, text in describe()}
+    rows = {name: (default, text) for name, _type, default, text in describe(RunConfig)}
     assert rows["forget.coef"][0] == "0.3"
     assert rows["facts.limit"][0] == "null"
     assert all(text for _default, text in rows.values())

@@ -14,8 +14,9 @@ import yaml
 
 import forgetlearn
 from forgetlearn.cli import app, main
-from forgetlearn.config import RunConfig, describe
+from forgetlearn.config import RunConfig
 from forgetlearn.lab import LabSettings
+from forgetlearn.settings import describe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

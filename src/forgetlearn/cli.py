@@ -17,9 +17,10 @@ import typer
 
 from forgetlearn import __version__, cli_weights, interrupts, processes
 from forgetlearn.cli_weights import say
-from forgetlearn.config import RunConfig, describe, load_config, parse_assignments
+from forgetlearn.config import RunConfig, load_config
 from forgetlearn.errors import ConfigError, ForgetLearnError, plain, without_secrets
 from forgetlearn.parts import parse
+from forgetlearn.settings import describe, parse_assignments
 
 app = typer.Typer(
     name="forgetlearn",
@@ -34,7 +35,7 @@ app.add_typer(cli_weights.app)
 
 TOGETHER = ("update", "evaluate")  # commands that several processes share
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
-HELP = {name: description for name, _type, _default, description in describe()}
+HELP = {name: description for name, _type, _default, description in describe(RunConfig)}
 
 
 class OldFrom(StrEnum):
@@ -164,10 +165,10 @@ def lab(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Build a small base model that holds given facts, or a made-up world, in about a minute."""
-    from forgetlearn.config import validate
     from forgetlearn.facts import read_facts
     from forgetlearn.lab import LabSettings, build_lab
     from forgetlearn.runs import read_json
+    from forgetlearn.settings import validate
 
     settings = validate(LabSettings, {"seed": seed, **parse_assignments(setting or [])})
     given = whole = None
@@ -307,7 +308,7 @@ def compare(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
-    from forgetlearn.config import read_yaml, validate
+    from forgetlearn.settings import read_yaml, validate
 
     config = _config(config_file, model, facts_file, None, limit, None, None, None, setting)
     from forgetlearn.cluster import Jobs, fill_on_cluster

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from forgetlearn import keeping, runs, scoring
 from forgetlearn.coefficient import Forgetter, forget_tuned
-from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, RunConfig, Settings
+from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, RunConfig
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.facts import Fact, FactSet
@@ -42,6 +42,7 @@ from forgetlearn.method import METHODS, PAPER_METHODS, How, float32_snapshot, fo
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import Done, write_results
 from forgetlearn.scoring import Row
+from forgetlearn.settings import Settings
 
 log = logging.getLogger("forgetlearn")
 Budget = Literal["equal-epochs", "equal-steps"]

@@ -6,28 +6,14 @@ made from them.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from forgetlearn import safeyaml
 from forgetlearn.errors import ConfigError, without_secrets
+from forgetlearn.settings import Settings, read_yaml, validate
 
 MethodName = Literal["ft", "lora", "f-ft", "f-lora", "f-lora-ft", "locft", "ft-c", "ga"]
 Protocol = Literal["token", "exact", "generate", "prefer"]
@@ -55,31 +41,7 @@ Modules = Annotated[
     | Annotated[dict[str, float], Tag("names and factors")],
     Discriminator(_kind_of_modules),
 ]
-TAGS = ("a number", "one name", "several names", "names and factors")
 LORA_RATE_FACTOR = 10
-
-
-class Settings(BaseModel):
-    """What all settings share: they do not change, and a key that is not known is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_for_another_type(cls, value: object, info: ValidationInfo) -> object:
-        """YAML 1.1 takes on and off for booleans, and a boolean would pass as the number 1 or 0."""
-        if isinstance(value, bool):
-            annotation = cls.model_fields[str(info.field_name)].annotation
-            if {"on", "off"} <= {*get_args(annotation)}:
-                return "on" if value else "off"
-            if {int, float} & _plain_types(annotation):
-                raise ValueError("must be a number")
-        return value
-
-
-def _plain_types(annotation: object) -> set[object]:
-    """The types that an annotation is made of."""
-    return {annotation}.union(*(_plain_types(part) for part in get_args(annotation)))
 
 
 class LoraSettings(Settings):
@@ -102,9 +64,6 @@ class LoraSettings(Settings):
         gt=0,
         description=f"Peak learning rate of a LoRA stage. Unset: {LORA_RATE_FACTOR} times the stage's learning_rate.",
     )
-
-
-S = TypeVar("S", bound=Settings)
 
 
 class TrainSettings(Settings):
@@ -389,84 +348,6 @@ def load_config(file: Path | None = None, overrides: Mapping[str, object] | None
     return validate(RunConfig, data, where=str(file) if file else None, elsewhere=frozenset(overrides or {}))
 
 
-def read_yaml(file: Path, given_as: str = "config") -> dict[str, Any]:
-    """Names and values of a YAML file; `given_as` is what a message calls it.
-
-    Raises:
-        ConfigError: it is not there, not YAML in UTF-8, or holds something else.
-    """
-    try:
-        data = safeyaml.load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{given_as} {file}: {error.strerror or error}. Give an existing YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{given_as} {file}: cannot be read as YAML in UTF-8: {reason}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{given_as} {file}: expected names and values, found a {type(data).__name__}.")
-    separate: dict[str, Any] = _unshared(data)
-    return separate
-
-
-def validate(
-    kind: type[S], data: Mapping[str, Any], where: str | None = None, elsewhere: frozenset[str] = frozenset()
-) -> S:
-    """`data` as settings of this kind; all problems at once. `where` it is from is named, but for names `elsewhere`.
-
-    Raises:
-        ConfigError: which setting, its value, what was expected, and the nearest known name.
-    """
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        items = error.errors()
-        places = [item["loc"] for item in items]
-        # A list whose items are wrong is also said to be empty: the items are the problem.
-        inner = [item for item in items if not any(_is_inside(place, item["loc"]) for place in places)]
-        raise ConfigError("\n".join(_problem(kind, item, where, elsewhere) for item in inner)) from None
-
-
-def parse_assignments(assignments: list[str], flag: str = "--set") -> dict[str, object]:
-    """`["forget.epochs=6"]` as `{"forget.epochs": 6}`; values are read as YAML.
-
-    Raises:
-        ConfigError: there is no `=`, or the value is not YAML.
-    """
-    parsed: dict[str, object] = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name.strip():
-            raise ConfigError(f"{flag} {assignment}: expected NAME=VALUE, for example --set forget.epochs=6.")
-        try:
-            parsed[name.strip()] = safeyaml.load(text)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{flag} {assignment}: the value is not YAML: {reason}") from None
-    return parsed
-
-
-def describe(kind: type[Settings] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Rows of dotted name, type, default and description of every setting, for help and documentation."""
-    for name, field in kind.model_fields.items():
-        inner = _inner_settings(field.annotation)
-        if inner is not None:
-            yield from describe(inner, f"{prefix}{name}.")
-        else:
-            default = field.get_default(call_default_factory=True)
-            shown = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
-            type_name = str(field.annotation).replace("typing.", "")
-            if isinstance(field.annotation, type):
-                type_name = field.annotation.__name__
-            yield prefix + name, type_name, shown.replace("\n...", "").strip(), field.description or ""
-
-
-def _unshared(data: Any) -> Any:
-    """A copy in which a YAML anchor and its aliases are separate, so that one can be set alone."""
-    return {name: _unshared(value) for name, value in data.items()} if isinstance(data, dict) else data
-
-
 def _assign(data: dict[str, Any], dotted: str, value: object) -> None:
     """Set `a.b.c` in nested dictionaries, in place."""
     *parents, last = dotted.split(".")
@@ -478,74 +359,3 @@ def _assign(data: dict[str, Any], dotted: str, value: object) -> None:
             raise ConfigError(f"{dotted}: '{parent}' is a single value ({inner!r}), it holds no settings.")
         data = inner
     data[last] = value
-
-
-def _inner_settings(annotation: object) -> type[Settings] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
-
-
-def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
-    return len(place) > len(outer) and place[: len(outer)] == outer
-
-
-def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: frozenset[str]) -> str:
-    """One line for one of pydantic's errors; the file is named unless a flag gave the value."""
-    loc = tuple(part for part in item["loc"] if part not in TAGS)
-    in_list = bool(loc) and isinstance(loc[-1], int)  # which item it is, its value says
-    name = ".".join(str(part) for part in (loc[:-1] if in_list else loc)) or "config"
-    is_flag = any(name == given or name.startswith(f"{given}.") for given in elsewhere)
-    suffix = f" ({where})" if where and not is_flag else ""
-    if item["type"] == "extra_forbidden":
-        return f"{name}{suffix}: there is no such setting.{_nearest(kind, loc)}"
-    field = _place(kind, loc)[1]
-    description = field.description if field else ""
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    expected = message if item["type"] == "value_error" else f"must be {message}"
-    if item["type"] == "too_short":
-        expected = f"must name at least {item['ctx']['min_length']}{_known_items(field)}"
-    near = _nearest_choice(item) if item["type"] == "literal_error" else ""
-    shown = "" if isinstance(item["input"], Mapping) else f" = {item['input']!r}"
-    return f"{name}{shown}{suffix}: {expected}.{near}{' ' + description if description else ''}"
-
-
-def _nearest_choice(item: Any) -> str:
-    choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-    near = difflib.get_close_matches(str(item["input"]), choices, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def _known_items(field: FieldInfo | None) -> str:
-    """What the list there can hold, where that is a choice."""
-    item, *_ = get_args(field.annotation) if field else (None,)
-    return f" of {', '.join(get_args(item))}" if get_args(item) else ""
-
-
-def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
-    known = [name for name, *_ in describe()] if kind is RunConfig else list(kind.model_fields)
-    siblings = list(_place(kind, loc)[0].model_fields)
-    wanted = str(loc[-1])
-    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean '{'.'.join([*map(str, loc[:-1]), near[0]])}'?"
-    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == wanted]
-    if elsewhere:
-        return f" Did you mean {' or '.join(repr(name) for name in elsewhere)}?"
-    return f" Known here: {', '.join(siblings)}."
-
-
-def _place(kind: type[Settings], loc: tuple[int | str, ...]) -> tuple[type[Settings], FieldInfo | None]:
-    """The innermost settings that a place lies in, and the field there that it is or lies in, if there is one.
-
-    Where the settings have names of the user's own, as variants have, the name is passed over.
-    """
-    field, parts = None, iter(map(str, loc))
-    for part in parts:
-        field = kind.model_fields.get(part)
-        of_dict = get_origin(field.annotation) is dict if field else False
-        inner = _inner_settings(get_args(field.annotation)[1] if of_dict else field.annotation) if field else None
-        if inner is None:
-            break
-        kind = inner
-        if of_dict:
-            next(parts, None)
-    return kind, field

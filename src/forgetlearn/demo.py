@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn import runs
-from forgetlearn.config import load_config, validate
+from forgetlearn.config import load_config
 from forgetlearn.errors import RunError
 from forgetlearn.lab import LabSettings, build_lab, world_facts
 from forgetlearn.pages import COLUMNS, show_score
+from forgetlearn.settings import validate
 
 log = logging.getLogger("forgetlearn")
 DEMO_FACTS = 150

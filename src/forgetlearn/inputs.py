@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn import keeping, runs, scoring
-from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig, Settings, validate
+from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
 from forgetlearn.history import check_product
@@ -18,6 +18,7 @@ from forgetlearn.method import (
 )
 from forgetlearn.models import LanguageModel
 from forgetlearn.scoring import Row
+from forgetlearn.settings import Settings, validate
 
 
 def resolve(

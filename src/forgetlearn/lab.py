@@ -18,9 +18,10 @@ from filelock import FileLock
 from pydantic import Field
 
 from forgetlearn import runs
-from forgetlearn.config import ModelSettings, Settings, StageSettings
+from forgetlearn.config import ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import FactSet, from_records, write_facts
+from forgetlearn.settings import Settings
 from forgetlearn.world import made_up_world
 
 log = logging.getLogger("forgetlearn")

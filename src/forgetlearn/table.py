@@ -14,10 +14,11 @@ import numpy as np
 
 from forgetlearn import comparison, runs, statistics
 from forgetlearn.compare import CELLS, SHARED, Budget, Cell, CompareSettings, cells_of
-from forgetlearn.config import RunConfig, validate
+from forgetlearn.config import RunConfig
 from forgetlearn.errors import RunError
 from forgetlearn.method import METHODS
 from forgetlearn.pages import COLUMNS
+from forgetlearn.settings import validate
 
 Column = tuple[str, str]  # quantity and protocol
 Scores = np.ndarray[Any, np.dtype[np.float64]]
