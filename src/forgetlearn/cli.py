@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from forgetlearn import __version__, cli_weights, interrupts, processes
-from forgetlearn.cli_weights import say
+from forgetlearn.cli_weights import JsonOption, OutputOption, OverwriteOption, say
 from forgetlearn.config import RunConfig, load_config
 from forgetlearn.errors import ConfigError, ForgetLearnError, plain, without_secrets
 from forgetlearn.parts import parse
@@ -77,16 +77,13 @@ LabSetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="One setting, NAME=VALUE; again for more. `forgetlearn settings --lab` lists them."),
 ]
-OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what forgetlearn wrote there.")]
 ReferenceOption = Annotated[
     str | None, typer.Option("--reference", help="The model before the update; locality is agreement with it.")
 ]
 EngineOption = Annotated[str | None, typer.Option("--engine", help=HELP["evaluate.engine"])]
 GeneralOption = Annotated[str | None, typer.Option("--general", help=HELP["evaluate.general"])]
 TasksOption = Annotated[str | None, typer.Option("--tasks", help=HELP["evaluate.tasks"] + " With commas.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -142,7 +139,8 @@ def facts(
     """Read a file of facts, say what is used and what is left out, and show the first three."""
     from forgetlearn.facts import read_facts
 
-    settings = _config(None, None, file, old_from, limit, strict).facts
+    flags = {"facts.source": file, "facts.old_from": old_from, "facts.limit": limit, "facts.strict": strict}
+    settings = _config(None, flags).facts
     found = read_facts(file, old_from=settings.old_from, limit=limit, strict=settings.strict)
     if as_json:
         from dataclasses import asdict
@@ -173,7 +171,8 @@ def lab(
     settings = validate(LabSettings, {"seed": seed, **parse_assignments(setting or [])})
     given = whole = None
     if facts_file:
-        wanted = _config(None, None, facts_file, old_from, limit, None).facts
+        flags = {"facts.source": facts_file, "facts.old_from": old_from, "facts.limit": limit}
+        wanted = _config(None, flags).facts
         given = read_facts(facts_file, old_from=wanted.old_from, limit=wanted.limit)
         whole = read_facts(facts_file, old_from=wanted.old_from)
     elif limit is not None:
@@ -217,16 +216,29 @@ def update(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
-    more: dict[str, Any] = {"method": method, "forget.coef": coef, "forget.validation": validation, "seed": seed}
-    more |= {"report_to": report_to.split(",") if report_to else None}
-    more |= {"teach.epochs": teach_old, "forget.modules": parse(modules) if modules else None}
-    more |= {"forget.keep": keep, "forget.keep_by": keep_by, **_general(general, tasks)}
-    more |= {
+    flags = {
+        "method": method,
+        "seed": seed,
+        "model.name": model,
+        "model.chat_template": chat_template,
         "model.shard": shard,
+        "facts.source": facts_file,
+        "facts.old_from": old_from,
+        "facts.limit": limit,
+        "facts.strict": strict,
+        "teach.epochs": teach_old,
+        "forget.coef": coef,
+        "forget.modules": parse(modules) if modules else None,
+        "forget.keep": keep,
+        "forget.keep_by": keep_by,
+        "forget.validation": validation,
         **dict.fromkeys(("forget.deepspeed", "learn.deepspeed", "teach.deepspeed"), deepspeed),
+        "evaluate.general": general,
+        "evaluate.tasks": _listed(tasks),
+        "report_to": _listed(report_to),
     }
     processes.check_launched(n_processes)
-    config = _config(config_file, model, facts_file, old_from, limit, strict, chat_template, more, setting)
+    config = _config(config_file, flags, setting)
     from forgetlearn.report import load_context
     from forgetlearn.session import update as run_update
 
@@ -260,8 +272,17 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what an update would take: memory, steps, time, disk, and whether it fits. Nothing is trained."""
-    more: dict[str, Any] = {"method": method, "forget.coef": coef, "teach.epochs": teach_old}
-    config = _config(config_file, model, facts_file, old_from, limit, None, chat_template, more, setting)
+    flags = {
+        "method": method,
+        "model.name": model,
+        "model.chat_template": chat_template,
+        "facts.source": facts_file,
+        "facts.old_from": old_from,
+        "facts.limit": limit,
+        "teach.epochs": teach_old,
+        "forget.coef": coef,
+    }
+    config = _config(config_file, flags, setting)
     from forgetlearn.estimate import plan_lines
     from forgetlearn.inputs import read_config_facts
     from forgetlearn.planning import MEASURE, devices_here, plan_update
@@ -310,7 +331,8 @@ def compare(
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
     from forgetlearn.settings import read_yaml, validate
 
-    config = _config(config_file, model, facts_file, None, limit, None, None, None, setting)
+    flags = {"model.name": model, "facts.source": facts_file, "facts.limit": limit}
+    config = _config(config_file, flags, setting)
     from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
     from forgetlearn.comparison import verdict
@@ -363,9 +385,20 @@ def evaluate(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Score a model or an adapter on facts; with --reference also what changed against another model."""
-    more = {"model.shard": shard, "evaluate.engine": engine, **_general(general, tasks)}
+    flags = {
+        "model.name": model,
+        "model.chat_template": chat_template,
+        "model.shard": shard,
+        "facts.source": facts_file,
+        "facts.old_from": old_from,
+        "facts.limit": limit,
+        "facts.strict": strict,
+        "evaluate.general": general,
+        "evaluate.tasks": _listed(tasks),
+        "evaluate.engine": engine,
+    }
     processes.check_launched(n_processes)
-    config = _config(config_file, model, facts_file, old_from, limit, strict, chat_template, more, setting)
+    config = _config(config_file, flags, setting)
     from forgetlearn.assess import evaluate as run_evaluate
     from forgetlearn.report import load_context
 
@@ -392,7 +425,8 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Print what a model or an adapter answers, greedily, to one or more prompts."""
-    config = _config(None, model, None, None, None, None, chat_template, {"evaluate.engine": engine}, setting)
+    flags = {"model.name": model, "model.chat_template": chat_template, "evaluate.engine": engine}
+    config = _config(None, flags, setting)
     from forgetlearn.assess import ask as run_ask
 
     answers = {str(config.model.name): run_ask(prompts, config=config)}
@@ -466,28 +500,10 @@ def settings(
         say(line)
 
 
-def _config(
-    file: Path | None,
-    model: str | None,
-    facts_file: str | None,
-    old_from: OldFrom | None,
-    limit: int | None,
-    strict: bool | None,
-    chat_template: Template | None = None,
-    more: dict[str, Any] | None = None,
-    assignments: Sequence[str] | None = None,
-) -> RunConfig:
-    """File, then flags, then --set; a flag that is not given changes nothing."""
-    flags: dict[str, Any] = {
-        "model.name": model,
-        "facts.source": facts_file,
-        "facts.old_from": old_from.value if old_from else None,
-        "facts.limit": limit,
-        "facts.strict": strict,
-        "model.chat_template": chat_template.value if chat_template else None,
-        **(more or {}),
-    }
-    given = {name: value for name, value in flags.items() if value is not None}
+def _config(file: Path | None, flags: Mapping[str, Any], assignments: Sequence[str] | None = None) -> RunConfig:
+    """File, then flags by their settings' names, then --set; a flag that is not given (None) changes nothing."""
+    given = {name: value.value if isinstance(value, StrEnum) else value for name, value in flags.items()}
+    given = {name: value for name, value in given.items() if value is not None}
     return load_config(file, given | parse_assignments(list(assignments or [])))
 
 
@@ -514,8 +530,9 @@ def _print_facts(found: Any) -> None:
             say(f"  must stay      {plain(probe.prompt)} -> {plain(probe.answer)}")
 
 
-def _general(text: str | None, tasks: str | None) -> dict[str, Any]:
-    return {"evaluate.general": text, "evaluate.tasks": tasks.split(",") if tasks else None}
+def _listed(names: str | None) -> list[str] | None:
+    """Names that are separated by commas."""
+    return names.split(",") if names else None
 
 
 def _print_scores(context: dict[str, Any]) -> None:
