@@ -197,9 +197,9 @@ def test_only_one_function_prints():
     """So that nothing is printed without its escapes."""
     sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "src/forgetlearn").glob("*.py")}
     assert {name for name, text in sources.items() if re.search(r"typer\.echo\(|\bprint\(|\.stdout\.write", text)} == {
-        "cli_weights.py"
+        "terminal.py"
     }
-    assert sources["cli_weights.py"].count("typer.echo(") == 1
+    assert sources["terminal.py"].count("typer.echo(") == 1
 
 
 def test_yaml_makes_plain_values_only(tmp_path):

@@ -16,11 +16,12 @@ from typing import Annotated, Any
 import typer
 
 from forgetlearn import __version__, cli_weights, interrupts, processes
-from forgetlearn.cli_weights import JsonOption, OutputOption, OverwriteOption, say
+from forgetlearn.cli_weights import JsonOption, OutputOption, OverwriteOption
 from forgetlearn.config import RunConfig, load_config
-from forgetlearn.errors import ConfigError, ForgetLearnError, plain, without_secrets
+from forgetlearn.errors import ConfigError, ForgetLearnError, plain
 from forgetlearn.parts import parse
-from forgetlearn.settings import describe, parse_assignments
+from forgetlearn.settings import describe, parse_assignments, read_yaml, validate
+from forgetlearn.terminal import PlainLines, nested, print_facts, print_scores, print_table, say
 
 app = typer.Typer(
     name="forgetlearn",
@@ -103,7 +104,7 @@ def _common(
 ) -> None:
     _State.debug = debug
     handler = logging.StreamHandler()
-    handler.setFormatter(_PlainLines("%(message)s"))
+    handler.setFormatter(PlainLines("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("forgetlearn").setLevel(logging.WARNING if quiet else logging.INFO)
     if processes.launched() > 1 and context.invoked_subcommand not in TOGETHER:
@@ -112,14 +113,6 @@ def _common(
             f"Start it without torchrun; {' and '.join(TOGETHER)} share their work out."
         )
     processes.hush()
-
-
-class _PlainLines(logging.Formatter):
-    """The log's lines; names and texts from outside stand in them too."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The message without tokens, line by line without anything that steers the terminal."""
-        return "\n".join(map(plain, without_secrets(super().format(record)).split("\n")))
 
 
 class _State:
@@ -147,7 +140,7 @@ def facts(
 
         say(json.dumps(asdict(found)))
         return
-    _print_facts(found)
+    print_facts(found)
 
 
 @app.command()
@@ -166,7 +159,6 @@ def lab(
     from forgetlearn.facts import read_facts
     from forgetlearn.lab import LabSettings, build_lab
     from forgetlearn.runs import read_json
-    from forgetlearn.settings import validate
 
     settings = validate(LabSettings, {"seed": seed, **parse_assignments(setting or [])})
     given = whole = None
@@ -245,7 +237,7 @@ def update(
     with interrupts.handled():
         result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
     context = load_context(result.output)
-    _print_scores(context)
+    print_scores(context)
     say(f"\n{context['verdict']}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
 
 
@@ -329,8 +321,6 @@ def compare(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
-    from forgetlearn.settings import read_yaml, validate
-
     flags = {"model.name": model, "facts.source": facts_file, "facts.limit": limit}
     config = _config(config_file, flags, setting)
     from forgetlearn.cluster import Jobs, fill_on_cluster
@@ -354,7 +344,7 @@ def compare(
     else:
         fill(settings=settings, config=config, **where, workers=workers)
     table = write_table(output)
-    _table(COLUMNS, [(row["label"], _nested(row["scores"])) for row in table["rows"]], "")
+    print_table(COLUMNS, [(row["label"], nested(row["scores"])) for row in table["rows"]], "")
     say(f"\n{verdict(table)[0]}\nreport   {output / 'report.html'}\ncells    {output / 'cells'}, a run folder each")
 
 
@@ -405,7 +395,7 @@ def evaluate(
     places = (earlier or []) if retention or earlier else None
     path = run_evaluate(config=config, reference=reference, output=output, earlier=places, overwrite=overwrite)
     context = load_context(path)
-    _print_scores(context)
+    print_scores(context)
     for row in context["retention"]:
         from forgetlearn.pages import show_score
 
@@ -473,7 +463,7 @@ def demo(
     where: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
     with interrupts.handled():
         result = run_demo(output, methods=PAPER_METHODS, n_facts=n_facts, seed=seed, **where)
-    _table(COLUMNS, list(result.rows), "method")
+    print_table(COLUMNS, list(result.rows), "method")
     say(
         "Percent. Locality is agreement with the original; residue, the old answer, is better when it is lower.\n"
         f"A run folder for each method lies in {result.output}; open {result.output / 'f-ft' / 'report.html'}."
@@ -507,66 +497,9 @@ def _config(file: Path | None, flags: Mapping[str, Any], assignments: Sequence[s
     return load_config(file, given | parse_assignments(list(assignments or [])))
 
 
-def _print_facts(found: Any) -> None:
-    from forgetlearn.facts import REASONS
-
-    say(
-        f"{found.source}: reader {found.reader}, old answers from {found.old_from}; {found.in_source} records, "
-        f"{found.read} read, {found.used} used"
-        + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
-    )
-    for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
-        for reason, count in counts.items():
-            say(f"left out: {count} {what}, {reason}. {REASONS[reason]}")
-    if found.ignored_fields:
-        say(f"not used: {plain(', '.join(found.ignored_fields))}")
-    for fact in found[:3]:
-        say(f"\n{fact.id}  {plain(fact.prompt)}")
-        old = "(none)" if fact.ground_truth is None else plain(fact.ground_truth)
-        say(f"  old  {old}\n  new  {plain(fact.target_new)}")
-        for prompt in fact.rephrase_prompts:
-            say(f"  also asked as  {plain(prompt)}")
-        for probe in fact.locality:
-            say(f"  must stay      {plain(probe.prompt)} -> {plain(probe.answer)}")
-
-
 def _listed(names: str | None) -> list[str] | None:
     """Names that are separated by commas."""
     return names.split(",") if names else None
-
-
-def _print_scores(context: dict[str, Any]) -> None:
-    for line in context["account"]:
-        say(plain(line))
-    phases = [(phase, context["summary"]["phases"][phase]) for phase in context["phases"]]
-    _table(context["columns"], phases, "phase")
-    for name, cells in context["general"]:
-        told = (f"{phase} {cell}" for phase, cell in zip(context["measured"], cells, strict=True) if cell)
-        say(plain(f"{name}: {', '.join(told)}"))
-
-
-def _nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """`{"reliability.token": cell}` as quantity -> protocol -> cell."""
-    nested: dict[str, dict[str, Any]] = {}
-    for name, cell in scores.items():
-        quantity, protocol = name.split(".")
-        nested.setdefault(quantity, {})[protocol] = cell
-    return nested
-
-
-def _table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], first: str) -> None:
-    """Plain lines in columns: readable on a terminal, in a log and by `awk`."""
-    from forgetlearn.pages import show_score
-
-    widths = [max(len(quantity), len(protocol)) for quantity, protocol in columns]
-    name_width = max([len(first), *(len(name) for name, _cells in rows)])
-    for line in ((first, [q for q, _p in columns]), ("", [p for _q, p in columns])):
-        cells = "  ".join(text.rjust(width) for text, width in zip(line[1], widths, strict=True))
-        say(f"{line[0]:<{name_width}}  {cells}")
-    for name, scores in rows:
-        shown = [show_score(scores.get(quantity, {}).get(protocol)) for quantity, protocol in columns]
-        cells = "  ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True))
-        say(f"{name:<{name_width}}  {cells}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

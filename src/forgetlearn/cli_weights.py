@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forgetlearn.errors import ConfigError, plain, without_secrets
+from forgetlearn.errors import ConfigError, plain
 from forgetlearn.runs import is_run
+from forgetlearn.terminal import print_tallies, say
 
 if TYPE_CHECKING:
     from forgetlearn.arithmetic import Written
-    from forgetlearn.inspection import Tally
     from forgetlearn.streamed import Numbers
 
 app = typer.Typer()
@@ -218,7 +217,7 @@ def inspect(
     rows = [("all", found.total), *found.by_kind().items()]
     layers = sorted(found.by_layer().items(), key=lambda item: -1 if item[0] is None else item[0])
     rows += [(f"layer {layer}" if layer is not None else "in no layer", tally) for layer, tally in layers]
-    _print_tallies(rows)
+    print_tallies(rows)
     from forgetlearn.arithmetic import REMEDIES
     from forgetlearn.rounding import warning
 
@@ -248,31 +247,6 @@ def show_log(
         say(f"{model}: no update of forgetlearn made this model, as far as it tells.")
     elif verify:
         say("verified: the files are those that the last update wrote")
-
-
-def _print_tallies(rows: list[tuple[str, Tally]]) -> None:
-    """Lines in columns; a column that has nothing to say is left out."""
-    shown = [(name, tally.as_dict()) for name, tally in rows]
-    columns = ["tensors", "numbers", "norm", "rms", "relative", "cosine", "share_changed", "share_survived"]
-    columns = [column for column in columns if any(told[column] is not None for _name, told in shown)]
-    width = max(len(name) for name, _told in shown)
-    say(" " * width + "".join(f"{column.replace('_', ' '):>15}" for column in columns))
-    for name, told in shown:
-        cells = (
-            "" if told[c] is None else f"{told[c]:,}" if type(told[c]) is int else f"{told[c]:.4g}" for c in columns
-        )
-        say(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
-
-
-def say(text: object, *, err: bool = False) -> None:
-    """Print lines; whatever stands in them, names and answers from outside too, nothing steers the terminal.
-
-    What the terminal's encoding cannot show is escaped as well; errors are printed without tokens.
-    """
-    stream = sys.stderr if err else sys.stdout
-    shown = "\n".join(map(plain, (without_secrets(str(text)) if err else str(text)).split("\n")))
-    encoding = stream.encoding or "utf-8"
-    typer.echo(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def _factors(base: Path, modules: str) -> dict[str, float]:

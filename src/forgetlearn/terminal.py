@@ -1,0 +1,111 @@
+"""What the command prints, and how: nothing from outside steers the terminal.
+
+Heavy imports sit inside the functions, and torch is not among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from forgetlearn.errors import plain, without_secrets
+
+if TYPE_CHECKING:
+    from forgetlearn.facts import FactSet
+    from forgetlearn.inspection import Tally
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print lines; whatever stands in them, names and answers from outside too, nothing steers the terminal.
+
+    What the terminal's encoding cannot show is escaped as well; errors are printed without tokens.
+    """
+    stream = sys.stderr if err else sys.stdout
+    shown = "\n".join(map(plain, (without_secrets(str(text)) if err else str(text)).split("\n")))
+    encoding = stream.encoding or "utf-8"
+    typer.echo(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+class PlainLines(logging.Formatter):
+    """The log's lines; names and texts from outside stand in them too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message without tokens, line by line without anything that steers the terminal."""
+        return "\n".join(map(plain, without_secrets(super().format(record)).split("\n")))
+
+
+def print_facts(found: FactSet) -> None:
+    """What was read and what was left out, then the first three facts."""
+    from forgetlearn.facts import REASONS
+
+    say(
+        f"{found.source}: reader {found.reader}, old answers from {found.old_from}; {found.in_source} records, "
+        f"{found.read} read, {found.used} used"
+        + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
+    )
+    for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
+        for reason, count in counts.items():
+            say(f"left out: {count} {what}, {reason}. {REASONS[reason]}")
+    if found.ignored_fields:
+        say(f"not used: {plain(', '.join(found.ignored_fields))}")
+    for fact in found[:3]:
+        say(f"\n{fact.id}  {plain(fact.prompt)}")
+        old = "(none)" if fact.ground_truth is None else plain(fact.ground_truth)
+        say(f"  old  {old}\n  new  {plain(fact.target_new)}")
+        for prompt in fact.rephrase_prompts:
+            say(f"  also asked as  {plain(prompt)}")
+        for probe in fact.locality:
+            say(f"  must stay      {plain(probe.prompt)} -> {plain(probe.answer)}")
+
+
+def print_scores(context: Mapping[str, Any]) -> None:
+    """What a report's context holds, for a terminal."""
+    for line in context["account"]:
+        say(plain(line))
+    phases = [(phase, context["summary"]["phases"][phase]) for phase in context["phases"]]
+    print_table(context["columns"], phases, "phase")
+    for name, cells in context["general"]:
+        told = (f"{phase} {cell}" for phase, cell in zip(context["measured"], cells, strict=True) if cell)
+        say(plain(f"{name}: {', '.join(told)}"))
+
+
+def nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`{"reliability.token": cell}` as quantity -> protocol -> cell."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, cell in scores.items():
+        quantity, protocol = name.split(".")
+        found.setdefault(quantity, {})[protocol] = cell
+    return found
+
+
+def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], first: str) -> None:
+    """Plain lines in columns: readable on a terminal, in a log and by `awk`."""
+    from forgetlearn.pages import show_score
+
+    widths = [max(len(quantity), len(protocol)) for quantity, protocol in columns]
+    name_width = max([len(first), *(len(name) for name, _cells in rows)])
+    quantities, protocols = ([column[index] for column in columns] for index in (0, 1))
+    lines = [(first, quantities), ("", protocols)]
+    for name, scores in rows:
+        lines.append((name, [show_score(scores.get(quantity, {}).get(protocol)) for quantity, protocol in columns]))
+    for name, shown in lines:
+        cells = "  ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True))
+        say(f"{name:<{name_width}}  {cells}")
+
+
+def print_tallies(rows: list[tuple[str, Tally]]) -> None:
+    """Lines in columns; a column that has nothing to say is left out."""
+    shown = [(name, tally.as_dict()) for name, tally in rows]
+    columns = ["tensors", "numbers", "norm", "rms", "relative", "cosine", "share_changed", "share_survived"]
+    columns = [column for column in columns if any(told[column] is not None for _name, told in shown)]
+    width = max(len(name) for name, _told in shown)
+    say(" " * width + "".join(f"{column.replace('_', ' '):>15}" for column in columns))
+    for name, told in shown:
+        cells = (
+            "" if told[c] is None else f"{told[c]:,}" if type(told[c]) is int else f"{told[c]:.4g}" for c in columns
+        )
+        say(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
