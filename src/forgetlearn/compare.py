@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from filelock import FileLock
@@ -45,6 +45,7 @@ from forgetlearn.scoring import Row
 from forgetlearn.settings import Settings
 
 log = logging.getLogger("forgetlearn")
+T = TypeVar("T")
 Budget = Literal["equal-epochs", "equal-steps"]
 Variants = Mapping[str, "VariantSettings"]
 WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.forgets == "all weights")
@@ -412,18 +413,16 @@ class _Worker:
         self, name: str, compute: Callable[[], tuple[dict[str, Tensor], StageLog | None]]
     ) -> dict[str, Tensor]:
         """Weights from memory, from the folder, or made now, once for all processes; the last of each kind stay."""
+
+        def write(folder: Path, made: tuple[dict[str, Tensor], StageLog | None]) -> None:
+            weights, stage_log = made
+            save_file(weights, folder / "weights.safetensors")
+            if stage_log is not None:
+                runs.write_rows(folder / "steps.jsonl", stage_log.steps)
+
         kind = name.partition("-")[0]
         if self._held.get(kind, ("",))[0] != name:
-            folder = self.path / SHARED / name
-            with FileLock(self.path / SHARED / f".{name}.lock"):
-                if not runs.is_whole(folder):
-                    runs.remove_unfinished(folder)
-                    weights, stage_log = compute()
-                    with runs.atomic_folder(folder) as unfinished:
-                        save_file(weights, unfinished / "weights.safetensors")
-                        if stage_log is not None:
-                            runs.write_rows(unfinished / "steps.jsonl", stage_log.steps)
-                        runs.write_hashes(unfinished)
+            folder = self._shared(name, compute, write)
             self._held[kind] = (name, load_file(folder / "weights.safetensors"))
         return self._held[kind][1]
 
@@ -443,15 +442,20 @@ class _Worker:
 
     def _shared_rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Rows from the folder, or made now, once for all processes."""
+        folder = self._shared(name, compute, lambda folder, rows: runs.write_rows(folder / "rows.jsonl", rows))
+        return runs.read_rows(folder / "rows.jsonl")
+
+    def _shared(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Path:
+        """A folder of what the cells share: as some process wrote it, or computed and written now."""
         folder = self.path / SHARED / name
         with FileLock(self.path / SHARED / f".{name}.lock"):
             if not runs.is_whole(folder):
                 runs.remove_unfinished(folder)
-                rows = compute()
+                made = compute()
                 with runs.atomic_folder(folder) as unfinished:
-                    runs.write_rows(unfinished / "rows.jsonl", rows)
+                    write(unfinished, made)
                     runs.write_hashes(unfinished)
-        return runs.read_rows(folder / "rows.jsonl")
+        return folder
 
     def _score(self, phase: str, config: RunConfig) -> list[Row]:
         reference = scoring.locality_predictions(self._base_rows)
