@@ -13,7 +13,7 @@ from forgetlearn import coefficient, general, history, keeping, planning, proces
 from forgetlearn.config import AUTO, RunConfig
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ModelError, RunError
-from forgetlearn.facts import FactSet
+from forgetlearn.facts import Fact, FactSet
 from forgetlearn.generation import check_engine
 from forgetlearn.inputs import (
     base_hash,
@@ -82,17 +82,7 @@ def _update(
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     if goes_on and processes.on_main(lambda: runs.is_finished(output)):
         return processes.on_main(lambda: _finished(Path(output), config, fact_set))
-    processes.check_enough_for(len(fact_set))
-    check_old_answers(fact_set, config)
-    general.check(config.evaluate)
-    check_quantization(config)
-    keep = facts_to_keep(fact_set, config)
-    if config.forget.coef == AUTO:
-        coefficient.check(list(fact_set), config)
-    elif not METHODS[config.method].forgets:
-        for name in sorted({"coef", "modules", "control"} & config.forget.model_fields_set):
-            given = getattr(config.forget, name)
-            log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
+    keep = _checked(fact_set, config)
     named = model if model is not None else str(config.model.name)
     processes.on_main(lambda: check_weights(named))
     lm = as_language_model(named, tokenizer, config.model, all_weights=trains_all_weights(config))
@@ -124,6 +114,22 @@ def _update(
     if answers is not None:
         keep_old_answers(run, answers)
     return Stages(run, config, lm, fact_set, keep).run()
+
+
+def _checked(facts: FactSet, config: RunConfig) -> list[Fact]:
+    """The facts to keep, after all that can be checked without the model."""
+    processes.check_enough_for(len(facts))
+    check_old_answers(facts, config)
+    general.check(config.evaluate)
+    check_quantization(config)
+    keep = facts_to_keep(facts, config)
+    if config.forget.coef == AUTO:
+        coefficient.check(list(facts), config)
+    elif not METHODS[config.method].forgets:
+        for name in sorted({"coef", "modules", "control"} & config.forget.model_fields_set):
+            given = getattr(config.forget, name)
+            log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
+    return keep
 
 
 def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
