@@ -132,8 +132,7 @@ def facts(
     """Read a file of facts, say what is used and what is left out, and show the first three."""
     from forgetlearn.facts import read_facts
 
-    flags = {"facts.source": file, "facts.old_from": old_from, "facts.limit": limit, "facts.strict": strict}
-    settings = _config(None, flags).facts
+    settings = _config(None, _reads(None, file, old_from, limit, strict)).facts
     found = read_facts(file, old_from=settings.old_from, limit=limit, strict=settings.strict)
     if as_json:
         from dataclasses import asdict
@@ -163,8 +162,7 @@ def lab(
     settings = validate(LabSettings, {"seed": seed, **parse_assignments(setting or [])})
     given = whole = None
     if facts_file:
-        flags = {"facts.source": facts_file, "facts.old_from": old_from, "facts.limit": limit}
-        wanted = _config(None, flags).facts
+        wanted = _config(None, _reads(None, facts_file, old_from, limit)).facts
         given = read_facts(facts_file, old_from=wanted.old_from, limit=wanted.limit)
         whole = read_facts(facts_file, old_from=wanted.old_from)
     elif limit is not None:
@@ -209,15 +207,10 @@ def update(
 ) -> None:
     """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
     flags = {
+        **_reads(model, facts_file, old_from, limit, strict, chat_template),
         "method": method,
         "seed": seed,
-        "model.name": model,
-        "model.chat_template": chat_template,
         "model.shard": shard,
-        "facts.source": facts_file,
-        "facts.old_from": old_from,
-        "facts.limit": limit,
-        "facts.strict": strict,
         "teach.epochs": teach_old,
         "forget.coef": coef,
         "forget.modules": parse(modules) if modules else None,
@@ -264,16 +257,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what an update would take: memory, steps, time, disk, and whether it fits. Nothing is trained."""
-    flags = {
-        "method": method,
-        "model.name": model,
-        "model.chat_template": chat_template,
-        "facts.source": facts_file,
-        "facts.old_from": old_from,
-        "facts.limit": limit,
-        "teach.epochs": teach_old,
-        "forget.coef": coef,
-    }
+    flags = {"method": method, "forget.coef": coef, "teach.epochs": teach_old}
+    flags |= _reads(model, facts_file, old_from, limit, chat_template=chat_template)
     config = _config(config_file, flags, setting)
     from forgetlearn.estimate import plan_lines
     from forgetlearn.inputs import read_config_facts
@@ -321,8 +306,7 @@ def compare(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
-    flags = {"model.name": model, "facts.source": facts_file, "facts.limit": limit}
-    config = _config(config_file, flags, setting)
+    config = _config(config_file, _reads(model, facts_file, limit=limit), setting)
     from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
     from forgetlearn.comparison import verdict
@@ -376,13 +360,8 @@ def evaluate(
 ) -> None:
     """Score a model or an adapter on facts; with --reference also what changed against another model."""
     flags = {
-        "model.name": model,
-        "model.chat_template": chat_template,
+        **_reads(model, facts_file, old_from, limit, strict, chat_template),
         "model.shard": shard,
-        "facts.source": facts_file,
-        "facts.old_from": old_from,
-        "facts.limit": limit,
-        "facts.strict": strict,
         "evaluate.general": general,
         "evaluate.tasks": _listed(tasks),
         "evaluate.engine": engine,
@@ -415,7 +394,7 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Print what a model or an adapter answers, greedily, to one or more prompts."""
-    flags = {"model.name": model, "model.chat_template": chat_template, "evaluate.engine": engine}
+    flags = {**_reads(model, chat_template=chat_template), "evaluate.engine": engine}
     config = _config(None, flags, setting)
     from forgetlearn.assess import ask as run_ask
 
@@ -495,6 +474,25 @@ def _config(file: Path | None, flags: Mapping[str, Any], assignments: Sequence[s
     given = {name: value.value if isinstance(value, StrEnum) else value for name, value in flags.items()}
     given = {name: value for name, value in given.items() if value is not None}
     return load_config(file, given | parse_assignments(list(assignments or [])))
+
+
+def _reads(
+    model: str | None,
+    facts_file: str | None = None,
+    old_from: OldFrom | None = None,
+    limit: int | None = None,
+    strict: bool | None = None,
+    chat_template: Template | None = None,
+) -> dict[str, Any]:
+    """The flags that say what is read, by their settings' names."""
+    return {
+        "model.name": model,
+        "model.chat_template": chat_template,
+        "facts.source": facts_file,
+        "facts.old_from": old_from,
+        "facts.limit": limit,
+        "facts.strict": strict,
+    }
 
 
 def _listed(names: str | None) -> list[str] | None:
