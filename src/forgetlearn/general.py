@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from forgetlearn import processes, runs
+from forgetlearn import processes, runs, sharding
 from forgetlearn.config import EvaluateSettings
 from forgetlearn.errors import FactError, ModelError, missing_extra
 from forgetlearn.forward import computing, forward_parameters
@@ -131,7 +131,7 @@ def score_text(
     of another model are.
     """
     losses, divergences, counts = [], [], []
-    with computing(lm.model, lm.device), torch.inference_mode():
+    with computing(lm.model, lm.device), sharding.no_gradients(lm.model):
         for index, window in enumerate(_windows(lm, text, settings.general_tokens)):
             log_probs = _log_probs(lm, window)
             told = torch.tensor(window[1:])
