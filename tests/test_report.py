@@ -219,7 +219,7 @@ def test_plots_take_the_colours_of_the_page(run):
 
 def test_card(run):
     (run / "adapter").mkdir()
-    report.write_card(run, run / "adapter")
+    report.write_card(run / "adapter", report.load_context(run))
     text = (run / "adapter/README.md").read_text(encoding="utf-8")
     assert text.startswith("---\n")
     assert "library_name: peft" in text
@@ -233,7 +233,7 @@ def test_card_names_its_base_on_the_hub(run):
     runs.RunFolder(run, manifest).note()
     for product, relation in (("adapter", "adapter"), ("model", "finetune")):
         (run / product).mkdir()
-        report.write_card(run, run / product)
+        report.write_card(run / product, report.load_context(run))
         text = (run / product / "README.md").read_text(encoding="utf-8")
         assert f'base_model: "org/base"\nbase_model_relation: {relation}\n' in text
 

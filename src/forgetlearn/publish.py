@@ -20,7 +20,7 @@ from forgetlearn.checkpoints import read_header
 from forgetlearn.errors import ConfigError, RunError, some, without_secrets
 from forgetlearn.history import as_json, base_id, hub_commit, product_of, read_chain
 from forgetlearn.readers import is_hub_id
-from forgetlearn.report import card
+from forgetlearn.report import card, load_context
 from forgetlearn.restore import finished_run
 from forgetlearn.runs import HISTORY, RunFolder, atomic_folder, damaged
 
@@ -130,7 +130,8 @@ def contents(run: str | Path, *, base_model_id: str | None = None, merged: bool 
     chain[-1] |= {"base": base, "files": {name: _sha256(product, name, content) for name, content in found.items()}}
     found[HISTORY] = as_json(chain).encode()
     command = public_command(folder.manifest, base)
-    found[CARD] = card(folder.path, product.name, base_model_id=base, command=command).encode()
+    context = load_context(folder.path)
+    found[CARD] = card(context, product.name, base_model_id=base, command=command).encode()
     _refuse_local_paths(folder, found, base)
     return found
 

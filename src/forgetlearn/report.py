@@ -31,13 +31,13 @@ FILTERS = {
 TAG_SAYS = {"old": "residue", "errored": "errored"}  # states that a flag would only repeat
 
 
-def write_run(path: Path) -> None:
-    """`report.md` and `report.html` of a run folder, from what is in it.
+def write_run(path: Path, context: Mapping[str, Any] | None = None) -> None:
+    """`report.md` and `report.html` of a run folder, from what is in it: from its `context`, where that is known.
 
     Raises:
         RunError: the folder holds no finished scores.
     """
-    context = load_context(path)
+    context = load_context(path) if context is None else context
     runs.write_text(path / "report.md", render("report.md.j2", context))
     panels = plots.plot_scores(context["summary"], context["phases"])
     shown = {**context, "panels": panels, "losses": plots.plot_losses(path / "logs")}
@@ -45,14 +45,15 @@ def write_run(path: Path) -> None:
     runs.write_text(path / "report.html", render_page("report.html.j2", shown))
 
 
-def write_card(path: Path, product: Path) -> None:
-    """The model card of the product, with its scores and the command that made it."""
-    runs.write_text(product / "README.md", card(path, product.name))
+def write_card(product: Path, context: Mapping[str, Any]) -> None:
+    """The model card of the product, with its scores and the command that made it, from its run's context."""
+    runs.write_text(product / "README.md", card(context, product.name))
 
 
-def card(path: Path, product: str, *, base_model_id: str | None = None, command: Sequence[str] | None = None) -> str:
+def card(
+    context: Mapping[str, Any], product: str, *, base_model_id: str | None = None, command: Sequence[str] | None = None
+) -> str:
     """The text of the model card; what is given stands in it in place of what the run's manifest tells."""
-    context = load_context(path)
     shown = context["command"] if command is None else command_text(command)
     base = base_model_id or context["manifest"]["config"]["model"]["base_model_id"]
     return render("card.md.j2", {**context, "product": product, "base": base, "command": shown})

@@ -339,12 +339,13 @@ class Stages:
         """The summary, after everything has been written that is made from the scores and the products."""
         path = self.folder.path
         summary = write_results(path, self.config, self.facts, self.rows, done, self.general)
+        context = report.load_context(path)
         for product in products:
-            report.write_card(path, product)
+            report.write_card(product, context)
         history.carry_on(self.folder, products, self.facts)
         if self.config.keep_change and self.method.learns != "lora":
             self.folder.do("change", lambda f: restore.keep_change(self.folder, self.product, f), restore.CHANGE)
-        report.write_run(path)  # last, as it tells of all stages
+        report.write_run(path, {**context, "manifest": self.folder.manifest})  # last, as it tells of all stages
         self.folder.finish()
         log.info(planning.took(self.folder.manifest, self.lm.device))
         if not self.config.keep_stages:  # after the end, since a killed run needs them to go on
