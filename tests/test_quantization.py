@@ -38,7 +38,7 @@ def test_a_comparison_is_refused(small_lab, tmp_path):
 
 
 def test_without_bitsandbytes_the_extra_is_named(small_lab, monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"forgetlearn\[qlora\]"):
         models.load_model(ModelSettings(name=str(small_lab), **FOUR_BITS))
 

@@ -6,6 +6,7 @@ expected, what to do. The command line prints it and exits with code 2; `--debug
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -53,6 +54,16 @@ class MissingExtraError(ForgetLearnError, ImportError):
 def missing_extra(purpose: str, extra: str, error: ImportError) -> MissingExtraError:
     """What to raise where the import of an optional package fails: why it is needed, how to install it."""
     return MissingExtraError(f"{purpose}: {error}. Install what that needs: pip install 'forgetlearn[{extra}]'")
+
+
+def check_installed(package: str, purpose: str, extra: str) -> None:
+    """Nothing, if an optional package is there; it is not imported.
+
+    Raises:
+        MissingExtraError: it is not there.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise missing_extra(purpose, extra, ImportError(f"the package {package} is not installed"))
 
 
 def plain(text: str) -> str:

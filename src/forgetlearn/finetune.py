@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from forgetlearn import attention, interrupts, memory, processes, sharding, stagepoints
 from forgetlearn.config import StageSettings
 from forgetlearn.encoding import Encoded
-from forgetlearn.errors import ConfigError, TrainingError, missing_extra
+from forgetlearn.errors import ConfigError, TrainingError, check_installed
 from forgetlearn.forward import (
     IGNORE,
     Layout,
@@ -213,9 +213,8 @@ def check_computing(settings: StageSettings, device: torch.device | None) -> Non
         ConfigError: bfloat16 on a GPU that has none; see `check_deepspeed`.
         MissingExtraError: the optimiser needs a package that is not installed.
     """
-    if settings.optim in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-        missing = ImportError("the package bitsandbytes is not installed")
-        raise missing_extra(f"optim = {settings.optim}", "8bit", missing)
+    if settings.optim in BITSANDBYTES:
+        check_installed("bitsandbytes", f"optim = {settings.optim}", "8bit")
     if settings.dtype == "bfloat16" and not _on_cpu(device) and not torch.cuda.is_bf16_supported():
         raise ConfigError("dtype = bfloat16, but this GPU does not support it. Use float32.")
     check_deepspeed(settings)

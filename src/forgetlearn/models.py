@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from forgetlearn import hub, processes, sharding
 from forgetlearn.checkpoints import INDEX, weight_files
 from forgetlearn.config import ModelSettings
 from forgetlearn.encoding import Encoder
-from forgetlearn.errors import ConfigError, ModelError, missing_extra
+from forgetlearn.errors import ConfigError, ModelError, check_installed
 from forgetlearn.rounding import Array, Survival
 from forgetlearn.taskvector import rounded, sample
 
@@ -366,9 +365,7 @@ def _in_four_bits(settings: ModelSettings) -> dict[str, Any]:
     Raises:
         MissingExtraError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        missing = ImportError("the package bitsandbytes is not installed")
-        raise missing_extra("model.quantization = 4bit", "qlora", missing)
+    check_installed("bitsandbytes", "model.quantization = 4bit", "qlora")
     device = pick_device(settings.device)
     computed = torch.float32 if device.type == "cpu" else torch.bfloat16
     config = BitsAndBytesConfig(
