@@ -112,6 +112,7 @@ def test_parts_that_a_checkpoint_has_not(tmp_path, tiny_model, capsys):
         ("layers.0=1,*mlp*=2", "both match"),
         ("layers.0=1,*mlp*", "or each with a number"),
         ("layers.0=nan", "must be finite"),
+        ("layers.0=1,layers.0=2", "layers.0 stands there more than once"),
         ("nothing", "'nothing' matches nothing. There are all, embeddings"),
     ]:
         assert subtract(tmp_path, text) == 2

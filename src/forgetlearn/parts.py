@@ -62,9 +62,10 @@ def parse(text: str) -> dict[str, float] | tuple[str, ...]:
     """Names of a flag, `mlp,head`, or with a factor each, `mlp=1.5,head=0.5`.
 
     Raises:
-        ConfigError: some have a factor and others have none, or one is no number.
+        ConfigError: some have a factor and others have none, one is no number, or a name stands there twice.
     """
     pairs = [part.strip().partition("=") for part in text.split(",")]
+    _check_once([name.strip() for name, _equals, _factor in pairs], "--modules")
     if not any(equals for _name, equals, _factor in pairs):
         return tuple(name for name, _equals, _factor in pairs)
     try:
@@ -80,10 +81,13 @@ def _as_mapping(modules: Modules, setting: str) -> dict[str, float]:
         return {modules: 1.0}
     if isinstance(modules, Mapping):
         return dict(modules)
-    repeated = sorted({name for name in modules if list(modules).count(name) > 1})
-    if repeated:
-        raise ConfigError(f"{setting}: {some(repeated)} stands there more than once. Name each once.")
+    _check_once(modules, setting)
     return dict.fromkeys(modules, 1.0)
+
+
+def _check_once(names: Sequence[str], setting: str) -> None:
+    if repeated := sorted({name for name in names if list(names).count(name) > 1}):
+        raise ConfigError(f"{setting}: {some(repeated)} stands there more than once. Name each once.")
 
 
 def _matched(name: str, known: Mapping[str, list[str]], setting: str) -> list[str]:
