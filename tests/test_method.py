@@ -263,6 +263,23 @@ def test_only_the_named_modules_change_each_by_its_factor(world):
         assert factor or torch.equal(weight, base[name])
 
 
+@pytest.mark.parametrize("rows", ["answers", "others"])
+def test_of_the_vocabulary_only_the_rows_of_the_old_answers_forget_or_all_others(world, rows):
+    lm, facts = world
+    base, whole = snapshot(lm.model), copy.deepcopy(lm)
+    forget(whole, facts, FORGET, "all weights", seed=7)
+    forget(lm, facts, FORGET.model_copy(update={"rows": rows}), "all weights", seed=7)
+    tokens = {token for fact in facts for token in lm.encoder.encode(fact.prompt, fact.ground_truth).answer_ids}
+    vocabulary = set(selection.groups(lm.model)["vocabulary"])
+    for name, weight in snapshot(lm.model).items():
+        forgotten = snapshot(whole.model)[name]
+        changes = [name not in vocabulary or (token in tokens) == (rows == "answers") for token in range(len(weight))]
+        for row, old, new, changed in zip(weight, base[name], forgotten, changes, strict=True):
+            assert torch.equal(row, new if changed else old), name
+    assert vocabulary
+    assert 0 < len(tokens) < len(base[next(iter(vocabulary))])
+
+
 def test_only_the_named_modules_of_an_adapter_forget(world):
     lm, facts = world
     forget(lm, facts, FORGET.model_copy(update={"modules": ("attention",)}), "lora", seed=7)
@@ -286,6 +303,8 @@ def test_matrices_that_the_adapter_leaves_out_are_named(world, caplog):
         ({"modules": "embeddings"}, "lora", "the adapter changes none of these weights, but for example model.layers"),
         ({"modules": "nothing*"}, "all weights", "matches nothing"),
         ({"control": "random"}, "lora", "forgetting with all weights alone"),
+        ({"rows": "answers"}, "lora", "forget.rows = answers: is there for forgetting with all weights alone"),
+        ({"rows": "answers", "modules": "mlp"}, "all weights", "leave the embeddings and the head as they are"),
         ({"modules": "mlp"}, "ascent", "subtracts nothing"),
     ],
 )

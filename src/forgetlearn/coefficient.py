@@ -106,17 +106,18 @@ def forget_tuned(
     *,
     seed: int = 0,
     kept: Mapping[str, Tensor] | None = None,
+    facts: Iterable[Fact] = (),
 ) -> None:
     """Make the base the forgotten model, from what `Forgetter.tune` gave and the coefficient of the settings.
 
-    `kept` is what `method.measure_keep` gave, where there are facts to keep.
+    `kept` is what `method.measure_keep` gave, where there are facts to keep; `facts` are those that are forgotten.
     """
     if how == "lora":
         lm.model = adapters.attach(lm.model, settings.lora, adapters.FORGET, seed=0)
         adapters.set_weights(lm.model, tuned)
         subtract_old(lm, settings, None)
     else:
-        subtract_old(lm, settings, float32_snapshot(lm), tuned, seed=seed, kept=kept)
+        subtract_old(lm, settings, float32_snapshot(lm), tuned, seed=seed, kept=kept, facts=facts)
 
 
 def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConfig) -> Choice:
@@ -212,11 +213,13 @@ def check(facts: Sequence[Fact], config: RunConfig) -> None:
     """Nothing, if a coefficient can be chosen for these facts, as far as can be told without the model.
 
     Raises:
-        ConfigError: the method subtracts nothing, or the share set aside leaves no fact on one side.
+        ConfigError: the method subtracts nothing, `rows` are named, or the share set aside leaves no fact on one side.
         FactError: no fact set aside has an unrelated probe, and the search needs one.
     """
     check_engine(config.evaluate, changed_by="choosing a coefficient")
     _subtracts(config)
+    if config.forget.rows != "all":
+        raise ConfigError(f"forget.rows = {config.forget.rows}: not with forget.coef = auto. Give a number.")
     aside = set_aside(facts, config)
     if config.forget.search == "cheap" and not any(fact.locality for fact in aside):
         raise FactError(

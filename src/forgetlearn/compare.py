@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from forgetlearn import keeping, runs, scoring
 from forgetlearn.coefficient import Forgetter, forget_tuned
-from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, RunConfig
+from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, Rows, RunConfig
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.facts import Fact, FactSet
@@ -68,6 +68,7 @@ class VariantSettings(Settings):
     )
     modules: Modules = Field("all", description="As forget.modules.")
     control: Control = Field("none", description="As forget.control.")
+    rows: Rows = Field("all", description="As forget.rows.")
     keep: str | None = Field(None, description="As forget.keep.")
     keep_by: KeepBy = Field("projection", description="As forget.keep_by.")
     learn_modules: Modules = Field("all", description="As learn.modules.")
@@ -382,7 +383,7 @@ class _Worker:
             return
         tuned = self._tune_on_old(config, how, facts)
         kept, seed = self._kept(config, facts), stage_seed(config.seed, "forget")
-        forget_tuned(self.lm, tuned, config.forget, how, seed=seed, kept=kept)
+        forget_tuned(self.lm, tuned, config.forget, how, seed=seed, kept=kept, facts=facts)
 
     def _tune_on_old(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> dict[str, Tensor]:
         """Tuned weights (all, or the adapter's): from memory, from the folder, or made now, once for all processes."""
@@ -468,7 +469,7 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS)
     learning: dict[str, Any] = {"epochs": cell.epochs}
     if cell.variant:
         variant = variants[cell.variant]
-        forgetting |= {name: getattr(variant, name) for name in ("modules", "control", "keep", "keep_by")}
+        forgetting |= {name: getattr(variant, name) for name in ("modules", "rows", "control", "keep", "keep_by")}
         learning["modules"] = variant.learn_modules
     forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
     return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})

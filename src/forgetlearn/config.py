@@ -20,8 +20,9 @@ Protocol = Literal["token", "exact", "generate", "prefer"]
 Optimiser = Literal[
     "adamw_torch_fused", "adamw_torch", "adafactor", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"
 ]
-Control = Literal["none", "random", "row-norms", "reinforce", "centred"]
+Control = Literal["none", "random", "row-norms", "directions", "reinforce", "centred"]
 KeepBy = Literal["projection", "fisher"]
+Rows = Literal["all", "answers", "others"]
 AUTO = "auto"
 Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
     Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
@@ -169,11 +170,16 @@ class ForgetSettings(StageSettings):
         description="Weights that the subtraction changes: embeddings, head, vocabulary (both), attention, mlp, norms, "
         "layers.4-7, all, or a pattern over parameter names; several in a list, or each with a factor on coef.",
     )
+    rows: Rows = Field(
+        "all",
+        description="Rows of the vocabulary's matrices (embeddings, head) that the subtraction changes (all weights "
+        "only): answers are the tokens of the old answers that are forgotten, others are all tokens but these.",
+    )
     control: Control = Field(
         "none",
         description="For experiments: replace the change by one that is not, or not all of, forgetting "
-        "(all weights only): random direction, row-norms only, reinforce (added instead of subtracted), or centred "
-        "(without what all rows of a matrix share).",
+        "(all weights only): random direction, row-norms or directions only, reinforce (added instead of subtracted), "
+        "or centred (without what all rows of a matrix share).",
     )
     keep: str | None = Field(
         None,

@@ -19,9 +19,10 @@ def controlled(
 ) -> Iterator[tuple[str, Tensor]]:
     """`forgotten`, name by name, with the change from `base` replaced by that of a control.
 
-    random: of the same norm per tensor, in a random direction. reinforce: the same, added instead of subtracted.
-    row-norms: every row of `base` keeps its direction and gets the length it has in `forgotten`. centred: without the
-    mean over rows, which are tokens in the embeddings and in the head.
+    random: of the same norm per tensor, in a random direction, in the rows that change. reinforce: the same, added
+    instead of subtracted. row-norms: every row of `base` keeps its direction and gets the length that it has in
+    `forgotten`. directions: every row of `forgotten` gets the length that it has in `base`. centred: without the mean
+    over rows, which are tokens in the embeddings and in the head.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, moved in forgotten:
@@ -32,11 +33,14 @@ def controlled(
 def _replaced(start: Tensor, moved: Tensor, control: Control, generator: torch.Generator) -> Tensor:
     if control == "reinforce":
         return 2 * start - moved
+    lengths, wanted = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (start, moved))
     if control == "row-norms":
-        lengths, wanted = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (start, moved))
         return torch.where(lengths > 0, start * (wanted / lengths), start)
+    if control == "directions":
+        return torch.where(wanted > 0, moved * (lengths / wanted), start)
     if control == "centred":
         return moved - (moved - start).mean(0, keepdim=True)
     noise: Tensor = torch.randn(start.shape, generator=generator).to(start.device, start.dtype)
+    noise *= (moved != start).any(-1, keepdim=True)  # a row that stays stays
     noise *= torch.linalg.vector_norm(moved - start) / torch.linalg.vector_norm(noise)
-    return start + noise
+    return start + noise.nan_to_num()  # where nothing changes

@@ -91,7 +91,7 @@ def forget(
     base = None if how == "lora" else _base_to_subtract_from(lm, upkeep)
     kept = None if base is None or not keep else measure_keep(lm, facts, keep, settings, base, seed=seed)
     stage_log = tune_on_old(lm, facts, settings, how, seed=seed, upkeep=upkeep)
-    subtract_old(lm, settings, base, seed=seed, kept=kept)
+    subtract_old(lm, settings, base, seed=seed, kept=kept, facts=facts)
     return stage_log
 
 
@@ -155,11 +155,13 @@ def subtract_old(
     *,
     seed: int = 0,
     kept: taskvector.StateDict | None = None,
+    facts: Iterable[Fact] = (),
 ) -> None:
     """The second half: `base - coef * (tuned - base)`, or the adapter "forget" times -coef where `base` is None.
 
-    `tuned` are the weights of `lm` unless they are given; `settings.modules` says which weights change, and `kept`
-    (of `measure_keep`) what of the change is left out.
+    `tuned` are the weights of `lm` unless they are given; `settings.modules` says which weights change, `settings.rows`
+    which of their rows, by the tokens of the old answers of `facts`, and `kept` (of `measure_keep`) what of the change
+    is left out.
     """
     factors = selection.factors(lm.model, settings.modules)
     if base is None:
@@ -168,6 +170,10 @@ def subtract_old(
         return
     tuned = sharding.parts(lm.model) if tuned is None else tuned
     forgotten = taskvector.subtracted(base, tuned, settings.number, factors)
+    if settings.rows != "all":
+        tokens = [token for fact in facts for token in lm.encoder.encode(fact.prompt, _old_answer(fact)).answer_ids]
+        vocabulary = selection.groups(lm.model)["vocabulary"]
+        forgotten = selection.only_rows(base, forgotten, vocabulary, tokens, settings.rows)
     if kept is not None:
         forgotten = keeping.spared(base, forgotten, kept, settings.keep_by)
     taskvector.load_into(lm.model, controlled(base, forgotten, settings.control, seed))
@@ -178,7 +184,7 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
 
     Raises:
         ConfigError: the device has no such dtype; `modules` match nothing, or nothing that is trained; LoRA cannot be
-            put where it is asked for; a control or facts to keep where there are none.
+            put where it is asked for; a control, rows or facts to keep where there are none.
     """
     check_computing(settings, lm.device)
     factors = selection.factors(lm.model, settings.modules)
@@ -195,10 +201,20 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
                 "forget.modules = %s: forget.lora.target_modules leave out %d of its matrices, which stay: %s",
                 *(settings.modules, len(out_of_reach), some(out_of_reach)),
             )
-    if lm.is_sharded and (settings.control != "none" or settings.keep):
-        raise ConfigError("forget.control, forget.keep: they look at whole matrices, and model.shard splits them.")
-    if how != "all weights" and settings.control != "none":
-        raise ConfigError(f"forget.control = {settings.control}: is there for forgetting with all weights alone.")
+    if lm.is_sharded and (settings.control != "none" or settings.rows != "all" or settings.keep):
+        raise ConfigError(
+            "forget.control, forget.rows, forget.keep: they look at whole matrices, and model.shard splits them."
+        )
+    for name, plain in (("control", "none"), ("rows", "all")):
+        if how != "all weights" and getattr(settings, name) != plain:
+            raise ConfigError(
+                f"forget.{name} = {getattr(settings, name)}: is there for forgetting with all weights alone (f-ft)."
+            )
+    if settings.rows != "all" and not any(name in factors for name in selection.groups(lm.model)["vocabulary"]):
+        raise ConfigError(
+            f"forget.rows = {settings.rows}: forget.modules = {settings.modules!r} leave the embeddings and the head "
+            "as they are, and only these have a row for each token. Name head, embeddings or vocabulary among them."
+        )
     if settings.keep:
         _check_keep(how)
     if how == "ascent" and settings.modules != parts.ALL:

@@ -7,15 +7,18 @@ layer is made of) the rest.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from forgetlearn.config import Rows
 from forgetlearn.errors import ModelError
 from forgetlearn.models import layer_list
 from forgetlearn.parts import ALL, Modules, factors_among
+from forgetlearn.taskvector import StateDict
 
 
 def factors(model: nn.Module, modules: Modules, setting: str = "forget.modules") -> dict[str, float]:
@@ -60,6 +63,22 @@ def groups(model: nn.Module) -> dict[str, list[str]]:
         for name, full in own.items():
             found[_kind(layer, name)].append(full)
     return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def only_rows(
+    base: StateDict, forgotten: Iterable[tuple[str, Tensor]], names: Collection[str], tokens: Iterable[int], rows: Rows
+) -> Iterator[tuple[str, Tensor]]:
+    """`forgotten`, name by name; of the matrices `names` only the rows of `tokens` (answers), or all others.
+
+    The rest of their rows are those of `base`, to the bit.
+    """
+    chosen = torch.tensor(sorted(set(tokens)))
+    for name, moved in forgotten:
+        if name in names:
+            kept = torch.full((len(moved), 1), rows == "answers", device=moved.device)
+            kept[chosen] = rows != "answers"
+            moved = torch.where(kept, base[name].to(moved.device, moved.dtype), moved)
+        yield name, moved
 
 
 def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

@@ -126,7 +126,7 @@ def _checked(facts: FactSet, config: RunConfig) -> list[Fact]:
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
     elif not METHODS[config.method].forgets:
-        for name in sorted({"coef", "modules", "control"} & config.forget.model_fields_set):
+        for name in sorted({"coef", "modules", "rows", "control"} & config.forget.model_fields_set):
             given = getattr(config.forget, name)
             log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
     return keep
