@@ -1,13 +1,15 @@
 """One writer for a run folder, as long as its process lives."""
 
+import errno
 import os
 import socket
 
 import pytest
+from filelock import FileLock
 
 from forgetlearn import processes, runs
 from forgetlearn.errors import ConfigError, RunError
-from forgetlearn.locks import only_writer
+from forgetlearn.locks import claimed, only_writer
 from forgetlearn.session import update
 
 
@@ -33,6 +35,21 @@ def test_a_lock_ends_with_its_process(tmp_path):
     runs.check_output(run, resume=False, overwrite=False)  # it holds nothing
     with only_writer(run):
         assert runs.read_json(run / runs.LOCKS[1])["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_lock_that_cannot_be_made_is_named(tmp_path, monkeypatch, waits):
+    """Found by the faults: a full disk was an error without a path, and no RunError."""
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(FileLock, "acquire", full)
+    with (
+        pytest.raises(RunError, match=r"probe\.lock: cannot be written: No space left"),
+        claimed(tmp_path / "probe.lock", waits=waits),
+    ):
+        pass
 
 
 def test_a_run_that_was_refused_leaves_no_folder(tmp_path):

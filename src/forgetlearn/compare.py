@@ -22,7 +22,6 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
-from filelock import FileLock
 from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -335,7 +334,8 @@ class _Worker:
         self._base_rows: list[Row] = []
         self._known: list[Fact] = []
         for folder in (CELLS, SHARED):
-            (self.path / folder).mkdir(exist_ok=True)
+            with runs.naming(self.path / folder):
+                (self.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
         """Fill every cell that no other process fills; return when all are done."""
@@ -449,7 +449,7 @@ class _Worker:
     def _shared(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Path:
         """A folder of what the cells share: as some process wrote it, or computed and written now."""
         folder = self.path / SHARED / name
-        with FileLock(self.path / SHARED / f".{name}.lock"):
+        with claimed(self.path / SHARED / f".{name}.lock", waits=True):
             if not runs.is_whole(folder):
                 runs.remove_unfinished(folder)
                 made = compute()

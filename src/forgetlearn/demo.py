@@ -55,7 +55,8 @@ def run_demo(
         raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
     if output.exists() and any(output.iterdir()) and not marker.is_file():
         raise RunError(f"{output} was not written by the demo. Choose another folder.")
-    output.mkdir(parents=True, exist_ok=True)
+    with runs.naming(output):
+        output.mkdir(parents=True, exist_ok=True)
     runs.write_json(marker, {"n_facts": n_facts, "seed": seed})
     base = build_lab(facts, settings)
     rows: list[tuple[str, dict[str, Any]]] = []

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from pydantic import Field
 
 from forgetlearn import runs
 from forgetlearn.config import ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import FactSet, from_records, write_facts
+from forgetlearn.locks import claimed
 from forgetlearn.settings import Settings
 from forgetlearn.world import made_up_world
 
@@ -87,8 +87,9 @@ def build_lab(
         facts = world_facts(settings)
     vocabulary_from = vocabulary_from or facts
     cached = cache_folder() / f"lab-{_key(facts, vocabulary_from, settings, device)}"
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cached.with_name(f".{cached.name}.lock")):  # a second process waits, and finds it built
+    with runs.naming(cached.parent):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(cached.with_name(f".{cached.name}.lock"), waits=True):  # a second process waits, and finds it built
         if not (cached / "lab.json").is_file():
             log.info("building a lab base that holds %d facts (once; kept in %s)", facts.used, cached.parent)
             with runs.atomic_folder(cached) as unfinished:

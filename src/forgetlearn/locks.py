@@ -15,18 +15,27 @@ from forgetlearn.errors import RunError
 
 
 @contextmanager
-def claimed(lock: Path) -> Iterator[bool]:
-    """Whether this process got the lock; it does not wait for it."""
+def claimed(lock: Path, *, waits: bool = False) -> Iterator[bool]:
+    """Whether this process got the lock; it waits for it only if it `waits`.
+
+    Raises:
+        RunError: the lock's file cannot be made, on a full disk say.
+    """
     claim = FileLock(lock)
+    with runs.naming(lock):
+        is_ours = _take(claim, waits)
     try:
-        claim.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
+        yield is_ours
     finally:
         claim.release()
+
+
+def _take(claim: FileLock, waits: bool) -> bool:
+    try:
+        claim.acquire(blocking=waits)
+    except Timeout:
+        return False
+    return True
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def test_subtract_with_a_few_failing_writes(jobs, log, tally):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("name", "stride"), [("subtract", 1), ("f-lora", 3), ("f-ft", 3), ("compare", 6)])
+@pytest.mark.parametrize(("name", "stride"), [("subtract", 1), ("f-lora", 3), ("f-ft", 3), ("compare", 3)])
 def test_each_write_fails_in_turn(jobs, log, tally, name, stride, fault):
     fail_writes(jobs(name), log, tally, fault=fault, stride=stride, first=1 + (fault == "EIO") * (stride // 2))
 
