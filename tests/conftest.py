@@ -6,6 +6,7 @@ No test touches the network or the user's own caches; one thread, so that sums a
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 
 
 def pytest_configure(config):
-    """Hide accelerators, unless tests with the mark `gpu` are asked for."""
+    """Hide accelerators, unless tests with the mark `gpu` are asked for; Ctrl-C as in the foreground."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it from birth
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

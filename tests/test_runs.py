@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -68,6 +70,22 @@ def test_a_manifest_that_was_changed_is_refused(run):
     file.write_text(file.read_text().replace('"f-ft"', '"f-fu"'))
     with pytest.raises(RunError, match=r"manifest\.json was changed or damaged"):
         RunFolder.open(run.path)
+
+
+def test_a_flipped_bit_of_a_manifest_is_refused(run):
+    """Found by the faults: in the name of the hash it made a manifest that seemed to be of an earlier version."""
+    file = run.path / "manifest.json"
+    data, before = file.read_bytes(), RunFolder.open(run.path).manifest
+    at = data.index(b'"sha256"')
+    flips = [*itertools.product(range(at, at + 8), range(8)), *((place, place % 8) for place in range(0, len(data), 5))]
+    unnoticed = []
+    for place, bit in flips:
+        changed = data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+        file.write_bytes(changed)
+        with contextlib.suppress(RunError):
+            if RunFolder.open(run.path).manifest != before:
+                unnoticed.append(changed[place - 10 : place + 10])
+    assert unnoticed == []
 
 
 def test_results_that_were_changed_are_refused(run):

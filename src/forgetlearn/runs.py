@@ -30,6 +30,7 @@ from forgetlearn.errors import ForgetLearnError, RunError, some, without_secrets
 log = logging.getLogger("forgetlearn")
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of the manifest: since 2 it always holds a hash of itself
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
 HISTORY = "forgetlearn.json"  # the updates that made a model
 VERSIONED = ("forgetlearn", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy")
@@ -84,7 +85,7 @@ class RunFolder:
         with naming(path):
             path.mkdir(parents=True, exist_ok=True)
         manifest = {
-            "format": 1,
+            "format": FORMAT,
             "command": command_line(),
             "config": config,
             "inputs": inputs,
@@ -114,8 +115,9 @@ class RunFolder:
         manifest = read_json(file)
         if not {"config", "inputs", "versions", "stages"} <= manifest.keys():
             raise RunError(f"{file} was not written by forgetlearn.")
-        written = manifest.pop("sha256", None)  # none in manifests of earlier versions
-        if written not in (None, hash_of(manifest)):
+        written = manifest.pop("sha256", None)
+        may_lack = written is None and manifest.get("format", 1) == 1  # else a flipped bit in its name would hide it
+        if not may_lack and written != hash_of(manifest):
             raise RunError(f"{file} was changed or damaged: its hash is another. Bring it back, or begin a new run.")
         return cls(Path(path), manifest)
 
