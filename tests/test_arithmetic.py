@@ -261,6 +261,29 @@ def test_a_coefficient_that_is_none_is_refused(tmp_path, coef, message):
         apply_vector(tmp_path / "b", tmp_path / "o", tmp_path / "x", float("nan"))
 
 
+def test_factors_that_name_nothing_that_moves_are_refused(tmp_path):
+    base, tuned = pair()
+    b, t = write(tmp_path / "b", base), write(tmp_path / "t", tuned)
+    whole = next(name for name, weight in base.items() if weight.is_floating_point())
+    for factors, message in [
+        ({"no.such": 1.0}, "no.such: not stored in"),
+        ({whole: float("inf")}, "must be finite"),
+        ({}, "moves none of"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            subtract_folders(b, tmp_path / "o", 0.3, tuned=t, factors=factors)
+    assert not (tmp_path / "o").exists()
+
+
+def test_chat_templates_beside_the_base_come_along(tmp_path):
+    base, tuned = pair()
+    b, t = write(tmp_path / "b", base), write(tmp_path / "t", tuned)
+    (b / "additional_chat_templates").mkdir()
+    (b / "additional_chat_templates/tool.jinja").write_text("{{ messages }}")
+    subtract_folders(b, tmp_path / "o", 0.3, tuned=t)
+    assert (tmp_path / "o/additional_chat_templates/tool.jinja").read_text() == "{{ messages }}"
+
+
 def test_places_that_are_one_or_in_each_other_are_refused(tmp_path):
     base, tuned = pair()
     b, t = write(tmp_path / "b", base), write(tmp_path / "t", tuned)
@@ -388,4 +411,5 @@ def test_the_commands(tmp_path, capsys):
     assert main(["vector", "--base", b, "--tuned", t, "--output", str(tmp_path / "v")]) == 0
     assert main(["apply", str(tmp_path / "v"), *common, "--factor", "-0.3", "--overwrite"]) == 0
     assert equal_bits(read(tmp_path / "o"), subtract(base, read(Path(t)), 0.3))
-    capsys.readouterr()
+    assert main(["apply", str(tmp_path / "v"), *common, "--merge", "--overwrite"]) == 2
+    assert "--merge is for runs" in capsys.readouterr().err

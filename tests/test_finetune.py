@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 from unittest import mock
@@ -28,6 +29,30 @@ def trained(lm, settings=SETTINGS, seed=0, n=10, **options):
 
 def distance(one, two):
     return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (None, "no DeepSpeed config in JSON: .*No such file"),
+        ("[]", "no DeepSpeed config in JSON"),
+        ('{"zero_optimization": {"stage": 3}}', "ZeRO stage 3 splits the weights. Use --shard"),
+        ('{"bf16": {"enabled": true}}', "bf16 makes the trained weights half precision"),
+        ('{"zero_optimization": {"stage": 2}}', '"gradient_clipping": "auto"'),
+        ('{"gradient_clipping": "auto"}', None),
+    ],
+)
+def test_what_deepspeed_may_not_be_asked_for(tmp_path, monkeypatch, written, says):
+    file = tmp_path / "ds.json"
+    if written:
+        file.write_text(written)
+    settings = SETTINGS.model_copy(update={"deepspeed": str(file)})
+    monkeypatch.setattr(forgetlearn.finetune.importlib.util, "find_spec", lambda _name: True)
+    with pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext():
+        forgetlearn.finetune.check_deepspeed(settings)
+    monkeypatch.setattr(forgetlearn.finetune.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises((ConfigError, MissingExtraError), match=r"forgetlearn\[deepspeed\]"):
+        forgetlearn.finetune.check_deepspeed(settings)
 
 
 def test_a_stage_learns_its_answers(lm):

@@ -104,6 +104,16 @@ def test_a_damaged_chain_is_an_error(tmp_path, text):
         history.chain_of(tmp_path)
 
 
+def test_the_product_of_what_has_none(twice, tmp_path):
+    run = shutil.copytree(twice / "second", tmp_path / "run")
+    shutil.rmtree(run / "model")
+    with pytest.raises(RunError, match="its product model/ is gone"):
+        history.product_of(run)
+    (run / "summary.json").write_text('{"product": null}')
+    with pytest.raises(RunError, match="holds scores, not an update"):
+        history.product_of(run)
+
+
 def test_a_half_told_update_is_an_error():
     with pytest.raises(RunError, match="the update of now is damaged"):
         history.describe({"when": "now", "facts": {}})

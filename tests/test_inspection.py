@@ -2,13 +2,14 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from forgetlearn.arithmetic import save_vector, subtract_folders
 from forgetlearn.cli import main
 from forgetlearn.errors import ConfigError, WeightMismatchError
 from forgetlearn.inspection import inspect_change, place_of
 
+WEIGHTS = "model.safetensors"
 NAMES = ["embed.weight", "layers.0.mlp.up.weight", "layers.1.mlp.up.weight", "layers.1.norm.weight"]
 
 
@@ -119,6 +120,13 @@ def test_what_cannot_be_inspected_is_refused(folders, tmp_path):
     write(tmp_path / "strange", {"x": torch.ones(2)})
     write(tmp_path / "stranger", {"x": torch.zeros(2)})
     save_vector(tmp_path / "strange", tmp_path / "stranger", tmp_path / "v-strange")
+    write(tmp_path / "part", {NAMES[0]: torch.ones(2, 2)})
+    write(tmp_path / "part2", {NAMES[1]: torch.ones(2, 2)})
+    for part in ("part", "part2"):
+        write(tmp_path / f"{part}-tuned", {name: w + 1 for name, w in load_file(tmp_path / part / WEIGHTS).items()})
+        save_vector(tmp_path / part, tmp_path / f"{part}-tuned", tmp_path / f"v-{part}")
+    with pytest.raises(WeightMismatchError, match="move no tensor in common"):
+        inspect_change(tmp_path / "v-part", other=tmp_path / "v-part2", base=folders / "b")
     with pytest.raises(WeightMismatchError, match="only in vector"):
         inspect_change(folders / "v-one", other=tmp_path / "v-strange")
 

@@ -236,7 +236,7 @@ def test_an_update_goes_on_after_a_stage_with_as_many_processes(update, shard):
     for stage in ("learn", "score_updated"):
         del manifest["stages"][stage]
     del manifest["finished"]
-    runs.write_json(done / "manifest.json", manifest)
+    runs.RunFolder(done, manifest).note()  # with its new hash
     command = [*manifest["command"][1:], "--resume"]
     fewer = forgetlearn(1, *command, code=2)
     assert ("there is one process" if shard else "inputs.processes = 2, now it is None") in fewer

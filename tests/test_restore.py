@@ -43,6 +43,19 @@ def moved(made, tmp_path) -> Path:
     return root
 
 
+def test_an_adapter_of_a_run_that_taught_belongs_on_the_taught_model(made, tmp_path):
+    run = Path(shutil.copytree(made / "lora", tmp_path / "run"))
+    manifest = runs.read_json(run / "manifest.json")
+    manifest["config"]["teach"]["epochs"] = 1
+    runs.RunFolder(run, manifest).note()
+    with pytest.raises(RunError, match="belongs on the taught model taught/, which is gone"):
+        restore.apply_run(run, made / "base", tmp_path / "out")
+    shutil.copytree(made / "whole/model", run / "taught")
+    with pytest.raises(ModelError, match=r"belongs on the taught model. Pass --base .*taught"):
+        restore.apply_run(run, made / "base", tmp_path / "out")
+    assert "copied" in restore.apply_run(run, run / "taught", tmp_path / "out")
+
+
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
 

@@ -244,6 +244,14 @@ def test_a_folder_inside_what_is_read_is_refused(tmp_path):
         runs.check_output(tmp_path / "base/new", resume=False, overwrite=False, inputs=["org/name", tmp_path / "base"])
 
 
+def test_an_output_that_is_a_file_and_both_flags_are_refused(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match=r"is a file\. Give a folder"):
+        runs.check_output(tmp_path / "file", resume=False, overwrite=False)
+    with pytest.raises(RunError, match="not both"):
+        runs.check_output(run.path, resume=True, overwrite=True)
+
+
 def test_resume_refuses_a_folder_without_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(RunError, match="holds no run to go on with"):
