@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -95,6 +96,21 @@ class TestPlainText:
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
         with pytest.raises(FactError, match="no token for any part of the prompt 'ä'"):
             Encoder(tokenizer).encode("ä", "a")
+
+
+def test_many_texts_at_once_are_each_as_alone(char_tokenizer, monkeypatch):
+    monkeypatch.setattr("forgetlearn.encoding.AT_ONCE", 2)
+    encoder = Encoder(char_tokenizer, max_length=6)
+    pairs = [("a", "b"), ("a", " c"), ("", "b"), ("b", "c"), ("a", "b"), ("abc", "abc")]
+    found = encoder.encode_all(pairs, end=True)
+    assert list(found) == list(dict.fromkeys(pairs))
+    for pair, text in found.items():
+        if isinstance(text, Encoded):
+            assert text == encoder.encode(*pair, end=True)
+        else:
+            with pytest.raises(FactError, match=re.escape(str(text))):
+                encoder.encode(*pair, end=True)
+    assert [isinstance(text, Encoded) for text in found.values()] == [True, True, False, True, False]
 
 
 class TestMergesAcrossTheBoundary:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from forgetlearn import attention
 from forgetlearn.encoding import Encoded
 from forgetlearn.errors import ModelError
 from forgetlearn.forward import (
     IGNORE,
+    _mask,
     answer_logits,
     choose_layout,
     fitting_threads,
@@ -229,14 +233,24 @@ SHARING = [Encoded((5, 6, 7, 8), 2), Encoded((5, 6, 9), 2), Encoded((4, 2), 1)]
 
 
 class TestSharedBeginnings:
-    def test_a_beginning_stands_once_and_sees_only_its_own_text(self):
-        inputs, positions, which = share(SHARING)
-        assert inputs["input_ids"].tolist() == [[5, 6, 7, 4]]  # the last token of a text predicts nothing
-        assert inputs["position_ids"].tolist() == [[0, 1, 2, 0]]
-        sees = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
-        assert inputs["attention_mask"][0, 0].int().tolist() == sees
-        assert positions.tolist() == [1, 2, 3]
-        assert which.tolist() == [0, 1, 0, 2]  # 7 and 9 are predicted at the same place
+    def test_a_beginning_stands_once(self):
+        row = share(SHARING)
+        assert row.input_ids.tolist() == [[5, 6, 7, 4]]  # the last token of a text predicts nothing
+        assert row.position_ids.tolist() == [[0, 1, 2, 0]]
+        assert row.paths == [[0, 1, 2], [3]]  # 5 6 is a part of the first
+        assert row.positions.tolist() == [1, 2, 3]
+        assert row.which.tolist() == [0, 1, 0, 2]  # 7 and 9 are predicted at the same place
+
+    def test_a_token_sees_only_its_own_text(self):
+        row = share([*SHARING, Encoded((5, 8, 8), 1)])
+        assert row.paths == [[0, 1, 2], [3], [0, 4]]
+        sees = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [1, 0, 0, 0, 1]]
+        assert (_mask(row, torch.float32)[0, 0] == 0).int().tolist() == sees
+
+    def test_long_texts_stand_in_rows_of_their_own(self):
+        texts = {"long": Encoded(tuple(range(9)), 1), "a": Encoded((1, 2), 1), "b": Encoded((3, 2), 1)}
+        assert shared_rows(texts, max_texts=9, max_tokens=99) == [["a", "b", "long"]]
+        assert shared_rows(texts, max_texts=9, max_tokens=9) == [["a", "b"], ["long"]]
 
     def test_rows_keep_both_limits(self):
         texts = dict(enumerate(SHARING))
@@ -245,16 +259,32 @@ class TestSharedBeginnings:
         assert shared_rows(texts, max_texts=9, max_tokens=2) == [[2], [0], [1]]  # too long a text stands alone
         assert shared_rows({}, 9, 9) == []
 
-    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "mamba"])
+    @pytest.mark.parametrize(
+        ("family", "by_text", "layout"),
+        [
+            ("llama", True, "shared_by_text"),
+            ("llama", False, "shared"),
+            ("gpt2", True, "shared_by_text"),
+            ("qwen2", True, "shared_by_text"),
+            ("gemma2", True, "shared"),  # its attention is eager
+            ("opt", True, "shared_by_text"),
+            ("mamba", True, "padded"),
+        ],
+    )
     @torch.no_grad()
-    def test_logits_are_those_of_each_text_alone_or_it_is_not_chosen(self, family, tiny_model):
+    def test_logits_are_those_of_each_text_alone_or_it_is_not_chosen(self, family, by_text, layout, tiny_model):
         model, cpu = tiny_model(family), torch.device("cpu")
         texts = [Encoded((5, 6, 7, 8, 9, 10, 11), 3), Encoded((5, 6, 7, 20, 21), 3), Encoded((5, 30, 31), 1)]
-        layout = choose_layout(model, texts, 0, cpu, "shared")
-        assert layout == ("padded" if family == "mamba" else "shared")
         alone = torch.cat([read_logits(model, [text], "padded", 0, cpu)[0] for text in texts])
-        logits, which = read_logits(model, texts, layout, 0, cpu)
+        with attention.by_text(model) if by_text else nullcontext():
+            assert choose_layout(model, texts, 0, cpu, "shared") == layout
+            logits, which = read_logits(model, texts, layout, 0, cpu)
         assert torch.allclose(logits[which], alone, atol=1e-4)
+
+    def test_a_window_shorter_than_a_text_is_found_out(self, tiny_model):
+        model = tiny_model("mistral", sliding_window=4)  # neither way knows of it
+        with attention.by_text(model):
+            assert choose_layout(model, TEXTS, 0, CPU, "shared") == "padded"
 
     def test_a_model_that_ignores_the_mask_is_found_out(self, tiny_model, monkeypatch):
         model = tiny_model()

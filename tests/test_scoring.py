@@ -163,12 +163,25 @@ def test_a_model_agrees_with_itself_and_not_with_another(lm, tiny_model, char_to
     assert rows_of(changed, "agreement")[0]["locality"] is None
 
 
+@pytest.mark.parametrize("protocols", [("token",), ("token", "prefer")])
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
 @torch.no_grad()
-def test_logits_that_are_not_finite_are_counted_not_scored(lm):
-    reading = Scorer(lm)._read_batch([lm.encoder.encode("a", "b")])[0]
+def test_logits_that_are_not_finite_are_counted_not_scored(lm, protocols, damage):
+    scorer = Scorer(lm, EvaluateSettings(protocols=protocols))
+    reading = scorer._read_batch([lm.encoder.encode("a", "b")])[0]
     assert isinstance(reading, Reading)
-    lm.model.lm_head.weight[5] = float("nan")
-    assert isinstance(Scorer(lm)._read_batch([lm.encoder.encode("a", "b")])[0], Failure)
+    assert (reading.logprob is None) == (protocols == ("token",))
+    lm.model.lm_head.weight[5] = damage
+    assert isinstance(scorer._read_batch([lm.encoder.encode("a", "b")])[0], Failure)
+
+
+def test_texts_are_read_with_attention_text_by_text_and_the_model_is_left_as_it_was(lm, monkeypatch):
+    layouts = []
+    original = scoring.read_logits
+    monkeypatch.setattr(scoring, "read_logits", lambda *args: layouts.append(args[2]) or original(*args))
+    scoring.score(lm, FACTS, phase="base", settings=EvaluateSettings(protocols=("token",)))
+    assert layouts == ["shared_by_text"]
+    assert lm.model.config._attn_implementation == "sdpa"
 
 
 def test_each_distinct_text_is_read_once(lm, monkeypatch):

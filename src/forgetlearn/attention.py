@@ -1,6 +1,6 @@
 """Attention within each text of a packed row: no mask, and no work between texts that must not see each other.
 
-transformers' own way is a block-diagonal mask over the whole row, quadratic in its length. Here queries, keys
+transformers' own way is a mask over the whole row, quadratic in its length. Here queries, keys
 and values are laid out as a row per text, padded at the end, for the attention alone: it is causal, so no
 text sees its padding. Everything else in a model treats tokens one by one and stays packed.
 Shapes: B texts of at most L tokens, T tokens in all, H heads, D width of a head.
@@ -8,7 +8,7 @@ Shapes: B texts of at most L tokens, T tokens in all, H heads, D width of a head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,24 @@ def places(position_ids: Tensor) -> dict[str, Tensor]:
     return {
         "text_tokens": text_tokens,
         "token_places": token_places,
+        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+    }
+
+
+def places_of(paths: Sequence[list[int]]) -> dict[str, Tensor]:
+    """The same for texts that share beginnings: `paths` are the places in the row of each one's tokens.
+
+    A token that several share is taken from the first; it is the same in all, for it sees the same before it.
+    """
+    longest = max(map(len, paths))
+    text_tokens = [path + path[-1:] * (longest - len(path)) for path in paths]
+    first: dict[int, int] = {}
+    for start, path in zip(range(0, len(paths) * longest, longest), paths, strict=True):
+        for place, token in enumerate(path, start):
+            first.setdefault(token, place)
+    return {
+        "text_tokens": torch.tensor(text_tokens),
+        "token_places": torch.tensor([first[token] for token in range(len(first))]),
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
     }
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ChatTemplate = Literal["auto", "on", "off"]
+AT_ONCE = 1000  # pairs in a call of the tokenizer, which holds much more than their ids
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,40 @@ class Encoder:
             FactError: the prompt or the answer is empty, the two cannot be told apart in token ids, or
                 they are longer than the model's context.
         """
+        found = self.encode_all([(prompt, answer)], end=end)[prompt, answer]
+        if isinstance(found, FactError):
+            raise found
+        return found
+
+    def encode_all(
+        self, pairs: Iterable[tuple[str, str]], *, end: bool = False
+    ) -> dict[tuple[str, str], Encoded | FactError]:
+        """What `encode` gives or raises for each distinct (prompt, answer); a prompt is tokenised once."""
+        found: dict[tuple[str, str], Encoded | FactError] = {}
+        pairs = list(dict.fromkeys(pairs))
+        for start in range(0, len(pairs), AT_ONCE):
+            some = pairs[start : start + AT_ONCE]
+            whole_ones = [(prompt, answer) for prompt, answer in some if prompt.strip() and answer.strip()]
+            prompts = {prompt: self.prompt_text(prompt) for prompt, _answer in whole_ones}
+            texts = [prompts[prompt] + self._joint + answer.strip() for prompt, answer in whole_ones]
+            ids = iter(self._tokenize_all([*prompts.values(), *texts]))
+            before = {prompt: self._first_ids + next(ids) for prompt in prompts}
+            whole = {pair: self._first_ids + next(ids) for pair in whole_ones}
+            for pair in some:
+                try:
+                    found[pair] = self._encoded(*pair, before.get(pair[0], []), whole.get(pair, []), end)
+                except FactError as error:
+                    found[pair] = error
+        return found
+
+    def _encoded(self, prompt: str, answer: str, before: list[int], whole: list[int], end: bool) -> Encoded:
+        """See `encode`; `before` are the ids of the prompt, `whole` those of both."""
         answer = answer.strip()
         if not prompt.strip() or not answer:
             raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
-        before = self.prompt_ids(prompt)
         if not before:
             raise FactError(f"the tokenizer has no token for any part of the prompt {prompt!r}.")
-        ids = before + self._answer_ids(prompt, answer, before) + (self.end_ids if end else [])
+        ids = before + self._answer_ids(prompt, answer, before, whole) + (self.end_ids if end else [])
         if self.max_length and len(ids) > self.max_length:
             raise FactError(
                 f"prompt and answer are {len(ids)} tokens, the model's context is {self.max_length} "
@@ -104,9 +132,7 @@ class Encoder:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def _answer_ids(self, prompt: str, answer: str, before: list[int]) -> list[int]:
-        text = self.prompt_text(prompt) + self._joint + answer
-        whole = self._first_ids + self._tokenize(text)
+    def _answer_ids(self, prompt: str, answer: str, before: list[int], whole: list[int]) -> list[int]:
         if whole[: len(before)] == before and len(whole) > len(before):
             return whole[len(before) :]
         # The last token of the prompt merged with the first of the answer. Tokenised apart they say the
@@ -122,6 +148,10 @@ class Encoder:
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _tokenize_all(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return ids
 
     def _tokenizer_text(self, ids: Sequence[int]) -> str:
@@ -162,12 +192,10 @@ def check_lengths(encoder: Encoder, pairs: Iterable[tuple[str, str, str]]) -> No
     Raises:
         FactError: before any training starts.
     """
-    problems = []
-    for where, prompt, answer in pairs:
-        try:
-            encoder.encode(prompt, answer, end=True)
-        except FactError as error:
-            problems.append(f"{where}: {error}")
+    asked = list(pairs)
+    found = encoder.encode_all(((prompt, answer) for _where, prompt, answer in asked), end=True)
+    texts = ((where, found[prompt, answer]) for where, prompt, answer in asked)
+    problems = [f"{where}: {text}" for where, text in texts if isinstance(text, FactError)]
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise FactError("\n".join(problems[:5]) + more)

@@ -1,9 +1,10 @@
 """Encoded texts to logits at answer positions: the only place that lays out batches.
 
-Four layouts give the same logits. `packed`: all texts in one row with restarting position ids, no
+Five layouts give the same logits. `packed`: all texts in one row with restarting position ids, no
 padding at all; attention runs text by text, or under a block-diagonal mask, which transformers builds only
-when there is no attention mask and no cache. `shared`: one row too, in which a beginning that several texts
-share stands once. `padded`: one row a text, padding on the left. `single`: one text a forward pass.
+when there is no attention mask and no cache. `shared_by_text` and `shared`: one row too, in which a beginning
+that several texts share stands once; attention runs text by text, or under a mask. `padded`: one row a text,
+padding on the left. `single`: one text a forward pass.
 Shapes: B batch, T tokens, K answer positions, V vocabulary.
 """
 
@@ -13,6 +14,8 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from statistics import median
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -25,11 +28,12 @@ from forgetlearn.errors import ModelError
 from forgetlearn.linear import fast_linear_layers
 
 K = TypeVar("K")
-Layout = Literal["packed", "shared", "padded", "single"]
+Layout = Literal["packed", "shared_by_text", "shared", "padded", "single"]
 IGNORE = -100
-# The mask of a shared row is quadratic in its length: 384 tokens were the fastest on a CPU (128 to 512 tried).
-ROW_TOKENS = {"cpu": 384}
+# Of 192 to 1,024 tokens in a row of shared beginnings 512 were the fastest on a CPU, text by text.
+ROW_TOKENS = {"cpu": 512}
 GPU_ROW_TOKENS = 2048
+LONG = 1.5  # times the median length
 SMALL_MODEL = 20_000_000  # parameters
 # Two layouts sum in another order. Root mean square of what that does to the logits, as a share of their
 # standard deviation: 1e-6 in float32, up to 0.02 in bfloat16 (24 layers); a wrong mask does 0.3 to 1.2.
@@ -64,11 +68,16 @@ def pack(texts: Sequence[Encoded]) -> Batch:
 
 
 def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> list[list[K]]:
-    """The texts' keys in rows of neighbours by their ids, as `share` reads them, each within both limits."""
+    """The texts' keys in rows of neighbours by their ids, as `share` reads them, each within both limits.
+
+    Texts that are much longer than most stand apart: text by text, attention to a row costs as if all were as long as
+    its longest.
+    """
     rows: list[list[K]] = []
     size = 0
     before: tuple[int, ...] = ()
-    for key in sorted(texts, key=lambda key: texts[key].ids):
+    long = LONG * median(len(text.ids) for text in texts.values()) if texts else 0
+    for key in sorted(texts, key=lambda key: (len(texts[key].ids) > long, texts[key].ids)):
         ids = texts[key].ids[:-1]
         new = len(ids) - _common(ids, before)
         if not rows or len(rows[-1]) == max_texts or size + new > max_tokens:
@@ -79,57 +88,75 @@ def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> 
     return rows
 
 
-def share(texts: Sequence[Encoded]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+@dataclass(frozen=True)
+class SharedRow:
     """One row (1, T) in which a beginning that several texts share stands once.
 
-    Each token sees itself and what stands before it in its own text, whichever texts that is part of. The
-    last token of a text is left out: nothing is predicted from it. Also gives the positions (K,) whose
-    logits are wanted, and for each answer token of the texts, one after the other, which of them it is (N,).
+    `paths` are the places of each text's tokens in the row; a text that is part of an earlier one has none of its
+    own. `positions` (K,) are the places whose logits are wanted, and `which` (N,) says for each answer token of the
+    texts, one after the other, which of them predicts it.
     """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    paths: list[list[int]]
+    positions: Tensor
+    which: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Of the model, without what says which tokens see each other."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+
+
+def share(texts: Sequence[Encoded]) -> SharedRow:
+    """The texts as one row. The last token of each is left out: nothing is predicted from it."""
     places: dict[tuple[int, int], int] = {}  # (place of the token before it, token) -> place in the row
     ids: list[int] = []
     depths: list[int] = []
-    before: list[int] = []
+    paths: list[list[int]] = []
     asked: list[int] = []
     for text in texts:
-        place = -1
-        for depth, token in enumerate(text.ids[:-1]):
-            at = places.setdefault((place, token), len(ids))
-            if at == len(ids):
+        path: list[int] = []
+        place, known = -1, len(ids)
+        for token in text.ids[:-1]:
+            place = places.setdefault((place, token), len(ids))
+            if place == len(ids):
                 ids.append(token)
-                depths.append(depth)
-                before.append(place)
-            place = at
-            if depth >= text.n_prompt_tokens - 1:
-                asked.append(place)
-    sees = np.eye(len(ids), dtype=bool)
-    for place, previous in enumerate(before):
-        if previous >= 0:
-            sees[place] |= sees[previous]
+                depths.append(len(path))
+            path.append(place)
+        if len(ids) > known:
+            paths.append(path)
+        asked += path[text.n_prompt_tokens - 1 :]
     positions, which = torch.unique(torch.tensor(asked, dtype=torch.long), return_inverse=True)
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([depths]),
-        "attention_mask": torch.from_numpy(sees)[None, None],
-    }
-    return inputs, positions, which
+    return SharedRow(torch.tensor([ids]), torch.tensor([depths]), paths, positions, which)
 
 
 def read_logits(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Logits (K, V), and which of them predicts each answer token of the texts, one after the other (N,)."""
-    if layout != "shared":
+    if layout not in ("shared", "shared_by_text"):
         logits = _flat_logits(model, pad_left(texts, pad_id), device)
         return logits, torch.arange(len(logits), device=device)
-    inputs, positions, which = share(texts)
+    row = share(texts)
+    inputs = row.inputs()
+    if layout == "shared_by_text":
+        inputs |= attention.places_of(row.paths)
+    else:
+        inputs["attention_mask"] = _mask(row, next(w.dtype for w in model.parameters() if w.is_floating_point()))
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    unseen = ~inputs["attention_mask"]
-    inputs["attention_mask"] = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(
-        unseen, torch.finfo(dtype).min
-    )
-    return answer_logits(model, inputs, positions.to(device))[0], which.to(device)
+    return answer_logits(model, inputs, row.positions.to(device))[0], row.which.to(device)
+
+
+def _mask(row: SharedRow, dtype: torch.dtype) -> Tensor:
+    """(1, 1, T, T), 0 where a token sees another: itself and what stands before it in its text, else the minimum."""
+    length = row.input_ids.shape[1]
+    sees = np.zeros((length, length), dtype=bool)
+    for path in row.paths:
+        for depth, place in enumerate(path):
+            sees[place, path[: depth + 1]] = True
+    unseen = ~torch.from_numpy(sees)
+    return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, torch.finfo(dtype).min)[None, None]
 
 
 def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
@@ -200,7 +227,12 @@ def fitting_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the arguments that the causal language model itself takes, through any wrapper."""
-    return frozenset(inspect.signature(type(attention.plain(model)).forward).parameters)
+    return _parameters(type(attention.plain(model)).forward)
+
+
+@cache
+def _parameters(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 @torch.no_grad()
@@ -213,7 +245,8 @@ def choose_layout(
 ) -> Layout:
     """`best`, or the next layout whose logits are those of each text by itself, tried on up to four texts.
 
-    A batch that is too long to be packed is padded, so `packed` means that both are right.
+    A batch that is too long to be packed is padded, so `packed` means that both are right. `shared` is
+    `shared_by_text` where the model was switched to that (`attention.by_text`).
 
     Raises:
         ModelError: the model's logits are not finite.
@@ -227,10 +260,10 @@ def choose_layout(
         alone = torch.cat([_flat_logits(model, pad_left([text], pad_id), device) for text in sample])
         if not torch.isfinite(alone).all():
             raise ModelError("The model's logits are not finite (NaN or infinite). Are its weights damaged?")
+        if best == "shared" and (sharing := _sharing(model, sample, alone, pad_id, device)):
+            return sharing
         if not _agree(_flat_logits(model, pad_left(sample, pad_id), device), alone):
             return "single"
-        if best == "shared":
-            return "shared" if _can_share(model, sample, pad_id, device) else "padded"
         if best == "packed" and _agree(_flat_logits(model, pack(sample), device), alone):
             return "packed"
         return "padded"
@@ -274,19 +307,27 @@ def _sample(texts: Sequence[Encoded]) -> list[Encoded]:
     return [by_length[index] for index in spread]
 
 
-def _can_share(model: nn.Module, sample: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:
-    """Whether texts that share beginnings get the logits that they get alone (each is tried with a sibling)."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
-        return False  # the others take no mask of this form
+def _sharing(
+    model: nn.Module, sample: Sequence[Encoded], alone: Tensor, pad_id: int, device: torch.device
+) -> Layout | None:
+    """The layout in which texts that share beginnings with others get the logits (N, V) that they get alone.
+
+    Each of the sample follows a sibling that begins as it does and ends as it does not.
+    """
+    own = attention.implementation(model)
+    layouts: dict[Layout, bool] = {
+        "shared_by_text": own == attention.BY_TEXT,
+        "shared": own in ("sdpa", "eager", attention.BY_TEXT),  # the others take no mask of this form
+    }
     siblings = [Encoded(t.ids[: len(t.ids) // 2] + t.ids[len(t.ids) // 2 :][::-1], t.n_prompt_tokens) for t in sample]
-    texts = [*sample, *siblings]
-    alone = torch.cat([_flat_logits(model, pad_left([text], pad_id), device) for text in texts])
-    try:
-        logits, which = read_logits(model, texts, "shared", pad_id, device)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False  # a model that cannot take such a mask fails in its own way
-    return _agree(logits[which], alone)
+    for layout in (layout for layout, possible in layouts.items() if possible):
+        try:
+            logits, which = read_logits(model, [*siblings, *sample], layout, pad_id, device)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue  # a model that cannot take such a row fails in its own way
+        if _agree(logits[which[-len(alone) :]], alone):
+            return layout
+    return None
 
 
 def _common(ids: Sequence[int], others: Sequence[int]) -> int:

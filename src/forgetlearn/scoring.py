@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from forgetlearn import metrics, processes, sharding
+from forgetlearn import attention, metrics, processes, sharding
 from forgetlearn.config import EvaluateSettings, ForgetSettings
 from forgetlearn.encoding import Encoded
 from forgetlearn.errors import FactError, ModelError
@@ -40,7 +40,7 @@ class Reading:
 
     wanted: tuple[int, ...]
     predicted: tuple[int, ...]
-    logprob: float  # mean natural log-probability per answer token
+    logprob: float | None  # mean natural log-probability per answer token; None where `prefer` is not asked for
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Scorer:
     def __init__(self, lm: LanguageModel, settings: EvaluateSettings | None = None, name: str = "scoring") -> None:
         self.lm, self.name = lm, name
         self.settings = settings or EvaluateSettings()
+        self.wants_logprobs = "prefer" in self.settings.protocols
         self.largest = self.settings.batch_size  # texts at once; less where memory has run out
         lm.to_device()
 
@@ -71,13 +72,14 @@ class Scorer:
         """A reading, or why there is none, for each distinct (prompt, answer)."""
         found: dict[Pair, Reading | Failure] = {}
         texts: dict[Pair, Encoded] = {}
-        for pair in dict.fromkeys(pairs):
-            try:
-                texts[pair] = self.lm.encoder.encode(*pair)
-            except FactError as error:
-                found[pair] = Failure(str(error))
+        for pair, text in self.lm.encoder.encode_all(pairs).items():
+            if isinstance(text, FactError):
+                found[pair] = Failure(str(text))
+            else:
+                texts[pair] = text
         self.lm.model.eval()
-        with sharding.no_gradients(self.lm.model), computing(self.lm.model, self.lm.device):
+        model = self.lm.model
+        with sharding.no_gradients(model), computing(model, self.lm.device), attention.by_text(model):
             layout = self._layout(texts.values(), "shared")
             for batch in self._shown(self._batches(texts, layout), "reading"):
                 readings = self._halving([texts[pair] for pair in batch], lambda some: self._read_batch(some, layout))
@@ -120,7 +122,7 @@ class Scorer:
 
     def _batches(self, texts: Mapping[K, Encoded], layout: Layout) -> list[list[K]]:
         """Keys in batches: neighbours that share their beginnings, or texts of like length."""
-        if layout == "shared":
+        if layout in ("shared", "shared_by_text"):
             room = ROW_TOKENS.get(self.lm.device.type, GPU_ROW_TOKENS)
             return shared_rows(texts, self.settings.batch_size, room)
         size = 1 if layout == "single" else self.settings.batch_size
@@ -165,18 +167,20 @@ class Scorer:
     def _read_batch(self, texts: Sequence[Encoded], layout: Layout = "padded") -> list[Reading | Failure]:
         logits, which = read_logits(self.lm.model, texts, layout, self.lm.pad_id, self.lm.device)
         wanted = torch.tensor([token for text in texts for token in text.answer_ids], device=logits.device)
-        # The sum of all, so that a NaN anywhere shows.
-        total = logits.float().logsumexp(dim=-1)[which]
-        logprobs = (logits[which, wanted].float() - total).cpu()
-        best = logits.argmax(dim=-1)[which].cpu()
-        lengths = [len(text.answer_ids) for text in texts]
-        rows = zip(texts, best.split(lengths), logprobs.split(lengths), strict=True)
-        return [
-            Reading(text.answer_ids, tuple(predicted.tolist()), float(logprob.mean()))
-            if bool(torch.isfinite(logprob).all())
-            else Failure("the model's logits are not finite")
-            for text, predicted, logprob in rows
-        ]
+        best = logits.argmax(dim=-1)
+        asked = logits[which, wanted].float()
+        # A NaN anywhere is the largest of its row, and makes the sum one.
+        against = logits.float().logsumexp(dim=-1) if self.wants_logprobs else logits.gather(-1, best[:, None])[:, 0]
+        logprobs = (asked - against[which]).cpu()
+        finite = torch.isfinite(logprobs).tolist()
+        numbers = zip(best[which].tolist(), logprobs.tolist(), finite, strict=True)
+        return [self._reading(text, [next(numbers) for _token in text.answer_ids]) for text in texts]
+
+    def _reading(self, text: Encoded, tokens: list[tuple[int, float, bool]]) -> Reading | Failure:
+        predicted, logprobs, finite = zip(*tokens, strict=True)
+        if not all(finite):
+            return Failure("the model's logits are not finite")
+        return Reading(text.answer_ids, predicted, sum(logprobs) / len(tokens) if self.wants_logprobs else None)
 
     def _say_batch(self, engine: Generator, prompts: Sequence[tuple[int, ...]]) -> list[Said]:
         ends = end_ids(self.lm)
@@ -335,7 +339,11 @@ def _preferences(fact: Fact, read: Mapping[Pair, Reading | Failure]) -> dict[str
         one, two = read[prompt, first], read[prompt, second]
         if isinstance(one, Failure):
             return one
-        return two if isinstance(two, Failure) else metrics.preference(one.logprob, two.logprob)
+        if isinstance(two, Failure):
+            return two
+        assert one.logprob is not None, "read without `prefer`"
+        assert two.logprob is not None, "read without `prefer`"
+        return metrics.preference(one.logprob, two.logprob)
 
     old, new = fact.ground_truth, fact.target_new
     if not old:
