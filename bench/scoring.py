@@ -7,9 +7,9 @@ sides must be equal, fact by fact. The other side is EasyEdit's definition writt
 record: for each of the three probes the whole text is tokenised twice and the prompt once, padding is counted, the
 model gives logits at all positions in one forward pass, and the argmax of all of them is cut to the answer. The
 scores of the model before the update, which it computes at another time, are not counted on either side. The floors
-are forward passes alone over the distinct texts, which were encoded and laid out beforehand, with attention text by text
-and logits at the answers only: rows in which a beginning that several share stands once, as forgetlearn reads them,
-and packed rows of 48 whole texts (the fastest of 16, 32 and 48). The last line is the ratio.
+are forward passes alone over the distinct texts, which were encoded and laid out beforehand, with attention text by
+text and logits at the answers only: rows in which a beginning that several share stands once, as forgetlearn reads
+them, and packed rows of 48 whole texts (the fastest of 16, 32 and 48). The last line is the ratio.
 """
 
 from __future__ import annotations
