@@ -241,6 +241,22 @@ class TestSharedBeginnings:
         assert row.positions.tolist() == [1, 2, 3]
         assert row.which.tolist() == [0, 1, 0, 2]  # 7 and 9 are predicted at the same place
 
+    def test_rows_are_rounded_up_by_a_text_that_nobody_asks(self, tiny_model):
+        row = share(SHARING, 3)
+        assert row.input_ids.tolist() == [[5, 6, 7, 4, 5, 5]]
+        assert row.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+        assert row.paths == [[0, 1, 2], [3], [4, 5]]
+        assert (row.positions.tolist(), row.which.tolist()) == ([1, 2, 3], [0, 1, 0, 2])
+        assert share(SHARING, 2).positions.tolist() == [1, 2, 3, 3]
+        model, lengths = tiny_model(), []
+        model.model.register_forward_pre_hook(
+            lambda _, __, kw: lengths.append(kw["position_ids"].numel()), with_kwargs=True
+        )
+        model.lm_head.register_forward_hook(lambda _, __, out: lengths.append(out.shape[1]))
+        for texts in (SHARING, TEXTS):
+            read_logits(model, texts, "shared", 0, CPU)
+        assert lengths == [32, 32, 32, 32]
+
     def test_a_token_sees_only_its_own_text(self):
         row = share([*SHARING, Encoded((5, 8, 8), 1)])
         assert row.paths == [[0, 1, 2], [3], [0, 4]]
