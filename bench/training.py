@@ -6,8 +6,9 @@ Prompt -> new answer, loss on the answer only, batches of 32 in random order, al
 milliseconds per step, set-up included. All sides draw the same batches and must end at the same loss. SFTTrainer "as
 it comes" has the rate, the seed and float32 set and nothing else, so it computes activations twice
 (checkpointing); its padding_free mode is given without. The floor is forward, backward, clipping and fused AdamW on the
-same packed rows with the same attention, made beforehand, without Trainer. TRL's sides are left out where it is
-not installed (pip install 'forgetlearn[bench]'). The last line is the ratio.
+same packed rows with the same attention, made beforehand, without Trainer; it is also run without clipping and AdamW.
+TRL's sides are left out where it is not installed (pip install 'forgetlearn[bench]'), or with
+--without-trl. The last line is the ratio.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from forgetlearn.forward import IGNORE, Batch, answer_logits, attention_by_text,
 
 STAGE = StageSettings(epochs=1, batch_size=32, learning_rate=1e-3)
 PADDED, OURS, FLOOR = "Trainer, right-padded, full logits", "forgetlearn.finetune", "floor: bare steps, packed"
+BARER = "forward and backward alone, packed"
 TRL, TRL_FREE = "TRL SFTTrainer, as it comes", "TRL padding_free, no checkpointing"
 HAS_TRL = importlib.util.find_spec("trl") is not None
 CPU = torch.device("cpu")
@@ -44,7 +46,8 @@ CPU = torch.device("cpu")
 class Bench:
     """The same epoch in several ways; each leaves its mean loss per step in `loss`."""
 
-    def __init__(self, facts_file: Path, limit: int) -> None:
+    def __init__(self, facts_file: Path, limit: int, with_trl: bool) -> None:
+        self.with_trl = with_trl
         torch.set_num_threads(1)
         self.tokenizer = tokenizer_of(read_facts(facts_file))
         self.model = small_llama(self.tokenizer)
@@ -57,8 +60,8 @@ class Bench:
         self.loss: dict[str, float] = {}
 
     def variants(self) -> dict[str, Callable[[], Callable[[], None]]]:
-        trl = {TRL: lambda: self.trl(TRL), TRL_FREE: lambda: self.trl(TRL_FREE)} if HAS_TRL else {}
-        return {**trl, PADDED: self.padded, OURS: self.ours, FLOOR: self.floor}
+        trl = {TRL: lambda: self.trl(TRL), TRL_FREE: lambda: self.trl(TRL_FREE)} if self.with_trl else {}
+        return {**trl, PADDED: self.padded, OURS: self.ours, FLOOR: self.floor, BARER: lambda: self.floor(False)}
 
     def _reset(self) -> None:
         self.model.load_state_dict(self.start)
@@ -148,19 +151,24 @@ class Bench:
 
         return run
 
-    def floor(self) -> Callable[[], None]:
-        """The arithmetic of the same steps on the batches that Trainer drew; nothing is made or logged."""
+    def floor(self, updates: bool = True) -> Callable[[], None]:
+        """The arithmetic of the same steps on the batches that Trainer drew; nothing is made or logged.
+
+        Without updates no weight changes, so there is no loss to compare.
+        """
         self._reset()
         rows = [by_text(pack(texts)) for texts in self.batches]
 
         def run() -> None:
             pad = self.tokenizer.pad_token_id
             with attention_by_text(self.model, self.texts, "packed", pad, CPU), computing(self.model, CPU):
-                self.loss[FLOOR] = self._bare_steps(rows)
+                loss = self._bare_steps(rows, updates)
+            if updates:
+                self.loss[FLOOR] = loss
 
         return run
 
-    def _bare_steps(self, rows: list[Batch]) -> float:
+    def _bare_steps(self, rows: list[Batch], updates: bool) -> float:
         """Mean loss of one step per row."""
         weights = list(self.model.parameters())
         rate, betas = STAGE.learning_rate, (STAGE.adam_beta1, STAGE.adam_beta2)
@@ -171,9 +179,10 @@ class Bench:
             logits = answer_logits(self.model, row.inputs, row.positions)[0]
             loss = functional.cross_entropy(logits, row.labels[0])
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, STAGE.max_grad_norm)
-            optimizer.step()
-            schedule.step()
+            if updates:
+                torch.nn.utils.clip_grad_norm_(weights, STAGE.max_grad_norm)
+                optimizer.step()
+                schedule.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
         return float(torch.stack(losses).mean())
@@ -185,10 +194,12 @@ class Bench:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], limit=960, pairs=3)
     parser.add_argument(
-        "--alone", choices=(TRL, TRL_FREE, PADDED, OURS, FLOOR), help="run one once and print its peak memory"
+        "--alone", choices=(TRL, TRL_FREE, PADDED, OURS, FLOOR, BARER), help="run one once and print its peak memory"
     )
+    parser.add_argument("--without-trl", action="store_true", help="leave TRL's sides out, though it is installed")
     args = parser.parse_args()
-    bench = Bench(args.facts, args.limit)
+    with_trl = HAS_TRL and not args.without_trl
+    bench = Bench(args.facts, args.limit, with_trl or str(args.alone).startswith("TRL"))
     if args.alone:
         print(f"{run_alone(bench, args.alone):.0f}")
         return
@@ -212,14 +223,16 @@ def main() -> None:
     print(f"{'':36}{'CPU ms / step':>14}{'peak RSS MB':>13}{'mean loss':>11}")
     for name, seconds in times.items():
         median = 1000 * statistics.median(seconds) / bench.n_steps
-        print(f"{name:36}{median:14.0f}{peak_rss(args.facts, args.limit, name):13.0f}{losses[name]:11.5f}")
+        loss = f"{losses[name]:11.5f}" if name in losses else ""
+        print(f"{name:36}{median:14.0f}{peak_rss(args.facts, args.limit, name):13.0f}{loss}")
     print(f"losses are within {apart:.1e}")
     if not HAS_TRL:
         print("TRL is not installed, so it is not measured: pip install 'forgetlearn[bench]'")
     print(f"forgetlearn / floor: {spread(times[OURS], times[FLOOR])}")
-    for name in set(times) - {OURS, FLOOR}:
+    print(f"forgetlearn / {BARER}: {spread(times[OURS], times[BARER])}")
+    for name in set(times) - {OURS, FLOOR, BARER}:
         print(f"{name} / forgetlearn: {spread(times[name], times[OURS])}")
-    print(f"ratio {ratio(times[TRL if HAS_TRL else PADDED], times[OURS]):.2f}")
+    print(f"ratio {ratio(times[TRL if with_trl else PADDED], times[OURS]):.2f}")
 
 
 def peak_rss(facts_file: Path, limit: int, name: str) -> float:
@@ -230,7 +243,7 @@ def peak_rss(facts_file: Path, limit: int, name: str) -> float:
 
 def run_alone(bench: Bench, name: str) -> float:
     """The peak of this process, which does nothing but one variant."""
-    if name == FLOOR:  # which draws no batches itself: in the order of the file, of the same size
+    if name in (FLOOR, BARER):  # which draw no batches themselves: in the order of the file, of the same size
         size = STAGE.batch_size
         bench.batches = [bench.texts[start : start + size] for start in range(0, len(bench.texts), size)]
     bench.variants()[name]()()

@@ -1,6 +1,8 @@
 import contextlib
 import copy
+import gc
 import math
+import sys
 from unittest import mock
 
 import pytest
@@ -243,6 +245,34 @@ def test_a_stage_leaves_no_gradients_and_no_optimiser_states(lm, monkeypatch):
     assert len(optimizers[1].state) == 0
     finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
     assert all(weight.grad is None for weight in lm.model.parameters())
+
+
+def test_each_step_tells_its_tokens_and_its_seconds(lm):
+    _weights, log = trained(lm, SETTINGS.model_copy(update={"micro_batch_size": 2}))
+    lengths = [len(text.ids) for text in texts_of(lm)]
+    assert sum(step["tokens"] for step in log.steps) == SETTINGS.epochs * sum(lengths)
+    assert max(step["tokens"] for step in log.steps) <= sum(sorted(lengths)[-SETTINGS.batch_size :])
+    assert len(log.seconds) == len(log.steps)
+    assert all(seconds > 0 for seconds in log.seconds)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_small_model_trains_while_the_collector_rests(lm, monkeypatch, large):
+    monkeypatch.setattr(memory, "LARGE_BYTES", 0 if large else memory.LARGE_BYTES)
+    seen = []
+    monkeypatch.setattr(
+        "forgetlearn.finetune.functional.cross_entropy", lambda *a, **k: seen.append(gc.get_freeze_count()) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        trained(lm)
+    assert (seen[0] > 0) is not large
+    assert gc.get_freeze_count() == 0
+
+
+def test_where_the_c_library_cannot_trim_nothing_happens(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(memory.ctypes, "CDLL", mock.Mock(side_effect=TypeError("LoadLibrary() argument 1 must be str")))
+    memory.trim()
 
 
 def test_trimming_a_large_models_memory_leaves_the_bits(lm, monkeypatch):

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +326,7 @@ class _Trying:
         is_lora = METHODS[self.config.method].learns == "lora"
         learned_weights = adapters.weights_of(model, adapters.PRODUCT) if is_lora else taskvector.snapshot(model)
         sharding.save_parts(learned_weights, model, folder / LEARNED)
-        runs.write_json(folder / LEARNED_LOG, asdict(learned))
+        runs.write_json(folder / LEARNED_LOG, asdict(replace(learned, seconds=())))
 
     def _scores(self, coef: float) -> dict[str, float | None]:
         config, lm = self.config, self.forgetter.lm

@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,13 +49,17 @@ BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 @dataclass(frozen=True)
 class StageLog:
-    """What happened in a stage: a row of numbers per optimiser step, the layout of its batches, its attention."""
+    """What happened in a stage: a row of numbers per optimiser step, the layout of its batches, its attention.
+
+    `seconds` of each step stand apart: all else is the same, to the bit, where the stage is done again.
+    """
 
     steps: tuple[dict[str, float], ...]
     layout: Layout
     attention: str | None = None
     rounding: Mapping[str, float | int | None] | None = None  # what storing the product left (rounding.Survival)
     micro_batch_size: int | None = None  # where it was made smaller, for want of memory
+    seconds: tuple[float, ...] = ()
 
     def how(self) -> dict[str, str | int | None]:
         """How the batches were computed, for the manifest."""
@@ -155,9 +160,11 @@ def _finetune(
         with (
             attention_by_text(model, texts, layout, pad_id, arguments.device) as is_by_text,
             computing(model, arguments.device),
+            memory.collector_at_rest(model),
         ):
             sharding.ready_to_train(model)
-            memory.trim()  # what loading, scoring or the subtraction left
+            if memory.is_large(model):
+                memory.trim()  # what loading, scoring or the subtraction left
             trainer = _FactTrainer(
                 model=model,
                 args=arguments,
@@ -186,7 +193,7 @@ def _finetune(
                 memory.give_back(model, trainer.optimizer)
     model.eval()
     attends = "sdpa, text by text" if is_by_text else attention.implementation(model)
-    return StageLog(tuple(steps.rows), layout, attends)
+    return StageLog(tuple(steps.rows), layout, attends, seconds=tuple(steps.seconds))
 
 
 def check_trainable(
@@ -355,6 +362,7 @@ class _Collator:
         self.max_packed_tokens = sys.maxsize if is_by_text else max_packed_tokens
 
     def __call__(self, texts: list[Encoded]) -> dict[str, Any]:
+        tokens = sum(len(text.ids) for text in texts)
         texts = own_part(texts)
         groups = [[text] for text in texts] if self.layout == "single" else [texts]
         batches = [lay_out(group, self.layout, self.pad_id, self.max_packed_tokens) for group in groups]
@@ -363,6 +371,7 @@ class _Collator:
         labels = torch.cat([batch.labels.flatten() for batch in batches])
         return {
             "parts": [{**batch.inputs, "positions": batch.positions} for batch in batches],
+            "tokens": tokens,  # of all processes
             "labels": labels,
             # Trainer counts the scored tokens over an optimiser step from `shift_labels`, as they are.
             "shift_labels": labels,
@@ -377,6 +386,7 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *, loss_sign: int, points: Path | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.loss_sign, self.points = loss_sign, points
+        self.step_tokens, self.step_began = 0, time.perf_counter()
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens and hands the number on
 
     def get_train_dataloader(self) -> Any:
@@ -401,6 +411,7 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
         if return_outputs:
             raise NotImplementedError("Scores are computed by forgetlearn.scoring, not by Trainer.")
         labels = inputs["labels"]
+        self.step_tokens += inputs["tokens"]
         logits = []
         for part in inputs["parts"]:
             positions = part.pop("positions")
@@ -411,6 +422,14 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
         # Every process divides by the tokens of all, and DDP averages: the factor undoes the average.
         scaled: Tensor = self.loss_sign * loss / n_tokens * self.accelerator.num_processes
         return scaled
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A step's numbers, with the tokens that it read and the seconds since the last step's."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs |= {"tokens": self.step_tokens, "seconds": round(now - self.step_began, 4)}
+            self.step_tokens, self.step_began = 0, now
+        super().log(logs, start_time)
 
     def train_with_points(self, upkeep: Upkeep) -> None:
         """Train, from the newest checkpoint where there is one; save more of them, and one before an interruption."""

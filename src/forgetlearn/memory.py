@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,8 @@ def give_back(model: nn.Module, optimizer: Any) -> None:
     model.zero_grad(set_to_none=True)
     if hasattr(optimizer, "state"):
         optimizer.state.clear()
-    trim()
+    if is_large(model):
+        trim()
 
 
 def release_device() -> None:
@@ -37,10 +39,32 @@ def release_device() -> None:
 
 
 def trim() -> None:
-    """Hand the system what is free: glibc keeps gaps between blocks in use, for many of which there is no use."""
-    release = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    """Hand the system what is free: glibc keeps gaps between blocks in use, for many of which there is no use.
+
+    Other C libraries have nothing of the kind, and on Windows there is none to ask: there nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if release is not None:
         release(0)
+
+
+@contextmanager
+def collector_at_rest(model: nn.Module) -> Iterator[None]:
+    """While a small model trains, the garbage collector passes over what is there already.
+
+    Trainer has it look at every object of the process when it begins, which took as long as two steps of a model of
+    5 million parameters. Beside a large model it is nothing, and what it finds may hold another model.
+    """
+    if is_large(model) or gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Trimming(TrainerCallback):  # type: ignore[misc]
@@ -53,8 +77,13 @@ class Trimming(TrainerCallback):  # type: ignore[misc]
 
 def callbacks(model: nn.Module) -> list[TrainerCallback]:
     """`Trimming` for a large model on the CPU; nothing else."""
-    n_bytes = sum(weight.nbytes for weight in model.parameters() if weight.device.type == "cpu")
-    return [Trimming()] if n_bytes >= LARGE_BYTES else []
+    return [Trimming()] if is_large(model, "cpu") else []
+
+
+def is_large(model: nn.Module, device: str | None = None) -> bool:
+    """Whether the weights, all of them or those on one kind of device, take `LARGE_BYTES` or more."""
+    weights = (weight for weight in model.parameters() if device in (None, weight.device.type))
+    return sum(weight.nbytes for weight in weights) >= LARGE_BYTES
 
 
 class OutOfMemory(TrainingError):

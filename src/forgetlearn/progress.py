@@ -19,7 +19,7 @@ from forgetlearn.errors import ConfigError, TrainingError
 
 log = logging.getLogger("forgetlearn")
 
-LOGGED = ("loss", "grad_norm", "learning_rate")
+LOGGED = ("loss", "grad_norm", "learning_rate", "tokens")
 # A checkpoint that takes long is written less often, so that no more than a twentieth of the time goes to them.
 TIMES_AS_LONG = 20
 GO_ON, SAVE, STOP = 0, 1, 2
@@ -35,12 +35,14 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     def __init__(self, name: str, n_facts: int, n_tokens: int) -> None:
         self.name, self.n_facts, self.n_tokens = name, n_facts, n_tokens
         self.rows: list[dict[str, float]] = []
+        self.seconds: list[float] = []
         self.bar: Any = None
         self.began, self.first_step = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the rows from before a kill, which Trainer's state keeps."""
-        self.rows = [_row(logs) for logs in state.log_history if "loss" in logs]  # those before a kill
+        before = [logs for logs in state.log_history if "loss" in logs]  # a kill
+        self.rows, self.seconds = [_row(logs) for logs in before], [logs["seconds"] for logs in before]
         self.began, self.first_step = time.perf_counter(), state.global_step
         if state.global_step:
             log.info("%s: going on from step %d of %d", self.name, state.global_step, state.max_steps)
@@ -65,6 +67,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
                 "Lower the learning rate, or train in float32."
             )
         self.rows.append(row)
+        self.seconds.append(logs["seconds"])
         self.bar.update(state.global_step - self.bar.n)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {self._rate(state):,.0f} tokens/s")
 

@@ -314,8 +314,10 @@ class Stages:
     def _log_stage(self, stage: str, stage_log: StageLog) -> dict[str, Any]:
         """Every step's numbers to the run folder; the gist for the manifest."""
         logs = self.folder.path / "logs"
-        logs.mkdir(exist_ok=True)
+        (logs / "seconds").mkdir(parents=True, exist_ok=True)
         runs.write_rows(logs / f"{stage}.jsonl", stage_log.steps)
+        times = [{"step": step, "seconds": seconds} for step, seconds in enumerate(stage_log.seconds, 1)]
+        runs.write_rows(logs / "seconds" / f"{stage}.jsonl", times)
         gist = {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss, **stage_log.how()}
         return gist | _say_rounding(stage_log.rounding)
 
