@@ -2,8 +2,8 @@
 
 Bytes and seconds of a stage, with N numbers that are trained (docs/plan.md has them with an example):
 
-    memory    weights + kept + 8 N (two states of AdamW) + the step's peak, in which gradients (4 N) are
-    seconds   FLOPs / rate + (3 x weights a pass + 44 N a step) / bandwidth + operations x latency
+    memory    weights + kept + the optimiser's states (AdamW: 8 N) + the step's peak, in which gradients (4 N) are
+    seconds   FLOPs / rate + (3 x weights a pass + 28 N + 2 x states a step) / bandwidth + operations x latency
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 
 GB = 1e9
 FLOAT32 = 4
-STATES = 8  # bytes of AdamW's two states, a trained number
-# Bytes that pass through memory for a trained number in a step: AdamW reads weight, gradient and both states and
-# writes three of them (28), clipping reads the gradient twice and writes it (12), the backward pass writes it (4).
-MOVED_PER_TRAINED = 44
+# Bytes that pass through memory for a trained number in a step, beside the optimiser's states: it reads weight and
+# gradient and writes the weight (12), clipping reads the gradient twice and writes it (12), backward writes it (4).
+MOVED_PER_TRAINED = 28
 PASSES_OVER_WEIGHTS = 3  # forward, and twice backward
 CLOSE = 1.18  # planned and measured peaks were within this factor (docs/benchmarks.md)
 RUNTIME_BYTES = {"cpu": 0.6e9, "cuda": 1.0e9}  # Python with torch and transformers; CUDA's context and libraries
@@ -38,7 +37,8 @@ class Step:
 class Load:
     """What a stage consists of. `trained` is 0 where nothing learns; `tokens` are those of one pass over the texts.
 
-    `kept_bytes` lie beside the weights on the device, `host_bytes` on the CPU, which may be the device.
+    `kept_bytes` lie beside the weights on the device, `host_bytes` on the CPU, which may be the device, and
+    `base_bytes` there too or, where the CPU trains, in a file. `states_bytes` leave a GPU where they are `paged`.
     """
 
     name: str
@@ -55,6 +55,10 @@ class Load:
     largest_layer_bytes: int = 0
     step: Step | None = None
     answer_steps: int = 0  # of generation, one token for a batch each
+    states_bytes: int = 0
+    base_bytes: int = 0
+    paged: bool = False
+    answer_bytes: int = 0  # of generation: a batch's keys and values, and what else is alive then
 
     @property
     def steps(self) -> int:
@@ -163,25 +167,34 @@ def plan_stage(load: Load, devices: Devices, speed: Speed | None = None) -> Stag
         tokens=load.tokens * load.passes,
         trained=load.trained,
         memory=_memory(load, devices),
-        host_bytes=0 if devices.kind == "cpu" else load.host_bytes / (devices.number if devices.shard else 1),
+        host_bytes=_host_bytes(load, devices),
         flops=flops,
         seconds=None if speed is None or flops is None else _seconds(load, devices, speed, flops),
     )
+
+
+def _host_bytes(load: Load, devices: Devices) -> float:
+    """Bytes of the machine's own memory, where the device has another."""
+    if devices.kind == "cpu":
+        return 0
+    paged = load.states_bytes if load.paged else 0
+    return (load.host_bytes + load.base_bytes + paged) / (devices.number if devices.shard else 1)
 
 
 def _memory(load: Load, devices: Devices) -> dict[str, float]:
     """Bytes on each device, by part."""
     share = devices.number if devices.shard else 1
     gradients = FLOAT32 * load.trained
+    leaves = load.paged and devices.kind != "cpu"
     peak = load.step.peak_bytes if load.step else gradients
     parts: dict[str, float] = {
         "runtime": RUNTIME_BYTES.get(devices.kind, RUNTIME_BYTES["cuda"]),
         "weights": load.weights_bytes / share,
         "kept": (load.kept_bytes + (load.host_bytes if devices.kind == "cpu" else 0)) / share,
-        "optimizer": STATES * load.trained / share,
+        "optimizer": 0 if leaves else load.states_bytes / share,
         "gradients": gradients / share,
         # What a step has beside the gradients at its worst moment; that is often near its end, when it is little.
-        "activations": max(0, peak - gradients),
+        "activations": max(0, peak - gradients, load.answer_bytes),
     }
     if devices.number > 1 and devices.shard:
         parts["gathered"] = 2 * load.largest_layer_bytes  # one layer in use, the next on its way
@@ -201,7 +214,8 @@ def _seconds(load: Load, devices: Devices, speed: Speed, flops: float) -> float:
     assert load.step is not None, "there are FLOPs"
     passes = math.ceil(load.micro_steps / devices.number) + load.answer_steps
     per_pass = PASSES_OVER_WEIGHTS if load.trained else 1
-    moved = per_pass * load.weights_bytes * passes + MOVED_PER_TRAINED * load.trained * load.steps
+    moved = per_pass * load.weights_bytes * passes
+    moved += (MOVED_PER_TRAINED * load.trained + 2 * load.states_bytes) * load.steps
     seconds = flops / speed.flops
     seconds += moved / speed.bandwidth if speed.bandwidth else 0
     return seconds + (load.step.operations * passes * speed.latency if speed.latency else 0)

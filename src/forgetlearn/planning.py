@@ -7,10 +7,10 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
@@ -23,13 +23,11 @@ from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelEr
 from forgetlearn.estimate import (
     FLOAT32,
     GB,
-    STATES,
     Devices,
     Load,
     Plan,
     Speed,
     StagePlan,
-    Step,
     plan_stage,
     show_bytes,
     show_count,
@@ -37,12 +35,14 @@ from forgetlearn.estimate import (
     summary_line,
 )
 from forgetlearn.facts import Fact, FactSet
-from forgetlearn.forward import SMALL_MODEL
+from forgetlearn.forward import GPU_ROW_TOKENS, ROW_TOKENS, SMALL_MODEL, shared_rows
+from forgetlearn.keeping import read_keep
 from forgetlearn.method import METHODS, How
 from forgetlearn.models import LanguageModel, context_length, parameter_count, pick_device, read_outline
-from forgetlearn.taskvector import TORCH
+from forgetlearn.taskvector import SMALL_BYTES, TORCH
 from forgetlearn.trace import Skeleton
 
+T = TypeVar("T")
 log = logging.getLogger("forgetlearn")
 MOST_ENCODED = 2000  # facts whose tokens are counted; a sample stands for more
 MEASURE = "measure"
@@ -85,9 +85,11 @@ class Texts:
         batches = [draw.choices(self.sample, k=size) for _ in range(passes * math.ceil(self.number / size))]
         return max(batches, key=lambda batch: sum(len(text.ids) for text in batch))
 
-    def longest(self, size: int) -> list[Encoded]:
-        """The longest texts, as a batch of scoring has them."""
-        return sorted(self.sample, key=lambda text: len(text.ids))[-size:]
+    def fullest_row(self, size: int, room: int) -> list[Encoded]:
+        """The texts of the row of scoring that has the most tokens."""
+        texts = dict(enumerate(self.sample))
+        rows = [[texts[key] for key in row] for row in shared_rows(texts, size, room)]
+        return max(rows, key=lambda row: sum(len(text.ids) for text in row))
 
 
 def plan_update(
@@ -108,7 +110,7 @@ def plan_update(
     """
     outline = outline or outline_of(config)
     devices = devices or devices_here(config)
-    loads, notes = _loads(outline, config, facts)
+    loads, notes = _loads(outline, config, facts, devices.kind)
     speed = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices) if rate else None
     stages = tuple(plan_stage(load, devices, speed) for load in loads)
     skeleton = outline.skeleton()
@@ -119,7 +121,7 @@ def plan_update(
         parameters=parameters,
         facts=len(facts),
         stages=stages,
-        disk=_disk(config, loads, skeleton.weights_bytes, parameters),
+        disk=_disk(config, loads, skeleton.weights_bytes, parameters, devices),
         devices=devices,
         speed=speed,
         notes=(*outline.notes, *_header_notes(outline, parameters), *notes),
@@ -275,8 +277,8 @@ def speed_of(text: str, stages: Sequence[StagePlan], config: RunConfig, devices:
 # From the config to loads ------------------------------------------------------------------------
 
 
-def _loads(outline: Outline, config: RunConfig, facts: FactSet) -> tuple[list[Load], list[str]]:
-    """A load per stage, in their order, and what was guessed."""
+def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tuple[list[Load], list[str]]:
+    """A load per stage, in their order, on a kind of device, and what was guessed."""
     notes: list[str] = []
     chosen = list(facts)[:: max(1, math.ceil(len(facts) / MOST_ENCODED))]
     encode = _Encode(outline.encoder)
@@ -290,13 +292,20 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet) -> tuple[list[Lo
     loads: list[Load] = []
     for name, how, settings, texts, passes, frozen in _stages(config, old, new):
         load, problem = _train_load(outline, name, how, settings, texts, passes, frozen)
+        if (name, how) == ("forget", "all weights"):
+            load = _with_base(load, config)
+            if config.forget.keep:  # what it measured stays beside the weights
+                loads.append(_keep_load(load, config, facts, outline, encode))
+                load = replace(load, host_bytes=load.host_bytes + FLOAT32 * load.trained)
         loads.append(load)
         notes += [problem] if problem else []
     if config.forget.only_known and METHODS[config.method].forgets and config.teach.epochs == 0:
         notes.append("forgetting takes only facts that the model holds (forget.only_known); all are reckoned with")
-    if config.forget.keep:
-        notes.append("what measuring the facts to keep (forget.keep) takes is not reckoned with")
-    loads.append(_score_load(outline, config, read, chosen, len(facts)))
+    if config.evaluate.engine == "vllm":
+        notes.append("answers are reckoned as those of transformers; vLLM takes what is free of a GPU for a while")
+    load, problem = _score_load(outline, config, read, chosen, len(facts), kind)
+    loads.append(load)
+    notes += [problem] if problem else []
     return loads, list(dict.fromkeys(notes))
 
 
@@ -340,15 +349,51 @@ def _train_load(
         weights_bytes=skeleton.weights_bytes,
         trained=trained,
         kept_bytes=FLOAT32 * trained if how == "bounded" else 0,
-        # the base, which the subtraction needs; `taskvector.snapshot` copies it to the CPU
-        host_bytes=skeleton.weights_bytes if (name, how) == ("forget", "all weights") else 0,
         largest_layer_bytes=skeleton.largest_layer_bytes,
         step=step,
+        states_bytes=skeleton.states_bytes(settings.optim),
+        paged=settings.optim.startswith("paged"),
     )
     return load, problem
 
 
-def _score_load(outline: Outline, config: RunConfig, read: Texts, chosen: Sequence[Fact], n_facts: int) -> Load:
+def _with_base(load: Load, config: RunConfig) -> Load:
+    """Forgetting with the base beside it, for the subtraction: on the CPU, or in a file where the CPU trains."""
+    in_memory = config.forget.coef == AUTO or load.weights_bytes < SMALL_BYTES
+    if in_memory:
+        return replace(load, host_bytes=load.weights_bytes)
+    return replace(load, base_bytes=load.weights_bytes)
+
+
+def _keep_load(forget: Load, config: RunConfig, facts: FactSet, outline: Outline, encode: _Encode) -> Load:
+    """Measuring the facts to keep: one more fine-tuning, or the gradient of each text, kept and forgotten."""
+    kept = read_keep(config.forget, facts)
+    texts = list(encode.pairs((fact.prompt, fact.ground_truth or "") for fact in kept))
+    tokens = sum(len(text.ids) for text in texts)
+    if config.forget.keep_by == "projection":
+        return replace(forget, name="keep", how="projection", texts=len(texts), tokens=tokens)
+    skeleton = outline.skeleton(torch.float32)
+    trained = skeleton.prepare("all weights", config.forget)
+    longest = max(texts, key=lambda text: len(text.ids))
+    step, _problem = _traced(lambda: skeleton.train_step([longest], StageSettings(batch_size=1), pad_id=0))
+    return replace(
+        forget,
+        name="keep",
+        how="fisher",
+        texts=forget.texts + len(texts),
+        tokens=forget.tokens + tokens,
+        passes=1,
+        batch_size=1,
+        micro_batch_size=1,
+        states_bytes=0,
+        host_bytes=forget.host_bytes + 2 * FLOAT32 * trained,  # the squares of both
+        step=step,
+    )
+
+
+def _score_load(
+    outline: Outline, config: RunConfig, read: Texts, chosen: Sequence[Fact], n_facts: int, kind: str
+) -> tuple[Load, str | None]:
     """Scoring in all phases, and the answers that are generated, as long as they may be."""
     method, size = METHODS[config.method], config.evaluate.batch_size
     forgets = method.forgets is not None and config.forget.coef != 0
@@ -356,8 +401,16 @@ def _score_load(outline: Outline, config: RunConfig, read: Texts, chosen: Sequen
     asked = {prompt for fact in chosen for prompt in (fact.prompt, *fact.rephrase_prompts)}
     batches = math.ceil(len(asked) * n_facts / len(chosen) / size) if "generate" in config.evaluate.protocols else 0
     skeleton = outline.skeleton(torch.float32 if method.learns != "lora" else None)
-    step, _problem = _traced(lambda: skeleton.read_step(read.longest(size), pad_id=0))
-    return Load(
+    row = read.fullest_row(size, ROW_TOKENS.get(kind, GPU_ROW_TOKENS))
+    step, problem = _traced(lambda: skeleton.read_step(row))
+    if problem:  # a model that takes no such mask
+        step, problem = _traced(lambda: skeleton.read_step(row, shared=False))
+    answers = None
+    if batches or (forgets and config.forget.only_known):  # what is known is asked too
+        widest = max(text.n_prompt_tokens for text in read.sample)
+        prompts = min(size, round(len(asked) * n_facts / len(chosen)))
+        answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, config.evaluate.max_new_tokens))
+    load = Load(
         name="score",
         how=f"{phases} phases",
         texts=read.number,
@@ -368,11 +421,13 @@ def _score_load(outline: Outline, config: RunConfig, read: Texts, chosen: Sequen
         weights_bytes=skeleton.weights_bytes,
         step=step,
         answer_steps=phases * batches * config.evaluate.max_new_tokens,
+        answer_bytes=answers or 0,
     )
+    return load, problem
 
 
-def _traced(trace: Any) -> tuple[Step | None, str | None]:
-    """A step, or why there is none: a model of another kind may ask for numbers, and there are none."""
+def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What was traced, or why there is nothing: a model of another kind may ask for numbers, and there are none."""
     try:
         return trace(), None
     except ForgetLearnError:
@@ -467,7 +522,9 @@ def _header_notes(outline: Outline, parameters: int) -> list[str]:
     return [f"its files hold {there:,} numbers, a model of its config {parameters:,}; reckoned with the config's"]
 
 
-def _disk(config: RunConfig, loads: Sequence[Load], own_bytes: int, parameters: int) -> dict[str, float]:
+def _disk(
+    config: RunConfig, loads: Sequence[Load], own_bytes: int, parameters: int, devices: Devices
+) -> dict[str, float]:
     """Bytes that the run folder takes, by part; weights between stages and checkpoints go in the end."""
     learns = next(load for load in loads if load.name == "learn")
     forgets = next((load for load in loads if load.name == "forget"), None)
@@ -477,8 +534,10 @@ def _disk(config: RunConfig, loads: Sequence[Load], own_bytes: int, parameters: 
         disk["product"] = FLOAT32 * (learns.trained + frozen)
     if forgets:
         disk["between stages"] = FLOAT32 * (frozen or parameters)
-    # Trained weights and AdamW's states; the next one is whole before the last one goes.
-    disk["checkpoints"] = 2 * (FLOAT32 + STATES) * max(load.trained for load in loads)
+    if forgets and forgets.base_bytes and devices.kind == "cpu":
+        disk["base, while forgetting"] = forgets.base_bytes
+    # Trained weights and the optimiser's states; the next one is whole before the last one goes.
+    disk["checkpoints"] = 2 * max(FLOAT32 * load.trained + load.states_bytes for load in loads)
     if config.teach.epochs:
         disk["taught base"] = own_bytes
     if config.save_merged and learns.how == "lora":
@@ -497,7 +556,7 @@ def _advice(
     """What fits, each tried by reckoning it; or that nothing does."""
     found = False
     for words, changed, others in _alternatives(config, devices):
-        tried = _loads(outline, changed, facts)[0] if changed else loads
+        tried = _loads(outline, changed, facts, devices.kind)[0] if changed else loads
         peak = max(plan_stage(load, others).peak_bytes for load in tried)
         if peak <= (devices.memory_bytes or 0):
             found = True

@@ -7,6 +7,7 @@ forward, loss, backward. So nothing here knows an architecture, and nothing larg
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,11 @@ from forgetlearn import adapters, parts
 from forgetlearn.config import StageSettings, TrainSettings
 from forgetlearn.encoding import Encoded
 from forgetlearn.estimate import Step
-from forgetlearn.forward import answer_logits, lay_out, pad_left
+from forgetlearn.forward import answer_logits, lay_out, pad_left, share
 from forgetlearn.method import How, train_only
 from forgetlearn.models import layer_list
+
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes' own: smaller weights, and embeddings, have float32 states
 
 
 class Skeleton:
@@ -69,6 +72,15 @@ class Skeleton:
             train_only(self.model, how, settings.modules if isinstance(settings, StageSettings) else parts.ALL)
         return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
+    def states_bytes(self, optim: str) -> int:
+        """Of the optimiser's states of what is trained, float32 but for the 8-bit ones' of large weights."""
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        return sum(
+            _states_bytes(weight, optim, id(weight) in embeddings)
+            for weight in self.model.parameters()
+            if weight.requires_grad
+        )
+
     def train_step(self, texts: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> Step:
         """One micro-batch of training; gradients of an earlier one are there where the settings accumulate."""
         accumulates = settings.micro_batch_size not in (None, settings.batch_size)
@@ -90,18 +102,38 @@ class Skeleton:
             logits = answer_logits(model, batch.inputs, batch.positions).flatten(0, 1)
             return functional.cross_entropy(logits.float(), batch.labels.flatten(), reduction="sum")
 
-    def read_step(self, texts: Sequence[Encoded], pad_id: int) -> Step:
-        """One batch of scoring: texts that are padded to the longest, logits at the answers."""
+    def read_step(self, texts: Sequence[Encoded], *, shared: bool = True) -> Step:
+        """One batch of scoring, logits at the answers: a row in which texts share beginnings, or a padded row each."""
         model = self._without_numbers().eval()
+        batch = pad_left(texts, pad_id=0)  # of real numbers, as the row is: its form depends on them
+        inputs, places = share(texts)[:2] if shared else (batch.inputs, batch.positions)
+        dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
 
         def step() -> None:
-            batch = pad_left(texts, pad_id)
-            logits = answer_logits(model, batch.inputs, batch.positions).flatten(0, 1).float()
-            functional.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+            given: dict[str, Tensor] = {name: self.mode.from_tensor(value) for name, value in inputs.items()}
+            if shared:
+                given["attention_mask"] = given["attention_mask"].to(dtype)
+            logits = answer_logits(model, given, self.mode.from_tensor(places)).flatten(0, 1).float()
+            functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="none")
             torch.isfinite(logits).all(dim=-1)
 
         with self.mode, torch.inference_mode():
-            return seen(model, step, len(texts) * max(len(text.ids) for text in texts))
+            return seen(model, step, inputs["input_ids"].numel())
+
+    def answer_bytes(self, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
+        """Bytes beside the weights while a batch is answered: reading the prompts, and all keys and values."""
+        model = self._without_numbers().eval()
+        held: list[int] = []
+
+        def step() -> None:
+            ids = torch.zeros(prompts, prompt_tokens, dtype=torch.long)
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            states = [state for layer in getattr(cache, "layers", ()) for state in (layer.keys, layer.values)]
+            held.append(sum(state.numel() * state.itemsize for state in states))
+
+        with self.mode, torch.inference_mode():
+            read = seen(model, step, prompts * prompt_tokens)
+        return read.peak_bytes + held[0] * new_tokens // prompt_tokens
 
     def _without_numbers(self) -> nn.Module:
         """A copy whose weights pass for tensors on a CPU: on the meta device attention would take another path."""
@@ -118,6 +150,17 @@ def seen(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
     with _live(model) as live, FlopCounterMode(display=False) as counter:
         step()
     return Step(tokens, live.peak, int(counter.get_total_flops()), live.operations)
+
+
+def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
+    """Bytes of an optimiser's states of one weight: two numbers for each of its own, if nothing else is known."""
+    if optim == "adafactor" and weight.dim() > 1:
+        return 4 * (weight.numel() // weight.shape[-1] + weight.numel() // weight.shape[-2])
+    if optim == "adafactor":
+        return 4 * weight.numel()
+    if optim.endswith("8bit") and weight.numel() >= SMALLEST_8BIT and not is_embedding:
+        return 2 * (weight.numel() + 4 * math.ceil(weight.numel() / BLOCK_8BIT))  # a byte each, and a scale a block
+    return 8 * weight.numel()
 
 
 class _Live(TorchDispatchMode):
