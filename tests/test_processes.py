@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -23,6 +26,7 @@ from forgetlearn.models import wrap
 from forgetlearn.scoring import score
 
 TOLERANCE = 1e-5
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 STAGE = StageSettings(epochs=2, batch_size=4, learning_rate=1e-3)
 
 
@@ -174,8 +178,8 @@ def test_one_process_cannot_be_split_over(small_lab, tmp_path, capsys):
 # Whole processes under torchrun
 
 
-def forgetlearn(n, *arguments, code=0):
-    """What `forgetlearn` prints on stderr, in n processes."""
+def command_of(n, *arguments):
+    """The words that start `forgetlearn` in n processes."""
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -183,11 +187,27 @@ def forgetlearn(n, *arguments, code=0):
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0",
     ]
-    command = [sys.executable, *(launcher if n > 1 else []), "-m", "forgetlearn", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return [sys.executable, *(launcher if n > 1 else []), "-m", "forgetlearn", *map(str, arguments)]
+
+
+def forgetlearn(n, *arguments, code=0):
+    """What `forgetlearn` prints on stderr, in n processes."""
+    done = subprocess.run(command_of(n, *arguments), capture_output=True, text=True, env=ONE_THREAD, timeout=600)
     assert (done.returncode == 0) == (code == 0), done.stderr
     return done.stderr
+
+
+def killed_after_a_checkpoint(points, n, *arguments):
+    """`forgetlearn` in n processes, all of them killed as soon as there is a checkpoint in `points`."""
+    with subprocess.Popen(command_of(n, *arguments), stderr=subprocess.PIPE, env=ONE_THREAD) as launched:
+        end = time.monotonic() + 300
+        while not list(points.glob("step-*")) and launched.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        workers = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+        for number in (launched.pid, *map(int, workers)):
+            os.kill(number, signal.SIGKILL)
+        assert len(workers) == n, launched.stderr.read()
+    assert list(points.glob("step-*")), "the stage was over before it could be killed"
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +245,45 @@ def test_an_update_by_two_processes_is_that_of_one(update, method, shard):
     assert len(rows) > 24 * 3 * 5
     assert difference < TOLERANCE
     assert not list((two / "stages").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("f-ft", ("--coef=auto",)),
+        ("f-lora", ("--coef=auto", "--set=forget.search=full")),
+        ("f-ft", ("--teach-old=2",)),
+        ("f-ft", ("--old-from=model",)),
+        ("ga", ("--coef=0.05",)),
+        ("ft-c", ()),
+        ("locft", ()),
+    ],
+    ids=["auto", "auto-full", "taught", "old-from-model", "ga", "ft-c", "locft"],
+)
+def test_the_rest_of_an_update_by_two_processes_is_that_of_one(update, method, flags):
+    flags = ("--set=save_merged=true", *flags)
+    one, two = update(1, method, *flags), update(2, method, *flags)
+    difference = largest_difference(weights_of(one), weights_of(two))
+    print(f"\n{method} {flags}: largest difference of a weight {difference:.1e}")
+    assert runs.read_rows(two / "facts.jsonl") == runs.read_rows(one / "facts.jsonl")
+    assert difference < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["f-ft", "f-lora"])
+def test_killed_inside_a_stage_two_processes_go_on_to_the_same_bits(update, method, tmp_path):
+    done = update(2, method, "--set=save_merged=true")
+    words = runs.read_json(done / "manifest.json")["command"][1:]
+    words[words.index(str(done))] = str(tmp_path / "run")
+    for stage in ("forget", "learn"):
+        points = tmp_path / f"run/stages/{stage}.points"
+        killed_after_a_checkpoint(points, 2, *words, "--set=checkpoint_minutes=1e-9", "--resume")
+        assert stage not in runs.read_json(tmp_path / "run/manifest.json")["stages"]
+    told = forgetlearn(2, *words, "--resume")
+    assert "learn: going on from step" in told
+    assert largest_difference(weights_of(done), weights_of(tmp_path / "run")) == 0
+    assert runs.read_rows(tmp_path / "run/facts.jsonl") == runs.read_rows(done / "facts.jsonl")
 
 
 @pytest.mark.slow
