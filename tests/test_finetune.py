@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import gc
+import json
 import math
 import sys
 from unittest import mock
@@ -12,7 +13,7 @@ import forgetlearn.finetune
 from forgetlearn import forward, memory
 from forgetlearn.config import StageSettings
 from forgetlearn.errors import ConfigError, MissingExtraError, TrainingError
-from forgetlearn.finetune import finetune
+from forgetlearn.finetune import check_deepspeed, finetune
 from forgetlearn.stagepoints import Upkeep
 from forgetlearn.taskvector import snapshot
 
@@ -328,3 +329,25 @@ def test_out_of_memory_after_a_step_does_not_begin_again(lm, monkeypatch):
     with pytest.raises(TrainingError, match=r"Lower micro_batch_size \(4 now\)"):
         finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, None),
+        ({"zero_optimization": {"stage": 3}}, "ZeRO stage 3 splits the weights"),
+        ({"bf16": {"enabled": True}}, "bf16 makes the trained weights half precision"),
+        ({"gradient_clipping": 1.0}, "max_grad_norm has no effect"),
+        ([], "no DeepSpeed config in JSON"),
+    ],
+)
+def test_a_deepspeed_file_may_offload_and_not_lose_the_change(tmp_path, monkeypatch, asked, problem):
+    monkeypatch.setattr("forgetlearn.finetune.importlib.util.find_spec", lambda name: name)
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"gradient_clipping": "auto", **asked} if isinstance(asked, dict) else asked))
+    settings = StageSettings(deepspeed=str(file))
+    if problem is None:
+        check_deepspeed(settings)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        check_deepspeed(settings)

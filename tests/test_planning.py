@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Adafactor
 
 import forgetlearn
 from forgetlearn import adapters, planning
@@ -19,6 +20,7 @@ from forgetlearn.config import StageSettings, load_config
 from forgetlearn.encoding import Encoded
 from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.estimate import Devices, Load, Plan, Speed, Step, plan_lines, plan_stage, show_bytes, show_seconds
+from forgetlearn.facts import write_facts
 from forgetlearn.finetune import finetune
 from forgetlearn.planning import outline_of, plan_update
 from forgetlearn.trace import Skeleton, seen
@@ -38,6 +40,16 @@ class TestByHand:
         assert stage.host_bytes == 400  # the base, on the CPU
         assert runtime > 0
         assert plan_stage(LOAD, Devices("cpu", None)).memory["kept"] == 400  # where that is the device
+
+    def test_states_and_the_base_lie_elsewhere_where_they_can(self):
+        paged = plan_stage(replace(LOAD, paged=True), Devices("cuda", None))
+        assert (paged.memory["optimizer"], paged.host_bytes) == (0, 800 + 400)
+        assert plan_stage(replace(LOAD, paged=True), Devices("cpu", None)).memory["optimizer"] == 800
+        on_disk = replace(LOAD, host_bytes=0, base_bytes=400)
+        assert plan_stage(on_disk, Devices("cpu", None)).memory["kept"] == 0
+        assert plan_stage(on_disk, Devices("cuda", None)).host_bytes == 400
+        answers = plan_stage(replace(LOAD, answer_bytes=5000), Devices("cuda", None))
+        assert answers.memory["activations"] == 5000
 
     def test_memory_on_several(self):
         shared = plan_stage(LOAD, Devices("cuda", None, 4)).memory
@@ -104,6 +116,39 @@ class TestTrace:
         assert skeleton.prepare("all weights", StageSettings(modules=("head",))) == 32 * 100
         assert Skeleton(tiny_model().config, torch.float32).prepare("one module", STAGE) == 32 * 64
 
+    @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
+    def test_the_states_of_an_optimiser_are_those_that_it_makes(self, tiny_model, optim):
+        model = tiny_model()
+        kinds = {"adafactor": (Adafactor, {"relative_step": False}), "adamw_torch_fused": (torch.optim.AdamW, {})}
+        kind, options = kinds[optim]
+        optimizer = kind(model.parameters(), lr=1e-3, **options)
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        made = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.dim())
+        assert Skeleton(model.config, torch.float32).states_bytes(optim) == made
+
+    def test_states_in_8_bits_but_for_embeddings_and_small_weights(self, tiny_model):
+        skeleton = Skeleton(
+            tiny_model(vocab_size=200).config, torch.float32
+        )  # the head has 6,400 numbers, layers 2,048
+        numbers = sum(weight.numel() for weight in skeleton.model.parameters())
+        assert skeleton.states_bytes("paged_adamw_8bit") == 8 * (numbers - 6400) + 2 * 6400 + 8 * 25
+
+    def test_answers_take_keys_and_values(self, tiny_model):
+        skeleton = Skeleton(tiny_model().config, torch.float32)
+        layers, heads, width = 2, 2, 8
+        a_token = 2 * layers * heads * width * 4
+        more = skeleton.answer_bytes(3, 5, 10) - skeleton.answer_bytes(3, 5, 0)
+        assert more == 3 * 10 * a_token
+        assert skeleton.answer_bytes(3, 5, 0) > 3 * 5 * a_token
+
+    def test_a_row_of_scoring_reads_a_beginning_once(self, tiny_model):
+        skeleton = Skeleton(tiny_model().config, torch.float32)
+        assert skeleton.read_step(TEXTS).tokens == 13  # each text begins the next; nothing follows from the last token
+        assert skeleton.read_step(TEXTS, shared=False).tokens == 3 * 14
+
     @pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt"])
     def test_other_architectures(self, tiny_model, family):
         model = tiny_model(family)
@@ -146,6 +191,21 @@ class TestPlan:
         product, between, points = 4 * (learn.trained + forget.trained), 4 * forget.trained, 24 * learn.trained
         assert plan.disk == {"product": product, "between stages": between, "checkpoints": points}
         assert plan.seconds is None
+
+    @pytest.mark.parametrize(("by", "steps"), [("projection", 3), ("fisher", 6 + 8)])
+    def test_measuring_the_facts_to_keep_is_a_stage(self, small_lab, tmp_path, by, steps):
+        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
+        others = list(forgetlearn.read_facts(small_lab / "facts.jsonl"))[6:14]
+        write_facts(others, tmp_path / "keep.jsonl")
+        changes = {"forget.keep": str(tmp_path / "keep.jsonl"), "forget.keep_by": by, "forget.epochs": 3}
+        plan = plan_update(config_of(small_lab, **changes), facts)
+        keep, forget, learn, _score = plan.stages
+        assert (keep.name, keep.how, keep.steps) == ("keep", by, steps)
+        base = vector = 4 * plan.parameters
+        assert forget.memory["kept"] == base + vector
+        assert keep.memory["kept"] == base + (2 * vector if by == "fisher" else 0)
+        assert (keep.memory["optimizer"] == 0) is (by == "fisher")
+        assert learn.memory["kept"] == 0
 
     def test_what_does_not_fit_is_told_what_would(self, small_lab, capsys):
         flags = ["--model", str(small_lab), "--facts", f"{small_lab}/facts.jsonl", "--method", "f-lora", "--json"]
