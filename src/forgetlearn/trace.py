@@ -26,7 +26,7 @@ from forgetlearn import adapters, parts
 from forgetlearn.config import StageSettings, TrainSettings
 from forgetlearn.encoding import Encoded
 from forgetlearn.estimate import Step
-from forgetlearn.forward import answer_logits, lay_out, pad_left, share
+from forgetlearn.forward import ROUNDED_TO, answer_logits, lay_out, pad_left, share
 from forgetlearn.method import How, train_only
 from forgetlearn.models import layer_list
 
@@ -106,19 +106,21 @@ class Skeleton:
         """One batch of scoring, logits at the answers: a row in which texts share beginnings, or a padded row each."""
         model = self._without_numbers().eval()
         batch = pad_left(texts, pad_id=0)  # of real numbers, as the row is: its form depends on them
-        inputs, places = share(texts)[:2] if shared else (batch.inputs, batch.positions)
+        row = share(texts, ROUNDED_TO)
+        inputs, places = (row.inputs(), row.positions) if shared else (batch.inputs, batch.positions)
         dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+        width = inputs["input_ids"].numel()
 
         def step() -> None:
             given: dict[str, Tensor] = {name: self.mode.from_tensor(value) for name, value in inputs.items()}
             if shared:
-                given["attention_mask"] = given["attention_mask"].to(dtype)
+                given["attention_mask"] = torch.zeros(1, 1, width, width, dtype=dtype)
             logits = answer_logits(model, given, self.mode.from_tensor(places)).flatten(0, 1).float()
             functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="none")
             torch.isfinite(logits).all(dim=-1)
 
         with self.mode, torch.inference_mode():
-            return seen(model, step, inputs["input_ids"].numel())
+            return seen(model, step, width)
 
     def answer_bytes(self, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
         """Bytes beside the weights while a batch is answered: reading the prompts, and all keys and values."""
