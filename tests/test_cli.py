@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -95,13 +96,20 @@ def test_without_a_terminal_progress_is_plain_lines(small_lab, lab_facts, tmp_pa
     given = ["--model", small_lab, "--facts", lab_facts, "--method", "f-ft", "--output", tmp_path / "run"]
     command = [sys.executable, "-m", "forgetlearn", "update", *FEW, *map(str, given)]
     done = subprocess.run(command, capture_output=True, check=True)  # not as text: that hides carriage returns
-    assert done.stderr.decode().splitlines(keepends=True) == [
-        "scoring the base model\n",
-        "forgetting 2 facts (all weights)\n",
-        "scoring the forgotten model\n",
-        "learning 2 facts (all weights)\n",
-        "scoring the updated model\n",
-    ]
+    stages = (
+        "plan: .*",
+        "scoring the base model",
+        r"forgetting 2 facts \(all weights\)",
+        "forgetting: 2 facts, 1 steps, .*",
+        "scoring the forgotten model",
+        r"learning 2 facts \(all weights\)",
+        "learning: 2 facts, 4 steps, .*",
+        "scoring the updated model",
+        "took .*",
+    )
+    lines = done.stderr.decode().splitlines(keepends=True)
+    assert len(lines) == len(stages)
+    assert [line for line, stage in zip(lines, stages, strict=True) if not re.fullmatch(f"{stage}\n", line)] == []
     assert b"\r" not in done.stdout
 
 
