@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -194,6 +197,19 @@ def forgetlearn(n, *arguments, code=0):
     return done.stderr
 
 
+def killed_after_a_checkpoint(points, n, *arguments):
+    """`forgetlearn` in n processes, all of them killed as soon as there is a checkpoint in `points`."""
+    with subprocess.Popen(command_of(n, *arguments), stderr=subprocess.PIPE, env=ONE_THREAD) as launched:
+        end = time.monotonic() + 300
+        while not list(points.glob("step-*")) and launched.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        workers = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+        for number in (launched.pid, *map(int, workers)):
+            os.kill(number, signal.SIGKILL)
+        assert len(workers) == n, launched.stderr.read()
+    assert list(points.glob("step-*")), "the stage was over before it could be killed"
+
+
 @pytest.fixture(scope="module")
 def update(small_lab, tmp_path_factory):
     """`update(n, method, *flags)`: the run folder of an update of the lab base; with one process it is made once."""
@@ -252,6 +268,22 @@ def test_the_rest_of_an_update_by_two_processes_is_that_of_one(update, method, f
     print(f"\n{method} {flags}: largest difference of a weight {difference:.1e}")
     assert runs.read_rows(two / "facts.jsonl") == runs.read_rows(one / "facts.jsonl")
     assert difference < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["f-ft", "f-lora"])
+def test_killed_inside_a_stage_two_processes_go_on_to_the_same_bits(update, method, tmp_path):
+    done = update(2, method, "--set=save_merged=true")
+    words = runs.read_json(done / "manifest.json")["command"][1:]
+    words[words.index(str(done))] = str(tmp_path / "run")
+    for stage in ("forget", "learn"):
+        points = tmp_path / f"run/stages/{stage}.points"
+        killed_after_a_checkpoint(points, 2, *words, "--set=checkpoint_minutes=1e-9", "--resume")
+        assert stage not in runs.read_json(tmp_path / "run/manifest.json")["stages"]
+    told = forgetlearn(2, *words, "--resume")
+    assert "learning: going on from step" in told
+    assert largest_difference(weights_of(done), weights_of(tmp_path / "run")) == 0
+    assert runs.read_rows(tmp_path / "run/facts.jsonl") == runs.read_rows(done / "facts.jsonl")
 
 
 @pytest.mark.slow
