@@ -393,7 +393,7 @@ def told_of_facts(name: str | None, data: bytes, capsys) -> str:
     out = capsys.readouterr()
     if code:
         return out.err.strip()
-    lines = [line for line in out.out.split("\n") if line.startswith(("left out", "not used"))]
+    lines = [line for line in out.out.split("\n") if line.startswith(("left out", "fields that"))]
     return "; ".join(["read", *lines])
 
 

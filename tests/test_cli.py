@@ -158,7 +158,7 @@ def test_settings_of_the_lab(told):
 def test_facts(told, lab_facts):
     code, out, err = told("facts", lab_facts, "--limit", 5)
     assert (code, err) == (0, "")
-    assert "reader own, old answers from answers; 24 records, 5 read, 5 used" in out
+    assert "reader own, --old-from answers; 24 records, 5 read, 5 used" in out
     assert out.count("  old  ") == 3
 
 
@@ -170,7 +170,10 @@ def test_facts_says_what_is_left_out(told, tmp_path):
     assert code == 0
     assert "3 read, 2 used" in out
     assert "left out: 1 facts, old_equals_new." in out
-    assert "not used: colour" in out
+    assert "fields that nothing reads: colour" in out
+    assert "no fact has another phrasing: generality will not be scored" in out
+    assert "no fact has a locality prompt: locality will not be scored" in out
+    assert "no fact has an old answer" not in out
 
 
 def test_facts_as_json(told, lab_facts):

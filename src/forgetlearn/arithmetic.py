@@ -97,7 +97,7 @@ def subtract_folders(  # noqa: PLR0913 (three of them are one choice)
     Source: Ni et al. 2023, arXiv:2311.08011, eq. 3.
     """
     if not 0 <= coef < math.inf:
-        raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Subtraction is built in: 0.3 forgets.")
+        raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Give it without a minus: 0.3 subtracts.")
     sources = (tuned, adapter, vector)
     return _write(base, output, coef, sources, numbers, factors=factors, any_base=any_base, overwrite=overwrite)
 

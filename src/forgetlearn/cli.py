@@ -36,7 +36,12 @@ app.add_typer(cli_weights.app)
 
 TOGETHER = ("update", "evaluate")  # commands that several processes share
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
-HELP = {name: description for name, _type, _default, description in describe(RunConfig)}
+# With the default, where there is one to tell; the command itself passes on only what is given.
+HELP = {
+    name: description if default in ("null", "[]", "false") else f"{description} Default: {default}."
+    for name, _type, default, description in describe(RunConfig)
+}
+IN_CONFIG = " Needed, here or in --config."
 
 
 class OldFrom(StrEnum):
@@ -55,11 +60,11 @@ class Template(StrEnum):
     off = "off"
 
 
-ModelOption = Annotated[str | None, typer.Option("--model", help=HELP["model.name"])]
+ModelOption = Annotated[str | None, typer.Option("--model", help=HELP["model.name"] + IN_CONFIG)]
 HoldsOption = Annotated[
     str | None, typer.Option("--model", help="Folder or hub id of a causal language model, or folder of an adapter.")
 ]
-FactsOption = Annotated[str | None, typer.Option("--facts", help=HELP["facts.source"])]
+FactsOption = Annotated[str | None, typer.Option("--facts", help=HELP["facts.source"] + IN_CONFIG)]
 OldFromOption = Annotated[OldFrom | None, typer.Option("--old-from", help=HELP["facts.old_from"])]
 LimitOption = Annotated[int | None, typer.Option("--limit", help=HELP["facts.limit"])]
 StrictOption = Annotated[bool | None, typer.Option("--strict/--no-strict", help=HELP["facts.strict"])]
@@ -145,7 +150,7 @@ def facts(
 @app.command()
 def lab(
     output: OutputOption,
-    facts_file: FactsOption = None,
+    facts_file: Annotated[str | None, typer.Option("--facts", help=HELP["facts.source"])] = None,
     old_from: OldFromOption = None,
     limit: Annotated[
         int | None, typer.Option("--limit", help="Take the first N usable facts; without --facts: make up N.")
@@ -177,7 +182,7 @@ def lab(
     )
 
 
-@app.command()
+@app.command(epilog="How long it learns: --set learn.epochs=10 (default 3). Few facts need more epochs.")
 def update(
     output: OutputOption,
     model: ModelOption = None,
@@ -280,11 +285,13 @@ def compare(
     output: OutputOption,
     model: ModelOption = None,
     facts_file: FactsOption = None,
-    methods: Annotated[str | None, typer.Option("--methods", help="Methods, separated by commas.")] = None,
-    coefs: Annotated[
-        str | None, typer.Option("--coefs", help="Coefficients of forgetting, separated by commas.")
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Methods, separated by commas; unset: the paper's five.")
     ] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="Seeds, separated by commas.")] = None,
+    coefs: Annotated[
+        str | None, typer.Option("--coefs", help="Coefficients of forgetting, separated by commas; unset: 0.1,0.3,1.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Seeds, separated by commas; unset: 0,1,2.")] = None,
     epochs: Annotated[
         str | None, typer.Option("--epochs", help="Epochs of learning, separated by commas; several make curves.")
     ] = None,
@@ -393,7 +400,7 @@ def ask(
     setting: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print what a model or an adapter answers, greedily, to one or more prompts."""
+    """Print what a model or an adapter answers to one or more prompts, taking the likeliest token each time."""
     flags = {**_reads(model, chat_template=chat_template), "evaluate.engine": engine}
     config = _config(None, flags, setting)
     from forgetlearn.assess import ask as run_ask
@@ -433,7 +440,7 @@ def demo(
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Run all five methods on a made-up world that a small model, built here, holds."""
+    """Run the paper's five methods on a made-up world that a small model, built here, holds."""
     from forgetlearn.demo import DEMO_FACTS, run_demo
     from forgetlearn.method import PAPER_METHODS
     from forgetlearn.pages import COLUMNS

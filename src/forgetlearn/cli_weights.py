@@ -144,7 +144,10 @@ def apply(
 @app.command()
 def undo(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    output: Annotated[Path | None, typer.Option("--output", help="Folder to write the base to.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder to write the base to; unset: it only says where the base is."),
+    ] = None,
 ) -> None:
     """Give back the exact base of a run, verified by its hash, or say why not."""
     _few_threads()

@@ -145,7 +145,7 @@ class ForgetSettings(StageSettings):
     coef: Coefficient = Field(
         0.3,
         description="Share of what fine-tuning on the old answers added that is subtracted (lambda in the paper). "
-        "Subtraction is built in: 0.3 forgets, 0 skips the stage, auto chooses.",
+        "Without a minus: 0.3 subtracts, 0 skips the stage, auto chooses.",
     )
     validation: float = Field(
         0.2, gt=0, lt=1, description="With coef auto: share of the facts that choose it; they are not scored."

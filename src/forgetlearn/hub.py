@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +43,14 @@ def answers() -> bool:
     """
     if constants.is_offline_mode():
         return False
+    client = logging.getLogger("huggingface_hub.utils._http")
+    client.disabled, was = True, client.disabled  # it would tell of the try that failed; the error says more
     try:
         http_backoff("HEAD", constants.ENDPOINT, max_retries=0, retry_on_status_codes=(), timeout=TIMEOUT_S)
     except Exception:  # errors of the network and of proxies have no common base
         return False
+    finally:
+        client.disabled = was
     return True
 
 

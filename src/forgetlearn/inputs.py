@@ -42,7 +42,7 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     if isinstance(model, (str, Path)):
         return settings.model_copy(update={"name": str(model)})
     if model is None and settings.name is None:
-        raise ConfigError("model.name is not set. Give a folder or a hub id of a causal language model.")
+        raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
     return settings
 
 
@@ -64,7 +64,7 @@ def read_config_facts(config: RunConfig) -> FactSet:
     """The facts that the config names."""
     settings = config.facts
     if not settings.source:
-        raise ConfigError("facts.source is not set. Give a file of facts (JSON, JSONL, CSV).")
+        raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV).")
     return read_facts(settings.source, old_from=settings.old_from, limit=settings.limit, strict=settings.strict)
 
 

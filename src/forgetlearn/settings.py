@@ -141,7 +141,9 @@ def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: froz
         return f"{name}{suffix}: there is no such setting.{_nearest(kind, loc)}"
     field = _place(kind, loc)[1]
     description = field.description if field else ""
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = (
+        item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to parse")[0]
+    )
     expected = message if item["type"] == "value_error" else f"must be {message}"
     if item["type"] == "too_short":
         expected = f"must name at least {item['ctx']['min_length']}{_known_items(field)}"

@@ -122,7 +122,7 @@ def subtracted(
     Source: Ni et al. 2023, arXiv:2311.08011, eq. 3.
     """
     if not 0 <= coef < float("inf"):
-        raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Subtraction is built in: 0.3 forgets.")
+        raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Give it without a minus: 0.3 subtracts.")
     left, right = open_weights(base), open_weights(tuned)
     partners = _partners(left, right)
     coefs = {name: coef * (1 if factors is None else factors.get(name, 0)) for name in partners}

@@ -43,7 +43,7 @@ def print_facts(found: FactSet) -> None:
     from forgetlearn.facts import REASONS
 
     say(
-        f"{found.source}: reader {found.reader}, old answers from {found.old_from}; {found.in_source} records, "
+        f"{found.source}: reader {found.reader}, --old-from {found.old_from}; {found.in_source} records, "
         f"{found.read} read, {found.used} used"
         + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
     )
@@ -51,7 +51,9 @@ def print_facts(found: FactSet) -> None:
         for reason, count in counts.items():
             say(f"left out: {count} {what}, {reason}. {REASONS[reason]}")
     if found.ignored_fields:
-        say(f"not used: {plain(', '.join(found.ignored_fields))}")
+        say(f"fields that nothing reads: {plain(', '.join(found.ignored_fields))}")
+    for what, missing in _not_there(found):
+        say(f"no fact has {what}: {missing}")
     for fact in found[:3]:
         say(f"\n{fact.id}  {plain(fact.prompt)}")
         old = "(none)" if fact.ground_truth is None else plain(fact.ground_truth)
@@ -60,6 +62,20 @@ def print_facts(found: FactSet) -> None:
             say(f"  also asked as  {plain(prompt)}")
         for probe in fact.locality:
             say(f"  must stay      {plain(probe.prompt)} -> {plain(probe.answer)}")
+
+
+def _not_there(found: FactSet) -> list[tuple[str, str]]:
+    """What no fact has, and what follows from that for an update."""
+    asked = (
+        (
+            "an old answer",
+            found.old_from != "model" and not any(fact.ground_truth for fact in found),
+            "ft and lora learn without one",
+        ),
+        ("another phrasing", not any(fact.rephrase_prompts for fact in found), "generality will not be scored"),
+        ("a locality prompt", not any(fact.locality for fact in found), "locality will not be scored"),
+    )
+    return [(what, follows) for what, missing, follows in asked if missing]
 
 
 def print_scores(context: Mapping[str, Any]) -> None:
