@@ -20,6 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.lab import LabSettings, train_tokenizer
 
+# The environment that `main` sets, for a process of its own.
+AS_THE_COMMAND = os.environ | {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
 ROOT = Path(__file__).parents[1]
 ZSRE = ROOT.parent / "shared" / "data" / "zsre.json"
 

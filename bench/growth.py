@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common import ZSRE, machine, reset_peak, resident, small_llama, tokenizer_of
+from common import AS_THE_COMMAND, ZSRE, machine, reset_peak, resident, small_llama, tokenizer_of
 from forgetlearn.config import EvaluateSettings, StageSettings
 from forgetlearn.facts import read_facts
 from forgetlearn.finetune import finetune
@@ -66,7 +66,8 @@ def main() -> None:
 def in_own_process(part: str, count: int, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--facts", str(args.facts), "--counts", args.counts]
     command += ["--protocols", args.protocols, "--alone", f"{part}:{count}"]
-    told: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=AS_THE_COMMAND)
+    told: dict[str, float] = json.loads(done.stdout)
     return told
 
 

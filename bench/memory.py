@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import arguments, machine, random_llama, reset_peak, resident
+from common import AS_THE_COMMAND, arguments, machine, random_llama, reset_peak, resident
 from forgetlearn.config import load_config
 from forgetlearn.facts import Fact, read_facts
 from forgetlearn.method import forget, learn
@@ -62,7 +62,8 @@ def main() -> None:
 def measured(args: argparse.Namespace, model: Path, name: str) -> dict[str, float]:
     """What a fresh process took for one of the two."""
     own = ["--facts", str(args.facts), "--limit", str(args.limit), "--model", str(model), "--alone", name]
-    done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True, check=True)
+    command = [sys.executable, __file__, *own]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=AS_THE_COMMAND)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 

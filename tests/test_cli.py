@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -117,6 +118,16 @@ def test_help_lists_every_command(told):
     code, out, _err = told("--help")
     assert code == 0
     assert [command for command in COMMANDS if f" {command} " not in out] == []
+
+
+def test_prepared_products_are_few_unless_the_user_says_otherwise(told, monkeypatch):
+    for given, used in ((None, "64"), ("9", "9")):
+        monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+        if given:
+            monkeypatch.setenv("LRU_CACHE_CAPACITY", given)
+        told("--version")
+        assert os.environ["LRU_CACHE_CAPACITY"] == used
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
 
 
 def test_version(told):

@@ -514,6 +514,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # oneDNN prepares a product anew for every length of row; it and torch each keep the last 1,024: hundreds of MB.
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:
         with warnings.catch_warnings(), processes.main_speaks():
             warnings.simplefilter("ignore", FutureWarning)  # for those who maintain the libraries
