@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from forgetlearn.cli import FEW_PRODUCTS
 from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.lab import LabSettings, train_tokenizer
 
 # The environment that `main` sets, for a process of its own.
-AS_THE_COMMAND = os.environ | {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+AS_THE_COMMAND = os.environ | FEW_PRODUCTS
 
 ROOT = Path(__file__).parents[1]
 ZSRE = ROOT.parent / "shared" / "data" / "zsre.json"

@@ -507,16 +507,21 @@ def _listed(names: str | None) -> list[str] | None:
     return names.split(",") if names else None
 
 
+# Bars and warnings of the libraries that nobody asked for.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+# oneDNN prepares a product anew for every length of row; it and torch each keep the last 1,024: hundreds of MB.
+FEW_PRODUCTS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 if it went well, 2 for anything that the user can put right."""
-    # Bars and warnings of the libraries that nobody asked for; set before they are imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # oneDNN prepares a product anew for every length of row; it and torch each keep the last 1,024: hundreds of MB.
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for name, value in (QUIET | FEW_PRODUCTS).items():  # the libraries read these when they are imported
+        os.environ.setdefault(name, value)
     try:
         with warnings.catch_warnings(), processes.main_speaks():
             warnings.simplefilter("ignore", FutureWarning)  # for those who maintain the libraries

@@ -33,11 +33,10 @@ def controlled(
 def _replaced(start: Tensor, moved: Tensor, control: Control, generator: torch.Generator) -> Tensor:
     if control == "reinforce":
         return 2 * start - moved
-    lengths, wanted = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (start, moved))
-    if control == "row-norms":
-        return torch.where(lengths > 0, start * (wanted / lengths), start)
-    if control == "directions":
-        return torch.where(wanted > 0, moved * (lengths / wanted), start)
+    if control in ("row-norms", "directions"):
+        rows, like = (start, moved) if control == "row-norms" else (moved, start)
+        lengths, wanted = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (rows, like))
+        return torch.where(lengths > 0, rows * (wanted / lengths), start)
     if control == "centred":
         return moved - (moved - start).mean(0, keepdim=True)
     noise: Tensor = torch.randn(start.shape, generator=generator).to(start.device, start.dtype)
