@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from common import ROOT, machine
-from forgetlearn import runs
+from forgetlearn import disk
 from forgetlearn.coefficient import GOAL, HIGHEST, LOWEST
 from forgetlearn.compare import CELLS, CompareSettings, fill
 from forgetlearn.config import RunConfig, load_config
@@ -101,11 +101,11 @@ def run_case(data: str, facts: FactSet, config: RunConfig, folder: Path) -> Case
         forget = config.forget.model_copy(update={"coef": "auto", "search": search})
         own = config.model_copy(update={"forget": forget})
         seconds[search] = timed(folder / search, lambda out, own=own: update(base, facts, own, output=out))
-    summaries = {search: runs.read_json(folder / search / "run" / "summary.json") for search in SEARCHES}
+    summaries = {search: disk.read_json(folder / search / "run" / "summary.json") for search in SEARCHES}
     aside = set(summaries[SEARCHES[0]]["choice"]["validation"])
     kept = [index for index, fact in enumerate(facts) if fact.id not in aside]
     cells = {
-        runs.read_json(path / "summary.json")["coef"]: path for path in (folder / "grid/run" / CELLS).glob("[!.]*")
+        disk.read_json(path / "summary.json")["coef"]: path for path in (folder / "grid/run" / CELLS).glob("[!.]*")
     }
     table = np.array([scores(cells[coef], facts) for coef in GRID])
     auto = {search: goal(scores(folder / search / "run", facts)[kept]) for search in SEARCHES}
@@ -122,18 +122,18 @@ def timed(folder: Path, work: Callable[[Path], Any]) -> float:
     """CPU seconds of the work that writes this folder, from the note beside it where it is done."""
     note = folder.with_suffix(".json")
     if not note.is_file():
-        runs.remove_unfinished(folder)
+        disk.remove_unfinished(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         start = time.process_time()
-        with runs.atomic_folder(folder) as unfinished:
+        with disk.atomic_folder(folder) as unfinished:
             work(unfinished / "run")
-        runs.write_json(note, {"cpu_s": time.process_time() - start})
-    return float(runs.read_json(note)["cpu_s"])
+        disk.write_json(note, {"cpu_s": time.process_time() - start})
+    return float(disk.read_json(note)["cpu_s"])
 
 
 def scores(run: Path, facts: FactSet) -> np.ndarray:
     """Of the updated model, in percent: a line per fact, a column for each of GOAL; NaN where it was not asked."""
-    rows = [row for row in runs.read_rows(run / "facts.jsonl") if row["phase"] == "updated"]
+    rows = [row for row in disk.read_rows(run / "facts.jsonl") if row["phase"] == "updated"]
     found = {(row["fact"], protocol): row for row in rows for _q, protocol in GOAL if row["protocol"] == protocol}
     lines = [[found[fact.id, protocol][quantity] for quantity, protocol in GOAL] for fact in facts]
     return 100 * np.array(lines, dtype=float)

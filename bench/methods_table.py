@@ -13,10 +13,11 @@ import statistics
 from pathlib import Path
 
 from forgetlearn.config import load_config
+from forgetlearn.disk import read_json
 from forgetlearn.facts import read_facts
 from forgetlearn.lab import LabSettings, build_lab
 from forgetlearn.pages import COLUMNS
-from forgetlearn.runs import is_finished, read_json
+from forgetlearn.runs import is_finished
 from forgetlearn.session import update
 
 CELLS = (

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn import runs, statistics
+from forgetlearn import disk, runs, statistics
 from forgetlearn.compare import CELLS, Cell, CompareSettings, cells_of
 from forgetlearn.comparison import show_difference
 from forgetlearn.config import RunConfig
@@ -78,7 +78,7 @@ def read_rows(folders: Mapping[Path, str]) -> dict[str, Row]:
 
 def _scores(path: Path) -> Scores:
     found: dict[tuple[str, str], list[float]] = {}
-    for row in runs.read_rows(path / "facts.jsonl"):
+    for row in disk.read_rows(path / "facts.jsonl"):
         for quantity in QUANTITIES:
             if row["phase"] == "updated" and quantity in row:
                 score = np.nan if row[quantity] is None else row[quantity]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from forgetlearn import runs
+from forgetlearn import disk, runs
 from forgetlearn.compare import CELLS, SHARED, Cell, CompareSettings, cells_of
 from forgetlearn.config import load_config
 from forgetlearn.method import METHODS
@@ -29,7 +29,7 @@ def make_comparison(path: Path, settings: CompareSettings, count: int, *, forget
         _make_cell(path / CELLS / cell.name, cell, inputs)
     for seed in settings.seeds:
         (path / SHARED / f"old-lora-seed{seed}").mkdir(parents=True)
-        runs.write_rows(path / SHARED / f"old-lora-seed{seed}" / "steps.jsonl", _losses(20))
+        disk.write_rows(path / SHARED / f"old-lora-seed{seed}" / "steps.jsonl", _losses(20))
     run.finish()
     return path
 
@@ -51,11 +51,11 @@ def _make_cell(path: Path, cell: Cell, inputs: list[dict]) -> None:
         rows += _rows(fact, "updated", None if errors else float(new), old, 1 - 0.02 * cell.epochs, said, errors)
     facts = {"source": "facts.jsonl", "reader": "own", "old_from": "answers", "read": len(inputs), "used": len(inputs)}
     facts |= {"left_out": {}, "left_out_probes": {}, "known": len(inputs), "forgotten": len(inputs)}
-    runs.write_rows(path / "facts.jsonl", rows)
-    runs.write_rows(path / "inputs.jsonl", inputs)
-    runs.write_json(path / "summary.json", {"facts": facts})
+    disk.write_rows(path / "facts.jsonl", rows)
+    disk.write_rows(path / "inputs.jsonl", inputs)
+    disk.write_json(path / "summary.json", {"facts": facts})
     (path / "logs").mkdir()
-    runs.write_rows(path / "logs" / "learn.jsonl", _losses(10 * cell.epochs))
+    disk.write_rows(path / "logs" / "learn.jsonl", _losses(10 * cell.epochs))
     run.finish()
 
 

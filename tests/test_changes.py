@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from forgetlearn import runs, streamed
+from forgetlearn import digests, streamed
 from forgetlearn.arithmetic import save_vector, subtract_folders
 from forgetlearn.errors import ModelError, WeightMismatchError
 
@@ -141,7 +141,7 @@ def test_the_base_that_a_run_recorded_is_compared(tmp_path, tiny_model):
     tiny_model().save_pretrained(tmp_path / "b")
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     save_adapter(tiny_model(), tmp_path / "run" / "adapter", 0)
-    recorded = {"inputs": {"base_sha256": runs.sha256_of(tmp_path / "b")}, "config": {"method": "lora"}}
+    recorded = {"inputs": {"base_sha256": digests.sha256_of(tmp_path / "b")}, "config": {"method": "lora"}}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(recorded))
     assert subtract_folders(tmp_path / "b", tmp_path / "o", 0.3, adapter=tmp_path / "run" / "adapter").moved
     with pytest.raises(ModelError, match="made on another base"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from forgetlearn import demo as demo_module
-from forgetlearn import runs
+from forgetlearn import disk
 from forgetlearn.cli import main
 from forgetlearn.interrupts import Interrupted
 from forgetlearn.lab import LabSettings
@@ -205,7 +205,7 @@ def test_real_files(told, shared_data):
 def test_update(told, updated):
     names = {"config.yaml", "manifest.json", "facts.jsonl", "summary.json", "report.md", "report.html", "adapter"}
     assert names <= {path.name for path in updated.iterdir()}
-    summary = runs.read_json(updated / "summary.json")
+    summary = disk.read_json(updated / "summary.json")
     assert (summary["method"], summary["coef"], summary["facts"]["used"]) == ("f-lora", 1.0, 2)
 
 
@@ -216,7 +216,7 @@ def test_update_prints_a_table_and_where_the_product_lies(told, small_lab, lab_f
     assert [line.split()[0] for line in out.splitlines()[1:5]] == ["phase", "token", "base", "updated"]
     assert f"product  {tmp_path}/run/model\n" in out
     assert f"report   {tmp_path}/run/report.html\n" in out
-    assert runs.read_json(tmp_path / "run/summary.json")["seed"] == 3
+    assert disk.read_json(tmp_path / "run/summary.json")["seed"] == 3
 
 
 def test_update_again(told, refused, small_lab, lab_facts, updated):
@@ -238,7 +238,7 @@ def test_settings_win_in_their_order(told, refused, small_lab, lab_facts, tmp_pa
     argv += ["--set", "learn.epochs=1", "--coef", "2", "--set", "forget.coef=0", "--output", tmp_path / "out/run"]
     refused("method = 'f-loar'", *argv)
     assert told(*argv, "--method", "f-ft")[0] == 0
-    config = runs.read_json(tmp_path / "out/run/manifest.json")["config"]
+    config = disk.read_json(tmp_path / "out/run/manifest.json")["config"]
     assert (config["method"], config["seed"], config["forget"]["coef"]) == ("f-ft", 4, 0.0)
 
 
@@ -246,12 +246,12 @@ def test_evaluate_an_adapter(told, small_lab, lab_facts, updated, tmp_path):
     argv = ("evaluate", "--model", updated / "adapter", "--facts", lab_facts, "--limit", 2)
     code, out, err = told(*argv, "--reference", small_lab, "--output", tmp_path / "scores")
     assert code == 0, err
-    summary = runs.read_json(tmp_path / "scores/summary.json")
+    summary = disk.read_json(tmp_path / "scores/summary.json")
     assert list(summary["phases"]) == ["base", "updated"]
     assert summary["phases"]["updated"]["locality"]["agreement"]["mean"] < 100.0
     assert summary["phases"] == {
         name: scores
-        for name, scores in runs.read_json(updated / "summary.json")["phases"].items()
+        for name, scores in disk.read_json(updated / "summary.json")["phases"].items()
         if name != "forgotten"
     }
     names = {path.name for path in (tmp_path / "scores").iterdir()}
@@ -265,15 +265,15 @@ def test_evaluate_an_adapter(told, small_lab, lab_facts, updated, tmp_path):
 def test_evaluate_alone_has_no_agreement(told, small_lab, lab_facts, tmp_path):
     argv = ("evaluate", "--model", small_lab, "--facts", lab_facts, "--limit", 2, "--output", tmp_path / "scores")
     assert told(*argv, "--set", "evaluate.protocols=[prefer]")[0] == 0
-    scores = runs.read_json(tmp_path / "scores/summary.json")["phases"]["model"]
+    scores = disk.read_json(tmp_path / "scores/summary.json")["phases"]["model"]
     assert (scores["locality"].keys(), scores["reliability"].keys()) == ({"accuracy"}, {"prefer"})
 
 
 def test_ask(told, small_lab, updated):
-    fact = runs.read_rows(updated / "inputs.jsonl")[0]
+    fact = disk.read_rows(updated / "inputs.jsonl")[0]
     code, out, _err = told("ask", "--model", small_lab, fact["prompt"])
     assert (code, out) == (0, f"{fact['prompt']}\n  {fact['ground_truth']}\n")
-    rows = runs.read_rows(updated / "facts.jsonl")
+    rows = disk.read_rows(updated / "facts.jsonl")
     said = next(r["said"] for r in rows if r["fact"] == fact["id"] and r["phase"] == "updated" and "said" in r)
     adapter = updated / "adapter"
     code, out, _err = told("ask", "--model", adapter, "--reference", small_lab, fact["prompt"], "Another?")
@@ -286,7 +286,7 @@ def test_ask(told, small_lab, updated):
 
 
 def test_process_prints_the_answer_and_nothing_else(small_lab, updated):
-    fact = runs.read_rows(updated / "inputs.jsonl")[0]
+    fact = disk.read_rows(updated / "inputs.jsonl")[0]
     command = [sys.executable, "-m", "forgetlearn", "ask", "--model", str(updated / "adapter"), fact["prompt"]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -316,7 +316,7 @@ def test_lab(told, refused, lab_facts, tmp_path):
     assert {"config.json", "model.safetensors", "facts.jsonl", "lab.json", "update.yaml"} <= {
         path.name for path in (tmp_path / "lab").iterdir()
     }
-    assert len(runs.read_rows(tmp_path / "lab/facts.jsonl")) == 3
+    assert len(disk.read_rows(tmp_path / "lab/facts.jsonl")) == 3
     refused("--overwrite", "lab", "--output", tmp_path / "lab")
     refused("Did you mean 'epochs'", "lab", "--set", "epoch=1", "--output", tmp_path / "lab2")
     refused("n_facts = 0", "lab", "--limit", 0, "--output", tmp_path / "lab2")
@@ -457,9 +457,9 @@ def test_a_comparison_of_no_methods(refused, small_lab, lab_facts, tmp_path):
 
 def test_tokenizer_without_eos(refused, small_lab, lab_facts, tmp_path):
     lab = Path(shutil.copytree(small_lab, tmp_path / "lab"))
-    config = runs.read_json(lab / "tokenizer_config.json")
+    config = disk.read_json(lab / "tokenizer_config.json")
     config.pop("eos_token")
-    runs.write_json(lab / "tokenizer_config.json", config)
+    disk.write_json(lab / "tokenizer_config.json", config)
     (lab / "special_tokens_map.json").unlink(missing_ok=True)
     refused("no EOS token", "update", "--model", lab, "--facts", lab_facts, "--output", tmp_path / "run")
 

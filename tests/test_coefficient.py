@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import forgetlearn
-from forgetlearn import coefficient, runs
+from forgetlearn import coefficient, disk, runs
 from forgetlearn.cli import main
 from forgetlearn.coefficient import HIGHEST, LOWEST, Forgetter, Trial, choose_coefficient, forget_tuned, set_aside
 from forgetlearn.compare import CompareSettings, fill
@@ -162,7 +162,7 @@ def test_the_facts_set_aside_are_updated_and_listed_but_not_scored(chosen, searc
     assert len(aside) == ASIDE
     counts = result.summary["facts"]
     assert (counts["used"], counts["scored"], counts["set_aside"]) == (USED, USED - ASIDE, ASIDE)
-    rows = runs.read_rows(result.output / "facts.jsonl")
+    rows = disk.read_rows(result.output / "facts.jsonl")
     assert {row["fact"] for row in rows if row.get("split") == "validation"} == aside
     assert set(Counter(row["fact"] for row in rows).values()) == {21}  # 3 phases x 7 protocols
     for phase in result.summary["phases"].values():
@@ -215,14 +215,14 @@ def test_what_the_best_trial_learned_is_the_product_to_the_bit(
     assert weights.read_bytes() == (plain.product / weights.name).read_bytes()
     assert sorted(file.name for file in result.product.iterdir()) == sorted(f.name for f in plain.product.iterdir())
     assert (output / "logs/learn.jsonl").read_text() == (plain.output / "logs/learn.jsonl").read_text()
-    stages, of_plain = (runs.read_json(run.output / "manifest.json")["stages"]["learn"] for run in (result, plain))
+    stages, of_plain = (disk.read_json(run.output / "manifest.json")["stages"]["learn"] for run in (result, plain))
     assert {name: stages[name] for name in ("facts", "steps", "layout", "final_loss")}.items() <= of_plain.items()
     assert not list(output.rglob("stages/**/*.safetensors"))
 
 
 def test_the_log_of_what_the_best_trial_learned_is_kept_whole(tmp_path):
     log = StageLog(({"step": 1, "loss": 0.5},), "packed", "sdpa", {"share_survived": 0.9}, micro_batch_size=2)
-    runs.write_json(tmp_path / "log.json", asdict(log))
+    disk.write_json(tmp_path / "log.json", asdict(log))
     assert coefficient.read_stage_log(tmp_path / "log.json") == log
 
 
@@ -254,7 +254,7 @@ def test_it_says_what_it_chose_and_why(chosen, search):
     choice = result.summary["choice"]
     assert choice["why"].startswith(f"coef {choice['coef']:g} was chosen ({search} search on {ASIDE} facts set aside)")
     assert result.summary["coef"] == choice["coef"]
-    stages = runs.read_json(result.output / "manifest.json")["stages"]
+    stages = disk.read_json(result.output / "manifest.json")["stages"]
     assert (stages["coefficient"]["coef"], stages["coefficient"]["why"]) == (choice["coef"], choice["why"])
     for page in ("report.md", "report.html"):
         text = (result.output / page).read_text()

@@ -10,7 +10,7 @@ import time
 import pytest
 
 import forgetlearn
-from forgetlearn import coefficient, compare, locks, runs
+from forgetlearn import coefficient, compare, disk, locks, runs
 from forgetlearn.cli import main
 from forgetlearn.compare import Cell, CompareSettings, cells_of, fill
 from forgetlearn.config import RunConfig, load_config
@@ -97,7 +97,7 @@ def test_a_cell_is_a_run_folder(filled):
     for cell in cells:
         folder = output / "cells" / cell.name
         assert runs.is_finished(folder)
-        summary = runs.read_json(folder / "summary.json")
+        summary = disk.read_json(folder / "summary.json")
         assert (summary["method"], summary["coef"], summary["seed"]) == (cell.method, cell.coef, cell.seed)
     from forgetlearn.report import write_run
 
@@ -262,7 +262,7 @@ def test_the_means_of_the_table_are_those_of_the_cells(filled):
     output, _cells, _done = filled
     rows = {row["label"]: row for row in write_table(output)["rows"]}
     means = [
-        runs.read_json(output / "cells" / f"f-ft-coef2-2epochs-seed{seed}" / "summary.json")["phases"]["updated"]
+        disk.read_json(output / "cells" / f"f-ft-coef2-2epochs-seed{seed}" / "summary.json")["phases"]["updated"]
         for seed in (0, 1)
     ]
     for quantity, protocol in (("reliability", "token"), ("locality", "agreement"), ("residue", "generate")):
@@ -320,7 +320,7 @@ def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_
     settings = CompareSettings(methods=("f-lora",), coefs=(1.0,), seeds=(0,))
     changed = config.model_copy(update={"evaluate": scores})
     (cell,) = fill(small_lab, facts, settings, changed, output=tmp_path / "out")
-    counts = runs.read_json(tmp_path / "out" / "cells" / cell.name / "summary.json")["facts"]
+    counts = disk.read_json(tmp_path / "out" / "cells" / cell.name / "summary.json")["facts"]
     assert counts["known"] == counts["forgotten"] == 6
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import forgetlearn
-from forgetlearn import runs
+from forgetlearn import disk
 from forgetlearn.config import ForgetSettings, RunConfig, StageSettings, load_config
 from forgetlearn.errors import ConfigError
 from forgetlearn.settings import describe, parse_assignments, validate
@@ -215,6 +215,6 @@ def test_a_paper_config_runs_on_a_lab_base_in_the_place_of_its_model(small_lab, 
     facts = result.summary["facts"]
     assert facts["used"] == 6
     assert facts["known"] > 0
-    stages = runs.read_json(result.output / "manifest.json")["stages"]
+    stages = disk.read_json(result.output / "manifest.json")["stages"]
     assert stages["forget"]["facts"] == stages["learn"]["facts"] == 6
     assert result.summary["phases"]["updated"]["reliability"]["token"]["mean"] > 50

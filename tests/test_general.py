@@ -12,7 +12,7 @@ import torch
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import general, runs, statistics
+from forgetlearn import disk, general, statistics
 from forgetlearn.cli import main
 from forgetlearn.config import EvaluateSettings
 from forgetlearn.errors import FactError, MissingExtraError
@@ -96,7 +96,7 @@ def test_update_measures_before_and_after(small_lab, text_file, tmp_path):
     again = forgetlearn.evaluate(
         result.product, facts, {"evaluate": config["evaluate"]}, output=tmp_path / "again", reference=small_lab
     )
-    found = runs.read_json(again / "summary.json")["general"]
+    found = disk.read_json(again / "summary.json")["general"]
     assert found["updated"]["text"]["kl"] == pytest.approx(updated["kl"], rel=1e-3)
 
 

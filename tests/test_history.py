@@ -7,7 +7,7 @@ import pytest
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import history, report, retention, runs
+from forgetlearn import digests, disk, history, report, retention, runs
 from forgetlearn.cli import main
 from forgetlearn.errors import RunError
 
@@ -32,12 +32,12 @@ def test_a_product_tells_of_every_update_that_made_it(twice):
     assert [update["facts"]["used"] for update in chain] == [3, 2]
     assert [update["facts"]["source"] for update in chain] == ["early.jsonl", "late.jsonl"]
     assert chain[0] == history.chain_of(twice / "first/merged")[0]
-    summary = runs.read_json(twice / "second/summary.json")
+    summary = disk.read_json(twice / "second/summary.json")
     told = chain[1]["scores"]["reliability"]["token"]
     assert told == {name: summary["phases"]["updated"]["reliability"]["token"][name] for name in told}
     assert told["n"] == 2
     weights = twice / "second/model/model.safetensors"
-    assert chain[1]["files"]["model.safetensors"] == runs.sha256_of(weights)
+    assert chain[1]["files"]["model.safetensors"] == digests.sha256_of(weights)
 
 
 def test_a_run_knows_its_parent(twice):
@@ -55,9 +55,9 @@ def test_no_local_path_is_in_it(twice, small_lab):
 
 def test_the_chain_is_no_part_of_the_hash_of_a_base(twice, tmp_path):
     copy = shutil.copytree(twice / "second/model", tmp_path / "copy")
-    before = runs.sha256_of(copy)
+    before = digests.sha256_of(copy)
     (copy / "forgetlearn.json").unlink()
-    assert runs.sha256_of(copy) == before
+    assert digests.sha256_of(copy) == before
 
 
 def test_log_prints_the_chain(twice, small_lab, capsys):
@@ -128,7 +128,7 @@ def test_facts_are_found_by_their_hash(twice):
     first, second = history.chain_of(twice / "second")
     places = [twice / "second", twice / "first"]
     assert [fact.prompt for fact in history.find_facts(first, places)] == [
-        row["prompt"] for row in runs.read_rows(twice / "first/inputs.jsonl")
+        row["prompt"] for row in disk.read_rows(twice / "first/inputs.jsonl")
     ]
     assert history.find_facts(second, [twice / "early.jsonl", twice / "late.jsonl"]).used == 2
     assert history.find_facts(first, [twice / "second", twice / "nowhere"]) is None
@@ -140,31 +140,31 @@ class TestRetention:
         words = ["evaluate", "--model", model, "--facts", late, "--retention", "--output", output]
         assert main([*map(str, words), "--set", "evaluate.protocols=[token,generate]"]) == 0
         assert "update 1, early.jsonl: retention of 3 facts: token" in capsys.readouterr().out
-        summary = runs.read_json(output / "summary.json")
+        summary = disk.read_json(output / "summary.json")
         (told,) = summary["retention"]
         assert (told["update"], told["facts"], told["superseded"]) == (1, 3, 0)
         overall = summary["phases"]["model"]["retention"]
         assert overall == told["scores"]
         assert {protocol: cell["n"] for protocol, cell in overall.items()} == {"token": 3, "generate": 3, "contains": 3}
-        rows = runs.read_rows(output / "retention.jsonl")
+        rows = disk.read_rows(output / "retention.jsonl")
         token = [row["retention"] for row in rows if row["protocol"] == "token"]
         assert overall["token"]["mean"] == pytest.approx(100 * sum(token) / 3)
         # the same as the same facts, scored by themselves
         early = forgetlearn.evaluate(model, twice / "early.jsonl", QUICK, output=twice / "early")
-        assert runs.read_json(early / "summary.json")["phases"]["model"]["reliability"]["token"] == overall["token"]
+        assert disk.read_json(early / "summary.json")["phases"]["model"]["reliability"]["token"] == overall["token"]
         for page in ("report.md", "report.html"):
             assert "Earlier updates" in (output / page).read_text()
             assert "Earlier updates" not in (early / page).read_text()
 
     def test_the_curve_over_earlier_updates(self, twice, tmp_path):
         output = forgetlearn.evaluate(twice / "second/model", twice / "late.jsonl", QUICK, output=tmp_path / "scores")
-        summary = runs.read_json(output / "summary.json")
+        summary = disk.read_json(output / "summary.json")
         cell = {"mean": 50.0, "low": 25.0, "high": 75.0, "n": 4, "errored": 0}
         told = {"when": "now", "source": "f.jsonl", "facts": 4, "superseded": 0}
         scores = [{"token": cell}, {"token": {**cell, "mean": 100.0, "high": 100.0}}]
         updates = [{**told, "update": number, "scores": one} for number, one in enumerate(scores, 1)]
         for shown in (1, 2):
-            runs.write_json(output / "summary.json", {**summary, "retention": updates[:shown]})
+            disk.write_json(output / "summary.json", {**summary, "retention": updates[:shown]})
             runs.RunFolder.open(output).finish()  # notes the hashes of what is there
             report.write_run(output)
             text = "retention in percent, 1, 2: token 50.0, 100.0"
@@ -183,7 +183,7 @@ class TestRetention:
         told = []
         for number, prompts in enumerate(("abc", "be", "cd"), 1):
             rows = [{"prompt": f"Where is {p}?", "target_new": f"In {number}."} for p in prompts]
-            runs.write_rows(tmp_path / f"{number}.jsonl", rows)
+            disk.write_rows(tmp_path / f"{number}.jsonl", rows)
             facts = forgetlearn.read_facts(tmp_path / f"{number}.jsonl")
             counts = {"source": f"{number}.jsonl", "used": facts.used, "sha256": facts.sha256()}
             told.append({"when": str(number), "facts": counts})

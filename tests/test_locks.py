@@ -7,7 +7,7 @@ import socket
 import pytest
 from filelock import FileLock
 
-from forgetlearn import processes, runs
+from forgetlearn import disk, processes, runs
 from forgetlearn.errors import ConfigError, RunError
 from forgetlearn.locks import claimed, only_writer
 from forgetlearn.session import update
@@ -34,7 +34,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     assert {path.name for path in run.iterdir()} == set(runs.LOCKS)
     runs.check_output(run, resume=False, overwrite=False)  # it holds nothing
     with only_writer(run):
-        assert runs.read_json(run / runs.LOCKS[1])["pid"] == os.getpid()
+        assert disk.read_json(run / runs.LOCKS[1])["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("waits", [False, True])

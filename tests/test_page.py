@@ -14,7 +14,7 @@ import pytest
 
 from comparison_folder import NASTY as COMPARED_NASTY
 from comparison_folder import make_comparison
-from forgetlearn import report, runs, statistics
+from forgetlearn import disk, report, runs, statistics
 from forgetlearn.compare import CompareSettings
 from forgetlearn.config import load_config
 from forgetlearn.table import write_table
@@ -48,13 +48,13 @@ def make_run(path: Path, count: int, *, nasty: bool = True) -> Path:
         for phase in PHASES:
             said, scores = KINDS["old" if phase != "updated" else kinds[number % len(kinds)]]
             rows += _rows(key, phase, said.format(number) if said else None, scores)
-    runs.write_rows(path / "inputs.jsonl", inputs)
-    runs.write_rows(path / "facts.jsonl", rows)
-    runs.write_json(path / "summary.json", _summary(count))
+    disk.write_rows(path / "inputs.jsonl", inputs)
+    disk.write_rows(path / "facts.jsonl", rows)
+    disk.write_json(path / "summary.json", _summary(count))
     (path / "logs").mkdir()
     for stage in ("forget", "learn"):
         losses = [{"step": step, "loss": 4 / step + (step % 7) / 10} for step in range(1, 3 * count // 8 + 2)]
-        runs.write_rows(path / "logs" / f"{stage}.jsonl", losses)
+        disk.write_rows(path / "logs" / f"{stage}.jsonl", losses)
     run.finish()
     report.write_run(path)
     return path / "report.html"

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import make_char_tokenizer, make_tiny_model
-from forgetlearn import processes, runs
+from forgetlearn import disk, processes, runs
 from forgetlearn.cli import main
 from forgetlearn.config import EvaluateSettings, StageSettings
 from forgetlearn.encoding import Encoded
@@ -70,7 +70,7 @@ def as_process(place, port, folder):
             for how in ("all weights", "lora"):
                 rows, weights = learn_and_score(how)
                 assert all(part == rows for part in processes.gather(rows))
-                runs.write_rows(folder / f"{how}.jsonl", rows)
+                disk.write_rows(folder / f"{how}.jsonl", rows)
                 if processes.is_main():
                     save_file(weights, folder / f"{how}.safetensors")
     except BaseException:
@@ -93,7 +93,7 @@ def test_two_processes_learn_and_score_as_one_does(tmp_path):
     assert not [file.read_text() for file in tmp_path.glob("failure-*")]
     assert [process.exitcode for process in started] == [0, 0]
     for how, (rows, weights) in alone.items():
-        assert runs.read_rows(tmp_path / f"{how}.jsonl") == rows
+        assert disk.read_rows(tmp_path / f"{how}.jsonl") == rows
         assert largest_difference(weights, load_file(tmp_path / f"{how}.safetensors")) < TOLERANCE
 
 
@@ -239,9 +239,9 @@ def test_an_update_by_two_processes_is_that_of_one(update, method, shard):
     flags = ("--set=save_merged=true",)
     one, two = update(1, method, *flags), update(2, method, *flags, *shard)
     difference = largest_difference(weights_of(one), weights_of(two))
-    rows = runs.read_rows(one / "facts.jsonl")
+    rows = disk.read_rows(one / "facts.jsonl")
     print(f"\n{method} {shard}: {len(rows)} rows, largest difference of a weight {difference:.1e}")
-    assert runs.read_rows(two / "facts.jsonl") == rows
+    assert disk.read_rows(two / "facts.jsonl") == rows
     assert len(rows) > 24 * 3 * 5
     assert difference < TOLERANCE
     assert not list((two / "stages").rglob("*.safetensors"))
@@ -266,7 +266,7 @@ def test_the_rest_of_an_update_by_two_processes_is_that_of_one(update, method, f
     one, two = update(1, method, *flags), update(2, method, *flags)
     difference = largest_difference(weights_of(one), weights_of(two))
     print(f"\n{method} {flags}: largest difference of a weight {difference:.1e}")
-    assert runs.read_rows(two / "facts.jsonl") == runs.read_rows(one / "facts.jsonl")
+    assert disk.read_rows(two / "facts.jsonl") == disk.read_rows(one / "facts.jsonl")
     assert difference < TOLERANCE
 
 
@@ -274,16 +274,16 @@ def test_the_rest_of_an_update_by_two_processes_is_that_of_one(update, method, f
 @pytest.mark.parametrize("method", ["f-ft", "f-lora"])
 def test_killed_inside_a_stage_two_processes_go_on_to_the_same_bits(update, method, tmp_path):
     done = update(2, method, "--set=save_merged=true")
-    words = runs.read_json(done / "manifest.json")["command"][1:]
+    words = disk.read_json(done / "manifest.json")["command"][1:]
     words[words.index(str(done))] = str(tmp_path / "run")
     for stage in ("forget", "learn"):
         points = tmp_path / f"run/stages/{stage}.points"
         killed_after_a_checkpoint(points, 2, *words, "--set=checkpoint_minutes=1e-9", "--resume")
-        assert stage not in runs.read_json(tmp_path / "run/manifest.json")["stages"]
+        assert stage not in disk.read_json(tmp_path / "run/manifest.json")["stages"]
     told = forgetlearn(2, *words, "--resume")
     assert "learning: going on from step" in told
     assert largest_difference(weights_of(done), weights_of(tmp_path / "run")) == 0
-    assert runs.read_rows(tmp_path / "run/facts.jsonl") == runs.read_rows(done / "facts.jsonl")
+    assert disk.read_rows(tmp_path / "run/facts.jsonl") == disk.read_rows(done / "facts.jsonl")
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_killed_inside_a_stage_two_processes_go_on_to_the_same_bits(update, meth
 def test_an_update_goes_on_after_a_stage_with_as_many_processes(update, shard):
     done = update(2, "f-ft", *shard, "--set=keep_stages=true")
     before = weights_of(done)
-    manifest = runs.read_json(done / "manifest.json")
+    manifest = disk.read_json(done / "manifest.json")
     for stage in ("learn", "score_updated"):
         del manifest["stages"][stage]
     del manifest["finished"]
@@ -310,9 +310,9 @@ def test_an_evaluation_by_two_processes_is_that_of_one(update, small_lab, tmp_pa
     common = ["evaluate", "--model", adapter, "--facts", small_lab / "facts.jsonl", "--reference", small_lab]
     forgetlearn(1, *common, "--output", tmp_path / "one")
     forgetlearn(2, *common, *flags, "--output", tmp_path / "two")
-    rows = runs.read_rows(tmp_path / "one" / "facts.jsonl")
+    rows = disk.read_rows(tmp_path / "one" / "facts.jsonl")
     assert rows
-    assert runs.read_rows(tmp_path / "two" / "facts.jsonl") == rows
+    assert disk.read_rows(tmp_path / "two" / "facts.jsonl") == rows
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import history, publish, runs
+from forgetlearn import digests, disk, history, publish, runs
 from forgetlearn.cli import main
 from forgetlearn.errors import ConfigError, RunError
 from hub_server import WRITE_TOKEN, serve
@@ -31,7 +31,7 @@ def made(small_lab, tmp_path_factory):
     (root / "secret-facts.jsonl").write_text("".join(lines[:2]))
     config = {"method": "f-lora", "save_merged": True, **QUICK}
     forgetlearn.update(small_lab, root / "secret-facts.jsonl", config, output=root / "run")
-    manifest = runs.read_json(root / "run/manifest.json")
+    manifest = disk.read_json(root / "run/manifest.json")
     manifest["command"] = ["forgetlearn", "update", "--model", str(small_lab), "--facts", f"{root}/secret-facts.jsonl"]
     manifest["command"] += ["--token=***", "--set", f"model.name={small_lab}", "--output", "runs/mine"]
     runs.RunFolder(root / "run", manifest).note()
@@ -60,7 +60,7 @@ def test_saved_are_the_products_own_files(run, tmp_path, small_lab):
     assert config["bias"] == "none"
     (update,) = history.chain_of(out)
     assert update["base"] == "org/base"
-    assert runs.damaged(out, update["files"]) == []
+    assert digests.damaged(out, update["files"]) == []
 
 
 def test_the_card_tells_what_a_reader_needs(run, tmp_path, small_lab):
@@ -73,7 +73,7 @@ def test_the_card_tells_what_a_reader_needs(run, tmp_path, small_lab):
     assert "2 facts, of which the base gave the old answer to" in card
     command = "forgetlearn update --model org/base --facts secret-facts.jsonl '--token=***' --set model.name=org/base"
     assert f"{command} --output mine" in card
-    assert runs.read_rows(run / "inputs.jsonl")[0]["prompt"] not in card
+    assert disk.read_rows(run / "inputs.jsonl")[0]["prompt"] not in card
 
 
 def test_merged_weights(run, tmp_path):
@@ -97,7 +97,7 @@ def test_the_id_of_the_base_is_asked_for(run, capsys, tmp_path):
 
 
 def test_a_base_from_the_hub_is_named_as_the_user_named_it(run):
-    manifest = runs.read_json(run / "manifest.json")
+    manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["model"]["name"] = "org/hub-base"
     manifest["inputs"]["base_sha256"] = "a" * 40
     runs.RunFolder(run, manifest).note()
@@ -113,7 +113,7 @@ def test_a_file_that_was_changed_is_not_published(run, name):
 
 
 def test_the_adapter_of_a_taught_base_has_no_base_to_name(run):
-    manifest = runs.read_json(run / "manifest.json")
+    manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["teach"]["epochs"] = 1
     runs.RunFolder(run, manifest).note()
     with pytest.raises(ConfigError, match="taught model"):
@@ -123,7 +123,7 @@ def test_the_adapter_of_a_taught_base_has_no_base_to_name(run):
 def test_a_local_path_in_any_text_stops_it(run):
     chain, file = history.read_chain(run / "adapter"), run / "adapter/tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "from": str(run)}))
-    chain[-1]["files"][file.name] = runs.sha256_of(file)
+    chain[-1]["files"][file.name] = digests.sha256_of(file)
     (run / "adapter/forgetlearn.json").write_text(history.as_json(chain))
     with pytest.raises(RunError, match=r"tokenizer_config\.json: holds a path"):
         publish.contents(run, base_model_id="org/base")
@@ -131,7 +131,7 @@ def test_a_local_path_in_any_text_stops_it(run):
 
 def test_a_path_as_it_was_named_or_in_the_metadata_of_weights_stops_it(run):
     """The facts were named with a relative path; the weights' header holds the folder of the run."""
-    manifest = runs.read_json(run / "manifest.json")
+    manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["facts"]["source"] = "customers/secret-facts.jsonl"
     runs.RunFolder(run, manifest).note()
     weights = run / "adapter/adapter_model.safetensors"
@@ -143,12 +143,12 @@ def test_a_path_as_it_was_named_or_in_the_metadata_of_weights_stops_it(run):
             file.write_text(json.dumps({**json.loads(file.read_text()), "from": content}))
         else:
             save_file(tensors, weights, {"from": content})
-        chain[-1]["files"][name] = runs.sha256_of(file)
+        chain[-1]["files"][name] = digests.sha256_of(file)
         (run / "adapter/forgetlearn.json").write_text(history.as_json(chain))
         with pytest.raises(RunError, match=f"{name}: holds a path"):
             publish.contents(run, base_model_id="org/base")
         file.write_bytes(kept)
-        chain[-1]["files"][name] = runs.sha256_of(file)
+        chain[-1]["files"][name] = digests.sha256_of(file)
         (run / "adapter/forgetlearn.json").write_text(history.as_json(chain))
     assert publish.contents(run, base_model_id="org/base")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forgetlearn import plots, report, runs
+from forgetlearn import disk, plots, report, runs
 from forgetlearn.config import load_config
 from forgetlearn.errors import RunError
 
@@ -64,11 +64,11 @@ def make_run(
     facts = {"source": NASTY, "reader": "own", "old_from": "answers", "read": 3, "used": 2, "known": 1}
     facts |= {"left_out": {"old_equals_new": 1}, "left_out_probes": {}}
     summary = {"method": "f-lora", "coef": 0.3, "seed": 0, "facts": facts, "product": "adapter"}
-    runs.write_rows(path / "facts.jsonl", rows)
-    runs.write_rows(path / "inputs.jsonl", inputs)
-    runs.write_json(path / "summary.json", summary | {"phases": dict.fromkeys(phases, scores)})
+    disk.write_rows(path / "facts.jsonl", rows)
+    disk.write_rows(path / "inputs.jsonl", inputs)
+    disk.write_json(path / "summary.json", summary | {"phases": dict.fromkeys(phases, scores)})
     (path / "logs").mkdir()
-    runs.write_rows(path / "logs/learn.jsonl", [{"step": n, "loss": 1 / n} for n in range(1, 5)])
+    disk.write_rows(path / "logs/learn.jsonl", [{"step": n, "loss": 1 / n} for n in range(1, 5)])
     run.finish()
     return path
 
@@ -205,7 +205,7 @@ def test_running_mean_by_hand():
 
 def test_a_long_run_has_a_small_plot(tmp_path):
     for count in (500, 20_000):
-        runs.write_rows(tmp_path / "learn.jsonl", [{"step": n, "loss": n % 7} for n in range(1, count + 1)])
+        disk.write_rows(tmp_path / "learn.jsonl", [{"step": n, "loss": n % 7} for n in range(1, count + 1)])
         plot = plots.plot_losses(tmp_path)
         assert len(plot) < 60_000
         assert f"in {count} steps" in plot
@@ -228,7 +228,7 @@ def test_card(run):
 
 
 def test_card_names_its_base_on_the_hub(run):
-    manifest = runs.read_json(run / "manifest.json")
+    manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["model"]["base_model_id"] = "org/base"
     runs.RunFolder(run, manifest).note()
     for product, relation in (("adapter", "adapter"), ("model", "finetune")):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import history, restore, runs
+from forgetlearn import digests, disk, history, restore, runs
 from forgetlearn.cli import main
 from forgetlearn.errors import ConfigError, ModelError, RunError
 from hub_server import commit, serve
@@ -37,7 +37,7 @@ def moved(made, tmp_path) -> Path:
     """The same on another machine: the base is not where it was."""
     root = Path(shutil.copytree(made, tmp_path / "there"))
     for name in ("whole", "lora"):
-        manifest = runs.read_json(root / name / "manifest.json")
+        manifest = disk.read_json(root / name / "manifest.json")
         manifest["config"]["model"]["name"] = str(tmp_path / "gone/base")
         runs.RunFolder(root / name, manifest).note()
     return root
@@ -45,7 +45,7 @@ def moved(made, tmp_path) -> Path:
 
 def test_an_adapter_of_a_run_that_taught_belongs_on_the_taught_model(made, tmp_path):
     run = Path(shutil.copytree(made / "lora", tmp_path / "run"))
-    manifest = runs.read_json(run / "manifest.json")
+    manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["teach"]["epochs"] = 1
     runs.RunFolder(run, manifest).note()
     with pytest.raises(RunError, match="belongs on the taught model taught/, which is gone"):
@@ -111,7 +111,7 @@ class TestApply:
         torch.testing.assert_close(alone, merged, rtol=0, atol=1e-5)
         (update,) = history.read_chain(tmp_path / "again")
         assert update["product"] == "merged"
-        assert runs.damaged(tmp_path / "again", update["files"]) == []
+        assert digests.damaged(tmp_path / "again", update["files"]) == []
 
     @pytest.mark.parametrize("name", ["whole", "lora"])
     def test_another_base_is_refused(self, moved, tmp_path, name):
@@ -133,7 +133,7 @@ class TestApply:
         assert main([str(word) for word in words]) == 2
         assert "--factor is for vectors" in capsys.readouterr().err
         (moved / "half").mkdir()
-        manifest = runs.read_json(moved / "whole/manifest.json")
+        manifest = disk.read_json(moved / "whole/manifest.json")
         manifest.pop("finished")
         runs.RunFolder(moved / "half", manifest).note()
         with pytest.raises(RunError, match="not finished"):
@@ -146,7 +146,7 @@ class TestUndo:
         assert main(["undo", str(made / name)]) == 0
         assert "untouched" in capsys.readouterr().out
         restore.undo_run(made / name, tmp_path / "base")
-        assert runs.sha256_of(tmp_path / "base") == runs.sha256_of(made / "base")
+        assert digests.sha256_of(tmp_path / "base") == digests.sha256_of(made / "base")
 
     def test_the_output_may_not_lie_in_the_base_or_the_run(self, made):
         for inside in ("base", "lora"):
@@ -154,12 +154,12 @@ class TestUndo:
                 restore.undo_run(made / "lora", made / inside / "again")
 
     def test_the_base_from_the_product(self, moved, tmp_path):
-        wanted = runs.sha256_of(moved / "base")
+        wanted = digests.sha256_of(moved / "base")
         shutil.rmtree(moved / "base")
         with pytest.raises(RunError, match="pass --output"):
             restore.undo_run(moved / "whole")
         assert "verified by hash" in restore.undo_run(moved / "whole", tmp_path / "back")
-        assert runs.sha256_of(tmp_path / "back") == wanted
+        assert digests.sha256_of(tmp_path / "back") == wanted
 
     def test_from_a_changed_product_nothing(self, moved, tmp_path):
         changed(moved / "whole/model/model.safetensors")
@@ -176,7 +176,7 @@ class TestUndo:
 
     def test_a_base_that_was_changed_since(self, made, tmp_path):
         root = Path(shutil.copytree(made, tmp_path / "there"))
-        manifest = runs.read_json(root / "lora/manifest.json")
+        manifest = disk.read_json(root / "lora/manifest.json")
         manifest["config"]["model"]["name"] = str(root / "base")
         runs.RunFolder(root / "lora", manifest).note()
         changed(root / "base/model.safetensors")
@@ -198,7 +198,7 @@ def test_a_base_and_a_product_on_the_hub(made, tmp_path):
     root = Path(shutil.copytree(made, tmp_path / "there"))
     branch = "org/base@main"
     for name in ("whole", "lora"):
-        manifest = runs.read_json(root / name / "manifest.json")
+        manifest = disk.read_json(root / name / "manifest.json")
         manifest["config"]["model"]["name"] = "org/base"
         manifest["inputs"]["base_sha256"] = commit(branch)
         runs.RunFolder(root / name, manifest).note()
@@ -232,7 +232,7 @@ def test_a_base_and_a_product_on_the_hub(made, tmp_path):
     assert f"/org/base/resolve/{commit(branch)}/model.safetensors" in asked
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/base"
-    assert runs.sha256_of(tmp_path / "back") == runs.sha256_of(made / "base")
+    assert digests.sha256_of(tmp_path / "back") == digests.sha256_of(made / "base")
     assert files_of(tmp_path / "product").keys() >= {"model.safetensors", "config.json", "tokenizer.json"}
     weights = "model.safetensors"
     assert (tmp_path / "zero" / weights).read_bytes() == (made / "base" / weights).read_bytes()
@@ -260,7 +260,7 @@ def test_shards_dtypes_and_names_that_differ(tmp_path):
     save_file({"b": one + 1, "a": one * 1.5, "n": two, "new": two + 1}, product / "model.safetensors")
     for folder in (base, product):
         (folder / "config.json").write_text(json.dumps({"name": folder.name}))
-    inputs = {"base_sha256": runs.sha256_of(base)}
+    inputs = {"base_sha256": digests.sha256_of(base)}
     run = runs.RunFolder(tmp_path / "run", {"config": {"model": {"name": str(base)}}, "inputs": inputs})
     kept = tmp_path / "run/change"
     kept.mkdir(parents=True)

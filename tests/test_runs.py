@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from forgetlearn import runs
+from forgetlearn import digests, disk, runs
 from forgetlearn.errors import RunError
 from forgetlearn.runs import RunFolder
 
@@ -105,7 +105,7 @@ def test_results_that_were_changed_are_refused(run):
     ],
 )
 def test_an_error_of_the_disk_from_a_library_names_the_path(tmp_path, error, told):
-    with pytest.raises(RunError, match=f"x: cannot be written: {re.escape(told)}"), runs.naming(tmp_path / "x"):
+    with pytest.raises(RunError, match=f"x: cannot be written: {re.escape(told)}"), disk.naming(tmp_path / "x"):
         raise error
 
 
@@ -278,21 +278,21 @@ def no_space(*_args: object) -> None:
 
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "summary.json"
-    runs.write_json(file, {"n": 1})
+    disk.write_json(file, {"n": 1})
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(RunError, match=rf"{file}: cannot be written: No space left on device\."):
-        runs.write_json(file, {"n": 2})
+        disk.write_json(file, {"n": 2})
     assert names(tmp_path) == ["summary.json"]
-    assert runs.read_json(file) == {"n": 1}
+    assert disk.read_json(file) == {"n": 1}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Exception("I/O: No space left")])
 def test_full_disk_leaves_the_old_folder(tmp_path, error):
-    with runs.atomic_folder(tmp_path / "model") as folder:
+    with disk.atomic_folder(tmp_path / "model") as folder:
         (folder / "old").touch()
 
     def fill():
-        with runs.atomic_folder(tmp_path / "model") as folder:
+        with disk.atomic_folder(tmp_path / "model") as folder:
             (folder / "new").touch()
             raise error
 
@@ -303,7 +303,7 @@ def test_full_disk_leaves_the_old_folder(tmp_path, error):
 
 def test_folder_is_replaced_as_a_whole(tmp_path):
     for name in ("old", "new"):
-        with runs.atomic_folder(tmp_path / "deep/model") as folder:
+        with disk.atomic_folder(tmp_path / "deep/model") as folder:
             (folder / name).touch()
     assert names(tmp_path) == ["deep", "deep/model", "deep/model/new"]
 
@@ -326,7 +326,7 @@ def test_real_full_disk(tiny_disk):
     with pytest.raises(RunError, match="model: cannot be written: No space left"):
         run.do("learn", lambda folder: save_file(weights, folder / "model.safetensors"), folder="model")
     with pytest.raises(RunError, match=r"facts\.jsonl: cannot be written: No space left"):
-        runs.write_rows(run.path / "facts.jsonl", [{"said": "x" * 1_600_000}])
+        disk.write_rows(run.path / "facts.jsonl", [{"said": "x" * 1_600_000}])
     assert names(tiny_disk) == ["run", "run/manifest.json"]
     assert RunFolder.open(run.path).manifest["stages"] == {}
 
@@ -334,8 +334,8 @@ def test_real_full_disk(tiny_disk):
 def test_files_get_the_permissions_of_the_user(tmp_path):
     mask = os.umask(0o022)
     try:
-        runs.write_text(tmp_path / "report.md", "x")
-        with runs.atomic_folder(tmp_path / "model"):
+        disk.write_text(tmp_path / "report.md", "x")
+        with disk.atomic_folder(tmp_path / "model"):
             pass
     finally:
         os.umask(mask)
@@ -345,20 +345,20 @@ def test_files_get_the_permissions_of_the_user(tmp_path):
 
 def test_rows_survive_every_character(tmp_path):
     rows = [{"said": 'a\u2028b\x85"\\\n'}, {"said": "日本 ü"}, {"said": None}]
-    runs.write_rows(tmp_path / "rows.jsonl", rows)
-    assert runs.read_rows(tmp_path / "rows.jsonl") == rows
+    disk.write_rows(tmp_path / "rows.jsonl", rows)
+    assert disk.read_rows(tmp_path / "rows.jsonl") == rows
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}\n{"b": \n', '{"a": 1\n"b": 2}\n', '{"a": 1},{"b": 2}\n'])
 def test_damaged_rows_are_an_error(tmp_path, text):
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(RunError, match=r"rows\.jsonl: cannot be read"):
-        runs.read_rows(tmp_path / "rows.jsonl")
+        disk.read_rows(tmp_path / "rows.jsonl")
 
 
 def test_numbers_that_are_not_json_are_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        runs.write_json(tmp_path / "x.json", {"mean": float("nan")})
+        disk.write_json(tmp_path / "x.json", {"mean": float("nan")})
     assert names(tmp_path) == []
 
 
@@ -392,13 +392,13 @@ def test_manifest_holds_no_token_of_the_environment(tmp_path, monkeypatch):
 def test_hash_sees_weights_config_and_tokenizer(tmp_path):
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         (tmp_path / name).write_text(name)
-    seen = {runs.sha256_of(tmp_path)}
+    seen = {digests.sha256_of(tmp_path)}
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         (tmp_path / name).write_text("other")
-        seen.add(runs.sha256_of(tmp_path))
+        seen.add(digests.sha256_of(tmp_path))
     assert len(seen) == 4
     (tmp_path / "notes.md").touch()
-    assert runs.sha256_of(tmp_path) in seen
+    assert digests.sha256_of(tmp_path) in seen
 
 
 def test_resume_is_offered_only_for_a_run(tmp_path):

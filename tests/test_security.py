@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import licences
 import test_models
-from forgetlearn import runs, safeyaml
+from forgetlearn import disk, runs, safeyaml
 from forgetlearn.arithmetic import save_vector, subtract_folders
 from forgetlearn.cli import main
 from forgetlearn.config import load_config
@@ -138,13 +138,13 @@ def test_a_chat_template_stays_in_its_sandbox(new_char_tokenizer, template):
 
 def test_names_in_a_run_folder_are_text_on_its_pages(tmp_path):
     make_run(tmp_path / "run", 3, nasty=False)
-    manifest = runs.read_json(tmp_path / "run/manifest.json")
+    manifest = disk.read_json(tmp_path / "run/manifest.json")
     manifest["config"]["model"]["name"] = manifest["config"]["facts"]["source"] = manifest["machine"] = NASTY
     manifest["command"] = ["forgetlearn", NASTY]
     for name in ("inputs.jsonl", "facts.jsonl"):
-        rows = runs.read_rows(tmp_path / "run" / name)
+        rows = disk.read_rows(tmp_path / "run" / name)
         key = "id" if name == "inputs.jsonl" else "fact"
-        runs.write_rows(tmp_path / "run" / name, [{**row, key: NASTY + row[key]} for row in rows])
+        disk.write_rows(tmp_path / "run" / name, [{**row, key: NASTY + row[key]} for row in rows])
     runs.RunFolder(tmp_path / "run", manifest).finish()  # with the hashes of what is there now
     write_run(tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 import forgetlearn
-from forgetlearn import interrupts, progress, runs
+from forgetlearn import digests, disk, interrupts, progress, runs
 from forgetlearn.config import load_config
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError, RunError
 from forgetlearn.session import update
@@ -35,7 +35,7 @@ def write_lines(file: Path, records: list[dict[str, Any]]) -> Path:
 @pytest.fixture(scope="module")
 def records(small_lab) -> list[dict[str, Any]]:
     """Six facts that the base holds, one without a rephrase, one with a probe longer than its context."""
-    own = runs.read_rows(small_lab / "facts.jsonl")[:USED]
+    own = disk.read_rows(small_lab / "facts.jsonl")[:USED]
     own[1].pop("rephrase_prompts")
     own[2]["locality"] = [{"prompt": "far " * 600, "answer": "away"}]
     return own
@@ -127,7 +127,7 @@ def test_rows_add_up(finished, method):
     result = finished(method)
     phases = ["base", "forgotten", "updated"] if method.startswith("f-") else ["base", "updated"]
     protocols = ["token", "exact", "prefer", "generate", "contains", "agreement", "accuracy"]
-    rows = runs.read_rows(result.output / "facts.jsonl")
+    rows = disk.read_rows(result.output / "facts.jsonl")
     counts = Counter((row["phase"], row["protocol"]) for row in rows)
     assert counts == {(phase, protocol): USED for phase in phases for protocol in protocols}
     assert len({row["fact"] for row in rows}) == USED
@@ -135,7 +135,7 @@ def test_rows_add_up(finished, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_summary(finished, method):
-    summary = runs.read_json(finished(method).output / "summary.json")
+    summary = disk.read_json(finished(method).output / "summary.json")
     assert (summary["method"], summary["seed"]) == (method, 0)
     assert summary["coef"] == (1.0 if method.startswith("f-") else None)
     facts = summary["facts"]
@@ -187,7 +187,7 @@ def test_probe_that_is_too_long_is_errored_with_its_reason(finished):
 def test_coef_0_skips_forgetting_and_is_fine_tuning_to_the_bit(small_lab, facts, config, finished, tmp_path):
     settings = config("f-ft", forget__coef=0, **CHANGES)
     result = update(small_lab, facts, settings, output=tmp_path / "run")
-    assert "forget" not in runs.read_json(tmp_path / "run/manifest.json")["stages"]
+    assert "forget" not in disk.read_json(tmp_path / "run/manifest.json")["stages"]
     assert same_tensors(result.product, finished("ft").product)
     assert not same_tensors(finished("f-ft").product, finished("ft").product)
 
@@ -203,11 +203,11 @@ def test_another_seed_gives_other_weights(small_lab, facts, config, tmp_path):
 
 def test_only_known_false_forgets_all(small_lab, facts, config, tmp_path):
     other = [{"prompt": f"Nobody knows {n}", "target_new": "b", "ground_truth": "c"} for n in range(3)]
-    mixed = write_lines(tmp_path / "facts.jsonl", runs.read_rows(facts) + other)
+    mixed = write_lines(tmp_path / "facts.jsonl", disk.read_rows(facts) + other)
     for only_known, forgotten in ((True, USED), (False, USED + 3)):
         output = tmp_path / f"{only_known}"
         result = update(small_lab, mixed, config(forget__only_known=only_known), output=output)
-        assert runs.read_json(output / "manifest.json")["stages"]["forget"]["facts"] == forgotten
+        assert disk.read_json(output / "manifest.json")["stages"]["forget"]["facts"] == forgotten
         assert result.summary["facts"]["known"] == USED
 
 
@@ -225,7 +225,7 @@ def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_
     result = update(small_lab, facts, settings, output=tmp_path / "run")
     assert result.summary["facts"]["known"] == USED
     assert list(result.summary["phases"]) == ["base", "updated"]
-    assert "probe" in runs.read_json(tmp_path / "run/manifest.json")["stages"]
+    assert "probe" in disk.read_json(tmp_path / "run/manifest.json")["stages"]
     assert result.summary["phases"]["base"]["reliability"].keys() == {"token"}
 
 
@@ -233,7 +233,7 @@ def test_save_merged(small_lab, facts, config, tmp_path):
     result = update(small_lab, facts, config("f-lora", save_merged=True), output=tmp_path / "run")
     assert tensors(tmp_path / "run/merged").keys() == tensors(small_lab).keys()
     assert not same_tensors(tmp_path / "run/merged", small_lab)
-    prompts = [row["prompt"] for row in runs.read_rows(result.output / "inputs.jsonl")]
+    prompts = [row["prompt"] for row in disk.read_rows(result.output / "inputs.jsonl")]
     assert forgetlearn.ask(prompts, tmp_path / "run/merged") == forgetlearn.ask(prompts, result.product)
     assert (tmp_path / "run/merged/README.md").is_file()
 
@@ -251,7 +251,7 @@ def test_teach_old(small_lab, records, config, tmp_path):
     assert result.summary["facts"]["known"] == 1
     assert result.summary["phases"]["base"]["residue"]["exact"]["mean"] == 100.0
     taught = tmp_path / "run/taught"
-    assert runs.read_json(result.product / "adapter_config.json")["base_model_name_or_path"] == str(taught)
+    assert disk.read_json(result.product / "adapter_config.json")["base_model_name_or_path"] == str(taught)
     assert forgetlearn.ask([prompt], taught) == {prompt: old}
 
 
@@ -323,10 +323,10 @@ def test_prompt_longer_than_the_context(small_lab, config, tmp_path):
 
 def test_base_is_never_overwritten(small_lab, facts, config, tmp_path):
     lab = Path(shutil.copytree(small_lab, tmp_path / "lab"))
-    before = runs.sha256_of(lab)
+    before = digests.sha256_of(lab)
     with pytest.raises(RunError, match="which this run reads"):
         update(lab, facts, config(), output=lab, overwrite=True)
-    assert runs.sha256_of(lab) == before
+    assert digests.sha256_of(lab) == before
 
 
 def test_adapter_is_no_base(finished, facts, config, tmp_path):
@@ -377,9 +377,9 @@ def test_products_answer_as_reported_in_a_fresh_process(finished, small_lab, tmp
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = json.loads(done.stdout)
-    vocabulary = runs.read_json(small_lab / "config.json")["vocab_size"]
+    vocabulary = disk.read_json(small_lab / "config.json")["vocab_size"]
     for output in outputs:
-        rows = runs.read_rows(output / "facts.jsonl")
+        rows = disk.read_rows(output / "facts.jsonl")
         said = {r["fact"]: r["said"] for r in rows if r["phase"] == "updated" and r["protocol"] == "generate"}
         plain = answers[output.name]
         assert {key: text.strip().split("\n")[0] for key, text in plain["said"].items()} == said
@@ -392,7 +392,7 @@ WITH_CHILDREN = """
 import gc, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from forgetlearn import plots, progress, runs
+from forgetlearn import digests, disk, plots, progress, runs
 from forgetlearn.session import update
 
 torch.set_num_threads(1)
@@ -523,7 +523,7 @@ def test_interrupted_inside_each_stage_and_resumed_the_bytes_are_the_same(
     result = update(small_lab, facts, settings, output=run, resume=True)
     assert same_tensors(result.product, whole.product)
     assert (run / "logs/learn.jsonl").read_bytes() == (whole.output / "logs/learn.jsonl").read_bytes()
-    steps, times = (runs.read_rows(run / f"logs/{name}learn.jsonl") for name in ("", "seconds/"))
+    steps, times = (disk.read_rows(run / f"logs/{name}learn.jsonl") for name in ("", "seconds/"))
     assert [row["step"] for row in times] == [row["step"] for row in steps]
     assert not list(run.rglob("*.points"))
 
@@ -636,11 +636,11 @@ def test_finished_run_is_given_back_without_the_model(finished, small_lab, facts
     result = finished("f-lora")
     before = result_files(result.output)
     (result.output / "report.html").unlink()
-    (result.output / f".report.html{runs.UNFINISHED}x").touch()  # as a kill leaves it
+    (result.output / f".report.html{disk.UNFINISHED}x").touch()  # as a kill leaves it
     monkeypatch.setattr("forgetlearn.session.as_language_model", lambda *_: pytest.fail("loaded"))
     again = update(small_lab, facts, config("f-lora", **CHANGES), output=result.output, resume=True)
     assert result_files(result.output) == before
-    assert not list(result.output.glob(f"*{runs.UNFINISHED}*"))
+    assert not list(result.output.glob(f"*{disk.UNFINISHED}*"))
     assert (again.summary, again.product) == (result.summary, result.product)
 
 
@@ -695,7 +695,7 @@ def test_a_half_precision_product_is_the_model_that_was_scored(small_lab, facts,
 def test_what_was_forgotten_and_what_auto_came_to_are_written_down(finished, small_lab, config, tmp_path):
     run = finished("f-ft")
     assert run.summary["facts"]["forgotten"] == run.summary["facts"]["known"] == USED
-    model = runs.read_json(run.output / "manifest.json")["model"]
+    model = disk.read_json(run.output / "manifest.json")["model"]
     assert (model["dtype"], model["device"], model["asked_in"]) == ("float32", "cpu", "plain text")
     unknown = write_lines(tmp_path / "f.jsonl", [{"prompt": "Who is it?", "target_new": "Ann", "ground_truth": "Zog"}])
     nothing = update(small_lab, unknown, config("f-lora"), output=tmp_path / "run")

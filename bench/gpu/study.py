@@ -16,9 +16,9 @@ from pathlib import Path
 from forgetlearn.compare import CompareSettings, fill
 from forgetlearn.comparison import verdict
 from forgetlearn.config import load_config
+from forgetlearn.disk import read_json
 from forgetlearn.facts import read_facts
 from forgetlearn.lab import LabSettings, build_lab
-from forgetlearn.runs import read_json
 from forgetlearn.settings import validate
 from forgetlearn.table import write_table
 

@@ -18,25 +18,11 @@ from typing import Any
 
 from forgetlearn.changes import VECTOR, Change, Difference, open_change, refuse_quantised
 from forgetlearn.checkpoints import INDEX, WHOLE, WIDTHS, CheckpointFolder, header_bytes, read_object
+from forgetlearn.digests import copy_own, is_recorded, licences, model_files, sha256_of
+from forgetlearn.disk import atomic_folder, naming, read_json, remove_unfinished, write_json
 from forgetlearn.errors import ConfigError, ModelError, RunError, some
 from forgetlearn.rounding import Survival, warning
-from forgetlearn.runs import (
-    ARITHMETIC,
-    MANIFEST,
-    atomic_folder,
-    check_output,
-    command_line,
-    copy_own,
-    is_recorded,
-    licences,
-    model_files,
-    naming,
-    read_json,
-    remove_unfinished,
-    sha256_of,
-    versions,
-    write_json,
-)
+from forgetlearn.runs import ARITHMETIC, MANIFEST, check_output, command_line, versions
 from forgetlearn.streamed import SPELLED, Numbers, VectorWork, Work, model_pieces, vector_pieces
 
 REMEDIES = (

@@ -56,7 +56,7 @@ class Change(Protocol):
     """What is subtracted, times a coefficient.
 
     moved    each tensor of the base that is moved, to the name by which it is found here
-    made_on  SHA-256 of the only base that it may be subtracted from, as `runs.sha256_of`; None for any
+    made_on  SHA-256 of the only base that it may be subtracted from, as `digests.sha256_of`; None for any
     """
 
     moved: Mapping[str, str]

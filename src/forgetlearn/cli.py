@@ -160,9 +160,9 @@ def lab(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Build a small base model that holds given facts, or a made-up world, in about a minute."""
+    from forgetlearn.disk import read_json
     from forgetlearn.facts import read_facts
     from forgetlearn.lab import LabSettings, build_lab
-    from forgetlearn.runs import read_json
 
     settings = validate(LabSettings, {"seed": seed, **parse_assignments(setting or [])})
     given = whole = None

@@ -17,7 +17,7 @@ from typing import Any
 from scipy import optimize
 from torch import Tensor
 
-from forgetlearn import adapters, runs, scoring, sharding, taskvector
+from forgetlearn import adapters, disk, scoring, sharding, taskvector
 from forgetlearn.config import EvaluateSettings, ForgetSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import Fact
@@ -160,13 +160,13 @@ def choose(
     choice = search(forgetter, tuned, facts, base_rows, config, folder, upkeep)
     if folder is not None:
         sharding.save_parts(tuned, lm.model, folder / WEIGHTS)
-        runs.write_json(folder / CHOICE, choice.as_dict())
+        disk.write_json(folder / CHOICE, choice.as_dict())
     return choice, stage_log
 
 
 def read_choice(folder: Path) -> Choice:
     """What `choose` wrote."""
-    data = runs.read_json(folder / CHOICE)
+    data = disk.read_json(folder / CHOICE)
     trials = tuple(Trial(**trial) for trial in data["trials"])
     return Choice(data["coef"], data["search"], tuple(data["validation"]), trials, data["why"])
 
@@ -198,7 +198,7 @@ def learn_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> Stage
 
 def read_stage_log(file: Path) -> StageLog:
     """What was written of a stage's log."""
-    kept: dict[str, Any] = runs.read_json(file)
+    kept: dict[str, Any] = disk.read_json(file)
     return StageLog(**kept | {name: tuple(value) for name, value in kept.items() if isinstance(value, list)})
 
 
@@ -326,7 +326,7 @@ class _Trying:
         is_lora = METHODS[self.config.method].learns == "lora"
         learned_weights = adapters.weights_of(model, adapters.PRODUCT) if is_lora else taskvector.snapshot(model)
         sharding.save_parts(learned_weights, model, folder / LEARNED)
-        runs.write_json(folder / LEARNED_LOG, asdict(replace(learned, seconds=())))
+        disk.write_json(folder / LEARNED_LOG, asdict(replace(learned, seconds=())))
 
     def _scores(self, coef: float) -> dict[str, float | None]:
         config, lm = self.config, self.forgetter.lm

@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetlearn import keeping, runs, scoring
+from forgetlearn import digests, disk, keeping, runs, scoring
 from forgetlearn.coefficient import Forgetter, forget_tuned
 from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, Rows, RunConfig
 from forgetlearn.encoding import check_lengths
@@ -334,7 +334,7 @@ class _Worker:
         self._base_rows: list[Row] = []
         self._known: list[Fact] = []
         for folder in (CELLS, SHARED):
-            with runs.naming(self.path / folder):
+            with disk.naming(self.path / folder):
                 (self.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
@@ -350,7 +350,7 @@ class _Worker:
             with claimed(self.path / CELLS / f".{cell.name}.lock") as is_ours:
                 if is_ours and not self.comparison.is_done(cell):
                     log.info("%s (%d cells open)", cell.name, len(cells))
-                    runs.remove_unfinished(self.path / CELLS / cell.name)
+                    disk.remove_unfinished(self.path / CELLS / cell.name)
                     self._fill(cell)
                     return True
         return False
@@ -368,10 +368,10 @@ class _Worker:
         stage_log = learn(self.lm, self.facts, config.learn, method.learns, seed=stage_seed(cell.seed, "learn"))
         rows["updated"] = self._score("updated", config)
         forgotten = len(to_forget) if method.forgets else None
-        with runs.atomic_folder(self.path / CELLS / cell.name) as folder:
+        with disk.atomic_folder(self.path / CELLS / cell.name) as folder:
             run = runs.RunFolder.create(folder, config.model_dump(mode="json"), {"comparison": str(self.path)})
             (folder / "logs").mkdir()
-            runs.write_rows(folder / "logs" / "learn.jsonl", stage_log.steps)
+            disk.write_rows(folder / "logs" / "learn.jsonl", stage_log.steps)
             write_results(folder, config, self.facts, rows, Done(len(self._known), forgotten))
             run.note(model=self.lm.describe())
             run.finish()
@@ -419,7 +419,7 @@ class _Worker:
             weights, stage_log = made
             save_file(weights, folder / "weights.safetensors")
             if stage_log is not None:
-                runs.write_rows(folder / "steps.jsonl", stage_log.steps)
+                disk.write_rows(folder / "steps.jsonl", stage_log.steps)
 
         kind = name.partition("-")[0]
         if self._held.get(kind, ("",))[0] != name:
@@ -443,19 +443,19 @@ class _Worker:
 
     def _shared_rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Rows from the folder, or made now, once for all processes."""
-        folder = self._shared(name, compute, lambda folder, rows: runs.write_rows(folder / "rows.jsonl", rows))
-        return runs.read_rows(folder / "rows.jsonl")
+        folder = self._shared(name, compute, lambda folder, rows: disk.write_rows(folder / "rows.jsonl", rows))
+        return disk.read_rows(folder / "rows.jsonl")
 
     def _shared(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Path:
         """A folder of what the cells share: as some process wrote it, or computed and written now."""
         folder = self.path / SHARED / name
         with claimed(self.path / SHARED / f".{name}.lock", waits=True):
-            if not runs.is_whole(folder):
-                runs.remove_unfinished(folder)
+            if not digests.is_whole(folder):
+                disk.remove_unfinished(folder)
                 made = compute()
-                with runs.atomic_folder(folder) as unfinished:
+                with disk.atomic_folder(folder) as unfinished:
                     write(unfinished, made)
-                    runs.write_hashes(unfinished)
+                    digests.write_hashes(unfinished)
         return folder
 
     def _score(self, phase: str, config: RunConfig) -> list[Row]:

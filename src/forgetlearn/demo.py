@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import runs
+from forgetlearn import disk
 from forgetlearn.config import load_config
 from forgetlearn.errors import RunError
 from forgetlearn.lab import LabSettings, build_lab, world_facts
@@ -55,9 +55,9 @@ def run_demo(
         raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
     if output.exists() and any(output.iterdir()) and not marker.is_file():
         raise RunError(f"{output} was not written by the demo. Choose another folder.")
-    with runs.naming(output):
+    with disk.naming(output):
         output.mkdir(parents=True, exist_ok=True)
-    runs.write_json(marker, {"n_facts": n_facts, "seed": seed})
+    disk.write_json(marker, {"n_facts": n_facts, "seed": seed})
     base = build_lab(facts, settings)
     rows: list[tuple[str, dict[str, Any]]] = []
     for method in methods:
@@ -71,7 +71,7 @@ def run_demo(
         rows = rows or [("original", phases["base"])]
         rows.append((method, phases["updated"]))
     table = comparison_table(rows)
-    runs.write_text(output / "demo.md", table)
+    disk.write_text(output / "demo.md", table)
     return DemoResult(output, tuple(rows), table)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from forgetlearn import processes, runs, sharding
+from forgetlearn import disk, processes, sharding
 from forgetlearn.config import EvaluateSettings
 from forgetlearn.errors import FactError, ModelError, missing_extra
 from forgetlearn.forward import computing, forward_parameters
@@ -108,13 +108,13 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
         found["text"] = {**source, **asdict(on_text), "perplexity": on_text.perplexity}
     if settings.tasks:
         found["tasks"] = score_tasks(lm, settings)
-    processes.on_main(lambda: runs.write_rows(folder / FOUND, [found]))
+    processes.on_main(lambda: disk.write_rows(folder / FOUND, [found]))
     return found
 
 
 def found_in(folder: Path) -> dict[str, Any]:
     """What `measure` wrote."""
-    return runs.read_rows(folder / FOUND)[0]
+    return disk.read_rows(folder / FOUND)[0]
 
 
 def score_text(

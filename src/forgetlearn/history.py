@@ -13,21 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn import __version__
+from forgetlearn.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, model_files, sha256_of
+from forgetlearn.disk import read_json, write_text
 from forgetlearn.errors import RunError, some
 from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.readers import is_hub_id
-from forgetlearn.runs import (
-    COMMIT_DIGITS,
-    HISTORY,
-    RunFolder,
-    damaged,
-    hash_of,
-    is_run,
-    model_files,
-    read_json,
-    sha256_of,
-    write_text,
-)
+from forgetlearn.runs import RunFolder, is_run
 
 log = logging.getLogger("forgetlearn")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]
 
+from forgetlearn.digests import LICENCES, MODEL_SUFFIXES
 from forgetlearn.errors import ModelError
 from forgetlearn.readers import is_hub_id
-from forgetlearn.runs import LICENCES, MODEL_SUFFIXES
 
 TIMEOUT_S = 10
 # What the hub's client raises, somewhere below transformers' own errors; the first that fits counts.

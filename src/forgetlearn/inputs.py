@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import keeping, runs, scoring
+from forgetlearn import digests, keeping, scoring
 from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
@@ -184,5 +184,5 @@ def base_hash(lm: LanguageModel) -> str | None:
     """What tells this base from another: a hash of its folder, or its commit on the hub."""
     folder = Path(lm.name)
     if folder.is_dir():
-        return runs.sha256_of(folder)
+        return digests.sha256_of(folder)
     return getattr(getattr(lm.model, "config", None), "_commit_hash", None)

@@ -18,10 +18,11 @@ import numpy as np
 
 from forgetlearn.changes import VECTOR, Adapter, Change, Difference, Stored, open_vector
 from forgetlearn.checkpoints import ADAPTER, WIDTHS, CheckpointFolder, Entry
+from forgetlearn.disk import naming
 from forgetlearn.errors import ConfigError, WeightMismatchError
 from forgetlearn.history import base_folder, product_of
 from forgetlearn.rounding import Array, Scratch, Sums, Survival, narrow, wide, widen
-from forgetlearn.runs import RunFolder, is_run, naming
+from forgetlearn.runs import RunFolder, is_run
 from forgetlearn.streamed import pieces_of, usual_threads
 
 Key = TypeVar("Key")

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from forgetlearn import runs
+from forgetlearn import disk, runs
 from forgetlearn.config import ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import FactSet, from_records, write_facts
@@ -87,17 +87,17 @@ def build_lab(
         facts = world_facts(settings)
     vocabulary_from = vocabulary_from or facts
     cached = cache_folder() / f"lab-{_key(facts, vocabulary_from, settings, device)}"
-    with runs.naming(cached.parent):
+    with disk.naming(cached.parent):
         cached.parent.mkdir(parents=True, exist_ok=True)
     with claimed(cached.with_name(f".{cached.name}.lock"), waits=True):  # a second process waits, and finds it built
         if not (cached / "lab.json").is_file():
             log.info("building a lab base that holds %d facts (once; kept in %s)", facts.used, cached.parent)
-            with runs.atomic_folder(cached) as unfinished:
+            with disk.atomic_folder(cached) as unfinished:
                 _build(facts, vocabulary_from, settings, unfinished, device)
     if output is None:
         return cached
     output = Path(output)
-    with runs.atomic_folder(output) as unfinished:
+    with disk.atomic_folder(output) as unfinished:
         shutil.copytree(cached, unfinished, dirs_exist_ok=True)
     return output
 
@@ -178,12 +178,12 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
     )
     save_model(model, tokenizer, folder)
     write_facts(facts, folder / "facts.jsonl")
-    runs.write_text(folder / "update.yaml", _update_yaml(facts.used))
+    disk.write_text(folder / "update.yaml", _update_yaml(facts.used))
     held = _share_held(model, tokenizer, facts, device)
     for what, share in held.items():
         if share is not None and share < 0.99:
             log.warning("the lab base holds only %.1f %% of the %s; raise epochs or size", 100 * share, what)
-    runs.write_json(
+    disk.write_json(
         folder / "lab.json",
         {
             "settings": settings.model_dump(),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from forgetlearn import processes, runs
+from forgetlearn import disk, processes, runs
 from forgetlearn.errors import RunError
 
 
@@ -22,7 +22,7 @@ def claimed(lock: Path, *, waits: bool = False) -> Iterator[bool]:
         RunError: the lock's file cannot be made, on a full disk say.
     """
     claim = FileLock(lock)
-    with runs.naming(lock):
+    with disk.naming(lock):
         is_ours = _take(claim, waits)
     try:
         yield is_ours
@@ -51,7 +51,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with runs.naming(folder):
+    with disk.naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock, holder = (folder / name for name in runs.LOCKS)
     try:
@@ -60,7 +60,7 @@ def only_writer(folder: Path) -> Iterator[None]:
                 raise RunError(f"{folder} is being written by {_named(holder)}. Wait until it ends, or end it.")
             try:
                 with suppress(RunError):  # a full disk: let the run say what it could not write
-                    runs.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+                    disk.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
                 yield
             finally:
                 for file in (holder, lock):
@@ -74,7 +74,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def _named(holder: Path) -> str:
     try:
-        who = runs.read_json(holder)
+        who = disk.read_json(holder)
         return f"process {who['pid']} on {who['host']}"
     except (RunError, KeyError):  # it has the lock, and is about to write who it is
         return "another process"

@@ -17,12 +17,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from forgetlearn.arithmetic import check_places
 from forgetlearn.checkpoints import read_header
+from forgetlearn.digests import HISTORY, damaged
+from forgetlearn.disk import atomic_folder
 from forgetlearn.errors import ConfigError, RunError, some, without_secrets
 from forgetlearn.history import as_json, base_id, hub_commit, product_of, read_chain
 from forgetlearn.readers import is_hub_id
 from forgetlearn.report import card, load_context
 from forgetlearn.restore import finished_run
-from forgetlearn.runs import HISTORY, RunFolder, atomic_folder, damaged
+from forgetlearn.runs import RunFolder
 
 CARD = "README.md"
 Content = bytes | Path

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from forgetlearn import metrics, plots, runs
+from forgetlearn import disk, metrics, plots, runs
 from forgetlearn.errors import RunError
 from forgetlearn.pages import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.rounding import in_words
@@ -38,16 +38,16 @@ def write_run(path: Path, context: Mapping[str, Any] | None = None) -> None:
         RunError: the folder holds no finished scores.
     """
     context = load_context(path) if context is None else context
-    runs.write_text(path / "report.md", render("report.md.j2", context))
+    disk.write_text(path / "report.md", render("report.md.j2", context))
     panels = plots.plot_scores(context["summary"], context["phases"])
     shown = {**context, "panels": panels, "losses": plots.plot_losses(path / "logs")}
     shown["retained"] = plots.plot_retention(context["retention"])
-    runs.write_text(path / "report.html", render_page("report.html.j2", shown))
+    disk.write_text(path / "report.html", render_page("report.html.j2", shown))
 
 
 def write_card(product: Path, context: Mapping[str, Any]) -> None:
     """The model card of the product, with its scores and the command that made it, from its run's context."""
-    runs.write_text(product / "README.md", card(context, product.name))
+    disk.write_text(product / "README.md", card(context, product.name))
 
 
 def card(
@@ -65,10 +65,10 @@ def load_context(path: Path) -> dict[str, Any]:
     run.check_results()
     if not (path / "summary.json").is_file():
         raise RunError(f"{path}: the run is not finished, so there is nothing to report. Go on with --resume.")
-    summary = runs.read_json(path / "summary.json")
+    summary = disk.read_json(path / "summary.json")
     summary["facts"].setdefault("scored", summary["facts"]["used"])  # folders from before facts could be set aside
-    rows = runs.read_rows(path / "facts.jsonl")
-    inputs = runs.read_rows(path / "inputs.jsonl")
+    rows = disk.read_rows(path / "facts.jsonl")
+    inputs = disk.read_rows(path / "inputs.jsonl")
     phases = [phase for phase in (*PHASES, "model") if phase in summary["phases"]]
     table = score_table(summary, phases)
     measured = [phase for phase in phases if phase in summary.get("general", {})]

@@ -20,19 +20,11 @@ import numpy as np
 from forgetlearn import hub
 from forgetlearn.arithmetic import check_places, check_space, merge_adapter
 from forgetlearn.checkpoints import CheckpointFolder, Entry, header_bytes, read_header, read_object
+from forgetlearn.digests import HISTORY, copy_own, is_recorded, licences, model_files, sha256_of
+from forgetlearn.disk import atomic_folder, write_json
 from forgetlearn.errors import ConfigError, ModelError, RunError
 from forgetlearn.history import base_folder, carry_over, check_product, hub_commit, product_of
-from forgetlearn.runs import (
-    HISTORY,
-    RunFolder,
-    atomic_folder,
-    copy_own,
-    is_recorded,
-    licences,
-    model_files,
-    sha256_of,
-    write_json,
-)
+from forgetlearn.runs import RunFolder
 from forgetlearn.streamed import Numbers
 
 CHANGE = "change"  # folder in a run, with `base/` and `product/` for all files but weights

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import report, runs, scoring
+from forgetlearn import disk, report, scoring
 from forgetlearn.coefficient import Choice
 from forgetlearn.config import AUTO, RunConfig
 from forgetlearn.facts import FactSet, write_facts
@@ -40,15 +40,15 @@ def write_results(
     marked `split: validation`, but no part in the means.
     """
     aside = frozenset(done.choice.validation if done and done.choice else ())
-    runs.write_rows(path / "facts.jsonl", [_public(row, aside) for phase in rows.values() for row in phase])
-    with runs.naming(path / "inputs.jsonl"):
+    disk.write_rows(path / "facts.jsonl", [_public(row, aside) for phase in rows.values() for row in phase])
+    with disk.naming(path / "inputs.jsonl"):
         write_facts(facts, path / "inputs.jsonl")
     scored = {phase: [row for row in own if row["fact"] not in aside] for phase, own in rows.items()}
     summary = _summary(config, facts, scored, done, n_aside=len(aside)) | (
         {"general": dict(general)} if general else {}
     )
-    runs.write_json(path / "summary.json", summary)
-    runs.write_text(path / "config.yaml", report.as_yaml(config.model_dump(mode="json")))
+    disk.write_json(path / "summary.json", summary)
+    disk.write_text(path / "config.yaml", report.as_yaml(config.model_dump(mode="json")))
     return summary
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import runs
+from forgetlearn import disk
 from forgetlearn.config import EvaluateSettings
 from forgetlearn.errors import FactError, RunError
 from forgetlearn.facts import Fact, FactSet
@@ -112,7 +112,7 @@ def _row(number: int, row: Row) -> Row:
 
 def write(path: Path, phase: str, found: Retained) -> None:
     """Add to the summary of a run folder: `retention` among the quantities of a phase, and the updates one by one."""
-    summary = runs.read_json(path / "summary.json")
+    summary = disk.read_json(path / "summary.json")
     summary["phases"][phase]["retention"] = found.overall
-    runs.write_json(path / "summary.json", {**summary, "retention": found.updates})
-    runs.write_rows(path / ROWS, found.rows)
+    disk.write_json(path / "summary.json", {**summary, "retention": found.updates})
+    disk.write_rows(path / ROWS, found.rows)

@@ -1,4 +1,4 @@
-"""The run folder: what was asked, which stages are done, rows and weights; atomic writes and resume.
+"""The run folder: what was asked, and which stages are done with which results; resume.
 
 A stage counts as done only when the manifest says so, and the manifest is replaced last. So a kill at any
 moment leaves a folder from which `--resume` goes on with the last stage that was finished. The manifest holds a hash of
@@ -7,40 +7,32 @@ what each stage wrote and of itself: what was damaged since is done again, or is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from forgetlearn import processes
-from forgetlearn.errors import ForgetLearnError, RunError, some, without_secrets
+from forgetlearn.digests import HISTORY, damaged, hash_of, hashes, sha256_of
+from forgetlearn.disk import UNFINISHED, atomic_folder, naming, read_json, write_json
+from forgetlearn.errors import RunError, some, without_secrets
 
 log = logging.getLogger("forgetlearn")
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of the manifest: since 2 it always holds a hash of itself
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
-HISTORY = "forgetlearn.json"  # the updates that made a model
 VERSIONED = ("forgetlearn", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy")
-COMMIT_DIGITS = 40  # a commit on the hub; the SHA-256 of a folder has 64
 SECRET_FLAGS = ("token", "key", "secret", "password")
-MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".py")
-LICENCES = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of these files begin
 RESULTS = ("facts.jsonl", "inputs.jsonl", "summary.json", "config.yaml", "logs/*.jsonl")  # of a run
-HASHES = "hashes.json"  # of the other files in its folder
-UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
 WITHOUT_EFFECT = ("checkpoint_minutes", "report_to")  # settings that may change from one resume to the next
 LOCKS = (".lock", ".writer.json")  # while a process writes the run: its lock, and who it is (locks.py)
 
@@ -259,12 +251,6 @@ class RunFolder:
             self._save()
 
 
-def remove_unfinished(final: Path) -> None:
-    """Delete what a kill left of `atomic_folder(final)`; nobody else may be writing it."""
-    for left in final.parent.glob(f".{final.name}{UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def is_run(path: str | Path) -> bool:
     """Whether a folder holds a run, done or not."""
     return (Path(path) / MANIFEST).is_file()
@@ -326,135 +312,6 @@ def _is_ours(file: Path) -> bool:
         return False
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old text or the new one, never a part. Process 0 writes.
-
-    Raises:
-        RunError: the disk is full, or the folder cannot be written; the old file stays.
-    """
-    if not processes.is_main():
-        return
-    with (
-        naming(path),
-        tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}{UNFINISHED}", delete=False
-        ) as file,
-    ):
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).chmod(0o666 & ~_umask())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def write_json(path: Path, data: object) -> None:
-    """Replace a JSON file in one step."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace a JSONL file in one step."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
-
-    Raises:
-        RunError: it is not there, or it is damaged.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise RunError(f"{path}: holds no JSON object. Is it from forgetlearn?")
-    return data
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file.
-
-    Raises:
-        RunError: it is not there, or a line is damaged.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-        # All lines at once: a quarter of the time of a call for each, and names that rows share are held once.
-        rows: list[dict[str, Any]] = json.loads(f"[{','.join(lines)}]")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
-    if len(rows) != len(lines):
-        raise RunError(f"{path}: cannot be read: {len(lines)} lines hold {len(rows)} rows.")
-    return rows
-
-
-@contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its final name only when all went well; the same one in all processes.
-
-    Raises:
-        RunError: writing failed, of a full disk say; nothing is left behind.
-    """
-    if processes.count() > 1:
-        with _shared_folder(final) as unfinished:
-            yield unfinished
-        return
-    with naming(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}{UNFINISHED}", dir=final.parent))
-        try:
-            unfinished.chmod(0o777 & ~_umask())
-            yield unfinished
-            sync_files(unfinished)
-            replaced = unfinished.with_name(f"{unfinished.name}-replaced")
-            if final.exists():
-                final.rename(replaced)
-            unfinished.rename(final)
-            sync(final.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def _shared_folder(final: Path) -> Iterator[Path]:
-    """`atomic_folder` for several processes: process 0 makes it, and names it when all are done."""
-    with ExitStack() as stack:
-        unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
-        yield unfinished
-        processes.barrier()
-        processes.on_main(stack.close)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turns what went wrong with the disk into an error that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error
-    except ForgetLearnError:
-        raise
-    except Exception as error:
-        if reason := _disk_error(str(error)):
-            raise RunError(f"{path}: cannot be written: {reason}.") from error
-        raise
-
-
-def _disk_error(message: str) -> str:
-    """What went wrong with the disk, out of an error that is no OSError; nothing if it is about something else."""
-    if told := re.search(r"\(os error (\d+)\)", message):  # safetensors and tokenizers, both in Rust
-        return os.strerror(int(told[1]))
-    if "inline_container" in message or "PytorchStreamWriter" in message:  # torch.save, which does not say why
-        return "torch could not write all of it (a full disk?)"
-    return "No space left on device" if "No space left" in message else ""
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide about the numbers."""
     found = {"python": platform.python_version()}
@@ -481,84 +338,6 @@ def masked(words: Sequence[str]) -> list[str]:
         shown.append("***" if hide_next else masked)
         hide_next = is_secret and not equals
     return shown
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files that a model is loaded from: weights, config, tokenizer, code; not its card, licence and chain."""
-    return [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.name != HISTORY]
-
-
-def licences(folder: Path) -> list[Path]:
-    """The files of a folder that say under which terms its model may be used."""
-    return [path for path in sorted(folder.iterdir()) if path.name.startswith(LICENCES)]
-
-
-def copy_own(path: Path, folder: Path) -> None:
-    """Copy a file of a model into `folder`. A link may lead within the model's folder, or into the hub's cache.
-
-    Raises:
-        RunError: it is a link to somewhere else: what lies there is not the model's, and could be published with it.
-    """
-    home, target = path.parent.resolve(), path.resolve()
-    blobs = home.parent.parent / "blobs"  # what a snapshot in the hub's cache is made of
-    if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.is_relative_to(blobs)):
-        raise RunError(
-            f"{path} is a link out of its folder, to {target}, and is not copied. Put the file itself there."
-        )
-    shutil.copyfile(path, folder / path.name)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, or of the files that a folder's model is loaded from, with their names."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else model_files(path):
-        digest.update(file.name.encode() if path.is_dir() else b"")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def is_recorded(folder: Path, recorded: str | None) -> bool:
-    """Whether a folder is the base that a run recorded: by its hash, or in the hub's cache, where folders are named
-    by it, by its commit."""
-    if recorded is not None and len(recorded) == COMMIT_DIGITS:
-        return folder.resolve().name == recorded
-    return recorded is not None and sha256_of(folder) == recorded
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Name to SHA-256 of every file in a folder, but for what people may edit (Markdown)."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-
-
-def damaged(folder: Path, written: Mapping[str, str]) -> list[str]:
-    """The files that are gone, or not as they were written."""
-    return [name for name in written if not (folder / name).is_file() or sha256_of(folder / name) != written[name]]
-
-
-def write_hashes(folder: Path) -> None:
-    """Write the hashes of a folder's files beside them, for `is_whole`."""
-    write_json(folder / HASHES, hashes(folder))
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a folder is there with all files as `write_hashes` saw them; damage is said."""
-    if not folder.is_dir():
-        return False
-    try:
-        changed = damaged(folder, read_json(folder / HASHES))
-    except RunError:
-        changed = [HASHES]
-    if changed:
-        log.warning("%s: %s: not as it was written, so it is made again", folder, some(changed))
-    return not changed
-
-
-def hash_of(data: object) -> str:
-    """SHA-256 of what JSON can hold, whatever the order of its names."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _commit() -> str | None:
@@ -589,22 +368,6 @@ def _flat(data: object, prefix: str) -> dict[str, object]:
     return flat
 
 
-def sync_files(folder: Path) -> None:
-    """Wait until all files in a folder are on the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            sync(file)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _peak_memory_bytes() -> int:
     """Largest resident memory of this process so far; 0 where the system does not tell."""
     try:
@@ -613,9 +376,3 @@ def _peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,7 +9,20 @@ from typing import Any
 
 from torch import nn
 
-from forgetlearn import coefficient, general, history, keeping, planning, processes, report, restore, runs, scoring
+from forgetlearn import (
+    coefficient,
+    digests,
+    disk,
+    general,
+    history,
+    keeping,
+    planning,
+    processes,
+    report,
+    restore,
+    runs,
+    scoring,
+)
 from forgetlearn.config import AUTO, RunConfig
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ModelError, RunError
@@ -137,9 +150,9 @@ def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
     run = runs.RunFolder.open(path)
     base = Path(str(config.model.name))
     was = run.manifest["inputs"]
-    now = {"facts_sha256": facts.sha256(), "base_sha256": runs.sha256_of(base) if base.is_dir() else None}
+    now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
-    summary = runs.read_json(path / "summary.json")
+    summary = disk.read_json(path / "summary.json")
     if not summary["product"]:
         raise RunError(f"{path} holds scores, not an update. Choose another folder.")
     product = path / summary["product"]
@@ -151,4 +164,4 @@ def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
     if not config.keep_stages:
         run.remove_stage_weights()
     report.write_run(path)
-    return UpdateResult(path, product, summary, runs.read_rows(path / "facts.jsonl"))
+    return UpdateResult(path, product, summary, disk.read_rows(path / "facts.jsonl"))

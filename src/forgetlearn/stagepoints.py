@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forgetlearn import runs
+from forgetlearn import digests, disk
 from forgetlearn.errors import RunError
 
 log = logging.getLogger("forgetlearn")
@@ -55,8 +55,8 @@ def writing(folder: Path, step: int, *, place: int, world_size: int, wait: Calla
     Raises:
         RunError: the disk is full, say.
     """
-    unfinished, final = folder / f".{_name(step)}{runs.UNFINISHED}", folder / _name(step)
-    with runs.naming(folder):
+    unfinished, final = folder / f".{_name(step)}{disk.UNFINISHED}", folder / _name(step)
+    with disk.naming(folder):
         if place == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -64,12 +64,12 @@ def writing(folder: Path, step: int, *, place: int, world_size: int, wait: Calla
         yield unfinished
         wait()
         if place == 0:
-            runs.sync_files(unfinished)
-            files = {file.name: [file.stat().st_size, runs.sha256_of(file)] for file in unfinished.iterdir()}
-            runs.write_json(unfinished / MARKER, {"step": step, "world_size": world_size, "files": files})
+            disk.sync_files(unfinished)
+            files = {file.name: [file.stat().st_size, digests.sha256_of(file)] for file in unfinished.iterdir()}
+            disk.write_json(unfinished / MARKER, {"step": step, "world_size": world_size, "files": files})
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
-            runs.sync(folder)
+            disk.sync(folder)
             for older in set(_points(folder)) - {final}:
                 shutil.rmtree(older, ignore_errors=True)
         wait()
@@ -85,7 +85,7 @@ def newest(folder: Path, world_size: int) -> Path | None:
         if problem := _problem(point):
             log.warning("%s: this checkpoint is not used: %s", point, problem)
             continue
-        was = runs.read_json(point / MARKER)["world_size"]
+        was = disk.read_json(point / MARKER)["world_size"]
         if was != world_size:
             raise RunError(
                 f"{point} was written by {was} processes, and now there are {world_size}. Resume with {was}, or "
@@ -100,14 +100,14 @@ def _problem(point: Path) -> str:
     if not (point / MARKER).is_file():
         return f"{MARKER} is missing, so it was not finished"
     try:
-        files = runs.read_json(point / MARKER)["files"]
+        files = disk.read_json(point / MARKER)["files"]
         for name, (size, digest) in files.items():
             file = point / name
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, not {size}"
-            if runs.sha256_of(file) != digest:
+            if digests.sha256_of(file) != digest:
                 return f"{name} is damaged (another hash)"
     except (RunError, KeyError, TypeError, ValueError, AttributeError):
         return f"{MARKER} is damaged"

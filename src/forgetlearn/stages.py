@@ -13,6 +13,7 @@ from torch import nn
 from forgetlearn import (
     adapters,
     coefficient,
+    disk,
     general,
     history,
     planning,
@@ -105,7 +106,7 @@ class Stages:
 
         if not self.folder.is_done("old_answers"):
             keep_old_answers(self.folder, scoring.probe(self.lm, self.facts, self.config.evaluate))
-        rows = runs.read_rows(self.folder.path / "stages/old_answers/rows.jsonl")
+        rows = disk.read_rows(self.folder.path / "stages/old_answers/rows.jsonl")
         self.facts = with_the_models_answers(self.facts, rows, self.config)
 
     def _teach(self) -> None:
@@ -131,10 +132,10 @@ class Stages:
 
         def compute(folder: Path) -> None:
             self._restore()
-            runs.write_rows(folder / "rows.jsonl", scoring.probe(self.lm, self.facts, self.config.evaluate))
+            disk.write_rows(folder / "rows.jsonl", scoring.probe(self.lm, self.facts, self.config.evaluate))
 
         self.folder.do("probe", compute)
-        return runs.read_rows(self.folder.path / "stages/probe/rows.jsonl")
+        return disk.read_rows(self.folder.path / "stages/probe/rows.jsonl")
 
     def _choose_coefficient(self) -> None:
         def compute(folder: Path) -> dict[str, Any]:
@@ -269,10 +270,10 @@ class Stages:
             log.info("scoring the %s model", phase)
             reference = scoring.locality_predictions(self.rows["base"]) if phase != "base" else None
             rows = scoring.score(self.lm, self.facts, phase=phase, settings=self.config.evaluate, reference=reference)
-            runs.write_rows(folder / "rows.jsonl", rows)
+            disk.write_rows(folder / "rows.jsonl", rows)
 
         self.folder.do(stage, compute)
-        self.rows[phase] = runs.read_rows(self.folder.path / "stages" / stage / "rows.jsonl")
+        self.rows[phase] = disk.read_rows(self.folder.path / "stages" / stage / "rows.jsonl")
 
     def _measure(self, phase: str) -> None:
         """General ability, where it is asked for."""
@@ -315,9 +316,9 @@ class Stages:
         """Every step's numbers to the run folder; the gist for the manifest."""
         logs = self.folder.path / "logs"
         (logs / "seconds").mkdir(parents=True, exist_ok=True)
-        runs.write_rows(logs / f"{stage}.jsonl", stage_log.steps)
+        disk.write_rows(logs / f"{stage}.jsonl", stage_log.steps)
         times = [{"step": step, "seconds": seconds} for step, seconds in enumerate(stage_log.seconds, 1)]
-        runs.write_rows(logs / "seconds" / f"{stage}.jsonl", times)
+        disk.write_rows(logs / "seconds" / f"{stage}.jsonl", times)
         gist = {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss, **stage_log.how()}
         return gist | _say_rounding(stage_log.rounding)
 
@@ -335,7 +336,7 @@ class Stages:
             rounding=self.folder.noted("learn", "rounding") or self.folder.noted("merge", "rounding"),
         )
         summary = processes.on_main(lambda: self._write(products, done))
-        return UpdateResult(path, self.product, summary, runs.read_rows(path / "facts.jsonl"))
+        return UpdateResult(path, self.product, summary, disk.read_rows(path / "facts.jsonl"))
 
     def _write(self, products: list[Path], done: Done) -> dict[str, Any]:
         """The summary, after everything has been written that is made from the scores and the products."""
@@ -369,7 +370,7 @@ class Stages:
 
 def keep_old_answers(run: runs.RunFolder, rows: list[Row]) -> None:
     """What the base said before anything was changed, as a stage of its own."""
-    run.do("old_answers", lambda folder: runs.write_rows(folder / "rows.jsonl", rows))
+    run.do("old_answers", lambda folder: disk.write_rows(folder / "rows.jsonl", rows))
 
 
 def teach(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn import comparison, runs, statistics
+from forgetlearn import comparison, disk, runs, statistics
 from forgetlearn.compare import CELLS, SHARED, Budget, Cell, CompareSettings, cells_of
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import RunError
@@ -49,7 +49,7 @@ def write_table(path: Path) -> dict[str, Any]:
         "unpaired": _unpaired(settings),
         "curves": _curves(groups) if len(settings.epochs) > 1 else None,
     }
-    runs.write_json(path / "compare.json", data)
+    disk.write_json(path / "compare.json", data)
     cells = {label: [path / CELLS / cell.name for cell in group.cells] for label, group in groups.items()}
     comparison.write_pages(path, data, manifest, cells, path / SHARED)
     return data
@@ -93,7 +93,7 @@ def _scores(cell: Path) -> dict[str, dict[Column, list[float]]]:
         raise RunError(f"{cell.parent.parent}: the cell {cell.name} is not done. Go on with --resume.")
     runs.RunFolder.open(cell).check_results(f"remove {cell} and go on with --resume")
     found: dict[str, dict[Column, list[float]]] = {}
-    for row in runs.read_rows(cell / "facts.jsonl"):
+    for row in disk.read_rows(cell / "facts.jsonl"):
         own = found.setdefault(row["phase"], {})
         for quantity, protocol in COLUMNS:
             if protocol == row["protocol"] and quantity in row:

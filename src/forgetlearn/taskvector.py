@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from forgetlearn import runs, sharding
+from forgetlearn import disk, sharding
 from forgetlearn.checkpoints import CheckpointFolder, check_same, named_in, partners
 from forgetlearn.errors import ConfigError, WeightMismatchError, some
 from forgetlearn.rounding import Array
@@ -291,9 +291,9 @@ def snapshot_on_disk(model: torch.nn.Module, folder: Path | None) -> dict[str, T
     if n_bytes < SMALL_BYTES or any(weight.dtype != torch.float32 for weight in weights.values()):
         return snapshot(model)
     where = Path(tempfile.gettempdir()) if folder is None else folder
-    with runs.naming(where):
+    with disk.naming(where):
         where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".base{runs.UNFINISHED}", dir=where) as file:
+        with tempfile.NamedTemporaryFile(prefix=f".base{disk.UNFINISHED}", dir=where) as file:
             for weight in weights.values():
                 file.write(weight.detach().cpu().contiguous().view(-1).numpy().data)
             file.flush()

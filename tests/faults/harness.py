@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import plots, progress, runs
+from forgetlearn import digests, plots, progress, runs
 from forgetlearn.errors import ForgetLearnError
 
 OK, REFUSED, CRASHED = 0, 2, 3
@@ -87,16 +87,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def _timeless(path: Path) -> bytes:
     data = path.read_bytes()
-    if path.name in (runs.MANIFEST, runs.HISTORY, runs.ARITHMETIC):
+    if path.name in (runs.MANIFEST, digests.HISTORY, runs.ARITHMETIC):
         return json.dumps(_without(json.loads(data), TIMED), sort_keys=True).encode()
-    if path.name == runs.HASHES or path.parent.name == "seconds":  # of the manifest, say; of each step
+    if path.name == digests.HASHES or path.parent.name == "seconds":  # of the manifest, say; of each step
         return b""
     return data
 
 
 def _without(data: Any, names: set[str]) -> Any:
     if isinstance(data, dict):
-        hashed = f"/{runs.HISTORY}"  # the hash of a file that tells times
+        hashed = f"/{digests.HISTORY}"  # the hash of a file that tells times
         return {k: _without(value, names) for k, value in data.items() if k not in names and not k.endswith(hashed)}
     return [_without(value, names) for value in data] if isinstance(data, list) else data
 
