@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from forgetlearn import runs
+from forgetlearn import disk, runs
 from forgetlearn.compare import CompareSettings, fill
 from forgetlearn.config import load_config
-from forgetlearn.facts import read_facts, write_facts
+from forgetlearn.facts import Fact, FactSet, read_facts, write_facts
 from forgetlearn.keeping import asked_too
 from forgetlearn.lab import LabSettings, build_lab
 from forgetlearn.settings import validate
@@ -74,7 +74,7 @@ def main() -> None:
     done = rows_of(bases, study, args.output)
     texts = {name: tables(rows, study["chosen"]) for name, rows in done.items()}
     text = "\n\n".join(f"### {name}\n\n{text}" for name, text in texts.items())
-    runs.write_text(args.output / "study.md", text + "\n")
+    disk.write_text(args.output / "study.md", text + "\n")
     for part, panels in itertools.groupby(done.items(), key=lambda item: item[0].rpartition("-")[2]):
         plot(dict(panels), args.output / f"study-{part}.svg", study["not_plotted"])
     print(text)
@@ -97,20 +97,24 @@ def rows_of(bases: list[Base], study: Mapping[str, Any], output: Path) -> dict[s
     return {next(iter(own)).name: rows for own in folders.values() if (rows := read_rows(own))}
 
 
+def lab_of(base: Base, data: Path) -> tuple[Path, FactSet, tuple[Fact, ...]]:
+    """The folder of the base, which is built where it is not there, the facts to update, and those to keep."""
+    whole = read_facts(data / base.file)
+    first, last, end = base.start, base.start + base.limit, base.start + base.limit + base.keep
+    settings = LabSettings(seed=base.seed, tie_word_embeddings=base.tied, **dict(base.lab))
+    folder = build_lab(replace(whole, facts=whole[first:end]), settings, vocabulary_from=whole)
+    return folder, replace(whole, facts=whole[first:last]), whole[last:end]
+
+
 def compared(base: Base, study: Mapping[str, Any], data: Path, output: Path, workers: int) -> None:
     """Fill the comparison of one base."""
     part = study["parts"][base.part]
-    whole = read_facts(data / base.file)
-    first, last = base.start, base.start + base.limit
-    lab = LabSettings(seed=base.seed, tie_word_embeddings=base.tied, **dict(base.lab))
-    folder = build_lab(replace(whole, facts=whole[first : last + base.keep]), lab, vocabulary_from=whole)
-    facts = replace(whole, facts=whole[first:last])
+    folder, facts, others = lab_of(base, data)
     config = load_config(folder / "update.yaml", study["update"] | part["update"])
     variants = part["variants"].get("tied" if base.tied else "untied", {})
     if base.keep:
         keep = output.with_suffix(".keep.jsonl")
         keep.parent.mkdir(parents=True, exist_ok=True)
-        others = whole[last : last + base.keep]
         both = asked_too(others, facts)  # ZsRE asks some questions of two facts
         write_facts([fact for fact in others if fact not in both], keep)
         variants = {name: _with_file(variant, keep) for name, variant in variants.items()}

@@ -130,9 +130,10 @@ def test_the_rate_rises_and_falls_as_asked(lm):
     assert {row["learning_rate"] for row in trained(lm, constant)[1].steps} == {1e-3}
 
 
-def test_weight_decay_clipping_and_betas_reach_the_optimiser(lm):
+def test_weight_decay_clipping_betas_and_epsilon_reach_the_optimiser(lm):
     plain, _log = trained(lm)
-    for change in ({"weight_decay": 0.5}, {"max_grad_norm": 1e-3}, {"adam_beta1": 0.5}, {"adam_beta2": 0.9}):
+    optimiser = ({"adam_beta1": 0.5}, {"adam_beta2": 0.9}, {"adam_epsilon": 1e-3})
+    for change in ({"weight_decay": 0.5}, {"max_grad_norm": 1e-3}, *optimiser):
         assert distance(plain, trained(lm, SETTINGS.model_copy(update=change))[0]) > 1e-6, change
 
 

@@ -9,7 +9,7 @@ from forgetlearn.config import ForgetSettings, ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.method import METHODS, PAPER_METHODS, check_forgetting, check_learning, forget, learn
-from forgetlearn.models import editable_module, load_model
+from forgetlearn.models import editable_module, load_model, wrap
 from forgetlearn.scoring import score, summarise
 from forgetlearn.stagepoints import Upkeep
 from forgetlearn.taskvector import TaskVector, snapshot, subtract
@@ -196,8 +196,6 @@ def test_a_fact_without_an_old_answer_cannot_be_forgotten(world):
 
 
 def test_gpt2_and_tied_models_go_through_every_method(tiny_model, char_tokenizer):
-    from forgetlearn.models import wrap
-
     facts = [make_fact(f"Who {index}?", "Ann", ground_truth="Bob") for index in range(4)]
     for model in (tiny_model("gpt2", tied=True), tiny_model("llama", tied=True)):
         for method in METHODS:
@@ -263,17 +261,18 @@ def test_only_the_named_modules_change_each_by_its_factor(world):
         assert factor or torch.equal(weight, base[name])
 
 
-@pytest.mark.parametrize("rows", ["answers", "others"])
-def test_of_the_vocabulary_only_the_rows_of_the_old_answers_forget_or_all_others(world, rows):
+@pytest.mark.parametrize("rows", ["answers", "others", "facts"])
+def test_of_the_vocabulary_only_the_rows_that_are_asked_for_forget(world, rows):
     lm, facts = world
     base, whole = snapshot(lm.model), copy.deepcopy(lm)
     forget(whole, facts, FORGET, "all weights", seed=7)
     forget(lm, facts, FORGET.model_copy(update={"rows": rows}), "all weights", seed=7)
-    tokens = {token for fact in facts for token in lm.encoder.encode(fact.prompt, fact.ground_truth).answer_ids}
+    texts = [lm.encoder.encode(fact.prompt, fact.ground_truth, end=rows == "facts") for fact in facts]
+    tokens = {token for text in texts for token in (text.ids if rows == "facts" else text.answer_ids)}
     vocabulary = set(selection.groups(lm.model)["vocabulary"])
     for name, weight in snapshot(lm.model).items():
         forgotten = snapshot(whole.model)[name]
-        changes = [name not in vocabulary or (token in tokens) == (rows == "answers") for token in range(len(weight))]
+        changes = [name not in vocabulary or (token in tokens) == (rows != "others") for token in range(len(weight))]
         for row, old, new, changed in zip(weight, base[name], forgotten, changes, strict=True):
             assert torch.equal(row, new if changed else old), name
     assert vocabulary
@@ -321,14 +320,36 @@ def test_only_the_named_modules_learn(world):
     assert changed == set(selection.factors(lm.model, ("mlp", "attention@layers.0")))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_the_vocabulary_only_the_rows_of_the_facts_learn(tiny_model, char_tokenizer, tied):
+    """Tokens are characters: those that no prompt and no answer has stay, to the bit, in both matrices."""
+    lm = wrap(tiny_model("llama", tied=tied), char_tokenizer)
+    facts = [make_fact("abc", "d", ground_truth="e")]
+    base = snapshot(lm.model)
+    learn(lm, facts, LEARN.model_copy(update={"rows": "facts"}), "all weights", seed=3)
+    told = {*lm.encoder.encode("abc", "d", end=True).ids, *lm.encoder.encode("abc", "e", end=True).ids}
+    vocabulary = selection.groups(lm.model)["vocabulary"]
+    assert len(vocabulary) == (1 if tied else 2)
+    for name in vocabulary:
+        moved = (lm.model.state_dict()[name] != base[name]).any(-1)
+        assert not moved[[token for token in range(len(moved)) if token not in told]].any(), name
+    head = lm.model.get_output_embeddings().weight != base[selection.groups(lm.model)["head"][0]]
+    assert head.any(-1)[sorted(told)].all()  # the old answer's too, though no text of learning has it
+    assert not lm.model.get_output_embeddings().weight._backward_hooks
+
+
 @pytest.mark.parametrize(
-    ("modules", "how", "message"),
+    ("changes", "how", "message"),
     [
-        ("nothing", "all weights", "learn.modules: 'nothing' matches nothing"),
-        ({"mlp": 2.0}, "all weights", "names without factors"),
-        ("mlp", "lora", "LoRA takes learn.lora.target_modules"),
+        ({"modules": "nothing"}, "all weights", "learn.modules: 'nothing' matches nothing"),
+        ({"modules": {"mlp": 2.0}}, "all weights", "names without factors"),
+        ({"modules": "mlp"}, "lora", "LoRA takes learn.lora.target_modules"),
+        ({"rows": "answers"}, "all weights", "learn.rows = answers: is there for forgetting"),
+        ({"rows": "facts"}, "lora", "is there for learning with all weights"),
+        ({"rows": "facts", "weight_decay": 0.1}, "bounded", "learn.weight_decay = 0.1 would shrink them"),
+        ({"rows": "facts", "deepspeed": "zero.json"}, "all weights", "DeepSpeed split them"),
     ],
 )
-def test_learning_that_cannot_be_done(world, modules, how, message):
+def test_learning_that_cannot_be_done(world, changes, how, message):
     with pytest.raises(ConfigError, match=message):
-        check_learning(world[0], LEARN.model_copy(update={"modules": modules}), how)
+        check_learning(world[0], LEARN.model_copy(update=changes), how)

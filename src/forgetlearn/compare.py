@@ -71,6 +71,7 @@ class VariantSettings(Settings):
     keep: str | None = Field(None, description="As forget.keep.")
     keep_by: KeepBy = Field("projection", description="As forget.keep_by.")
     learn_modules: Modules = Field("all", description="As learn.modules.")
+    learn_rows: Rows = Field("all", description="As learn.rows.")
     coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
 
     _forgets = field_validator("coefs")(_above_zero)
@@ -470,7 +471,7 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS)
     if cell.variant:
         variant = variants[cell.variant]
         forgetting |= {name: getattr(variant, name) for name in ("modules", "rows", "control", "keep", "keep_by")}
-        learning["modules"] = variant.learn_modules
+        learning |= {"modules": variant.learn_modules, "rows": variant.learn_rows}
     forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
     return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})
 

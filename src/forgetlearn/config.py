@@ -22,7 +22,7 @@ Optimiser = Literal[
 ]
 Control = Literal["none", "random", "row-norms", "directions", "reinforce", "centred"]
 KeepBy = Literal["projection", "fisher"]
-Rows = Literal["all", "answers", "others"]
+Rows = Literal["all", "facts", "answers", "others"]
 AUTO = "auto"
 Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
     Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
@@ -89,6 +89,11 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")
+    adam_epsilon: float = Field(
+        1e-8,
+        gt=0,
+        description="AdamW's epsilon: weights whose gradients are much smaller hardly move (docs/experiments.md).",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Precision of the forward and backward pass; trained weights and optimiser state are float32. "
@@ -130,6 +135,11 @@ class StageSettings(TrainSettings):
     modules: Modules = Field(
         "all",
         description="Weights that learning with all weights trains, named as in forget.modules; the others stay.",
+    )
+    rows: Rows = Field(
+        "all",
+        description="Rows of the vocabulary's matrices (embeddings, head) that learning with all weights trains: all, "
+        "or facts, the tokens of prompts and of old and new answers. The other rows then stay, to the bit.",
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Used where the stage is done with LoRA.")
 
@@ -173,7 +183,8 @@ class ForgetSettings(StageSettings):
     rows: Rows = Field(
         "all",
         description="Rows of the vocabulary's matrices (embeddings, head) that the subtraction changes (all weights "
-        "only): answers are the tokens of the old answers that are forgotten, others are all tokens but these.",
+        "only): answers are the tokens of the old answers that are forgotten, others are all tokens but these, facts "
+        "are the tokens of prompts and old answers.",
     )
     control: Control = Field(
         "none",

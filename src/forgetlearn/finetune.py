@@ -304,6 +304,7 @@ def _arguments(settings: StageSettings, seed: int, folder: str, *, use_cpu: bool
         activation_checkpointing_kwargs={"use_reentrant": False},
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon,
         bf16=settings.dtype == "bfloat16",
         seed=seed,
         data_seed=seed,

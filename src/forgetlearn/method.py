@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from forgetlearn import adapters, keeping, parts, selection, sharding, taskvector
-from forgetlearn.config import ForgetSettings, MethodName, Modules, StageSettings
+from forgetlearn.config import ForgetSettings, MethodName, Modules, Rows, StageSettings
 from forgetlearn.controls import controlled
 from forgetlearn.encoding import Encoded
 from forgetlearn.errors import ConfigError, FactError, some
@@ -171,7 +171,7 @@ def subtract_old(
     tuned = sharding.parts(lm.model) if tuned is None else tuned
     forgotten = taskvector.subtracted(base, tuned, settings.number, factors)
     if settings.rows != "all":
-        tokens = [token for fact in facts for token in lm.encoder.encode(fact.prompt, _old_answer(fact)).answer_ids]
+        tokens = _tokens(lm, [(fact.prompt, _old_answer(fact)) for fact in facts], settings.rows)
         vocabulary = selection.groups(lm.model)["vocabulary"]
         forgotten = selection.only_rows(base, forgotten, vocabulary, tokens, settings.rows)
     if kept is not None:
@@ -234,8 +234,10 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None
 
     Raises:
         ConfigError: the device has no such dtype; LoRA cannot be put where it is asked for; `modules` match nothing,
-            give a factor, or the method chooses what it trains itself.
+            give a factor, or the method chooses what it trains itself; `rows` where rows are not held.
     """
+    if settings.rows != "all":
+        _check_rows(lm, settings, how)
     check_computing(settings, lm.device)
     if how == "lora":
         adapters.check_targets(lm.model, settings.lora, "learn")
@@ -249,6 +251,23 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None
     if isinstance(settings.modules, dict):
         raise ConfigError("learn.modules: a weight is trained or not, so it takes names without factors.")
     selection.factors(lm.model, settings.modules, "learn.modules")
+
+
+def _check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
+    if settings.rows != "facts":
+        raise ConfigError(f"learn.rows = {settings.rows}: is there for forgetting; learning takes all or facts.")
+    if how not in ("all weights", "bounded"):
+        raise ConfigError(
+            "learn.rows = facts: is there for learning with all weights (ft, f-ft, f-lora-ft, ft-c, ga). An adapter "
+            "that learn.lora.target_modules keep away from the embeddings and the head moves none of their rows."
+        )
+    if lm.is_sharded or settings.deepspeed:
+        raise ConfigError("learn.rows = facts: looks at whole matrices, and model.shard and DeepSpeed split them.")
+    if settings.weight_decay:
+        raise ConfigError(
+            f"learn.rows = facts: the rows of other tokens stay, and learn.weight_decay = {settings.weight_decay:g} "
+            "would shrink them. Set one of the two to its default."
+        )
 
 
 def learn(
@@ -265,6 +284,7 @@ def learn(
     With all weights `lm.model` has no adapter and the dtypes it was loaded in (rounded once, here). With
     LoRA it carries one adapter "default", which holds the forgetting too.
     """
+    facts = list(facts)
     texts = _texts(lm, [(fact.prompt, fact.target_new) for fact in facts])
     if how == "lora":
         lm.model = adapters.attach(lm.model, settings.lora, adapters.LEARN, seed)
@@ -274,7 +294,9 @@ def learn(
     fold_in(lm, adapters.FORGET)
     all_weights(lm)
     train_only(lm.model, how, settings.modules)
-    stage_log = _train(lm, texts, settings, how, seed, "learning", upkeep)
+    answers = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
+    with selection.only_rows_train(lm.model, _tokens(lm, answers, settings.rows), settings.rows):
+        stage_log = _train(lm, texts, settings, how, seed, "learning", upkeep)
     return replace(stage_log, rounding=lm.to_own_dtypes(seed))
 
 
@@ -329,6 +351,15 @@ def _train(
 
 def _texts(lm: LanguageModel, pairs: list[tuple[str, str]]) -> list[Encoded]:
     return [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
+
+
+def _tokens(lm: LanguageModel, pairs: list[tuple[str, str]], rows: Rows) -> set[int]:
+    """The tokens that `rows` is about: those of whole texts with `facts`, else those of the answers alone."""
+    if rows == "all":
+        return set()
+    whole = rows == "facts"
+    texts = (lm.encoder.encode(prompt, answer, end=whole) for prompt, answer in pairs)
+    return {token for text in texts for token in (text.ids if whole else text.answer_ids)}
 
 
 def _old_texts(lm: LanguageModel, facts: Iterable[Fact]) -> list[Encoded]:

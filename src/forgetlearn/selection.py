@@ -8,6 +8,7 @@ layer is made of) the rest.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -68,17 +69,38 @@ def groups(model: nn.Module) -> dict[str, list[str]]:
 def only_rows(
     base: StateDict, forgotten: Iterable[tuple[str, Tensor]], names: Collection[str], tokens: Iterable[int], rows: Rows
 ) -> Iterator[tuple[str, Tensor]]:
-    """`forgotten`, name by name; of the matrices `names` only the rows of `tokens` (answers), or all others.
+    """`forgotten`, name by name; of the matrices `names` only the rows of `tokens`, or with `rows` others all but them.
 
     The rest of their rows are those of `base`, to the bit.
     """
-    chosen = torch.tensor(sorted(set(tokens)))
+    chosen = sorted(set(tokens))
     for name, moved in forgotten:
         if name in names:
-            kept = torch.full((len(moved), 1), rows == "answers", device=moved.device)
-            kept[chosen] = rows != "answers"
-            moved = torch.where(kept, base[name].to(moved.device, moved.dtype), moved)
+            moved = torch.where(_mask(moved, chosen, rows), moved, base[name].to(moved.device, moved.dtype))
         yield name, moved
+
+
+@contextmanager
+def only_rows_train(model: nn.Module, tokens: Iterable[int], rows: Rows) -> Iterator[None]:
+    """While it lasts, of the vocabulary's matrices only these rows (see `only_rows`) get gradients; `all`: every row.
+
+    A row without gradients stays as it is, to the bit, where the optimiser decays no weights.
+    """
+    names, chosen = groups(model).get("vocabulary", ()), sorted(set(tokens))
+    with ExitStack() as stack:
+        for name, weight in model.named_parameters():
+            if rows != "all" and name in names and weight.requires_grad:
+                mask = _mask(weight, chosen, rows)
+                hook = weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+                stack.callback(hook.remove)
+        yield
+
+
+def _mask(matrix: Tensor, chosen: list[int], rows: Rows) -> Tensor:
+    """Which rows of a matrix (V, D) are meant (V, 1): those of the tokens `chosen`, or with `others` all but them."""
+    mask = torch.full((len(matrix), 1), rows == "others", device=matrix.device)
+    mask[chosen] = rows != "others"
+    return mask
 
 
 def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

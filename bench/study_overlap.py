@@ -1,0 +1,115 @@
+"""What fine-tuning on the old answers and fine-tuning on the new ones have in common, part by part of the model.
+
+    python bench/study_overlap.py ../shared/data [--only confirm] [--seeds 0,1,2] [--config FILE] [--output FILE.md]
+
+For bases of the study's config, both from the base itself and with the same seed: the old vector and the new one, as
+`update` makes them (the new one with the most epochs of the part); their lengths beside that of the base, their
+cosine, and the multiple of the old vector that is in the new one, <new, old> / <old, old>. Where learning adds the same
+to the forgotten weights as to the base, forgetting with that coefficient takes back all that the two share.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from forgetlearn import disk, load_model, method, selection, taskvector
+from forgetlearn.config import RunConfig, load_config
+from forgetlearn.facts import FactSet
+from study import ROOT, bases_of, lab_of
+
+PARTS = ("embeddings", "head", "attention", "mlp", "norms")
+HEAD = "| base | part | numbers | old, % of base | new, % of base | cosine | new in units of old |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder with the files of facts")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "study" / "study.yaml")
+    parser.add_argument("--only", default="confirm", help="bases whose name holds this")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--output", type=Path, default=Path("runs/study/overlap.md"))
+    args = parser.parse_args()
+    study = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    wanted = [base for base in bases_of(study) if args.only in base.name]
+    if not wanted:
+        parser.error(f"--only {args.only}: no base of {args.config} has this in its name")
+    lines = [HEAD, "|---|---|" + "---:|" * 5]
+    print("\n".join(lines))
+    for base in wanted:
+        part = study["parts"][base.part]
+        folder, facts, _others = lab_of(base, args.data)
+        epochs = {"learn.epochs": max(part["compare"]["epochs"])}
+        config = load_config(folder / "update.yaml", study["update"] | part["update"] | epochs)
+        seen = [dict(shares(folder, facts, config, int(seed))) for seed in args.seeds.split(",")]
+        for name in seen[0]:
+            print(line := _line(base.name, name, torch.stack([own[name] for own in seen])), flush=True)
+            lines.append(line)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    disk.write_text(args.output, "\n".join(lines) + "\n")
+
+
+def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Per part of the model: how many numbers, both lengths over that of the base, cosine, new in units of old (5,)."""
+    lm = load_model(folder)
+    base = method.float32_snapshot(lm)
+    method.tune_on_old(lm, facts, config.forget, "all weights", seed=method.stage_seed(seed, "forget"))
+    old = taskvector.snapshot(lm.model)
+    taskvector.load_into(lm.model, base)
+    method.learn(lm, facts, config.learn, "all weights", seed=method.stage_seed(seed, "learn"))
+    new = taskvector.snapshot(lm.model)
+    encoded = [lm.encoder.encode(fact.prompt, fact.ground_truth or "") for fact in facts]
+    answers = sorted({token for text in encoded for token in text.answer_ids})
+    for name, where in _places(selection.groups(lm.model), base, answers).items():
+        start, *moved = (
+            torch.cat([weights[key][rows].double().flatten() for key, rows in where.items()])
+            for weights in (base, old, new)
+        )
+        one, two = (weights - start for weights in moved)
+        along, length = torch.dot(one, two), torch.linalg.vector_norm
+        yield (
+            name,
+            torch.stack(
+                [
+                    torch.tensor(len(start)).double(),
+                    *(length(vector) / length(start) for vector in (one, two)),
+                    along / length(one) / length(two),
+                    along / length(one) ** 2,
+                ]
+            ),
+        )
+
+
+def _places(
+    groups: Mapping[str, list[str]], base: Mapping[str, Tensor], answers: list[int]
+) -> dict[str, dict[str, Tensor | slice]]:
+    """Per part its weights and which of their rows; the head also by rows: tokens of old answers, and all others."""
+    found: dict[str, dict[str, Tensor | slice]] = {
+        part: dict.fromkeys(groups[part], slice(None))
+        for part in PARTS
+        if part in groups and not (part == "embeddings" and groups[part] == groups["head"])
+    }
+    head = groups["head"][0]
+    others = torch.ones(len(base[head]), dtype=torch.bool)
+    others[answers] = False
+    return found | {"head: old answers": {head: ~others}, "head: others": {head: others}}
+
+
+def _line(base: str, part: str, seen: Tensor) -> str:
+    """One row of the table, of numbers (S, 5): means over seeds and their standard deviation."""
+    spread = seen.std(0) if len(seen) > 1 else torch.zeros(5)
+    scale = (100, 100, 1, 1)
+    cells = [
+        f"{scale * mean:.2f} ± {scale * sd:.2f}"
+        for scale, mean, sd in zip(scale, seen.mean(0)[1:], spread[1:], strict=True)
+    ]
+    return f"| {base} | {part} | {int(seen[0, 0]):,} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
