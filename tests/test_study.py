@@ -1,0 +1,117 @@
+"""The programs of the study (`make study`): every part of its config is a comparison that can be filled, and tables
+say what the cells say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from forgetlearn import disk
+from forgetlearn.compare import CompareSettings, cells_of
+from forgetlearn.config import RunConfig, load_config
+from forgetlearn.settings import validate
+
+ROOT = Path(__file__).parents[1]
+STUDY = ROOT / "configs" / "study" / "study.yaml"
+QUANTITIES = {"reliability": "token", "locality": "agreement"}
+LAB = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = """
+files: [facts.jsonl]
+tied: [true, false]
+update: {forget.epochs: 3, learn.epochs: 6, forget.only_known: false, evaluate.protocols: [token, exact]}
+chosen: [f-ft head 2]
+not_plotted: []
+parts:
+  plain: &plain
+    facts: {start: 1, limit: 4}
+    base_seed: 0
+    update: {learn.learning_rate: 0.003}
+    lab: {LAB}
+    compare: {methods: [ft, f-ft], coefs: [1], seeds: [0, 1], epochs: [3, 6]}
+    variants: {tied: {head: {modules: head, coefs: [2]}}}
+  faster:
+    <<: *plain
+    tied: [true]
+    label: faster
+    update: {learn.learning_rate: 0.01}
+    compare: {methods: [ft], coefs: [1], seeds: [0, 1], epochs: [6]}
+    variants: {}
+"""
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """Runs bench/study.py with flags, on the bases of SMALL."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.setenv("FORGETLEARN_CACHE", str(tmp_path / "cache"))
+    import study
+
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL.replace("LAB", json.dumps(LAB | {"epochs": 40, "learning_rate": 0.01, "vocab_size": 400})[1:-1]))
+
+    def run(data, *flags):
+        monkeypatch.setattr(
+            sys, "argv", ["study.py", str(data), "--config", str(config), "--output", str(tmp_path / "out"), *flags]
+        )
+        study.main()
+
+    return run
+
+
+def rows_of(folder):
+    """Means of the updated model, in percent."""
+    summary = disk.read_json(folder / "summary.json")["phases"]["updated"]
+    return {name: summary[name][protocol]["mean"] for name, protocol in QUANTITIES.items()}
+
+
+def test_the_study_fills_goes_on_and_tabulates(study, tmp_path, small_lab, capsys):
+    study(small_lab, "--only", "facts-tied")
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        *("facts-tied-plain", "facts-tied-faster", "study.md", "study-plain.svg"),
+    }
+    text = (out / "study.md").read_text()
+    assert "untied" not in text
+    table = {}
+    for line in text.split("`exact`")[0].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        table[cells[0] if cells else ""] = cells
+    assert {"ft", "ft faster", "f-ft 1", "f-ft head 2"} <= table.keys()
+    cells = out / "facts-tied-plain" / "cells"
+    for label, name in (("f-ft 1", "f-ft-coef1"), ("f-ft head 2", "f-ft-head-coef2")):
+        ours, plain = ([rows_of(cells / f"{own}-6epochs-seed{seed}") for seed in (0, 1)] for own in (name, "ft"))
+        for column, quantity in ((3, "reliability"), (5, "locality")):
+            difference = sum(one[quantity] - two[quantity] for one, two in zip(ours, plain, strict=True)) / 2
+            assert float(table[label][column].strip("*").split(" ")[0]) == pytest.approx(difference, abs=0.051), label
+    filled = {path: path.stat().st_mtime_ns for path in out.glob("*/cells/*/manifest.json")}
+    assert len(filled) == 12 + 2
+    study(small_lab)  # the other base too; what is done is not done again
+    assert filled.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*/cells/*/manifest.json")}.items()
+    assert "facts-untied-plain" in (out / "study.md").read_text()
+    (out / "study.md").unlink()
+    capsys.readouterr()
+    study(small_lab, "--tables", "--only", "facts-tied-faster")
+    assert "facts-untied-plain" in capsys.readouterr().out  # tables are of all that is there
+
+
+def test_a_base_that_the_study_does_not_have(study, small_lab, capsys):
+    with pytest.raises(SystemExit):
+        study(small_lab, "--only", "zsre")
+    assert "no base of" in capsys.readouterr().err
+
+
+def test_every_part_of_the_committed_study_can_be_compared():
+    study = yaml.safe_load(STUDY.read_text())
+    assert len(study["parts"]) == 15
+    for part in study["parts"].values():
+        run = load_config(None, study["update"] | part["update"])
+        assert isinstance(run, RunConfig)
+        for tied in ("tied", "untied"):
+            variants = {
+                name: {**own, "keep": "facts.jsonl"} if "keep_by" in own else own
+                for name, own in part["variants"].get(tied, {}).items()
+            }
+            settings = validate(CompareSettings, part["compare"] | {"variants": variants})
+            assert cells_of(settings, run)
