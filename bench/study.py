@@ -72,11 +72,11 @@ def main() -> None:
         print(base.name, flush=True)
         compared(base, study, args.data, args.output / base.name, args.workers)
     done = rows_of(bases, study, args.output)
-    texts = {name: tables(rows, study["chosen"]) for name, rows in done.items()}
+    texts = {name: tables(rows, study["chosen"], study["names"]) for name, rows in done.items()}
     text = "\n\n".join(f"### {name}\n\n{text}" for name, text in texts.items())
     disk.write_text(args.output / "study.md", text + "\n")
     for part, panels in itertools.groupby(done.items(), key=lambda item: item[0].rpartition("-")[2]):
-        plot(dict(panels), args.output / f"study-{part}.svg", study["not_plotted"])
+        plot(dict(panels), args.output / f"study-{part}.svg", study["plotted"], study["names"])
     print(text)
 
 

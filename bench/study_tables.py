@@ -86,18 +86,22 @@ def _scores(path: Path) -> Scores:
     return found
 
 
-def tables(rows: Mapping[str, Row], chosen: Sequence[str]) -> str:
-    """Per protocol the rows minus plain fine-tuning, and what is chosen minus every other row, in Markdown."""
+def tables(rows: Mapping[str, Row], chosen: Sequence[str], names: Mapping[str, str]) -> str:
+    """Per protocol the rows minus plain fine-tuning, and what is chosen minus every other row, in Markdown.
+
+    `names` are shown instead of labels.
+    """
     parts = []
+    shown = {label: names.get(label, label) for label in rows}
     for protocol in PROTOCOLS:
-        lines = [_line(row.label, row, rows.get(row.plain), protocol) for row in rows.values()]
+        lines = [_line(shown[label], row, rows.get(row.plain), protocol) for label, row in rows.items()]
         if any(lines):
             parts.append("\n".join([f"`{protocol}`", "", *_head("minus plain"), *filter(None, lines)]))
     for label in chosen:
         ours = rows.get(label)
-        lines = [_line(other.label, ours, other, "token") for other in rows.values()] if ours else []
+        lines = [_line(shown[other], ours, row, "token") for other, row in rows.items()] if ours else []
         if any(lines):
-            parts.append("\n".join([f"{label} (`token`)", "", *_head("minus"), *filter(None, lines)]))
+            parts.append("\n".join([f"{shown[label]} (`token`)", "", *_head("minus"), *filter(None, lines)]))
     return "\n\n".join(parts)
 
 
@@ -156,8 +160,8 @@ def bold(difference: Mapping[str, Any]) -> str:
     return f"**{text}**" if low is not None and (low > 0 or high < 0) else text
 
 
-def plot(bases: Mapping[str, Mapping[str, Row]], file: Path, leave_out: Sequence[str]) -> None:
-    """Locality against generality, a line over epochs per row but those whose labels are left out, a panel per base."""
+def plot(bases: Mapping[str, Mapping[str, Row]], file: Path, plotted: Sequence[str], names: Mapping[str, str]) -> None:
+    """Locality against generality, a line over epochs per row that is to be plotted, a panel per base."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -169,14 +173,16 @@ def plot(bases: Mapping[str, Mapping[str, Row]], file: Path, leave_out: Sequence
     height = -(-len(bases) // columns)
     figure, axes = pyplot.subplots(height, columns, figsize=(9, 3.6 * height), squeeze=False, layout="constrained")
     for axis, (name, rows) in zip(axes.flat, bases.items(), strict=False):
-        for index, row in enumerate(row for row in rows.values() if row.label not in leave_out):
+        for index, row in [(plotted.index(label), row) for label, row in rows.items() if label in plotted]:
             all_epochs = sorted({epochs for epochs, _seed in row.cells})
             points = [
                 [100 * np.nanmean(row.matrix(quantity, "token", epochs, row.seeds([epochs]))) for epochs in all_epochs]
                 for quantity in ("generality", "locality")
             ]
             width, colour = (2.2, "black") if row.label == "ft" else (1.2, f"C{index % 10}")
-            axis.plot(*points, marker="o", markersize=3, linewidth=width, color=colour, label=row.label)
+            axis.plot(
+                *points, marker="o", markersize=3, linewidth=width, color=colour, label=names.get(row.label, row.label)
+            )
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("generality (token), %", fontsize=8)
         axis.set_ylabel("locality (agreement), %", fontsize=8)

@@ -16,13 +16,22 @@ from forgetlearn.settings import validate
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "configs" / "study" / "study.yaml"
 QUANTITIES = {"reliability": "token", "locality": "agreement"}
-LAB = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+LAB = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "epochs": 40,
+    "learning_rate": 0.01,
+    "vocab_size": 400,
+}
 SMALL = """
 files: [facts.jsonl]
 tied: [true, false]
 update: {forget.epochs: 3, learn.epochs: 6, forget.only_known: false, evaluate.protocols: [token, exact]}
 chosen: [f-ft head 2]
-not_plotted: []
+plotted: [ft, f-ft head 2]
+names: {f-ft head 2: "head, twice"}
 parts:
   plain: &plain
     facts: {start: 1, limit: 4}
@@ -49,7 +58,9 @@ def study(monkeypatch, tmp_path):
     import study
 
     config = tmp_path / "small.yaml"
-    config.write_text(SMALL.replace("LAB", json.dumps(LAB | {"epochs": 40, "learning_rate": 0.01, "vocab_size": 400})[1:-1]))
+    config.write_text(
+        SMALL.replace("LAB", json.dumps(LAB | {"epochs": 40, "learning_rate": 0.01, "vocab_size": 400})[1:-1])
+    )
 
     def run(data, *flags):
         monkeypatch.setattr(
@@ -78,9 +89,9 @@ def test_the_study_fills_goes_on_and_tabulates(study, tmp_path, small_lab, capsy
     for line in text.split("`exact`")[0].splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         table[cells[0] if cells else ""] = cells
-    assert {"ft", "ft faster", "f-ft 1", "f-ft head 2"} <= table.keys()
+    assert {"ft", "ft faster", "f-ft 1", "head, twice"} <= table.keys()
     cells = out / "facts-tied-plain" / "cells"
-    for label, name in (("f-ft 1", "f-ft-coef1"), ("f-ft head 2", "f-ft-head-coef2")):
+    for label, name in (("f-ft 1", "f-ft-coef1"), ("head, twice", "f-ft-head-coef2")):
         ours, plain = ([rows_of(cells / f"{own}-6epochs-seed{seed}") for seed in (0, 1)] for own in (name, "ft"))
         for column, quantity in ((3, "reliability"), (5, "locality")):
             difference = sum(one[quantity] - two[quantity] for one, two in zip(ours, plain, strict=True)) / 2
