@@ -115,7 +115,7 @@ def test_a_base_that_the_study_does_not_have(study, small_lab, capsys):
 
 def test_every_part_of_the_committed_study_can_be_compared():
     study = yaml.safe_load(STUDY.read_text())
-    assert len(study["parts"]) == 16
+    assert len(study["parts"]) == 17
     for part in study["parts"].values():
         run = load_config(None, study["update"] | part["update"])
         assert isinstance(run, RunConfig)
