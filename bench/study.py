@@ -43,6 +43,7 @@ class Base:
     seed: int
     keep: int = 0
     lab: tuple[tuple[str, Any], ...] = ()  # settings of the base other than the usual ones
+    device: str = "cpu"  # where it is built: on the CPU the same one on every machine
 
     @property
     def name(self) -> str:
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    study = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    study = read_study(args.config)
     bases = list(bases_of(study))
     wanted = [base for base in bases if args.only in base.name]
     if not wanted:
@@ -80,11 +81,17 @@ def main() -> None:
     print(text)
 
 
+def read_study(file: Path) -> dict[str, Any]:
+    """A config of the study; what `extends` names gives what it does not say."""
+    study: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return read_study(file.parent / study["extends"]) | study if "extends" in study else study
+
+
 def bases_of(study: Mapping[str, Any]) -> Iterator[Base]:
     for part, own in study["parts"].items():
         for file, tied in itertools.product(study["files"], own.get("tied", study["tied"])):
             lab = tuple(own.get("lab", {}).items())
-            yield Base(file, tied, part, **own["facts"], seed=own["base_seed"], lab=lab)
+            yield Base(file, tied, part, **own["facts"], seed=own["base_seed"], lab=lab, device=study["device"])
 
 
 def rows_of(bases: list[Base], study: Mapping[str, Any], output: Path) -> dict[str, dict[str, Row]]:
@@ -102,7 +109,7 @@ def lab_of(base: Base, data: Path) -> tuple[Path, FactSet, tuple[Fact, ...]]:
     whole = read_facts(data / base.file)
     first, last, end = base.start, base.start + base.limit, base.start + base.limit + base.keep
     settings = LabSettings(seed=base.seed, tie_word_embeddings=base.tied, **dict(base.lab))
-    folder = build_lab(replace(whole, facts=whole[first:end]), settings, vocabulary_from=whole)
+    folder = build_lab(replace(whole, facts=whole[first:end]), settings, vocabulary_from=whole, device=base.device)
     return folder, replace(whole, facts=whole[first:last]), whole[last:end]
 
 

@@ -15,13 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from forgetlearn import disk, load_model, method, selection, taskvector
 from forgetlearn.config import RunConfig, load_config
 from forgetlearn.facts import FactSet
-from study import ROOT, bases_of, lab_of
+from study import ROOT, bases_of, lab_of, read_study
 
 PARTS = ("embeddings", "head", "attention", "mlp", "norms")
 HEAD = "| base | part | numbers | old, % of base | new, % of base | cosine | new in units of old |"
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", type=Path, default=Path("runs/study/overlap.md"))
     args = parser.parse_args()
-    study = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    study = read_study(args.config)
     wanted = [base for base in bases_of(study) if args.only in base.name]
     if not wanted:
         parser.error(f"--only {args.only}: no base of {args.config} has this in its name")

@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from forgetlearn import disk
 from forgetlearn.compare import CompareSettings, cells_of
 from forgetlearn.config import RunConfig, load_config
+from forgetlearn.lab import LabSettings
 from forgetlearn.settings import validate
 
 ROOT = Path(__file__).parents[1]
-STUDY = ROOT / "configs" / "study" / "study.yaml"
 QUANTITIES = {"reliability": "token", "locality": "agreement"}
 LAB = {
     "hidden_size": 32,
@@ -28,6 +27,7 @@ LAB = {
 SMALL = """
 files: [facts.jsonl]
 tied: [true, false]
+device: cpu
 update: {forget.epochs: 3, learn.epochs: 6, forget.only_known: false, evaluate.protocols: [token, exact]}
 chosen: [f-ft head 2]
 plotted: [ft, f-ft head 2]
@@ -113,9 +113,14 @@ def test_a_base_that_the_study_does_not_have(study, small_lab, capsys):
     assert "no base of" in capsys.readouterr().err
 
 
-def test_every_part_of_the_committed_study_can_be_compared():
-    study = yaml.safe_load(STUDY.read_text())
-    assert len(study["parts"]) == 17
+@pytest.mark.parametrize(("name", "parts"), [("study.yaml", 17), ("gpu.yaml", 1)])
+def test_every_part_of_the_committed_studies_can_be_compared(monkeypatch, name, parts):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from study import bases_of, read_study
+
+    study = read_study(ROOT / "configs" / "study" / name)
+    assert len(study["parts"]) == parts
+    assert all(LabSettings(**dict(base.lab)) for base in bases_of(study))
     for part in study["parts"].values():
         run = load_config(None, study["update"] | part["update"])
         assert isinstance(run, RunConfig)
