@@ -59,14 +59,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder with the files of facts")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "study" / "study.yaml")
-    parser.add_argument("--only", default="", help="fill bases whose name holds this")
+    parser.add_argument("--only", default="", help="fill the base of this name, else those whose name holds it")
     parser.add_argument("--tables", action="store_true", help="fill nothing")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     study = read_study(args.config)
     bases = list(bases_of(study))
-    wanted = [base for base in bases if args.only in base.name]
+    wanted = [base for base in bases if args.only == base.name] or [base for base in bases if args.only in base.name]
     if not wanted:
         parser.error(f"--only {args.only}: no base of {args.config} has this in its name")
     for base in wanted if not args.tables else []:
