@@ -115,7 +115,7 @@ def test_a_base_that_the_study_does_not_have(study, small_lab, capsys):
     assert "no base of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "parts"), [("study.yaml", 17), ("gpu.yaml", 1)])
+@pytest.mark.parametrize(("name", "parts"), [("study.yaml", 19), ("gpu.yaml", 1)])
 def test_every_part_of_the_committed_studies_can_be_compared(monkeypatch, name, parts):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from study import bases_of, read_study
