@@ -115,6 +115,14 @@ class TestRefused:
     def test_no_such_folder(self, name):
         assert refused(name) == f"{name}: there is no such folder. Give the folder of a saved model, or a hub id."
 
+    @pytest.mark.parametrize("name", ["./bse", "bse"])
+    def test_a_folder_that_is_mistyped(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for other, file in (("base", "config.json"), ("bose", "notes.txt")):
+            (tmp_path / other).mkdir()
+            (tmp_path / other / file).touch()
+        assert refused(name).endswith(". In the same folder: base.")
+
     @pytest.mark.parametrize("name", ["nothing", "some/nothing"])
     def test_hub_id_that_is_not_cached_while_offline(self, name):
         assert refused(name).startswith(f"{name}: is no folder here, is not in the hub's cache, and the hub cannot be")

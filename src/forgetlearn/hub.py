@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]
 
 from forgetlearn.digests import LICENCES, MODEL_SUFFIXES
-from forgetlearn.errors import ModelError
+from forgetlearn.errors import ModelError, some
 from forgetlearn.readers import is_hub_id
 
 TIMEOUT_S = 10
@@ -54,10 +55,20 @@ def answers() -> bool:
     return True
 
 
-def problem(error: Exception) -> str | None:
+def problem(error: Exception, name: str) -> str | None:
     """What went wrong between here and the hub, to be put after a model's name; None where it was something else."""
     causes = tuple(_causes(error))
-    return next((words for kind, words in PROBLEMS if any(isinstance(cause, kind) for cause in causes)), None)
+    found = next((words for kind, words in PROBLEMS if any(isinstance(cause, kind) for cause in causes)), None)
+    return found and found + near_models(Path(name))
+
+
+def near_models(folder: Path) -> str:
+    """A sentence on folders of models whose names are like that of one that is not there; nothing if there are none."""
+    if folder.exists() or not folder.parent.is_dir():
+        return ""
+    models = [other.name for other in folder.parent.iterdir() if (other / "config.json").is_file()]
+    near = difflib.get_close_matches(folder.name, models, 3)
+    return f" In the same folder: {some(near)}." if near else ""
 
 
 def folder_of(name: str | Path, revision: str | None = None) -> Path:
@@ -87,7 +98,8 @@ def snapshot(name: str, revision: str | None) -> Path:
         )
     except Exception as error:
         reason = (
-            problem(error) or f"cannot be downloaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            problem(error, name)
+            or f"cannot be downloaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         )
         raise ModelError(f"{name}: {reason}") from error
 

@@ -448,7 +448,8 @@ def _check_folder(name: str) -> None:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
     if not folder.exists():
         if looks_like_path:
-            raise ModelError(f"{name}: there is no such folder. Give the folder of a saved model, or a hub id.")
+            near = hub.near_models(folder)
+            raise ModelError(f"{name}: there is no such folder. Give the folder of a saved model, or a hub id.{near}")
         return
     if not folder.is_dir():
         raise ModelError(f"{name}: is a file. Give the folder of a saved model, or a hub id.")
@@ -480,7 +481,7 @@ def _check_causal(name: str, config: Any, settings: ModelSettings) -> None:
 
 def _loading_problem(name: str, error: Exception, what: str = "cannot be loaded") -> str:
     text = str(error)
-    if reason := hub.problem(error):
+    if reason := hub.problem(error, name):
         return f"{name}: {reason}"
     if "trust_remote_code" in text:
         return (
