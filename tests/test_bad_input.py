@@ -304,7 +304,9 @@ def test_settings_in_a_file(n, tmp_path):
 
 @tried
 def test_variants_of_a_comparison(n):
-    names = st.sampled_from(["methods", "modules", "moduls", "keep", "coefs", "learn_modules", "control"])
+    names = st.sampled_from(
+        ["methods", "modules", "moduls", "keep", "coefs", "learn_modules", "learn_rows", "rows", "control"]
+    )
     variants = st.dictionaries(words, st.dictionaries(names, yaml_values, max_size=2), max_size=2)
     asked = st.dictionaries(st.sampled_from([*CompareSettings.model_fields, "x"]), yaml_values | variants, max_size=3)
     try_all(n, lambda asked: settled(validate, CompareSettings, asked, "variants.yaml"), asked)

@@ -12,7 +12,7 @@ import pytest
 import forgetlearn
 from forgetlearn import coefficient, compare, disk, locks, runs
 from forgetlearn.cli import main
-from forgetlearn.compare import Cell, CompareSettings, cells_of, fill
+from forgetlearn.compare import Cell, CompareSettings, VariantSettings, cells_of, fill
 from forgetlearn.config import RunConfig, load_config
 from forgetlearn.errors import ConfigError, RunError
 from forgetlearn.facts import read_facts, write_facts
@@ -352,6 +352,51 @@ def test_variants_are_rows_of_their_own_and_share_the_tuned_weights(small_lab, f
         assert rows_of(alone.output) == rows_of(cell)
     losses = {path.read_text() for path in (tmp_path / "out" / "cells").glob("*/logs/learn.jsonl")}
     assert len(losses) == len(rows)  # each began to learn from other weights
+
+
+def test_a_variant_that_learns_otherwise_is_held_against_what_learns_like_it(small_lab, facts, config, tmp_path):
+    variants = {
+        "held": {"methods": ["ft"], "learn_rows": "facts"},
+        "held_attn": {"modules": "attention", "learn_rows": "facts"},
+        "mlp": {"learn_modules": "mlp"},
+    }
+    asked = {"methods": ["ft", "f-ft"], "coefs": [0.5], "seeds": [0], "epochs": [1, 2], "variants": variants}
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"protocols": ("token",)})})
+    fill(small_lab, facts, validate(CompareSettings, asked), config, output=tmp_path / "out")
+    table = write_table(tmp_path / "out")
+    against = {
+        (row["method"], row["variant"]): row["against"]["equal-epochs"]["name"]
+        for row in table["rows"]
+        if row["against"]
+    }
+    assert against == {
+        ("ft", "held"): "ft",
+        ("f-ft", ""): "ft",
+        ("f-ft", "held_attn"): "ft held",
+        ("f-ft", "mlp"): "ft",  # no plain fine-tuning learns like it here
+    }
+    assert {curve["variant"]: curve["against"] for curve in table["curves"]}["held_attn"] == "ft held"
+    for name, learned in (("f-ft-held_attn-coef0.5", ("all", "facts")), ("f-ft-mlp-coef0.5", ("mlp", "all"))):
+        own = load_config(tmp_path / "out" / "cells" / f"{name}-1epochs-seed0" / "config.yaml").learn
+        assert (own.modules, own.rows) == learned
+    assert "ft held" in (tmp_path / "out" / "compare.md").read_text() + (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_comparison_of_an_earlier_version_goes_on(small_lab, facts, config, tmp_path):
+    """What it did not know of is at its default; nothing is done again."""
+    settings = CompareSettings(methods=("ft",), seeds=(0,), variants={"low": VariantSettings(methods=("ft",))})
+    cells = fill(small_lab, facts, settings, config, output=tmp_path / "out")
+    made = {cell.name: (tmp_path / "out" / "cells" / cell.name / "manifest.json").stat().st_mtime_ns for cell in cells}
+    run = runs.RunFolder.open(tmp_path / "out")
+    del run.manifest["config"]["run"]["learn"]["adam_epsilon"]
+    del run.manifest["config"]["compare"]["variants"]["low"]["learn_rows"]
+    run.note()
+    fill(small_lab, facts, settings, config, output=tmp_path / "out", resume=True)
+    after = {cell.name: (tmp_path / "out" / "cells" / cell.name / "manifest.json").stat().st_mtime_ns for cell in cells}
+    assert after == made
+    other = config.model_copy(update={"learn": config.learn.model_copy(update={"adam_epsilon": 1e-6})})
+    with pytest.raises(RunError, match=r"learn\.adam_epsilon = 1e-08, now it is 1e-06"):
+        fill(small_lab, facts, settings, other, output=tmp_path / "out", resume=True)
 
 
 def test_a_variant_that_matches_nothing_is_found_at_once(small_lab, facts, config, tmp_path):

@@ -21,7 +21,11 @@ def twice(small_lab, tmp_path_factory):
     (root / "late.jsonl").write_text("".join(lines[3:5]))
     config = {"method": "f-lora", "save_merged": True, **QUICK}
     forgetlearn.update(small_lab, root / "early.jsonl", config, output=root / "first")
-    config = {"method": "f-ft", **QUICK, "forget": QUICK["forget"] | {"modules": {"mlp": 1, "head": 0.5}}}
+    config = {
+        "method": "f-ft",
+        **QUICK,
+        "forget": QUICK["forget"] | {"modules": {"mlp": 1, "head": 0.5}, "rows": "answers"},
+    }
     forgetlearn.update(root / "first/merged", root / "late.jsonl", config, output=root / "second")
     return root
 
@@ -65,7 +69,7 @@ def test_log_prints_the_chain(twice, small_lab, capsys):
     out = capsys.readouterr().out
     assert out.index("f-lora, coef 0.3") < out.index("f-ft, coef 0.3")
     assert "3 from early.jsonl" in out
-    assert "weights forget mlp x 1, head x 0.5; learn all" in out
+    assert "weights forget mlp x 1, head x 0.5 (rows of the vocabulary: answers); learn all" in out
     assert "weights forget all; learn down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in out
     assert "(n 2)" in out
     assert "verified" in out

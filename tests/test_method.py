@@ -338,6 +338,18 @@ def test_of_the_vocabulary_only_the_rows_of_the_facts_learn(tiny_model, char_tok
     assert not lm.model.get_output_embeddings().weight._backward_hooks
 
 
+def test_the_bias_of_a_head_goes_with_its_rows(tiny_model, char_tokenizer):
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)  # as Phi and GPT-J have it
+    lm, facts = wrap(model, char_tokenizer), [make_fact("abc", "d", ground_truth="e")]
+    told = sorted({*lm.encoder.encode("abc", "d", end=True).ids, *lm.encoder.encode("abc", "e", end=True).ids})
+    base = snapshot(lm.model)
+    forget(lm, facts, FORGET.model_copy(update={"rows": "facts"}), "all weights", seed=7)
+    learn(lm, facts, LEARN.model_copy(update={"rows": "facts"}), "all weights", seed=3)
+    moved = snapshot(lm.model)["lm_head.bias"] != base["lm_head.bias"]
+    assert moved.nonzero().flatten().tolist() == told
+
+
 @pytest.mark.parametrize(
     ("changes", "how", "message"),
     [
@@ -346,6 +358,7 @@ def test_of_the_vocabulary_only_the_rows_of_the_facts_learn(tiny_model, char_tok
         ({"modules": "mlp"}, "lora", "LoRA takes learn.lora.target_modules"),
         ({"rows": "answers"}, "all weights", "learn.rows = answers: is there for forgetting"),
         ({"rows": "facts"}, "lora", "is there for learning with all weights"),
+        ({"rows": "facts", "modules": "mlp"}, "all weights", "learn.modules = 'mlp' leave the embeddings and the head"),
         ({"rows": "facts", "weight_decay": 0.1}, "bounded", "learn.weight_decay = 0.1 would shrink them"),
         ({"rows": "facts", "deepspeed": "zero.json"}, "all weights", "DeepSpeed split them"),
     ],
@@ -353,3 +366,6 @@ def test_of_the_vocabulary_only_the_rows_of_the_facts_learn(tiny_model, char_tok
 def test_learning_that_cannot_be_done(world, changes, how, message):
     with pytest.raises(ConfigError, match=message):
         check_learning(world[0], LEARN.model_copy(update=changes), how)
+    if "rows" in changes and "deepspeed" not in changes:
+        with pytest.raises(ConfigError, match=message):
+            learn(*world, LEARN.model_copy(update=changes), how)

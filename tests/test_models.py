@@ -121,7 +121,14 @@ class TestRefused:
         for other, file in (("base", "config.json"), ("bose", "notes.txt")):
             (tmp_path / other).mkdir()
             (tmp_path / other / file).touch()
-        assert refused(name).endswith(". In the same folder: base.")
+        assert refused(name).endswith(" Folders of models of a like name are there: base.")
+
+    def test_a_place_that_may_not_be_listed(self, monkeypatch):
+        def listed(self):
+            raise PermissionError(13, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "iterdir", listed)
+        assert refused("./bse").endswith("or a hub id.")
 
     @pytest.mark.parametrize("name", ["nothing", "some/nothing"])
     def test_hub_id_that_is_not_cached_while_offline(self, name):

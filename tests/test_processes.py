@@ -258,8 +258,9 @@ def test_an_update_by_two_processes_is_that_of_one(update, method, shard):
         ("ga", ("--coef=0.05",)),
         ("ft-c", ()),
         ("locft", ()),
+        ("f-ft", ("--modules=head", "--set=forget.rows=facts", "--set=learn.rows=facts")),
     ],
-    ids=["auto", "auto-full", "taught", "old-from-model", "ga", "ft-c", "locft"],
+    ids=["auto", "auto-full", "taught", "old-from-model", "ga", "ft-c", "locft", "rows"],
 )
 def test_the_rest_of_an_update_by_two_processes_is_that_of_one(update, method, flags):
     flags = ("--set=save_merged=true", *flags)

@@ -9,7 +9,7 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
-from forgetlearn import adapters, finetune, interrupts, progress, stagepoints
+from forgetlearn import adapters, finetune, interrupts, progress, selection, stagepoints
 from forgetlearn.config import LoraSettings, StageSettings
 from forgetlearn.errors import ConfigError, RunError
 from forgetlearn.finetune import Variant
@@ -61,7 +61,8 @@ def train(lm, how, upkeep=None):
     elif how == "bounded":
         variant = Variant(max_change=2e-3)
     texts = [lm.encoder.encode(f"Prompt {'x' * index} is", f"answer {index}", end=True) for index in range(10)]
-    log = finetune.finetune(model, texts, SETTINGS, seed=0, pad_id=0, variant=variant, upkeep=upkeep)
+    with selection.only_rows_train(model, texts[0].ids, "facts" if how == "rows" else "all"):
+        log = finetune.finetune(model, texts, SETTINGS, seed=0, pad_id=0, variant=variant, upkeep=upkeep)
     return snapshot(model), log
 
 
@@ -73,7 +74,7 @@ def same(one, two):
     return one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
 
 
-@pytest.mark.parametrize("how", ["all weights", "lora", "bounded"])
+@pytest.mark.parametrize("how", ["all weights", "lora", "bounded", "rows"])
 def test_cut_short_and_resumed_twice_the_bits_are_those_of_one_go(lm, tmp_path, often, stop_after, how):
     whole, log = train(lm, how)
     assert len(log.steps) == STEPS

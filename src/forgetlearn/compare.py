@@ -41,7 +41,7 @@ from forgetlearn.method import METHODS, PAPER_METHODS, How, float32_snapshot, fo
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import Done, write_results
 from forgetlearn.scoring import Row
-from forgetlearn.settings import Settings
+from forgetlearn.settings import Settings, upgraded
 
 log = logging.getLogger("forgetlearn")
 T = TypeVar("T")
@@ -75,6 +75,11 @@ class VariantSettings(Settings):
     coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
 
     _forgets = field_validator("coefs")(_above_zero)
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """What differs in the learning, by the names of `learn`."""
+        return {"modules": self.learn_modules, "rows": self.learn_rows}
 
 
 class CompareSettings(Settings):
@@ -258,7 +263,18 @@ def begin(
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
     inputs |= keeping.fingerprint([fact for facts in keep.values() for fact in facts])
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
-    run = runs.RunFolder.create(output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite)
+    run = runs.RunFolder.create(
+        output,
+        whole,
+        inputs,
+        resume=resume,
+        overwrite=overwrite,
+        remove_leftovers=overwrite,
+        upgraded=lambda was: {
+            "run": upgraded(RunConfig, was["run"]),
+            "compare": upgraded(CompareSettings, was["compare"]),
+        },
+    )
     return Comparison(run.path, config, fact_set, cells, settings.variants, keep), lm
 
 
@@ -471,7 +487,7 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS)
     if cell.variant:
         variant = variants[cell.variant]
         forgetting |= {name: getattr(variant, name) for name in ("modules", "rows", "control", "keep", "keep_by")}
-        learning |= {"modules": variant.learn_modules, "rows": variant.learn_rows}
+        learning |= variant.learning
     forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
     return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})
 

@@ -121,7 +121,7 @@ def _against(row: Row, data: Mapping[str, Any]) -> str:
     """The paired difference to the first baseline, and whether it says anything."""
     budget, against = next(iter(row["against"].items()))
     difference = against["overall"]
-    text = f"{show_difference(difference)} points against {against['label'].split('-')[0]} with {BUDGETS[budget]}"
+    text = f"{show_difference(difference)} points against {against['name']} with {BUDGETS[budget]}"
     if difference is None or difference["low"] is None:
         return f"{text}, without an interval"
     if difference["low"] <= 0 <= difference["high"]:
@@ -307,7 +307,8 @@ def _facts(chosen: Mapping[str, Row], cells: Cells) -> dict[str, Any]:
 def _plain_line(row: Row, chosen: Mapping[str, Row]) -> str | None:
     """The column that a method's column is held against."""
     against = row["against"].get("equal-epochs")
-    return next((line for line in chosen if against and against["label"].startswith(f"{line}-")), None)
+    fitting = [line for line in chosen if against and against["label"].startswith(f"{line}-")]
+    return max(fitting, key=len, default=None)  # "ft" begins "ft-held" too
 
 
 def fact_line(

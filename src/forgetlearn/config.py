@@ -101,8 +101,8 @@ class TrainSettings(Settings):
     )
     optim: Optimiser = Field(
         "adamw_torch_fused",
-        description="Optimiser, by transformers' name. adamw_8bit and the paged ones need forgetlearn[8bit]; betas do "
-        "not reach adafactor.",
+        description="Optimiser, by transformers' name. adamw_8bit and the paged ones need forgetlearn[8bit]; betas and "
+        "epsilon do not reach adafactor.",
     )
     activation_checkpointing: bool = Field(
         False, description="Compute activations twice instead of keeping them: less memory, about a third more time."

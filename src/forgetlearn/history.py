@@ -76,6 +76,10 @@ def _entry(run: RunFolder, facts: FactSet) -> Update:
             "forget": None if summary["coef"] is None else config["forget"]["modules"],
             "learn": _adapted(run.path / "adapter") or config["learn"]["modules"],
         },
+        "rows": {
+            "forget": None if summary["coef"] is None else config["forget"].get("rows", "all"),
+            "learn": config["learn"].get("rows", "all"),
+        },
         "facts": {
             "source": facts.source if is_hub_id(facts.source) else Path(facts.source).name,
             "used": facts.used,
@@ -283,7 +287,12 @@ def _lines(update: Update) -> list[str]:
         f"  base    {update['base'] or 'a local folder'}; hash {update['base_sha256'] or 'unknown'}",
     ]
     if "modules" in update:  # not in chains of earlier versions
-        told = (f"{stage} {_listed(modules)}" for stage, modules in update["modules"].items() if modules is not None)
+        rows = {stage: which for stage, which in update.get("rows", {}).items() if which not in (None, "all")}
+        told = (
+            f"{stage} {_listed(modules)}{f' (rows of the vocabulary: {rows[stage]})' if stage in rows else ''}"
+            for stage, modules in update["modules"].items()
+            if modules is not None
+        )
         lines.append(f"  weights {'; '.join(told)}")
     for quantity, cells in update["scores"].items():
         shown = (f"{protocol} {cell['mean']:.1f} (n {cell['n']})" for protocol, cell in cells.items() if cell["n"])

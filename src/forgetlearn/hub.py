@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,16 +60,17 @@ def problem(error: Exception, name: str) -> str | None:
     """What went wrong between here and the hub, to be put after a model's name; None where it was something else."""
     causes = tuple(_causes(error))
     found = next((words for kind, words in PROBLEMS if any(isinstance(cause, kind) for cause in causes)), None)
-    return found and found + near_models(Path(name))
+    return f"{found}{near_models(Path(name))}" if found and " no folder" in found else found
 
 
 def near_models(folder: Path) -> str:
     """A sentence on folders of models whose names are like that of one that is not there; nothing if there are none."""
-    if folder.exists() or not folder.parent.is_dir():
+    try:
+        models = [other.name for other in folder.parent.iterdir() if os.access(other / "config.json", os.R_OK)]
+    except OSError:  # no such place, or none that may be read
         return ""
-    models = [other.name for other in folder.parent.iterdir() if (other / "config.json").is_file()]
     near = difflib.get_close_matches(folder.name, models, 3)
-    return f" In the same folder: {some(near)}." if near else ""
+    return f" Folders of models of a like name are there: {some(near)}." if near else ""
 
 
 def folder_of(name: str | Path, revision: str | None = None) -> Path:

@@ -210,11 +210,8 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
             raise ConfigError(
                 f"forget.{name} = {getattr(settings, name)}: is there for forgetting with all weights alone (f-ft)."
             )
-    if settings.rows != "all" and not any(name in factors for name in selection.groups(lm.model)["vocabulary"]):
-        raise ConfigError(
-            f"forget.rows = {settings.rows}: forget.modules = {settings.modules!r} leave the embeddings and the head "
-            "as they are, and only these have a row for each token. Name head, embeddings or vocabulary among them."
-        )
+    if settings.rows != "all":
+        _check_vocabulary(lm, settings, "forget")
     if settings.keep:
         _check_keep(how)
     if how == "ascent" and settings.modules != parts.ALL:
@@ -253,14 +250,24 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None
     selection.factors(lm.model, settings.modules, "learn.modules")
 
 
+def _check_vocabulary(lm: LanguageModel, settings: StageSettings, stage: str) -> None:
+    changed = selection.factors(lm.model, settings.modules, f"{stage}.modules")
+    if not any(name in changed for name in selection.groups(lm.model).get("vocabulary", ())):
+        raise ConfigError(
+            f"{stage}.rows = {settings.rows}: {stage}.modules = {settings.modules!r} leave the embeddings and the head "
+            "as they are, and only these have a row for each token. Name head, embeddings or vocabulary among them."
+        )
+
+
 def _check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
     if settings.rows != "facts":
         raise ConfigError(f"learn.rows = {settings.rows}: is there for forgetting; learning takes all or facts.")
     if how not in ("all weights", "bounded"):
         raise ConfigError(
-            "learn.rows = facts: is there for learning with all weights (ft, f-ft, f-lora-ft, ft-c, ga). An adapter "
-            "that learn.lora.target_modules keep away from the embeddings and the head moves none of their rows."
+            "learn.rows = facts: is there for learning with all weights (ft, f-ft, f-lora-ft, ft-c, ga). locft and "
+            "LoRA leave the embeddings and the head alone, unless learn.lora.target_modules name them."
         )
+    _check_vocabulary(lm, settings, "learn")
     if lm.is_sharded or settings.deepspeed:
         raise ConfigError("learn.rows = facts: looks at whole matrices, and model.shard and DeepSpeed split them.")
     if settings.weight_decay:
@@ -284,6 +291,8 @@ def learn(
     With all weights `lm.model` has no adapter and the dtypes it was loaded in (rounded once, here). With
     LoRA it carries one adapter "default", which holds the forgetting too.
     """
+    if settings.rows != "all":
+        _check_rows(lm, settings, how)
     facts = list(facts)
     texts = _texts(lm, [(fact.prompt, fact.target_new) for fact in facts])
     if how == "lora":

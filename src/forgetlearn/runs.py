@@ -54,6 +54,7 @@ class RunFolder:
         resume: bool = False,
         overwrite: bool = False,
         remove_leftovers: bool = True,
+        upgraded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> RunFolder:
         """A new run folder, or with `resume` the one that is there, if it was begun with the same things.
 
@@ -61,14 +62,15 @@ class RunFolder:
             RunError: the folder exists and neither flag is given, or the run in it was begun with another
                 config or other inputs (the message names the first difference).
 
-        Without `remove_leftovers` other processes may be writing in the folder.
+        Without `remove_leftovers` other processes may be writing in the folder. `upgraded` gives a config that an
+        earlier version recorded the settings that came since, as they were then: with their defaults.
         """
         path = Path(path)
         check_output(path, resume=resume, overwrite=overwrite)
         config, inputs = _plain(config), _plain(inputs)
         if resume and is_run(path):
             run = cls.open(path)
-            run.check_same(config, "config")
+            run.check_same(config, "config", _plain(upgraded(run.manifest["config"])))
             run.check_same(inputs, "inputs")
             run._drop_damaged_stages()
             if remove_leftovers:
@@ -125,13 +127,13 @@ class RunFolder:
                 "Choose an output folder on a file system that all machines share."
             )
 
-    def check_same(self, now: Mapping[str, Any], part: str) -> None:
-        """Nothing, if the run was begun with the same `part` (config or inputs).
+    def check_same(self, now: Mapping[str, Any], part: str, then: Mapping[str, Any] | None = None) -> None:
+        """Nothing, if the run was begun with the same `part` (config or inputs); `then` is what was recorded.
 
         Raises:
             RunError: the first setting that differs, with both values.
         """
-        was, wanted = _flat(self.manifest[part], part), _flat(_plain(now), part)
+        was, wanted = _flat(then or self.manifest[part], part), _flat(_plain(now), part)
         names = [name for name in {**was, **wanted} if name.rsplit(".", 1)[-1] not in WITHOUT_EFFECT]
         differ = [name for name in names if was.get(name) != wanted.get(name)]
         if differ:

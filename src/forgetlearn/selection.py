@@ -97,10 +97,10 @@ def only_rows_train(model: nn.Module, tokens: Iterable[int], rows: Rows) -> Iter
 
 
 def _mask(matrix: Tensor, chosen: list[int], rows: Rows) -> Tensor:
-    """Which rows of a matrix (V, D) are meant (V, 1): those of the tokens `chosen`, or with `others` all but them."""
-    mask = torch.full((len(matrix), 1), rows == "others", device=matrix.device)
+    """Which rows of a matrix (V, D) or bias (V,) are meant: those of `chosen` tokens, or with `others` all but them."""
+    mask = torch.full((len(matrix),), rows == "others", device=matrix.device)
     mask[chosen] = rows != "others"
-    return mask
+    return mask.view(-1, *[1] * (matrix.dim() - 1))
 
 
 def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

@@ -45,6 +45,7 @@ from forgetlearn.locks import only_writer
 from forgetlearn.method import METHODS
 from forgetlearn.models import LanguageModel, as_language_model
 from forgetlearn.progress import check_trackers
+from forgetlearn.settings import upgraded
 from forgetlearn.stages import Stages, UpdateResult, keep_old_answers
 
 log = logging.getLogger("forgetlearn")
@@ -118,7 +119,11 @@ def _update(
     if config.keep_change and METHODS[config.method].learns != "lora":
         restore.check_keeping({"config": config.model_dump(), "inputs": inputs})
     as_json = config.model_dump(mode="json")
-    run = processes.on_main(lambda: runs.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite))
+    run = processes.on_main(
+        lambda: runs.RunFolder.create(
+            output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=lambda was: upgraded(RunConfig, was)
+        )
+    )
     run.check_seen()
     n_processes = processes.count()
     line, foreseen = processes.on_main(lambda: planning.foresee(lm, fact_set, config, n_processes))

@@ -130,6 +130,17 @@ def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
     return len(place) > len(outer) and place[: len(outer)] == outer
 
 
+def upgraded(kind: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version recorded, with those that came since at their defaults.
+
+    As they were recorded where this version cannot read them.
+    """
+    try:
+        return validate(kind, recorded).model_dump(mode="json")
+    except ConfigError:
+        return dict(recorded)
+
+
 def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: frozenset[str]) -> str:
     """One line for one of pydantic's errors; the file is named unless a flag gave the value."""
     loc = tuple(part for part in item["loc"] if part not in TAGS)

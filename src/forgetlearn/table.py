@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from forgetlearn import comparison, disk, runs, statistics
-from forgetlearn.compare import CELLS, SHARED, Budget, Cell, CompareSettings, cells_of
+from forgetlearn.compare import CELLS, SHARED, Budget, Cell, CompareSettings, VariantSettings, cells_of
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import RunError
 from forgetlearn.method import METHODS
@@ -47,7 +47,7 @@ def write_table(path: Path) -> dict[str, Any]:
             _row(group, _baselines(group, groups.values(), settings, config), overall) for group in groups.values()
         ],
         "unpaired": _unpaired(settings),
-        "curves": _curves(groups) if len(settings.epochs) > 1 else None,
+        "curves": _curves(groups, settings) if len(settings.epochs) > 1 else None,
     }
     disk.write_json(path / "compare.json", data)
     cells = {label: [path / CELLS / cell.name for cell in group.cells] for label, group in groups.items()}
@@ -118,6 +118,7 @@ def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Co
         "against": {
             budget: {
                 "label": baseline.first.label,
+                "name": " ".join(filter(None, (baseline.first.method, baseline.first.variant))),
                 "overall": _difference(ours, _overall(baseline, overall)),
                 "differences": {
                     f"{q}.{p}": _difference(scores, baseline.scores[q, p])
@@ -170,15 +171,25 @@ def _baselines(
     method = METHODS[cell.method]
     if cell.method in PLAIN_METHODS and not cell.variant:
         return {}
-    by_epochs = {other.first.epochs: other for other in groups if _is(other, PLAIN.get(method.learns, "ft"))}
+    plain = PLAIN.get(method.learns, "ft"), _learns_like(cell, settings)
+    by_epochs = {other.first.epochs: other for other in groups if (other.first.method, other.first.variant) == plain}
     wanted: dict[Budget, int] = {"equal-epochs": cell.epochs}
     if "equal-steps" in settings.budgets and method.forgets:
         wanted["equal-steps"] = cell.epochs + config.forget.epochs
     return {budget: by_epochs[epochs] for budget, epochs in wanted.items() if epochs in by_epochs}
 
 
-def _is(group: _Group, plain: str) -> bool:
-    return group.first.method == plain and not group.first.variant
+def _learns_like(cell: Cell, settings: CompareSettings) -> str:
+    """The variant of plain fine-tuning that learns what a cell does; "", the plain one, where there is none.
+
+    Else the gain of a setting of learning would stand there as one of forgetting.
+    """
+    own = settings.variants.get(cell.variant, VariantSettings())
+    if cell.method in PLAIN_METHODS or own.learning == VariantSettings().learning:
+        return ""
+    plain = PLAIN.get(METHODS[cell.method].learns, "ft")
+    like = (name for name, other in settings.variants.items() if plain in other.methods)
+    return next((name for name in like if settings.variants[name].learning == own.learning), "")
 
 
 def _unpaired(settings: CompareSettings) -> list[dict[str, str]]:
@@ -197,7 +208,7 @@ def _difference(ours: Scores, baseline: Scores) -> dict[str, Any] | None:
     return asdict(statistics.paired_difference(ours, baseline, rng=0)) if both.any() else None
 
 
-def _curves(groups: Mapping[str, _Group]) -> list[dict[str, Any]]:
+def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[dict[str, Any]]:
     """Per method and coefficient that forgets: what it has at equal reliability against plain fine-tuning."""
     lines: dict[tuple[str, str, float | None], list[_Group]] = {}
     for group in groups.values():
@@ -208,7 +219,9 @@ def _curves(groups: Mapping[str, _Group]) -> list[dict[str, Any]]:
     for (method, variant, coef), curve in curves.items():
         how = METHODS[method]
         against = PLAIN.get(how.learns, "ft")
-        plain = curves.get((against, "", None)) if variant or method not in PLAIN_METHODS else None
+        like = _learns_like(lines[method, variant, coef][0].first, settings)
+        plain = curves.get((against, like, None)) if variant or method not in PLAIN_METHODS else None
+        against = " ".join(filter(None, (against, like)))
         if curve is None or plain is None:
             continue
         equal = statistics.at_equal_reliability(curve, plain)
