@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     study = read_study(args.config)
     bases = list(bases_of(study))
-    wanted = [base for base in bases if args.only == base.name] or [base for base in bases if args.only in base.name]
+    wanted = named(bases, args.only)
     if not wanted:
         parser.error(f"--only {args.only}: no base of {args.config} has this in its name")
     for base in wanted if not args.tables else []:
@@ -92,6 +92,11 @@ def bases_of(study: Mapping[str, Any]) -> Iterator[Base]:
         for file, tied in itertools.product(study["files"], own.get("tied", study["tied"])):
             lab = tuple(own.get("lab", {}).items())
             yield Base(file, tied, part, **own["facts"], seed=own["base_seed"], lab=lab, device=study["device"])
+
+
+def named(bases: list[Base], name: str) -> list[Base]:
+    """The base of this name, else those whose names hold it."""
+    return [base for base in bases if name == base.name] or [base for base in bases if name in base.name]
 
 
 def rows_of(bases: list[Base], study: Mapping[str, Any], output: Path) -> dict[str, dict[str, Row]]:

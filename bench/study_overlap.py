@@ -2,10 +2,11 @@
 
     python bench/study_overlap.py ../shared/data [--only confirm] [--seeds 0,1,2] [--config FILE] [--output FILE.md]
 
-For bases of the study's config, both from the base itself and with the same seed: the old vector and the new one, as
-`update` makes them (the new one with the most epochs of the part); their lengths beside that of the base, their
-cosine, and the multiple of the old vector that is in the new one, <new, old> / <old, old>. Where learning adds the same
-to the forgotten weights as to the base, forgetting with that coefficient takes back all that the two share.
+For bases of the study's config, both from the base itself and with the same seed: the old vector and the new one, of
+all its facts and with its settings (the new one with the most epochs of the part); their lengths beside that of the
+base, their cosine, and the multiple of the old vector that is in the new one, <new, old> / <old, old>. Where learning
+adds the same to the forgotten weights as to the base, forgetting with that coefficient takes back all that the two
+share.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from forgetlearn import disk, load_model, method, selection, taskvector
 from forgetlearn.config import RunConfig, load_config
 from forgetlearn.facts import FactSet
-from study import ROOT, bases_of, lab_of, read_study
+from study import ROOT, bases_of, lab_of, named, read_study
 
 PARTS = ("embeddings", "head", "attention", "mlp", "norms")
 HEAD = "| base | part | numbers | old, % of base | new, % of base | cosine | new in units of old |"
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study/overlap.md"))
     args = parser.parse_args()
     study = read_study(args.config)
-    wanted = [base for base in bases_of(study) if args.only in base.name]
+    wanted = named(list(bases_of(study)), args.only)
     if not wanted:
         parser.error(f"--only {args.only}: no base of {args.config} has this in its name")
     lines = [HEAD, "|---|---|" + "---:|" * 5]

@@ -109,6 +109,24 @@ def test_the_study_fills_goes_on_and_tabulates(study, tmp_path, small_lab, capsy
     assert "facts-untied-plain" in capsys.readouterr().out  # tables are of all that is there
 
 
+def test_what_the_old_and_the_new_vector_share(study, monkeypatch, tmp_path, small_lab):
+    import study_overlap
+
+    output = tmp_path / "overlap.md"
+    words = ["study_overlap.py", str(small_lab), "--config", str(tmp_path / "small.yaml"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*words, "--only", "facts-tied-plain", "--seeds", "0,1"])
+    study_overlap.main()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.read_text().splitlines()[2:]]
+    numbers = {part: (count, *cells) for _base, part, count, *cells in rows}
+    assert set(numbers) == {"head", "attention", "mlp", "norms", "head: old answers", "head: others"}
+    counts = {part: int(told[0].replace(",", "")) for part, told in numbers.items()}
+    assert counts["head: old answers"] + counts["head: others"] == counts["head"]
+    assert counts["head: old answers"] % LAB["hidden_size"] == 0
+    old, new, cosine, multiple = (float(cell.split(" ± ")[0]) for cell in numbers["mlp"][1:])
+    assert multiple == pytest.approx(cosine * new / old, abs=0.05)
+    assert old > 0
+
+
 def test_a_base_that_the_study_does_not_have(study, small_lab, capsys):
     with pytest.raises(SystemExit):
         study(small_lab, "--only", "zsre")
@@ -119,10 +137,12 @@ def test_a_base_that_the_study_does_not_have(study, small_lab, capsys):
 def test_every_part_of_the_committed_studies_can_be_compared(monkeypatch, name, parts):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from study import bases_of, read_study
+    from study_tables import Row
 
     study = read_study(ROOT / "configs" / "study" / name)
     assert len(study["parts"]) == parts
     assert all(LabSettings(**dict(base.lab)) for base in bases_of(study))
+    labels = set()
     for part in study["parts"].values():
         run = load_config(None, study["update"] | part["update"])
         assert isinstance(run, RunConfig)
@@ -132,4 +152,8 @@ def test_every_part_of_the_committed_studies_can_be_compared(monkeypatch, name, 
                 for name, own in part["variants"].get(tied, {}).items()
             }
             settings = validate(CompareSettings, part["compare"] | {"variants": variants})
-            assert cells_of(settings, run)
+            cells = cells_of(settings, run)
+            assert cells
+            labels |= {Row(cell, part.get("label", "")).label for cell in cells}
+    told = {*study["chosen"], *study["plotted"], *(study["names"] if name == "study.yaml" else ())}
+    assert not told - labels
