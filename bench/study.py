@@ -29,6 +29,13 @@ from forgetlearn.settings import validate
 from study_tables import Row, plot, read_rows, tables
 
 ROOT = Path(__file__).parents[1]
+HEAD = """# The tables of the study
+
+Made by `bench/study.py DATA --output DIR --tables` from the comparisons of `make study`. What the rows are, and what
+they say: [experiments.md](experiments.md). Differences in points with 95 % intervals over new seeds and new facts (at
+equal reliability over seeds), bold where clear of zero; *minus plain* is minus `ft` (or `lora`, of what learns with
+LoRA), whose own line has its scores in percent. A table's name is that of the first part on the same base in
+configs/study/study.yaml; rows of further parts stand in it too."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def main() -> None:
         compared(base, study, args.data, args.output / base.name, args.workers)
     done = rows_of(bases, study, args.output)
     texts = {name: tables(rows, study["chosen"], study["names"]) for name, rows in done.items()}
-    text = "\n\n".join(f"### {name}\n\n{text}" for name, text in texts.items())
+    text = "\n\n".join([HEAD, *(f"## {name}\n\n{text}" for name, text in texts.items())])
     disk.write_text(args.output / "study.md", text + "\n")
     for part, panels in itertools.groupby(done.items(), key=lambda item: item[0].rpartition("-")[2]):
         plot(dict(panels), args.output / f"study-{part}.svg", study["plotted"], study["names"])

@@ -257,3 +257,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
 def test_no_line_of_the_changelog_is_longer_than_120():
     lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
     assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
+
+
+def test_no_placeholder_is_left_in_a_page():
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    assert len(pages) > 10
+    assert [page.name for page in pages if re.search(r"@@|\{\{|TODO|FIXME", page.read_text(encoding="utf-8"))] == []
