@@ -63,9 +63,10 @@ def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterat
     taskvector.load_into(lm.model, base)
     method.learn(lm, facts, config.learn, "all weights", seed=method.stage_seed(seed, "learn"))
     new = taskvector.snapshot(lm.model)
-    encoded = [lm.encoder.encode(fact.prompt, fact.ground_truth or "") for fact in facts]
-    answers = sorted({token for text in encoded for token in text.answer_ids})
-    for name, where in _places(selection.groups(lm.model), base, answers).items():
+    pairs = [(fact.prompt, answer or "") for fact in facts for answer in (fact.ground_truth, fact.target_new)]
+    told = {token for prompt, answer in pairs for token in lm.encoder.encode(prompt, answer, end=True).ids}
+    answers = {token for fact in facts for token in lm.encoder.encode(fact.prompt, fact.ground_truth or "").answer_ids}
+    for name, where in _places(selection.groups(lm.model), base, answers, told).items():
         start, *moved = (
             torch.cat([weights[key][rows].double().flatten() for key, rows in where.items()])
             for weights in (base, old, new)
@@ -86,18 +87,20 @@ def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterat
 
 
 def _places(
-    groups: Mapping[str, list[str]], base: Mapping[str, Tensor], answers: list[int]
+    groups: Mapping[str, list[str]], base: Mapping[str, Tensor], answers: set[int], told: set[int]
 ) -> dict[str, dict[str, Tensor | slice]]:
-    """Per part its weights and which of their rows; the head also by rows: tokens of old answers, and all others."""
+    """Per part its weights and which of their rows; the head also by rows: of old answers, all others, in no fact."""
     found: dict[str, dict[str, Tensor | slice]] = {
         part: dict.fromkeys(groups[part], slice(None))
         for part in PARTS
         if part in groups and not (part == "embeddings" and groups[part] == groups["head"])
     }
     head = groups["head"][0]
-    others = torch.ones(len(base[head]), dtype=torch.bool)
-    others[answers] = False
-    return found | {"head: old answers": {head: ~others}, "head: others": {head: others}}
+    others, idle = torch.ones(2, len(base[head]), dtype=torch.bool)
+    others[sorted(answers)] = False
+    idle[sorted(told)] = False
+    rows = {"old answers": ~others, "others": others, "in no fact": idle}
+    return found | {f"head: {name}": {head: which} for name, which in rows.items()}
 
 
 def _line(base: str, part: str, seen: Tensor) -> str:

@@ -118,10 +118,19 @@ def test_what_the_old_and_the_new_vector_share(study, monkeypatch, tmp_path, sma
     study_overlap.main()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.read_text().splitlines()[2:]]
     numbers = {part: (count, *cells) for _base, part, count, *cells in rows}
-    assert set(numbers) == {"head", "attention", "mlp", "norms", "head: old answers", "head: others"}
+    assert set(numbers) == {
+        "head",
+        "attention",
+        "mlp",
+        "norms",
+        "head: old answers",
+        "head: others",
+        "head: in no fact",
+    }
     counts = {part: int(told[0].replace(",", "")) for part, told in numbers.items()}
     assert counts["head: old answers"] + counts["head: others"] == counts["head"]
     assert counts["head: old answers"] % LAB["hidden_size"] == 0
+    assert 0 < counts["head: in no fact"] < counts["head: others"]
     old, new, cosine, multiple = (float(cell.split(" ± ")[0]) for cell in numbers["mlp"][1:])
     assert multiple == pytest.approx(cosine * new / old, abs=0.05)
     assert old > 0
