@@ -40,7 +40,8 @@ def make_row(label, mean, difference=None, **more):
     row |= {"forgotten": None, "against": {}}
     if difference:
         own = dict(zip(("mean", "low", "high", "p_value"), difference, strict=True))
-        row["against"] = {"equal-epochs": {"label": "ft", "overall": own, "differences": {"reliability.token": own}}}
+        against = {"label": "ft", "name": "ft", "overall": own, "differences": {"reliability.token": own}}
+        row["against"] = {"equal-epochs": against}
     return row | more
 
 
