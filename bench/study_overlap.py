@@ -63,9 +63,9 @@ def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterat
     taskvector.load_into(lm.model, base)
     method.learn(lm, facts, config.learn, "all weights", seed=method.stage_seed(seed, "learn"))
     new = taskvector.snapshot(lm.model)
-    pairs = [(fact.prompt, answer or "") for fact in facts for answer in (fact.ground_truth, fact.target_new)]
-    told = {token for prompt, answer in pairs for token in lm.encoder.encode(prompt, answer, end=True).ids}
-    answers = {token for fact in facts for token in lm.encoder.encode(fact.prompt, fact.ground_truth or "").answer_ids}
+    old_texts = [(fact.prompt, fact.ground_truth or "") for fact in facts]
+    told = method.tokens_of(lm, old_texts + [(fact.prompt, fact.target_new) for fact in facts], "facts")
+    answers = method.tokens_of(lm, old_texts, "answers")
     for name, where in _places(selection.groups(lm.model), base, answers, told).items():
         start, *moved = (
             torch.cat([weights[key][rows].double().flatten() for key, rows in where.items()])
@@ -106,10 +106,10 @@ def _places(
 def _line(base: str, part: str, seen: Tensor) -> str:
     """One row of the table, of numbers (S, 5): means over seeds and their standard deviation."""
     spread = seen.std(0) if len(seen) > 1 else torch.zeros(5)
-    scale = (100, 100, 1, 1)
+    scales = (100, 100, 1, 1)
     cells = [
         f"{scale * mean:.2f} ± {scale * sd:.2f}"
-        for scale, mean, sd in zip(scale, seen.mean(0)[1:], spread[1:], strict=True)
+        for scale, mean, sd in zip(scales, seen.mean(0)[1:], spread[1:], strict=True)
     ]
     return f"| {base} | {part} | {int(seen[0, 0]):,} | {' | '.join(cells)} |"
 

@@ -620,6 +620,18 @@ def test_resume_with_other_facts_or_base(small_lab, facts, config, tmp_path, is_
         update(lab, own, settings, output=tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_run_of_an_earlier_version_goes_on(small_lab, facts, config, tmp_path, is_finished):
+    """What that version did not know of is at its default; another value is another run."""
+    (update if is_finished else begin)(small_lab, facts, config("ft"), output=tmp_path / "run")
+    run = runs.RunFolder.open(tmp_path / "run")
+    del run.manifest["config"]["learn"]["adam_epsilon"], run.manifest["config"]["forget"]["rows"]
+    run.note()
+    with pytest.raises(RunError, match=r"learn\.adam_epsilon = 1e-08, now it is 0\.001"):
+        update(small_lab, facts, config("ft", learn__adam_epsilon=1e-3), output=tmp_path / "run", resume=True)
+    assert update(small_lab, facts, config("ft"), output=tmp_path / "run", resume=True).product.is_dir()
+
+
 def test_existing_run_names_both_flags(finished, small_lab, facts, config):
     with pytest.raises(RunError, match=r"--resume .* --overwrite"):
         update(small_lab, facts, config("ft", **CHANGES), output=finished("ft").output)

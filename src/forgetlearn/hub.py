@@ -17,22 +17,26 @@ from forgetlearn.errors import ModelError, some
 from forgetlearn.readers import is_hub_id
 
 TIMEOUT_S = 10
-# What the hub's client raises, somewhere below transformers' own errors; the first that fits counts.
-PROBLEMS: tuple[tuple[type[Exception], str], ...] = (
+# What the hub's client raises, somewhere below transformers' own errors, in words, and whether the name may be a
+# folder's that was mistyped; the first that fits counts.
+PROBLEMS: tuple[tuple[type[Exception], str, bool], ...] = (
     (
         errors.GatedRepoError,
         "is gated. Ask for access on its page, then set HF_TOKEN (or run `hf auth login`).",
+        False,
     ),
     (
         errors.RepositoryNotFoundError,
         "is no folder, and no model on the hub that can be read (private: set HF_TOKEN).",
+        True,
     ),
-    (errors.RevisionNotFoundError, "has no such revision on the hub."),
-    (errors.HFValidationError, "is no folder, and cannot be a hub id."),
+    (errors.RevisionNotFoundError, "has no such revision on the hub.", False),
+    (errors.HFValidationError, "is no folder, and cannot be a hub id.", True),
     (
         errors.LocalEntryNotFoundError,
         "is no folder here, is not in the hub's cache, and the hub cannot be reached. "
         "Check the name, the network and HF_HUB_OFFLINE, or download the model first.",
+        True,
     ),
 )
 
@@ -59,8 +63,10 @@ def answers() -> bool:
 def problem(error: Exception, name: str) -> str | None:
     """What went wrong between here and the hub, to be put after a model's name; None where it was something else."""
     causes = tuple(_causes(error))
-    found = next((words for kind, words in PROBLEMS if any(isinstance(cause, kind) for cause in causes)), None)
-    return f"{found}{near_models(Path(name))}" if found and " no folder" in found else found
+    for kind, words, mistyped in PROBLEMS:
+        if any(isinstance(cause, kind) for cause in causes):
+            return words + (near_models(Path(name)) if mistyped else "")
+    return None
 
 
 def near_models(folder: Path) -> str:

@@ -171,7 +171,7 @@ def subtract_old(
     tuned = sharding.parts(lm.model) if tuned is None else tuned
     forgotten = taskvector.subtracted(base, tuned, settings.number, factors)
     if settings.rows != "all":
-        tokens = _tokens(lm, [(fact.prompt, _old_answer(fact)) for fact in facts], settings.rows)
+        tokens = tokens_of(lm, [(fact.prompt, _old_answer(fact)) for fact in facts], settings.rows)
         vocabulary = selection.groups(lm.model)["vocabulary"]
         forgotten = selection.only_rows(base, forgotten, vocabulary, tokens, settings.rows)
     if kept is not None:
@@ -304,7 +304,7 @@ def learn(
     all_weights(lm)
     train_only(lm.model, how, settings.modules)
     answers = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
-    with selection.only_rows_train(lm.model, _tokens(lm, answers, settings.rows), settings.rows):
+    with selection.only_rows_train(lm.model, tokens_of(lm, answers, settings.rows), settings.rows):
         stage_log = _train(lm, texts, settings, how, seed, "learning", upkeep)
     return replace(stage_log, rounding=lm.to_own_dtypes(seed))
 
@@ -362,7 +362,7 @@ def _texts(lm: LanguageModel, pairs: list[tuple[str, str]]) -> list[Encoded]:
     return [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
 
 
-def _tokens(lm: LanguageModel, pairs: list[tuple[str, str]], rows: Rows) -> set[int]:
+def tokens_of(lm: LanguageModel, pairs: list[tuple[str, str]], rows: Rows) -> set[int]:
     """The tokens that `rows` is about: those of whole texts with `facts`, else those of the answers alone."""
     if rows == "all":
         return set()

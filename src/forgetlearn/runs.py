@@ -70,7 +70,7 @@ class RunFolder:
         config, inputs = _plain(config), _plain(inputs)
         if resume and is_run(path):
             run = cls.open(path)
-            run.check_same(config, "config", _plain(upgraded(run.manifest["config"])))
+            run.check_same(config, "config", upgraded)
             run.check_same(inputs, "inputs")
             run._drop_damaged_stages()
             if remove_leftovers:
@@ -127,13 +127,15 @@ class RunFolder:
                 "Choose an output folder on a file system that all machines share."
             )
 
-    def check_same(self, now: Mapping[str, Any], part: str, then: Mapping[str, Any] | None = None) -> None:
-        """Nothing, if the run was begun with the same `part` (config or inputs); `then` is what was recorded.
+    def check_same(
+        self, now: Mapping[str, Any], part: str, upgraded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    ) -> None:
+        """Nothing, if the run was begun with the same `part` (config or inputs); `upgraded` as in `create`.
 
         Raises:
             RunError: the first setting that differs, with both values.
         """
-        was, wanted = _flat(then or self.manifest[part], part), _flat(_plain(now), part)
+        was, wanted = _flat(_plain(upgraded(self.manifest[part])), part), _flat(_plain(now), part)
         names = [name for name in {**was, **wanted} if name.rsplit(".", 1)[-1] not in WITHOUT_EFFECT]
         differ = [name for name in names if was.get(name) != wanted.get(name)]
         if differ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ from forgetlearn.settings import upgraded
 from forgetlearn.stages import Stages, UpdateResult, keep_old_answers
 
 log = logging.getLogger("forgetlearn")
+AS_NOW = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
 
 
 def update(
@@ -92,7 +94,7 @@ def _update(
     check_trackers(config.report_to)
     goes_on = resume and processes.on_main(lambda: runs.is_run(output))
     if goes_on:  # before a large model is loaded
-        runs.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config")
+        runs.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config", AS_NOW)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     if goes_on and processes.on_main(lambda: runs.is_finished(output)):
         return processes.on_main(lambda: _finished(Path(output), config, fact_set))
@@ -120,9 +122,7 @@ def _update(
         restore.check_keeping({"config": config.model_dump(), "inputs": inputs})
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
-        lambda: runs.RunFolder.create(
-            output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=lambda was: upgraded(RunConfig, was)
-        )
+        lambda: runs.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=AS_NOW)
     )
     run.check_seen()
     n_processes = processes.count()
