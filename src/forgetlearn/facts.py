@@ -60,6 +60,18 @@ class Fact:
     target_new: str  # the NEW answer
     rephrase_prompts: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
+    target_new_aliases: tuple[str, ...] = ()  # other ways to write the new answer: never trained on, counted as right
+    ground_truth_aliases: tuple[str, ...] = ()
+
+    @property
+    def new_answers(self) -> tuple[str, ...]:
+        """Every text that counts as the new answer, the one that is taught first."""
+        return (self.target_new, *self.target_new_aliases)
+
+    @property
+    def old_answers(self) -> tuple[str, ...]:
+        """Every text that counts as the old answer, the one that is forgotten first; none where it is unknown."""
+        return (self.ground_truth, *self.ground_truth_aliases) if self.ground_truth else ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,8 @@ def make_fact(
     subject: str = "",
     rephrase_prompts: Iterable[str] = (),
     locality: Iterable[Probe] = (),
+    target_new_aliases: Iterable[str] = (),
+    ground_truth_aliases: Iterable[str] = (),
 ) -> Fact:
     """A fact with its id, from texts that are stripped already."""
     return Fact(
@@ -145,6 +159,8 @@ def make_fact(
         target_new=target_new,
         rephrase_prompts=tuple(rephrase_prompts),
         locality=tuple(locality),
+        target_new_aliases=tuple(target_new_aliases),
+        ground_truth_aliases=tuple(ground_truth_aliases),
     )
 
 
@@ -251,6 +267,9 @@ def write_facts(facts: Iterable[Fact], path: Path) -> None:
     lines = []
     for fact in facts:
         record = {name: value for name, value in asdict(fact).items() if value or name == "target_new"}
+        for name in ("target_new", "ground_truth"):  # an answer with its aliases is a list
+            if aliases := record.pop(f"{name}_aliases", None):
+                record[name] = [record[name], *aliases]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
@@ -303,7 +322,15 @@ def _fact(draft: Draft, old: str, where: str) -> Fact:
         subject=draft.subject.strip(),
         rephrase_prompts=[text.strip() for text in draft.rephrases if text.strip()],
         locality=[probe for probe in probes if probe.prompt and probe.answer],
+        target_new_aliases=_aliases(draft.new_aliases, draft.new),
+        ground_truth_aliases=_aliases(draft.old_aliases, old),
     )
+
+
+def _aliases(texts: Iterable[str], first: str) -> list[str]:
+    """Each other way to write an answer, stripped and once."""
+    stripped = dict.fromkeys(text.strip() for text in texts)
+    return [text for text in stripped if text and text != first.strip()]
 
 
 def _why_not(fact: Fact, needs_old: bool, earlier: Mapping[str, tuple[int, str]]) -> tuple[str, str]:

@@ -33,6 +33,8 @@ class Draft:
     old: str
     subject: str = ""
     pred: str = ""  # ZsRE only: what the model of the original paper said
+    new_aliases: tuple[str, ...] = ()  # other ways to write the new answer that count as right
+    old_aliases: tuple[str, ...] = ()
     rephrases: tuple[str, ...] = ()
     probes: tuple[tuple[str, str], ...] = ()
 
