@@ -108,7 +108,7 @@ def main() -> None:
 def prepared(tokenizer: object, facts: list[Fact]) -> tuple[nn.Module, nn.Module]:
     """A model that half knows the old answers, and the same tuned on the new: scores between 0 and 1, not 0."""
     model = small_llama(tokenizer)
-    encoder = Encoder(tokenizer, "off")
+    encoder = Encoder(tokenizer, "plain")
     stage = StageSettings(epochs=15, batch_size=16, learning_rate=2e-3)
     old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     old += [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]

@@ -52,7 +52,7 @@ class Bench:
         self.tokenizer = tokenizer_of(read_facts(facts_file))
         self.model = small_llama(self.tokenizer)
         self.start = {name: weight.clone() for name, weight in self.model.state_dict().items()}
-        encoder = Encoder(self.tokenizer, "off")
+        encoder = Encoder(self.tokenizer, "plain")
         facts = read_facts(facts_file, limit=limit)
         self.texts = [encoder.encode(fact.prompt, fact.target_new, end=True) for fact in facts]
         self.n_steps = STAGE.epochs * math.ceil(len(self.texts) / STAGE.batch_size)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from forgetlearn.encoding import Encoded, Encoder, check_lengths
+from forgetlearn.encoding import Encoded, Encoder
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.lab import LabSettings, train_tokenizer
 

@@ -105,7 +105,7 @@ class Bench:
     def fitting(self, method: str, facts: FactSet) -> tuple[RunConfig, Plan] | None:
         """The settings with the largest micro-batch whose plan fits this device; None where none does."""
         self.clear()  # the free memory is what is planned for
-        outline = Outline("random weights", self.shape, Encoder(self.tokenizer, "off"), self.half)
+        outline = Outline("random weights", self.shape, Encoder(self.tokenizer, "plain"), self.half)
         size = BATCH[self.args.shape]
         for micro in (None, size // 2, size // 4, size // 8):
             config = self.config(method, micro)

@@ -87,6 +87,7 @@ def _scored(
     measured: dict[str, Any] = {}
     if reference is not None:
         base = as_language_model(reference, None, config.model)
+        general.check_embedded(base, config.evaluate)
         fact_set = _with_old_answers(base, fact_set, config)
         rows["base"] = score(base, fact_set, phase="base", settings=config.evaluate)
         before, vocabulary = locality_predictions(rows["base"]), base.tokenizer.get_vocab()
@@ -94,6 +95,7 @@ def _scored(
             measured["base"] = general.measure(base, config.evaluate, scratch)
         del base  # before the other is loaded
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
+    general.check_embedded(lm, config.evaluate)
     if vocabulary is not None and vocabulary != lm.tokenizer.get_vocab():
         raise ModelError(f"{lm.name} and {reference} have different vocabularies: their tokens cannot be compared.")
     if before is None:
@@ -107,7 +109,7 @@ def _scored(
     retained = retention.score_earlier(lm, updates, config.evaluate)
 
     def write(output: Path, overwrite: bool) -> Path:
-        inputs = {"facts_sha256": fact_set.sha256()}
+        inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
         run = runs.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
         run.note(model=lm.describe())
         write_results(run.path, config, fact_set, rows, general=measured)

@@ -52,14 +52,6 @@ class OldFrom(StrEnum):
     model = "model"
 
 
-class Template(StrEnum):
-    """Whether to ask in the chat format."""
-
-    auto = "auto"
-    on = "on"
-    off = "off"
-
-
 ModelOption = Annotated[str | None, typer.Option("--model", help=HELP["model.name"] + IN_CONFIG)]
 HoldsOption = Annotated[
     str | None, typer.Option("--model", help="Folder or hub id of a causal language model, or folder of an adapter.")
@@ -68,7 +60,7 @@ FactsOption = Annotated[str | None, typer.Option("--facts", help=HELP["facts.sou
 OldFromOption = Annotated[OldFrom | None, typer.Option("--old-from", help=HELP["facts.old_from"])]
 LimitOption = Annotated[int | None, typer.Option("--limit", help=HELP["facts.limit"])]
 StrictOption = Annotated[bool | None, typer.Option("--strict/--no-strict", help=HELP["facts.strict"])]
-ChatOption = Annotated[Template | None, typer.Option("--chat-template", help=HELP["model.chat_template"])]
+TemplateOption = Annotated[str | None, typer.Option("--prompt-template", help=HELP["model.prompt_template"])]
 ShardOption = Annotated[bool | None, typer.Option("--shard", help=HELP["model.shard"])]
 ProcessesOption = Annotated[
     int | None,
@@ -198,7 +190,7 @@ def update(
     limit: LimitOption = None,
     strict: StrictOption = None,
     teach_old: Annotated[int | None, typer.Option("--teach-old", help=HELP["teach.epochs"])] = None,
-    chat_template: ChatOption = None,
+    prompt_template: TemplateOption = None,
     shard: ShardOption = None,
     deepspeed: Annotated[str | None, typer.Option("--deepspeed", help=HELP["learn.deepspeed"])] = None,
     general: GeneralOption = None,
@@ -212,7 +204,7 @@ def update(
 ) -> None:
     """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
     flags = {
-        **_reads(model, facts_file, old_from, limit, strict, chat_template),
+        **_reads(model, facts_file, old_from, limit, strict, prompt_template),
         "method": method,
         "seed": seed,
         "model.shard": shard,
@@ -248,7 +240,7 @@ def plan(
     old_from: OldFromOption = None,
     limit: LimitOption = None,
     teach_old: Annotated[int | None, typer.Option("--teach-old", help=HELP["teach.epochs"])] = None,
-    chat_template: ChatOption = None,
+    prompt_template: TemplateOption = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices that share the work.")] = 1,
     memory: Annotated[
         float | None, typer.Option("--memory", min=0.1, help="GB (1e9 bytes) of a device; unset: what is free here.")
@@ -263,7 +255,7 @@ def plan(
 ) -> None:
     """Say what an update would take: memory, steps, time, disk, and whether it fits. Nothing is trained."""
     flags = {"method": method, "forget.coef": coef, "teach.epochs": teach_old}
-    flags |= _reads(model, facts_file, old_from, limit, chat_template=chat_template)
+    flags |= _reads(model, facts_file, old_from, limit, prompt_template=prompt_template)
     config = _config(config_file, flags, setting)
     from forgetlearn.estimate import plan_lines
     from forgetlearn.inputs import read_config_facts
@@ -307,13 +299,14 @@ def compare(
         list[str] | None, typer.Option("--slurm-set", help="What submitit is to ask for: partition=gpu, mem_gb=32.")
     ] = None,
     limit: LimitOption = None,
+    prompt_template: TemplateOption = None,
     config_file: ConfigOption = None,
     setting: SetOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
-    config = _config(config_file, _reads(model, facts_file, limit=limit), setting)
+    config = _config(config_file, _reads(model, facts_file, limit=limit, prompt_template=prompt_template), setting)
     from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
     from forgetlearn.comparison import verdict
@@ -355,7 +348,7 @@ def evaluate(
     old_from: OldFromOption = None,
     limit: LimitOption = None,
     strict: StrictOption = None,
-    chat_template: ChatOption = None,
+    prompt_template: TemplateOption = None,
     general: GeneralOption = None,
     tasks: TasksOption = None,
     engine: EngineOption = None,
@@ -367,7 +360,7 @@ def evaluate(
 ) -> None:
     """Score a model or an adapter on facts; with --reference also what changed against another model."""
     flags = {
-        **_reads(model, facts_file, old_from, limit, strict, chat_template),
+        **_reads(model, facts_file, old_from, limit, strict, prompt_template),
         "model.shard": shard,
         "evaluate.general": general,
         "evaluate.tasks": _listed(tasks),
@@ -395,13 +388,13 @@ def ask(
     prompts: Annotated[list[str], typer.Argument(help="What to ask.")],
     model: HoldsOption = None,
     reference: Annotated[str | None, typer.Option("--reference", help="Ask this model too, for comparison.")] = None,
-    chat_template: ChatOption = None,
+    prompt_template: TemplateOption = None,
     engine: EngineOption = None,
     setting: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print what a model or an adapter answers to one or more prompts, taking the likeliest token each time."""
-    flags = {**_reads(model, chat_template=chat_template), "evaluate.engine": engine}
+    flags = {**_reads(model, prompt_template=prompt_template), "evaluate.engine": engine}
     config = _config(None, flags, setting)
     from forgetlearn.assess import ask as run_ask
 
@@ -489,12 +482,12 @@ def _reads(
     old_from: OldFrom | None = None,
     limit: int | None = None,
     strict: bool | None = None,
-    chat_template: Template | None = None,
+    prompt_template: str | None = None,
 ) -> dict[str, Any]:
     """The flags that say what is read, by their settings' names."""
     return {
         "model.name": model,
-        "model.chat_template": chat_template,
+        "model.prompt_template": prompt_template,
         "facts.source": facts_file,
         "facts.old_from": old_from,
         "facts.limit": limit,

@@ -29,19 +29,19 @@ from torch import Tensor, nn
 from forgetlearn import digests, disk, keeping, runs, scoring
 from forgetlearn.coefficient import Forgetter, forget_tuned
 from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, Rows, RunConfig
-from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.facts import sha256 as facts_hash
 from forgetlearn.finetune import StageLog
 from forgetlearn.generation import check_engine
-from forgetlearn.inputs import base_hash, check_stages, check_weights, longest_pairs, read_config_facts, resolve
+from forgetlearn.inputs import base_hash, check_stages, check_weights, read_config_facts, resolve
 from forgetlearn.locks import claimed
 from forgetlearn.method import METHODS, PAPER_METHODS, How, float32_snapshot, forget, learn, measure_keep, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import Done, write_results
 from forgetlearn.scoring import Row
 from forgetlearn.settings import Settings, upgraded
+from forgetlearn.texts import check_texts
 
 log = logging.getLogger("forgetlearn")
 T = TypeVar("T")
@@ -252,16 +252,16 @@ def begin(
     named = model if model is not None else str(config.model.name)
     check_weights(named)
     lm = as_language_model(named, None, config.model)
-    check_lengths(lm.encoder, longest_pairs(fact_set))
+    check_texts(lm.encoder, fact_set)
     keep: dict[str, Sequence[Fact]] = {}
     for cell in {(cell.method, cell.variant): cell for cell in cells}.values():
         own = cell_config(config, cell, settings.variants)
         _check(lm, own, cell)
         if own.forget.keep and METHODS[cell.method].forgets and own.forget.keep not in keep:
             keep[own.forget.keep] = keeping.read_keep(own.forget, fact_set)
-            check_lengths(lm.encoder, longest_pairs(keep[own.forget.keep]))
+            check_texts(lm.encoder, keep[own.forget.keep])
     inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
-    inputs |= keeping.fingerprint([fact for facts in keep.values() for fact in facts])
+    inputs |= keeping.fingerprint([fact for facts in keep.values() for fact in facts]) | lm.encoder.fingerprint()
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = runs.RunFolder.create(
         output,

@@ -249,8 +249,10 @@ class ModelSettings(Settings):
         "needs torchrun (docs/scaling.md).",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings.")
-    chat_template: Literal["auto", "on", "off"] = Field(
-        "auto", description="Ask in the tokenizer's chat format; auto: where the tokenizer has one."
+    prompt_template: str = Field(
+        "auto",
+        description="How prompts are put to the model, in training and scoring alike: plain, chat (the tokenizer's "
+        "template), alpaca, or a text file with {prompt} in it; auto: chat where the tokenizer has a template, or plain.",
     )
     base_model_id: str | None = Field(
         None, description="Hub id of the base for the model card, when name is a local folder."

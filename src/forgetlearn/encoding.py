@@ -1,23 +1,35 @@
 """Prompt and answer to token ids: the only place that tokenises.
 
-Plain text is `prompt + " " + answer`; the prompt's ids are those of `prompt` alone, and are a prefix of
-the whole. With a chat template the prompt is the user's message and the answer the assistant's; what the
-template writes between the two (the space of Llama 2, the empty thinking block of Qwen 3) stays between them.
+A text is what the prompt template writes before the prompt, the prompt, what it writes after it, and the answer; the
+prompt's ids are those of all before the answer alone, and are a prefix of the whole. With a chat template the prompt is
+the user's message and the answer the assistant's; what the template writes between the two (the space of Llama 2, the
+empty thinking block of Qwen 3) stays between them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from forgetlearn import prompts
 from forgetlearn.errors import FactError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ChatTemplate = Literal["auto", "on", "off"]
 AT_ONCE = 1000  # pairs in a call of the tokenizer, which holds much more than their ids
+PROBES = ("Quibblet one", "Zanzimar TWO")  # prompts that prove a chat template: no character that one would escape
+PROBE_ANSWER = "Wistervale THREE"
+
+
+class TextError(FactError):
+    """A text holds a token that cannot stand in it; `part` says whether that is in the prompt or the answer."""
+
+    def __init__(self, message: str, part: str) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 @dataclass(frozen=True)
@@ -39,17 +51,22 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer, and the form in which a model is asked.
+    """A tokenizer, and the form in which a model is asked (`model.prompt_template`).
+
+    `n_ids` is the number of ids that the model has embeddings for; None leaves that unchecked.
 
     Raises:
-        ModelError: the tokenizer has no EOS token, or no chat template where one is asked for.
+        ModelError: the tokenizer has no EOS token, no chat template where one is asked for, or one that does not pass
+            prompts and answers on.
+        ConfigError: see `prompts.read_template`.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        chat_template: ChatTemplate = "auto",
+        prompt_template: str = "auto",
         max_length: int | None = None,
+        n_ids: int | None = None,
     ) -> None:
         """Check the tokenizer, and learn how a text begins and an answer ends."""
         if tokenizer.eos_token_id is None:
@@ -57,34 +74,65 @@ class Encoder:
                 "The tokenizer has no EOS token, so an answer could not end. "
                 'Set one, for example tokenizer.eos_token = "</s>", and save it with the model.'
             )
-        if chat_template == "on" and not tokenizer.chat_template:
-            raise ModelError("chat_template = on, but the tokenizer has none. Use auto or off.")
+        if prompt_template == "auto":
+            prompt_template = "chat" if tokenizer.chat_template else "plain"
+        if prompt_template == "chat" and not tokenizer.chat_template:
+            raise ModelError(
+                "model.prompt_template = chat, but the tokenizer has no chat template. Use auto, plain, alpaca or a file."
+            )
         self.tokenizer: Any = tokenizer
-        self.max_length = max_length
-        self.is_chat = chat_template == "on" or (chat_template == "auto" and bool(tokenizer.chat_template))
-        # Special tokens are added by hand: a tokenizer that also appends EOS (add_eos_token) would
-        # otherwise put one between prompt and answer.
-        self._first_ids = [] if self.is_chat else _leading_specials(tokenizer)
-        self._opening, self._joint, self.end_ids = "", " ", [int(tokenizer.eos_token_id)]
+        self.max_length, self.n_ids = max_length, n_ids
+        self.prompt_template = prompt_template
+        self._before = self._after = ""  # what stands around the prompt
+        self._joint, self.end_ids = "", [int(tokenizer.eos_token_id)]
+        self._as_parts = False
+        self._first_ids: list[int] = []
         if self.is_chat:
-            self._opening, self._joint, self.end_ids = self._chat_form()
+            self._after, self._joint, self.end_ids = self._proven_chat_form()
+        else:
+            self._before, self._after, self._joint = prompts.split(prompts.read_template(prompt_template))
+            # Special tokens are added by hand: a tokenizer that also appends EOS (add_eos_token) would
+            # otherwise put one between prompt and answer.
+            first = _leading_specials(tokenizer)
+            if self._tokenize(self._before)[: len(first)] != first:  # a template in a file may write them itself
+                self._first_ids = first
+        self._unknown, self._special = _special_ids(self.tokenizer)
+        own = self._prompt_ids(PROBES[0])
+        self._own_specials = Counter(token for token in own if token in self._special)
+        if strangers := self._without_embedding(own):
+            raise ModelError(
+                f"model.prompt_template = {prompt_template}: writes {strangers}. "
+                "Use plain, or give the model embeddings for the tokenizer's tokens (resize_token_embeddings)."
+            )
+
+    @property
+    def is_chat(self) -> bool:
+        """True if prompts are the user's messages of the tokenizer's chat template."""
+        return self.prompt_template == "chat"
 
     def prompt_text(self, prompt: str) -> str:
         """The text that the model reads before it answers."""
         if not self.is_chat:
-            return prompt
-        return self._render([_message("user", prompt)], add_generation_prompt=True) + self._opening
+            return self._before + prompt + self._after
+        return self._render([self._message("user", prompt)], add_generation_prompt=True) + self._after
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of the prompt alone, with the special tokens that open a text."""
-        return self._first_ids + self._tokenize(self.prompt_text(prompt))
+        """Ids of the prompt alone, with the special tokens that open a text.
+
+        Raises:
+            TextError: the prompt holds a special token, or one that the model has no embedding for.
+        """
+        ids = self._prompt_ids(prompt)
+        self._check_ids("prompt", prompt, ids, self._own_specials)
+        return ids
 
     def encode(self, prompt: str, answer: str, *, end: bool = False) -> Encoded:
         """Ids of prompt and answer; `end=True` adds the token that ends an answer (training wants it).
 
         Raises:
-            FactError: the prompt or the answer is empty, the two cannot be told apart in token ids, or
-                they are longer than the model's context.
+            FactError: the prompt or the answer is empty, the two cannot be told apart in token ids, they are longer
+                than the model's context, or the tokenizer has no token for any part of one of them.
+            TextError: one of them holds a special token, or one that the model has no embedding for.
         """
         found = self.encode_all([(prompt, answer)], end=end)[prompt, answer]
         if isinstance(found, FactError):
@@ -119,7 +167,14 @@ class Encoder:
             raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
         if not before:
             raise FactError(f"the tokenizer has no token for any part of the prompt {prompt!r}.")
-        ids = before + self._answer_ids(prompt, answer, before, whole) + (self.end_ids if end else [])
+        self._check_ids("prompt", prompt, before, self._own_specials)
+        answer_ids = self._answer_ids(prompt, answer, before, whole)
+        self._check_ids("answer", answer, answer_ids)
+        if self.has_unknown(answer_ids):
+            known = [token for token in answer_ids if token != self._unknown]
+            if not self._tokenizer_text(known).strip():
+                raise FactError(f"the tokenizer has no token for any part of the answer {answer!r}.")
+        ids = before + answer_ids + (self.end_ids if end else [])
         if self.max_length and len(ids) > self.max_length:
             raise FactError(
                 f"prompt and answer are {len(ids)} tokens, the model's context is {self.max_length} "
@@ -131,6 +186,50 @@ class Encoder:
         """Text of generated ids, special tokens left out."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def has_unknown(self, ids: Sequence[int]) -> bool:
+        """True if one of them stands for what the tokenizer cannot write (<unk>)."""
+        return self._unknown is not None and self._unknown in ids
+
+    def check_embedded(self, ids: Sequence[int], where: str) -> None:
+        """Raise FactError, which names `where`, if the model has no embedding for one of the ids."""
+        if strangers := self._without_embedding(ids):
+            raise FactError(f"{where}: holds {strangers}. Take it out.")
+
+    def fingerprint(self) -> dict[str, str]:
+        """See `prompts.fingerprint`."""
+        known = self.is_chat or self.prompt_template in prompts.TEMPLATES
+        return {} if known else prompts.fingerprint_of(self._before + prompts.PLACE + self._after + self._joint)
+
+    def _check_ids(self, part: str, text: str, ids: Sequence[int], expected: Counter[int] | None = None) -> None:
+        """Raise TextError if the ids of a text hold one without an embedding, or special ones but the expected."""
+        if strangers := self._without_embedding(ids):
+            raise TextError(f"the {part} {text[:60]!r} holds {strangers}. Take it out of the text.", part)
+        if not expected and self._special.isdisjoint(ids):
+            return
+        held = Counter(token for token in ids if token in self._special)
+        if foreign := held - (expected or Counter()):
+            raise TextError(
+                f"the {part} {text[:60]!r} holds {self._name(min(foreign))}, a special token of the tokenizer, which "
+                "the model would not read as text. Take it out of the text, or write it in another way.",
+                part,
+            )
+
+    def _without_embedding(self, ids: Sequence[int]) -> str:
+        """The first id that the model has no embedding for, in words; "" if there is none."""
+        if self.n_ids is None or max(ids, default=0) < self.n_ids:
+            return ""
+        stranger = next(token for token in ids if token >= self.n_ids)
+        return (
+            f"the token {self._name(stranger)} (id {stranger}), and the model has embeddings for ids 0 to "
+            f"{self.n_ids - 1} only"
+        )
+
+    def _name(self, token: int) -> str:
+        return repr(self.tokenizer.convert_ids_to_tokens(token))
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        return self._first_ids + self._tokenize(self.prompt_text(prompt))
 
     def _answer_ids(self, prompt: str, answer: str, before: list[int], whole: list[int]) -> list[int]:
         if whole[: len(before)] == before and len(whole) > len(before):
@@ -158,26 +257,52 @@ class Encoder:
         text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def _message(self, role: str, content: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": content}] if self._as_parts else content}
+
+    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # jinja2 errors of many kinds: the template is the model's, not ours
-            raise ModelError(
-                f"The tokenizer's chat template fails on a single question: {error}. Try --chat-template off."
-            ) from error
+            raise _bad_chat_template(f"fails on a single question: {error}") from error
         return text
+
+    def _proven_chat_form(self) -> tuple[str, str, list[int]]:
+        """See `_chat_form`; messages are texts, or lists of parts for a template that reads these alone."""
+        try:
+            return self._chat_form()
+        except ModelError as error:
+            self._as_parts = True
+            try:
+                return self._chat_form()
+            except ModelError:
+                raise error from None
 
     def _chat_form(self) -> tuple[str, str, list[int]]:
         """What the template writes before an answer (as part of the prompt, and of the answer) and after it.
 
         A space belongs to the answer, since tokenizers join it to the next word. The end is the token by
         which the template ends an assistant's turn; where it has none, EOS.
+
+        Raises:
+            ModelError: the template fails, or does not pass on what it is given.
         """
-        asked = self._render([_message("user", "QUESTION")], add_generation_prompt=True)
-        turn = [_message("user", "QUESTION"), _message("assistant", "ANSWER")]
-        before, _, after = self._render(turn, add_generation_prompt=False).rpartition("ANSWER")
+        messages = [self._message("user", probe) for probe in PROBES]
+        asked, other = (self._render([message], add_generation_prompt=True) for message in messages)
+        if asked == other:
+            raise _bad_chat_template("drops the question: two different prompts render alike")
+        if (
+            PROBES[0] not in asked
+            or PROBES[1] not in other
+            or (self._as_parts and str(messages[0]["content"]) in asked)
+        ):
+            raise _bad_chat_template("alters the question: what it writes does not contain the prompt")
+        turn = [messages[0], self._message("assistant", PROBE_ANSWER)]
+        before, found, after = self._render(turn, add_generation_prompt=False).rpartition(PROBE_ANSWER)
+        if not found:
+            raise _bad_chat_template("drops or alters the assistant's answer, so it cannot tell how one ends")
         between = before[len(asked) :] if before.startswith(asked) else ""
         opening = between.rstrip(" ")
         end = self._tokenize(after.lstrip())[:1]
@@ -186,23 +311,17 @@ class Encoder:
         return opening, between[len(opening) :], end or [int(self.tokenizer.eos_token_id)]
 
 
-def check_lengths(encoder: Encoder, pairs: Iterable[tuple[str, str, str]]) -> None:
-    """Nothing, if every (where, prompt, answer) fits the model; the first five that do not are named.
-
-    Raises:
-        FactError: before any training starts.
-    """
-    asked = list(pairs)
-    found = encoder.encode_all(((prompt, answer) for _where, prompt, answer in asked), end=True)
-    texts = ((where, found[prompt, answer]) for where, prompt, answer in asked)
-    problems = [f"{where}: {text}" for where, text in texts if isinstance(text, FactError)]
-    if problems:
-        more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise FactError("\n".join(problems[:5]) + more)
+def _bad_chat_template(what: str) -> ModelError:
+    return ModelError(f"The tokenizer's chat template {what}. Try --prompt-template plain.")
 
 
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+def _special_ids(tokenizer: Any) -> tuple[int | None, frozenset[int]]:
+    """The id of <unk>, None where there is none, and those of all other special tokens."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):  # GPT-2 names its end as its unknown token
+        unknown = None
+    return unknown, frozenset({*added, *tokenizer.all_special_ids} - {unknown})
 
 
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -91,6 +91,13 @@ def check(settings: EvaluateSettings) -> None:
         _harness()
 
 
+def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
+    """Raise FactError if the text holds a token that the model has no embedding for."""
+    if text := read_text(settings):
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][: settings.general_tokens]
+        lm.encoder.check_embedded(ids, f"evaluate.general = {settings.general}")
+
+
 def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> dict[str, Any]:
     """What is asked for, of a model; also written to `folder`, with what `before` of a later call needs.
 

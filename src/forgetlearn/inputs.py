@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,16 +158,6 @@ def check_weights(*models: object) -> None:
     for named in models:
         if isinstance(named, (str, Path)) and Path(named).is_dir():
             check_product(Path(named), ".safetensors")
-
-
-def longest_pairs(facts: Iterable[Fact]) -> list[tuple[str, str, str]]:
-    """Everything that is trained on, with the name of the fact for a message."""
-    return [
-        (f"fact {fact.id}", fact.prompt, answer)
-        for fact in facts
-        for answer in (fact.target_new, fact.ground_truth)
-        if answer
-    ]
 
 
 def trains_all_weights(config: RunConfig) -> bool:

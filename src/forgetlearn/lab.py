@@ -12,17 +12,20 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from forgetlearn import disk, runs
+from forgetlearn import disk, prompts, runs
 from forgetlearn.config import ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import FactSet, from_records, write_facts
 from forgetlearn.locks import claimed
 from forgetlearn.settings import Settings
 from forgetlearn.world import made_up_world
+
+if TYPE_CHECKING:
+    from forgetlearn.models import LanguageModel
 
 log = logging.getLogger("forgetlearn")
 FORMAT = 4  # part of the cache key: raise it when the same settings build another base
@@ -43,6 +46,7 @@ class LabSettings(Settings):
     epochs: int = Field(40, ge=1, description="Passes over everything the base is to hold.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
     batch_size: int = Field(32, ge=1, description="Texts per optimiser step.")
+    prompt_template: str = Field("plain", description="As model.prompt_template; update.yaml then names it too.")
 
 
 UPDATE_SETTINGS: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-4, "adam_beta2": 0.98}
@@ -152,12 +156,12 @@ def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
 def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, folder: Path, device: str) -> None:
     from forgetlearn.encoding import Encoder
     from forgetlearn.finetune import finetune
-    from forgetlearn.models import parameter_count, pick_device, save_model
+    from forgetlearn.models import parameter_count, pick_device, save_model, wrap
     from forgetlearn.stagepoints import Upkeep
 
     pairs, contradictions = held_pairs(facts)
     tokenizer = train_tokenizer(_texts(vocabulary_from), settings)
-    encoder = Encoder(tokenizer, "off")
+    encoder = Encoder(tokenizer, settings.prompt_template)
     stage = StageSettings(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
@@ -178,8 +182,9 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
     )
     save_model(model, tokenizer, folder)
     write_facts(facts, folder / "facts.jsonl")
-    disk.write_text(folder / "update.yaml", _update_yaml(facts.used))
-    held = _share_held(model, tokenizer, facts, device)
+    disk.write_text(folder / "update.yaml", _update_yaml(facts.used, settings.prompt_template))
+    asked = {"device": device, "prompt_template": settings.prompt_template}
+    held = _share_held(wrap(model, tokenizer, ModelSettings.model_validate(asked)), facts)
     for what, share in held.items():
         if share is not None and share < 0.99:
             log.warning("the lab base holds only %.1f %% of the %s; raise epochs or size", 100 * share, what)
@@ -246,15 +251,14 @@ def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def _share_held(model: Any, tokenizer: Any, facts: FactSet, device: str) -> dict[str, float | None]:
+def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
     """Share of old answers and of locality answers that the base gives exactly, token for token."""
     from forgetlearn.metrics import exact_match
-    from forgetlearn.models import wrap
     from forgetlearn.scoring import Reading, Scorer
 
     old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     probes = [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]
-    read = Scorer(wrap(model, tokenizer, ModelSettings.model_validate({"device": device}))).read([*old, *probes])
+    read = Scorer(lm).read([*old, *probes])
 
     def share(pairs: list[tuple[str, str]]) -> float | None:
         readings = [read[pair] for pair in pairs]
@@ -264,12 +268,16 @@ def _share_held(model: Any, tokenizer: Any, facts: FactSet, device: str) -> dict
     return {"old answers": share(old), "locality answers": share(probes)}
 
 
-def _update_yaml(n_facts: int) -> str:
+def _update_yaml(n_facts: int, prompt_template: str) -> str:
     """Settings for an update of all facts: fewer facts take more epochs."""
     import yaml
 
     stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **UPDATE_SETTINGS}
-    body: str = yaml.safe_dump({"forget": {**stage}, "learn": {**stage}, "teach": UPDATE_SETTINGS}, sort_keys=False)
+    settings: dict[str, Any] = {"forget": {**stage}, "learn": {**stage}, "teach": UPDATE_SETTINGS}
+    if prompt_template != "plain":
+        named = prompt_template in prompts.NAMED
+        settings["model"] = {"prompt_template": prompt_template if named else str(Path(prompt_template).resolve())}
+    body: str = yaml.safe_dump(settings, sort_keys=False)
     return "# Settings for `forgetlearn update` that suit this small base.\n" + body
 
 
@@ -280,6 +288,7 @@ def _key(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, device
         "format": FORMAT,
         "settings": settings.model_dump(),
         "facts": facts.sha256(),
+        **prompts.fingerprint(settings.prompt_template),
         "vocabulary_from": vocabulary_from.sha256(),
         "versions": {name: runs.versions()[name] for name in ("torch", "transformers", "tokenizers")},
     }

@@ -107,15 +107,37 @@ class LanguageModel:
         elif processes.is_main():
             save_model(self.model, self.tokenizer, folder)
 
+    def name_end_token(self) -> None:
+        """Name the token that ends an answer in the model's generation settings, with a warning, where they lack it.
+
+        Plain `generate` stops at these tokens alone, and would run on after an answer. `save` writes them.
+        """
+        generation: Any = getattr(self.model, "generation_config", None)
+        if generation is None:
+            return
+        given = generation.eos_token_id
+        ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+        missing = [token for token in self.encoder.end_ids if token not in ends]
+        if not missing:
+            return
+        named = ", ".join(str(self.tokenizer.convert_ids_to_tokens(token)) for token in ends)
+        log.warning(
+            "%s: its generation settings name %s, and an answer ends with %s (id %d), so plain `generate` would run on. A "
+            "whole model that is written here names it in generation_config.json; with an adapter pass eos_token_id=%d",
+            *(self.name, named or "no end token", self.tokenizer.convert_ids_to_tokens(missing[0])),
+            *(missing[0], missing[0]),
+        )
+        generation.eos_token_id = [*ends, *missing] if ends else missing[0]
+
     def describe(self) -> dict[str, Any]:
         """What `auto` in the settings came to, for the manifest."""
         dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()})
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
-        asked = "chat template" if self.encoder.is_chat else "plain text"
+        asked = {"chat": "chat template", "plain": "plain text"}.get(self.encoder.prompt_template)
         return {
             "dtype": ", ".join(dtypes),
             "device": device,
-            "asked_in": asked,
+            "asked_in": asked or f"prompt template {self.encoder.prompt_template}",
             "parameters": parameter_count(self.model),
         }
 
@@ -133,7 +155,7 @@ def wrap(
     """
     settings = settings or ModelSettings()
     config: Any = model.config
-    encoder = Encoder(tokenizer, settings.chat_template, context_length(config))
+    encoder = Encoder(tokenizer, settings.prompt_template, context_length(config), embedding_rows(model))
     _check_vocabulary(model, encoder)
     name = settings.base_model_id or getattr(config, "_name_or_path", "") or type(model).__name__
     dtypes = {path: dtype or weight.dtype for path, weight in model.named_parameters()}

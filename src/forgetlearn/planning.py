@@ -40,6 +40,7 @@ from forgetlearn.keeping import read_keep
 from forgetlearn.method import METHODS, How
 from forgetlearn.models import LanguageModel, context_length, parameter_count, pick_device, read_outline
 from forgetlearn.taskvector import SMALL_BYTES, TORCH
+from forgetlearn.texts import check_texts
 from forgetlearn.trace import Skeleton
 
 T = TypeVar("T")
@@ -107,8 +108,12 @@ def plan_update(
     Raises:
         ModelError: the model's config or tokenizer cannot be read, see `load_model`.
         ConfigError: no model is named, or a stage's settings do not fit the model.
+        FactError: a fact holds a text that the model cannot be trained on, see `check_texts`.
     """
-    outline = outline or outline_of(config)
+    if outline is None:
+        outline = outline_of(config)
+        if outline.encoder is not None:
+            check_texts(outline.encoder, facts)
     devices = devices or devices_here(config)
     loads, notes = _loads(outline, config, facts, devices.kind)
     speed = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices) if rate else None
@@ -183,7 +188,8 @@ def outline_of(config: RunConfig) -> Outline:
     stored, why_not = _stored(name, settings.revision)
     encoder = None
     if tokenizer is not None:
-        encoder = Encoder(tokenizer, settings.chat_template, context_length(model_config))
+        rows = getattr(model_config.get_text_config(), "vocab_size", None)
+        encoder = Encoder(tokenizer, settings.prompt_template, context_length(model_config), rows)
     dtype = _dtype(settings.dtype, model_config, stored)
     return Outline(name, model_config, encoder, dtype, stored, settings.trust_remote_code, (*notes, *why_not))
 
@@ -462,7 +468,7 @@ class _Encode:
         for prompt, answer in pairs:
             try:
                 yield self.encoder.encode(prompt, answer, end=True) if self.encoder else _by_words(prompt, answer)
-            except FactError:  # said by `update`, with the fact's name
+            except FactError:  # of a text that is only scored, where it counts as errored
                 continue
 
 

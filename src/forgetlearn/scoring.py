@@ -92,7 +92,11 @@ class Scorer:
         ids: dict[str, Encoded] = {}
         room = self.lm.encoder.max_length
         for prompt in dict.fromkeys(prompts):
-            encoded = self.lm.encoder.prompt_ids(prompt)
+            try:
+                encoded = self.lm.encoder.prompt_ids(prompt)
+            except FactError as error:
+                found[prompt] = Failure(str(error))
+                continue
             if room and len(encoded) >= room:
                 found[prompt] = Failure(f"the prompt is {len(encoded)} tokens, the model's context {room}")
             else:

@@ -19,13 +19,13 @@ from forgetlearn import (
     keeping,
     planning,
     processes,
+    prompts,
     report,
     restore,
     runs,
     scoring,
 )
 from forgetlearn.config import AUTO, RunConfig
-from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.generation import check_engine
@@ -36,7 +36,6 @@ from forgetlearn.inputs import (
     check_stages,
     check_weights,
     facts_to_keep,
-    longest_pairs,
     read_config_facts,
     resolve,
     trains_all_weights,
@@ -48,6 +47,7 @@ from forgetlearn.models import LanguageModel, as_language_model
 from forgetlearn.progress import check_trackers
 from forgetlearn.settings import upgraded
 from forgetlearn.stages import Stages, UpdateResult, keep_old_answers
+from forgetlearn.texts import check_texts
 
 log = logging.getLogger("forgetlearn")
 AS_NOW = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
@@ -104,17 +104,20 @@ def _update(
     lm = as_language_model(named, tokenizer, config.model, all_weights=trains_all_weights(config))
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
-    check_lengths(lm.encoder, longest_pairs([*fact_set, *keep]))
+    check_texts(lm.encoder, [*fact_set, *keep])
+    general.check_embedded(lm, config.evaluate)
+    lm.name_end_token()
     check_stages(config, lm)
     answers = None
     if config.facts.old_from == "model" and not goes_on:
         answers = scoring.probe(lm, fact_set, config.evaluate)  # now, because no fact may be left
         held = with_the_models_answers(fact_set, answers, config)
-        check_lengths(lm.encoder, longest_pairs(held))
+        check_texts(lm.encoder, held)
     inputs: dict[str, Any] = {
         "facts_sha256": fact_set.sha256(),
         "base_sha256": processes.on_main(lambda: base_hash(lm)),
         **keeping.fingerprint(keep),
+        **lm.encoder.fingerprint(),
     }
     if processes.count() > 1:
         inputs["processes"] = processes.count()  # their parts of the weights fit no other number of them
@@ -156,6 +159,7 @@ def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
     base = Path(str(config.model.name))
     was = run.manifest["inputs"]
     now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
+    now |= prompts.fingerprint(config.model.prompt_template)
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
     summary = disk.read_json(path / "summary.json")
     if not summary["product"]:

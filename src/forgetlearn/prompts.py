@@ -1,0 +1,64 @@
+"""Prompt templates: what stands around a prompt, by name or from a file. Pure text."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+
+from forgetlearn.errors import ConfigError
+
+MOST_BYTES = 1 << 20  # of a file with a prompt template
+PLACE = "{prompt}"
+# Stanford Alpaca's, for a record without input; there too the answer follows without a space.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    f"### Instruction:\n{PLACE}\n\n### Response:"
+)
+TEMPLATES = {"plain": f"{PLACE} ", "alpaca": ALPACA}
+NAMED = ("auto", "plain", "chat", "alpaca")  # what model.prompt_template can be, beside a file
+
+
+def read_template(name: str) -> str:
+    """The text of a prompt template, `plain`, `alpaca` or a file, with one {prompt}; the answer follows at its end.
+
+    One line break at the end of a file, as editors leave it, is not part of it.
+
+    Raises:
+        ConfigError: there is no such file, it is not UTF-8, or holds {prompt} not exactly once.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    place, file = f"model.prompt_template = {name}", Path(name)
+    if not file.is_file():  # a pipe or a device might never end
+        near = difflib.get_close_matches(name, NAMED, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"{place}: must be {', '.join(NAMED)}, or a text file with {PLACE} in it.{hint}")
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{place}: has more than {MOST_BYTES} bytes, so it is no prompt template.")
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{place}: {error.strerror or error}. Give a text file.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place}: is not UTF-8 at byte {error.start}. Give a plain text file.") from error
+    if text.count(PLACE) != 1:
+        raise ConfigError(f"{place}: holds {PLACE} {text.count(PLACE)} times. Write it once, where the prompt belongs.")
+    return text.removesuffix("\n")
+
+
+def fingerprint(prompt_template: str) -> dict[str, str]:
+    """The hash of a prompt template in a file, as an entry of a run's inputs; none where it is none."""
+    return {} if prompt_template in NAMED else fingerprint_of(read_template(prompt_template))
+
+
+def fingerprint_of(template: str) -> dict[str, str]:
+    """See `fingerprint`, of its text."""
+    return {"prompt_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+
+
+def split(template: str) -> tuple[str, str, str]:
+    """What stands before the prompt and after it, and the spaces at the end, which tokenizers join to the answer."""
+    before, _place, rest = template.partition(PLACE)
+    after = rest.rstrip(" ")
+    return before, after, rest[len(after) :]
