@@ -486,7 +486,7 @@ def test_prompt_that_cannot_be_asked(refused, small_lab, prompt):
         (["--old-from", "pred"], "has no 'pred'"),
         (["--config", "no.yaml"], "no.yaml: No such file"),
         (["--ouput", "x"], "No such option"),
-        (["--chat-template", "on"], "has none"),
+        (["--prompt-template", "chat"], "model.prompt_template = chat"),
     ],
 )
 def test_bad_settings(refused, small_lab, lab_facts, tmp_path, argv, words):

@@ -62,11 +62,6 @@ def test_rate_of_yaml_1_1_is_a_number(yaml_file):
     assert load_config(None, parse_assignments(["learn.learning_rate=2e-5"])).learn.learning_rate == 2e-5
 
 
-def test_on_and_off_of_yaml_1_1_are_words(yaml_file):
-    assert load_config(yaml_file("model: {chat_template: on}\n")).model.chat_template == "on"
-    assert load_config(None, parse_assignments(["model.chat_template=off"])).model.chat_template == "off"
-
-
 def test_anchors_do_not_share(yaml_file):
     file = yaml_file("forget: &stage {epochs: 6, lora: {r: 4}}\nlearn: *stage\n")
     config = load_config(file, {"forget.epochs": 1, "forget.lora.r": 2})
@@ -75,7 +70,7 @@ def test_anchors_do_not_share(yaml_file):
 
 
 def test_what_is_written_is_read_back(yaml_file):
-    config = load_config(None, {"model.chat_template": "on", "learn.learning_rate": 1e-5, "facts.limit": 3})
+    config = load_config(None, {"model.prompt_template": "chat", "learn.learning_rate": 1e-5, "facts.limit": 3})
     assert load_config(yaml_file(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from forgetlearn import prompts
 from forgetlearn.encoding import Encoded, Encoder
-from forgetlearn.errors import FactError, ModelError
+from forgetlearn.errors import ConfigError, FactError, ModelError
+from forgetlearn.facts import Fact, Probe, make_fact
 from forgetlearn.lab import LabSettings, train_tokenizer
+from forgetlearn.texts import check_texts
 
 # In the character tokenizer: <s> 1, </s> 2, " " 4, "." 18, "A" 37, "B" 38, "a" 69, "b" 70, "c" 71.
 BOS, EOS, SPACE, A, B, C = 1, 2, 4, 69, 70, 71
@@ -216,18 +221,43 @@ class TestChatTemplate:
         assert Encoder(new_char_tokenizer(chat_template=WITH_BOS)).is_chat
         assert not Encoder(char_tokenizer).is_chat
 
-    def test_off_ignores_the_template(self, char_tokenizer, new_char_tokenizer):
-        off = Encoder(new_char_tokenizer(chat_template=WITH_BOS), "off")
-        assert off.encode("a", "b", end=True) == Encoder(char_tokenizer).encode("a", "b", end=True)
+    def test_plain_ignores_the_template(self, char_tokenizer, new_char_tokenizer):
+        plain = Encoder(new_char_tokenizer(chat_template=WITH_BOS), "plain")
+        assert plain.encode("a", "b", end=True) == Encoder(char_tokenizer).encode("a", "b", end=True)
 
-    def test_on_without_a_template(self, char_tokenizer):
-        with pytest.raises(ModelError, match="chat_template = on, but the tokenizer has none"):
-            Encoder(char_tokenizer, "on")
+    def test_chat_without_a_template(self, char_tokenizer):
+        with pytest.raises(ModelError, match=r"model\.prompt_template = chat"):
+            Encoder(char_tokenizer, "chat")
 
     def test_template_that_fails(self, new_char_tokenizer):
         tokenizer = new_char_tokenizer(chat_template="{{ raise_exception('two turns, please') }}")
-        with pytest.raises(ModelError, match=r"two turns, please\. Try --chat-template off"):
+        with pytest.raises(ModelError, match=r"two turns, please.*--prompt-template plain"):
             Encoder(tokenizer)
+
+    # case 7
+    @pytest.mark.parametrize(
+        ("template", "what"),
+        [
+            ("{% for m in messages %}[{{ m.role }}]{% endfor %}", "render alike"),
+            ("{% for m in messages %}[{{ m.content | lower }}]{% endfor %}", "alters the question"),
+            ("{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}", "answer"),
+            ("{% for m in messages %}[{{ m.content[0:8] }}]{% endfor %}", "alters the question"),
+            ("{% if messages[0].content is string %}x{% else %}{{ messages[-1].content }}{% endif %}", "render alike"),
+        ],
+        ids=["drops", "lower", "answer", "cut", "list shown by Python"],
+    )
+    def test_case_7_template_that_does_not_pass_on_what_it_is_given(self, new_char_tokenizer, template, what):
+        with pytest.raises(ModelError, match=f"{what}.*--prompt-template plain"):
+            Encoder(new_char_tokenizer(chat_template=template))
+
+    def test_case_7_template_that_reads_lists_of_parts_gets_them(self, new_char_tokenizer):
+        parts = (
+            "{% for m in messages %}[{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
+            "{% endfor %}]{% endfor %}"
+        )
+        encoder = Encoder(new_char_tokenizer(chat_template=parts))
+        assert encoder.prompt_text("a") == "[a]["
+        assert encoder.encode("a", "b").answer_ids == (B,)
 
 
 class TestLength:
@@ -239,8 +269,155 @@ class TestLength:
 
     def test_all_facts_are_checked_and_five_are_named(self, char_tokenizer):
         encoder = Encoder(char_tokenizer, max_length=6)
-        check_lengths(encoder, [("record 1", "ab", "c")])
+        check_texts(encoder, [fact("1", "ab", "c")])
         with pytest.raises(FactError) as caught:
-            check_lengths(encoder, [(f"record {n}", "abc" if n > 1 else "a", "c") for n in range(1, 9)])
+            check_texts(encoder, [fact(str(n), "abc" if n > 1 else "a", "c") for n in range(1, 9)])
         lines = str(caught.value).splitlines()
-        assert [line.split(":")[0] for line in lines] == [*(f"record {n}" for n in range(2, 7)), "and 2 more"]
+        assert [line.split(":")[0] for line in lines] == [*(f"fact {n}" for n in range(2, 7)), "and 2 more"]
+
+    def test_what_is_only_scored_may_be_too_long(self, char_tokenizer):
+        check_texts(Encoder(char_tokenizer, max_length=6), [fact("1", "ab", "c", rephrase_prompts=("abcdefgh",))])
+
+
+def fact(name: str, prompt: str = "a", new: str = "b", **fields: Any) -> Fact:
+    return replace(make_fact(prompt=prompt, target_new=new), id=name, **fields)
+
+
+# One text for each field of a fact, with something in it that cannot stand there.
+FIELDS: dict[str, Callable[[str], Fact]] = {
+    "prompt": lambda bad: fact("7", prompt=f"a {bad} b"),
+    "target_new": lambda bad: fact("7", new=f"A {bad} B"),
+    "ground_truth": lambda bad: fact("7", ground_truth=f"A {bad} B"),
+    "rephrase_prompt": lambda bad: fact("7", rephrase_prompts=("c", f"a {bad} b")),
+    "locality_prompt": lambda bad: fact("7", locality=(Probe(f"a {bad} b", "c"),)),
+    "locality_ground_truth": lambda bad: fact("7", locality=(Probe("c", f"A {bad}"),)),
+}
+
+
+class TestTokensThatCannotStandInAText:
+    # case 15
+    @pytest.mark.parametrize("field", FIELDS)
+    @pytest.mark.parametrize("special", ["</s>", "<eot>", "<s>"])
+    @pytest.mark.parametrize("template", [None, WITH_BOS])
+    def test_case_15_special_token(self, new_char_tokenizer, field, special, template):
+        tokenizer = new_char_tokenizer(additional_special_tokens=["<eot>"], chat_template=template)
+        with pytest.raises(FactError, match=f"fact 7, {field}: .*'{special}'"):
+            check_texts(Encoder(tokenizer), [fact("1"), FIELDS[field](special)])
+
+    def test_case_15_special_tokens_of_the_template_are_no_part_of_the_prompt(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(chat_template=CHATML, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+        encoder = Encoder(tokenizer)
+        assert encoder.prompt_ids("a")
+        for prompt in ("a <|im_start|> b", "a <|im_end|>", "a </s>"):
+            with pytest.raises(FactError, match="special token"):
+                encoder.prompt_ids(prompt)
+
+    def test_case_15_an_added_token_that_is_not_special_is_text(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer()
+        tokenizer.add_tokens(["<think>"])
+        assert Encoder(tokenizer).encode("a", "<think>").answer_ids == (SPACE, 100)
+
+    # case 22
+    @pytest.mark.parametrize("field", FIELDS)
+    def test_case_22_token_without_an_embedding(self, new_char_tokenizer, field):
+        tokenizer = new_char_tokenizer()
+        tokenizer.add_tokens(["Zork"])
+        with pytest.raises(FactError, match=f"fact 7, {field}: .*'Zork'.* 0 to 99"):
+            check_texts(Encoder(tokenizer, n_ids=100), [fact("1"), FIELDS[field]("Zork")])
+        check_texts(Encoder(tokenizer, n_ids=101), [FIELDS[field]("Zork")])
+
+    def test_case_22_chat_template_that_writes_one(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(chat_template=CHATML, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+        with pytest.raises(ModelError, match=r"model\.prompt_template = chat.*'<\|im_start\|>'"):
+            Encoder(tokenizer, n_ids=100)
+
+    # case 16
+    def test_case_16_unknown_is_counted_and_warned_of(self, char_tokenizer, caplog):
+        check_texts(Encoder(char_tokenizer), [fact("1"), fact("2", new="Zoë"), fact("3", "ï", ground_truth="Zoë")])
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert message.startswith("2 texts contain <unk>")
+        assert "'Zoë' (fact 2, target_new)" in message
+
+    def test_case_16_answer_that_is_nothing_but_unknown_is_refused(self, char_tokenizer):
+        with pytest.raises(FactError, match=r"fact 1: .*no token for any part of the answer '柏林'"):
+            check_texts(Encoder(char_tokenizer), [fact("1", new="柏林")])
+
+
+class TestPromptTemplate:
+    @pytest.fixture
+    def written(self, tmp_path):
+        def write(text: str | bytes) -> str:
+            file = tmp_path / "template.txt"
+            file.write_bytes(text if isinstance(text, bytes) else text.encode())
+            return str(file)
+
+        return write
+
+    def test_alpaca_is_stanfords_without_input(self, char_tokenizer):
+        encoder = Encoder(char_tokenizer, "alpaca")
+        text = encoder.encode("Who?", "Ann", end=True)
+        assert encoder.decode(text.ids) == (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\nWho?\n\n### Response:Ann"
+        )
+        assert text.answer_ids == (A - 32, B + 12, B + 12, EOS)  # "A", "n", "n"
+        assert text.ids[0] == BOS
+        assert list(text.ids[: text.n_prompt_tokens]) == encoder.prompt_ids("Who?")
+
+    @pytest.mark.parametrize(
+        ("template", "whole"),
+        [
+            ("Q: {prompt}\nA: \n", "Q: a\nA: b"),
+            ("Q: {prompt}\nA:", "Q: a\nA:b"),
+            ("Q: {prompt}\nA:\n", "Q: a\nA:b"),
+            ("Q: {prompt}\nA:\n\n", "Q: a\nA:\nb"),
+            ("Q: {prompt}\r\nA:\r\n", "Q: a\nA:b"),
+            ("\ufeff{x} {prompt} {}", "{x} a {}b"),
+        ],
+    )
+    def test_file_and_where_its_answer_begins(self, char_tokenizer, written, template, whole):
+        encoder = Encoder(char_tokenizer, written(template))
+        text = encoder.encode("a", "b", end=True)
+        assert encoder.decode(text.ids) == whole
+        assert text.ids.count(BOS) == 1
+        assert encoder.decode(text.answer_ids).strip() == "b"
+        assert text.ids[-1] == EOS
+
+    def test_space_at_the_end_joins_the_answer(self, written):
+        tokenizer = llama2_tokenizer()
+        same = Encoder(tokenizer, written("{prompt} \n"))
+        assert same.encode("a b", "c", end=True) == Encoder(tokenizer, "plain").encode("a b", "c", end=True)
+
+    def test_file_that_writes_bos_and_other_special_tokens_itself(self, new_char_tokenizer, written):
+        tokenizer = new_char_tokenizer(additional_special_tokens=["<q>"])
+        encoder = Encoder(tokenizer, written("<s><q>{prompt}<q> "))
+        assert encoder.encode("a", "b").ids == (BOS, 100, A, 100, SPACE, B)
+        with pytest.raises(FactError, match="'<q>'"):
+            encoder.encode("a <q>", "b")
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("no place\n", "holds {prompt} 0 times"),
+            ("{prompt}{prompt}", "holds {prompt} 2 times"),
+            (b"\xff\xfe{prompt}", "UTF-8 at byte 0"),
+            (b" " * (1 << 20) + b"{prompt}", "bytes"),
+        ],
+    )
+    def test_file_that_is_none(self, char_tokenizer, written, content, words):
+        name = written(content)
+        with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+            Encoder(char_tokenizer, name)
+        assert str(caught.value).startswith(f"model.prompt_template = {name}: ")
+
+    @pytest.mark.parametrize(("name", "near"), [("alpacca", "'alpaca'"), ("/dev/zero", "must be auto"), (".", "must")])
+    def test_name_that_is_none(self, char_tokenizer, name, near):
+        with pytest.raises(ConfigError, match=near):
+            Encoder(char_tokenizer, name)
+
+    def test_its_fingerprint_is_that_of_the_text(self, char_tokenizer, written):
+        name = written("{prompt}\n")
+        first = Encoder(char_tokenizer, name).fingerprint()
+        assert first == prompts.fingerprint(name)
+        assert first != Encoder(char_tokenizer, written("{prompt} \n")).fingerprint()
+        assert Encoder(char_tokenizer, "alpaca").fingerprint() == prompts.fingerprint("alpaca") == {}

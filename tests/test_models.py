@@ -223,7 +223,7 @@ class TestRefused:
             wrap(tiny_model(vocab_size=50), char_tokenizer)
 
     def test_chat_template_that_is_not_there(self, saved):
-        assert "chat_template = on, but the tokenizer has none" in refused(saved, chat_template="on")
+        assert "model.prompt_template = chat" in refused(saved, prompt_template="chat")
 
 
 class TestAdapter:

@@ -252,7 +252,7 @@ class ModelSettings(Settings):
     prompt_template: str = Field(
         "auto",
         description="How prompts are put to the model, in training and scoring alike: plain, chat (the tokenizer's "
-        "template), alpaca, or a text file with {prompt} in it; auto: chat where the tokenizer has a template, or plain.",
+        "template), alpaca, or a text file with {prompt} in it; auto: chat where there is a template, else plain.",
     )
     base_model_id: str | None = Field(
         None, description="Hub id of the base for the model card, when name is a local folder."

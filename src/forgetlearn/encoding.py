@@ -78,7 +78,7 @@ class Encoder:
             prompt_template = "chat" if tokenizer.chat_template else "plain"
         if prompt_template == "chat" and not tokenizer.chat_template:
             raise ModelError(
-                "model.prompt_template = chat, but the tokenizer has no chat template. Use auto, plain, alpaca or a file."
+                "model.prompt_template = chat, but the tokenizer has no chat template. Use plain, alpaca or a file."
             )
         self.tokenizer: Any = tokenizer
         self.max_length, self.n_ids = max_length, n_ids
@@ -99,7 +99,7 @@ class Encoder:
         self._unknown, self._special = _special_ids(self.tokenizer)
         own = self._prompt_ids(PROBES[0])
         self._own_specials = Counter(token for token in own if token in self._special)
-        if strangers := self._without_embedding(own):
+        if strangers := self._without_embedding([*own, *self.end_ids]):
             raise ModelError(
                 f"model.prompt_template = {prompt_template}: writes {strangers}. "
                 "Use plain, or give the model embeddings for the tokenizer's tokens (resize_token_embeddings)."
@@ -293,11 +293,8 @@ class Encoder:
         asked, other = (self._render([message], add_generation_prompt=True) for message in messages)
         if asked == other:
             raise _bad_chat_template("drops the question: two different prompts render alike")
-        if (
-            PROBES[0] not in asked
-            or PROBES[1] not in other
-            or (self._as_parts and str(messages[0]["content"]) in asked)
-        ):
+        written_out = self._as_parts and str(messages[0]["content"]) in asked  # the list of parts, as Python shows it
+        if PROBES[0] not in asked or PROBES[1] not in other or written_out:
             raise _bad_chat_template("alters the question: what it writes does not contain the prompt")
         turn = [messages[0], self._message("assistant", PROBE_ANSWER)]
         before, found, after = self._render(turn, add_generation_prompt=False).rpartition(PROBE_ANSWER)

@@ -122,8 +122,9 @@ class LanguageModel:
             return
         named = ", ".join(str(self.tokenizer.convert_ids_to_tokens(token)) for token in ends)
         log.warning(
-            "%s: its generation settings name %s, and an answer ends with %s (id %d), so plain `generate` would run on. A "
-            "whole model that is written here names it in generation_config.json; with an adapter pass eos_token_id=%d",
+            "%s: its generation settings name %s, and an answer ends with %s (id %d): plain `generate` would run on. "
+            "A whole model that is written here names it in generation_config.json; with an adapter pass "
+            "eos_token_id=%d",
             *(self.name, named or "no end token", self.tokenizer.convert_ids_to_tokens(missing[0])),
             *(missing[0], missing[0]),
         )
@@ -155,8 +156,8 @@ def wrap(
     """
     settings = settings or ModelSettings()
     config: Any = model.config
+    _check_vocabulary(model, tokenizer)
     encoder = Encoder(tokenizer, settings.prompt_template, context_length(config), embedding_rows(model))
-    _check_vocabulary(model, encoder)
     name = settings.base_model_id or getattr(config, "_name_or_path", "") or type(model).__name__
     dtypes = {path: dtype or weight.dtype for path, weight in model.named_parameters()}
     if settings.rounding == "stochastic":
@@ -453,10 +454,10 @@ def _load_tokenizer(settings: ModelSettings, name: str) -> Any:
         raise ModelError(_loading_problem(name, error, what="its tokenizer cannot be loaded")) from error
 
 
-def _check_vocabulary(model: nn.Module, encoder: Encoder) -> None:
+def _check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for: training would end in an IndexError."""
     rows = embedding_rows(model)
-    highest = max(encoder.tokenizer.vocab_size - 1, *encoder.end_ids)
+    highest = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0)
     if rows is not None and highest >= rows:
         raise ModelError(
             f"The tokenizer has ids up to {highest}, the model embeddings for 0 to {rows - 1}. "

@@ -26,13 +26,10 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_for_another_type(cls, value: object, info: ValidationInfo) -> object:
-        """YAML 1.1 takes on and off for booleans, and a boolean would pass as the number 1 or 0."""
-        if isinstance(value, bool):
-            annotation = cls.model_fields[str(info.field_name)].annotation
-            if {"on", "off"} <= {*get_args(annotation)}:
-                return "on" if value else "off"
-            if {int, float} & _plain_types(annotation):
-                raise ValueError("must be a number")
+        """A boolean would pass as the number 1 or 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & _plain_types(annotation):
+            raise ValueError("must be a number")
         return value
 
 

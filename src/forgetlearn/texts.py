@@ -48,9 +48,8 @@ def check_texts(encoder: Encoder, facts: Iterable[Fact]) -> None:
                 problems[f"fact {text.fact}: {encoded}"] = None
         else:
             parts = {"prompt": encoded.ids[: encoded.n_prompt_tokens], "answer": encoded.answer_ids}
-            unknown |= {
-                getattr(text, part): text.place(part) for part, ids in parts.items() if encoder.has_unknown(ids)
-            }
+            for part in (part for part, ids in parts.items() if encoder.has_unknown(ids)):
+                unknown.setdefault(getattr(text, part), text.place(part))
     if problems:
         more = f"\nand {len(problems) - 5} more" if len(problems) > 5 else ""
         raise FactError("\n".join(list(problems)[:5]) + more)
