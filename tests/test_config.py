@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,7 @@ from forgetlearn.errors import ConfigError
 from forgetlearn.settings import describe, parse_assignments, validate
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-METHODS = ["f-ft", "f-lora", "f-lora-ft", "ft", "lora"]
+CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -187,25 +188,105 @@ def test_every_setting_is_described():
     assert set(ForgetSettings.model_fields) - {"lora"} <= {name.removeprefix("forget.") for name in rows}
 
 
-@pytest.mark.skipif(not CONFIGS, reason="configs/ has no files yet")
-def test_shipped_configs():
-    assert len(CONFIGS) == 10
-    configs = [load_config(file) for file in CONFIGS]
-    assert sorted(config.method for config in configs) == sorted(2 * METHODS)
-    assert {config.learn.learning_rate for config in configs} == {5e-5}
-    assert not any(config.forget.only_known for config in configs if config.method.startswith("f-"))
-    assert {config.learn.epochs for config in configs} == {config.teach.epochs for config in configs} == {3}
+# The paper's configs ------------------------------------------------------------------------------
+
+# Sections 5.1 to 5.3 and A.2: coefficients of f-ft, f-lora, f-lora-ft; the rate; what LoRA adapts (5.8).
+PAPER = {
+    "zsre-llama-2-7b": ((0.3, 0.7, 3), 5e-5, ["q_proj", "v_proj"]),
+    "zsre-llama-7b": ((0.3, 0.7, 2), 5e-5, ["q_proj", "v_proj"]),
+    "zsre-bloom-7b": ((0.2, 0.1, 3), 5e-5, ["query_key_value"]),
+    "counterfact-llama-2-7b": ((0.1, 1.5, 3), 5e-5, ["q_proj", "v_proj"]),
+    "counterfact-llama-7b": ((0.05, 1, 3), 1e-5, ["q_proj", "v_proj"]),
+}
 
 
-@pytest.mark.parametrize("name", ["zsre-f-ft", "counterfact-f-lora"])
+def paper_config(file: Path, flags: str = "") -> RunConfig:
+    """The config that `update --config FILE` gives with flags of the file's comments."""
+    given: list[str] = []
+    words = iter(flags.split())
+    for flag in words:
+        name = {"--method": "method=", "--coef": "forget.coef=", "--set": ""}[flag]
+        given.append(name + next(words))
+    return load_config(file, parse_assignments(given))
+
+
+def commented_flags(file: Path) -> dict[str, str]:
+    """Method to the flags that the file's comments give for it."""
+    comments = "\n".join(re.findall(r"^#(.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    found = re.findall(r"--method (\S+)((?:\s+--(?:set|coef) \S+)*)", comments)
+    return {method: f"--method {method}{more}" for method, more in found}
+
+
+def test_the_papers_configs_are_there():
+    assert [file.stem for file in CONFIGS] == sorted(PAPER)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_config_has_the_papers_settings(name):
+    file = ROOT / "configs" / "paper" / f"{name}.yaml"
+    (f_ft, f_lora, f_lora_ft), rate, targets = PAPER[name]
+    flags = commented_flags(file)
+    assert set(flags) == {"ft", "lora", "f-lora", "f-lora-ft"} | ({"ft-c"} if "llama" in name else set())
+    coefs = {"f-ft": f_ft, "f-lora": f_lora, "f-lora-ft": f_lora_ft}
+    for method in ("f-ft", "ft", "lora", "f-lora", "f-lora-ft"):
+        config = paper_config(file, flags.get(method, ""))
+        assert config.method == method
+        assert config.forget.coef == coefs.get(method, f_ft)
+        assert config.facts.old_from == ("pred" if name.startswith("zsre") else "answers")
+        assert config.model.prompt_template == "alpaca"
+        assert not config.forget.only_known
+        for stage in (config.teach, config.forget, config.learn):
+            assert (stage.epochs, stage.learning_rate, stage.batch_size, stage.micro_batch_size) == (3, rate, 16, 4)
+        for adapted in (config.forget, config.learn):
+            assert adapted.lora.target_modules == targets
+            assert adapted.lora_learning_rate == rate
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if "llama" in name])
+def test_ft_c_of_the_paper_trains_one_layer_in_five_steps_a_fact(name):
+    file = ROOT / "configs" / "paper" / f"{name}.yaml"
+    learn = paper_config(file, commented_flags(file)["ft-c"]).learn
+    assert (learn.modules, learn.epochs, learn.batch_size, learn.learning_rate) == ("layers.21", 5, 1, 5e-5)
+
+
+def test_the_old_answer_of_the_papers_zsre_is_pred(shared_data, tiny_model, char_tokenizer, tmp_path):
+    """Which side is old shows in the scores: the same update with `answers` in its place has other means."""
+    source = shared_data("zsre.json")
+    records = json.loads(source.read_text(encoding="utf-8"))
+    places = {"facts.source": str(source), "facts.limit": 100, "model.name": None, "model.base_model_id": None}
+    # Without the wrapper, which is long for a tokenizer of characters.
+    places |= {"evaluate.protocols": ["token"], "evaluate.every_phase": False, "model.prompt_template": "plain"}
+    places["teach.epochs"] = 0
+    for stage in ("forget", "learn"):  # what suits a model of 20,000 weights
+        places |= {f"{stage}.epochs": 1, f"{stage}.learning_rate": 5e-3, f"{stage}.micro_batch_size": 16}
+    means = {}
+    for old in ("pred", "answers"):
+        more = {} if old == "pred" else {"facts.old_from": old}
+        config = load_config(ROOT / "configs/paper/zsre-llama-2-7b.yaml", places | more)
+        facts = forgetlearn.read_facts(source, old_from=config.facts.old_from, limit=100)
+        if old == "pred":
+            by_prompt = {record["src"]: record for record in records}
+            assert all(fact.ground_truth == by_prompt[fact.prompt]["pred"].strip() for fact in facts)
+            assert all(fact.target_new == by_prompt[fact.prompt]["alt"].strip() for fact in facts)
+            assert [fact.prompt for fact in facts] == [record["src"] for record in records[:100]]  # none is left out
+        lm = forgetlearn.wrap(tiny_model(max_position_embeddings=1024), char_tokenizer, config.model)
+        result = forgetlearn.update(lm, config=config, output=tmp_path / old)
+        scores = result.summary["phases"]["updated"]
+        means[old] = [scores[name]["token"]["mean"] for name in ("reliability", "residue")]
+        assert result.summary["facts"]["forgotten"] == 100
+    assert means["pred"][0] != means["answers"][0]
+    assert means["pred"][1] != means["answers"][1]
+
+
+@pytest.mark.parametrize("name", ["zsre-llama-2-7b", "counterfact-llama-7b"])
 def test_a_paper_config_runs_on_a_lab_base_in_the_place_of_its_model(small_lab, tmp_path, name):
     """With another model, other facts, and the epochs and rates that suit a small base."""
     lab_like = {"teach.epochs": 6, "forget.epochs": 6, "learn.epochs": 40}
     lab_like |= {f"{stage}.learning_rate": 5e-3 for stage in ("teach", "forget", "learn")}
     lab_like |= {f"{stage}.lora.learning_rate": 1e-2 for stage in ("forget", "learn")}
     places = {"model.name": str(small_lab), "facts.source": str(small_lab / "facts.jsonl"), "facts.limit": 6}
-    places["model.base_model_id"] = None
-    config = load_config(ROOT / f"configs/{name}.yaml", {**lab_like, **places})
+    places |= {"model.base_model_id": None, "facts.old_from": "answers", "model.prompt_template": "plain"}
+    config = load_config(ROOT / f"configs/paper/{name}.yaml", {**lab_like, **places})
     result = forgetlearn.update(config=config, output=tmp_path / "run")
     facts = result.summary["facts"]
     assert facts["used"] == 6

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import QUICK
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import forgetlearn
+from conftest import QUICK
 from forgetlearn import disk
 from forgetlearn.cli import main
 from forgetlearn.config import load_config
@@ -110,7 +110,12 @@ def test_a_prompt_template_is_the_same_in_every_stage_and_command(alpaca_lab, tm
     assert disk.read_json(alpaca_lab / "lab.json")["held"]["old answers"] == 1
     found = {}
     for name in ("alpaca", str(file)):
-        settings = {"forget": {"epochs": 1}, "learn": {"epochs": 1}, "method": "f-ft", "model": {"prompt_template": name}}
+        settings = {
+            "forget": {"epochs": 1},
+            "learn": {"epochs": 1},
+            "method": "f-ft",
+            "model": {"prompt_template": name},
+        }
         result = forgetlearn.update(alpaca_lab, alpaca_lab / "facts.jsonl", settings, output=tmp_path / name[:6])
         residue = result.summary["phases"]["base"]["residue"]
         assert residue["token"]["mean"] == residue["generate"]["mean"] == 100
