@@ -1,4 +1,5 @@
 import copy
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -235,6 +236,19 @@ def test_ft_c_stays_in_its_ball_and_reaches_its_edge(world):
     learn(lm, facts, LEARN.model_copy(update={"max_change": 1e-3}), "bounded", seed=3)
     most = max(float((weight - base[name]).abs().max()) for name, weight in snapshot(lm.model).items())
     assert 0.99e-3 < most <= 1e-3 * 1.001
+
+
+@pytest.mark.parametrize("modules", ["layers.1", "*.layers.1.mlp.down_proj.weight"])
+def test_ft_c_of_one_layer_moves_nothing_else(world, modules):
+    """As the paper has it: one layer, one fact a step, within the ball."""
+    lm, facts = world
+    base = snapshot(lm.model)
+    settings = LEARN.model_copy(update={"max_change": 1e-3, "modules": modules, "batch_size": 1, "epochs": 5})
+    stage_log = learn(lm, facts, settings, "bounded", seed=3)
+    assert len(stage_log.steps) == 5 * len(facts)
+    moved = changed(base, snapshot(lm.model))
+    assert moved == {name for name in base if fnmatch(name, modules if "*" in modules else f"*.{modules}.*")}
+    assert all(float((weight - base[name]).abs().max()) <= 1e-3 * 1.001 for name, weight in snapshot(lm.model).items())
 
 
 def test_ga_climbs_the_loss_of_the_old_answers_and_harder_with_its_coefficient(world):
