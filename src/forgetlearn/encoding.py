@@ -27,7 +27,7 @@ PROBE_ANSWER = "Wistervale THREE"
 class TextError(FactError):
     """A text holds a token that cannot stand in it; `part` says whether that is in the prompt or the answer."""
 
-    def __init__(self, message: str, part: str) -> None:
+    def __init__(self, message: str, part: str = "prompt") -> None:  # so that it can be pickled
         super().__init__(message)
         self.part = part
 
