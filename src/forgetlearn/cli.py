@@ -44,14 +44,6 @@ HELP = {
 IN_CONFIG = " Needed, here or in --config."
 
 
-class OldFrom(StrEnum):
-    """Where the old answer comes from."""
-
-    answers = "answers"
-    pred = "pred"
-    model = "model"
-
-
 class Template(StrEnum):
     """Whether to ask in the chat format."""
 
@@ -65,7 +57,9 @@ HoldsOption = Annotated[
     str | None, typer.Option("--model", help="Folder or hub id of a causal language model, or folder of an adapter.")
 ]
 FactsOption = Annotated[str | None, typer.Option("--facts", help=HELP["facts.source"] + IN_CONFIG)]
-OldFromOption = Annotated[OldFrom | None, typer.Option("--old-from", help=HELP["facts.old_from"])]
+OldFromOption = Annotated[
+    str | None, typer.Option("--old-from", metavar="answers|pred|model[,...]", help=HELP["facts.old_from"])
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", help=HELP["facts.limit"])]
 StrictOption = Annotated[bool | None, typer.Option("--strict/--no-strict", help=HELP["facts.strict"])]
 ChatOption = Annotated[Template | None, typer.Option("--chat-template", help=HELP["model.chat_template"])]
@@ -486,7 +480,7 @@ def _config(file: Path | None, flags: Mapping[str, Any], assignments: Sequence[s
 def _reads(
     model: str | None,
     facts_file: str | None = None,
-    old_from: OldFrom | None = None,
+    old_from: str | None = None,
     limit: int | None = None,
     strict: bool | None = None,
     chat_template: Template | None = None,

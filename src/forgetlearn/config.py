@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
 from forgetlearn.errors import ConfigError, without_secrets
 from forgetlearn.settings import Settings, read_yaml, validate
@@ -23,6 +23,15 @@ Optimiser = Literal[
 Control = Literal["none", "random", "row-norms", "directions", "reinforce", "centred"]
 KeepBy = Literal["projection", "fisher"]
 Rows = Literal["all", "facts", "answers", "others"]
+OldFrom = Literal["answers", "pred", "model"]
+Policies = Annotated[  # in a file a list, or one text with commas; written as that text
+    tuple[OldFrom, ...],
+    BeforeValidator(
+        lambda value: [name.strip() for name in value.split(",")] if isinstance(value, str) else value,
+        json_schema_input_type=str | tuple[OldFrom, ...],
+    ),
+    PlainSerializer(",".join, return_type=str),
+]
 AUTO = "auto"
 Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
     Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
@@ -261,12 +270,24 @@ class FactsSettings(Settings):
     """The facts, and which of their fields is the old answer."""
 
     source: str | None = Field(None, description="File of facts (JSON, JSONL, CSV) or hub data set.")
-    old_from: Literal["answers", "pred", "model"] = Field(
+    old_from: Policies = Field(
         "answers",
-        description="Where the old answer comes from: the file's answer field, ZsRE's pred, or the model itself.",
+        validate_default=True,
+        min_length=1,
+        description="Where the old answer comes from: answers (the file's answer field), pred (ZsRE's), model (what "
+        "the model itself says), or several with commas: each fact takes the first that has an answer for it.",
     )
     limit: int | None = Field(None, ge=1, description="Take the first N usable facts.")
     strict: bool = Field(False, description="Make every record that would be left out an error.")
+
+    @field_validator("old_from")
+    @classmethod
+    def _each_can_be_reached(cls, values: tuple[OldFrom, ...]) -> tuple[OldFrom, ...]:
+        if len({*values}) < len(values):
+            raise ValueError("a source is listed more than once")
+        if "model" in values[:-1]:
+            raise ValueError("model must come last: the facts are read before the model is asked")
+        return values
 
 
 class EvaluateSettings(Settings):

@@ -40,24 +40,28 @@ class PlainLines(logging.Formatter):
 
 def print_facts(found: FactSet) -> None:
     """What was read and what was left out, then the first three facts."""
-    from forgetlearn.facts import REASONS
+    from forgetlearn.facts import REASONS, tell_old
 
     say(
-        f"{found.source}: reader {found.reader}, --old-from {found.old_from}; {found.in_source} records, "
+        f"{found.source}: reader {found.reader}, --old-from {','.join(found.old_from)}; {found.in_source} records, "
         f"{found.read} read, {found.used} used"
         + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
     )
     for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
         for reason, count in counts.items():
             say(f"left out: {count} {what}, {reason}. {REASONS[reason]}")
+    for line in tell_old(found.old_counts, found.without_old, len(found.to_ask)):
+        say(line)
     if found.ignored_fields:
         say(f"fields that nothing reads: {plain(', '.join(found.ignored_fields))}")
     for what, missing in _not_there(found):
         say(f"no fact has {what}: {missing}")
     for fact in found[:3]:
         say(f"\n{fact.id}  {plain(fact.prompt)}")
-        old = "(none)" if fact.ground_truth is None else plain(fact.ground_truth)
-        say(f"  old  {old}\n  new  {plain(fact.target_new)}")
+        for name, answers in (("old", fact.old_answers or ("(none)",)), ("new", fact.new_answers)):
+            say(f"  {name}  {plain(answers[0])}")
+            for alias in answers[1:]:
+                say(f"       or {plain(alias)}")
         for prompt in fact.rephrase_prompts:
             say(f"  also asked as  {plain(prompt)}")
         for probe in fact.locality:
@@ -69,7 +73,7 @@ def _not_there(found: FactSet) -> list[tuple[str, str]]:
     asked = (
         (
             "an old answer",
-            found.old_from != "model" and not any(fact.ground_truth for fact in found),
+            not found.to_ask and not any(fact.ground_truth for fact in found),
             "ft and lora learn without one",
         ),
         ("another phrasing", not any(fact.rephrase_prompts for fact in found), "generality will not be scored"),
