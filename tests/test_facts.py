@@ -12,19 +12,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from forgetlearn import facts as facts_module
 from forgetlearn.errors import FactError, MissingExtraError
 from forgetlearn.facts import (
     REASONS,
     Fact,
     FactSet,
     Probe,
+    as_written,
     fact_id,
     from_records,
     make_fact,
     read_facts,
+    sha256,
+    tell_old,
     with_old_answers,
     write_facts,
 )
+from forgetlearn.readers import Draft
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 ZSRE, COUNTERFACT = DATA / "zsre.json", DATA / "counterfact.json"
@@ -104,6 +109,8 @@ def assert_adds_up(facts: FactSet) -> None:
     total = sum(facts.left_out.values()) + sum(facts.left_out_probes.values())
     assert total == len(facts.left_out_records)
     assert {item.reason for item in facts.left_out_records} <= REASONS.keys()
+    assert facts.used == len(facts.old_sources) + len(facts.to_ask) + sum(facts.without_old.values())
+    assert facts.old_sources.keys() == {fact.id for fact in facts if fact.ground_truth}
 
 
 # The forms
@@ -371,10 +378,9 @@ def test_every_reason_is_counted_once_and_told_with_its_record():
         own(7, locality=[["Question 7?", "a"], ["", ""]]),
     ]
     facts = from_records(records)
-    assert [fact.prompt for fact in facts] == ["Question 1?", "Question 7?"]
+    assert [fact.prompt for fact in facts] == ["Question 1?", "Question 3?", "Question 7?"]
     assert facts.left_out == {
         "old_equals_new": 1,
-        "no_old_answer": 1,
         "empty_new_answer": 1,
         "repeated_prompt": 1,
         "repeated_fact": 1,
@@ -387,33 +393,31 @@ def test_every_reason_is_counted_once_and_told_with_its_record():
         (1, "empty_locality_probe"),
         (1, "locality_is_edit_prompt"),
         (2, "old_equals_new"),
-        (3, "no_old_answer"),
         (4, "empty_new_answer"),
         (5, "repeated_prompt"),
         (6, "repeated_fact"),
         (7, "locality_is_edit_prompt"),
     ]
-    assert facts.left_out_records[5].detail == "Question 1? -> another (record 1: new 1)"
+    assert facts.left_out_records[4].detail == "Question 1? -> another (record 1: new 1)"
+    assert facts.without_old == {"no_old_answer": 1}
     assert_adds_up(facts)
 
 
-def test_an_old_answer_may_be_missing_everywhere_but_not_here_and_there():
+def test_case_14_facts_without_an_old_answer_are_used_and_counted():
     without = [{"prompt": f"p{n}", "target_new": "n"} for n in range(3)]
     facts = from_records(without)
     assert (facts.used, {fact.ground_truth for fact in facts}) == (3, {None})
     mixed = from_records([*without, own()])
-    assert (mixed.used, mixed.left_out) == (1, {"no_old_answer": 3})
+    assert (mixed.used, mixed.left_out, mixed.without_old) == (4, {}, {"no_old_answer": 3})
+    assert mixed.old_counts == {"answers": 1}
     assert_adds_up(mixed)
+    assert from_records([*without, own()], strict=True).used == 4  # nothing is left out
 
 
-def test_limit_does_not_change_which_facts_need_an_old_answer():
-    facts = from_records([{"prompt": "p", "target_new": "n"}, own(1), own(2)], limit=1)
-    assert (facts[0].prompt, facts.left_out, facts.read, facts.in_source) == (
-        "Question 1?",
-        {"no_old_answer": 1},
-        2,
-        3,
-    )
+def test_the_limit_counts_facts_without_an_old_answer_too():
+    facts = from_records([{"prompt": "p", "target_new": "n"}, own(1), own(2)], limit=2)
+    assert [fact.ground_truth for fact in facts] == [None, "old 1"]
+    assert (facts.read, facts.in_source, facts.without_old) == (2, 3, {"no_old_answer": 1})
 
 
 def test_a_probe_is_compared_with_used_facts_only():
@@ -422,12 +426,104 @@ def test_a_probe_is_compared_with_used_facts_only():
     assert from_records(records).left_out_probes == {"locality_is_edit_prompt": 1}
 
 
-def test_pred_needs_a_pred_in_every_record():
-    records = [ZSRE_RECORD, {**ZSRE_RECORD, "src": "another?", "pred": ""}]
-    facts = from_records(records, old_from="pred")
-    assert (facts.used, facts.left_out) == (1, {"no_old_answer": 1})
-    with pytest.raises(FactError, match=r"no fact is left of 1 records.\n1 no_old_answer \(record 1\)"):
-        from_records(records[1:], old_from="pred")
+def test_each_fact_takes_the_first_source_that_has_an_old_answer():
+    records = [
+        ZSRE_RECORD,
+        {**ZSRE_RECORD, "src": "another?", "pred": ""},
+        {**ZSRE_RECORD, "src": "a third?", "pred": " ", "answers": []},
+    ]
+    for old_from, olds, counts in (
+        ("pred", ["Viking Press", None, None], {"pred": 1}),
+        ("pred,answers", ["Viking Press", "Sega", None], {"pred": 1, "answers": 1}),
+        (["answers", "pred"], ["Sega", "Sega", None], {"answers": 2}),
+        ("pred,answers,model", ["Viking Press", "Sega", None], {"pred": 1, "answers": 1}),
+    ):
+        facts = from_records(records, old_from=old_from)
+        assert [fact.ground_truth for fact in facts] == olds
+        assert facts.old_counts == counts
+        waits = "model" in old_from
+        assert facts.without_old == ({} if waits else {"no_old_answer": olds.count(None)})
+        assert facts.to_ask == ((facts[2].id,) if waits else ())
+        assert_adds_up(facts)
+
+
+def test_the_model_is_asked_for_what_the_file_does_not_have():
+    nothing = {"ground_truth": ""}
+    records = [own(1), *(own(n, **nothing) for n in (2, 3, 4, 5))]
+    facts = from_records(records, old_from="answers,model")
+    assert facts.to_ask == tuple(fact.id for fact in facts[1:])
+    said = dict(zip(facts.to_ask, ["Rome\n", "", "New 4.", "and so on"], strict=True))
+    filled = with_old_answers(facts, said, unfinished=[facts[4].id])
+    assert [fact.ground_truth for fact in filled] == ["old 1", "Rome", None, None]
+    assert filled.old_counts == {"answers": 1, "model": 1}
+    assert filled.without_old == {"no_old_answer": 1, "unfinished_old_answer": 1}
+    assert (filled.left_out, filled.to_ask) == ({"old_equals_new": 1}, ())
+    assert filled.old_sources == {facts[0].id: "answers", facts[1].id: "model"}
+    assert_adds_up(filled)
+
+
+def test_what_is_said_of_old_answers_adds_up():
+    records = [own(1), own(2, ground_truth=None), own(3, ground_truth=None)]
+    assert tell_old({}, {"no_old_answer": 3}) == []  # a file of new answers only
+    waiting = from_records(records, old_from="answers,model")
+    (line,) = tell_old(waiting.old_counts, waiting.without_old, len(waiting.to_ask))
+    assert "1 from answers, 2 from the model" in line
+    without = from_records(records)
+    (line,) = tell_old(without.old_counts, without.without_old)
+    assert line.startswith("2 of 3 facts have no old answer: they are learned without being forgotten")
+
+
+# Aliases
+
+
+def aliased(**fields: object) -> Draft:
+    texts = {"prompt": "Who?", "new": "Ada", "old": "Lee", "new_aliases": ("Ada Roe",), "old_aliases": ("Lee Doe",)}
+    return Draft(**texts | fields)
+
+
+def sifted(monkeypatch, *drafts: Draft, **options: object) -> FactSet:
+    form = types.SimpleNamespace(name="zsre", ignored=lambda records: ())
+    monkeypatch.setattr(facts_module, "read_records", lambda records, source: (form, records, list(drafts)))
+    return from_records([{}] * len(drafts), **options)
+
+
+def test_an_old_answer_that_counts_as_the_new_one_is_left_out(monkeypatch):
+    drafts = [
+        aliased(prompt="a"),
+        aliased(prompt="b", old="Ada Roe"),
+        aliased(prompt="c", old_aliases=("Ada",)),
+        aliased(prompt="d", old_aliases=("Al", " Ada Roe")),
+    ]
+    facts = sifted(monkeypatch, *drafts)
+    assert [fact.prompt for fact in facts] == ["a"]
+    assert facts.left_out == {"old_equals_new": 3}
+
+
+def test_what_the_model_says_is_held_against_each_alias(monkeypatch):
+    facts = sifted(monkeypatch, aliased(prompt="a"), aliased(prompt="b"), old_from="model")
+    filled = with_old_answers(facts, {facts[0].id: "ada roe.", facts[1].id: "Al"})
+    assert [fact.old_answers for fact in filled] == [("Al",)]
+    assert filled.left_out == {"old_equals_new": 1}
+
+
+def test_aliases_are_those_of_the_source_of_the_old_answer(monkeypatch):
+    drafts = [aliased(prompt="a", pred="Al"), aliased(prompt="b")]
+    facts = sifted(monkeypatch, *drafts, old_from="pred,answers")
+    assert [fact.old_answers for fact in facts] == [("Al",), ("Lee", "Lee Doe")]
+
+
+def test_facts_without_aliases_keep_their_hash():
+    facts = from_records([own(1), own(2, ground_truth=None)])
+    assert facts.sha256() == "471d00093002b912b61aabc864f546d683b8ce2c75431ed3508c384bad7e3172"  # as at e89f7b9
+    assert sha256([make_fact("a", "b", target_new_aliases=["c"])]) != sha256([make_fact("a", "b")])
+
+
+def test_a_written_line_has_each_answer_and_its_aliases_apart(tmp_path):
+    facts = [make_fact("a", "b", ground_truth="c", ground_truth_aliases=["d", "e"]), make_fact("f", "g")]
+    write_facts(facts, tmp_path / "facts.jsonl")
+    lines = [as_written(json.loads(line)) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
+    names = ("target_new", "target_new_aliases", "ground_truth", "ground_truth_aliases")
+    assert [[line[name] for name in names] for line in lines] == [["b", [], "c", ["d", "e"]], ["g", [], None, []]]
 
 
 def test_strict_lists_reasons_with_the_first_records():
@@ -450,16 +546,17 @@ def test_models_own_answers_become_the_old_ones():
     filled = with_old_answers(facts, said)
     assert [(fact.id, fact.ground_truth) for fact in filled] == [
         (facts[0].id, "Rome"),
+        (facts[1].id, None),
         (facts[3].id, "Oslo"),
     ]
-    assert filled.left_out == {"no_old_answer": 1, "repeated_fact": 1, "old_equals_new": 1}
+    assert filled.left_out == {"repeated_fact": 1, "old_equals_new": 1}
     assert [(item.record, item.reason) for item in filled.left_out_records] == [
-        (2, "no_old_answer"),
         (3, "repeated_fact"),
         (4, "old_equals_new"),
     ]
     assert (facts.left_out_probes, filled.left_out_probes) == ({"locality_is_edit_prompt": 1}, {})
-    assert (filled.read, filled.stripped, filled.old_from) == (5, 1, "model")
+    assert (filled.read, filled.stripped, filled.old_from) == (5, 1, ("model",))
+    assert (filled.old_counts, filled.without_old) == ({"model": 2}, {"no_old_answer": 1})
     assert_adds_up(filled)
 
 
@@ -481,27 +578,19 @@ def test_what_a_model_says_without_an_end_is_no_answer():
     ids = [fact.id for fact in facts]
     said = dict(zip(ids, ["Rome", "Oslo and the", "new 3", ""], strict=True))
     filled = with_old_answers(facts, said, unfinished={ids[1], ids[2], ids[3]})
-    assert [fact.ground_truth for fact in filled] == ["Rome"]
-    assert filled.left_out == {"unfinished_old_answer": 2, "no_old_answer": 1}
-    assert "evaluate.max_new_tokens" in REASONS["unfinished_old_answer"]
+    assert [fact.ground_truth for fact in filled] == ["Rome", None, None, None]
+    assert filled.without_old == {"unfinished_old_answer": 2, "no_old_answer": 1}
     assert_adds_up(filled)
-    with pytest.raises(FactError, match=r"1 unfinished_old_answer \(record 2\)"):
-        with_old_answers(facts, said, unfinished=[ids[1]], strict=True)
-
-
-def test_no_model_answer_that_ends_says_what_to_do():
-    facts = from_records([own(1), own(2)], old_from="model")
-    said = {fact.id: "and so on" for fact in facts}
-    with pytest.raises(FactError, match=r"(?s)no fact is left of 2.*2 unfinished_old_answer.*max_new_tokens"):
-        with_old_answers(facts, said, unfinished=said)
 
 
 def test_model_answers_must_be_there_for_every_fact():
     facts = from_records([own(1), own(2)], old_from="model")
     with pytest.raises(FactError, match=f"no answer was given for 1 facts: {facts[1].id}"):
         with_old_answers(facts, {facts[0].id: "Rome"})
-    with pytest.raises(FactError, match=r"no fact is left of 2 records.\n1 old_equals_new .*1 no_old_answer"):
-        with_old_answers(facts, {facts[0].id: "new 1", facts[1].id: ""})
+    with pytest.raises(FactError, match=r"no fact is left of 2 records.\n2 old_equals_new \(record 1, 2\)"):
+        with_old_answers(facts, {facts[0].id: "new 1", facts[1].id: "new 2"})
+    with pytest.raises(FactError, match=r"1 old_equals_new \(record 1\)"):
+        with_old_answers(facts, {facts[0].id: "new 1", facts[1].id: ""}, strict=True)
 
 
 # Bad input
@@ -596,10 +685,12 @@ def test_a_misspelt_field_is_only_an_error_where_the_right_one_is_absent():
 def test_bad_options():
     with pytest.raises(FactError, match=r"limit = 0: must be at least 1"):
         from_records([own()], limit=0)
-    with pytest.raises(FactError, match=r"old_from = 'alt': must be one of answers, pred, model"):
-        from_records([own()], old_from="alt")
+    for wrong in ("alt", "answers,alt", "model,answers", "answers,answers", []):
+        with pytest.raises(FactError, match=r"old_from = "):
+            from_records([own()], old_from=wrong)
     with pytest.raises(FactError, match=r"of the form own, which has no 'pred'. Only the form zsre has"):
         from_records([own()], old_from="pred")
+    assert from_records([own()], old_from="pred,answers")[0].ground_truth == "old 1"
 
 
 # The hub
