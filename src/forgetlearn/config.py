@@ -297,7 +297,12 @@ class EvaluateSettings(Settings):
     protocols: tuple[Protocol, ...] = Field(
         get_args(Protocol), min_length=1, description="Protocols to score with (docs/scores.md)."
     )
-    max_new_tokens: int = Field(32, ge=1, description="Longest free answer; a longer one counts as truncated.")
+    max_new_tokens: int = Field(
+        32,
+        ge=1,
+        description="Longest free answer, in tokens; more where an answer that counts as right is longer. One that goes "
+        "on counts as truncated.",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
         description="What generates free answers; vllm (the extra `vllm`): of a model in a folder or on the hub.",
