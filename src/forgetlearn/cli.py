@@ -300,6 +300,7 @@ def compare(
     slurm_setting: Annotated[
         list[str] | None, typer.Option("--slurm-set", help="What submitit is to ask for: partition=gpu, mem_gb=32.")
     ] = None,
+    old_from: OldFromOption = None,
     limit: LimitOption = None,
     config_file: ConfigOption = None,
     setting: SetOption = None,
@@ -307,7 +308,7 @@ def compare(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
-    config = _config(config_file, _reads(model, facts_file, limit=limit), setting)
+    config = _config(config_file, _reads(model, facts_file, old_from, limit), setting)
     from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
     from forgetlearn.comparison import verdict

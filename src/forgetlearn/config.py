@@ -300,8 +300,8 @@ class EvaluateSettings(Settings):
     max_new_tokens: int = Field(
         32,
         ge=1,
-        description="Longest free answer, in tokens; more where an answer that counts as right is longer. One that goes "
-        "on counts as truncated.",
+        description="Longest free answer, in tokens; more where an answer that counts as right is longer. One that "
+        "goes on counts as truncated.",
     )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
