@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forgetlearn import facts as facts_module
 from forgetlearn.errors import FactError, MissingExtraError
 from forgetlearn.facts import (
     REASONS,
@@ -29,7 +28,6 @@ from forgetlearn.facts import (
     with_old_answers,
     write_facts,
 )
-from forgetlearn.readers import Draft
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 ZSRE, COUNTERFACT = DATA / "zsre.json", DATA / "counterfact.json"
@@ -476,40 +474,23 @@ def test_what_is_said_of_old_answers_adds_up():
 # Aliases
 
 
-def aliased(**fields: object) -> Draft:
-    texts = {"prompt": "Who?", "new": "Ada", "old": "Lee", "new_aliases": ("Ada Roe",), "old_aliases": ("Lee Doe",)}
-    return Draft(**texts | fields)
+def aliased(prompt: str, **fields: object) -> dict[str, object]:
+    return {"prompt": prompt, "target_new": ["Ada", "Ada Roe"], "ground_truth": ["Lee", "Lee Doe"], **fields}
 
 
-def sifted(monkeypatch, *drafts: Draft, **options: object) -> FactSet:
-    form = types.SimpleNamespace(name="zsre", ignored=lambda records: ())
-    monkeypatch.setattr(facts_module, "read_records", lambda records, source: (form, records, list(drafts)))
-    return from_records([{}] * len(drafts), **options)
-
-
-def test_an_old_answer_that_counts_as_the_new_one_is_left_out(monkeypatch):
-    drafts = [
-        aliased(prompt="a"),
-        aliased(prompt="b", old="Ada Roe"),
-        aliased(prompt="c", old_aliases=("Ada",)),
-        aliased(prompt="d", old_aliases=("Al", " Ada Roe")),
-    ]
-    facts = sifted(monkeypatch, *drafts)
-    assert [fact.prompt for fact in facts] == ["a"]
-    assert facts.left_out == {"old_equals_new": 3}
-
-
-def test_what_the_model_says_is_held_against_each_alias(monkeypatch):
-    facts = sifted(monkeypatch, aliased(prompt="a"), aliased(prompt="b"), old_from="model")
+def test_what_the_model_says_is_held_against_each_alias():
+    facts = from_records([aliased("a"), aliased("b")], old_from="model")
+    assert facts[0].old_answers == ()
     filled = with_old_answers(facts, {facts[0].id: "ada roe.", facts[1].id: "Al"})
     assert [fact.old_answers for fact in filled] == [("Al",)]
     assert filled.left_out == {"old_equals_new": 1}
 
 
-def test_aliases_are_those_of_the_source_of_the_old_answer(monkeypatch):
-    drafts = [aliased(prompt="a", pred="Al"), aliased(prompt="b")]
-    facts = sifted(monkeypatch, *drafts, old_from="pred,answers")
-    assert [fact.old_answers for fact in facts] == [("Al",), ("Lee", "Lee Doe")]
+def test_aliases_are_those_of_the_source_of_the_old_answer():
+    records = [{**ZSRE_RECORD, "answers": ["Sega", "Sega Games"]}, {**ZSRE_RECORD, "src": "b", "pred": ""}]
+    records[1]["answers"] = ["Sega", "Sega Games"]
+    facts = from_records(records, old_from="pred,answers")
+    assert [fact.old_answers for fact in facts] == [("Viking Press",), ("Sega", "Sega Games")]
 
 
 def test_facts_without_aliases_keep_their_hash():

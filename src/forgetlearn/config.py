@@ -6,6 +6,7 @@ made from them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -269,7 +270,7 @@ class ModelSettings(Settings):
 class FactsSettings(Settings):
     """The facts, and which of their fields is the old answer."""
 
-    source: str | None = Field(None, description="File of facts (JSON, JSONL, CSV) or hub data set.")
+    source: str | None = Field(None, description="File of facts (JSON, JSONL, CSV, TSV, XLSX) or hub data set.")
     old_from: Policies = Field(
         "answers",
         validate_default=True,
@@ -279,6 +280,15 @@ class FactsSettings(Settings):
     )
     limit: int | None = Field(None, ge=1, description="Take the first N usable facts.")
     strict: bool = Field(False, description="Make every record that would be left out an error.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description='Which columns or fields hold what: prompt=Question,target_new="New answer".',
+    )
+    aliases: str | None = Field(
+        None,
+        min_length=1,
+        description="What divides the ways to write an answer, such as |; the first is taught, each counts as right.",
+    )
 
     @field_validator("old_from")
     @classmethod
@@ -288,6 +298,34 @@ class FactsSettings(Settings):
         if "model" in values[:-1]:
             raise ValueError("model must come last: the facts are read before the model is asked")
         return values
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_of_text(cls, value: object) -> object:
+        return parse_columns(value) if isinstance(value, str) else value
+
+
+PAIR = re.compile(r"""\s*([^=,"]+?)\s*=\s*(?:"((?:[^"]|"")*)"|([^,"]*))\s*(?:,|$)""")
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return `prompt=Question,target_new="New answer"` as a mapping; in quotes a comma is one, and "" a quote.
+
+    Raises:
+        ValueError: the text is of another form, or names a field twice.
+    """
+    found: dict[str, str] = {}
+    place = 0
+    while place < len(text):
+        pair = PAIR.match(text, place)
+        if pair is None:
+            raise ValueError(f"expected NAME=COLUMN,NAME=COLUMN at {text[place : place + 40]!r}")
+        name, quoted, bare = pair.groups()
+        if name in found:
+            raise ValueError(f"names '{name}' twice")
+        found[name] = bare.strip() if quoted is None else quoted.replace('""', '"')
+        place = pair.end()
+    return found
 
 
 class EvaluateSettings(Settings):

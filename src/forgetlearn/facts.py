@@ -15,7 +15,9 @@ from typing import Any, overload
 
 from forgetlearn.config import FactsSettings, OldFrom
 from forgetlearn.errors import ConfigError, FactError, some
-from forgetlearn.readers import Draft, is_hub_id, load_hub, parse_file, read_records
+from forgetlearn.files import Source, is_hub_id, load_hub, parse_file
+from forgetlearn.forms import is_placeholder, read_records
+from forgetlearn.readers import NOT_ONE_TURN, Draft
 from forgetlearn.settings import validate
 
 OLD_EQUALS_NEW = "old_equals_new"
@@ -30,6 +32,7 @@ EMPTY_LOCALITY_PROBE = "empty_locality_probe"
 REASONS: Mapping[str, str] = {
     OLD_EQUALS_NEW: "The old answer is the new one: forgetting it would forget the target.",
     EMPTY_NEW_ANSWER: "Its new answer is empty.",
+    NOT_ONE_TURN: "A fact is one question and one answer: it has a system prompt, several turns, or no answer.",
     REPEATED_PROMPT: "An earlier fact has the same prompt and another new answer; the earlier one stays.",
     REPEATED_FACT: "An earlier fact has the same prompt and the same new answer.",
     LOCALITY_IS_EDIT_PROMPT: "The probe's prompt is the prompt of a fact that is updated.",
@@ -40,6 +43,20 @@ WITHOUT_OLD: Mapping[str, str] = {  # why a fact that is used has no old answer:
     NO_OLD_ANSWER: "None of --old-from has an old answer for it.",
     UNFINISHED_OLD_ANSWER: "The model's own answer did not end within evaluate.max_new_tokens, so what it holds is not "
     "known. Raise that, or take the old answers from the file.",
+}
+
+BLANK_ROW = "blank_row"
+PLACEHOLDER = "placeholder"
+SHARED_ALIAS = "shared_alias"
+BAR = "bar"
+STRIPPED = "stripped"  # counted with the notes, and given as a field of its own
+
+# What was done with facts that stay, or with what is no fact.
+NOTES: Mapping[str, str] = {
+    BLANK_ROW: "blank rows were passed over",
+    PLACEHOLDER: 'old answers are "n/a", "-" or the like, and taken for none; one that is meant goes into a list',
+    SHARED_ALIAS: "aliases count as the other answer of the same fact too, and were dropped",
+    BAR: "answers hold a |, taken as written; pass --aliases '|' if it divides ways to write the answer",
 }
 
 
@@ -90,7 +107,8 @@ class FactSet:
     """The usable facts of one source, in its order, and the account of all that was read.
 
     `read == used + sum(left_out.values())`. `left_out` counts facts, `left_out_probes` counts locality
-    probes of facts that stay; `left_out_records` lists both, in the order of the records.
+    probes of facts that stay; `left_out_records` lists both, in the order of the records. A record is one
+    fact, but in MQuAKE, where it has several: each counts as a record here, numbered through the file.
 
     `used == len(old_sources) + len(to_ask) + sum(without_old.values())`: a used fact has an old answer, waits for
     the model to be asked, or has none and is learned without being forgotten.
@@ -100,13 +118,16 @@ class FactSet:
     source: str
     reader: str
     old_from: tuple[OldFrom, ...]  # in the order in which they are looked at
-    read: int  # records examined: up to the one that gave the last usable fact where a limit was reached
-    in_source: int  # records that are there
+    read: int  # facts examined: up to the last usable one where a limit was reached
+    in_source: int  # facts that are there
     left_out: Mapping[str, int]
     left_out_probes: Mapping[str, int]
     stripped: int  # new and old answers of examined records that had outer white space
     left_out_records: tuple[LeftOut, ...]
-    ignored_fields: tuple[str, ...] = ()  # fields of the records that nothing reads
+    ignored_fields: Mapping[str, int] = field(default_factory=dict)  # fields that nothing reads: how many values
+    noted: Mapping[str, int] = field(default_factory=dict)  # how often each of NOTES
+    records: int = 0  # records that are there; in MQuAKE fewer than facts
+    read_as: str = ""  # how the file was read (delimiter, encoding, sheet), where that had to be found out
     old_sources: Mapping[str, OldFrom] = field(default_factory=dict)  # fact id -> where its old answer comes from
     to_ask: tuple[str, ...] = ()  # ids of the facts whose old answer the model has still to be asked for
     without_old: Mapping[str, int] = field(default_factory=dict)  # facts without an old answer, by reason
@@ -121,6 +142,16 @@ class FactSet:
         """How many of the old answers each source gave, in the order of `old_from`."""
         counts = Counter(self.old_sources.values())
         return {source: counts[source] for source in self.old_from if counts[source]}
+
+    @property
+    def without_old_answer(self) -> int:
+        """The number of usable facts without an old answer: they are learned, and nothing of them is forgotten."""
+        return sum(fact.ground_truth is None for fact in self.facts)
+
+    @property
+    def with_aliases(self) -> int:
+        """The number of usable facts of which an answer has other ways to write it."""
+        return sum(bool(fact.target_new_aliases or fact.ground_truth_aliases) for fact in self.facts)
 
     def sha256(self) -> str:
         """The hash of the facts alone (with old answers, rephrases, probes), in hexadecimal."""
@@ -186,22 +217,28 @@ def make_fact(
 
 
 def read_facts(
-    source: str | Path, *, old_from: str | Sequence[str] = "answers", limit: int | None = None, strict: bool = False
+    source: str | Path,
+    *,
+    old_from: str | Sequence[str] = "answers",
+    limit: int | None = None,
+    strict: bool = False,
+    columns: Mapping[str, str] | None = None,
+    aliases: str | None = None,
 ) -> FactSet:
-    """The usable facts of a file (.json, .jsonl, .csv) or of a data set on the hub (`owner/name:split`).
+    """Return the usable facts of a file (.json, .jsonl, .csv, .tsv, .xlsx) or of a data set on the hub.
 
-    `old_from` names where the old answer comes from, or several places in order ("answers,model"): each fact takes
-    the first that has an answer for it.
-
-    `limit` keeps the first so many usable facts. `strict` makes anything that is left out an error.
+    The hub's are named `owner/name:split`. `old_from` names where the old answer comes from, or several places in
+    order ("answers,model"): each fact takes the first that has an answer for it. `limit` keeps the first so many
+    usable facts. `strict` makes anything that is left out an error. `columns` says which field holds which of the own
+    form (`{"prompt": "Question"}`), and `aliases` is what divides the ways to write an answer ("|").
 
     Raises:
         FactError: the source cannot be read or is of no known form, a record is wrong, the policy does
             not fit the form, or no fact is left.
     """
     name = str(source)
-    records = load_hub(name) if is_hub_id(name) else parse_file(Path(source))
-    return from_records(records, source=name, old_from=old_from, limit=limit, strict=strict)
+    found = load_hub(name) if is_hub_id(name) else parse_file(Path(source), columns)
+    return _facts_of(found, name, old_from, limit, strict, columns, aliases)
 
 
 def from_records(
@@ -211,23 +248,40 @@ def from_records(
     old_from: str | Sequence[str] = "answers",
     limit: int | None = None,
     strict: bool = False,
+    columns: Mapping[str, str] | None = None,
+    aliases: str | None = None,
 ) -> FactSet:
-    """What `read_facts` gives, for records that are in memory; `source` is their name in messages.
+    """Return what `read_facts` does, for records that are in memory; `source` is their name in messages.
 
     Raises:
         FactError: as `read_facts`.
     """
+    return _facts_of(Source(records), source, old_from, limit, strict, columns, aliases)
+
+
+def _facts_of(
+    found: Source,
+    source: str,
+    old_from: str | Sequence[str],
+    limit: int | None,
+    strict: bool,
+    columns: Mapping[str, str] | None,
+    aliases: str | None,
+) -> FactSet:
     if limit is not None and limit < 1:
         raise FactError(f"limit = {limit}: must be at least 1, or left away for all facts.")
     policies = _policies(old_from)
-    form, checked, drafts = read_records(records, source)
+    reading = read_records(found.records, source, columns, aliases)
+    form = reading.form
     if policies == ("pred",) and form.name != "zsre":
         raise FactError(
             f"{source} is of the form {form.name}, which has no 'pred'. Only the form zsre has: "
             "take the old answers from 'answers' or from 'model'."
         )
-    facts, numbers, left, stripped = _sift(drafts, source, policies, limit)
+    facts, numbers, left, noted = _sift(reading.drafts, policies, limit)
     facts, left_probes = _without_edit_prompts(facts, numbers, left)
+    stripped = noted.pop(STRIPPED, 0)
+    noted[BLANK_ROW] += found.blank_rows
     to_ask = tuple(fact.id for fact in facts if not fact.ground_truth) if "model" in policies else ()
     n_without = 0 if to_ask else sum(not fact.ground_truth for fact in facts)
     result = FactSet(
@@ -236,13 +290,16 @@ def from_records(
         reader=form.name,
         old_from=policies,
         read=len(facts) + _count_facts(left).total(),
-        in_source=len(records),
+        in_source=len(reading.drafts),
         left_out=dict(_count_facts(left)),  # asdict cannot copy a Counter
         left_out_probes=dict(_count_probes(left_probes)),
         stripped=stripped,
         left_out_records=_in_order(left_probes),
-        ignored_fields=form.ignored(checked),
-        old_sources=_sources(facts, [drafts[number - 1] for number in numbers], policies),
+        ignored_fields=reading.ignored,
+        noted={note: noted[note] for note in NOTES if noted[note]},
+        records=reading.records,
+        read_as=found.read_as,
+        old_sources=_sources(facts, [reading.drafts[number - 1] for number in numbers], policies),
         to_ask=to_ask,
         without_old={NO_OLD_ANSWER: n_without} if n_without else {},
     )
@@ -316,13 +373,15 @@ def tell_old(counts: Mapping[str, int], without: Mapping[str, int], to_ask: int 
 def write_facts(facts: Iterable[Fact], path: Path) -> None:
     """Write the own form, one JSON object per line; `read_facts` gives equal facts back.
 
-    That holds for facts as `read_facts` gives them: stripped, of distinct prompts.
+    That holds for facts as `read_facts` gives them: stripped and of distinct prompts.
     """
     lines = []
     for fact in facts:
         record = {name: value for name, value in asdict(fact).items() if value or name == "target_new"}
         for name in ("target_new", "ground_truth"):  # an answer with its aliases is a list
-            if aliases := record.pop(f"{name}_aliases", None):
+            aliases = record.pop(f"{name}_aliases", ())
+            # A list is also how an old answer that looks like a placeholder is said to be meant.
+            if aliases or (name == "ground_truth" and is_placeholder(record.get(name, ""))):
                 record[name] = [record[name], *aliases]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
@@ -342,19 +401,22 @@ def as_written(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sift(
-    drafts: Sequence[Draft], source: str, policies: Sequence[OldFrom], limit: int | None
-) -> tuple[list[Fact], list[int], list[LeftOut], int]:
-    """Usable facts, the numbers of their records, what is left out, and how many answers were stripped."""
+    drafts: Sequence[Draft], policies: Sequence[OldFrom], limit: int | None
+) -> tuple[list[Fact], list[int], list[LeftOut], Counter[str]]:
+    """Usable facts, the numbers of their records, what is left out, and how often each of NOTES."""
     facts: list[Fact] = []
     numbers: list[int] = []
     left: list[LeftOut] = []
     earlier: dict[str, tuple[int, str]] = {}
-    stripped = 0
+    noted: Counter[str] = Counter()
     for number, draft in enumerate(drafts, 1):
         old, old_aliases, _policy = _old_answer(draft, policies)
-        fact = _fact(draft, old, old_aliases, f"{source}, record {number}")
-        stripped += (draft.new != draft.new.strip()) + (old != old.strip())
-        reason, detail = _why_not(fact, earlier)
+        fact, n_shared = _fact(draft, old, old_aliases)
+        noted[STRIPPED] += (draft.new != draft.new.strip()) + (old != old.strip())
+        noted[PLACEHOLDER] += draft.placeholders
+        noted[SHARED_ALIAS] += n_shared
+        noted[BAR] += ("|" in draft.new) + ("|" in old)
+        reason, detail = _why_not(fact, draft.why_not, earlier)
         if reason:
             left.append(LeftOut(number, reason, detail))
             continue
@@ -364,7 +426,7 @@ def _sift(
         left += _empty_probes(draft, number)
         if len(facts) == limit:
             break
-    return facts, numbers, left, stripped
+    return facts, numbers, left, noted
 
 
 def _policies(old_from: str | Sequence[str]) -> tuple[OldFrom, ...]:
@@ -397,34 +459,51 @@ def _sources(facts: Iterable[Fact], drafts: Iterable[Draft], policies: Sequence[
     return {key: policy for key, policy in found if policy}
 
 
-def _fact(draft: Draft, old: str, old_aliases: Iterable[str], where: str) -> Fact:
-    prompt = draft.prompt.strip()
-    if not prompt:
-        raise FactError(f"{where} has no prompt. Give it one, or remove the record.")
+def _fact(draft: Draft, old: str, aliases: Sequence[str]) -> tuple[Fact, int]:
+    """The fact of a draft, and how many aliases were dropped since they count as the other answer too."""
+    prompt, new, old = draft.prompt.strip(), draft.new.strip(), old.strip()
+    if not prompt and not draft.why_not:
+        raise FactError(f"{draft.where} has no prompt. Give it one, or remove the record.")
     probes = (Probe(question.strip(), answer.strip()) for question, answer in draft.probes)
-    return make_fact(
+    new_aliases = _aliases(draft.new_aliases, new)
+    old_aliases = _aliases(aliases, old) if old else []
+    own_new = _unshared(new_aliases, [old] if old else [])
+    own_old = _unshared(old_aliases, [new, *own_new])
+    fact = make_fact(
         prompt,
-        draft.new.strip(),
-        ground_truth=old.strip() or None,
+        new,
+        ground_truth=old or None,
         subject=draft.subject.strip(),
         rephrase_prompts=[text.strip() for text in draft.rephrases if text.strip()],
         locality=[probe for probe in probes if probe.prompt and probe.answer],
-        target_new_aliases=_aliases(draft.new_aliases, draft.new),
-        ground_truth_aliases=_aliases(old_aliases, old),
+        target_new_aliases=own_new,
+        ground_truth_aliases=own_old,
     )
+    return fact, len(new_aliases) + len(old_aliases) - len(own_new) - len(own_old)
 
 
 def _aliases(texts: Iterable[str], first: str) -> list[str]:
     """Each other way to write an answer, stripped and once."""
     stripped = dict.fromkeys(text.strip() for text in texts)
-    return [text for text in stripped if text and text != first.strip()]
+    return [text for text in stripped if text and text != first]
 
 
-def _why_not(fact: Fact, earlier: Mapping[str, tuple[int, str]]) -> tuple[str, str]:
-    """The reason to leave a fact out and which it is; "" and "" for a fact that can be used."""
+def _unshared(aliases: list[str], others: list[str]) -> list[str]:
+    """The aliases that do not count as one of the other answers, as scores compare them."""
+    if not aliases or not others:
+        return aliases
+    from forgetlearn.metrics import same_text  # here, because it brings numpy and scipy
+
+    return [alias for alias in aliases if not any(same_text(alias, other) for other in others)]
+
+
+def _why_not(fact: Fact, said: str, earlier: Mapping[str, tuple[int, str]]) -> tuple[str, str]:
+    """The reason to leave a fact out (what its form said, or else) and which it is; "" and "" if it can be used."""
+    if said:
+        return said, _detail(fact.prompt, "")
     if not fact.target_new:
         return EMPTY_NEW_ANSWER, _detail(fact.prompt, "")
-    if not {*fact.old_answers}.isdisjoint(fact.new_answers):
+    if fact.ground_truth == fact.target_new:
         return OLD_EQUALS_NEW, _detail(fact.prompt, fact.target_new)
     if fact.prompt in earlier:
         number, new = earlier[fact.prompt]

@@ -53,9 +53,12 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     return settings
 
 
+AS_READ: dict[str, Any] = {"limit": None, "columns": {}, "aliases": None}  # of facts that are read already
+
+
 def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:
     if isinstance(facts, FactSet):
-        own = settings.model_copy(update={"source": facts.source, "old_from": facts.old_from, "limit": None})
+        own = settings.model_copy(update={"source": facts.source, "old_from": facts.old_from, **AS_READ})
         _no_contradiction("facts", settings, own, "the facts that are passed in were read with")
         return own
     return settings if facts is None else settings.model_copy(update={"source": str(facts)})
@@ -71,8 +74,8 @@ def read_config_facts(config: RunConfig) -> FactSet:
     """The facts that the config names."""
     settings = config.facts
     if not settings.source:
-        raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV).")
-    return read_facts(settings.source, old_from=settings.old_from, limit=settings.limit, strict=settings.strict)
+        raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV, TSV, XLSX).")
+    return read_facts(settings.source, **settings.model_dump(exclude={"source"}))
 
 
 def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row]:
