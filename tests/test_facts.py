@@ -124,6 +124,7 @@ def test_zsre_puts_alt_on_the_new_side_and_the_first_answer_on_the_old():
         subject="Clutch Hitter",
         rephrase_prompts=["What's the publisher of Clutch Hitter?"],
         locality=[Probe("nq question: what part of the brain is in the middle cranial fossa", "temporal lobes")],
+        ground_truth_aliases=["SEGA"],
     )
 
 
@@ -155,7 +156,7 @@ def test_flat_counterfact():
 def test_nested_counterfact_fills_in_the_subject_and_gives_neighbours_the_old_answer():
     facts = from_records([NESTED_RECORD])
     assert facts.reader == "counterfact-nested"
-    assert facts.ignored_fields == ("attribute_prompts", "generation_prompts", "pararel_idx")
+    assert facts.ignored_fields == {"attribute_prompts": 1, "generation_prompts": 1, "pararel_idx": 1}
     assert facts[0] == make_fact(
         "The mother tongue of Danielle Darrieux is",
         "English",
@@ -175,7 +176,7 @@ def test_both_forms_of_counterfact_give_one_id():
 
 def test_knowedit_takes_first_answers_and_probes_of_every_group():
     facts = from_records([KNOWEDIT_ZSRE_RECORD])
-    assert (facts.reader, facts.ignored_fields) == ("knowedit", ("portability",))
+    assert (facts.reader, facts.ignored_fields) == ("knowedit", {"portability": 1})
     assert facts[0] == make_fact(
         "Which family does Epaspidoceras belong to?",
         "Noctuidae",
@@ -204,17 +205,16 @@ def test_knowedit_old_answer_as_text_list_or_list_of_lists(old):
 def test_a_list_of_old_answers_takes_nothing_from_the_own_form():
     fields = {"rephrase_prompts": ["r1", "r2"], "locality_prompt": "p1", "locality_ground_truth": "a1"}
     facts = from_records([own(1, ground_truth=["old", "other"], **fields), own(2, ground_truth="o", text="a note")])
-    assert (facts.reader, facts.ignored_fields) == ("own", ("text",))
-    assert [fact.ground_truth for fact in facts] == ["old", "o"]
+    assert (facts.reader, facts.ignored_fields) == ("own", {"text": 1})
+    assert [fact.old_answers for fact in facts] == [("old", "other"), ("o",)]
     assert facts[0].rephrase_prompts == ("r1", "r2")
     assert facts[0].locality == (Probe("p1", "a1"),)
 
 
 def test_knowedit_without_groups_reads_the_same_by_the_own_names():
     record = {"subject": "Abu Qasim", "prompt": "p", "target_new": "n", "ground_truth": [["mayor", "alias"]]}
-    assert (
-        one(record) == one(record | {"locality": {}}) == make_fact("p", "n", ground_truth="mayor", subject="Abu Qasim")
-    )
+    expected = make_fact("p", "n", ground_truth="mayor", ground_truth_aliases=["alias"], subject="Abu Qasim")
+    assert one(record) == one(record | {"locality": {}}) == expected
 
 
 def test_own_form_with_every_way_to_give_rephrases_and_probes():
@@ -241,8 +241,9 @@ def test_numbers_are_answers_too():
     assert (fact.target_new, fact.ground_truth) == ("12", "1.5")
 
 
-def test_a_field_that_nothing_reads_is_named():
-    assert from_records([own(source="a book"), own(2, page=3)]).ignored_fields == ("page", "source")
+def test_a_field_that_nothing_reads_is_named_and_its_values_are_counted():
+    records = [own(source="a book", pages=[3, 4]), own(2, pages=3, empty="", none=None)]
+    assert from_records(records).ignored_fields == {"pages": 3, "source": 1}
 
 
 def test_id_is_the_content_without_the_old_answer():
@@ -377,6 +378,7 @@ def test_every_reason_is_counted_once_and_told_with_its_record():
     ]
     facts = from_records(records)
     assert [fact.prompt for fact in facts] == ["Question 1?", "Question 3?", "Question 7?"]
+    assert facts.without_old_answer == 1
     assert facts.left_out == {
         "old_equals_new": 1,
         "empty_new_answer": 1,
@@ -507,6 +509,13 @@ def test_a_written_line_has_each_answer_and_its_aliases_apart(tmp_path):
     assert [[line[name] for name in names] for line in lines] == [["b", [], "c", ["d", "e"]], ["g", [], None, []]]
 
 
+def test_a_fact_without_pred_stays_too():
+    records = [ZSRE_RECORD, {**ZSRE_RECORD, "src": "another?", "pred": ""}]
+    facts = from_records(records, old_from="pred")
+    assert [fact.old_answers for fact in facts] == [("Viking Press",), ()]  # the aliases are those of `answers`
+    assert (facts.left_out, facts.without_old_answer) == ({}, 1)
+
+
 def test_strict_lists_reasons_with_the_first_records():
     records = [own(9), *(own(n, ground_truth=f"new {n}") for n in range(7)), own(9)]
     with pytest.raises(FactError, match=r"strict") as caught:
@@ -583,23 +592,24 @@ BAD_FILES = [
     ("none.json", "[]", r"none.json holds no record"),
     ("header.csv", "prompt,target_new\n", r"holds no record"),
     ("latin.json", b'[{"prompt": "caf\xe9"}]', r"latin.json is not UTF-8 at byte 16"),
-    ("utf16.csv", "prompt".encode("utf-16"), r"is UTF-16, as its first two bytes say. Save it as UTF-8"),
+    ("utf16.csv", "prompt".encode("utf-16")[:-1], r"is UTF-16-LE, as its first bytes say, and broken at byte 12"),
+    ("none16.csv", "prompt,a".encode("utf-16-le"), r"NUL in its first line. Is it UTF-16 without"),
+    ("mixed.csv", b"prompt,target_new\nZ\xc3\xbcrich?,caf\xe9\n", r"mixed.csv is not UTF-8 at byte 30"),
+    ("no1252.csv", b"prompt,target_new\nZ\x81rich?,a\n", r"neither UTF-8 nor cp1252 at byte 19"),
     ("bad.json", '[\n {"prompt" "x"}]', r"bad.json is not JSON at line 2, column 12: Expecting ':'"),
     ("bad.jsonl", f"{GOOD}\n\nprompt: x\n", r"bad.jsonl is not JSON at line 3, column 1"),
     ("cut.json", f"[{GOOD}, {GOOD[:30]}", r"cut.json is cut short: .*line 1"),
     ("cut.jsonl", f"{GOOD}\n{GOOD[:-1]}", r"cut.jsonl is cut short: .*line 2"),
     ("cut.csv", 'prompt,target_new\n"Who', r"cut.csv is not CSV at line 2: unexpected end"),
-    ("nan.json", f"[{GOOD[:-1]}, \"subject\": NaN}}]", r"nan.json: NaN is no JSON value. Write null"),
+    ("inf.json", f"[{GOOD[:-1]}, \"subject\": Infinity}}]", r"inf.json: Infinity is no JSON value. Write null"),
     ("names.jsonl", f'{GOOD}\n{{"prompt": "a", "prompt": "b"}}', r"line 2: an object names 'prompt' 2 times: .*'b'"),
     ("deep.json", "[" * 200_000, r"deep.json (cannot be read as JSON|is cut short)"),
     ("text.json", '"facts"', r"text.json holds the text 'facts'. A list of records"),
     ("two.json", '{"train": [], "test": []}', r"(?s)Fields found: test, train.*exactly one list"),
     ("what.txt", GOOD, r"suffix '.txt' is unknown. Known are .json, .jsonl, .csv"),
-    ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 has 1 cells, the header 2"),
+    ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 \(line 3\) has 1 cells, the header 2: p\n"),
     ("twice.csv", "prompt,target_new,prompt\n", r"header names prompt more than once"),
     ("cell.csv", 'prompt,target_new,locality\np,n,"[x"\n', r"record 1: 'locality' is not JSON at line 1"),
-    ("semi.csv", "prompt;target_new\np, q;n\n", r"'prompt;target_new'. Is the delimiter ';'\? Save it with commas"),
-    ("tabs.csv", "prompt\ttarget_new\np\tn\n", r"Is the delimiter '\\t'\?"),
     ("one.csv", "prompt\np\n", r"has no 'target_new'. Fields found: prompt"),
 ]  # fmt: skip
 
@@ -624,7 +634,7 @@ BAD_RECORDS = [
     ([own(), {**own(2), "\ud800": 1}], r"record 2: a field is named '.ud800'. A name is text"),
     ([own(), 7], r"r, record 2 is 7 \(int\). Each record must be an object"),
     ([own(), ["p", "n"]], r"record 2 is a list"),
-    ([{"question": "q", "answer": "a"}], r"(?s)no known form.*found: answer, question.*zsre \(src, alt\)"),
+    ([{"frage": "q", "wort": "a"}], r"(?s)no known form.*found: frage, wort.*--columns.*zsre \(src, alt\)"),
     ([{"prompt": "p", "target": "n"}], r"record 1 has no 'target_new'. Fields .* Rename 'target'\?"),
     ([own(), {"target_new": "n"}], r"record 2 has no 'prompt'"),
     ([own(), own(prompt="  ")], r"record 2 has no prompt"),
@@ -632,8 +642,8 @@ BAD_RECORDS = [
     ([own(), ZSRE_RECORD], r"record 2 is of the form zsre .*record 1 of the form own"),
     ([own(), KNOWEDIT_ZSRE_RECORD], r"record 2 is of the form knowedit"),
     ([own(target_new=True)], r"record 1: 'target_new' is True \(bool\). Text is expected"),
-    ([own(target_new=float("nan"))], r"'target_new' is nan"),
-    ([own(target_new=["n"])], r"'target_new' is a list"),
+    ([own(target_new=float("inf"))], r"'target_new' is inf"),
+    ([own(target_new=["n", {}])], r"'target_new', item 2 is an object"),
     ([own(subject={"a": 1})], r"'subject' is an object"),
     ([own(prompt="\ud800")], r"'prompt' holds half of a surrogate pair"),
     ([own(rephrase_prompts=["r", None, 1, {}])], r"'rephrase_prompts', item 4 is an object"),
@@ -660,7 +670,7 @@ def test_a_misspelt_field_is_only_an_error_where_the_right_one_is_absent():
     record = {"prompt": "p", "target_new": "n", "ground_thruth": "o"}
     with pytest.raises(FactError, match=r"Did you mean 'ground_truth'\?"):
         from_records([record])
-    assert from_records([{**record, "ground_truth": "o"}]).ignored_fields == ("ground_thruth",)
+    assert from_records([{**record, "ground_truth": "o"}]).ignored_fields == {"ground_thruth": 1}
 
 
 def test_bad_options():

@@ -180,4 +180,4 @@ def loads(text: str, source: str, first_line: int | None = None) -> object:
     except ValueError as error:  # a number of thousands of digits
         if isinstance(error, FactError):
             raise
-        raise FactError(f"{where} cannot be read as JSON: {error}.") from error
+        raise FactError(f"{where} holds a number of thousands of digits. Write it as text, in quotes.") from error

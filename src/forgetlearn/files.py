@@ -91,7 +91,7 @@ def _decoded(path: Path, is_table: bool) -> tuple[str, str]:
             text, encoding = data.decode("cp1252"), ASSUMED
         except UnicodeDecodeError as other:
             raise FactError(f"{path} is neither UTF-8 nor cp1252 at byte {other.start}. Save it as UTF-8.") from other
-    if "\0" in text[:200].split("\n", 1)[0]:
+    if "\0" in re.split(r"[\r\n]", text[:200], maxsplit=1)[0]:
         raise FactError(f"{path} has NUL in its first line. Is it UTF-16 without a byte-order mark? Save it as UTF-8.")
     return text, encoding
 

@@ -319,29 +319,20 @@ def no_form(record: Record, where: str) -> str:
     """Why a record is of no known form: what is missing of the form it looks like, else all forms."""
     names = sorted(record)
     shown = f"Fields found: {some(names, 12) or 'none'}."
-    for have, missing in (("target_new", "prompt"), ("prompt", "target_new")):
-        if have in record and missing not in record:
-            near = difflib.get_close_matches(missing, names, 1, 0.7)
-            hint = f" Rename '{near[0]}'?" if near else f" Or say which field it is: --columns {missing}=NAME."
-            return f"{where} has no '{missing}'. {shown}{hint}"
     for likeness, what, do in LOOKS_LIKE:
         if likeness <= record.keys():
             return f"{where} looks like {what}. {shown}\n{do}"
-    for form in (*FORMS, *OTHERS):
-        absent = [name for name in form.needs if name not in record]
-        if len(form.needs) > 1 and len(absent) < len(form.needs):
-            lacks = " and ".join(f"'{name}'" for name in absent) or form.marks
-            return (
-                f"{where} looks like the form {form.shown}, and lacks {lacks}. {shown}\n"
-                f"Complete it, or say what is what: --columns prompt={plain_name(names)},target_new=..."
-            )
+    for have, missing in (("target_new", "prompt"), ("prompt", "target_new")):
+        if have in record and missing not in record:
+            near = difflib.get_close_matches(missing, names, 1, 0.7)
+            hint = f" Rename '{near[0]}'?" if near else f" Say which field it is: --columns {missing}=NAME."
+            return f"{where} has no '{missing}'. {shown}{hint}"
+    example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new=...'
+    lacks = {form: [name for name in form.needs if name not in record] for form in (*FORMS, *OTHERS)}
+    alike = [form for form, absent in lacks.items() if form.needs and 2 * len(absent) <= len(form.needs)]
+    alike.sort(key=lambda form: len(lacks[form]) / len(form.needs))
+    if alike:
+        like = " or ".join(f"{form.shown}, without {some(lacks[form]) or 'the rest'}" for form in alike[:2])
+        return f"{where} looks like {like}. {shown}\nComplete it, or say what is what: {example}"
     forms = "; ".join(form.shown for form in (*FORMS, *OTHERS))
-    return (
-        f"{where} is of no known form. {shown}\n"
-        f"Say what is what: --columns prompt={plain_name(names)},target_new=...\nKnown forms: {forms}."
-    )
-
-
-def plain_name(names: Sequence[str]) -> str:
-    """The first of the names, to show in an example of `--columns`."""
-    return f'"{names[0][:40]}"' if names else "NAME"
+    return f"{where} is of no known form. {shown}\nSay what is what: {example}\nKnown forms: {forms}."

@@ -19,6 +19,7 @@ from forgetlearn.forms import KNOWN, TableRow
 from forgetlearn.names import NUMBERED_FOLDED, SYNONYMS, fold
 
 DELIMITERS = ",;\t|"
+LINE = re.compile(r"[^\r\n]+(?:\r\n|\r|\n)?|\r\n|\r|\n")
 HEAD = 2**20  # letters in which the header is looked for
 LARGEST_BOOK = 2**30  # bytes that an .xlsx may unpack to
 COMMON = frozenset(fold(name) for name in (*KNOWN, *(name for names in SYNONYMS.values() for name in names)))
@@ -41,20 +42,59 @@ def parse_csv(text: str, source: str, columns: Iterable[str] = (), usual: str = 
     Raises:
         FactError: the text is no CSV, a row has other cells than the header, or a column is there twice.
     """
-    body = text.lstrip("\r\n")
-    line_1 = text[: len(text) - len(body)].count("\n")
-    if said := re.match(r"sep=([^\r\n])\r?\n?", body, re.IGNORECASE):  # Excel's own way to name it
-        delimiter, line_1 = said[1], line_1 + 1
-        body = body[said.end() :]
+    lines = _Lines(text)
+    said = re.compile(r"sep=([^\r\n])[\r\n]", re.IGNORECASE).match(text, lines.start())
+    if said:  # Excel's own way to name it
+        delimiter = said[1]
+        next(lines)
     else:
-        delimiter = _delimiter(body[:HEAD], {fold(name) for name in columns} | COMMON, usual)
-    rows = csv.reader(io.StringIO(body.rstrip("\r\n"), newline=""), delimiter=delimiter, strict=True)
+        head = text[lines.start() : lines.start() + HEAD]
+        delimiter = _delimiter(head, {fold(name) for name in columns} | COMMON, usual)
     try:
-        records, blank = _records(((line_1 + rows.line_num, row) for row in rows), source, delimiter)
+        records, blank = _records(lines.rows(delimiter), source, delimiter)
     except csv.Error as error:
         hint = " Is a quote left open? JSON and JSONL have no limit." if "field limit" in str(error) else ""
-        raise FactError(f"{source} is not CSV at line {line_1 + rows.line_num}: {error}.{hint}") from error
+        raise FactError(f"{source} is not CSV at line {lines.number}: {error}.{hint}") from error
     return Table(records, blank, f"a table, its cells divided by {_shown(delimiter)}")
+
+
+class _Lines:
+    """The lines of a text for csv.reader. Empty lines between rows are skipped at once; in a quoted cell they stay."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.place, self.number = text, 0, 0
+        self.between_rows = True
+
+    def start(self) -> int:
+        """The place of the next line that is not empty."""
+        found = re.compile(r"[\r\n]*").match(self.text, self.place)
+        return found.end() if found else self.place
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if self.between_rows:
+            self._pass(self.start())
+            self.between_rows = False
+        found = LINE.match(self.text, self.place)
+        if not found:
+            raise StopIteration
+        self._pass(found.end())
+        return found[0]
+
+    def _pass(self, end: int) -> None:
+        ends = [self.text.count(mark, self.place, end) for mark in ("\n", "\r", "\r\n")]
+        unended = end > self.place and self.text[end - 1] not in "\r\n"  # the last line of a file may be
+        self.number += ends[0] + ends[1] - ends[2] + unended
+        self.place = end
+
+    def rows(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+        """The rows, each with the number of its last line."""
+        self.between_rows = True
+        for row in csv.reader(self, delimiter=delimiter, strict=True):
+            yield self.number, row
+            self.between_rows = True
 
 
 def _shown(delimiter: str) -> str:
