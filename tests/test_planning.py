@@ -256,7 +256,7 @@ class TestPlan:
         for line in lines[5:]:
             del line["ground_truth"]
         (tmp_path / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for old_from, n_forgotten in (("answers", 5), ("answers,model", 8), ("model", 8)):
+        for old_from, n_forgotten in (("answers", 5), ("answers,model", 8)):
             facts = forgetlearn.read_facts(tmp_path / "f.jsonl", old_from=old_from)
             plan = plan_update(config_of(small_lab, method="f-ft"), facts)
             assert [stage.texts for stage in plan.stages if stage.name in ("forget", "learn")] == [n_forgotten, 8]
