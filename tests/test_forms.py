@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forgetlearn.cli import main
+from forgetlearn.cli import app, main
 from forgetlearn.config import load_config
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import Fact, Probe, from_records, make_fact, read_facts, write_facts
+from forgetlearn.inputs import read_config_facts, resolve
 from test_facts import ZSRE_RECORD, assert_adds_up, one, own, save
 
 # Made up, with the field names of the real files (github.com/princeton-nlp/MQuAKE, edenbiran/RippleEdits,
@@ -428,6 +430,21 @@ def test_columns_as_text(text, found):
 def test_bad_columns_are_a_setting_that_is_named(text):
     with pytest.raises(ConfigError, match=r"facts\.columns"):
         load_config(None, {"facts.columns": text})
+
+
+@pytest.mark.parametrize("command", ["facts", "lab", "update", "plan", "compare", "evaluate"])
+def test_case_18_every_command_that_reads_facts_has_the_flags(command):
+    flags = {flag for option in typer.main.get_command(app).commands[command].params for flag in option.opts}
+    assert {"--columns", "--aliases", "--limit"} <= flags
+
+
+def test_columns_reach_an_update_and_contradict_facts_that_are_read_already(tmp_path):
+    path = save(tmp_path, "f.csv", "Frage;Neu\nWho?;Ada|A\n")
+    config = load_config(None, {"facts.source": str(path), "facts.columns": "prompt=Frage", "facts.aliases": "|"})
+    facts = read_config_facts(config)
+    assert list(facts) == [make_fact("Who?", "Ada", target_new_aliases=["A"])]
+    with pytest.raises(ConfigError, match=r"facts\.aliases = '\|', but the facts that are passed in"):
+        resolve(config, "model", facts)
 
 
 # The real files

@@ -287,7 +287,7 @@ class FactsSettings(Settings):
     aliases: str | None = Field(
         None,
         min_length=1,
-        description="What divides the ways to write an answer, such as |; the first is taught, each counts as right.",
+        description="What divides the ways to write an answer: a bar, say. The first is taught, each counts as right.",
     )
 
     @field_validator("old_from")
