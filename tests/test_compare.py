@@ -424,3 +424,22 @@ def test_what_would_be_left_out_or_fail_later_is_found_at_once(small_lab, facts,
     with pytest.raises(ConfigError, match=message):
         fill(small_lab, facts, settings, config, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_case_14_facts_without_an_old_answer_are_learned_in_every_cell(small_lab, config, tmp_path):
+    lines = disk.read_rows(small_lab / "facts.jsonl")[:4]
+    for line in lines[2:]:
+        del line["ground_truth"]
+    disk.write_rows(tmp_path / "f.jsonl", lines)
+    settings = CompareSettings(methods=("ft", "f-lora"), coefs=(1.0,), seeds=(0,))
+    plain = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"protocols": ("token",)})})
+    cells = fill(small_lab, tmp_path / "f.jsonl", settings, plain, output=tmp_path / "out")
+    for cell in cells:
+        told = disk.read_json(tmp_path / "out" / "cells" / cell.name / "summary.json")["facts"]
+        assert (told["used"], told["known"], told["without_old"]) == (4, 2, {"no_old_answer": 2})
+        assert told["forgotten"] == (2 if cell.method == "f-lora" else None)
+    write_table(tmp_path / "out")
+    assert "2 of 4 facts have no old answer" in (tmp_path / "out" / "report.html").read_text()
+    asking = load_config(None, {"model.name": str(small_lab), "facts.old_from": "answers,model"})
+    with pytest.raises(ConfigError, match="old_from"):
+        fill(small_lab, tmp_path / "f.jsonl", settings, asking, output=tmp_path / "other")

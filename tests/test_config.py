@@ -75,6 +75,19 @@ def test_what_is_written_is_read_back(yaml_file):
     assert load_config(yaml_file(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
+def test_sources_of_old_answers_are_a_list_or_a_text_with_commas(yaml_file):
+    for written in ("answers, model", "[answers, model]"):
+        config = load_config(yaml_file(f"facts: {{old_from: {written!r}}}".replace("'[", "[").replace("]'", "]")))
+        assert config.facts.old_from == ("answers", "model")
+        dumped = config.model_dump(mode="json")
+        assert dumped["facts"]["old_from"] == "answers,model"
+        assert load_config(yaml_file(yaml.safe_dump(dumped))) == config
+    assert load_config().model_dump()["facts"]["old_from"] == "answers"  # as earlier versions recorded it
+    for wrong in ("model,answers", "answers,answers", "answers,nobody", []):
+        with pytest.raises(ConfigError, match=r"facts\.old_from"):
+            load_config(None, {"facts.old_from": wrong})
+
+
 def test_assignments_are_yaml():
     given = ["forget.epochs=6", "learn.lora.target_modules=[q_proj, v_proj]", "facts.limit=", "model.name=a=b"]
     assert parse_assignments(given) == {

@@ -18,10 +18,13 @@ from forgetlearn.facts import (
     Fact,
     FactSet,
     Probe,
+    as_written,
     fact_id,
     from_records,
     make_fact,
     read_facts,
+    sha256,
+    tell_old,
     with_old_answers,
     write_facts,
 )
@@ -104,6 +107,8 @@ def assert_adds_up(facts: FactSet) -> None:
     total = sum(facts.left_out.values()) + sum(facts.left_out_probes.values())
     assert total == len(facts.left_out_records)
     assert {item.reason for item in facts.left_out_records} <= REASONS.keys()
+    assert facts.used == len(facts.old_sources) + len(facts.to_ask) + sum(facts.without_old.values())
+    assert facts.old_sources.keys() == {fact.id for fact in facts if fact.ground_truth}
 
 
 # The forms
@@ -119,6 +124,7 @@ def test_zsre_puts_alt_on_the_new_side_and_the_first_answer_on_the_old():
         subject="Clutch Hitter",
         rephrase_prompts=["What's the publisher of Clutch Hitter?"],
         locality=[Probe("nq question: what part of the brain is in the middle cranial fossa", "temporal lobes")],
+        ground_truth_aliases=["SEGA"],
     )
 
 
@@ -150,7 +156,7 @@ def test_flat_counterfact():
 def test_nested_counterfact_fills_in_the_subject_and_gives_neighbours_the_old_answer():
     facts = from_records([NESTED_RECORD])
     assert facts.reader == "counterfact-nested"
-    assert facts.ignored_fields == ("attribute_prompts", "generation_prompts", "pararel_idx")
+    assert facts.ignored_fields == {"attribute_prompts": 1, "generation_prompts": 1, "pararel_idx": 1}
     assert facts[0] == make_fact(
         "The mother tongue of Danielle Darrieux is",
         "English",
@@ -170,7 +176,7 @@ def test_both_forms_of_counterfact_give_one_id():
 
 def test_knowedit_takes_first_answers_and_probes_of_every_group():
     facts = from_records([KNOWEDIT_ZSRE_RECORD])
-    assert (facts.reader, facts.ignored_fields) == ("knowedit", ("portability",))
+    assert (facts.reader, facts.ignored_fields) == ("knowedit", {"portability": 1})
     assert facts[0] == make_fact(
         "Which family does Epaspidoceras belong to?",
         "Noctuidae",
@@ -199,17 +205,16 @@ def test_knowedit_old_answer_as_text_list_or_list_of_lists(old):
 def test_a_list_of_old_answers_takes_nothing_from_the_own_form():
     fields = {"rephrase_prompts": ["r1", "r2"], "locality_prompt": "p1", "locality_ground_truth": "a1"}
     facts = from_records([own(1, ground_truth=["old", "other"], **fields), own(2, ground_truth="o", text="a note")])
-    assert (facts.reader, facts.ignored_fields) == ("own", ("text",))
-    assert [fact.ground_truth for fact in facts] == ["old", "o"]
+    assert (facts.reader, facts.ignored_fields) == ("own", {"text": 1})
+    assert [fact.old_answers for fact in facts] == [("old", "other"), ("o",)]
     assert facts[0].rephrase_prompts == ("r1", "r2")
     assert facts[0].locality == (Probe("p1", "a1"),)
 
 
 def test_knowedit_without_groups_reads_the_same_by_the_own_names():
     record = {"subject": "Abu Qasim", "prompt": "p", "target_new": "n", "ground_truth": [["mayor", "alias"]]}
-    assert (
-        one(record) == one(record | {"locality": {}}) == make_fact("p", "n", ground_truth="mayor", subject="Abu Qasim")
-    )
+    expected = make_fact("p", "n", ground_truth="mayor", ground_truth_aliases=["alias"], subject="Abu Qasim")
+    assert one(record) == one(record | {"locality": {}}) == expected
 
 
 def test_own_form_with_every_way_to_give_rephrases_and_probes():
@@ -236,8 +241,9 @@ def test_numbers_are_answers_too():
     assert (fact.target_new, fact.ground_truth) == ("12", "1.5")
 
 
-def test_a_field_that_nothing_reads_is_named():
-    assert from_records([own(source="a book"), own(2, page=3)]).ignored_fields == ("page", "source")
+def test_a_field_that_nothing_reads_is_named_and_its_values_are_counted():
+    records = [own(source="a book", pages=[3, 4]), own(2, pages=3, empty="", none=None)]
+    assert from_records(records).ignored_fields == {"pages": 3, "source": 1}
 
 
 def test_id_is_the_content_without_the_old_answer():
@@ -371,10 +377,10 @@ def test_every_reason_is_counted_once_and_told_with_its_record():
         own(7, locality=[["Question 7?", "a"], ["", ""]]),
     ]
     facts = from_records(records)
-    assert [fact.prompt for fact in facts] == ["Question 1?", "Question 7?"]
+    assert [fact.prompt for fact in facts] == ["Question 1?", "Question 3?", "Question 7?"]
+    assert facts.without_old_answer == 1
     assert facts.left_out == {
         "old_equals_new": 1,
-        "no_old_answer": 1,
         "empty_new_answer": 1,
         "repeated_prompt": 1,
         "repeated_fact": 1,
@@ -387,33 +393,31 @@ def test_every_reason_is_counted_once_and_told_with_its_record():
         (1, "empty_locality_probe"),
         (1, "locality_is_edit_prompt"),
         (2, "old_equals_new"),
-        (3, "no_old_answer"),
         (4, "empty_new_answer"),
         (5, "repeated_prompt"),
         (6, "repeated_fact"),
         (7, "locality_is_edit_prompt"),
     ]
-    assert facts.left_out_records[5].detail == "Question 1? -> another (record 1: new 1)"
+    assert facts.left_out_records[4].detail == "Question 1? -> another (record 1: new 1)"
+    assert facts.without_old == {"no_old_answer": 1}
     assert_adds_up(facts)
 
 
-def test_an_old_answer_may_be_missing_everywhere_but_not_here_and_there():
+def test_case_14_facts_without_an_old_answer_are_used_and_counted():
     without = [{"prompt": f"p{n}", "target_new": "n"} for n in range(3)]
     facts = from_records(without)
     assert (facts.used, {fact.ground_truth for fact in facts}) == (3, {None})
     mixed = from_records([*without, own()])
-    assert (mixed.used, mixed.left_out) == (1, {"no_old_answer": 3})
+    assert (mixed.used, mixed.left_out, mixed.without_old) == (4, {}, {"no_old_answer": 3})
+    assert mixed.old_counts == {"answers": 1}
     assert_adds_up(mixed)
+    assert from_records([*without, own()], strict=True).used == 4  # nothing is left out
 
 
-def test_limit_does_not_change_which_facts_need_an_old_answer():
-    facts = from_records([{"prompt": "p", "target_new": "n"}, own(1), own(2)], limit=1)
-    assert (facts[0].prompt, facts.left_out, facts.read, facts.in_source) == (
-        "Question 1?",
-        {"no_old_answer": 1},
-        2,
-        3,
-    )
+def test_the_limit_counts_facts_without_an_old_answer_too():
+    facts = from_records([{"prompt": "p", "target_new": "n"}, own(1), own(2)], limit=2)
+    assert [fact.ground_truth for fact in facts] == [None, "old 1"]
+    assert (facts.read, facts.in_source, facts.without_old) == (2, 3, {"no_old_answer": 1})
 
 
 def test_a_probe_is_compared_with_used_facts_only():
@@ -422,12 +426,94 @@ def test_a_probe_is_compared_with_used_facts_only():
     assert from_records(records).left_out_probes == {"locality_is_edit_prompt": 1}
 
 
-def test_pred_needs_a_pred_in_every_record():
+def test_each_fact_takes_the_first_source_that_has_an_old_answer():
+    records = [
+        ZSRE_RECORD,
+        {**ZSRE_RECORD, "src": "another?", "pred": ""},
+        {**ZSRE_RECORD, "src": "a third?", "pred": " ", "answers": []},
+    ]
+    for old_from, olds, counts in (
+        ("pred", ["Viking Press", None, None], {"pred": 1}),
+        ("pred,answers", ["Viking Press", "Sega", None], {"pred": 1, "answers": 1}),
+        (["answers", "pred"], ["Sega", "Sega", None], {"answers": 2}),
+        ("pred,answers,model", ["Viking Press", "Sega", None], {"pred": 1, "answers": 1}),
+    ):
+        facts = from_records(records, old_from=old_from)
+        assert [fact.ground_truth for fact in facts] == olds
+        assert facts.old_counts == counts
+        waits = "model" in old_from
+        assert facts.without_old == ({} if waits else {"no_old_answer": olds.count(None)})
+        assert facts.to_ask == ((facts[2].id,) if waits else ())
+        assert_adds_up(facts)
+
+
+def test_the_model_is_asked_for_what_the_file_does_not_have():
+    nothing = {"ground_truth": ""}
+    records = [own(1), *(own(n, **nothing) for n in (2, 3, 4, 5))]
+    facts = from_records(records, old_from="answers,model")
+    assert facts.to_ask == tuple(fact.id for fact in facts[1:])
+    said = dict(zip(facts.to_ask, ["Rome\n", "", "New 4.", "and so on"], strict=True))
+    filled = with_old_answers(facts, said, unfinished=[facts[4].id])
+    assert [fact.ground_truth for fact in filled] == ["old 1", "Rome", None, None]
+    assert filled.old_counts == {"answers": 1, "model": 1}
+    assert filled.without_old == {"no_old_answer": 1, "unfinished_old_answer": 1}
+    assert (filled.left_out, filled.to_ask) == ({"old_equals_new": 1}, ())
+    assert filled.old_sources == {facts[0].id: "answers", facts[1].id: "model"}
+    assert_adds_up(filled)
+
+
+def test_what_is_said_of_old_answers_adds_up():
+    records = [own(1), own(2, ground_truth=None), own(3, ground_truth=None)]
+    assert tell_old({}, {"no_old_answer": 3}) == []  # a file of new answers only
+    waiting = from_records(records, old_from="answers,model")
+    (line,) = tell_old(waiting.old_counts, waiting.without_old, len(waiting.to_ask))
+    assert "1 from answers, 2 from the model" in line
+    without = from_records(records)
+    (line,) = tell_old(without.old_counts, without.without_old)
+    assert line.startswith("2 of 3 facts have no old answer: they are learned without being forgotten")
+
+
+# Aliases
+
+
+def aliased(prompt: str, **fields: object) -> dict[str, object]:
+    return {"prompt": prompt, "target_new": ["Ada", "Ada Roe"], "ground_truth": ["Lee", "Lee Doe"], **fields}
+
+
+def test_what_the_model_says_is_held_against_each_alias():
+    facts = from_records([aliased("a"), aliased("b")], old_from="model")
+    assert facts[0].old_answers == ()
+    filled = with_old_answers(facts, {facts[0].id: "ada roe.", facts[1].id: "Al"})
+    assert [fact.old_answers for fact in filled] == [("Al",)]
+    assert filled.left_out == {"old_equals_new": 1}
+
+
+def test_aliases_are_those_of_the_source_of_the_old_answer():
+    records = [{**ZSRE_RECORD, "answers": ["Sega", "Sega Games"]}, {**ZSRE_RECORD, "src": "b", "pred": ""}]
+    records[1]["answers"] = ["Sega", "Sega Games"]
+    facts = from_records(records, old_from="pred,answers")
+    assert [fact.old_answers for fact in facts] == [("Viking Press",), ("Sega", "Sega Games")]
+
+
+def test_facts_without_aliases_keep_their_hash():
+    facts = from_records([own(1), own(2, ground_truth=None)])
+    assert facts.sha256() == "471d00093002b912b61aabc864f546d683b8ce2c75431ed3508c384bad7e3172"  # as at e89f7b9
+    assert sha256([make_fact("a", "b", target_new_aliases=["c"])]) != sha256([make_fact("a", "b")])
+
+
+def test_a_written_line_has_each_answer_and_its_aliases_apart(tmp_path):
+    facts = [make_fact("a", "b", ground_truth="c", ground_truth_aliases=["d", "e"]), make_fact("f", "g")]
+    write_facts(facts, tmp_path / "facts.jsonl")
+    lines = [as_written(json.loads(line)) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
+    names = ("target_new", "target_new_aliases", "ground_truth", "ground_truth_aliases")
+    assert [[line[name] for name in names] for line in lines] == [["b", [], "c", ["d", "e"]], ["g", [], None, []]]
+
+
+def test_a_fact_without_pred_stays_too():
     records = [ZSRE_RECORD, {**ZSRE_RECORD, "src": "another?", "pred": ""}]
     facts = from_records(records, old_from="pred")
-    assert (facts.used, facts.left_out) == (1, {"no_old_answer": 1})
-    with pytest.raises(FactError, match=r"no fact is left of 1 records.\n1 no_old_answer \(record 1\)"):
-        from_records(records[1:], old_from="pred")
+    assert [fact.old_answers for fact in facts] == [("Viking Press",), ()]  # the aliases are those of `answers`
+    assert (facts.left_out, facts.without_old_answer) == ({}, 1)
 
 
 def test_strict_lists_reasons_with_the_first_records():
@@ -450,16 +536,17 @@ def test_models_own_answers_become_the_old_ones():
     filled = with_old_answers(facts, said)
     assert [(fact.id, fact.ground_truth) for fact in filled] == [
         (facts[0].id, "Rome"),
+        (facts[1].id, None),
         (facts[3].id, "Oslo"),
     ]
-    assert filled.left_out == {"no_old_answer": 1, "repeated_fact": 1, "old_equals_new": 1}
+    assert filled.left_out == {"repeated_fact": 1, "old_equals_new": 1}
     assert [(item.record, item.reason) for item in filled.left_out_records] == [
-        (2, "no_old_answer"),
         (3, "repeated_fact"),
         (4, "old_equals_new"),
     ]
     assert (facts.left_out_probes, filled.left_out_probes) == ({"locality_is_edit_prompt": 1}, {})
-    assert (filled.read, filled.stripped, filled.old_from) == (5, 1, "model")
+    assert (filled.read, filled.stripped, filled.old_from) == (5, 1, ("model",))
+    assert (filled.old_counts, filled.without_old) == ({"model": 2}, {"no_old_answer": 1})
     assert_adds_up(filled)
 
 
@@ -481,27 +568,19 @@ def test_what_a_model_says_without_an_end_is_no_answer():
     ids = [fact.id for fact in facts]
     said = dict(zip(ids, ["Rome", "Oslo and the", "new 3", ""], strict=True))
     filled = with_old_answers(facts, said, unfinished={ids[1], ids[2], ids[3]})
-    assert [fact.ground_truth for fact in filled] == ["Rome"]
-    assert filled.left_out == {"unfinished_old_answer": 2, "no_old_answer": 1}
-    assert "evaluate.max_new_tokens" in REASONS["unfinished_old_answer"]
+    assert [fact.ground_truth for fact in filled] == ["Rome", None, None, None]
+    assert filled.without_old == {"unfinished_old_answer": 2, "no_old_answer": 1}
     assert_adds_up(filled)
-    with pytest.raises(FactError, match=r"1 unfinished_old_answer \(record 2\)"):
-        with_old_answers(facts, said, unfinished=[ids[1]], strict=True)
-
-
-def test_no_model_answer_that_ends_says_what_to_do():
-    facts = from_records([own(1), own(2)], old_from="model")
-    said = {fact.id: "and so on" for fact in facts}
-    with pytest.raises(FactError, match=r"(?s)no fact is left of 2.*2 unfinished_old_answer.*max_new_tokens"):
-        with_old_answers(facts, said, unfinished=said)
 
 
 def test_model_answers_must_be_there_for_every_fact():
     facts = from_records([own(1), own(2)], old_from="model")
     with pytest.raises(FactError, match=f"no answer was given for 1 facts: {facts[1].id}"):
         with_old_answers(facts, {facts[0].id: "Rome"})
-    with pytest.raises(FactError, match=r"no fact is left of 2 records.\n1 old_equals_new .*1 no_old_answer"):
-        with_old_answers(facts, {facts[0].id: "new 1", facts[1].id: ""})
+    with pytest.raises(FactError, match=r"no fact is left of 2 records.\n2 old_equals_new \(record 1, 2\)"):
+        with_old_answers(facts, {facts[0].id: "new 1", facts[1].id: "new 2"})
+    with pytest.raises(FactError, match=r"1 old_equals_new \(record 1\)"):
+        with_old_answers(facts, {facts[0].id: "new 1", facts[1].id: ""}, strict=True)
 
 
 # Bad input
@@ -513,23 +592,24 @@ BAD_FILES = [
     ("none.json", "[]", r"none.json holds no record"),
     ("header.csv", "prompt,target_new\n", r"holds no record"),
     ("latin.json", b'[{"prompt": "caf\xe9"}]', r"latin.json is not UTF-8 at byte 16"),
-    ("utf16.csv", "prompt".encode("utf-16"), r"is UTF-16, as its first two bytes say. Save it as UTF-8"),
+    ("utf16.csv", "prompt".encode("utf-16")[:-1], r"is UTF-16-LE, as its first bytes say, and broken at byte 12"),
+    ("none16.csv", "prompt,a".encode("utf-16-le"), r"NUL in its first line. Is it UTF-16 without"),
+    ("mixed.csv", b"prompt,target_new\nZ\xc3\xbcrich?,caf\xe9\n", r"mixed.csv is not UTF-8 at byte 30"),
+    ("no1252.csv", b"prompt,target_new\nZ\x81rich?,a\n", r"neither UTF-8 nor cp1252 at byte 19"),
     ("bad.json", '[\n {"prompt" "x"}]', r"bad.json is not JSON at line 2, column 12: Expecting ':'"),
     ("bad.jsonl", f"{GOOD}\n\nprompt: x\n", r"bad.jsonl is not JSON at line 3, column 1"),
     ("cut.json", f"[{GOOD}, {GOOD[:30]}", r"cut.json is cut short: .*line 1"),
     ("cut.jsonl", f"{GOOD}\n{GOOD[:-1]}", r"cut.jsonl is cut short: .*line 2"),
     ("cut.csv", 'prompt,target_new\n"Who', r"cut.csv is not CSV at line 2: unexpected end"),
-    ("nan.json", f"[{GOOD[:-1]}, \"subject\": NaN}}]", r"nan.json: NaN is no JSON value. Write null"),
+    ("inf.json", f"[{GOOD[:-1]}, \"subject\": Infinity}}]", r"inf.json: Infinity is no JSON value. Write null"),
     ("names.jsonl", f'{GOOD}\n{{"prompt": "a", "prompt": "b"}}', r"line 2: an object names 'prompt' 2 times: .*'b'"),
     ("deep.json", "[" * 200_000, r"deep.json (cannot be read as JSON|is cut short)"),
     ("text.json", '"facts"', r"text.json holds the text 'facts'. A list of records"),
     ("two.json", '{"train": [], "test": []}', r"(?s)Fields found: test, train.*exactly one list"),
     ("what.txt", GOOD, r"suffix '.txt' is unknown. Known are .json, .jsonl, .csv"),
-    ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 has 1 cells, the header 2"),
+    ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 \(line 3\) has 1 cells, the header 2: p\n"),
     ("twice.csv", "prompt,target_new,prompt\n", r"header names prompt more than once"),
     ("cell.csv", 'prompt,target_new,locality\np,n,"[x"\n', r"record 1: 'locality' is not JSON at line 1"),
-    ("semi.csv", "prompt;target_new\np, q;n\n", r"'prompt;target_new'. Is the delimiter ';'\? Save it with commas"),
-    ("tabs.csv", "prompt\ttarget_new\np\tn\n", r"Is the delimiter '\\t'\?"),
     ("one.csv", "prompt\np\n", r"has no 'target_new'. Fields found: prompt"),
 ]  # fmt: skip
 
@@ -554,7 +634,7 @@ BAD_RECORDS = [
     ([own(), {**own(2), "\ud800": 1}], r"record 2: a field is named '.ud800'. A name is text"),
     ([own(), 7], r"r, record 2 is 7 \(int\). Each record must be an object"),
     ([own(), ["p", "n"]], r"record 2 is a list"),
-    ([{"question": "q", "answer": "a"}], r"(?s)no known form.*found: answer, question.*zsre \(src, alt\)"),
+    ([{"frage": "q", "wort": "a"}], r"(?s)no known form.*found: frage, wort.*--columns.*zsre \(src, alt\)"),
     ([{"prompt": "p", "target": "n"}], r"record 1 has no 'target_new'. Fields .* Rename 'target'\?"),
     ([own(), {"target_new": "n"}], r"record 2 has no 'prompt'"),
     ([own(), own(prompt="  ")], r"record 2 has no prompt"),
@@ -562,8 +642,8 @@ BAD_RECORDS = [
     ([own(), ZSRE_RECORD], r"record 2 is of the form zsre .*record 1 of the form own"),
     ([own(), KNOWEDIT_ZSRE_RECORD], r"record 2 is of the form knowedit"),
     ([own(target_new=True)], r"record 1: 'target_new' is True \(bool\). Text is expected"),
-    ([own(target_new=float("nan"))], r"'target_new' is nan"),
-    ([own(target_new=["n"])], r"'target_new' is a list"),
+    ([own(target_new=float("inf"))], r"'target_new' is inf"),
+    ([own(target_new=["n", {}])], r"'target_new', item 2 is an object"),
     ([own(subject={"a": 1})], r"'subject' is an object"),
     ([own(prompt="\ud800")], r"'prompt' holds half of a surrogate pair"),
     ([own(rephrase_prompts=["r", None, 1, {}])], r"'rephrase_prompts', item 4 is an object"),
@@ -590,16 +670,18 @@ def test_a_misspelt_field_is_only_an_error_where_the_right_one_is_absent():
     record = {"prompt": "p", "target_new": "n", "ground_thruth": "o"}
     with pytest.raises(FactError, match=r"Did you mean 'ground_truth'\?"):
         from_records([record])
-    assert from_records([{**record, "ground_truth": "o"}]).ignored_fields == ("ground_thruth",)
+    assert from_records([{**record, "ground_truth": "o"}]).ignored_fields == {"ground_thruth": 1}
 
 
 def test_bad_options():
     with pytest.raises(FactError, match=r"limit = 0: must be at least 1"):
         from_records([own()], limit=0)
-    with pytest.raises(FactError, match=r"old_from = 'alt': must be one of answers, pred, model"):
-        from_records([own()], old_from="alt")
+    for wrong in ("alt", "answers,alt", "model,answers", "answers,answers", []):
+        with pytest.raises(FactError, match=r"old_from = "):
+            from_records([own()], old_from=wrong)
     with pytest.raises(FactError, match=r"of the form own, which has no 'pred'. Only the form zsre has"):
         from_records([own()], old_from="pred")
+    assert from_records([own()], old_from="pred,answers")[0].ground_truth == "old 1"
 
 
 # The hub

@@ -33,7 +33,7 @@ class StandIn:
         plain = generation.TransformersGenerator(self.lm)
         outputs = []
         for prompt, wanted in zip(prompts, params, strict=True):
-            (ids,) = plain.generate([prompt["prompt_token_ids"]], wanted["max_tokens"])
+            (ids,) = plain.generate([prompt["prompt_token_ids"]], [generation.Room(wanted["max_tokens"])])
             ended = set(ids) & set(wanted["stop_token_ids"])
             ids = [token for token in ids if token not in wanted["stop_token_ids"]]
             said = SimpleNamespace(token_ids=tuple(ids), finish_reason="stop" if ended else "length")
@@ -58,7 +58,7 @@ def named(lm):
 
 def test_vllm_is_asked_greedily_once_for_all_and_says_what_transformers_says(named, vllm):
     prompts = ["Hello", "What?", "ab" * 9, "Who is it"]
-    (ids,) = generation.TransformersGenerator(named).generate([named.encoder.prompt_ids("Hello")], 6)
+    (ids,) = generation.TransformersGenerator(named).generate([named.encoder.prompt_ids("Hello")], [generation.Room(6)])
     named.encoder.end_ids = [ids[3]]  # so that this answer ends early
     plain = Scorer(named, VLLM.model_copy(update={"engine": "transformers"})).say(prompts)
     assert Scorer(named, VLLM).say(prompts) == plain
@@ -77,6 +77,29 @@ def test_each_prompt_has_its_own_room_in_the_context(named, vllm):
     widths = [len(named.encoder.prompt_ids(prompt)) for prompt in ("Hello", "x" * 15)]
     assert [wanted["max_tokens"] for wanted in params] == [min(6, 20 - width) for width in widths]
     assert options["max_model_len"] <= 20
+
+
+def test_case_11_each_answer_has_its_own_room(named, vllm):
+    settings = VLLM.model_copy(update={"engine": "transformers"})
+    rooms = {"Hello": generation.Room(30), "What?": generation.Room(17, lines=3)}
+    prompts = ["Hello", "What?", "ab" * 9, "Who is it"]
+    found = Scorer(named, settings).say(prompts, rooms)
+    assert found == Scorer(named, settings.model_copy(update={"batch_size": 1})).say(prompts, rooms)
+    assert found == {p: Scorer(named, settings).say([p], rooms)[p] for p in prompts}
+    assert found == Scorer(named, VLLM).say(prompts, rooms)
+    assert [wanted["max_tokens"] for wanted in vllm.calls[0][1]] == [30, 17, 6, 6]
+    usual = Scorer(named, settings).say(prompts)
+    assert {p: found[p] for p in prompts[2:]} == {p: usual[p] for p in prompts[2:]}
+    assert len(found["Hello"].text) > len(usual["Hello"].text)
+
+
+def test_more_room_stays_within_the_context(named, vllm):
+    named.encoder.max_length = 24
+    rooms = {"Hello": generation.Room(15), "x" * 12: generation.Room(9)}  # each fits, but not beside the other
+    settings = VLLM.model_copy(update={"engine": "transformers"})
+    found = Scorer(named, settings).say(rooms, rooms)
+    assert found == Scorer(named, VLLM).say(rooms, rooms)
+    assert found == {p: Scorer(named, settings).say([p], rooms)[p] for p in rooms}
 
 
 def test_an_adapter_goes_by_a_lora_request_on_its_base(named, vllm, tmp_path):

@@ -190,10 +190,15 @@ def test_a_bf16_base_is_trained_in_float32_and_rounded_once_at_the_end(small_lab
     assert {weight.dtype for weight in lm.model.parameters()} == {torch.bfloat16}
 
 
-def test_a_fact_without_an_old_answer_cannot_be_forgotten(world):
-    lm, _facts = world
-    with pytest.raises(FactError, match="has no old answer to forget"):
-        forget(lm, [make_fact("Who?", "Ann")], FORGET, "lora")
+def test_facts_without_an_old_answer_have_nothing_to_forget(small_lab):  # case 14
+    lm = load_model(ModelSettings(name=str(small_lab)))
+    facts = list(read_facts(small_lab / "facts.jsonl"))[:2]
+    without = make_fact("Who?", "Ann")
+    alone = forget(lm, facts, FORGET, "lora", seed=7)
+    lm = load_model(ModelSettings(name=str(small_lab)))
+    assert forget(lm, [*facts, without], FORGET, "lora", seed=7).steps == alone.steps
+    with pytest.raises(FactError, match="old answer"):
+        forget(lm, [without], FORGET, "lora")
 
 
 def test_gpt2_and_tied_models_go_through_every_method(tiny_model, char_tokenizer):

@@ -251,6 +251,16 @@ class TestPlan:
         plan = plan_update(config_of(folder), facts)
         assert any("1.5 tokens a word are assumed" in note for note in plan.notes)
 
+    def test_only_facts_with_an_old_answer_are_forgotten(self, small_lab, tmp_path):  # case 14
+        lines = [json.loads(line) for line in (small_lab / "facts.jsonl").read_text().splitlines()[:8]]
+        for line in lines[5:]:
+            del line["ground_truth"]
+        (tmp_path / "f.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for old_from, n_forgotten in (("answers", 5), ("answers,model", 8)):
+            facts = forgetlearn.read_facts(tmp_path / "f.jsonl", old_from=old_from)
+            plan = plan_update(config_of(small_lab, method="f-ft"), facts)
+            assert [stage.texts for stage in plan.stages if stage.name in ("forget", "learn")] == [n_forgotten, 8]
+
     def test_what_is_wrong_is_said(self, small_lab, tmp_path):
         facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=4)
         with pytest.raises(ConfigError, match="--rate fast: expected TFLOP/s"):

@@ -1,14 +1,17 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from forgetlearn import scoring
-from forgetlearn.config import EvaluateSettings, ModelSettings
+from forgetlearn.config import EvaluateSettings, ModelSettings, TeachSettings
 from forgetlearn.errors import ModelError
 from forgetlearn.facts import Probe, make_fact, read_facts
+from forgetlearn.generation import Room
 from forgetlearn.models import load_model, wrap
 from forgetlearn.scoring import Failure, Reading, Said, Scorer
+from forgetlearn.stages import teach
 
 FACTS = [
     make_fact("Who made it?", "Ann B", ground_truth="Cy", rephrase_prompts=("Its maker is", "Made by")),
@@ -199,6 +202,87 @@ def test_known_facts_are_those_whose_old_answer_is_said():
     said = zip(FACTS, ("cy.", "Rome", "x"), strict=True)
     rows = [{"fact": fact.id, "protocol": "generate", "said": text} for fact, text in said]
     assert scoring.known_facts(FACTS, rows) == [FACTS[0]]
+
+
+def test_case_13_facts_are_known_by_any_alias_of_the_old_answer():
+    fact = replace(FACTS[0], ground_truth_aliases=("Cyrus", "Cy Lee"))
+    for said, known in (("Cyrus.", [fact]), ("cy lee", [fact]), ("Cy", [fact]), ("Ann B", [])):
+        assert scoring.known_facts([fact], [{"fact": fact.id, "protocol": "generate", "said": said}]) == known
+
+
+def scored(lm, monkeypatch, fact, *said):
+    """Rows by protocol where the model says these texts to the prompt and its rephrasings; and the texts read."""
+    replies = dict(zip((fact.prompt, *fact.rephrase_prompts), (Said(text, False) for text in said), strict=True))
+    read = []
+    original = Scorer._read_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "say", lambda *_given: replies)
+        patch.setattr(Scorer, "_read_batch", lambda self, *given: read.extend(given[0]) or original(self, *given))
+        rows = scoring.score(lm, [fact], phase="base")
+    return {row["protocol"]: row for row in rows}, read
+
+
+def test_case_13_each_alias_counts_as_right_in_what_is_said_and_costs_nothing(lm, monkeypatch):
+    fact = make_fact("Who made it?", "Ann B", ground_truth="Cy", rephrase_prompts=("Its maker is", "Made by"))
+    aliased = replace(fact, target_new_aliases=("Annie", "Ann Bo"), ground_truth_aliases=("Cyrus",))
+    said = ("annie.", "It is Ann Bo", "Cyrus")
+    plain, read = scored(lm, monkeypatch, fact, *said)
+    rows, read_too = scored(lm, monkeypatch, aliased, *said)
+    assert [plain["generate"][q] for q in scoring.QUANTITIES] == [0, 0, 0]
+    assert [rows["generate"][q] for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
+    assert [rows["contains"][q] for q in scoring.QUANTITIES] == [1, 0.5, pytest.approx(1 / 3)]
+    assert read_too == read  # no text more
+    for protocol in ("token", "exact", "prefer"):
+        assert rows[protocol] == plain[protocol]
+
+
+def test_an_answer_is_held_against_as_many_lines_as_it_has(lm, monkeypatch):
+    fact = make_fact("Who leads?", "Ada\nByron", ground_truth="Lee", rephrase_prompts=("Led by", "Head is"))
+    rows, _read = scored(lm, monkeypatch, fact, "Ada \n Byron", "Lee\nand so on", "Ada")
+    assert [rows["generate"][q] for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
+    assert rows["contains"]["generality"] == 0
+
+
+LONG = "a coat of forty brass buttons, sewn by hand in Oslo"
+
+
+@pytest.fixture(scope="module")
+def memorised(tiny_model, char_tokenizer):
+    """A model that says what no room of 32 tokens and no single line has, and the facts that it holds."""
+    new = make_fact("Who leads Acme?", "Ada\nByron")
+    long, short = make_fact("What is it?", LONG), make_fact("Where is it?", "Rome")
+    lm = wrap(tiny_model(hidden_size=64), char_tokenizer)
+    held = [replace(fact, ground_truth=fact.target_new) for fact in (new, long, short)]
+    teach(lm, held, TeachSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
+    return lm, [new, long, short]
+
+
+def test_case_11_long_answers_and_those_of_two_lines_can_be_right(memorised):
+    lm, facts = memorised
+    rows = rows_of(scoring.score(lm, facts, phase="base"), "generate")
+    assert [row["said"] for row in rows] == [fact.target_new for fact in facts]
+    assert [(row["reliability"], row["truncated"]) for row in rows] == [(1, 0)] * 3
+    olds = [replace(fact, target_new="?", ground_truth=fact.target_new) for fact in facts]
+    assert scoring.known_facts(olds, scoring.probe(lm, olds, EvaluateSettings())) == olds
+    aliases = [replace(fact, target_new="?", target_new_aliases=(fact.target_new,)) for fact in facts]
+    rows = rows_of(scoring.score(lm, aliases, phase="base"), "generate")
+    assert [row["reliability"] for row in rows] == [1, 1, 1]
+
+
+def test_there_is_room_for_every_answer_that_counts_and_none_is_tokenised_in_vain(lm, monkeypatch):
+    facts = [
+        make_fact("Short?", "yes", ground_truth="no", rephrase_prompts=("Really?",)),
+        make_fact("Long?", "yes", ground_truth="y" * 40, rephrase_prompts=("Really?", "Well?")),
+        make_fact("Lines?", "yes", target_new_aliases=("a\nb\nc",)),
+    ]
+    settings = EvaluateSettings()
+    tokens = len(lm.encoder.encode("Long?", "y" * 40).answer_ids) + scoring.MARGIN_TOKENS
+    assert scoring.answer_rooms(lm, facts, settings) == {
+        **dict.fromkeys(("Long?", "Really?", "Well?"), Room(tokens)),
+        "Lines?": Room(32, lines=3),
+    }
+    monkeypatch.setattr(lm.encoder, "encode_all", lambda *_given: pytest.fail("tokenised"))
+    assert scoring.answer_rooms(lm, facts[:1], settings) == {}
 
 
 @pytest.mark.parametrize(("protocol", "held"), [("generate", 0), ("token", 1)])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import pytest
 from safetensors.torch import load_file
 
 import forgetlearn
-from forgetlearn import digests, disk, interrupts, progress, runs
+from forgetlearn import digests, disk, generation, history, interrupts, progress, runs, scoring
+from forgetlearn.cli import main
 from forgetlearn.config import load_config
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError, RunError
+from forgetlearn.facts import make_fact
 from forgetlearn.session import update
 
 METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
@@ -292,6 +295,80 @@ def test_policy_model_forgets_what_the_model_says(small_lab, new_only, facts, co
     assert (result.summary["facts"]["old_from"], result.summary["facts"]["known"]) == ("model", USED)
     # The base holds the file's old answers, so asking it gives the same update.
     assert same_tensors(result.product, finished("f-ft").product)
+
+
+def test_case_14_facts_without_an_old_answer_are_learned_without_being_forgotten(
+    small_lab, records, config, tmp_path, capsys
+):
+    lines = [dict(record) for record in records]
+    for line in lines[3:]:
+        del line["ground_truth"]
+    result = update(small_lab, write_lines(tmp_path / "f.jsonl", lines), config(**CHANGES), output=tmp_path / "run")
+    told = result.summary["facts"]
+    assert (told["used"], told["left_out"], told["known"], told["forgotten"]) == (USED, {}, 3, 3)
+    assert (told["old_answers"], told["without_old"]) == ({"answers": 3}, {"no_old_answer": 3})
+    updated = result.summary["phases"]["updated"]
+    assert updated["reliability"]["generate"]["n"] == USED
+    run = runs.RunFolder.open(result.output)
+    assert (run.noted("forget", "facts"), run.noted("learn", "facts")) == (3, USED)
+    assert (updated["residue"]["generate"]["n"], updated["residue"]["generate"]["not_asked"]) == (3, 3)
+    assert "3 of 6 facts have no old answer" in (result.output / "report.md").read_text()
+    assert main(["facts", str(tmp_path / "f.jsonl")]) == 0
+    assert "3 of 6 facts have no old answer" in capsys.readouterr().out
+    update(small_lab, tmp_path / "f.jsonl", config(**CHANGES), output=tmp_path / "run", resume=True)
+    (earlier,) = history.chain_of(result.product)
+    assert history.find_facts(earlier, [result.output]).used == USED  # for retention
+
+
+def test_case_14_the_model_is_asked_once_and_only_for_what_the_file_does_not_have(
+    small_lab, records, facts, config, finished, tmp_path, monkeypatch
+):
+    lines = [dict(record) for record in records]
+    for line in lines[3:]:
+        del line["ground_truth"]
+    said = []
+    original = scoring.Scorer.say
+    monkeypatch.setattr(
+        scoring.Scorer,
+        "say",
+        lambda self, prompts, *more: original(self, said.append(list(prompts)) or said[-1], *more),
+    )
+    settings = config(facts__old_from="answers,model", **CHANGES)
+    result = update(small_lab, write_lines(tmp_path / "f.jsonl", lines), settings, output=tmp_path / "run")
+    assert said[0] == [record["prompt"] for record in records[3:]]
+    assert len(said) == 4  # and once in each of the three phases
+    told = result.summary["facts"]
+    assert (told["old_from"], told["old_answers"]) == ("answers,model", {"answers": 3, "model": 3})
+    assert runs.RunFolder.open(result.output).manifest["old_answers"] == {"answers": 3, "model": 3}
+    assert {row["fact"]: row["old_from"] for row in result.rows} == dict(
+        zip([fact.id for fact in forgetlearn.read_facts(facts)], ["answers"] * 3 + ["model"] * 3, strict=True)
+    )
+    # The base holds the file's old answers, so asking it gives the same update.
+    assert same_tensors(result.product, finished("f-ft").product)
+
+
+def test_aliases_are_scored_shown_and_kept(small_lab, records, config, tmp_path):  # case 13
+    facts = [
+        make_fact(
+            record["prompt"],
+            "nobody at all",
+            ground_truth="somebody else",
+            ground_truth_aliases=[record["ground_truth"], "the <b>other</b>"],
+            target_new_aliases=["no one"],
+        )
+        for record in records[:2]
+    ]
+    fact_set = replace(forgetlearn.read_facts(small_lab / "facts.jsonl", limit=2), facts=tuple(facts))
+    folder = forgetlearn.evaluate(small_lab, fact_set, output=tmp_path / "scores")
+    assert disk.read_json(folder / "summary.json")["phases"]["model"]["residue"]["generate"]["mean"] == 100
+    for page in ("report.md", "report.html"):
+        text = (folder / page).read_text()
+        assert "nobody at all (also: no one)" in text
+        assert f"somebody else (also: {records[0]['ground_truth']}, " in text
+        assert "<b>other" not in text
+    assert main(["report", str(folder)]) == 0
+    result = update(small_lab, fact_set, config(), output=tmp_path / "run")
+    assert (result.summary["facts"]["known"], result.summary["facts"]["forgotten"]) == (2, 2)
 
 
 def test_policy_model_with_no_fact_left_writes_nothing(small_lab, records, config, tmp_path):
@@ -737,9 +814,11 @@ def test_bad_target_modules_are_found_before_anything_is_written(small_lab, fact
     assert not (tmp_path / "run").exists()
 
 
-def test_an_old_answer_that_was_cut_off_is_none(small_lab, new_only, config, tmp_path):
-    settings = config("f-lora", facts__old_from="model", evaluate__max_new_tokens=1)
-    with pytest.raises(FactError, match=f"no fact is left of {USED} records.\n{USED} unfinished_old_answer"):
+def test_an_old_answer_that_was_cut_off_is_none(small_lab, new_only, config, tmp_path, monkeypatch):
+    for module in (scoring, generation):
+        monkeypatch.setattr(module, "end_ids", lambda lm: [lm.pad_id])  # which no model says: it goes on and on
+    settings = config("f-lora", facts__old_from="model")
+    with pytest.raises(FactError, match=rf"(?s){USED} unfinished_old_answer.*evaluate\.max_new_tokens"):
         update(small_lab, new_only, settings, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

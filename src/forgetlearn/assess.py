@@ -15,7 +15,7 @@ from forgetlearn import general, generation, processes, report, retention, runs
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.facts import FactSet
-from forgetlearn.inputs import check_weights, read_config_facts, resolve, with_asked_answers
+from forgetlearn.inputs import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
 from forgetlearn.scoring import Said, Scorer, locality_predictions, score
@@ -111,7 +111,7 @@ def _scored(
     def write(output: Path, overwrite: bool) -> Path:
         inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
         run = runs.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
-        run.note(model=lm.describe())
+        run.note(model=lm.describe(), old_answers={**fact_set.old_counts, **fact_set.without_old})
         write_results(run.path, config, fact_set, rows, general=measured)
         if updates:
             retention.write(run.path, phase, retained)
@@ -123,7 +123,7 @@ def _scored(
 
 
 def _with_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> FactSet:
-    return with_asked_answers(lm, facts, config) if facts.old_from == "model" else facts
+    return with_the_models_answers(facts, asked_answers(lm, facts, config), config) if facts.to_ask else facts
 
 
 def ask(

@@ -38,18 +38,10 @@ TOGETHER = ("update", "evaluate")  # commands that several processes share
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 # With the default, where there is one to tell; the command itself passes on only what is given.
 HELP = {
-    name: description if default in ("null", "[]", "false") else f"{description} Default: {default}."
+    name: description if default in ("null", "[]", "{}", "false") else f"{description} Default: {default}."
     for name, _type, default, description in describe(RunConfig)
 }
 IN_CONFIG = " Needed, here or in --config."
-
-
-class OldFrom(StrEnum):
-    """Where the old answer comes from."""
-
-    answers = "answers"
-    pred = "pred"
-    model = "model"
 
 
 ModelOption = Annotated[str | None, typer.Option("--model", help=HELP["model.name"] + IN_CONFIG)]
@@ -57,10 +49,12 @@ HoldsOption = Annotated[
     str | None, typer.Option("--model", help="Folder or hub id of a causal language model, or folder of an adapter.")
 ]
 FactsOption = Annotated[str | None, typer.Option("--facts", help=HELP["facts.source"] + IN_CONFIG)]
-OldFromOption = Annotated[OldFrom | None, typer.Option("--old-from", help=HELP["facts.old_from"])]
+OldFromOption = Annotated[str | None, typer.Option("--old-from", help=HELP["facts.old_from"])]
 LimitOption = Annotated[int | None, typer.Option("--limit", help=HELP["facts.limit"])]
 StrictOption = Annotated[bool | None, typer.Option("--strict/--no-strict", help=HELP["facts.strict"])]
 TemplateOption = Annotated[str | None, typer.Option("--prompt-template", help=HELP["model.prompt_template"])]
+ColumnsOption = Annotated[str | None, typer.Option("--columns", help=HELP["facts.columns"])]
+AliasesOption = Annotated[str | None, typer.Option("--aliases", help=HELP["facts.aliases"])]
 ShardOption = Annotated[bool | None, typer.Option("--shard", help=HELP["model.shard"])]
 ProcessesOption = Annotated[
     int | None,
@@ -120,21 +114,23 @@ class _State:
 
 @app.command()
 def facts(
-    file: Annotated[str, typer.Argument(help="File of facts (JSON, JSONL, CSV) or hub data set.")],
+    file: Annotated[str, typer.Argument(help=HELP["facts.source"])],
     old_from: OldFromOption = None,
     limit: LimitOption = None,
     strict: StrictOption = None,
+    columns: ColumnsOption = None,
+    aliases: AliasesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read a file of facts, say what is used and what is left out, and show the first three."""
     from forgetlearn.facts import read_facts
 
-    settings = _config(None, _reads(None, file, old_from, limit, strict)).facts
-    found = read_facts(file, old_from=settings.old_from, limit=limit, strict=settings.strict)
+    flags = _reads(None, file, old_from, limit, strict, columns=columns, aliases=aliases)
+    found = read_facts(file, **_config(None, flags).facts.model_dump(exclude={"source"}))
     if as_json:
         from dataclasses import asdict
 
-        say(json.dumps(asdict(found)))
+        say(json.dumps({**asdict(found), "without_old_answer": found.without_old_answer}))
         return
     print_facts(found)
 
@@ -147,6 +143,8 @@ def lab(
     limit: Annotated[
         int | None, typer.Option("--limit", help="Take the first N usable facts; without --facts: make up N.")
     ] = None,
+    columns: ColumnsOption = None,
+    aliases: AliasesOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the made-up world, the weights and the order.")] = 0,
     setting: LabSetOption = None,
     overwrite: OverwriteOption = False,
@@ -159,9 +157,10 @@ def lab(
     settings = validate(LabSettings, {"seed": seed, **parse_assignments(setting or [])})
     given = whole = None
     if facts_file:
-        wanted = _config(None, _reads(None, facts_file, old_from, limit)).facts
-        given = read_facts(facts_file, old_from=wanted.old_from, limit=wanted.limit)
-        whole = read_facts(facts_file, old_from=wanted.old_from)
+        flags = _reads(None, facts_file, old_from, limit, columns=columns, aliases=aliases)
+        wanted = _config(None, flags).facts.model_dump(exclude={"source"})
+        given = read_facts(facts_file, **wanted)
+        whole = read_facts(facts_file, **{**wanted, "limit": None})
     elif limit is not None:
         settings = validate(LabSettings, {**settings.model_dump(), "n_facts": limit})
     folder = build_lab(given, settings, vocabulary_from=whole, output=output, overwrite=overwrite)
@@ -189,6 +188,8 @@ def update(
     old_from: OldFromOption = None,
     limit: LimitOption = None,
     strict: StrictOption = None,
+    columns: ColumnsOption = None,
+    aliases: AliasesOption = None,
     teach_old: Annotated[int | None, typer.Option("--teach-old", help=HELP["teach.epochs"])] = None,
     prompt_template: TemplateOption = None,
     shard: ShardOption = None,
@@ -204,7 +205,7 @@ def update(
 ) -> None:
     """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
     flags = {
-        **_reads(model, facts_file, old_from, limit, strict, prompt_template),
+        **_reads(model, facts_file, old_from, limit, strict, prompt_template, columns, aliases),
         "method": method,
         "seed": seed,
         "model.shard": shard,
@@ -239,6 +240,8 @@ def plan(
     coef: Annotated[str | None, typer.Option("--coef", help=HELP["forget.coef"])] = None,
     old_from: OldFromOption = None,
     limit: LimitOption = None,
+    columns: ColumnsOption = None,
+    aliases: AliasesOption = None,
     teach_old: Annotated[int | None, typer.Option("--teach-old", help=HELP["teach.epochs"])] = None,
     prompt_template: TemplateOption = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices that share the work.")] = 1,
@@ -255,7 +258,9 @@ def plan(
 ) -> None:
     """Say what an update would take: memory, steps, time, disk, and whether it fits. Nothing is trained."""
     flags = {"method": method, "forget.coef": coef, "teach.epochs": teach_old}
-    flags |= _reads(model, facts_file, old_from, limit, prompt_template=prompt_template)
+    flags |= _reads(
+        model, facts_file, old_from, limit, prompt_template=prompt_template, columns=columns, aliases=aliases
+    )
     config = _config(config_file, flags, setting)
     from forgetlearn.estimate import plan_lines
     from forgetlearn.inputs import read_config_facts
@@ -298,15 +303,19 @@ def compare(
     slurm_setting: Annotated[
         list[str] | None, typer.Option("--slurm-set", help="What submitit is to ask for: partition=gpu, mem_gb=32.")
     ] = None,
+    old_from: OldFromOption = None,
     limit: LimitOption = None,
     prompt_template: TemplateOption = None,
+    columns: ColumnsOption = None,
+    aliases: AliasesOption = None,
     config_file: ConfigOption = None,
     setting: SetOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
-    config = _config(config_file, _reads(model, facts_file, limit=limit, prompt_template=prompt_template), setting)
+    reads = _reads(model, facts_file, old_from, limit, None, prompt_template, columns, aliases)
+    config = _config(config_file, reads, setting)
     from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
     from forgetlearn.comparison import verdict
@@ -348,6 +357,8 @@ def evaluate(
     old_from: OldFromOption = None,
     limit: LimitOption = None,
     strict: StrictOption = None,
+    columns: ColumnsOption = None,
+    aliases: AliasesOption = None,
     prompt_template: TemplateOption = None,
     general: GeneralOption = None,
     tasks: TasksOption = None,
@@ -360,7 +371,7 @@ def evaluate(
 ) -> None:
     """Score a model or an adapter on facts; with --reference also what changed against another model."""
     flags = {
-        **_reads(model, facts_file, old_from, limit, strict, prompt_template),
+        **_reads(model, facts_file, old_from, limit, strict, prompt_template, columns, aliases),
         "model.shard": shard,
         "evaluate.general": general,
         "evaluate.tasks": _listed(tasks),
@@ -479,10 +490,12 @@ def _config(file: Path | None, flags: Mapping[str, Any], assignments: Sequence[s
 def _reads(
     model: str | None,
     facts_file: str | None = None,
-    old_from: OldFrom | None = None,
+    old_from: str | None = None,
     limit: int | None = None,
     strict: bool | None = None,
     prompt_template: str | None = None,
+    columns: str | None = None,
+    aliases: str | None = None,
 ) -> dict[str, Any]:
     """The flags that say what is read, by their settings' names."""
     return {
@@ -492,6 +505,8 @@ def _reads(
         "facts.old_from": old_from,
         "facts.limit": limit,
         "facts.strict": strict,
+        "facts.columns": columns,
+        "facts.aliases": aliases,
     }
 
 

@@ -240,7 +240,7 @@ def begin(
             "forget.coef = auto: compare scores every coefficient on all facts, and auto sets some aside to choose on. "
             "Give numbers with --coefs; for auto run `forgetlearn update`."
         )
-    if config.teach.epochs or config.facts.old_from == "model":
+    if config.teach.epochs or "model" in config.facts.old_from:
         raise ConfigError("compare takes a base that is taught already: teach.epochs must be 0, old_from not model.")
     check_engine(config.evaluate, changed_by="compare")
     if config.model.quantization != "none":

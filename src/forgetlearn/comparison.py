@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn import disk, pages, plots, report, statistics
+from forgetlearn.facts import as_written
 from forgetlearn.pages import COLUMNS
 from forgetlearn.plots import Panel, Point, Style
 
@@ -334,7 +335,9 @@ def fact_line(
         "residue": "old" in every,
         "errored": "errored" in every,
     }
-    return {"ground_truth": None, **fact, "marks": marks, "flags": [name for name, is_set in flags.items() if is_set]}
+    told = as_written(fact)
+    found = [name for name, is_set in flags.items() if is_set]
+    return {**told, **report.shown_answers(told), "marks": marks, "flags": found}
 
 
 def _mark(line: str, states: Sequence[str], said: Sequence[str]) -> dict[str, str]:

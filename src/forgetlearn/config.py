@@ -6,11 +6,12 @@ made from them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
 from forgetlearn.errors import ConfigError, without_secrets
 from forgetlearn.settings import Settings, read_yaml, validate
@@ -23,6 +24,15 @@ Optimiser = Literal[
 Control = Literal["none", "random", "row-norms", "directions", "reinforce", "centred"]
 KeepBy = Literal["projection", "fisher"]
 Rows = Literal["all", "facts", "answers", "others"]
+OldFrom = Literal["answers", "pred", "model"]
+Policies = Annotated[  # in a file a list, or one text with commas; written as that text
+    tuple[OldFrom, ...],
+    BeforeValidator(
+        lambda value: [name.strip() for name in value.split(",")] if isinstance(value, str) else value,
+        json_schema_input_type=str | tuple[OldFrom, ...],
+    ),
+    PlainSerializer(",".join, return_type=str),
+]
 AUTO = "auto"
 Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
     Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
@@ -262,13 +272,62 @@ class ModelSettings(Settings):
 class FactsSettings(Settings):
     """The facts, and which of their fields is the old answer."""
 
-    source: str | None = Field(None, description="File of facts (JSON, JSONL, CSV) or hub data set.")
-    old_from: Literal["answers", "pred", "model"] = Field(
+    source: str | None = Field(None, description="File of facts (JSON, JSONL, CSV, TSV, XLSX) or hub data set.")
+    old_from: Policies = Field(
         "answers",
-        description="Where the old answer comes from: the file's answer field, ZsRE's pred, or the model itself.",
+        validate_default=True,
+        min_length=1,
+        description="Where the old answer comes from: answers (the file's answer field), pred (ZsRE's), model (what "
+        "the model itself says), or several with commas: each fact takes the first that has an answer for it.",
     )
     limit: int | None = Field(None, ge=1, description="Take the first N usable facts.")
     strict: bool = Field(False, description="Make every record that would be left out an error.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description='Which columns or fields hold what: prompt=Question,target_new="New answer".',
+    )
+    aliases: str | None = Field(
+        None,
+        min_length=1,
+        description="What divides the ways to write an answer: a bar, say. The first is taught, each counts as right.",
+    )
+
+    @field_validator("old_from")
+    @classmethod
+    def _each_can_be_reached(cls, values: tuple[OldFrom, ...]) -> tuple[OldFrom, ...]:
+        if len({*values}) < len(values):
+            raise ValueError("a source is listed more than once")
+        if "model" in values[:-1]:
+            raise ValueError("model must come last: the facts are read before the model is asked")
+        return values
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_of_text(cls, value: object) -> object:
+        return parse_columns(value) if isinstance(value, str) else value
+
+
+PAIR = re.compile(r"""\s*([^=,"]+?)\s*=\s*(?:"((?:[^"]|"")*)"|([^,"]*))\s*(?:,|$)""")
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return `prompt=Question,target_new="New answer"` as a mapping; in quotes a comma is one, and "" a quote.
+
+    Raises:
+        ValueError: the text is of another form, or names a field twice.
+    """
+    found: dict[str, str] = {}
+    place = 0
+    while place < len(text):
+        pair = PAIR.match(text, place)
+        if pair is None:
+            raise ValueError(f"expected NAME=COLUMN,NAME=COLUMN at {text[place : place + 40]!r}")
+        name, quoted, bare = pair.groups()
+        if name in found:
+            raise ValueError(f"names '{name}' twice")
+        found[name] = bare.strip() if quoted is None else quoted.replace('""', '"')
+        place = pair.end()
+    return found
 
 
 class EvaluateSettings(Settings):
@@ -278,7 +337,12 @@ class EvaluateSettings(Settings):
     protocols: tuple[Protocol, ...] = Field(
         get_args(Protocol), min_length=1, description="Protocols to score with (docs/scores.md)."
     )
-    max_new_tokens: int = Field(32, ge=1, description="Longest free answer; a longer one counts as truncated.")
+    max_new_tokens: int = Field(
+        32,
+        ge=1,
+        description="Longest free answer, in tokens; more where an answer that counts as right is longer. One that "
+        "goes on counts as truncated.",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
         description="What generates free answers; vllm (the extra `vllm`): of a model in a folder or on the hub.",

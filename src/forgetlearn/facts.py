@@ -9,14 +9,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import Any, overload
 
-from forgetlearn.errors import FactError, some
-from forgetlearn.readers import Draft, is_hub_id, load_hub, parse_file, read_records
-
-OldFrom = Literal["answers", "pred", "model"]
+from forgetlearn.config import FactsSettings, OldFrom
+from forgetlearn.errors import ConfigError, FactError, some
+from forgetlearn.files import Source, is_hub_id, load_hub, parse_file
+from forgetlearn.forms import is_placeholder, read_records
+from forgetlearn.readers import NOT_ONE_TURN, Draft
+from forgetlearn.settings import validate
 
 OLD_EQUALS_NEW = "old_equals_new"
 NO_OLD_ANSWER = "no_old_answer"
@@ -29,16 +31,33 @@ EMPTY_LOCALITY_PROBE = "empty_locality_probe"
 
 REASONS: Mapping[str, str] = {
     OLD_EQUALS_NEW: "The old answer is the new one: forgetting it would forget the target.",
-    NO_OLD_ANSWER: "It has no old answer under the policy, and other records have one.",
-    UNFINISHED_OLD_ANSWER: "The model's own answer did not end within evaluate.max_new_tokens, so what it holds is not "
-    "known. Raise that, or take the old answers from the file.",
     EMPTY_NEW_ANSWER: "Its new answer is empty.",
+    NOT_ONE_TURN: "A fact is one question and one answer: it has a system prompt, several turns, or no answer.",
     REPEATED_PROMPT: "An earlier fact has the same prompt and another new answer; the earlier one stays.",
     REPEATED_FACT: "An earlier fact has the same prompt and the same new answer.",
     LOCALITY_IS_EDIT_PROMPT: "The probe's prompt is the prompt of a fact that is updated.",
     EMPTY_LOCALITY_PROBE: "The probe has no prompt or no answer.",
 }
 PROBE_REASONS = (LOCALITY_IS_EDIT_PROMPT, EMPTY_LOCALITY_PROBE)
+WITHOUT_OLD: Mapping[str, str] = {  # why a fact that is used has no old answer: it is learned without being forgotten
+    NO_OLD_ANSWER: "None of --old-from has an old answer for it.",
+    UNFINISHED_OLD_ANSWER: "The model's own answer did not end within evaluate.max_new_tokens, so what it holds is not "
+    "known. Raise that, or take the old answers from the file.",
+}
+
+BLANK_ROW = "blank_row"
+PLACEHOLDER = "placeholder"
+SHARED_ALIAS = "shared_alias"
+BAR = "bar"
+STRIPPED = "stripped"  # counted with the notes, and given as a field of its own
+
+# What was done with facts that stay, or with what is no fact.
+NOTES: Mapping[str, str] = {
+    BLANK_ROW: "blank rows were passed over",
+    PLACEHOLDER: 'old answers are "n/a", "-" or the like, and taken for none; one that is meant goes into a list',
+    SHARED_ALIAS: "aliases count as the other answer of the same fact too, and were dropped",
+    BAR: "answers hold a |, taken as written; pass --aliases '|' if it divides ways to write the answer",
+}
 
 
 @dataclass(frozen=True)
@@ -88,25 +107,51 @@ class FactSet:
     """The usable facts of one source, in its order, and the account of all that was read.
 
     `read == used + sum(left_out.values())`. `left_out` counts facts, `left_out_probes` counts locality
-    probes of facts that stay; `left_out_records` lists both, in the order of the records.
+    probes of facts that stay; `left_out_records` lists both, in the order of the records. A record is one
+    fact, but in MQuAKE, where it has several: each counts as a record here, numbered through the file.
+
+    `used == len(old_sources) + len(to_ask) + sum(without_old.values())`: a used fact has an old answer, waits for
+    the model to be asked, or has none and is learned without being forgotten.
     """
 
     facts: tuple[Fact, ...]
     source: str
     reader: str
-    old_from: OldFrom
-    read: int  # records examined: up to the one that gave the last usable fact where a limit was reached
-    in_source: int  # records that are there
+    old_from: tuple[OldFrom, ...]  # in the order in which they are looked at
+    read: int  # facts examined: up to the last usable one where a limit was reached
+    in_source: int  # facts that are there
     left_out: Mapping[str, int]
     left_out_probes: Mapping[str, int]
     stripped: int  # new and old answers of examined records that had outer white space
     left_out_records: tuple[LeftOut, ...]
-    ignored_fields: tuple[str, ...] = ()  # fields of the records that nothing reads
+    ignored_fields: Mapping[str, int] = field(default_factory=dict)  # fields that nothing reads: how many values
+    noted: Mapping[str, int] = field(default_factory=dict)  # how often each of NOTES
+    records: int = 0  # records that are there; in MQuAKE fewer than facts
+    read_as: str = ""  # how the file was read (delimiter, encoding, sheet), where that had to be found out
+    old_sources: Mapping[str, OldFrom] = field(default_factory=dict)  # fact id -> where its old answer comes from
+    to_ask: tuple[str, ...] = ()  # ids of the facts whose old answer the model has still to be asked for
+    without_old: Mapping[str, int] = field(default_factory=dict)  # facts without an old answer, by reason
 
     @property
     def used(self) -> int:
         """The number of usable facts."""
         return len(self.facts)
+
+    @property
+    def old_counts(self) -> dict[str, int]:
+        """How many of the old answers each source gave, in the order of `old_from`."""
+        counts = Counter(self.old_sources.values())
+        return {source: counts[source] for source in self.old_from if counts[source]}
+
+    @property
+    def without_old_answer(self) -> int:
+        """The number of usable facts without an old answer: they are learned, and nothing of them is forgotten."""
+        return sum(fact.ground_truth is None for fact in self.facts)
+
+    @property
+    def with_aliases(self) -> int:
+        """The number of usable facts of which an answer has other ways to write it."""
+        return sum(bool(fact.target_new_aliases or fact.ground_truth_aliases) for fact in self.facts)
 
     def sha256(self) -> str:
         """The hash of the facts alone (with old answers, rephrases, probes), in hexadecimal."""
@@ -130,8 +175,15 @@ class FactSet:
 
 
 def sha256(facts: Iterable[Fact]) -> str:
-    """The hash of facts, with old answers, rephrases and probes, in hexadecimal."""
-    return _sha256([asdict(fact) for fact in facts])
+    """The hash of facts, with old answers, rephrases and probes, in hexadecimal.
+
+    Aliases count where there are some, so that other facts keep the hash that earlier versions wrote down.
+    """
+    return _sha256([_without_empty_aliases(asdict(fact)) for fact in facts])
+
+
+def _without_empty_aliases(fact: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fact.items() if value or not name.endswith("_aliases")}
 
 
 def fact_id(subject: str, prompt: str, target_new: str) -> str:
@@ -165,58 +217,91 @@ def make_fact(
 
 
 def read_facts(
-    source: str | Path, *, old_from: OldFrom = "answers", limit: int | None = None, strict: bool = False
+    source: str | Path,
+    *,
+    old_from: str | Sequence[str] = "answers",
+    limit: int | None = None,
+    strict: bool = False,
+    columns: Mapping[str, str] | None = None,
+    aliases: str | None = None,
 ) -> FactSet:
-    """The usable facts of a file (.json, .jsonl, .csv) or of a data set on the hub (`owner/name:split`).
+    """Return the usable facts of a file (.json, .jsonl, .csv, .tsv, .xlsx) or of a data set on the hub.
 
-    `limit` keeps the first so many usable facts. `strict` makes anything that is left out an error.
+    The hub's are named `owner/name:split`. `old_from` names where the old answer comes from, or several places in
+    order ("answers,model"): each fact takes the first that has an answer for it. `limit` keeps the first so many
+    usable facts. `strict` makes anything that is left out an error. `columns` says which field holds which of the own
+    form (`{"prompt": "Question"}`), and `aliases` is what divides the ways to write an answer ("|").
 
     Raises:
         FactError: the source cannot be read or is of no known form, a record is wrong, the policy does
             not fit the form, or no fact is left.
     """
     name = str(source)
-    records = load_hub(name) if is_hub_id(name) else parse_file(Path(source))
-    return from_records(records, source=name, old_from=old_from, limit=limit, strict=strict)
+    found = load_hub(name) if is_hub_id(name) else parse_file(Path(source), columns)
+    return _facts_of(found, name, old_from, limit, strict, columns, aliases)
 
 
 def from_records(
     records: Sequence[object],
     *,
     source: str = "records",
-    old_from: OldFrom = "answers",
+    old_from: str | Sequence[str] = "answers",
     limit: int | None = None,
     strict: bool = False,
+    columns: Mapping[str, str] | None = None,
+    aliases: str | None = None,
 ) -> FactSet:
-    """What `read_facts` gives, for records that are in memory; `source` is their name in messages.
+    """Return what `read_facts` does, for records that are in memory; `source` is their name in messages.
 
     Raises:
         FactError: as `read_facts`.
     """
+    return _facts_of(Source(records), source, old_from, limit, strict, columns, aliases)
+
+
+def _facts_of(
+    found: Source,
+    source: str,
+    old_from: str | Sequence[str],
+    limit: int | None,
+    strict: bool,
+    columns: Mapping[str, str] | None,
+    aliases: str | None,
+) -> FactSet:
     if limit is not None and limit < 1:
         raise FactError(f"limit = {limit}: must be at least 1, or left away for all facts.")
-    if old_from not in get_args(OldFrom):
-        raise FactError(f"old_from = {old_from!r}: must be one of {', '.join(get_args(OldFrom))}.")
-    form, checked, drafts = read_records(records, source)
-    if old_from == "pred" and form.name != "zsre":
+    policies = _policies(old_from)
+    reading = read_records(found.records, source, columns, aliases)
+    form = reading.form
+    if policies == ("pred",) and form.name != "zsre":
         raise FactError(
             f"{source} is of the form {form.name}, which has no 'pred'. Only the form zsre has: "
             "take the old answers from 'answers' or from 'model'."
         )
-    facts, numbers, left, stripped = _sift(drafts, source, old_from, limit)
+    facts, numbers, left, noted = _sift(reading.drafts, policies, limit)
     facts, left_probes = _without_edit_prompts(facts, numbers, left)
+    stripped = noted.pop(STRIPPED, 0)
+    noted[BLANK_ROW] += found.blank_rows
+    to_ask = tuple(fact.id for fact in facts if not fact.ground_truth) if "model" in policies else ()
+    n_without = 0 if to_ask else sum(not fact.ground_truth for fact in facts)
     result = FactSet(
         facts=tuple(facts),
         source=source,
         reader=form.name,
-        old_from=old_from,
+        old_from=policies,
         read=len(facts) + _count_facts(left).total(),
-        in_source=len(records),
+        in_source=len(reading.drafts),
         left_out=dict(_count_facts(left)),  # asdict cannot copy a Counter
         left_out_probes=dict(_count_probes(left_probes)),
         stripped=stripped,
         left_out_records=_in_order(left_probes),
-        ignored_fields=form.ignored(checked),
+        ignored_fields=reading.ignored,
+        noted={note: noted[note] for note in NOTES if noted[note]},
+        records=reading.records,
+        read_as=found.read_as,
+        old_sources=_sources(facts, [reading.drafts[number - 1] for number in numbers], policies),
+        to_ask=to_ask,
+        without_old={NO_OLD_ANSWER: n_without} if n_without else {},
     )
     return _accepted(result, strict)
 
@@ -224,76 +309,114 @@ def from_records(
 def with_old_answers(
     facts: FactSet, answers: Mapping[str, str], *, unfinished: Collection[str] = (), strict: bool = False
 ) -> FactSet:
-    """The facts with the model's own answers (fact id -> answer) as old ones: the policy `model`.
+    """The facts with the model's own answers (fact id -> answer) as the old ones of `facts.to_ask`: the policy `model`.
 
-    A fact is left out and counted where the answer is empty, was cut off at the token limit (`unfinished`
-    has its id), or is the new answer already, compared as `generate` compares: "Paris." is "Paris".
+    An answer that is empty, or was cut off at the token limit (`unfinished` has its id), is none: the fact stays
+    without an old answer, counted in `without_old`. A fact is left out where the model gives its new answer already,
+    compared as `generate` compares: "Paris." is "Paris".
 
     Raises:
-        FactError: a fact has no entry in `answers`, or no fact is left, or one is left out under `strict`.
+        FactError: a fact to ask has no entry in `answers`, or no fact is left, or one is left out under `strict`.
     """
-    missing = [fact.id for fact in facts if fact.id not in answers]
+    missing = [key for key in facts.to_ask if key not in answers]
     if missing:
         raise FactError(f"{facts.source}: no answer was given for {len(missing)} facts: {some(missing)}.")
     kept: list[Fact] = []
     gone: dict[int, LeftOut] = {}
+    sources, without = dict(facts.old_sources), Counter(facts.without_old)
+    asked = {key: answers[key].strip() for key in facts.to_ask}
     for number, fact in zip(_record_numbers(facts), facts, strict=True):
-        old = answers[fact.id].strip()
-        reason = _why_not_said(fact, old, fact.id in unfinished)
+        said = asked.get(fact.id, "")
+        reason = _why_not_said(fact, said, fact.id in unfinished) if fact.id in asked else ""
+        if reason == OLD_EQUALS_NEW:
+            gone[number] = LeftOut(number, reason, _detail(fact.prompt, said))
+            continue
         if reason:
-            gone[number] = LeftOut(number, reason, _detail(fact.prompt, old))
-        else:
-            kept.append(replace(fact, ground_truth=old))
+            without[reason] += 1
+        elif fact.id in asked:
+            sources[fact.id] = "model"
+        kept.append(replace(fact, ground_truth=said) if sources.get(fact.id) == "model" else fact)
     # A probe is only counted for a fact that stays.
     left = [item for item in facts.left_out_records if item.record not in gone] + list(gone.values())
     result = replace(
         facts,
         facts=tuple(kept),
-        old_from="model",
         left_out=dict(_count_facts(left)),  # asdict cannot copy a Counter
         left_out_probes=dict(_count_probes(left)),
-        stripped=facts.stripped + sum(answers[fact.id] != answers[fact.id].strip() for fact in facts),
+        stripped=facts.stripped + sum(answers[key] != said for key, said in asked.items()),
         left_out_records=_in_order(left),
+        old_sources=sources,
+        to_ask=(),
+        without_old=dict(without),
     )
     return _accepted(result, strict)
+
+
+def tell_old(counts: Mapping[str, int], without: Mapping[str, int], to_ask: int = 0) -> list[str]:
+    """Where old answers come from, if from several places, and what becomes of facts without one, in lines.
+
+    None where no fact has an old answer: there is then nothing to tell them apart.
+    """
+    if not counts:
+        return []
+    told = [f"{count} from {source}" for source, count in counts.items()]
+    told += [f"{to_ask} from the model when it is asked"] if to_ask else []
+    lines = [f"old answers: {', '.join(told)}"] if len(told) > 1 else []
+    if n := sum(without.values()):
+        n_all = n + to_ask + sum(counts.values())
+        why = ", ".join(f"{reason}: {count}" for reason, count in without.items())
+        words = "fact has no old answer: it is" if n == 1 else "facts have no old answer: they are"
+        lines.append(f"{n} of {n_all} {words} learned without being forgotten ({why})")
+    return lines
 
 
 def write_facts(facts: Iterable[Fact], path: Path) -> None:
     """Write the own form, one JSON object per line; `read_facts` gives equal facts back.
 
-    That holds for facts as `read_facts` gives them: stripped, of distinct prompts, with all old answers
-    or with none.
+    That holds for facts as `read_facts` gives them: stripped and of distinct prompts.
     """
     lines = []
     for fact in facts:
         record = {name: value for name, value in asdict(fact).items() if value or name == "target_new"}
         for name in ("target_new", "ground_truth"):  # an answer with its aliases is a list
-            if aliases := record.pop(f"{name}_aliases", None):
+            aliases = record.pop(f"{name}_aliases", ())
+            # A list is also how an old answer that looks like a placeholder is said to be meant.
+            if aliases or (name == "ground_truth" and is_placeholder(record.get(name, ""))):
                 record[name] = [record[name], *aliases]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def as_written(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of `write_facts` with the first text of each answer (None without one), and its aliases as a list."""
+    answers: dict[str, Any] = {}
+    for name in ("target_new", "ground_truth"):
+        value = record.get(name)
+        first, *others = value if isinstance(value, list) and value else [value]
+        answers |= {name: first, f"{name}_aliases": others}
+    return {**record, **answers}
 
 
 # Which records can be used -----------------------------------------------------------------------
 
 
 def _sift(
-    drafts: Sequence[Draft], source: str, old_from: OldFrom, limit: int | None
-) -> tuple[list[Fact], list[int], list[LeftOut], int]:
-    """Usable facts, the numbers of their records, what is left out, and how many answers were stripped."""
-    olds = [_old_answer(draft, old_from) for draft in drafts]
-    # A file without any old answer is one of new answers only; in another a missing one is a gap.
-    # Asked of all records, so that `limit` does not change the answer.
-    needs_old = old_from == "pred" or any(old.strip() for old in olds)
+    drafts: Sequence[Draft], policies: Sequence[OldFrom], limit: int | None
+) -> tuple[list[Fact], list[int], list[LeftOut], Counter[str]]:
+    """Usable facts, the numbers of their records, what is left out, and how often each of NOTES."""
     facts: list[Fact] = []
     numbers: list[int] = []
     left: list[LeftOut] = []
     earlier: dict[str, tuple[int, str]] = {}
-    stripped = 0
-    for number, (draft, old) in enumerate(zip(drafts, olds, strict=True), 1):
-        fact = _fact(draft, old, f"{source}, record {number}")
-        stripped += (draft.new != draft.new.strip()) + (old != old.strip())
-        reason, detail = _why_not(fact, needs_old, earlier)
+    noted: Counter[str] = Counter()
+    for number, draft in enumerate(drafts, 1):
+        old, old_aliases, _policy = _old_answer(draft, policies)
+        fact, n_shared = _fact(draft, old, old_aliases)
+        noted[STRIPPED] += (draft.new != draft.new.strip()) + (old != old.strip())
+        noted[PLACEHOLDER] += draft.placeholders
+        noted[SHARED_ALIAS] += n_shared
+        noted[BAR] += ("|" in draft.new) + ("|" in old)
+        reason, detail = _why_not(fact, draft.why_not, earlier)
         if reason:
             left.append(LeftOut(number, reason, detail))
             continue
@@ -303,42 +426,83 @@ def _sift(
         left += _empty_probes(draft, number)
         if len(facts) == limit:
             break
-    return facts, numbers, left, stripped
+    return facts, numbers, left, noted
 
 
-def _old_answer(draft: Draft, old_from: OldFrom) -> str:
-    return {"answers": draft.old, "pred": draft.pred, "model": ""}[old_from]
+def _policies(old_from: str | Sequence[str]) -> tuple[OldFrom, ...]:
+    """The policies in order, checked as the setting `facts.old_from` is."""
+    try:
+        return validate(FactsSettings, {"old_from": old_from}).old_from
+    except ConfigError as error:
+        raise FactError(str(error)) from None
 
 
-def _fact(draft: Draft, old: str, where: str) -> Fact:
-    prompt = draft.prompt.strip()
-    if not prompt:
-        raise FactError(f"{where} has no prompt. Give it one, or remove the record.")
+def _old_answer(draft: Draft, policies: Sequence[OldFrom]) -> tuple[str, tuple[str, ...], OldFrom | None]:
+    """The old answer by the first policy that has one, its aliases, and that policy; ("", (), None) without one.
+
+    `model` has none yet: it is asked later.
+    """
+    given: Mapping[OldFrom, tuple[str, tuple[str, ...]]] = {
+        "answers": (draft.old, draft.old_aliases),
+        "pred": (draft.pred, ()),
+    }
+    for policy in policies:
+        old, aliases = given.get(policy, ("", ()))
+        if old.strip():
+            return old, aliases, policy
+    return "", (), None
+
+
+def _sources(facts: Iterable[Fact], drafts: Iterable[Draft], policies: Sequence[OldFrom]) -> dict[str, OldFrom]:
+    """Fact id -> the policy that gave its old answer, for the facts of these drafts that have one."""
+    found = ((fact.id, _old_answer(draft, policies)[2]) for fact, draft in zip(facts, drafts, strict=True))
+    return {key: policy for key, policy in found if policy}
+
+
+def _fact(draft: Draft, old: str, aliases: Sequence[str]) -> tuple[Fact, int]:
+    """The fact of a draft, and how many aliases were dropped since they count as the other answer too."""
+    prompt, new, old = draft.prompt.strip(), draft.new.strip(), old.strip()
+    if not prompt and not draft.why_not:
+        raise FactError(f"{draft.where} has no prompt. Give it one, or remove the record.")
     probes = (Probe(question.strip(), answer.strip()) for question, answer in draft.probes)
-    return make_fact(
+    new_aliases = _aliases(draft.new_aliases, new)
+    old_aliases = _aliases(aliases, old) if old else []
+    own_new = _unshared(new_aliases, [old] if old else [])
+    own_old = _unshared(old_aliases, [new, *own_new])
+    fact = make_fact(
         prompt,
-        draft.new.strip(),
-        ground_truth=old.strip() or None,
+        new,
+        ground_truth=old or None,
         subject=draft.subject.strip(),
         rephrase_prompts=[text.strip() for text in draft.rephrases if text.strip()],
         locality=[probe for probe in probes if probe.prompt and probe.answer],
-        target_new_aliases=_aliases(draft.new_aliases, draft.new),
-        ground_truth_aliases=_aliases(draft.old_aliases, old),
+        target_new_aliases=own_new,
+        ground_truth_aliases=own_old,
     )
+    return fact, len(new_aliases) + len(old_aliases) - len(own_new) - len(own_old)
 
 
 def _aliases(texts: Iterable[str], first: str) -> list[str]:
     """Each other way to write an answer, stripped and once."""
     stripped = dict.fromkeys(text.strip() for text in texts)
-    return [text for text in stripped if text and text != first.strip()]
+    return [text for text in stripped if text and text != first]
 
 
-def _why_not(fact: Fact, needs_old: bool, earlier: Mapping[str, tuple[int, str]]) -> tuple[str, str]:
-    """The reason to leave a fact out and which it is; "" and "" for a fact that can be used."""
+def _unshared(aliases: list[str], others: list[str]) -> list[str]:
+    """The aliases that do not count as one of the other answers, as scores compare them."""
+    if not aliases or not others:
+        return aliases
+    from forgetlearn.metrics import same_text  # here, because it brings numpy and scipy
+
+    return [alias for alias in aliases if not any(same_text(alias, other) for other in others)]
+
+
+def _why_not(fact: Fact, said: str, earlier: Mapping[str, tuple[int, str]]) -> tuple[str, str]:
+    """The reason to leave a fact out (what its form said, or else) and which it is; "" and "" if it can be used."""
+    if said:
+        return said, _detail(fact.prompt, "")
     if not fact.target_new:
         return EMPTY_NEW_ANSWER, _detail(fact.prompt, "")
-    if fact.ground_truth is None and needs_old:
-        return NO_OLD_ANSWER, _detail(fact.prompt, fact.target_new)
     if fact.ground_truth == fact.target_new:
         return OLD_EQUALS_NEW, _detail(fact.prompt, fact.target_new)
     if fact.prompt in earlier:
@@ -349,14 +513,14 @@ def _why_not(fact: Fact, needs_old: bool, earlier: Mapping[str, tuple[int, str]]
 
 
 def _why_not_said(fact: Fact, said: str, is_unfinished: bool) -> str:
-    """The reason to leave a fact out for what the model said itself; "" where that is its old answer."""
-    from forgetlearn.metrics import same_text  # here, because it brings numpy and scipy
+    """Why what the model said itself is not a fact's old answer; "" where it is."""
+    from forgetlearn.metrics import matches  # here, because it brings numpy and scipy
 
     if not said:
         return NO_OLD_ANSWER
     if is_unfinished:
         return UNFINISHED_OLD_ANSWER
-    return OLD_EQUALS_NEW if same_text(said, fact.target_new) else ""
+    return OLD_EQUALS_NEW if matches(said, fact.new_answers) else ""
 
 
 def _empty_probes(draft: Draft, number: int) -> Iterator[LeftOut]:
@@ -388,8 +552,7 @@ def _accepted(result: FactSet, strict: bool) -> FactSet:
     if strict and result.left_out_records:
         raise FactError(f"{result.source}: strict, and not everything can be used.\n{_account(result)}")
     if not result.facts:
-        hint = f"\n{REASONS[UNFINISHED_OLD_ANSWER]}" if UNFINISHED_OLD_ANSWER in result.left_out else ""
-        raise FactError(f"{result.source}: no fact is left of {result.read} records.\n{_account(result)}{hint}")
+        raise FactError(f"{result.source}: no fact is left of {result.read} records.\n{_account(result)}")
     return result
 
 

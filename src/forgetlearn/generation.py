@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,15 +24,24 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # what its max_lora_rank may be
 VLLM_SHARE = 0.9  # of the device's free memory
 
 
+@dataclass(frozen=True)
+class Room:
+    """How long a free answer may be. Its lines are counted from its first text; one line ends at the next break."""
+
+    tokens: int
+    lines: int = 1
+
+
 class Generator(Protocol):
     """What answers prompts greedily; each is asked as if it were alone."""
 
     batches_itself: bool  # wants all prompts at once
 
-    def generate(self, prompts: Sequence[Ids], at_most: int) -> list[list[int]]:
-        """New ids to each prompt: `at_most`, or up to the end of the context or an end token, which is among them.
+    def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
+        """New ids to each prompt: as many as it has room for, or fewer at an end token or the end of the context.
 
-        What follows the first end token, or the first line break after some text, is not part of the answer.
+        What follows the first end token, or the line break that ends the last line there is room for, is not part of
+        the answer.
         """
         ...
 
@@ -81,9 +91,10 @@ class TransformersGenerator:
     def __init__(self, lm: LanguageModel) -> None:
         self.lm, self.ends = lm, end_ids(lm)
 
-    def generate(self, prompts: Sequence[Ids], at_most: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
         """See `Generator`."""
         lm = self.lm
+        at_most = max(room.tokens for room in rooms)
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[lm.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -96,10 +107,9 @@ class TransformersGenerator:
             input_ids=ids.to(lm.device),
             attention_mask=mask.to(lm.device),
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([_LineBreak(lm.encoder.decode, width)]),
+            stopping_criteria=StoppingCriteriaList([_Full(lm.encoder.decode, width, rooms)]),
         )
-        new: list[list[int]] = out[:, width:].tolist()
-        return new
+        return [ids[: room.tokens] for ids, room in zip(out[:, width:].tolist(), rooms, strict=True)]
 
 
 class VllmGenerator:
@@ -116,11 +126,14 @@ class VllmGenerator:
             raise ModelError("evaluate.engine = vllm: the model is in memory, and vLLM reads a folder or hub id.")
         self.lm, self.ends = lm, end_ids(lm)
 
-    def generate(self, prompts: Sequence[Ids], at_most: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
         """See `Generator`."""
         vllm, lora = _vllm()
-        room = self.lm.encoder.max_length
-        limits = [min(at_most, room - len(prompt)) if room else at_most for prompt in prompts]
+        context = self.lm.encoder.max_length
+        limits = [
+            min(room.tokens, context - len(prompt)) if context else room.tokens
+            for prompt, room in zip(prompts, rooms, strict=True)
+        ]
         # Greedy. A line break is no stop string: one that comes before any text belongs to the answer.
         params = [
             vllm.SamplingParams(temperature=0, max_tokens=limit, stop_token_ids=self.ends, detokenize=False)
@@ -210,15 +223,18 @@ def _free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
-class _LineBreak(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row at the first line break after some text."""
+class _Full(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row where its room ends."""
 
-    def __init__(self, decode: Callable[[Iterable[int]], str], width: int) -> None:
-        self.decode, self.width = decode, width
+    def __init__(self, decode: Callable[[Iterable[int]], str], width: int, rooms: Sequence[Room]) -> None:
+        self.decode, self.width, self.rooms = decode, width, rooms
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        texts = [self.decode(row).lstrip() for row in input_ids[:, self.width :].tolist()]
-        return torch.tensor(["\n" in text for text in texts], device=input_ids.device)
+        full = [
+            len(ids) >= room.tokens or self.decode(ids).lstrip().count("\n") >= room.lines
+            for ids, room in zip(input_ids[:, self.width :].tolist(), self.rooms, strict=True)
+        ]
+        return torch.tensor(full, device=input_ids.device)
 
 
 @contextmanager

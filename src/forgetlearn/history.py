@@ -17,7 +17,7 @@ from forgetlearn.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, model_
 from forgetlearn.disk import read_json, write_text
 from forgetlearn.errors import RunError, some
 from forgetlearn.facts import FactSet, read_facts
-from forgetlearn.readers import is_hub_id
+from forgetlearn.files import is_hub_id
 from forgetlearn.runs import RunFolder, is_run
 
 log = logging.getLogger("forgetlearn")

@@ -14,7 +14,7 @@ from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]
 
 from forgetlearn.digests import LICENCES, MODEL_SUFFIXES
 from forgetlearn.errors import ModelError, some
-from forgetlearn.readers import is_hub_id
+from forgetlearn.files import is_hub_id
 
 TIMEOUT_S = 10
 # What the hub's client raises, somewhere below transformers' own errors, in words, and whether the name may be a

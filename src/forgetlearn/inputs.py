@@ -9,7 +9,14 @@ from typing import Any
 from forgetlearn import digests, keeping, scoring
 from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts import Fact, FactSet, read_facts, with_old_answers
+from forgetlearn.facts import (
+    UNFINISHED_OLD_ANSWER,
+    WITHOUT_OLD,
+    Fact,
+    FactSet,
+    read_facts,
+    with_old_answers,
+)
 from forgetlearn.history import check_product
 from forgetlearn.method import (
     METHODS,
@@ -46,9 +53,12 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     return settings
 
 
+AS_READ: dict[str, Any] = {"limit": None, "columns": {}, "aliases": None}  # of facts that are read already
+
+
 def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:
     if isinstance(facts, FactSet):
-        own = settings.model_copy(update={"source": facts.source, "old_from": facts.old_from, "limit": None})
+        own = settings.model_copy(update={"source": facts.source, "old_from": facts.old_from, **AS_READ})
         _no_contradiction("facts", settings, own, "the facts that are passed in were read with")
         return own
     return settings if facts is None else settings.model_copy(update={"source": str(facts)})
@@ -64,13 +74,14 @@ def read_config_facts(config: RunConfig) -> FactSet:
     """The facts that the config names."""
     settings = config.facts
     if not settings.source:
-        raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV).")
-    return read_facts(settings.source, old_from=settings.old_from, limit=settings.limit, strict=settings.strict)
+        raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV, TSV, XLSX).")
+    return read_facts(settings.source, **settings.model_dump(exclude={"source"}))
 
 
-def with_asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> FactSet:
-    """Policy `model`: the facts with what the model itself says as the old answer."""
-    return with_the_models_answers(facts, scoring.probe(lm, facts, config.evaluate), config)
+def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row]:
+    """Policy `model`: what the model says to the facts that have no old answer from elsewhere."""
+    waiting = frozenset(facts.to_ask)
+    return scoring.probe(lm, [fact for fact in facts if fact.id in waiting], config.evaluate)
 
 
 def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) -> FactSet:
@@ -86,17 +97,25 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
 def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     """Nothing, if there is an old answer wherever the method needs some.
 
+    Where the model has still to be asked, some may come.
+
     Raises:
         FactError: no fact has one.
     """
     method = METHODS[config.method]
     needs = (method.forgets and config.forget.coef != 0) or config.teach.epochs > 0
-    if needs and facts.old_from != "model" and not any(fact.ground_truth for fact in facts):
-        reason = f"method {config.method} forgets" if method.forgets else "teach.epochs > 0 teaches"
-        raise FactError(
-            f"{facts.source}: {reason} old answers, but no fact has one. "
-            "Add the field ground_truth, or pass --old-from model to forget what the model says itself."
+    if not needs or facts.to_ask or any(fact.ground_truth for fact in facts):
+        return
+    reason = f"method {config.method} forgets" if method.forgets else "teach.epochs > 0 teaches"
+    counts = ", ".join(f"{count} {why}" for why, count in facts.without_old.items())
+    if "model" in facts.old_from:
+        remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == UNFINISHED_OLD_ANSWER)
+        remedy = (
+            remedy or "The model says nothing: take the old answers from the file, or choose a method that only learns."
         )
+    else:
+        remedy = "Add the field ground_truth, or pass --old-from model to forget what the model says itself."
+    raise FactError(f"{facts.source}: {reason} old answers, but no fact has one ({counts}).\n{remedy}")
 
 
 def check_stages(config: RunConfig, lm: LanguageModel) -> None:

@@ -77,9 +77,10 @@ def forget(
     weights and `lm.model` carries a frozen adapter "forget" with -coef folded in.
 
     Of what is subtracted the facts in `keep` are spared, as `settings.keep_by` says (`keeping.read_keep` reads them).
+    Facts without an old answer have nothing to forget, and are passed over.
 
     Raises:
-        FactError: a fact has no old answer.
+        FactError: no fact has an old answer.
         ConfigError: facts to keep, and not with all weights.
     """
     if keep:
@@ -171,7 +172,7 @@ def subtract_old(
     tuned = sharding.parts(lm.model) if tuned is None else tuned
     forgotten = taskvector.subtracted(base, tuned, settings.number, factors)
     if settings.rows != "all":
-        tokens = tokens_of(lm, [(fact.prompt, _old_answer(fact)) for fact in facts], settings.rows)
+        tokens = tokens_of(lm, _old_pairs(facts), settings.rows)
         vocabulary = selection.groups(lm.model)["vocabulary"]
         forgotten = selection.only_rows(base, forgotten, vocabulary, tokens, settings.rows)
     if kept is not None:
@@ -372,10 +373,16 @@ def tokens_of(lm: LanguageModel, pairs: list[tuple[str, str]], rows: Rows) -> se
 
 
 def _old_texts(lm: LanguageModel, facts: Iterable[Fact]) -> list[Encoded]:
-    return _texts(lm, [(fact.prompt, _old_answer(fact)) for fact in facts])
+    return _texts(lm, _old_pairs(facts))
 
 
-def _old_answer(fact: Fact) -> str:
-    if not fact.ground_truth:
-        raise FactError(f"fact {fact.id} ({fact.prompt!r}) has no old answer to forget. Use old_from = model.")
-    return fact.ground_truth
+def _old_pairs(facts: Iterable[Fact]) -> list[tuple[str, str]]:
+    """Prompt and old answer of the facts that have one: the others have nothing to forget.
+
+    Raises:
+        FactError: none has.
+    """
+    pairs = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
+    if not pairs:
+        raise FactError("No fact has an old answer to forget. Give ground_truth, or read them with old_from = model.")
+    return pairs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,24 @@ def contains(said: str, answer: str) -> float:
     if not wanted:
         return float(answer.strip() in said)
     return float(f" {wanted} " in f" {normalise(said)} ")
+
+
+def first_lines(text: str, n: int) -> str:
+    """The first `n` lines of a text, counted from the first that is not blank."""
+    return "\n".join(text.lstrip().split("\n")[:n]).rstrip()
+
+
+def lines_of(answer: str) -> int:
+    """The number of lines that an answer has."""
+    return answer.strip().count("\n") + 1
+
+
+def matches(said: str, answers: Iterable[str], rule: Callable[[str, str], float] = same_text) -> float:
+    """1 if what was said is one of the answers by the rule, else 0.
+
+    It is read only as far as each answer goes: up to its first line break for an answer of one line.
+    """
+    return max((rule(first_lines(said, lines_of(answer)), answer) for answer in answers), default=0.0)
 
 
 def preference(logprob: float, other: float) -> float:

@@ -39,6 +39,7 @@ from forgetlearn.forward import GPU_ROW_TOKENS, ROW_TOKENS, SMALL_MODEL, shared_
 from forgetlearn.keeping import read_keep
 from forgetlearn.method import METHODS, How
 from forgetlearn.models import LanguageModel, context_length, parameter_count, pick_device, read_outline
+from forgetlearn.scoring import MARGIN_TOKENS
 from forgetlearn.taskvector import SMALL_BYTES, TORCH
 from forgetlearn.texts import check_texts
 from forgetlearn.trace import Skeleton
@@ -288,7 +289,9 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
     notes: list[str] = []
     chosen = list(facts)[:: max(1, math.ceil(len(facts) / MOST_ENCODED))]
     encode = _Encode(outline.encoder)
-    old = Texts(tuple(encode.pairs((f.prompt, f.ground_truth or f.target_new) for f in chosen)), _held(facts))
+    waiting = frozenset(facts.to_ask)  # answers that are not known yet: taken to be as long as the new ones
+    olds = [(f.prompt, f.ground_truth or f.target_new) for f in chosen if f.ground_truth or f.id in waiting]
+    old = Texts(tuple(encode.pairs(olds)), _held(facts))
     new = Texts(tuple(encode.pairs((f.prompt, f.target_new) for f in chosen)), len(facts))
     read = Texts(tuple(encode.pairs(_read(chosen))), round(sum(1 for _ in _read(chosen)) * len(facts) / len(chosen)))
     if outline.encoder is None:
@@ -406,6 +409,8 @@ def _score_load(
     phases = 2 + (forgets and config.evaluate.every_phase)
     asked = {prompt for fact in chosen for prompt in (fact.prompt, *fact.rephrase_prompts)}
     batches = math.ceil(len(asked) * n_facts / len(chosen) / size) if "generate" in config.evaluate.protocols else 0
+    longest = config.evaluate.max_new_tokens
+    rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.sample] or [longest]
     skeleton = outline.skeleton(torch.float32 if method.learns != "lora" else None)
     row = read.fullest_row(size, ROW_TOKENS.get(kind, GPU_ROW_TOKENS))
     step, problem = _traced(lambda: skeleton.read_step(row))
@@ -415,7 +420,7 @@ def _score_load(
     if batches or (forgets and config.forget.only_known):  # what is known is asked too
         widest = max(text.n_prompt_tokens for text in read.sample)
         prompts = min(size, round(len(asked) * n_facts / len(chosen)))
-        answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, config.evaluate.max_new_tokens))
+        answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, max(rooms)))
     load = Load(
         name="score",
         how=f"{phases} phases",
@@ -426,7 +431,7 @@ def _score_load(
         micro_batch_size=size,
         weights_bytes=skeleton.weights_bytes,
         step=step,
-        answer_steps=phases * batches * config.evaluate.max_new_tokens,
+        answer_steps=round(phases * batches * sum(rooms) / len(rooms)),
         answer_bytes=answers or 0,
     )
     return load, problem
@@ -444,8 +449,8 @@ def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _held(facts: FactSet) -> int:
-    """Facts that can be forgotten: under the policy `model` each has an answer once it has been asked."""
-    return len(facts) if facts.old_from == "model" else sum(1 for fact in facts if fact.ground_truth)
+    """Facts that can be forgotten: those that the model has still to be asked for will have an answer too."""
+    return len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)
 
 
 def _read(facts: Iterable[Fact]) -> Iterator[tuple[str, str]]:

@@ -20,8 +20,8 @@ from forgetlearn.checkpoints import read_header
 from forgetlearn.digests import HISTORY, damaged
 from forgetlearn.disk import atomic_folder
 from forgetlearn.errors import ConfigError, RunError, some, without_secrets
+from forgetlearn.files import is_hub_id
 from forgetlearn.history import as_json, base_id, hub_commit, product_of, read_chain
-from forgetlearn.readers import is_hub_id
 from forgetlearn.report import card, load_context
 from forgetlearn.restore import finished_run
 from forgetlearn.runs import RunFolder

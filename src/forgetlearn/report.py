@@ -15,6 +15,7 @@ import yaml
 
 from forgetlearn import disk, metrics, plots, runs
 from forgetlearn.errors import RunError
+from forgetlearn.facts import as_written, tell_old
 from forgetlearn.pages import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.rounding import in_words
 
@@ -111,6 +112,8 @@ def account(facts: Mapping[str, Any]) -> list[str]:
     if facts.get("forgotten") is not None:
         sentence += f"; {facts['forgotten']} were forgotten"
     lines = [f"{sentence}."]
+    if "old_answers" in facts:  # not in folders of earlier versions
+        lines += tell_old(facts["old_answers"], facts["without_old"])
     lines += [f"left out, {reason}: {count}" for reason, count in facts["left_out"].items()]
     lines += [f"locality probes left out, {reason}: {count}" for reason, count in facts["left_out_probes"].items()]
     if facts.get("not_read"):
@@ -163,7 +166,7 @@ def fact_table(
     scored: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
     for row in rows:
         scored.setdefault(row["fact"], {})[row["phase"], row["protocol"]] = row
-    return [_fact_line({"ground_truth": None, **fact}, scored.get(fact["id"], {}), phases, judge) for fact in inputs]
+    return [_fact_line(as_written(fact), scored.get(fact["id"], {}), phases, judge) for fact in inputs]
 
 
 def _fact_line(
@@ -183,6 +186,7 @@ def _fact_line(
     found = [name for name, is_set in flags.items() if is_set]
     return {
         **fact,
+        **shown_answers(fact),
         "said": said,
         "told": {phase: _told(text, fact) for phase, text in said.items()},
         "rephrased": _other_texts(said[phases[-1]], own.get((phases[-1], "generate"), {}).get("said_rephrased")),
@@ -212,9 +216,19 @@ def _told(said: str | None, fact: Mapping[str, Any]) -> str | None:
     """Which of a fact's answers a text is."""
     if said is None:
         return None
-    if metrics.same_text(said, fact.get("target_new", "")):
-        return "new"
-    return "old" if fact["ground_truth"] and metrics.same_text(said, fact["ground_truth"]) else None
+    for name, state in (("target_new", "new"), ("ground_truth", "old")):
+        if fact[name] and metrics.matches(said, [fact[name], *fact[f"{name}_aliases"]]):
+            return state
+    return None
+
+
+def shown_answers(fact: Mapping[str, Any]) -> dict[str, str]:
+    """Both answers of a fact as a page shows them, with what else counts as them: `Ada Byron (also: Ada, A. Byron)`."""
+    return {
+        f"{name}_shown": (fact[name] or "") + (f" (also: {', '.join(others)})" if others else "")
+        for name in ("target_new", "ground_truth")
+        for others in [fact[f"{name}_aliases"]]
+    }
 
 
 def _other_texts(said: str | None, rephrased: Sequence[str | None] | None) -> str:

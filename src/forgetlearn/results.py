@@ -40,7 +40,10 @@ def write_results(
     marked `split: validation`, but no part in the means.
     """
     aside = frozenset(done.choice.validation if done and done.choice else ())
-    disk.write_rows(path / "facts.jsonl", [_public(row, aside) for phase in rows.values() for row in phase])
+    told = [
+        {**_public(row, aside), "old_from": facts.old_sources.get(row["fact"])} for own in rows.values() for row in own
+    ]
+    disk.write_rows(path / "facts.jsonl", told)
     with disk.naming(path / "inputs.jsonl"):
         write_facts(facts, path / "inputs.jsonl")
     scored = {phase: [row for row in own if row["fact"] not in aside] for phase, own in rows.items()}
@@ -71,7 +74,9 @@ def _summary(
         "facts": {
             "source": facts.source,
             "reader": facts.reader,
-            "old_from": facts.old_from,
+            "old_from": ",".join(facts.old_from),
+            "old_answers": facts.old_counts,
+            "without_old": dict(facts.without_old),
             "read": facts.read,
             "used": facts.used,
             "set_aside": n_aside,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from forgetlearn.encoding import Encoded
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.facts import Fact
 from forgetlearn.forward import GPU_ROW_TOKENS, ROW_TOKENS, Layout, choose_layout, computing, read_logits, shared_rows
-from forgetlearn.generation import Generator, end_ids, generator
+from forgetlearn.generation import Generator, Room, end_ids, generator
 from forgetlearn.models import LanguageModel
 
 Pair = tuple[str, str]
@@ -31,7 +32,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 QUANTITIES = ("reliability", "generality", "residue")
+NO_ROOMS: Mapping[str, Room] = MappingProxyType({})
 LOCALITY_MEANINGS = ("agreement", "accuracy")
+MARGIN_TOKENS = 8  # beyond an answer's own tokens: for its end, and for a model that splits it into more of them
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Said:
-    """What a model answers freely: greedy, up to its end token or a line break."""
+    """What a model answers freely: greedy, up to its end token or the line break that ends its room."""
 
     text: str
     truncated: bool
@@ -86,40 +89,58 @@ class Scorer:
                 found.update(zip(batch, readings, strict=True))
         return processes.merged(found)
 
-    def say(self, prompts: Iterable[str]) -> dict[str, Said | Failure]:
-        """The free answer, or why there is none, to each distinct prompt."""
+    def say(self, prompts: Iterable[str], rooms: Mapping[str, Room] = NO_ROOMS) -> dict[str, Said | Failure]:
+        """The free answer, or why there is none, to each distinct prompt.
+
+        `rooms` says how long the answers to some prompts may be; others have one line of `max_new_tokens`.
+        """
         found: dict[str, Said | Failure] = {}
         ids: dict[str, Encoded] = {}
-        room = self.lm.encoder.max_length
+        context = self.lm.encoder.max_length
         for prompt in dict.fromkeys(prompts):
             try:
                 encoded = self.lm.encoder.prompt_ids(prompt)
             except FactError as error:
                 found[prompt] = Failure(str(error))
                 continue
-            if room and len(encoded) >= room:
-                found[prompt] = Failure(f"the prompt is {len(encoded)} tokens, the model's context {room}")
+            if context and len(encoded) >= context:
+                found[prompt] = Failure(f"the prompt is {len(encoded)} tokens, the model's context {context}")
             else:
                 ids[prompt] = Encoded(tuple(encoded), len(encoded))
+        plain = Room(self.settings.max_new_tokens)
+        given = {prompt: rooms.get(prompt, plain) for prompt in ids}
         self.lm.model.eval()
         with generator(self.lm, self.settings) as engine:
-            for batch in self._shown(self._prompt_batches(ids, engine), "answering"):
-                answers = self._halving(
-                    [ids[prompt].ids for prompt in batch], lambda some: self._say_batch(engine, some)
-                )
+            for batch in self._shown(self._prompt_batches(ids, given, engine), "answering"):
+                asked = [(ids[prompt].ids, given[prompt]) for prompt in batch]
+                answers = self._halving(asked, lambda some: self._say_batch(engine, some))
                 found.update(zip(batch, answers, strict=True))
         return processes.merged(found)
 
-    def _prompt_batches(self, ids: Mapping[str, Encoded], engine: Generator) -> list[list[str]]:
-        """Prompts in batches; one that nearly fills the context by itself, for a batch has the room of its longest."""
+    def _prompt_batches(
+        self, ids: Mapping[str, Encoded], rooms: Mapping[str, Room], engine: Generator
+    ) -> list[list[str]]:
+        """Prompts in batches: those with more room apart, since a batch goes on as long as its longest answer.
+
+        A prompt that nearly fills the context is asked by itself, for the longest of a batch limits the others.
+        """
         if engine.batches_itself:
             return [list(ids)] if ids else []
-        room = self.lm.encoder.max_length
-        longest = room - self.settings.max_new_tokens if room else None
-        alone = {prompt for prompt, encoded in ids.items() if longest is not None and len(encoded.ids) > longest}
-        together = {prompt: encoded for prompt, encoded in ids.items() if prompt not in alone}
-        batches = self._batches(together, self._layout(together.values(), "padded"))
-        return [*batches, *([prompt] for prompt in sorted(alone))]
+        context, usual = self.lm.encoder.max_length, self.settings.max_new_tokens
+
+        def fits(prompts: Sequence[str]) -> bool:
+            widest, longest = max(len(ids[p].ids) for p in prompts), max(rooms[p].tokens for p in prompts)
+            return not context or widest + longest <= context
+
+        alone = {prompt for prompt in ids if not fits([prompt])}
+        batches: list[list[str]] = []
+        for has_more in (False, True):
+            group = {p: ids[p] for p in ids if p not in alone and (rooms[p].tokens > usual) == has_more}
+            if group:
+                batches += self._batches(group, self._layout(group.values(), "padded"))
+        together = [batch for batch in batches if fits(batch)]
+        alone |= {prompt for batch in batches if not fits(batch) for prompt in batch}
+        return [*together, *([prompt] for prompt in sorted(alone))]
 
     def _layout(self, texts: Iterable[Encoded], best: Literal["shared", "padded"]) -> Layout:
         return choose_layout(self.lm.model, _with_answers(texts), self.lm.pad_id, self.lm.device, best)
@@ -186,17 +207,18 @@ class Scorer:
             return Failure("the model's logits are not finite")
         return Reading(text.answer_ids, predicted, sum(logprobs) / len(tokens) if self.wants_logprobs else None)
 
-    def _say_batch(self, engine: Generator, prompts: Sequence[tuple[int, ...]]) -> list[Said]:
+    def _say_batch(self, engine: Generator, asked: Sequence[tuple[tuple[int, ...], Room]]) -> list[Said]:
         ends = end_ids(self.lm)
-        return [self._cut(new, ends) for new in engine.generate(prompts, self.settings.max_new_tokens)]
+        prompts, rooms = zip(*asked, strict=True)
+        said = engine.generate(prompts, rooms)
+        return [self._cut(new, ends, room.lines) for new, room in zip(said, rooms, strict=True)]
 
-    def _cut(self, ids: list[int], ends: list[int]) -> Said:
-        """The answer up to its first end token or line break."""
+    def _cut(self, ids: list[int], ends: list[int], lines: int = 1) -> Said:
+        """The answer up to its first end token, or to the break after so many lines."""
         stops = [index for index, token in enumerate(ids) if token in ends]
-        raw = self.lm.encoder.decode(ids[: stops[0]] if stops else ids)
-        body = raw.lstrip()
-        text = body.split("\n", 1)[0]
-        return Said(text.strip(), truncated=not stops and "\n" not in body)
+        body = self.lm.encoder.decode(ids[: stops[0]] if stops else ids).lstrip()
+        text = metrics.first_lines(body, lines)
+        return Said(text, truncated=not stops and body.count("\n") < lines)
 
 
 def _with_answers(texts: Iterable[Encoded]) -> list[Encoded]:
@@ -221,7 +243,9 @@ def score(
     facts = list(facts)
     scorer = Scorer(lm, settings, phase)
     read = scorer.read(pair for fact in facts for pair in _all_pairs(fact))
-    said = scorer.say(p for fact in facts for p in _prompts(fact)) if "generate" in settings.protocols else {}
+    said: dict[str, Said | Failure] = {}
+    if "generate" in settings.protocols:
+        said = scorer.say((p for fact in facts for p in _prompts(fact)), answer_rooms(lm, facts, settings))
     rows: list[Row] = []
     for fact in facts:
         rows += _teacher_forced_rows(fact, phase, read, settings)
@@ -234,7 +258,7 @@ def score(
 def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> list[Row]:
     """What the model says to each prompt, as rows for `known_facts`."""
     facts = list(facts)
-    said = Scorer(lm, settings, "probe").say(fact.prompt for fact in facts)
+    said = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), answer_rooms(lm, facts, settings))
     replies = {fact.id: said[fact.prompt] for fact in facts}
     return [
         {
@@ -245,6 +269,25 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
         }
         for key, reply in replies.items()
     ]
+
+
+def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> dict[str, Room]:
+    """Prompt -> room for every answer that counts there, where that takes more than a line of `max_new_tokens`."""
+    rooms: dict[str, Room] = {}
+    for fact in facts:
+        answers = (*fact.new_answers, *fact.old_answers)
+        lines = max(map(metrics.lines_of, answers))
+        # Only an answer with that many bytes can have that many tokens, so that most are not tokenised here.
+        long = [answer for answer in answers if len(answer.encode()) + MARGIN_TOKENS > settings.max_new_tokens]
+        found = lm.encoder.encode_all((fact.prompt, answer) for answer in long) if long else {}
+        lengths = [len(text.answer_ids) + MARGIN_TOKENS for text in found.values() if isinstance(text, Encoded)]
+        room = Room(max([settings.max_new_tokens, *lengths]), lines)
+        if room == Room(settings.max_new_tokens):
+            continue
+        for prompt in _prompts(fact):
+            other = rooms.get(prompt, room)
+            rooms[prompt] = Room(max(room.tokens, other.tokens), max(room.lines, other.lines))
+    return rooms
 
 
 def locality_predictions(rows: Iterable[Row]) -> dict[str, list[list[int]]]:
@@ -270,7 +313,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Facts whose old answer the model gives when it is asked (rows of the `generate` protocol)."""
     said: dict[str, str] = {row["fact"]: row["said"] or "" for row in rows if row["protocol"] == "generate"}
-    return [fact for fact in facts if fact.ground_truth and metrics.same_text(said.get(fact.id, ""), fact.ground_truth)]
+    return [fact for fact in facts if metrics.matches(said.get(fact.id, ""), fact.old_answers)]
 
 
 def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Fact]:
@@ -289,7 +332,7 @@ def _prompts(fact: Fact) -> tuple[str, ...]:
 
 
 def _pairs(fact: Fact) -> dict[str, list[Pair]]:
-    """What is asked for each quantity."""
+    """What is read for each quantity: the answer that is taught, or forgotten, without its aliases."""
     return {
         "reliability": [(fact.prompt, fact.target_new)],
         "generality": [(prompt, fact.target_new) for prompt in fact.rephrase_prompts],
@@ -337,7 +380,7 @@ def _apply(rule: Callable[[Sequence[int], Sequence[int]], float], reading: Readi
 
 
 def _preferences(fact: Fact, read: Mapping[Pair, Reading | Failure]) -> dict[str, list[float | Failure]]:
-    """Is the new answer more likely than the old one (residue: the other way round)?"""
+    """Is the new answer more likely than the old one (residue: the other way round)? Each without its aliases."""
 
     def compare(prompt: str, first: str, second: str) -> float | Failure:
         one, two = read[prompt, first], read[prompt, second]
@@ -360,13 +403,14 @@ def _preferences(fact: Fact, read: Mapping[Pair, Reading | Failure]) -> dict[str
 
 
 def _generated_rows(fact: Fact, phase: str, said: Mapping[str, Said | Failure]) -> Iterator[Row]:
-    def judge(rule: Callable[[str, str], float], prompt: str, answer: str) -> float | Failure:
+    def judge(rule: Callable[[str, str], float], prompt: str, answers: Sequence[str]) -> float | Failure:
         reply = said[prompt]
-        return reply if isinstance(reply, Failure) else rule(reply.text, answer)
+        return reply if isinstance(reply, Failure) else metrics.matches(reply.text, answers, rule)
 
+    accepted = {"reliability": fact.new_answers, "generality": fact.new_answers, "residue": fact.old_answers}
     for protocol, rule in (("generate", metrics.same_text), ("contains", metrics.contains)):
         scores = {
-            quantity: [judge(rule, prompt, answer) for prompt, answer in pairs]
+            quantity: [judge(rule, prompt, accepted[quantity]) for prompt, _taught in pairs]
             for quantity, pairs in _pairs(fact).items()
         }
         row = _row(fact, phase, protocol, scores)

@@ -23,13 +23,13 @@ from forgetlearn import (
     report,
     restore,
     runs,
-    scoring,
 )
 from forgetlearn.config import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.generation import check_engine
 from forgetlearn.inputs import (
+    asked_answers,
     base_hash,
     check_old_answers,
     check_quantization,
@@ -109,9 +109,10 @@ def _update(
     lm.name_end_token()
     check_stages(config, lm)
     answers = None
-    if config.facts.old_from == "model" and not goes_on:
-        answers = scoring.probe(lm, fact_set, config.evaluate)  # now, because no fact may be left
+    if fact_set.to_ask and not goes_on:
+        answers = asked_answers(lm, fact_set, config)  # now, because no fact or no old answer may be left
         held = with_the_models_answers(fact_set, answers, config)
+        check_old_answers(held, config)
         check_texts(lm.encoder, held)
     inputs: dict[str, Any] = {
         "facts_sha256": fact_set.sha256(),

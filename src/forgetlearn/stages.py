@@ -27,9 +27,9 @@ from forgetlearn import (
     taskvector,
 )
 from forgetlearn.config import AUTO, RunConfig, StageSettings, TeachSettings
-from forgetlearn.facts import Fact, FactSet
+from forgetlearn.facts import Fact, FactSet, tell_old
 from forgetlearn.finetune import StageLog, finetune
-from forgetlearn.inputs import trains_all_weights, with_the_models_answers
+from forgetlearn.inputs import asked_answers, trains_all_weights, with_the_models_answers
 from forgetlearn.method import (
     METHODS,
     How,
@@ -101,13 +101,15 @@ class Stages:
 
     def _use_old_answers(self) -> None:
         """Policy `model`: what the model itself says is what it holds."""
-        if self.config.facts.old_from != "model":
-            return
-
-        if not self.folder.is_done("old_answers"):
-            keep_old_answers(self.folder, scoring.probe(self.lm, self.facts, self.config.evaluate))
-        rows = disk.read_rows(self.folder.path / "stages/old_answers/rows.jsonl")
-        self.facts = with_the_models_answers(self.facts, rows, self.config)
+        if self.facts.to_ask:
+            if not self.folder.is_done("old_answers"):
+                keep_old_answers(self.folder, asked_answers(self.lm, self.facts, self.config))
+            rows = disk.read_rows(self.folder.path / "stages/old_answers/rows.jsonl")
+            self.facts = with_the_models_answers(self.facts, rows, self.config)
+        self.folder.note(old_answers={**self.facts.old_counts, **self.facts.without_old})
+        if self.method.forgets:
+            for line in tell_old(self.facts.old_counts, self.facts.without_old):
+                log.info(line)
 
     def _teach(self) -> None:
         settings = self.config.teach

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from forgetlearn.errors import plain, without_secrets
+from forgetlearn.errors import plain, some, without_secrets
 
 if TYPE_CHECKING:
     from forgetlearn.facts import FactSet
@@ -40,28 +40,47 @@ class PlainLines(logging.Formatter):
 
 def print_facts(found: FactSet) -> None:
     """What was read and what was left out, then the first three facts."""
-    from forgetlearn.facts import REASONS
-
+    there = f"{found.records} records with {found.in_source} facts"
+    if found.records == found.in_source:
+        there = f"{found.in_source} records"
     say(
-        f"{found.source}: reader {found.reader}, --old-from {found.old_from}; {found.in_source} records, "
+        f"{found.source}: reader {found.reader}, --old-from {','.join(found.old_from)}; {there}, "
         f"{found.read} read, {found.used} used"
         + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
     )
-    for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
-        for reason, count in counts.items():
-            say(f"left out: {count} {what}, {reason}. {REASONS[reason]}")
-    if found.ignored_fields:
-        say(f"fields that nothing reads: {plain(', '.join(found.ignored_fields))}")
-    for what, missing in _not_there(found):
-        say(f"no fact has {what}: {missing}")
+    for line in _account(found):
+        say(plain(line))
     for fact in found[:3]:
         say(f"\n{fact.id}  {plain(fact.prompt)}")
-        old = "(none)" if fact.ground_truth is None else plain(fact.ground_truth)
-        say(f"  old  {old}\n  new  {plain(fact.target_new)}")
+        say(f"  old  {_answers(fact.old_answers)}\n  new  {_answers(fact.new_answers)}")
         for prompt in fact.rephrase_prompts:
             say(f"  also asked as  {plain(prompt)}")
         for probe in fact.locality:
             say(f"  must stay      {plain(probe.prompt)} -> {plain(probe.answer)}")
+
+
+def _answers(answers: Sequence[str]) -> str:
+    """An answer, and how else it may be written."""
+    if not answers:
+        return "(none)"
+    return plain(answers[0]) + (f"  (or: {some(answers[1:])})" if len(answers) > 1 else "")
+
+
+def _account(found: FactSet) -> list[str]:
+    """How a source was read, what was left out or taken otherwise, and what is not there."""
+    from forgetlearn.facts import NOTES, REASONS, tell_old
+
+    lines = [f"read as {found.read_as}"] if found.read_as else []
+    for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
+        lines += [f"left out: {count} {what}, {reason}. {REASONS[reason]}" for reason, count in counts.items()]
+    lines += [f"{note}: {count} {NOTES[note]}" for note, count in found.noted.items()]
+    if found.with_aliases:
+        lines.append(f"facts with several ways to write an answer: {found.with_aliases}")
+    lines += tell_old(found.old_counts, found.without_old, len(found.to_ask))
+    if found.ignored_fields:
+        unread = [f"{name} ({count})" for name, count in found.ignored_fields.items()]
+        lines.append(f"fields that nothing reads, with how many values they hold: {some(unread, 30)}")
+    return lines + [f"no fact has {what}: {missing}" for what, missing in _not_there(found)]
 
 
 def _not_there(found: FactSet) -> list[tuple[str, str]]:
@@ -69,7 +88,7 @@ def _not_there(found: FactSet) -> list[tuple[str, str]]:
     asked = (
         (
             "an old answer",
-            found.old_from != "model" and not any(fact.ground_truth for fact in found),
+            not found.to_ask and not any(fact.ground_truth for fact in found),
             "ft and lora learn without one",
         ),
         ("another phrasing", not any(fact.rephrase_prompts for fact in found), "generality will not be scored"),

@@ -1,0 +1,183 @@
+"""The fields of a record, read with the place that an error names; JSON text read the same way."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from forgetlearn.errors import FactError, plain, some
+
+Record = Mapping[str, object]
+MOST_LISTS_IN_LISTS = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as a record gives it, unstripped: the text to teach or to forget ("" if none) and its aliases."""
+
+    text: str = ""
+    aliases: tuple[str, ...] = ()
+    is_list: bool = False  # given as a list, so that "None" or "-" is meant as written
+
+
+def kind(value: object) -> str:
+    """The JSON kind of a value in words, for a message."""
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    return "null" if value is None else f"{str(value)[:40]} ({type(value).__name__})"
+
+
+def is_missing(value: object) -> bool:
+    """True for null and for NaN, which pandas writes where a value is missing."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def as_text(value: object, place: str) -> str:
+    """Return a text or a number as text, unstripped; null and NaN are "".
+
+    Raises:
+        FactError: the value is of another kind, too long a number, or text that cannot be written as UTF-8.
+    """
+    if is_missing(value):
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return str(value)
+        except ValueError:  # Python refuses to write thousands of digits
+            raise FactError(f"{place} is a number of thousands of digits. Write it as text, in quotes.") from None
+    number = isinstance(value, float) and math.isfinite(value)
+    if not (number or isinstance(value, str)):
+        raise FactError(f"{place} is {kind(value)}. Text is expected.")
+    text = str(value)
+    if has_half_a_pair(text):
+        raise FactError(f"{place} holds half of a surrogate pair, which is no character. Write the whole character.")
+    return text
+
+
+def has_half_a_pair(text: str) -> bool:
+    """True if a text holds half of a surrogate pair, which UTF-8 cannot write."""
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def as_texts(value: object, place: str) -> list[str]:
+    """Return a list of texts; one text is a list of one, null the empty list."""
+    if isinstance(value, list | tuple):
+        return [as_text(item, f"{place}, item {number}") for number, item in enumerate(value, 1)]
+    return [] if is_missing(value) else [as_text(value, place)]
+
+
+def first_text(value: object, place: str) -> str:
+    """Return the text itself, or the first one of a list, or of a list of lists (of aliases)."""
+    while isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return as_text(value, place)
+
+
+def _flat(value: object, place: str, depth: int = 0) -> Iterator[str]:
+    """The texts of a list, of a list of lists (of aliases), or the one text."""
+    if not isinstance(value, list | tuple):
+        yield as_text(value, place)
+        return
+    if depth == MOST_LISTS_IN_LISTS:
+        raise FactError(
+            f"{place} holds lists nested more than {MOST_LISTS_IN_LISTS} deep. A list of texts is expected."
+        )
+    for number, item in enumerate(value, 1):
+        yield from _flat(item, f"{place}, item {number}", depth + 1)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """One record read field by field, with errors that say where; `where` is "file, record 17"."""
+
+    record: Record
+    where: str
+    prefix: str = ""
+
+    def place(self, name: str) -> str:
+        """File, record and field, for a message."""
+        return f"{self.where}: '{self.prefix}{name}'"
+
+    def text(self, name: str) -> str:
+        """The field as text, "" where it is absent."""
+        return as_text(self.record.get(name), self.place(name))
+
+    def texts(self, name: str) -> list[str]:
+        """The field as a list of texts, empty where it is absent."""
+        return as_texts(self.record.get(name), self.place(name))
+
+    def answer(self, name: str) -> Answer:
+        """The field as an answer: its text, or of a list the first text that says something, the others as aliases."""
+        value = self.record.get(name)
+        if not isinstance(value, list | tuple):
+            return Answer(as_text(value, self.place(name)))
+        said = [text for text in _flat(value, self.place(name)) if text.strip()]
+        return Answer(said[0], tuple(said[1:]), True) if said else Answer()
+
+    def inner(self, name: str) -> Fields:
+        """The object in a field, empty where it is absent."""
+        return self._object(self.record.get(name), name)
+
+    def objects(self, name: str) -> list[Fields]:
+        """The objects of the list in a field, empty where it is absent."""
+        return [self._object(item, f"{name}[{number}]") for number, item in enumerate(self.items(name), 1)]
+
+    def _object(self, value: object, name: str) -> Fields:
+        if is_missing(value):
+            return Fields({}, self.where, f"{self.prefix}{name}.")
+        if not isinstance(value, Mapping):
+            raise FactError(f"{self.place(name)} is {kind(value)}. An object is expected.")
+        return Fields(value, self.where, f"{self.prefix}{name}.")
+
+    def items(self, name: str) -> list[object]:
+        """The list in a field, empty where it is absent."""
+        value = self.record.get(name)
+        if is_missing(value) or value == "":
+            return []
+        if not isinstance(value, list | tuple):
+            raise FactError(f"{self.place(name)} is {kind(value)}. A list is expected.")
+        return list(value)
+
+
+def loads(text: str, source: str, first_line: int | None = None) -> object:
+    """Return what a JSON text says; NaN is null. Errors count lines from `first_line`, for a line of a file.
+
+    Raises:
+        FactError: the text is no JSON, is cut short, is nested too deep or names a field twice in one object.
+    """
+    where = f"{source}, line {first_line}" if first_line else source
+
+    def constant(name: str) -> object:
+        if name == "NaN":
+            return None
+        raise FactError(f"{where}: {name} is no JSON value. Write null, or a number.")
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # the last one would count, and the others be lost in silence
+            counts = Counter(name for name, _value in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
+            values = [kind(value) for name, value in pairs if name == twice]
+            raise FactError(f"{where}: an object names '{plain(twice)}' {len(values)} times: {some(values)}. Keep one.")
+        return found
+
+    try:
+        return json.loads(text, parse_constant=constant, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        place = f"line {(first_line or 1) + error.lineno - 1}, column {error.colno}"
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+            raise FactError(f"{source} is cut short: its JSON does not end ({place}).") from error
+        raise FactError(f"{source} is not JSON at {place}: {error.msg}.") from error
+    except RecursionError as error:
+        raise FactError(f"{source} cannot be read as JSON: its brackets are nested too deep.") from error
+    except ValueError as error:  # a number of thousands of digits
+        if isinstance(error, FactError):
+            raise
+        raise FactError(f"{where} holds a number of thousands of digits. Write it as text, in quotes.") from error

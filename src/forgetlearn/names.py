@@ -1,0 +1,140 @@
+"""Names of fields and columns: which one is meant by `Ground truth`, `Old answer` or `--columns prompt=Question`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from forgetlearn.errors import FactError, some
+
+OPTIONAL = (
+    "ground_truth", "subject", "rephrase_prompt", "rephrase_prompts",
+    "locality_prompt", "locality_ground_truth", "locality",
+)  # fmt: skip
+OWN = frozenset({"id", "case_id", "prompt", "target_new", *OPTIONAL})
+NUMBERED = re.compile(r"(rephrase_prompt|locality_prompt|locality_ground_truth)_[1-9][0-9]*")
+NUMBERED_FOLDED = re.compile(r"(rephraseprompt|localityprompt|localitygroundtruth)([1-9][0-9]*)")
+# Other names for what the own form has, taken where its own name is absent.
+SYNONYMS = {
+    "target_new": ("new_answer", "answer_new", "new_target", "new"),
+    "ground_truth": ("old_answer", "answer_old", "old_target", "target_old", "target_true", "old"),
+    "prompt": ("question", "query"),
+}
+NOT_OWN = ("requested_rewrite", "src", "edit")  # records with these are of another form, whatever else they have
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which field of a file holds which field of the own form, as `--columns` says: own name -> name in the file."""
+
+    named: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for own in self.named:
+            if own not in OWN and not NUMBERED.fullmatch(own):
+                near = difflib.get_close_matches(own, sorted(OWN), 1)
+                hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(sorted(OWN))}."
+                raise FactError(f"facts.columns: '{own}' is no field of a fact. {hint}")
+
+    def check(self, source: str, names: set[str]) -> None:
+        """Raise FactError if a named field is in no record; `names` are all that are there."""
+        for own, column in self.named.items():
+            if _find(column, names) is None:
+                near = difflib.get_close_matches(column, sorted(names), 1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                raise FactError(
+                    f"{source}: facts.columns says {own} = '{column}', which no record has.{hint} "
+                    f"Fields found: {some(sorted(names), 12) or 'none'}."
+                )
+
+    def renamed(self, names: tuple[str, ...], known: frozenset[str], where: str) -> dict[str, str]:
+        """Return the name in the file of each field, by the name that it is read by.
+
+        Raises:
+            FactError: two fields would be read as the same one.
+        """
+        try:
+            return _renamed(names, known, tuple(self.named.items()))
+        except FactError as error:
+            raise FactError(f"{where}: {error}") from None
+
+
+def fold(name: str) -> str:
+    """A name without case, spaces, underscores and hyphens: `Ground Truth` is `ground_truth`."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _find(column: str, names: set[str]) -> str | None:
+    """The name in the file that is meant by one in `--columns`."""
+    if column in names:
+        return column
+    return next((name for name in names if fold(name) == fold(column)), None)
+
+
+@lru_cache(maxsize=64)  # records of a file mostly have the same fields
+def _renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    there = set(names)
+    given = {own: name for own, column in columns if (name := _find(column, there)) is not None}
+    taken = set(given.values())
+    if clash := [own for own in given if own in there and own not in taken]:
+        raise FactError(
+            f"facts.columns says {clash[0]} = '{given[clash[0]]}', and there is a field '{clash[0]}' too. "
+            f"Name that one as well, or take it out."
+        )
+    found = dict(given)
+    rest = [name for name in names if name not in taken]
+    folded = {fold(name): name for name in known}
+    meant = {name: name if name in known else _meant(name, folded) for name in rest}
+    counts = Counter(meant.values())
+    for name in rest:
+        own = meant[name]
+        if own != name and (own in there or own in given):
+            own = name  # the field of that very name is read, and this one is named as not read
+        elif own != name and counts[own] > 1:
+            both = [other for other in rest if meant[other] == own]
+            raise FactError(f"fields {some(both)} are all read as '{own}'. Keep one, or choose by --columns.")
+        found[own] = name
+    return _with_synonyms(found)
+
+
+def _meant(name: str, folded: Mapping[str, str]) -> str:
+    """The known name that a name is but for case, spaces, underscores and hyphens; else the name itself."""
+    plain = fold(name)
+    if plain in folded:
+        return folded[plain]
+    numbered = None if NUMBERED.fullmatch(name) else NUMBERED_FOLDED.fullmatch(plain)
+    return f"{folded[numbered[1]]}_{numbered[2]}" if numbered else name
+
+
+def _with_synonyms(found: dict[str, str]) -> dict[str, str]:
+    """The same, where a record with a new answer has other common names for the fields of the own form."""
+    if any(name in found for name in NOT_OWN):
+        return found
+    by_fold = {fold(name): name for name in found}
+    for own, synonyms in SYNONYMS.items():
+        there = [by_fold[fold(name)] for name in synonyms if fold(name) in by_fold]
+        if own not in found and len(there) > 1:
+            raise FactError(f"fields {some(there)} could all be '{own}'. Say which: --columns {own}={there[0]}.")
+        if own not in found and there:
+            found[own] = found.pop(there[0])
+        if own == "target_new" and own not in found:
+            return found
+    return found
+
+
+@lru_cache(maxsize=64)
+def misspelt(names: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first name that looks like an optional field that is absent, and that field; None if no name does."""
+    absent = set(OPTIONAL) - set(names)
+    for name in sorted(set(names) - OWN):
+        letters = set(name)
+        # Names of which none is near come by the ten thousand; difflib is slow.
+        likely = [own for own in OPTIONAL if len(set(own) ^ letters) < 5 and abs(len(own) - len(name)) < 5]
+        near = None if NUMBERED.fullmatch(name) else difflib.get_close_matches(name, likely, 1, 0.85)
+        if near and near[0] in absent:
+            return name, near[0]
+    return None
