@@ -440,7 +440,9 @@ def test_case_18_every_command_that_reads_facts_has_the_flags(command):
 
 def test_columns_reach_an_update_and_contradict_facts_that_are_read_already(tmp_path):
     path = save(tmp_path, "f.csv", "Frage;Neu\nWho?;Ada|A\n")
-    config = load_config(None, {"facts.source": str(path), "facts.columns": "prompt=Frage", "facts.aliases": "|"})
+    config = load_config(
+        None, {"facts.source": str(path), "facts.columns": "prompt=Frage,target_new=Neu", "facts.aliases": "|"}
+    )
     facts = read_config_facts(config)
     assert list(facts) == [make_fact("Who?", "Ada", target_new_aliases=["A"])]
     with pytest.raises(ConfigError, match=r"facts\.aliases = '\|', but the facts that are passed in"):

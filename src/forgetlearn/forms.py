@@ -234,7 +234,7 @@ def _form_in(read: Record, record: Record, where: str, asked: Columns, source: s
         raise FactError(f"{where}: {error}") from None
     if found is None:
         asked.check(source, set(record))
-        raise FactError(no_form(record, where))
+        raise FactError(no_form(read, where))
     return found
 
 
