@@ -272,6 +272,8 @@ def test_the_pages_stay_short():
 
 def test_every_relative_link_outside_the_site_leads_to_a_file():
     pages = [*ROOT.glob("*.md"), *(ROOT / "bench").rglob("*.md")]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text(encoding="utf-8"))]
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text(encoding="utf-8"))
+    ]
     assert len(links) > 10
     assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
