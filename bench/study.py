@@ -31,11 +31,11 @@ from study_tables import Row, plot, read_rows, tables
 ROOT = Path(__file__).parents[1]
 HEAD = """# The tables of the study
 
-Made by `bench/study.py DATA --output DIR --tables` from the comparisons of `make study`. What the rows are, and what
-they say: [experiments.md](experiments.md). Differences in points with 95 % intervals over new seeds and new facts (at
-equal reliability over seeds), bold where clear of zero; *minus plain* is minus `ft` (or `lora`, of what learns with
-LoRA), whose own line has its scores in percent. A table's name is that of the first part on the same base in
-configs/study/study.yaml; rows of further parts stand in it too."""
+`bench/study.py DATA --output DIR --tables` makes this file from the comparisons of `make study`; docs/experiments.md
+explains the rows and says what they show. Cells are differences in points with 95 % intervals over new seeds and new
+facts (at equal reliability: over seeds), bold where the interval excludes zero. *Minus plain* means minus `ft`, or
+minus `lora` for methods that learn with LoRA; the line of `ft` or `lora` itself has its scores in percent. Each table
+is named after the first part of configs/study/study.yaml on that base and also has the rows of later parts on it."""
 
 
 @dataclass(frozen=True)

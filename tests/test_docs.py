@@ -263,3 +263,17 @@ def test_no_placeholder_is_left_in_a_page():
     pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
     assert len(pages) > 10
     assert [page.name for page in pages if re.search(r"@@|\{\{|TODO|FIXME", page.read_text(encoding="utf-8"))] == []
+
+
+def test_the_pages_stay_short():
+    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in PAGES}
+    assert sum(words.values()) <= 27_000, words
+
+
+def test_every_relative_link_outside_the_site_leads_to_a_file():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "bench").rglob("*.md")]
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[)#]", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 10
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []

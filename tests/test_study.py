@@ -142,6 +142,16 @@ def test_a_base_that_the_study_does_not_have(study, small_lab, capsys):
     assert "no base of" in capsys.readouterr().err
 
 
+def test_the_committed_tables_are_those_of_the_program(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import study
+
+    text = (ROOT / "bench" / "results" / "study.md").read_text(encoding="utf-8")
+    assert text.startswith(f"{study.HEAD}\n\n## ")
+    names = {base.name for base in study.bases_of(study.read_study(ROOT / "configs" / "study" / "study.yaml"))}
+    assert {line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")} <= names
+
+
 @pytest.mark.parametrize(("name", "parts"), [("study.yaml", 19), ("gpu.yaml", 1)])
 def test_every_part_of_the_committed_studies_can_be_compared(monkeypatch, name, parts):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
