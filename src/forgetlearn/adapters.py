@@ -217,8 +217,8 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
     """`model` with a saved adapter, for inference.
 
     Raises:
-        ModelError: the folder holds no safetensors adapter, see `open_adapter`, or it does not fit the model: peft fails,
-            or a tensor that the config promises on this model is missing, or one is left over.
+        ModelError: the folder holds no safetensors adapter, see `open_adapter`, or does not fit the model: peft
+            fails, a tensor that the config promises on this model is missing, or one is left over.
     """
     files = open_adapter(folder)
     files.tensors.close()

@@ -174,8 +174,9 @@ class Adapter:
                 lacking.append(path)
         if lacking:
             raise WeightMismatchError(
-                f"{self.folder}: {CONFIG} names {len(lacking) + len(self.paths)} modules of {base.folder}, and {ADAPTER} "
-                f"has no factors for {len(lacking)} of them: {some(lacking)}. Save or download the adapter again."
+                f"{self.folder}: {CONFIG} names {len(lacking) + len(self.paths)} modules of {base.folder}, and "
+                f"{ADAPTER} has no factors for {len(lacking)} of them: {some(lacking)}. Save or download the adapter "
+                "again."
             )
 
     def _check_target(self, base: CheckpointFolder, name: str, path: str) -> None:
@@ -294,8 +295,8 @@ def plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
     if used:
         reason = WHY_NOT.get(used[0], "forgetlearn does not know what that adds")
         raise ModelError(
-            f"{folder}: {plain(used[0])} = {shown(config[used[0]])}: {reason}, so subtracting the factors would be wrong. "
-            "Merge it with peft into a copy of the base and pass that as --tuned."
+            f"{folder}: {plain(used[0])} = {shown(config[used[0]])}: {reason}, so subtracting the factors would be "
+            "wrong. Merge it with peft into a copy of the base and pass that as --tuned."
         )
     start = files.config.init_lora_weights
     if start not in KEEPS_BASE:

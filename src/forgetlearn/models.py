@@ -298,9 +298,8 @@ def adapter_base(settings: ModelSettings) -> str | None:
         return None
     base = adapter_files.read_adapter_config(folder).base_model_name_or_path
     if not base:
-        raise ModelError(
-            f"{folder / adapter_files.CONFIG}: names no base_model_name_or_path. Write the base's folder or hub id there."
-        )
+        file = folder / adapter_files.CONFIG
+        raise ModelError(f"{file}: names no base_model_name_or_path. Write the base's folder or hub id there.")
     return base
 
 
@@ -484,8 +483,8 @@ def _check_dtypes(stored: CheckpointFolder, model: nn.Module, unused: Iterable[s
     ]
     if odd:
         raise ModelError(
-            f"{stored.folder / odd[0].file}: {len(odd)} weights are stored as numbers that are none of float32, float16 "
-            f"or bfloat16: {some([f'{entry.name} ({entry.dtype})' for entry in odd])}. config.json has no "
+            f"{stored.folder / odd[0].file}: {len(odd)} weights are stored in none of float32, float16 and "
+            f"bfloat16: {some([f'{entry.name} ({entry.dtype})' for entry in odd])}. config.json has no "
             "quantization_config that says how to read them. Take the checkpoint that this one was made from."
         )
 
