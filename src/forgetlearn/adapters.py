@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -225,7 +225,11 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
     files.check_patterns([path for path, _module in model.named_modules()])
     try:
         with _quiet():
-            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+            config = PeftConfig.from_pretrained(str(folder))
+            for field in ("rank_pattern", "alpha_pattern"):
+                if getattr(config, field, {}) is None:  # null is as left out
+                    setattr(config, field, {})
+            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config)
             # Again, since the first time peft keeps to itself which tensors did not fit.
             renamed = getattr(model, "_checkpoint_conversion_mapping", {})
             found = adapted.load_adapter(str(folder), name, is_trainable=False, key_mapping=renamed)
@@ -237,7 +241,10 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
             reason = f"{type(error).__name__} {reason}"
         raise ModelError(f"{folder}: the adapter does not fit this base model: {reason}") from error
     if not adapted.peft_config[name].is_prompt_learning:  # which is no part of the model, and checked by its shape
-        _check_whole(files, found.missing_keys, found.unexpected_keys, name)
+        weights = dict(adapted.named_parameters(remove_duplicate=False))
+        loaded = {id(weight) for path, weight in weights.items() if path not in found.missing_keys}
+        missing = [path for path in found.missing_keys if id(weights.get(path)) not in loaded]  # some have two names
+        _check_whole(files, missing, found.unexpected_keys, name)
     if device is not None:
         adapted.to(device)
     adapted.eval()
@@ -253,9 +260,7 @@ def _check_whole(files: AdapterFiles, missing: Sequence[str], unexpected: Sequen
     if missing:
         promised = n_stored - len(unexpected) + len(missing)
         named = some([key.replace(f".{name}", "") for key in missing])
-        said.append(
-            f"{len(missing)} of the {promised} tensors that {CONFIG} promises on this base are not there: {named}."
-        )
+        said.append(f"{len(missing)} of {promised} tensors that {CONFIG} promises on this base are missing: {named}.")
     if unexpected:
         named = some([key.replace(f".{name}", "") for key in unexpected])
         said.append(f"{len(unexpected)} of its {n_stored} tensors fit nothing: {named}.")

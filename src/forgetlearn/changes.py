@@ -251,6 +251,15 @@ def _read(folder: CheckpointFolder, entry: Entry, start: int, into: Array, scrat
     widen(raw, entry.dtype, into)
 
 
+def check_change(name: str, base: Array, change: Array) -> None:
+    """Raise ModelError if numbers of a change are not finite where those of the base are: a mask of -inf has none."""
+    if not np.isfinite(np.dot(change, change)) and (~np.isfinite(change) & ~np.isinf(base)).any():
+        raise ModelError(
+            f"{name}: the difference is not finite. Did the training diverge? Look for infinite numbers in what is "
+            "compared with the base."
+        )
+
+
 def open_vector(vector: str | Path) -> CheckpointFolder:
     """The tensors of a saved vector; `metadata[VECTOR]` says where it is from.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ from forgetlearn.config import ModelSettings
 from forgetlearn.encoding import Encoder
 from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_installed, plain, some
 from forgetlearn.rounding import Array, Survival
-from forgetlearn.taskvector import rounded, sample
+from forgetlearn.taskvector import is_finite, rounded, sample
 
 MOST_LAYERS = 1000  # of a model; the deepest have some 130
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -494,7 +493,7 @@ def check_finite(model: nn.Module, stored: CheckpointFolder | None = None) -> No
 
     Buffers are left alone: masks hold -inf by design.
     """
-    odd = [name for name, weight in model.named_parameters() if not _is_finite(sharding.local(weight))]
+    odd = [name for name, weight in model.named_parameters() if not is_finite(sharding.local(weight))]
     if odd:
         entry = stored.entries.get(odd[0]) if stored else None
         where = f"{stored.folder / entry.file}: " if stored and entry else ""
@@ -502,13 +501,6 @@ def check_finite(model: nn.Module, stored: CheckpointFolder | None = None) -> No
             f"{where}{len(odd)} weights hold numbers that are not finite (NaN or inf): {some(odd)}. "
             "Did the training diverge, or is the file damaged?"
         )
-
-
-def _is_finite(weight: torch.Tensor) -> bool:
-    if not weight.is_floating_point() or weight.is_meta or not weight.numel():
-        return True
-    least, most = torch.aminmax(weight if weight.itemsize > 1 else weight.float())  # without memory for a copy
-    return math.isfinite(least) and math.isfinite(most)
 
 
 def _load_tokenizer(settings: ModelSettings, name: str) -> Any:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from forgetlearn.changes import Change
+from forgetlearn.changes import Change, check_change
 from forgetlearn.checkpoints import FLOATS, WIDTHS, CheckpointFolder, Entry, Shape, header_bytes, in_order
 from forgetlearn.errors import ModelError
 from forgetlearn.rounding import Array, Scratch, Survival, narrow, wide, widen
@@ -240,10 +240,9 @@ class VectorWork(Work):
         numbers, wanted = scratch.array("numbers", n, np.float32), scratch.array("wanted", n, np.float32)
         widen(raw, entry.dtype, numbers)
         self.change.fill(entry, piece.start, numbers, wanted, scratch)
+        check_change(entry.name, numbers, wanted)
         if not math.isfinite(np.dot(wanted, wanted)):
             np.copyto(wanted, 0, where=np.isinf(numbers))
-            if not np.isfinite(wanted).all():
-                raise ModelError(f"{entry.name}: the difference is not finite. Look for infinite numbers in tuned.")
         _write_all(piece, wanted.view(np.uint8))
 
 
