@@ -107,7 +107,7 @@ def test_case_2_an_adapter_that_is_not_whole_is_refused(base, make, damage):
 def test_case_2_dora_without_its_magnitudes_is_refused(make):
     folder = make()
     change_config(folder, use_dora=True)
-    with pytest.raises(ModelError, match="6 of 18 tensors .*lora_magnitude_vector"):
+    with pytest.raises(ModelError, match=r"6 of 18 tensors .*lora_magnitude_vector"):
         load(folder)
 
 
@@ -139,7 +139,9 @@ LEGAL = {
     "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
     "tokens": {"trainable_token_indices": [1, 2]},
     "an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-    "a pattern": {"target_modules": r"(?:.*?(?:text|layers).*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?)|(?:lm_head)"},
+    "a pattern": {
+        "target_modules": r"(?:.*?(?:text|layers).*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?)|(?:lm_head)"
+    },
     "left out": {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
     "biases": {"bias": "all"},
     "parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},

@@ -102,6 +102,7 @@ class LoraAdapterConfig(AdapterConfig):
     init_lora_weights: bool | str | None = Field(None, description="true, false or the name of a way to begin")
     target_parameters: Names = Field(None, description="a list of names of parameters, or null")
     trainable_token_indices: list[Index] | dict[str, list[Index]] | None = Field(None, description="ids of tokens")
+    alora_invocation_tokens: list[Index] | None = Field(None, description="a list of ids of tokens, or null")
     layer_replication: list[list[Annotated[int, Field(ge=0, le=MOST_LAYERS)]]] | None = Field(
         None, description=f"pairs of numbers of layers up to {MOST_LAYERS}, or null"
     )

@@ -189,7 +189,17 @@ def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = Fals
     with _refusing(name, "model and tokenizer cannot be used together"):
         loaded = _wrapped(model, tokenizer, settings, own_dtype)
     loaded.to_device()
+    if not loaded.is_sharded:
+        with _refusing(name, "the model cannot compute"):
+            _try(loaded)
     return loaded
+
+
+def _try(lm: LanguageModel) -> None:
+    """Read one token: a config of the wrong kind may build a model that fails only when it computes."""
+    token = torch.tensor([lm.encoder.end_ids[:1]], device=lm.device)
+    with torch.no_grad():
+        lm.model(input_ids=token, use_cache=True)
 
 
 def as_language_model(
@@ -418,8 +428,8 @@ def _read_config(settings: ModelSettings, name: str) -> Any:
         config = AutoConfig.from_pretrained(name, **_source_options(settings, name))
         _check_causal(name, config, settings)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:  # making them would take minutes
-        raise ModelError(f"{name}: config.json: num_hidden_layers = {layers:.6g}: expected at most {MOST_LAYERS}.")
+    if isinstance(layers, int) and not 0 <= layers <= MOST_LAYERS:  # making them would take minutes
+        raise ModelError(f"{name}: config.json: num_hidden_layers = {shown(layers)}: expected 0 to {MOST_LAYERS}.")
     return config
 
 
