@@ -28,6 +28,7 @@ from forgetlearn.rounding import Array, Survival
 from forgetlearn.taskvector import is_finite, rounded, sample
 
 MOST_LAYERS = 1000  # of a model; the deepest have some 130
+MOST_COUNTED = 100_000  # of anything (labels, experts) that a config counts
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 log = logging.getLogger("forgetlearn")
@@ -573,11 +574,19 @@ def _check_folder(name: str) -> None:
         if pickles:
             found = f"only pickled weights ({pickles[0]}), which can run code when they are read"
         raise ModelError(f"{name}: has {found}. Save it with save_pretrained, which writes safetensors.")
-    for file in ("config.json", "generation_config.json"):
-        if file in files:
-            read_object(folder / file)
+    _check_counts(folder / "config.json", read_object(folder / "config.json"))
+    if "generation_config.json" in files:
+        read_object(folder / "generation_config.json")
     if INDEX in files:
         weight_files(folder)  # an index may name only files of the folder
+
+
+def _check_counts(file: Path, told: Mapping[str, Any]) -> None:
+    """Raise ModelError if a count in config.json is absurd: transformers would make so many names, heads or layers."""
+    text = told.get("text_config")
+    for name, value in [*told.items(), *(text.items() if isinstance(text, dict) else ())]:
+        if name.startswith("num_") and isinstance(value, (int, float)) and value > MOST_COUNTED:
+            raise ModelError(f"{file}: {plain(name)} = {shown(value)}: expected at most {MOST_COUNTED:,}.")
 
 
 def _check_causal(name: str, config: Any, settings: ModelSettings) -> None:
