@@ -180,7 +180,7 @@ def test_an_infinite_mask_stays_and_what_is_no_number_is_refused(tmp_path):
     assert equal_bits(read(tmp_path / "o"), subtract(base, tuned, 0.5))
     assert read(tmp_path / "o")["mask"].tolist() == mask.tolist()
     write(tmp_path / "n", {"w": torch.tensor([1.0, float("nan")]), "mask": mask})
-    with pytest.raises(ModelError, match=r"w: 1 numbers of the result are not finite"):
+    with pytest.raises(ModelError, match=r"w holds NaN"):
         subtract_folders(tmp_path / "b", tmp_path / "o2", 0.5, tuned=tmp_path / "n")
     write(tmp_path / "h", {"w": torch.full((2,), 60000.0).half()}), write(tmp_path / "h2", {"w": torch.zeros(2).half()})
     with pytest.raises(ModelError, match="too large for float16"):

@@ -87,7 +87,7 @@ def test_whatever_else_an_adapter_holds_is_refused(tmp_path, tiny_model):
     for number, (config, message) in enumerate(
         [
             ({"use_dora": True}, "use_dora = True: DoRA also scales"),
-            ({"bias": "all"}, "bias = all: it trains biases"),
+            ({"bias": "all"}, "bias = .all.: it trains biases"),
             ({"lora_bias": True}, "lora_bias"),
             ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
             ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),

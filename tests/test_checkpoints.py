@@ -80,7 +80,9 @@ def put(name, field, value):
         ({"change": put("a", "shape", [10**30, 10**30])}, "needs"),
         ({"change": put("a", "data_offsets", [0, 10**30])}, "needs"),
         ({"change": put("a", "data_offsets", "all")}, "has shape"),
-        ({"change": put("a", "dtype", "F8_E4M3")}, "stored as F8_E4M3. Quantised"),
+        ({"change": put("a", "dtype", "F8_E4M3")}, "that needs 6"),
+        ({"change": put("a", "dtype", "F31")}, "a has the dtype F31"),
+        ({"change": put("a", "dtype", ["F32"])}, "a has the dtype"),
         ({"change": lambda header: header["a"].pop("shape")}, "no dtype, shape and data_offsets for a"),
         ({"change": lambda header: header.update(__metadata__={"format": 1})}, "metadata"),
         ({"raw": b"[1, 2]"}, "no JSON object"),
@@ -146,6 +148,13 @@ def test_a_quantised_checkpoint_is_refused(folder, tmp_path_factory):
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(ModelError, match="quantised"):
         subtract_folders(folder, tmp_path / "o", 0.3, tuned=tmp_path / "t")
+
+
+def test_quantised_weights_are_told_apart_from_damage(tmp_path):
+    save_file(TENSORS | {"a": TENSORS["a"].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"a is stored as F8_E4M3\. Quantised"):
+        CheckpointFolder(tmp_path)
+    assert CheckpointFolder(tmp_path, any_dtype=True).dtypes()["a"] == "F8_E4M3"
 
 
 def test_whole_numbers_for_weights_are_refused(folder, tmp_path_factory):

@@ -155,7 +155,7 @@ class TestRefused:
 
     def test_config_that_is_not_json(self, damaged):
         (damaged / "config.json").write_text("{")
-        assert "is not a valid JSON file" in refused(damaged)
+        assert "config.json: cannot be read as JSON" in refused(damaged)
 
     def test_config_without_a_model_type(self, damaged):
         (damaged / "config.json").write_text("{}")
@@ -195,7 +195,7 @@ class TestRefused:
     def test_weights_that_are_cut_short(self, damaged):
         file = damaged / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
-        assert "cannot be loaded" in refused(damaged)
+        assert "it is cut short" in refused(damaged)
 
     def test_a_shard_that_is_missing(self, tiny_model, char_tokenizer, tmp_path):
         tiny_model().save_pretrained(tmp_path, max_shard_size="30KB")
@@ -256,9 +256,13 @@ class TestAdapter:
         ("config", "message"),
         [
             ('{"peft_type": "LORA"}', "names no base_model_name_or_path"),
-            ("[]", "names no base_model_name_or_path"),
-            ("{", "adapter_config.json: not JSON"),
-            ('{"base_model_name_or_path": "/no/base"}', "is an adapter, and its base cannot be used. /no/base: there"),
+            ("[]", "adapter_config.json: holds no JSON object"),
+            ("{", "adapter_config.json: cannot be read as JSON"),
+            ('{"base_model_name_or_path": "/no/base"}', "adapter_config.json: peft_type: is missing"),
+            (
+                '{"peft_type": "LORA", "base_model_name_or_path": "/no/base"}',
+                "is an adapter, and its base cannot be used. /no/base: there",
+            ),
         ],
     )
     def test_config(self, adapter, config, message):

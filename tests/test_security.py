@@ -49,7 +49,7 @@ def forge_header(file: Path, header: bytes, length: int | None = None) -> None:
 @pytest.mark.parametrize("length", [2**63, 10**11])
 def test_a_header_that_claims_to_be_huge(damaged, length):
     forge_header(damaged / "model.safetensors", b"{}", length)
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: 10 bytes"):
         load(damaged)
 
 
@@ -57,7 +57,7 @@ def test_a_header_that_claims_to_be_huge(damaged, length):
 def test_tensors_that_claim_to_be_huge(damaged, shape):
     told = {"model.norm.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
     forge_header(damaged / "model.safetensors", json.dumps(told).encode() + b"    ")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
         load(damaged)
 
 

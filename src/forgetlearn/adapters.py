@@ -15,15 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetlearn import processes, sharding
+from forgetlearn.adapter_files import ALL_LINEAR, CONFIG, AdapterFiles, open_adapter
+from forgetlearn.checkpoints import ADAPTER
 from forgetlearn.config import LoraSettings
-from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.errors import ConfigError, ModelError, plain, some
+from forgetlearn.patterns import Pattern, problem
 from forgetlearn.taskvector import TaskVector
 
 FORGET, LEARN, PRODUCT = "forget", "learn", "default"
@@ -214,22 +217,55 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
     """`model` with a saved adapter, for inference.
 
     Raises:
-        ModelError: the folder holds no safetensors adapter, or it does not fit the model.
+        ModelError: the folder holds no safetensors adapter, see `open_adapter`, or does not fit the model: peft
+            fails, a tensor that the config promises on this model is missing, or one is left over.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{folder}: no adapter_model.safetensors. Pickled adapters are not read.")
+    files = open_adapter(folder)
+    files.tensors.close()
+    files.check_patterns([path for path, _module in model.named_modules()])
     try:
         with _quiet():
-            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+            config = PeftConfig.from_pretrained(str(folder))
+            for field in ("rank_pattern", "alpha_pattern"):
+                if getattr(config, field, {}) is None:  # null is as left out
+                    setattr(config, field, {})
+            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config)
+            # Again, since the first time peft keeps to itself which tensors did not fit.
+            renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+            found = adapted.load_adapter(str(folder), name, is_trainable=False, key_mapping=renamed)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever peft raises, for any config that somebody wrote
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise ModelError(
-            f"{folder}: the adapter does not fit this base model: {reason or type(error).__name__}"
-        ) from error
+        reason = plain((str(error).splitlines() or [""])[0][:200])
+        if not reason or isinstance(error, LookupError):
+            reason = f"{type(error).__name__} {reason}"
+        raise ModelError(f"{folder}: the adapter does not fit this base model: {reason}") from error
+    if not adapted.peft_config[name].is_prompt_learning:  # which is no part of the model, and checked by its shape
+        weights = dict(adapted.named_parameters(remove_duplicate=False))
+        loaded = {id(weight) for path, weight in weights.items() if path not in found.missing_keys}
+        missing = [path for path in found.missing_keys if id(weights.get(path)) not in loaded]  # some have two names
+        _check_whole(files, missing, found.unexpected_keys, name)
     if device is not None:
         adapted.to(device)
     adapted.eval()
     return adapted
+
+
+def _check_whole(files: AdapterFiles, missing: Sequence[str], unexpected: Sequence[str], name: str) -> None:
+    """Raise ModelError if tensors that the config promises are not in the file, or tensors of the file fit nothing."""
+    if not missing and not unexpected:
+        return
+    n_stored = len(files.tensors.entries)
+    said = []
+    if missing:
+        promised = n_stored - len(unexpected) + len(missing)
+        named = some([key.replace(f".{name}", "") for key in missing])
+        said.append(f"{len(missing)} of {promised} tensors that {CONFIG} promises on this base are missing: {named}.")
+    if unexpected:
+        named = some([key.replace(f".{name}", "") for key in unexpected])
+        said.append(f"{len(unexpected)} of its {n_stored} tensors fit nothing: {named}.")
+    remedy = "Is it the adapter of another base? Else download it again, or save it with peft's save_pretrained."
+    raise ModelError(f"{files.folder / ADAPTER}: {' '.join(said)} {remedy}")
 
 
 def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
@@ -251,6 +287,10 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
 
 
 def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: object) -> PeftModel:
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        pattern = Pattern("lora.target_modules", targets, targets)
+        if said := problem([pattern], [path for path, _module in model.named_modules()]):
+            raise ConfigError(f"{said}.")
     try:
         with _quiet():
             if not isinstance(model, PeftModel):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from forgetlearn.adapter_files import CONFIG, AdapterFiles, LoraAdapterConfig, open_adapter, shown
 from forgetlearn.checkpoints import (
     ADAPTER,
     FLOATS,
@@ -26,7 +27,7 @@ from forgetlearn.checkpoints import (
     partners,
     read_object,
 )
-from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, some
+from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, plain, some
 from forgetlearn.rounding import Array, Scratch, widen
 from forgetlearn.runs import MANIFEST
 
@@ -141,9 +142,12 @@ class Adapter:
 
     def __init__(self, base: CheckpointFolder, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config = adapter_config(self.folder)
-        self.factors = CheckpointFolder.of_file(self.folder / ADAPTER).open_all()
+        files, self.config = plain_lora(self.folder)
+        self.factors = files.tensors.open_all()
         self.paths = _paths(self.factors)
+        modules = [name.removesuffix(".weight") for name in base.entries]
+        files.check_patterns([*modules, *self.paths.values()])
+        self._check_whole(base)
         self.turned: dict[str, bool] = {}
         for name, path in self.paths.items():
             self._check_target(base, name, path)
@@ -151,6 +155,29 @@ class Adapter:
         self.made_on = _base_of_run(self.folder)
         self._kept: dict[str, tuple[Array, Array]] = {}
         self._lock = threading.Lock()
+
+    def _check_whole(self, base: CheckpointFolder) -> None:
+        """Raise WeightMismatchError if the config names modules of the base that the file has no factors for.
+
+        What the model of the base does not use is no module of it: a layer beyond num_hidden_layers, a list of layers
+        (a vision tower, layers for drafting) of which nothing is adapted.
+        """
+        stacks = {stack_of(path)[0] for path in self.paths.values()}
+        layers = number_of_layers(base.config())
+        lacking = []
+        for name, entry in base.entries.items():
+            path = name.removesuffix(".weight")
+            stack, layer = stack_of(path)
+            used = stack in stacks and (layer is None or layers is None or layer < layers)
+            is_matrix = path != name and len(entry.shape) == 2 and entry.dtype in FLOATS
+            if used and is_matrix and name not in self.paths and self.config.targets(path):
+                lacking.append(path)
+        if lacking:
+            raise WeightMismatchError(
+                f"{self.folder}: {CONFIG} names {len(lacking) + len(self.paths)} modules of {base.folder}, and "
+                f"{ADAPTER} has no factors for {len(lacking)} of them: {some(lacking)}. Save or download the adapter "
+                "again."
+            )
 
     def _check_target(self, base: CheckpointFolder, name: str, path: str) -> None:
         if name not in base.entries:
@@ -165,24 +192,18 @@ class Adapter:
             )
         shape, r_in, r_out = base.shapes()[name], self._shape(path, "A"), self._shape(path, "B")
         straight, turned = (r_out[0], r_in[1]), (r_in[1], r_out[0])
-        if len({r_in[0], r_out[1], self._setting(path, "rank_pattern", "r")}) > 1 or shape not in (straight, turned):
+        if len({r_in[0], r_out[1], self.config.rank(path)}) > 1 or shape not in (straight, turned):
             raise WeightMismatchError(
                 f"{self.folder}: the factors of {path} are B {r_out} and A {r_in} (r = "
-                f"{self._setting(path, 'rank_pattern', 'r')} in its config), {name} of the base is {shape}. "
+                f"{self.config.rank(path)} in its config), {name} of the base is {shape}. "
                 "Is it the adapter of another base?"
             )
         if base.entries[name].dtype not in FLOATS:
             raise WeightMismatchError(f"{self.folder}: adapts {path}, whole numbers in {base.folder}.")
-        self.turned[name] = bool(self.config.get("fan_in_fan_out")) if straight == turned else shape == turned
+        self.turned[name] = bool(self.config.fan_in_fan_out) if straight == turned else shape == turned
 
     def _shape(self, path: str, factor: str) -> Shape:
         return self.factors.entries[f"{PREFIX}{path}.lora_{factor}.weight"].shape
-
-    def _setting(self, path: str, pattern: str, default: str) -> float:
-        """A rank or an alpha: that of the first pattern that matches the module's path, as peft reads them."""
-        of: dict[str, float] = self.config.get(pattern) or {}
-        matched = next((key for key in of if re.match(rf"(.*\.)?({key})$", path)), None)
-        return of[matched] if matched is not None else self.config[default]
 
     def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
         """Rows of the product, or a part of one row."""
@@ -206,8 +227,7 @@ class Adapter:
         path = self.paths[name]
         a, b = (self._matrix(f"{PREFIX}{path}.lora_{factor}.weight") for factor in "AB")
         rank = len(a)
-        alpha = self._setting(path, "alpha_pattern", "lora_alpha")
-        b *= np.float32(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+        b *= np.float32(self.config.alpha(path) / (rank**0.5 if self.config.use_rslora else rank))
         return (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if self.turned[name] else (b, a)
 
     def _matrix(self, key: str) -> Array:
@@ -222,13 +242,22 @@ class Adapter:
 
 
 def _read(folder: CheckpointFolder, entry: Entry, start: int, into: Array, scratch: Scratch) -> None:
-    width = WIDTHS[entry.dtype]
+    """Numbers of a tensor in the width of `into`; NaN among them is an error."""
     if entry.dtype == "F32" and into.dtype == np.float32:
-        folder.read_into(entry, start * width, into.data.cast("B"))
+        folder.read_numbers(entry, start, into.view(np.uint8), scratch)
         return
-    raw = scratch.array("other", len(into) * width, np.uint8)
-    folder.read_into(entry, start * width, raw.data)
+    raw = scratch.array("other", len(into) * WIDTHS[entry.dtype], np.uint8)
+    folder.read_numbers(entry, start, raw, scratch)
     widen(raw, entry.dtype, into)
+
+
+def check_change(name: str, base: Array, change: Array) -> None:
+    """Raise ModelError if numbers of a change are not finite where those of the base are: a mask of -inf has none."""
+    if not np.isfinite(np.dot(change, change)) and (~np.isfinite(change) & ~np.isinf(base)).any():
+        raise ModelError(
+            f"{name}: the difference is not finite. Did the training diverge? Look for infinite numbers in what is "
+            "compared with the base."
+        )
 
 
 def open_vector(vector: str | Path) -> CheckpointFolder:
@@ -260,36 +289,47 @@ def refuse_quantised(folder: CheckpointFolder) -> None:
         )
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """The config of an adapter that is LoRA factors and nothing else.
+def plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
+    """An adapter that is LoRA factors and nothing else, and its config.
 
     Raises:
-        ModelError: there is no such adapter, or subtracting its factors would not subtract what it does.
+        ModelError: there is no such adapter, see `open_adapter`, or subtracting its factors would not subtract what it
+            does.
     """
-    if not (folder / ADAPTER).is_file():
-        hint = (
-            " Pickled adapters are not read: save it again with peft."
-            if (folder / "adapter_model.bin").is_file()
-            else ""
-        )
-        raise ModelError(f"{folder}: holds no {ADAPTER}.{hint}")
-    config = read_object(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
-        raise ModelError(f"{folder}: peft_type = {config.get('peft_type')}, expected LORA with r and lora_alpha.")
+    files = open_adapter(folder)
+    config = files.config.model_dump()
+    if not isinstance(files.config, LoraAdapterConfig) or files.config.r is None or files.config.lora_alpha is None:
+        raise ModelError(f"{folder}: peft_type = {plain(files.config.peft_type)}, expected LORA with r and lora_alpha.")
     used = [name for name, value in config.items() if name not in HARMLESS and value and value != "none"]
     if used:
         reason = WHY_NOT.get(used[0], "forgetlearn does not know what that adds")
         raise ModelError(
-            f"{folder}: {used[0]} = {config[used[0]]}: {reason}, so subtracting the factors would be wrong. "
-            "Merge it with peft into a copy of the base and pass that as --tuned."
+            f"{folder}: {plain(used[0])} = {shown(config[used[0]])}: {reason}, so subtracting the factors would be "
+            "wrong. Merge it with peft into a copy of the base and pass that as --tuned."
         )
-    start = config.get("init_lora_weights", True)
+    start = files.config.init_lora_weights
     if start not in KEEPS_BASE:
         raise ModelError(
-            f"{folder}: init_lora_weights = {start}: that changed the base's own weights too. "
+            f"{folder}: init_lora_weights = {shown(start)}: that changed the base's own weights too. "
             "Save it with path_initial_model_for_weight_conversion, which makes it plain LoRA."
         )
-    return config
+    return files, files.config
+
+
+def stack_of(path: str) -> tuple[str, int | None]:
+    """The list of layers that a module is in and the number of its layer: `model.layers.3.mlp` is (model.layers, 3)."""
+    found = re.match(r"(.*?)\.(\d+)(?:\.|$)", path)
+    return (found[1], int(found[2])) if found else ("", None)
+
+
+def number_of_layers(config: Mapping[str, Any]) -> int | None:
+    """What a model's config says of its number of layers; None where it says nothing."""
+    text = config.get("text_config")
+    for told in (config, text if isinstance(text, dict) else {}):
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if type(told.get(name)) is int:
+                return int(told[name])
+    return None
 
 
 def _base_of_run(folder: Path) -> str | None:

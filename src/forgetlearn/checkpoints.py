@@ -15,15 +15,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from forgetlearn.errors import ModelError, WeightMismatchError, some
+import numpy as np
+
+from forgetlearn.errors import ModelError, WeightMismatchError, plain, some
+from forgetlearn.rounding import Array, Scratch, odd_numbers
 
 WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 INDEX = f"{WHOLE}.index.json"
 MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+MOST_JSON_BYTES = 50_000_000  # the index of a model with 100,000 tensors has 10 MB
+MOST_JSON_DEPTH = 100  # of lists and objects; configs have fewer than 10
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 OTHERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 WIDTHS = FLOATS | OTHERS
+# Numbers of quantised weights, in bits: read by no arithmetic here, but transformers may load them.
+QUANTISED = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6}
+BITS = {dtype: 8 * width for dtype, width in WIDTHS.items()} | QUANTISED | {"F4": 4, "C64": 64}
 BLOCK_BYTES = 1 << 20
+HOLDS_NAN = "holds NaN (not a number). Did the training diverge, or is the file damaged?"
 
 Shape = tuple[int, ...]
 
@@ -59,15 +68,16 @@ class CheckpointFolder:
     """The tensors of a folder of safetensors, sharded or not; nothing but headers is read until it is asked for.
 
     Read is what transformers reads: `model.safetensors`, else the files of the index; a folder with neither may
-    hold one other file of weights.
+    hold one other file of weights. `any_dtype` also admits the dtypes of quantised weights, which no arithmetic here
+    can read.
 
     Raises:
-        ModelError: there are no safetensors, several without an index, index and shards disagree, or a header
-            does not fit its file.
+        ModelError: there are no safetensors, several without an index, index and shards disagree, a name is in two
+            shards, or a header does not fit its file.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._read_headers(Path(folder), *weight_files(Path(folder)))
+    def __init__(self, folder: str | Path, *, any_dtype: bool = False) -> None:
+        self._read_headers(Path(folder), *weight_files(Path(folder)), any_dtype=any_dtype)
 
     @classmethod
     def of_file(cls, path: Path) -> CheckpointFolder:
@@ -76,7 +86,9 @@ class CheckpointFolder:
         found._read_headers(path.parent, [path.name], {})
         return found
 
-    def _read_headers(self, folder: Path, files: list[str], index: Mapping[str, str]) -> None:
+    def _read_headers(
+        self, folder: Path, files: list[str], index: Mapping[str, str], *, any_dtype: bool = False
+    ) -> None:
         self.folder, self.files = folder, files
         self._open_files: dict[str, int] = {}
         self._firsts: dict[str, bytes] = {}
@@ -84,15 +96,33 @@ class CheckpointFolder:
         self.metadata: dict[str, dict[str, str]] = {}
         for file in self.files:
             self.metadata[file], entries = read_header(self.folder / file)
-            self.entries |= {entry.name: entry for entry in entries if index.get(entry.name, file) == file}
+            for entry in entries:
+                self._check_entry(entry, any_dtype=any_dtype)
+                self.entries[entry.name] = entry
         if index:
             self._check_index(index)
+
+    def _check_entry(self, entry: Entry, *, any_dtype: bool) -> None:
+        if entry.name in self.entries:  # which of the two counts, libraries disagree about
+            both = f"{self.entries[entry.name].file} and {entry.file}"
+            raise ModelError(
+                f"{self.folder}: {entry.name} is in two shards, {both}. Are the shards of another model among them? "
+                "Download the model again."
+            )
+        if entry.dtype not in WIDTHS and not any_dtype:
+            raise ModelError(
+                f"{self.folder / entry.file}: {entry.name} is stored as {entry.dtype}. Quantised weights are not "
+                "moved: take the checkpoint in bfloat16, float16 or float32 that this one was made from."
+            )
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         lacking = [name for name in index if name not in self.entries]
         unnamed = [name for name in self.entries if name not in index]
-        if lacking or unnamed:
+        elsewhere = [name for name, file in index.items() if name in self.entries and self.entries[name].file != file]
+        if lacking or unnamed or elsewhere:
             said = f"names {some(lacking)}, not in the files" if lacking else f"does not name {some(unnamed)}"
+            if elsewhere and not lacking:
+                said = f"places {some([f'{name} in {index[name]}' for name in elsewhere])}, where it is not"
             raise ModelError(f"{self.folder}: {INDEX} {said}. Are the shards of another model among them?")
 
     def shapes(self) -> dict[str, Shape]:
@@ -168,6 +198,27 @@ class CheckpointFolder:
         found = bytearray(entry.n_bytes - start if length is None else length)
         self.read_into(entry, start, memoryview(found))
         return found
+
+    def read_numbers(self, entry: Entry, start: int, raw: Array, scratch: Scratch) -> None:
+        """Fill `raw` with the bytes of a tensor's numbers from number `start` on, and look for NaN among them.
+
+        Raises:
+            ModelError: there is one, or the file ends before. Infinite numbers are let through: masks hold them.
+        """
+        self.read_into(entry, start * WIDTHS[entry.dtype], raw.data)
+        if entry.dtype in FLOATS and odd_numbers(raw, entry.dtype, scratch) == "NaN":
+            raise ModelError(f"{self.folder / entry.file}: {entry.name} {HOLDS_NAN}")
+
+    def check_finite(self) -> None:
+        """Raise ModelError if a number of any tensor is NaN or infinite; all of the file is read."""
+        scratch = Scratch()
+        for entry in filter(lambda entry: entry.dtype in FLOATS, self.entries.values()):
+            for start in range(0, entry.n_bytes, BLOCK_BYTES):
+                raw = scratch.array("raw", min(BLOCK_BYTES, entry.n_bytes - start), np.uint8)
+                self.read_into(entry, start, raw.data)
+                if odd := odd_numbers(raw, entry.dtype, scratch):
+                    holds = HOLDS_NAN if odd == "NaN" else "holds an infinite number. Did the training diverge?"
+                    raise ModelError(f"{self.folder / entry.file}: {entry.name} {holds}")
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open_files:
@@ -277,18 +328,16 @@ def _entry(path: Path, name: str, told: object, data_start: int) -> Entry:
     if not isinstance(told, dict) or not {"dtype", "shape", "data_offsets"} <= told.keys():
         raise ModelError(f"{path}: its header has no dtype, shape and data_offsets for {name}.")
     dtype, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]
-    if dtype not in WIDTHS:
-        raise ModelError(
-            f"{path}: {name} is stored as {dtype}. Quantised weights are not moved: take the checkpoint in bfloat16, "
-            "float16 or float32 that this one was made from."
-        )
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ModelError(f"{path}: {name} has the dtype {plain(str(dtype)[:40])}, which safetensors does not know.")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ModelError(f"{path}: its header has shape {shape} and data_offsets {offsets} for {name}.")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * WIDTHS[dtype]:
+    needed = math.prod(shape) * BITS[dtype] // 8
+    if len(offsets) != 2 or offsets[1] - offsets[0] != needed:
         raise ModelError(
             f"{path}: its header gives {name}, {dtype} of shape {tuple(shape)}, the bytes {offsets}: "
-            f"that needs {math.prod(shape) * WIDTHS[dtype]}. The file is damaged."
+            f"that needs {needed}. The file is damaged."
         )
     return Entry(name, dtype, tuple(shape), path.name, data_start + offsets[0], offsets[1] - offsets[0])
 
@@ -323,18 +372,37 @@ def header_bytes(entries: list[Entry], metadata: Mapping[str, str], widths: Mapp
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """An object from a JSON file of a checkpoint.
+    """An object from a JSON file of a model's or an adapter's folder: every such file is read here.
 
     Raises:
-        ModelError: it is none.
+        ModelError: it is no JSON object, is larger than 50 MB, or nests deeper than 100 levels. Libraries that go
+            through it afterwards would take minutes, or end in a RecursionError.
     """
     try:
+        if not path.is_file():
+            raise ModelError(f"{path}: {'is no file' if os.path.lexists(path) else 'there is no such file'}.")
+        if (size := path.stat().st_size) > MOST_JSON_BYTES:
+            raise ModelError(f"{path}: {size:,} bytes, expected at most {MOST_JSON_BYTES:,}. Is it another file?")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise ModelError(_too_deep(path)) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path}: holds no JSON object.")
+    level: list[Any] = [found]
+    for _depth in range(MOST_JSON_DEPTH):
+        insides = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [inner for inside in insides for inner in inside if isinstance(inner, (dict, list))]
+    if level:
+        raise ModelError(_too_deep(path))
     return found
+
+
+def _too_deep(path: Path) -> str:
+    return f"{path}: nests lists and objects deeper than {MOST_JSON_DEPTH} levels. Is it damaged?"
 
 
 def says_untied(config: Mapping[str, Any]) -> bool:

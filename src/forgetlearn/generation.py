@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from forgetlearn import processes, sharding
+from forgetlearn.adapter_files import LoraAdapterConfig, read_adapter_config
 from forgetlearn.config import EvaluateSettings
 from forgetlearn.errors import ConfigError, ModelError, missing_extra
 from forgetlearn.forward import computing
@@ -202,8 +202,10 @@ def _rank(folder: Path) -> int:
     Raises:
         ModelError: there is none.
     """
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    config = read_adapter_config(folder)
+    if not isinstance(config, LoraAdapterConfig):
+        raise ModelError(f"{folder}: peft_type = {config.peft_type}: vLLM takes LoRA. Leave --engine out.")
+    rank = max(config.ranks(), default=8)
     if rank > VLLM_RANKS[-1]:
         raise ModelError(f"{folder}: the adapter's rank is {rank}, vLLM takes {VLLM_RANKS[-1]}. Leave --engine out.")
     return next(known for known in VLLM_RANKS if known >= rank)

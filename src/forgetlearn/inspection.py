@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from forgetlearn.changes import VECTOR, Adapter, Change, Difference, Stored, open_vector
+from forgetlearn.changes import VECTOR, Adapter, Change, Difference, Stored, check_change, open_vector
 from forgetlearn.checkpoints import ADAPTER, WIDTHS, CheckpointFolder, Entry
 from forgetlearn.disk import naming
 from forgetlearn.errors import ConfigError, WeightMismatchError
@@ -163,17 +163,19 @@ class _Look:
         width = WIDTHS[entry.dtype]
         raw = scratch.array("raw", n * width, np.uint8)
         numbers, change = (scratch.array(name, n, wide(entry.dtype)) for name in ("numbers", "wanted"))
-        self.weights.read_into(entry, start * width, raw.data)
+        self.weights.read_numbers(entry, start, raw, scratch)
         widen(raw, entry.dtype, numbers)
         change[:] = 0
         if entry.name in self.change.moved:
             self.change.fill(entry, start, numbers, change, scratch)
+            check_change(entry.name, numbers, change)
         tally.squared += _dot(change, change)
         if self.knows_base:
             tally.base_squared += _dot(numbers, numbers)
         if self.other is not None and self.in_other(entry.name):
             second = scratch.array("second", n, wide(entry.dtype))
             self.other.fill(entry, start, numbers, second, scratch)
+            check_change(entry.name, numbers, second)
             tally.other_squared += _dot(second, second)
             tally.along_other += _dot(change, second)
         if self.coef is not None:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from forgetlearn import hub, processes, sharding
-from forgetlearn.checkpoints import INDEX, weight_files
+from forgetlearn import adapter_files, hub, processes, sharding
+from forgetlearn.adapter_files import shown
+from forgetlearn.checkpoints import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
 from forgetlearn.config import ModelSettings
 from forgetlearn.encoding import Encoder
-from forgetlearn.errors import ConfigError, ModelError, check_installed
+from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_installed, plain, some
 from forgetlearn.rounding import Array, Survival
-from forgetlearn.taskvector import rounded, sample
+from forgetlearn.taskvector import is_finite, rounded, sample
 
+MOST_LAYERS = 1000  # of a model; the deepest have some 130
+MOST_COUNTED = 100_000  # of anything (labels, experts) that a config counts
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 log = logging.getLogger("forgetlearn")
 
@@ -151,9 +157,17 @@ def wrap(
     `dtype` is that of its checkpoint, where it was loaded in another.
 
     Raises:
-        ModelError: the tokenizer has no EOS token, no chat template where one is asked for, or ids that the
-            model has no embedding for.
+        ModelError: a weight is not finite, or the tokenizer has no EOS token, no chat template where one is asked for,
+            or ids that the model has no embedding for.
     """
+    check_finite(model)
+    return _wrapped(model, tokenizer, settings, dtype)
+
+
+def _wrapped(
+    model: nn.Module, tokenizer: Any, settings: ModelSettings | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """As `wrap`, for weights that were checked when they were loaded."""
     settings = settings or ModelSettings()
     config: Any = model.config
     _check_vocabulary(model, tokenizer)
@@ -196,9 +210,20 @@ def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = Fals
         tokenizer = _load_tokenizer(settings, name)
     else:
         model, tokenizer = _load_adapter(as_loaded, Path(name), adapter)
-    loaded = wrap(model, tokenizer, settings, own_dtype)
+    with _refusing(name, "model and tokenizer cannot be used together"):
+        loaded = _wrapped(model, tokenizer, settings, own_dtype)
     loaded.to_device()
+    if not loaded.is_sharded:
+        with _refusing(name, "the model cannot compute"):
+            _try(loaded)
     return loaded
+
+
+def _try(lm: LanguageModel) -> None:
+    """Read one token: a config of the wrong kind may build a model that fails only when it computes."""
+    token = torch.tensor([lm.encoder.end_ids[:1]], device=lm.device)
+    with torch.no_grad():
+        lm.model(input_ids=token, use_cache=True)
 
 
 def as_language_model(
@@ -301,17 +326,14 @@ def parameter_count(model: nn.Module) -> int:
 
 def adapter_base(settings: ModelSettings) -> str | None:
     """The base of an adapter folder; None where the name is not one."""
-    file = Path(str(settings.name)) / "adapter_config.json"
-    if not file.is_file():
+    folder = Path(str(settings.name))
+    if not (folder / adapter_files.CONFIG).is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: not JSON: {error}") from None
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    base = adapter_files.read_adapter_config(folder).base_model_name_or_path
     if not base:
+        file = folder / adapter_files.CONFIG
         raise ModelError(f"{file}: names no base_model_name_or_path. Write the base's folder or hub id there.")
-    return str(base)
+    return base
 
 
 def _load_adapter(settings: ModelSettings, folder: Path, base: str) -> tuple[Any, Any]:
@@ -338,7 +360,6 @@ def read_outline(settings: ModelSettings) -> tuple[Any, Any, list[str]]:
     if adapter_base(settings) is not None:
         raise ModelError(f"{settings.name}: is an adapter. Give the whole model that is to be updated.")
     config = _read_config(settings, settings.name)
-    _check_causal(settings.name, config, settings)
     try:
         return config, _load_tokenizer(settings, settings.name), []
     except ModelError as error:
@@ -352,9 +373,9 @@ def _load_base(settings: ModelSettings, name: str) -> Any:
     options = _source_options(settings, name)
     split = sharding.loading_options() if settings.shard else {}
     quantized = _in_four_bits(settings) if settings.quantization == "4bit" else {}
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-        _check_causal(name, config, settings)
+    stored = CheckpointFolder(name, any_dtype=True) if Path(name).is_dir() else None
+    config = _read_config(settings, name)
+    with _refusing(name):
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -366,11 +387,13 @@ def _load_base(settings: ModelSettings, name: str) -> Any:
             **quantized,
             **options,
         )
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(_loading_problem(name, error)) from error
     _check_loaded(name, info)
+    stored = stored or _stored_from_hub(name, config)
+    if stored is not None:
+        _check_dtypes(stored, model, info["unexpected_keys"])
+        if quantized:  # what is packed shows no NaN
+            stored.check_finite()
+    check_finite(model, stored)
     if quantized:
         # On such CPUs bitsandbytes packs the weights anew at the first forward pass of scoring, and gradients through
         # packed weights are wrong (0.50.2: cosine -0.05 with the right ones, 0.998 without).
@@ -407,12 +430,31 @@ def _source_options(settings: ModelSettings, name: str) -> dict[str, Any]:
     return {**options, "revision": settings.revision, "local_files_only": not hub.answers()}
 
 
-def _read_config(settings: ModelSettings, name: str) -> Any:
-    _check_folder(name)
+@contextmanager
+def _refusing(name: str, what: str = "cannot be loaded") -> Iterator[None]:
+    """Whatever transformers or a tokenizer raises about a stranger's files as a ModelError that names the folder."""
     try:
-        return AutoConfig.from_pretrained(name, **_source_options(settings, name))
+        yield
+    except (ForgetLearnError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        raise ModelError(_loading_problem(name, error)) from error
+        raise ModelError(_loading_problem(name, error, what)) from error
+
+
+def _read_config(settings: ModelSettings, name: str) -> Any:
+    """The config of a causal language model.
+
+    Raises:
+        ModelError: it is none, cannot be read, or has more layers than any model.
+    """
+    _check_folder(name)
+    with _refusing(name):
+        config = AutoConfig.from_pretrained(name, **_source_options(settings, name))
+        _check_causal(name, config, settings)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and not 0 <= layers <= MOST_LAYERS:  # making them would take minutes
+        raise ModelError(f"{name}: config.json: num_hidden_layers = {shown(layers)}: expected 0 to {MOST_LAYERS}.")
+    return config
 
 
 def _own_dtype(settings: ModelSettings, name: str) -> torch.dtype:
@@ -444,14 +486,82 @@ def _check_loaded(name: str, info: dict[str, Any]) -> None:
         )
 
 
+def _stored_from_hub(name: str, config: Any) -> CheckpointFolder | None:
+    """The files of a model that was just loaded from the hub's cache; None if they are not found there."""
+    found = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+    folder = Path(found).parent if isinstance(found, str) else None
+    if folder is None or not any((folder / file).is_file() for file in (WHOLE, INDEX)):
+        return None
+    return CheckpointFolder(folder, any_dtype=True)
+
+
+def _check_dtypes(stored: CheckpointFolder, model: nn.Module, unused: Iterable[str]) -> None:
+    """Raise ModelError if weights are stored as whole numbers or in 8 bits, and no quantization_config says how.
+
+    transformers would take 8-bit numbers for the weights themselves, without their scales. Buffers (masks, counts) may
+    be whole numbers, and what the model does not use anything.
+    """
+    if getattr(model.config, "quantization_config", None):
+        return
+    prefix = getattr(model, "base_model_prefix", "")
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    buffers = {name for name, _buffer in model.named_buffers()}
+    odd = [
+        entry
+        for entry in stored.entries.values()
+        if entry.dtype not in FLOATS
+        and not buffers & {entry.name, f"{prefix}.{entry.name}"}
+        and entry.name not in unused
+        and not any(re.search(pattern, entry.name) for pattern in ignored)
+    ]
+    if odd:
+        raise ModelError(
+            f"{stored.folder / odd[0].file}: {len(odd)} weights are stored in none of float32, float16 and "
+            f"bfloat16: {some([f'{entry.name} ({entry.dtype})' for entry in odd])}. config.json has no "
+            "quantization_config that says how to read them. Take the checkpoint that this one was made from."
+        )
+
+
+def check_finite(model: nn.Module, stored: CheckpointFolder | None = None) -> None:
+    """Raise ModelError if a weight holds NaN or an infinite number; `stored` tells the file. Takes 0.2 s per GB.
+
+    Buffers are left alone: masks hold -inf by design.
+    """
+    odd = [name for name, weight in model.named_parameters() if not is_finite(sharding.local(weight))]
+    if odd:
+        entry = stored.entries.get(odd[0]) if stored else None
+        where = f"{stored.folder / entry.file}: " if stored and entry else ""
+        raise ModelError(
+            f"{where}{len(odd)} weights hold numbers that are not finite (NaN or inf): {some(odd)}. "
+            "Did the training diverge, or is the file damaged?"
+        )
+
+
 def _load_tokenizer(settings: ModelSettings, name: str) -> Any:
-    options = _source_options(settings, name)
+    """The tokenizer of a folder or hub id, tried on a text.
+
+    Raises:
+        ModelError: there is none, or its files hold what tokenizers cannot use.
+    """
+    folder = Path(name)
+    for file in filter(Path.is_file, (folder / file for file in TOKENIZER_FILES)):
+        _check_tokenizer_file(file)
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:
-        if "instantiate the backend tokenizer" in str(error):
+        with _refusing(name, "its tokenizer cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(name, **_source_options(settings, name))
+            tokenizer.decode(tokenizer("a text", add_special_tokens=True)["input_ids"])
+    except ModelError as error:
+        if "instantiate the backend tokenizer" in str(error.__cause__):
             raise ModelError(f"{name}: has no tokenizer. Save it there with tokenizer.save_pretrained.") from error
-        raise ModelError(_loading_problem(name, error, what="its tokenizer cannot be loaded")) from error
+        raise
+    return tokenizer
+
+
+def _check_tokenizer_file(file: Path) -> None:
+    told = read_object(file)
+    length = told.get("model_max_length")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or not length > 0):
+        raise ModelError(f"{file}: model_max_length = {shown(length)}: expected a number of tokens, or null.")
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
@@ -487,8 +597,19 @@ def _check_folder(name: str) -> None:
         if pickles:
             found = f"only pickled weights ({pickles[0]}), which can run code when they are read"
         raise ModelError(f"{name}: has {found}. Save it with save_pretrained, which writes safetensors.")
+    _check_counts(folder / "config.json", read_object(folder / "config.json"))
+    if "generation_config.json" in files:
+        read_object(folder / "generation_config.json")
     if INDEX in files:
         weight_files(folder)  # an index may name only files of the folder
+
+
+def _check_counts(file: Path, told: Mapping[str, Any]) -> None:
+    """Raise ModelError if a count in config.json is absurd: transformers would make so many names, heads or layers."""
+    text = told.get("text_config")
+    for name, value in [*told.items(), *(text.items() if isinstance(text, dict) else ())]:
+        if name.startswith("num_") and isinstance(value, (int, float)) and value > MOST_COUNTED:
+            raise ModelError(f"{file}: {plain(name)} = {shown(value)}: expected at most {MOST_COUNTED:,}.")
 
 
 def _check_causal(name: str, config: Any, settings: ModelSettings) -> None:
@@ -523,5 +644,7 @@ def _loading_problem(name: str, error: Exception, what: str = "cannot be loaded"
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of what a library said, with the error's name where the text alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    kind = "" if lines and isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__} "
+    return plain((kind + (lines[0] if lines else "")).strip()[:300])

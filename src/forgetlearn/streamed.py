@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from forgetlearn.changes import Change
+from forgetlearn.changes import Change, check_change
 from forgetlearn.checkpoints import FLOATS, WIDTHS, CheckpointFolder, Entry, Shape, header_bytes, in_order
 from forgetlearn.errors import ModelError
 from forgetlearn.rounding import Array, Scratch, Survival, narrow, wide, widen
@@ -111,7 +111,7 @@ class Work:
     def _do(self, piece: Piece, survival: Survival, scratch: Scratch) -> None:
         entry, n = piece.entry, piece.stop - piece.start
         raw = scratch.array("raw", n * WIDTHS[entry.dtype], np.uint8)
-        self.base.read_into(entry, piece.start * WIDTHS[entry.dtype], raw.data)
+        self.base.read_numbers(entry, piece.start, raw, scratch)
         coef = self.coefs.get(entry.name, 0)
         moves = coef != 0
         if not moves and piece.dtype == entry.dtype:
@@ -127,7 +127,7 @@ class Work:
             np.multiply(wanted, wanted.dtype.type(coef), out=wanted)
             np.subtract(numbers, wanted, out=numbers)
         if not math.isfinite(np.dot(numbers, numbers)):
-            _keep_infinite(numbers, raw, entry)
+            _keep_infinite(numbers, raw, entry, wanted if moves else None)
         narrow(numbers, piece.dtype, stored, scratch, random)
         if piece.dtype == "F16" and not np.isfinite(np.dot(v := stored.view(np.float16).astype(np.float32), v)):
             _refuse_overflow(stored, raw, entry)
@@ -148,16 +148,24 @@ class Work:
             os.close(self.files.pop())
 
 
-def _keep_infinite(numbers: Array, raw: Array, entry: Entry) -> None:
-    """Put back what is infinite in the base, as in a stored mask; anything else that is not finite is an error."""
+def _keep_infinite(numbers: Array, raw: Array, entry: Entry, wanted: Array | None) -> None:
+    """Put back what is infinite in the base, as in a stored mask; anything else that is not finite is an error.
+
+    A mask is infinite in tuned as well (the difference is then NaN), and a saved vector holds 0 there.
+    """
     before = np.empty_like(numbers)
     widen(raw, entry.dtype, before)
+    if wanted is not None and (moved := np.isinf(before) & (wanted != 0) & ~np.isnan(wanted)).any():
+        raise ModelError(
+            f"{entry.name}: {np.count_nonzero(moved)} numbers are infinite in the base, and what is subtracted would "
+            "move them. Is the base damaged?"
+        )
     np.copyto(numbers, before, where=np.isinf(before))
     odd = ~np.isfinite(numbers) & ~np.isinf(before)
     if odd.any():
         raise ModelError(
             f"{entry.name}: {np.count_nonzero(odd)} numbers of the result are not finite. Did the training diverge? "
-            "Look for NaN in both checkpoints."
+            "Look for infinite numbers in what is subtracted."
         )
 
 
@@ -228,14 +236,13 @@ class VectorWork(Work):
     def _do(self, piece: Piece, survival: Survival, scratch: Scratch) -> None:
         entry, n = piece.entry, piece.stop - piece.start
         raw = scratch.array("raw", n * WIDTHS[entry.dtype], np.uint8)
-        self.base.read_into(entry, piece.start * WIDTHS[entry.dtype], raw.data)
+        self.base.read_numbers(entry, piece.start, raw, scratch)
         numbers, wanted = scratch.array("numbers", n, np.float32), scratch.array("wanted", n, np.float32)
         widen(raw, entry.dtype, numbers)
         self.change.fill(entry, piece.start, numbers, wanted, scratch)
+        check_change(entry.name, numbers, wanted)
         if not math.isfinite(np.dot(wanted, wanted)):
             np.copyto(wanted, 0, where=np.isinf(numbers))
-            if not np.isfinite(wanted).all():
-                raise ModelError(f"{entry.name}: the difference is not finite. Look for NaN in both checkpoints.")
         _write_all(piece, wanted.view(np.uint8))
 
 
