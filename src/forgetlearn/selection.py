@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from forgetlearn.config import Rows
 from forgetlearn.errors import ModelError
 from forgetlearn.models import layer_list
 from forgetlearn.parts import ALL, Modules, factors_among
+from forgetlearn.structure import skeleton
 from forgetlearn.taskvector import StateDict
 
 
@@ -37,11 +37,9 @@ def groups_of_folder(folder: Path) -> dict[str, list[str]]:
         ModelError: transformers makes no causal language model of that config.
     """
     try:
-        with torch.device("meta"):
-            return groups(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
-    except (ValueError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: its parts are not known: {reason} Name layers or patterns.") from error
+        return groups(skeleton(folder))
+    except ModelError as error:
+        raise ModelError(f"{error} Name layers or patterns instead of parts.") from error
 
 
 def groups(model: nn.Module) -> dict[str, list[str]]:
