@@ -39,6 +39,7 @@ from forgetlearn.taskvector import TaskVector
 FORGET, LEARN, PRODUCT = "forget", "learn", "default"
 TRIED = "tried"  # an adapter on an outline, to see what peft makes of its targets
 ALL_LINEAR = "all-linear"
+_tried: dict[tuple[object, ...], list[str]] = {}  # what came of it: several stages of a run ask for the same model
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _READ_WHOLE = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|size|data)\b| *=[^=])")
 
@@ -134,8 +135,14 @@ def _adaptable(model: nn.Module) -> list[str]:
         and _own(module) is not head
         and not _why_not(base, path, module)
     ]
-    if _is_adapted_alone(model, wanted):
-        return wanted
+    kind = (type(base), getattr(getattr(base, "config", None), "model_type", None), *wanted)
+    if kind not in _tried:
+        _tried[kind] = wanted if _is_adapted_alone(model, wanted) else _adapted_by_kind(model, wanted)
+    return _tried[kind]
+
+
+def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> list[str]:
+    """Those of these paths that peft adapts, tried together where they differ only in a number."""
     alike: dict[str, list[str]] = {}
     for path in wanted:
         alike.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(path)

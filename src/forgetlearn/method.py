@@ -218,6 +218,17 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
         raise ConfigError("forget.modules: gradient ascent (ga) subtracts nothing. Leave it at all.")
 
 
+def out_of_loras_reach(model: nn.Module, stages: Iterable[tuple[How | None, StageSettings]]) -> str | None:
+    """What the adapters of these stages leave alone although all linear layers were asked for; None if nothing.
+
+    Experts that are fused into one tensor, for one: peft adapts modules, and to these there is none.
+    """
+    for how, settings in stages:
+        if how == "lora" and settings.lora.target_modules == adapters.ALL_LINEAR:
+            return selection.out_of_reach(model, adapters.check_targets(model, settings.lora, "learn"))
+    return None
+
+
 def _check_keep(how: How) -> None:
     if how != "all weights":
         raise ConfigError(
