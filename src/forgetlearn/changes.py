@@ -164,8 +164,8 @@ class Adapter:
         if name not in base.entries:
             raise WeightMismatchError(
                 f"{self.folder}: adapts {path}, and {base.folder} has no {name}. Is it the adapter of another base? "
-                "(A head that is tied to the embedding is not stored, nor is what is cut out of a larger tensor while a "
-                "model loads: of such a module merge the adapter with peft.)"
+                "(A head that is tied to the embedding is not stored, nor is what a model cuts out of a larger tensor "
+                "while it loads: merge such an adapter with peft.)"
             )
         if twins := base.twins(name):
             raise WeightMismatchError(

@@ -292,10 +292,9 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
     loads: list[Load] = []
     for name, how, settings, texts, passes, frozen in _stages(config, old, new):
         load, problem = _train_load(outline, name, how, settings, texts, passes, frozen)
-        if isinstance(settings, StageSettings) and (
-            left := out_of_loras_reach(outline.skeleton().model, [(how, settings)])
-        ):
-            notes.append(left)
+        if how == "lora" and isinstance(settings, StageSettings):
+            left = out_of_loras_reach(outline.skeleton().model, [(how, settings)])
+            notes += [left] if left else []
         if (name, how) == ("forget", "all weights"):
             load = _with_base(load, config)
             if config.forget.keep:  # what it measured stays beside the weights

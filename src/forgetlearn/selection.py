@@ -80,8 +80,8 @@ def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
     )
     if not missing:
         return None
-    share = sum(weights[name].numel() for name in matrices if name not in reached)
-    share /= sum(weight.numel() for weight in weights.values())
+    left = sum(weights[name].numel() for name in matrices if name not in reached)
+    share = left / sum(weight.numel() for weight in weights.values())
     return (
         f"LoRA does not reach {len(missing)} of {len(kinds)} matrices, {share:.1%} of the parameters of the layers: "
         f"{some(missing)}"
