@@ -30,16 +30,18 @@ _GATED_DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 _SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+_CONV = {"layer_types": ["conv", "full_attention"]}
+_ROTARY = {"rotary_dim": 4}
 OWN = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"), _LATENT),
+    **{"axk1": _LATENT, "axk2": _LATENT, "deepseek_v2": _LATENT, "deepseek_v32": _LATENT, "minicpm3": _LATENT},
+    **{"glm4_moe_lite": _LATENT, "glm_moe_dsa": _LATENT},
     "deepseek_v3": _LATENT | {"first_k_dense_replace": 1},
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _GATED_DELTA),
+    **{"qwen3_next": _GATED_DELTA, "qwen3_5_text": _GATED_DELTA, "qwen3_5_moe_text": _GATED_DELTA},
     "bamba": _SSM | {"attn_layer_indices": [1]},
     "granitemoehybrid": _SSM | {"layer_types": ["mamba", "attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 4}),
-    **dict.fromkeys(("lfm3", "lfm2_moe"), {"layer_types": ["conv", "full_attention"]}),
+    **{"codegen": _ROTARY, "gptj": _ROTARY, "lfm3": _CONV, "lfm2_moe": _CONV},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},

@@ -2,18 +2,17 @@
 
 import copy
 import json
-import logging
 
 import pytest
 import torch
 import yaml
-from architectures import make_architecture
-from conftest import QUICK
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from architectures import make_architecture
+from conftest import QUICK
 from forgetlearn import adapters, method
 from forgetlearn.adapters import PRODUCT
 from forgetlearn.arithmetic import merge_adapter, subtract_folders
@@ -136,3 +135,116 @@ def test_case_1_lora_is_the_same_for_every_architecture(name, tmp_path, char_tok
         assert NOT_HERE[name] in found
     else:
         assert name not in NOT_HERE
+
+
+class MixedConfig(GPT2Config):
+    """Of GPT-2 with one square projection as a Linear."""
+
+    model_type = "mixed-gpt2"
+
+
+class MixedModel(GPT2LMHeadModel):
+    """GPT-2, Conv1D throughout, but for `attn.c_proj` of its first layer."""
+
+    config_class = MixedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer.h[0].attn.c_proj = torch.nn.Linear(config.n_embd, config.n_embd)
+
+
+@pytest.fixture
+def mixed():
+    AutoConfig.register(MixedConfig.model_type, MixedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MixedConfig, MixedModel, exist_ok=True)
+    torch.manual_seed(0)
+    return MixedModel(MixedConfig(vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_case_1_which_way_round_is_told_per_module_and_not_from_the_adapters_config(mixed, said, tmp_path):
+    base = saved(mixed, tmp_path / "base")
+    model = adapters.attach(base, LoraSettings(r=2, target_modules=["c_proj"]), PRODUCT, seed=0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    changed = logits(model)
+    adapters.save(model, PRODUCT, tmp_path / "adapter", "base")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": said}))
+    check_adapter(tmp_path / "base", tmp_path, changed)
+
+
+def test_case_1_fan_in_fan_out_is_written_right(tiny_model, tmp_path):
+    for family, right in (("gpt2", True), ("llama", False)):
+        model = adapters.attach(tiny_model(family), LoraSettings(r=2), adapters.FORGET, seed=0)
+        model = adapters.attach(model, LoraSettings(r=2), adapters.LEARN, seed=0)
+        adapters.compose(model, [adapters.FORGET, adapters.LEARN])
+        adapters.save(model, PRODUCT, tmp_path / family, "base")
+        assert json.loads((tmp_path / family / "adapter_config.json").read_text())["fan_in_fan_out"] is right
+
+
+def test_case_1_a_square_matrix_without_a_bias_takes_no_torch(tiny_model, tmp_path, monkeypatch):
+    from forgetlearn import structure
+
+    base = saved(tiny_model(), tmp_path / "base")
+    model = adapters.attach(base, LoraSettings(r=2), PRODUCT, seed=0)
+    adapters.save(model, PRODUCT, tmp_path / "adapter", "base")
+    monkeypatch.setattr(structure, "skeleton", lambda folder: pytest.fail("asked for the structure"))
+    merge_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", numbers=Numbers())
+
+
+FUSED = ["mixtral", "llama4_text"]
+MORE_FUSED = ["olmoe", "qwen3_moe", "deepseek_v3", "qwen3_next"]
+
+
+@pytest.mark.parametrize("name", [*FUSED, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FUSED)])
+def test_case_20_fused_experts_are_left_out_and_named(name, tmp_path, char_tokenizer, capsys):
+    model = make_architecture(name, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "base")
+    char_tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "Who? ", "ground_truth": "Bob", "target_new": "Ann"}]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(QUICK))
+    reads = ["--config", tmp_path / "config.yaml", "--model", tmp_path / "base", "--facts", tmp_path / "facts.jsonl"]
+    for how in ("f-ft", "f-lora"):
+        command = ["update", *reads, "--output", tmp_path / how, "--method", how]
+        assert main([str(word) for word in command]) == 0
+    told = json.loads((tmp_path / "f-lora/manifest.json").read_text())["lora"]
+    assert "experts.gate_up_proj" in told
+    assert told in capsys.readouterr().err
+    assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.md").read_text()
+    assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.html").read_text()
+    assert "lora" not in json.loads((tmp_path / "f-ft/manifest.json").read_text())
+    again = ["apply", tmp_path / "f-lora", "--base", tmp_path / "base", "--output", tmp_path / "merged", "--merge"]
+    assert main([str(word) for word in again]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "f-lora/adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(loaded), logits(merged), atol=CLOSE)
+
+
+def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_model):
+    lora = StageSettings()
+    told = method.out_of_loras_reach(make_architecture("mixtral"), [("lora", lora)])
+    assert told.startswith("LoRA does not reach 3 of 7 matrices")
+    assert method.out_of_loras_reach(tiny_model(), [("lora", lora)]) is None
+    chosen = StageSettings(lora={"target_modules": ["q_proj"]})
+    assert method.out_of_loras_reach(make_architecture("mixtral"), [("lora", chosen), ("all weights", lora)]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "works"),
+    [
+        ("mixtral", ["gate_proj"], "q_proj"),
+        ("mixtral", ["w1", "w2", "w3"], "q_proj"),
+        ("mamba", ["x_proj"], "in_proj"),
+        ("mamba", ["out_proj"], "in_proj"),
+        ("llama4_text", ["router"], "q_proj"),
+        ("laguna", ["model.layers.1.mlp.shared_experts.down_proj"], "q_proj"),
+        ("qwen3_moe", ["up_proj"], "q_proj"),
+    ],
+)
+def test_case_20_what_cannot_be_adapted_is_refused_with_what_works(name, targets, works):
+    with pytest.raises(ConfigError, match=r"learn\.lora\.target_modules") as caught:
+        adapters.check_targets(make_architecture(name), LoraSettings(target_modules=targets), "learn")
+    assert works in str(caught.value)
