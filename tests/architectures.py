@@ -34,7 +34,7 @@ _CONV = {"layer_types": ["conv", "full_attention"]}
 _ROTARY = {"rotary_dim": 4}
 OWN = {
     **{"axk1": _LATENT, "axk2": _LATENT, "deepseek_v2": _LATENT, "deepseek_v32": _LATENT, "minicpm3": _LATENT},
-    **{"glm4_moe_lite": _LATENT, "glm_moe_dsa": _LATENT},
+    **{"glm4_moe_lite": _LATENT, "glm_moe_dsa": _LATENT, "youtu": _LATENT},
     "deepseek_v3": _LATENT | {"first_k_dense_replace": 1},
     **{"qwen3_next": _GATED_DELTA, "qwen3_5_text": _GATED_DELTA, "qwen3_5_moe_text": _GATED_DELTA},
     "bamba": _SSM | {"attn_layer_indices": [1]},
