@@ -40,6 +40,11 @@ def logits(model):
     return model.eval()(input_ids=IDS).logits
 
 
+def close(one, two):
+    """Within CLOSE, or that share of the largest logit."""
+    return (one - two).abs().max() <= CLOSE * max(1, two.abs().max())
+
+
 def farthest(one, two):
     assert one.keys() == two.keys()
     return max((one[name].double() - two[name].double()).abs().max().item() for name in one if one[name].numel())
@@ -60,9 +65,9 @@ def saved(model, folder):
 def check_adapter(base, folder, changed):
     """The adapter of `folder/adapter` on `base`, by peft and by our arithmetic; `changed` are the logits in memory."""
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
-    assert torch.allclose(logits(loaded), changed, atol=CLOSE)
+    assert close(logits(loaded), changed)
     merged = loaded.merge_and_unload()
-    assert torch.allclose(logits(merged), changed, atol=CLOSE)
+    assert close(logits(merged), changed)
     merged.save_pretrained(folder / "by_peft")
     merge_adapter(folder / "adapter", base, folder / "merged", numbers=Numbers())
     assert farthest(read(folder / "merged"), read(folder / "by_peft")) < CLOSE
@@ -87,7 +92,7 @@ def check_lora(model, tokenizer, folder):
     adapters.save(lm.model, PRODUCT, folder / "adapter", str(folder / "base"))
     check_adapter(folder / "base", folder, changed)
     method.fold_in(lm, PRODUCT)
-    assert torch.allclose(logits(lm.model), changed, atol=CLOSE)
+    assert close(logits(lm.model), changed)
 
 
 def check_all_weights(model, tokenizer, folder):
@@ -249,7 +254,7 @@ def test_case_20_fused_experts_are_left_out_and_named(name, tmp_path, char_token
     assert main([str(word) for word in again]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "f-lora/adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.allclose(logits(loaded), logits(merged), atol=CLOSE)
+    assert close(logits(loaded), logits(merged))
 
 
 def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_model):
