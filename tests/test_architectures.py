@@ -122,8 +122,8 @@ def test_case_1_lora_is_the_same_everywhere(name, tmp_path, char_tokenizer):
     check_lora(make_architecture(name), char_tokenizer, tmp_path)
 
 
-# What the sweep does not show to work, with what the error says: a new architecture that fails, or one of these that
-# works by now, fails the test. Of these, architectures.py makes no tiny model, or transformers' own forward fails on it.
+# What the sweep does not show to work and what the error says: a new architecture that fails, or one of these that
+# works by now, fails the test. Of these, architectures.py makes no tiny model, or their own forward fails on it.
 LARGE = [
     *("blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma4", "gemma4_text", "gemma4_unified", "git", "got_ocr2"),
     *("kimi_linear", "llama4", "longcat_flash", "mllama", "moss_transcribe_diarize", "phi4_multimodal", "qwen3_5"),
