@@ -261,6 +261,24 @@ def test_a_coefficient_that_is_none_is_refused(tmp_path, coef, message):
         apply_vector(tmp_path / "b", tmp_path / "o", tmp_path / "x", float("nan"))
 
 
+def test_case_34_equal_checkpoints_move_nothing_and_it_is_said(tmp_path, capsys):
+    from forgetlearn.cli import main
+
+    base, tuned = pair(n=3)
+    base["mask"] = torch.tensor([0.0, float("-inf")])
+    write(tmp_path / "b", base)
+    write(tmp_path / "same", base, shards=2)
+    assert subtract_folders(tmp_path / "b", tmp_path / "o1", 0.3, tuned=tmp_path / "same").moved == 0
+    assert equal_bits(read(tmp_path / "o1"), base)
+    command = ["subtract", "--base", str(tmp_path / "b"), "--tuned", str(tmp_path / "same"), "--coef", "0.3"]
+    assert main([*command, "--output", str(tmp_path / "o2")]) == 0
+    assert "nothing moved" in capsys.readouterr().out
+    one = next(name for name in base if name != "mask")
+    write(tmp_path / "one", base | {one: tuned[one]})
+    assert subtract_folders(tmp_path / "b", tmp_path / "o3", 0.3, tuned=tmp_path / "one").moved == 1
+    assert subtract_folders(tmp_path / "b", tmp_path / "o4", 0.0, tuned=tmp_path / "one").moved == 0
+
+
 def test_factors_that_name_nothing_that_moves_are_refused(tmp_path):
     base, tuned = pair()
     b, t = write(tmp_path / "b", base), write(tmp_path / "t", tuned)

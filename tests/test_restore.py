@@ -93,6 +93,13 @@ class TestApply:
         assert files_of(tmp_path / "again")["adapter_model.safetensors"] == own["adapter_model.safetensors"]
         assert len(history.read_chain(tmp_path / "again")) == 1
 
+    def test_case_34_a_merge_says_what_survives(self, moved, tmp_path, capsys):
+        command = ["apply", moved / "lora", "--base", moved / "base", "--output", tmp_path / "again", "--merge"]
+        assert main([*map(str, command), "--dtype", "bfloat16"]) == 0
+        said = capsys.readouterr().out
+        assert re.search(r"\d+ of \d+ tensors moved", said)
+        assert "of the wanted change survives" in said
+
     def test_an_adapter_merged(self, moved, tmp_path):
         restore.apply_run(moved / "lora", moved / "base", tmp_path / "again", merge=True)
         found, expected = (

@@ -6,18 +6,29 @@ under rsLoRA). Folding `-coef` into B turns an adapter trained on the old facts 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import inspect
 import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +41,14 @@ from forgetlearn.patterns import Pattern, problem
 from forgetlearn.taskvector import TaskVector
 
 FORGET, LEARN, PRODUCT = "forget", "learn", "default"
+TRIED = "tried"  # an adapter on an outline, to see what peft makes of its targets
+_tried: dict[tuple[object, ...], list[str]] = {}  # what came of it: several stages of a run ask for the same model
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_READ_WHOLE = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|size|data)\b| *=[^=])")
+
+
+class NotAdaptable(ConfigError):
+    """`target_modules` name something that cannot be adapted."""
 
 
 def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> PeftModel:
@@ -57,6 +76,11 @@ def check_targets(model: nn.Module, settings: LoraSettings, stage: str) -> list[
         with torch.random.fork_rng(devices=[]):  # peft draws the first A
             # small: the rank matches nothing
             adapted = _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)
+            if settings.target_modules != ALL_LINEAR and (lost := _not_loaded(adapted, LEARN)):
+                raise NotAdaptable(
+                    f"lora.target_modules = {settings.target_modules!r}: peft would not load {some(lost)} of the "
+                    f"finished adapter. {_what_works(model)}"
+                )
     except ConfigError as error:
         raise ConfigError(f"{stage}.{error}") from error
     return [f"{path}.weight" for path, _layer in _layers(adapted)]
@@ -78,17 +102,137 @@ def _without_numbers(weight: Tensor) -> Tensor:
 
 
 def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftModel:
+    targets: str | list[str] = settings.target_modules
+    if targets == ALL_LINEAR:
+        targets = _adaptable(model)
+        if not targets:
+            raise ConfigError(f"lora.target_modules = {ALL_LINEAR}: peft adapts no linear layer of this model.")
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules,
+        target_modules=targets,
         use_rslora=settings.use_rslora,
         task_type=TaskType.CAUSAL_LM,
     )
-    adapted = _with_adapter(model, config, name, settings.target_modules)
-    _check_layers(adapted, name)
+    try:
+        adapted = _with_adapter(model, config, name, settings.target_modules)
+        _check_layers(adapted, name)
+    except NotAdaptable as error:
+        raise ConfigError(f"{error} {_what_works(model)}") from error
     return adapted
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that peft adapts as they are, the output head excepted.
+
+    peft refuses some layers, and takes some names for projections of fused experts (which are no modules), so that
+    the list cannot be told from the classes alone: it is tried on an outline of the model.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    wanted = [
+        path
+        for path, module in _plain_modules(base)
+        if isinstance(_own(module), (nn.Linear, Conv1D))
+        and _own(module) is not head
+        and not _why_not(base, path, module)
+    ]
+    kind = (type(base), getattr(getattr(base, "config", None), "model_type", None), *wanted)
+    if kind not in _tried:
+        _tried[kind] = wanted if _is_adapted_alone(model, wanted) else _adapted_by_kind(model, wanted)
+    return _tried[kind]
+
+
+def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> list[str]:
+    """Those of these paths that peft adapts, tried together where they differ only in a number."""
+    alike: dict[str, list[str]] = {}
+    for path in wanted:
+        alike.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(path)
+    return [path for paths in alike.values() if _is_adapted_alone(model, paths) for path in paths]
+
+
+def _is_adapted_alone(model: nn.Module, paths: list[str]) -> bool:
+    """Whether an adapter on these paths changes these modules and nothing else, and peft loads what it saves of it."""
+    config = LoraConfig(r=1, target_modules=paths, task_type=TaskType.CAUSAL_LM)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            adapted = _with_adapter(outline(model), config, TRIED, paths)
+    except ConfigError:
+        return False
+    reached = {path: layer for path, layer in _layers(adapted) if TRIED in layer.lora_A}
+    if reached.keys() != set(paths) or any(isinstance(layer, ParamWrapper) for layer in reached.values()):
+        return False
+    return not _not_loaded(adapted, TRIED)
+
+
+def _not_loaded(outlined: PeftModel, name: str) -> list[str]:
+    """Factors of an adapter that peft saves and does not load again: it renames some on their way in."""
+    saved = get_peft_model_state_dict(outlined, adapter_name=name, save_embedding_layers=False)
+    return list(set_peft_model_state_dict(outlined, saved, adapter_name=name).unexpected_keys)
+
+
+def _plain_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a base by their paths, without what adapters have put inside them."""
+    inside = None
+    for path, module in base.named_modules():  # depth first
+        if inside is None or not path.startswith(inside):
+            inside = f"{path}." if isinstance(module, LoraLayer) else None
+            yield path, module
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The module itself, where an adapter is around it."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _why_not(base: nn.Module, path: str, module: nn.Module) -> str | None:
+    """What keeps LoRA on a module from being exact, merged and unmerged; None if nothing does."""
+    own, (owner, _dot, name) = _own(module), path.rpartition(".")
+    kind = type(own).__name__
+    if isinstance(module, ParamWrapper):
+        return f"{module.parameter_name} of it holds several matrices in one tensor, or those of a router ({kind})"
+    if not isinstance(own, (nn.Linear, Conv1D)):
+        return f"it is a {kind}, and only linear layers are adapted"
+    parent = type(base.get_submodule(owner))
+    if name in _weights_read(parent):  # type: ignore[arg-type]
+        return f"{parent.__name__} reads its weight itself, past an adapter"
+    if not _gives_the_product(own):
+        return f"it is a {kind}, which gives more than a product"
+    return None
+
+
+@functools.cache
+def _weights_read(kind: Any) -> frozenset[str]:
+    """Names of the modules whose whole weights the code of a class reads, instead of calling the modules.
+
+    Kernels of state-space models take weights, and so does torch's own attention. Only the code tells: which path runs
+    depends on the device.
+    """
+    found: set[str] = set()
+    for one in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with contextlib.suppress(OSError, TypeError):  # made at run time
+            found |= set(_READ_WHOLE.findall(inspect.getsource(one)))
+    return frozenset(found)
+
+
+def _gives_the_product(linear: nn.Module) -> bool:
+    """Whether a linear layer with a `forward` of its own gives one tensor, as a router that is one does not."""
+    weight: Any = linear.weight
+    if type(linear).forward in (nn.Linear.forward, Conv1D.forward) or weight.dtype not in _PLAIN:
+        return True  # peft has layers of its own for quantised weights
+    n_in, n_out = weight.shape if isinstance(linear, Conv1D) else reversed(weight.shape)
+    try:
+        given = outline(linear)(torch.empty(1, n_in, device="meta"))
+    except Exception:  # whatever code of a model's own raises
+        return False
+    return isinstance(given, Tensor) and given.shape == (1, n_out)
+
+
+def _what_works(model: nn.Module) -> str:
+    """A sentence for an error: the names that `target_modules` may list."""
+    names = sorted({path.rsplit(".", 1)[-1] for path in _adaptable(model)})
+    return f"It can be target_modules=[{','.join(names)}], or {ALL_LINEAR} for all of them." if names else ""
 
 
 def activate(model: PeftModel, names: Sequence[str], trained: str | None = None) -> None:
@@ -176,11 +320,7 @@ def _shorten_targets(model: PeftModel, name: str, targets: list[str]) -> None:
     """
     short = sorted({path.rsplit(".", 1)[-1] for path in targets})
     base = model.get_base_model()
-    matched = {
-        path.replace(".base_layer", "")
-        for path, module in base.named_modules()
-        if path.rsplit(".", 1)[-1] in short and isinstance(module, (nn.Linear, Conv1D, LoraLayer))
-    }
+    matched = {path for path, _module in base.named_modules() if path.rsplit(".", 1)[-1] in short}
     if matched == set(targets):
         model.peft_config[name].target_modules = set(short)
 
@@ -287,23 +427,29 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
 
 
 def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: object) -> PeftModel:
+    """The model with an adapter of this config; `targets` is how its target modules are called in an error."""
     if isinstance(targets, str) and targets != ALL_LINEAR:
         pattern = Pattern("lora.target_modules", targets, targets)
         if said := problem([pattern], [path for path, _module in model.named_modules()]):
             raise ConfigError(f"{said}.")
     try:
         with _quiet():
-            if not isinstance(model, PeftModel):
-                return get_peft_model(model, config, adapter_name=name)
-            model.add_adapter(name, config)
-            return model
+            if isinstance(model, PeftModel):
+                adapted = model
+                adapted.add_adapter(name, config)
+            else:
+                adapted = get_peft_model(model, config, adapter_name=name)
     except re.error as error:
         raise ConfigError(f"lora.target_modules = {targets!r} is no regular expression: {error}.") from error
     except ValueError as error:
-        raise ConfigError(f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}") from error
+        raise NotAdaptable(f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}") from error
+    # peft writes what the last module was that it looked at, and nothing where other adapters were there before.
+    bases = [layer.get_base_layer() for _path, layer in _layers(adapted) if name in layer.lora_A]
+    config.fan_in_fan_out = bool(bases) and all(isinstance(base, Conv1D) for base in bases)
+    return adapted
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without two of peft's warnings that are not for the user.
 
@@ -332,6 +478,8 @@ def _check_layers(model: PeftModel, name: str) -> None:
             continue
         if isinstance(layer, LoraEmbedding):
             raise ConfigError(f"lora.target_modules matches {path}: an embedding is not supported. Leave it out.")
+        if reason := _why_not(model.get_base_model(), path, layer):
+            raise NotAdaptable(f"lora.target_modules matches {path}: {reason}. Leave it out.")
         weight: Tensor = layer.get_base_layer().weight
         if len(owners[id(weight)]) > 1:
             raise ConfigError(

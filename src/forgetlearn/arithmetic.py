@@ -37,7 +37,10 @@ LEFT_BEHIND = (
 
 @dataclass
 class Written:
-    """What was written: `survival` is what the one rounding left of the wanted change, counted on a sample."""
+    """What was written: `moved` counts the tensors whose change is not zero everywhere (in a vector, those it holds).
+
+    `survival` is what the one rounding left of the wanted change, counted on a sample.
+    """
 
     output: Path
     tensors: int
@@ -46,6 +49,11 @@ class Written:
     seconds: float = 0.0
     seconds_to_sync: float = 0.0
     survival: Survival = field(default_factory=Survival)
+
+    def counts(self) -> str:
+        """Numbers and tensors in words."""
+        moved = f"{self.moved} of {self.tensors} tensors moved" if self.moved else "nothing moved: the change is zero"
+        return f"{self.output}: {self.parameters:,} numbers, {moved}"
 
     def warning(self) -> str | None:
         """What to do where rounding takes more than a tenth of the change; None where it does not."""
@@ -133,7 +141,7 @@ def _write(
         if not any_base:
             _check_made_on(base, change.made_on, given[0])
         coefs = _coefs(weights, change, coef, factors)
-        written = Written(output, len(weights.entries), len(coefs), 0)
+        written = Written(output, len(weights.entries), 0, 0)
         written.parameters = sum(entry.n_entries for entry in weights.entries.values())
         check_space(output, sum(e.n_entries * WIDTHS[numbers.stored(e)] for e in weights.entries.values()))
         remove_unfinished(output)
@@ -143,6 +151,7 @@ def _write(
             stack.callback(work.close)
             work.run(model_pieces(weights, unfinished, numbers, work.files))
             work.close()
+            written.moved = len(work.moved)
             written.seconds = time.perf_counter() - began
             told = {"base": base, "coef": coef, **_named(sources)}
             note(unfinished, "subtract", told, numbers, written.survival, factors)

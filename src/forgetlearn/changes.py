@@ -6,6 +6,7 @@ width that it is summed in. All names and shapes are compared when it is opened,
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from collections.abc import Mapping
@@ -132,11 +133,13 @@ class Stored:
 class Adapter:
     """`scaling * B A` of a LoRA adapter's factors, a few rows at a time: the dense matrix is never whole.
 
-    The scaling is lora_alpha / r, under rsLoRA lora_alpha / sqrt(r), with the patterns of the config; under
-    fan_in_fan_out (GPT-2) the product is turned.
+    The scaling is lora_alpha / r, under rsLoRA lora_alpha / sqrt(r), with the patterns of the config. A module that
+    holds its matrix as (in, out), as GPT-2's do, gets the product transposed. Shapes say which do, and of a square
+    matrix the model's structure: `fan_in_fan_out` is one value for all modules, and peft itself writes it wrong.
 
     Raises:
-        ModelError: the folder holds no safetensors adapter, or one that is more than LoRA factors on matrices.
+        ModelError: the folder holds no safetensors adapter, or one that is more than LoRA factors on matrices; or the
+            base's config makes no model, where its structure is needed.
         WeightMismatchError: the factors do not fit the base.
     """
 
@@ -144,9 +147,11 @@ class Adapter:
         self.folder = Path(folder)
         files, self.config = plain_lora(self.folder)
         self.factors = files.tensors.open_all()
-        self.paths = _paths(self.factors)
+        self.structure = _Structure(base)
+        paths = _paths(self.factors)
         modules = [name.removesuffix(".weight") for name in base.entries]
-        files.check_patterns([*modules, *self.paths.values()])
+        files.check_patterns([*modules, *paths.values()])
+        self.paths = {self._stored_name(base, name): path for name, path in paths.items()}
         self._check_whole(base)
         self.turned: dict[str, bool] = {}
         for name, path in self.paths.items():
@@ -162,7 +167,7 @@ class Adapter:
         What the model of the base does not use is no module of it: a layer beyond num_hidden_layers, a list of layers
         (a vision tower, layers for drafting) of which nothing is adapted.
         """
-        stacks = {stack_of(path)[0] for path in self.paths.values()}
+        stacks = {stack_of(name.removesuffix(".weight"))[0] for name in self.paths}
         layers = number_of_layers(base.config())
         lacking = []
         for name, entry in base.entries.items():
@@ -179,11 +184,16 @@ class Adapter:
                 "again."
             )
 
+    def _stored_name(self, base: CheckpointFolder, name: str) -> str:
+        """The base's name of a weight that the model calls `name`: checkpoints may have names from an earlier time."""
+        return name if name in base.entries or not base.config() else self.structure.stored_name(name)
+
     def _check_target(self, base: CheckpointFolder, name: str, path: str) -> None:
         if name not in base.entries:
             raise WeightMismatchError(
                 f"{self.folder}: adapts {path}, and {base.folder} has no {name}. Is it the adapter of another base? "
-                "(A head that is tied to the embedding is not stored, and LoRA on it cannot be subtracted.)"
+                "(A head that is tied to the embedding is not stored, nor is what a model cuts out of a larger tensor "
+                "while it loads: merge such an adapter with peft.)"
             )
         if twins := base.twins(name):
             raise WeightMismatchError(
@@ -200,7 +210,11 @@ class Adapter:
             )
         if base.entries[name].dtype not in FLOATS:
             raise WeightMismatchError(f"{self.folder}: adapts {path}, whole numbers in {base.folder}.")
-        self.turned[name] = bool(self.config.fan_in_fan_out) if straight == turned else shape == turned
+        if straight != turned:
+            self.turned[name] = shape == turned
+        else:  # transformers' modules that hold it as (in, out) have a bias, all of them
+            has_bias = f"{name.removesuffix('weight')}bias" in base.entries
+            self.turned[name] = has_bias and self.structure.turned(path)
 
     def _shape(self, path: str, factor: str) -> Shape:
         return self.factors.entries[f"{PREFIX}{path}.lora_{factor}.weight"].shape
@@ -239,6 +253,40 @@ class Adapter:
     def close(self) -> None:
         """Close the adapter's file."""
         self.factors.close()
+
+
+class _Structure:
+    """The structure of a base's model; it is made when it is first asked for, which takes seconds."""
+
+    def __init__(self, base: CheckpointFolder) -> None:
+        self.base = base
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        from forgetlearn.structure import skeleton
+
+        return skeleton(self.base.folder)
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, str]:
+        from forgetlearn.structure import stored_names
+
+        return stored_names(self._model, self.base.entries)
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a weight; the weight's own where the checkpoint has none for it."""
+        return self._stored.get(name, name)
+
+    def turned(self, path: str) -> bool:
+        """Whether a module holds its matrix as (in, out)."""
+        from forgetlearn.structure import turned
+
+        if (found := turned(self._model, path)) is None:
+            raise WeightMismatchError(
+                f"{self.base.folder}: its config makes a model without {path}, which the adapter changes. "
+                "Is it the adapter of another base?"
+            )
+        return found
 
 
 def _read(folder: CheckpointFolder, entry: Entry, start: int, into: Array, scratch: Scratch) -> None:

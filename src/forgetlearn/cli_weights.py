@@ -307,10 +307,7 @@ def _say(written: Written, as_json: bool) -> None:
         }
         say(json.dumps(told))
         return
-    say(
-        f"{written.output}: {written.parameters:,} numbers, {written.moved} of {written.tensors} tensors moved; "
-        f"{written.seconds:.1f} s, and {written.seconds_to_sync:.1f} s until it was on the disk"
-    )
+    say(f"{written.counts()}; {written.seconds:.1f} s, and {written.seconds_to_sync:.1f} s until it was on the disk")
     from forgetlearn.rounding import in_words
 
     if said := in_words(survival.as_dict()):

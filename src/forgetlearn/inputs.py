@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn import digests, keeping, scoring
-from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig
+from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import (
     UNFINISHED_OLD_ANSWER,
@@ -20,8 +20,10 @@ from forgetlearn.facts import (
 from forgetlearn.history import check_product
 from forgetlearn.method import (
     METHODS,
+    How,
     check_forgetting,
     check_learning,
+    out_of_loras_reach,
 )
 from forgetlearn.models import LanguageModel
 from forgetlearn.scoring import Row
@@ -128,6 +130,15 @@ def check_stages(config: RunConfig, lm: LanguageModel) -> None:
     check_learning(lm, config.learn, method.learns)
     if config.forget.coef != 0 and method.forgets:
         check_forgetting(lm, config.forget, method.forgets)
+
+
+def left_by_lora(config: RunConfig, lm: LanguageModel) -> str | None:
+    """See `method.out_of_loras_reach`, for the stages of such an update."""
+    method = METHODS[config.method]
+    stages: list[tuple[How | None, StageSettings]] = [(method.learns, config.learn)]
+    if config.forget.coef != 0:
+        stages.append((method.forgets, config.forget))
+    return out_of_loras_reach(lm.model, stages)
 
 
 def check_quantization(config: RunConfig) -> None:

@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from forgetlearn import adapters, keeping, parts, selection, sharding, taskvector
+from forgetlearn.adapter_files import ALL_LINEAR
 from forgetlearn.config import ForgetSettings, MethodName, Modules, Rows, StageSettings
 from forgetlearn.controls import controlled
 from forgetlearn.encoding import Encoded
@@ -217,6 +218,17 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
         _check_keep(how)
     if how == "ascent" and settings.modules != parts.ALL:
         raise ConfigError("forget.modules: gradient ascent (ga) subtracts nothing. Leave it at all.")
+
+
+def out_of_loras_reach(model: nn.Module, stages: Iterable[tuple[How | None, StageSettings]]) -> str | None:
+    """What the adapters of these stages leave alone although all linear layers were asked for; None if nothing.
+
+    Experts that are fused into one tensor, for one: peft adapts modules, and to these there is none.
+    """
+    for how, settings in stages:
+        if how == "lora" and settings.lora.target_modules == ALL_LINEAR:
+            return selection.out_of_reach(model, adapters.check_targets(model, settings.lora, "learn"))
+    return None
 
 
 def _check_keep(how: How) -> None:

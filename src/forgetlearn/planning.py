@@ -37,7 +37,7 @@ from forgetlearn.estimate import (
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.forward import GPU_ROW_TOKENS, ROW_TOKENS, SMALL_MODEL, shared_rows
 from forgetlearn.keeping import read_keep
-from forgetlearn.method import METHODS, How
+from forgetlearn.method import METHODS, How, out_of_loras_reach
 from forgetlearn.models import LanguageModel, context_length, parameter_count, pick_device, read_outline
 from forgetlearn.scoring import MARGIN_TOKENS
 from forgetlearn.taskvector import SMALL_BYTES, TORCH
@@ -301,6 +301,9 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
     loads: list[Load] = []
     for name, how, settings, texts, passes, frozen in _stages(config, old, new):
         load, problem = _train_load(outline, name, how, settings, texts, passes, frozen)
+        if how == "lora" and isinstance(settings, StageSettings):
+            left = out_of_loras_reach(outline.skeleton().model, [(how, settings)])
+            notes += [left] if left else []
         if (name, how) == ("forget", "all weights"):
             load = _with_base(load, config)
             if config.forget.keep:  # what it measured stays beside the weights

@@ -24,6 +24,7 @@ from forgetlearn.digests import HISTORY, copy_own, is_recorded, licences, model_
 from forgetlearn.disk import atomic_folder, write_json
 from forgetlearn.errors import ConfigError, ModelError, RunError
 from forgetlearn.history import base_folder, carry_over, check_product, hub_commit, product_of
+from forgetlearn.rounding import in_words
 from forgetlearn.runs import RunFolder
 from forgetlearn.streamed import Numbers
 
@@ -44,7 +45,8 @@ def apply_run(
     numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
     overwrite: bool = False,
 ) -> str:
-    """Write the product of a finished run again; back comes a sentence on how.
+    """Write the product of a finished run again; back comes a sentence on how, and of a merge
+    what rounding left of the change.
 
     `base` is a folder, or a hub id: of a run whose base was from the hub, at the commit that it recorded.
 
@@ -70,9 +72,10 @@ def apply_run(
     check_product(product)
     _check_base(folder, base, taught=name == "adapter")
     if merge:
-        merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
+        written = merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
         carry_over(product, output, "merged")
-        return f"{output}: {product} added to {base}"
+        said = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
+        return "\n".join(line for line in (*said, written.warning()) if line)
     with atomic_folder(output) as unfinished:
         shutil.copytree(product, unfinished, dirs_exist_ok=True)
         if name == "adapter":

@@ -7,18 +7,19 @@ layer is made of) the rest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from forgetlearn.config import Rows
-from forgetlearn.errors import ModelError
+from forgetlearn.errors import ModelError, some
 from forgetlearn.models import layer_list
 from forgetlearn.parts import ALL, Modules, factors_among
+from forgetlearn.structure import skeleton
 from forgetlearn.taskvector import StateDict
 
 
@@ -37,11 +38,9 @@ def groups_of_folder(folder: Path) -> dict[str, list[str]]:
         ModelError: transformers makes no causal language model of that config.
     """
     try:
-        with torch.device("meta"):
-            return groups(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
-    except (ValueError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: its parts are not known: {reason} Name layers or patterns.") from error
+        return groups(skeleton(folder))
+    except ModelError as error:
+        raise ModelError(f"{error} Name layers or patterns instead of parts.") from error
 
 
 def groups(model: nn.Module) -> dict[str, list[str]]:
@@ -64,6 +63,29 @@ def groups(model: nn.Module) -> dict[str, list[str]]:
         for name, full in own.items():
             found[_kind(layer, name)].append(full)
     return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
+    """A sentence on the matrices of the layers that are not among `reached`; None if there are none.
+
+    Matrices that differ only in the number of their layer (or expert) count once. Shares are of the layers' parameters.
+    """
+    layered = {name for group, names in groups(model).items() if group.startswith("layers.") for name in names}
+    weights = {_own_name(name): weight for name, weight in model.named_parameters()}
+    weights = {name: weights[name] for name in weights if name in layered}
+    matrices = [name for name, weight in weights.items() if weight.dim() > 1]
+    kinds, missing = (
+        list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+        for names in (matrices, [name for name in matrices if name not in reached])
+    )
+    if not missing:
+        return None
+    left = sum(weights[name].numel() for name in matrices if name not in reached)
+    share = left / sum(weight.numel() for weight in weights.values())
+    return (
+        f"LoRA does not reach {len(missing)} of {len(kinds)} matrices, {share:.1%} of the parameters of the layers: "
+        f"{some(missing)}"
+    )
 
 
 def only_rows(

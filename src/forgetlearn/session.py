@@ -36,6 +36,7 @@ from forgetlearn.inputs import (
     check_stages,
     check_weights,
     facts_to_keep,
+    left_by_lora,
     read_config_facts,
     resolve,
     trains_all_weights,
@@ -132,7 +133,11 @@ def _update(
     n_processes = processes.count()
     line, foreseen = processes.on_main(lambda: planning.foresee(lm, fact_set, config, n_processes))
     log.info(line)
-    run.note(model=lm.describe(), parent=history.parent_of(lm.name), **({"plan": foreseen} if foreseen else {}))
+    noted = {"plan": foreseen, "lora": left_by_lora(config, lm)}
+    if noted["lora"]:
+        log.warning(noted["lora"])
+    told = {name: value for name, value in noted.items() if value}
+    run.note(model=lm.describe(), parent=history.parent_of(lm.name), **told)
     if answers is not None:
         keep_old_answers(run, answers)
     return Stages(run, config, lm, fact_set, keep).run()

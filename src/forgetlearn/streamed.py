@@ -70,7 +70,10 @@ def usual_threads() -> int:
 
 
 class Work:
-    """Pieces done by several threads; the first error stops all. What has no coefficient is not moved."""
+    """Pieces done by several threads; the first error stops all. What has no coefficient is not moved.
+
+    After `run`, `moved` has the names of the tensors whose change is not zero everywhere.
+    """
 
     def __init__(
         self, base: CheckpointFolder, change: Change, coefs: Mapping[str, float], numbers: Numbers, survival: Survival
@@ -78,6 +81,7 @@ class Work:
         self.base, self.change, self.coefs, self.numbers = base, change, coefs, numbers
         self.survival = survival
         self.files: list[int] = []
+        self.moved: set[str] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
@@ -126,6 +130,8 @@ class Work:
             self.change.fill(entry, piece.start, numbers, wanted, scratch)
             np.multiply(wanted, wanted.dtype.type(coef), out=wanted)
             np.subtract(numbers, wanted, out=numbers)
+            if entry.name not in self.moved and (np.abs(wanted) > 0).any():  # inf - inf is no change
+                self.moved.add(entry.name)
         if not math.isfinite(np.dot(numbers, numbers)):
             _keep_infinite(numbers, raw, entry, wanted if moves else None)
         narrow(numbers, piece.dtype, stored, scratch, random)

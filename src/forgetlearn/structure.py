@@ -1,0 +1,61 @@
+"""What the names and shapes of a checkpoint leave open: which way round a module holds its matrix, and under which name
+its tensor is stored. Told from the model that transformers makes of the config, without its weights.
+
+This takes torch and transformers, which `changes` otherwise does without: it asks here only where there is a doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from forgetlearn.errors import ModelError
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model of a folder's config, its weights on the meta device.
+
+    Raises:
+        ModelError: transformers makes no causal language model of that config.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # of a config that anybody may have written
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{folder}: its config makes no model: {reason}") from error
+    return model
+
+
+def turned(model: nn.Module, path: str) -> bool | None:
+    """True if the module holds its matrix as (in, out), as GPT-2's do; None if there is no such module."""
+    try:
+        return isinstance(model.get_submodule(path), Conv1D)
+    except AttributeError:
+        return None
+
+
+def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """The model's names of weights to those of a checkpoint, as `from_pretrained` pairs them.
+
+    Tensors that it computes while it loads (fused or split ones) are left out.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    weights, prefix = model.state_dict(), getattr(model, "base_model_prefix", None)
+    found = {}
+    for name in stored:
+        own, computed = rename_source_key(name, renamings, converters, prefix, weights)
+        if own not in weights and name in weights:
+            own, computed = name, None
+        if own in weights and computed is None:
+            found[own] = name
+    return found
