@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,20 +26,15 @@ def write_text(path: Path, text: str) -> None:
     """
     if not processes.is_main():
         return
-    with (
-        naming(path),
-        tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}{UNFINISHED}", delete=False
-        ) as file,
-    ):
+    unfinished = _unfinished(path)
+    with naming(path), unfinished.open("x", encoding="utf-8") as file:
         try:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(0o666 & ~_umask())
-            Path(file.name).replace(path)
+            unfinished.replace(path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
 
 
@@ -98,9 +93,9 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         return
     with naming(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}{UNFINISHED}", dir=final.parent))
+        unfinished = _unfinished(final)
+        unfinished.mkdir()
         try:
-            unfinished.chmod(0o777 & ~_umask())
             yield unfinished
             sync_files(unfinished)
             replaced = unfinished.with_name(f"{unfinished.name}-replaced")
@@ -111,6 +106,15 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unfinished(final: Path) -> Path:
+    """A new name beside `final` for what is not complete yet.
+
+    Files and folders are made under it with the modes of any other, so that the system applies the umask: to ask for
+    the umask is to set it, for all threads at once.
+    """
+    return final.with_name(f".{final.name}{UNFINISHED}{secrets.token_hex(4)}")
 
 
 @contextmanager
@@ -167,9 +171,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
