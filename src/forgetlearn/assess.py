@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from forgetlearn import general, generation, processes, report, retention, runs
+from forgetlearn import general, generation, preflight, processes, report, retention, runs
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.facts import FactSet
@@ -44,6 +44,7 @@ def evaluate(
         ForgetLearnError: anything that is wrong with the input, before anything is written.
     """
     config = resolve(config, model, facts)
+    preflight.check("evaluate", config)
     generation.check_engine(config.evaluate, (model, reference))
     reads = (config.model.name, config.facts.source, reference if isinstance(reference, (str, Path)) else None)
     with processes.joined(config.model.device):
@@ -140,6 +141,7 @@ def ask(
     if not all(prompt.strip() for prompt in prompts):
         raise FactError("A prompt is empty. Give a question.")
     config = resolve(config, model, None)
+    preflight.check("ask", config)
     generation.check_engine(config.evaluate, (model,))
     lm = model if isinstance(model, LanguageModel) else load_model(config.model)
     answers = {}

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from forgetlearn import __version__, cli_weights, interrupts, processes
+from forgetlearn import __version__, cli_weights, interrupts, preflight, processes
 from forgetlearn.cli_weights import JsonOption, OutputOption, OverwriteOption
 from forgetlearn.config import RunConfig, load_config
 from forgetlearn.errors import ConfigError, ForgetLearnError, plain
@@ -228,7 +228,7 @@ def update(
         "report_to": _listed(report_to),
     }
     processes.check_launched(n_processes)
-    config = _config(config_file, flags, setting)
+    config = _config(config_file, flags, setting, "update")
     from forgetlearn.report import load_context
     from forgetlearn.session import update as run_update
 
@@ -264,7 +264,7 @@ def plan(
     """Say what an update would take: memory, steps, time, disk, and whether it fits. Nothing is trained."""
     flags = {"method": method, "forget.coef": coef, "teach.epochs": teach_old}
     flags |= _reads(model, facts_file, old_from, limit, chat_template=chat_template)
-    config = _config(config_file, flags, setting)
+    config = _config(config_file, flags, setting, "plan")
     from forgetlearn.estimate import plan_lines
     from forgetlearn.inputs import read_config_facts
     from forgetlearn.planning import MEASURE, devices_here, plan_update
@@ -313,7 +313,7 @@ def compare(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
-    config = _config(config_file, _reads(model, facts_file, limit=limit), setting)
+    config = _config(config_file, _reads(model, facts_file, limit=limit), setting, "compare")
     from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
     from forgetlearn.comparison import verdict
@@ -374,7 +374,7 @@ def evaluate(
         "evaluate.engine": engine,
     }
     processes.check_launched(n_processes)
-    config = _config(config_file, flags, setting)
+    config = _config(config_file, flags, setting, "evaluate")
     from forgetlearn.assess import evaluate as run_evaluate
     from forgetlearn.report import load_context
 
@@ -402,7 +402,7 @@ def ask(
 ) -> None:
     """Print what a model or an adapter answers to one or more prompts, taking the likeliest token each time."""
     flags = {**_reads(model, chat_template=chat_template), "evaluate.engine": engine}
-    config = _config(None, flags, setting)
+    config = _config(None, flags, setting, "ask")
     from forgetlearn.assess import ask as run_ask
 
     answers = {str(config.model.name): run_ask(prompts, config=config)}
@@ -476,11 +476,26 @@ def settings(
         say(line)
 
 
-def _config(file: Path | None, flags: Mapping[str, Any], assignments: Sequence[str] | None = None) -> RunConfig:
-    """File, then flags by their settings' names, then --set; a flag that is not given (None) changes nothing."""
+def _config(
+    file: Path | None,
+    flags: Mapping[str, Any],
+    assignments: Sequence[str] | None = None,
+    command: preflight.Command | None = None,
+) -> RunConfig:
+    """File, then flags by their settings' names, then --set; a flag that is not given (None) changes nothing.
+
+    Raises:
+        ConfigError: a setting is wrong, or is given for a `command` that does not use it.
+    """
     given = {name: value.value if isinstance(value, StrEnum) else value for name, value in flags.items()}
     given = {name: value for name, value in given.items() if value is not None}
-    return load_config(file, given | parse_assignments(list(assignments or [])))
+    given |= parse_assignments(list(assignments or []))
+    config = load_config(file, given)
+    if command is not None:
+        preflight.check(command, config, given)
+    if command in ("update", "plan"):
+        preflight.warn_of_idle(config, given)
+    return config
 
 
 def _reads(

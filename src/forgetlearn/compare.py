@@ -12,6 +12,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import pickle
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetlearn import digests, disk, keeping, runs, scoring
+from forgetlearn import digests, disk, keeping, preflight, processes, runs, scoring
 from forgetlearn.coefficient import Forgetter, forget_tuned
 from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, Rows, RunConfig
 from forgetlearn.encoding import check_lengths
@@ -235,6 +236,7 @@ def begin(
     """The comparison, whose folder is there now, and the base; see `fill`, which fills it."""
     settings = settings or CompareSettings()
     config = resolve(config, model, facts)
+    preflight.check("compare", config)
     if config.forget.coef == AUTO:
         raise ConfigError(
             "forget.coef = auto: compare scores every coefficient on all facts, and auto sets some aside to choose on. "
@@ -313,10 +315,11 @@ def help_fill(comparison: Comparison) -> None:
 
 @contextmanager
 def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
-    """`n` more processes that fill cells of the same folder, ended when this one is done."""
+    """`n` more processes that fill cells of the same folder; they end when this one is done, or dies."""
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
-    helpers = [context.Process(target=_help, args=(comparison, n_threads)) for _ in range(n)]
+    call = pickle.dumps((_help, (comparison, n_threads)))
+    helpers = [context.Process(target=processes.run_tied, args=(call,)) for _ in range(n)]
     for helper in helpers:
         helper.start()
     before = torch.get_num_threads()

@@ -18,6 +18,7 @@ from forgetlearn import (
     history,
     keeping,
     planning,
+    preflight,
     processes,
     report,
     restore,
@@ -72,6 +73,7 @@ def update(
         ForgetLearnError: anything that is wrong with the input, before anything is written.
     """
     config = resolve(config, model, facts)
+    preflight.check("update", config)
     check_engine(config.evaluate, changed_by="update")
     reads = (config.model.name, config.facts.source)
     with processes.joined(config.model.device):

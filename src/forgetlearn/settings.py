@@ -25,15 +25,29 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_boolean_for_another_type(cls, value: object, info: ValidationInfo) -> object:
-        """YAML 1.1 takes on and off for booleans, and a boolean would pass as the number 1 or 0."""
+    def _one_meaning(cls, value: object, info: ValidationInfo) -> object:
+        """A boolean is no number, true is `on` where that is a choice, and a number in text is a plain decimal."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        types = _plain_types(annotation)
         if isinstance(value, bool):
-            annotation = cls.model_fields[str(info.field_name)].annotation
             if {"on", "off"} <= {*get_args(annotation)}:
                 return "on" if value else "off"
-            if {int, float} & _plain_types(annotation):
+            if {int, float} & types:
                 raise ValueError("must be a number")
+        if {int, float} & types and str not in types:
+            many = isinstance(value, (list, tuple))
+            return [_number(item) for item in value] if many else _number(value)  # type: ignore[attr-defined]
         return value
+
+
+def _number(value: object) -> object:
+    """The number that a text is, from a flag say; pydantic itself would take `010` and `1_0` for numbers too."""
+    if not isinstance(value, str):
+        return value
+    found = safeyaml.number(value.strip())
+    if found is None and any(character.isdecimal() for character in value):
+        raise ValueError("must be a plain decimal number, such as 16, 0.5 or 1e-4")
+    return value if found is None else found
 
 
 def _plain_types(annotation: object) -> set[object]:
