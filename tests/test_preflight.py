@@ -12,7 +12,7 @@ from forgetlearn.cli import main
 from forgetlearn.compare import CompareSettings, fill
 from forgetlearn.config import RunConfig, TeachSettings, TrainSettings, load_config
 from forgetlearn.errors import ConfigError
-from forgetlearn.settings import Settings
+from forgetlearn.settings import Settings, validate
 
 COMMANDS = get_args(preflight.Command)
 # Read where these runs do not come: for lm-evaluation-harness and for models on the hub, which have tests of their own.
@@ -106,12 +106,13 @@ def reads(small_lab, files, tmp_path_factory):
         config(**auto, forget__search="cheap"),
         config(method="ft-c", teach__epochs=1),
     ]
-    cells = CompareSettings(methods=("f-ft", "f-lora", "ft-c"), coefs=(0.1,), seeds=(0,))
+    variant = {"methods": ["f-ft"], "keep": str(keep), "control": "random"}
+    cells = {"methods": ["f-ft", "f-lora", "ft-c"], "coefs": [0.1], "seeds": [0], "variants": {"kept": variant}}
     scored = {"model.name": str(small_lab), "facts.source": str(file), "evaluate.general": str(text)}
 
     def run(command: str) -> None:
         if command == "compare":
-            fill(settings=cells, config=config(**kept), output=folder())
+            fill(settings=validate(CompareSettings, cells), config=config(), output=folder())
         elif command == "evaluate":
             forgetlearn.evaluate(config=load_config(None, scored), output=folder())
         elif command == "ask":

@@ -123,7 +123,13 @@ def finetune(
 def _smaller_micro_batch(settings: StageSettings) -> int | None:
     """The largest divisor of the batch size up to half of the micro batch; None where that is one fact."""
     half = (settings.micro_batch_size or settings.batch_size) // 2
-    return next((size for size in range(half, 0, -1) if settings.batch_size % size == 0), None)
+    return _largest_divisor(settings.batch_size, half) if half else None
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`; in steps of the number's root, which may be 1e9."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return max(size for low in small for size in (low, number // low) if size <= most)
 
 
 def _finetune(
@@ -247,7 +253,7 @@ def facts_at_once(settings: StageSettings, layout: Layout = "packed") -> int:
     """
     micro = 1 if layout == "single" and processes.count() > 1 else settings.micro_batch_size or settings.batch_size
     most = micro * processes.count()
-    return max(size for size in range(1, settings.batch_size + 1) if size <= most and settings.batch_size % size == 0)
+    return _largest_divisor(settings.batch_size, most)
 
 
 def own_part(texts: list[Encoded]) -> list[Encoded]:
