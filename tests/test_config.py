@@ -108,8 +108,13 @@ def test_case_33_no_other_spelling_is_taken_for_a_number(name, text, yaml_file):
     for read in (
         lambda: load_config(None, parse_assignments([f"{name}={text}"])),
         lambda: load_config(None, {name: text.strip("'")}),  # as a flag gives it
-        lambda: load_config(yaml_file("".join(f"{part}: " + "{" for part in name.split(".")[:-1])
-                                      + f"{name.split('.')[-1]}: {text}" + "}" * name.count("."))),
+        lambda: load_config(
+            yaml_file(
+                "".join(f"{part}: " + "{" for part in name.split(".")[:-1])
+                + f"{name.split('.')[-1]}: {text}"
+                + "}" * name.count(".")
+            )
+        ),
     ):
         with pytest.raises(ConfigError, match=rf"^{name} = "):
             read()
@@ -126,7 +131,9 @@ def test_case_33_a_list_of_numbers_too():
     assert validate(CompareSettings, {"seeds": ["10", "1e1"][:1], "coefs": ["1e-1", "2"]}).coefs == (0.1, 2.0)
 
 
-@pytest.mark.parametrize(("text", "value"), [("yes", True), ("on", True), ("True", True), ("no", False), ("off", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("on", True), ("True", True), ("no", False), ("off", False)]
+)
 def test_case_33_a_word_is_a_boolean_only_where_one_is_wanted(text, value):
     assert load_config(None, parse_assignments([f"save_merged={text}"])).save_merged is value
     with pytest.raises(ConfigError, match=r"^learn\.epochs = "):

@@ -152,7 +152,9 @@ def test_case_3_each_setting_is_used_or_refused(command, reads):
         if not reads(command).of(name) and name not in ELSEWHERE:
             unread.append(name)
     assert not unread, "neither read by the command nor refused: use them, or add them to preflight.UNUSED"
-    assert len(unused) == len([name for name in preflight.NAMES if any(r.covers(name) for r in preflight.UNUSED[command])])
+    assert len(unused) == len(
+        [name for name in preflight.NAMES if any(r.covers(name) for r in preflight.UNUSED[command])]
+    )
 
 
 FIVE = {

@@ -244,7 +244,8 @@ def test_a_token_is_no_setting(value, capsys):
 
 # Case 32
 @pytest.mark.parametrize(
-    "name", ["MYTOKEN", "GITHUB_PAT", "PGPASSWORD", "DB_PASS", "SMTPPASS", "MYSQL_PWD", "AWS_SECRET_ACCESS_KEY", "X_AUTH"]
+    "name",
+    ["MYTOKEN", "GITHUB_PAT", "PGPASSWORD", "DB_PASS", "SMTPPASS", "MYSQL_PWD", "AWS_SECRET_ACCESS_KEY", "X_AUTH"],
 )
 @pytest.mark.parametrize("value", ["swordfish", "hunter2", "Zx9+/a=b.c", "/8ecret+key/of64"])
 def test_case_32_a_secret_of_the_environment_is_masked_whatever_its_name(monkeypatch, name, value):

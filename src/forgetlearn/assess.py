@@ -14,7 +14,7 @@ from torch import nn
 from forgetlearn import general, generation, preflight, processes, report, retention, runs
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import FactError, ModelError
-from forgetlearn.facts import FactSet
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.inputs import check_weights, read_config_facts, resolve, with_asked_answers
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
@@ -23,7 +23,7 @@ from forgetlearn.scoring import Said, Scorer, locality_predictions, score
 
 def evaluate(
     model: LanguageModel | nn.Module | str | Path | None = None,
-    facts: FactSet | str | Path | None = None,
+    facts: GivenFacts = None,
     config: RunConfig | Mapping[str, Any] | None = None,
     *,
     output: str | Path,
@@ -43,6 +43,7 @@ def evaluate(
     Raises:
         ForgetLearnError: anything that is wrong with the input, before anything is written.
     """
+    facts = as_fact_set(facts)
     config = resolve(config, model, facts)
     preflight.check("evaluate", config)
     generation.check_engine(config.evaluate, (model, reference))

@@ -18,7 +18,7 @@ import typer
 from forgetlearn import __version__, cli_weights, interrupts, preflight, processes
 from forgetlearn.cli_weights import JsonOption, OutputOption, OverwriteOption
 from forgetlearn.config import RunConfig, load_config
-from forgetlearn.errors import ConfigError, ForgetLearnError, plain
+from forgetlearn.errors import ConfigError, ForgetLearnError, is_out_of_memory, plain
 from forgetlearn.parts import parse
 from forgetlearn.settings import describe, parse_assignments, read_yaml, validate
 from forgetlearn.terminal import PlainLines, nested, print_facts, print_scores, print_table, say
@@ -553,12 +553,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if processes.is_told(error):
             return 2
-        if _State.debug or not isinstance(error, (ForgetLearnError, OSError)):
+        message = _message(error)
+        if _State.debug or message is None:
             raise
-        say(f"{type(error).__name__}: {error}", err=True)
+        say(message, err=True)
         processes.told()
         return 2
     return 0
+
+
+def _message(error: Exception) -> str | None:
+    """What to say of an error that the user can put right; None for any other."""
+    if isinstance(error, ForgetLearnError):
+        return f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return (
+            f"MemoryError: the system gave this process no more memory or threads{f' ({error})' if str(error) else ''}."
+            "\nRaise its limits (ulimit -v, ulimit -u, or the container's), or take a smaller model or batch_size."
+        )
+    return f"{type(error).__name__}: {error}" if isinstance(error, OSError) else None
 
 
 def _with_resume(argv: Sequence[str] | None) -> str:

@@ -32,7 +32,7 @@ from forgetlearn.coefficient import Forgetter, forget_tuned
 from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, Rows, RunConfig
 from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ConfigError, some
-from forgetlearn.facts import Fact, FactSet
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.facts import sha256 as facts_hash
 from forgetlearn.finetune import StageLog
 from forgetlearn.generation import check_engine
@@ -195,9 +195,10 @@ class Comparison:
         return [cell for cell in self.cells if not self.is_done(cell)]
 
 
+@torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def fill(
     model: LanguageModel | nn.Module | str | Path | None = None,
-    facts: FactSet | str | Path | None = None,
+    facts: GivenFacts = None,
     settings: CompareSettings | None = None,
     config: RunConfig | Mapping[str, Any] | None = None,
     *,
@@ -225,7 +226,7 @@ def fill(
 
 def begin(
     model: LanguageModel | nn.Module | str | Path | None,
-    facts: FactSet | str | Path | None,
+    facts: GivenFacts,
     settings: CompareSettings | None,
     config: RunConfig | Mapping[str, Any] | None,
     *,
@@ -235,6 +236,7 @@ def begin(
 ) -> tuple[Comparison, LanguageModel]:
     """The comparison, whose folder is there now, and the base; see `fill`, which fills it."""
     settings = settings or CompareSettings()
+    facts = as_fact_set(facts)
     config = resolve(config, model, facts)
     preflight.check("compare", config)
     if config.forget.coef == AUTO:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 import re
@@ -15,6 +17,7 @@ from typing import Any
 from forgetlearn import processes
 from forgetlearn.errors import ForgetLearnError, RunError
 
+MOST_BYTES = 200
 UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
 
 
@@ -27,7 +30,8 @@ def write_text(path: Path, text: str) -> None:
     if not processes.is_main():
         return
     unfinished = _unfinished(path)
-    with naming(path), unfinished.open("x", encoding="utf-8") as file:
+    # Half a surrogate pair stands for a byte of a file name that is not UTF-8: its escape says the same, in JSON too.
+    with naming(path), unfinished.open("x", encoding="utf-8", errors="backslashreplace") as file:
         try:
             file.write(text)
             file.flush()
@@ -114,7 +118,13 @@ def _unfinished(final: Path) -> Path:
     Files and folders are made under it with the modes of any other, so that the system applies the umask: to ask for
     the umask is to set it, for all threads at once.
     """
-    return final.with_name(f".{final.name}{UNFINISHED}{secrets.token_hex(4)}")
+    return final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}")
+
+
+def _beginning(final: Path) -> str:
+    """Of the names of what is not complete yet; it leaves room in the 255 bytes of a name."""
+    is_short = len(os.fsencode(final.name)) <= MOST_BYTES
+    return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
 
 
 @contextmanager
@@ -153,7 +163,7 @@ def _disk_error(message: str) -> str:
 
 def remove_unfinished(final: Path) -> None:
     """Delete what a kill left of `atomic_folder(final)`; nobody else may be writing it."""
-    for left in final.parent.glob(f".{final.name}{UNFINISHED}*"):
+    for left in final.parent.glob(f"{glob.escape(_beginning(final))}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -102,6 +102,17 @@ def _may_be_secret(value: str) -> bool:
     return len(value) >= shortest and not is_path and value.lower() not in ("disabled", "enabled", "required")
 
 
+OUT_OF_MEMORY = re.compile(
+    r"can't start new thread|can't allocate memory|cannot allocate memory|failed to map segment|DefaultCPUAllocator",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the system gave a process no more memory or threads, however the library at hand says that."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
 def some(items: Sequence[object], most: int = 5) -> str:
     """A long list for a message: the first five, each of one line, then "and n more"."""
     shown = ", ".join(plain(str(item)) for item in items[:most])

@@ -129,6 +129,9 @@ class FactSet:
         return self.facts[index]
 
 
+GivenFacts = FactSet | Iterable[Fact] | str | Path | None
+
+
 def sha256(facts: Iterable[Fact]) -> str:
     """The hash of facts, with old answers, rephrases and probes, in hexadecimal."""
     return _sha256([asdict(fact) for fact in facts])
@@ -176,8 +179,32 @@ def read_facts(
             not fit the form, or no fact is left.
     """
     name = str(source)
-    records = load_hub(name) if is_hub_id(name) else parse_file(Path(source))
+    try:
+        records = load_hub(name) if is_hub_id(name) else parse_file(Path(source))
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise FactError(f"{name[:200]}: {error.strerror or error}. Give a file of facts that is there.") from None
     return from_records(records, source=name, old_from=old_from, limit=limit, strict=strict)
+
+
+def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
+    """Facts in memory, of a list or a generator say, as a set; a set, a source or None as it is.
+
+    Raises:
+        FactError: there is none, an item is no Fact, or one is there twice.
+    """
+    if facts is None or isinstance(facts, (FactSet, str, Path)):
+        return facts
+    given = tuple(facts) if isinstance(facts, Iterable) else (facts,)
+    seen: dict[str, int] = {}
+    for number, fact in enumerate(given, 1):
+        if not isinstance(fact, Fact):
+            kind = type(fact).__name__
+            raise FactError(f"facts, item {number}: a {kind}, not a Fact. Give facts, a file, or read_facts(file).")
+        if seen.setdefault(fact.id, number) != number:
+            raise FactError(f"facts, item {number}: is item {seen[fact.id]} again (id {fact.id}). Leave one out.")
+    if not given:
+        raise FactError("facts: none is there. Give at least one Fact.")
+    return FactSet(given, "facts in memory", "memory", "answers", len(given), len(given), {}, {}, 0, ())
 
 
 def from_records(

@@ -72,6 +72,7 @@ class StageLog:
         return final_loss(self.steps)
 
 
+@torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def finetune(
     model: nn.Module,
     texts: Sequence[Encoded],
@@ -213,6 +214,10 @@ def check_trainable(
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     if not texts or not trained:
         raise ConfigError(f"Nothing to train: {len(texts)} facts, {len(trained)} trainable tensors.")
+    if frozen := [name for name, weight in trained if weight.is_inference()]:
+        raise ConfigError(
+            f"{frozen[0]}: was made within torch.inference_mode(), so it cannot be trained. Load it outside."
+        )
     half = [name for name, weight in trained if weight.dtype != torch.float32]
     if half:
         raise ConfigError(f"{len(half)} trainable tensors are not float32, the first is {half[0]}: call model.float().")

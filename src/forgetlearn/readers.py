@@ -368,6 +368,8 @@ def parse_file(path: Path) -> list[object]:
         raise FactError(f"{path} is a folder. Give a file of facts in it.")
     if not path.exists():
         raise FactError(f"{path} does not exist. {_near_files(path)}")
+    if not path.is_file():
+        raise FactError(f"{path} is a pipe or a device. Write the facts to a file, and give that.")
     if parse is None:
         raise FactError(f"{path}: suffix '{path.suffix}' is unknown. Known are {', '.join(SUFFIXES)}.")
     text = _read_utf8(path)

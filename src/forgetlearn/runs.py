@@ -280,6 +280,10 @@ def check_output(
             files and folders that the run reads lies in it, or it lies in one of them.
     """
     path, reads = Path(path), [Path(read) for read in inputs if read]
+    with naming(path):
+        path.exists()  # which fails for a name that is too long
+    if not str(path.absolute()).isascii() and any("\ud800" <= letter <= "\udfff" for letter in str(path.absolute())):
+        raise RunError(f"{path}: is not UTF-8, and tokenizers and safetensors write no such path. Choose another.")
     for read in reads:
         if read.is_dir() and path.resolve().is_relative_to(read.resolve()):
             raise RunError(f"{path} lies in {read}, which this run reads. Choose a folder outside of it.")
