@@ -369,7 +369,7 @@ def test_case_28_no_worker_of_the_command_stays(small_lab, tmp_path, signum):
                 break
             time.sleep(0.02)
         parent.send_signal(signum)
-    assert all([is_gone(int(child)) for child in started])
+    assert all(is_gone(int(child)) for child in started)
 
 
 def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_path):
