@@ -57,7 +57,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
                 "save_merged",
                 "keep_change",
             ),
-            "a cell keeps scores on facts, no model. Leave them out; an update of the method that you choose takes them",
+            "a cell keeps scores on facts, no model. Leave them out; an update of the method you choose takes them",
             always=True,
         ),
         Unused(("method", "seed", "forget.coef"), "give --methods, --seeds and --coefs"),
