@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 from forgetlearn.errors import FactError, some
 from forgetlearn.readers import Draft, is_hub_id, load_hub, parse_file, read_records
@@ -194,7 +194,7 @@ def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
     """
     if facts is None or isinstance(facts, (FactSet, str, Path)):
         return facts
-    given = tuple(facts) if isinstance(facts, Iterable) else (facts,)
+    given: tuple[Any, ...] = tuple(facts) if isinstance(facts, Iterable) else (facts,)
     seen: dict[str, int] = {}
     for number, fact in enumerate(given, 1):
         if not isinstance(fact, Fact):
