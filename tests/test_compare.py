@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -313,6 +316,60 @@ def test_two_workers_fill_one_table(small_lab, facts, config, tmp_path):
     assert len(write_table(tmp_path / "out")["rows"]) == 2
     with pytest.raises(ConfigError, match="workers = 2"):
         fill(forgetlearn.load_model(small_lab), facts, settings, output=tmp_path / "other", workers=2)
+
+
+# It works without a pause, as a stage of fine-tuning does.
+CHILD = (
+    "import os, pathlib; p = pathlib.Path({path!r}); t = p.with_name('t'); "
+    "t.write_text(str(os.getpid())); t.rename(p)\nwhile True: pass"
+)
+
+
+# Case 28
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_case_28_a_helper_ends_with_its_parent_however_that_dies(signum, tmp_path):
+    script = (
+        "import pickle, sys, time, multiprocessing as m\n"
+        "from forgetlearn.processes import run_tied\n"
+        "if __name__ == '__main__':\n"
+        f"    write = pickle.dumps((exec, ({CHILD.format(path=str(tmp_path / 'pid'))!r},)))\n"
+        "    m.get_context('spawn').Process(target=run_tied, args=(write,)).start()\n"
+        "    time.sleep(100)\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    with subprocess.Popen([sys.executable, str(tmp_path / "parent.py")]) as parent:
+        wait_for(tmp_path / "pid")
+        helper = int((tmp_path / "pid").read_text())
+        parent.send_signal(signum)
+    assert is_gone(helper)
+
+
+def is_gone(pid):
+    for _ in range(500):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True  # nobody reaps an orphan in a container without an init
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_case_28_no_worker_of_the_command_stays(small_lab, tmp_path, signum):
+    words = f"compare --model {small_lab} --facts {small_lab}/facts.jsonl --config {small_lab}/update.yaml"
+    words += f" --set learn.epochs=100000 --methods ft --seeds 0,1,2 --workers 2 --output {tmp_path}/out"
+    with subprocess.Popen([sys.executable, "-m", "forgetlearn", *words.split()]) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        for _ in range(6000):
+            if len(started := children.read_text().split()) >= 2:  # the resource tracker of multiprocessing, a worker
+                break
+            time.sleep(0.02)
+        parent.send_signal(signum)
+    assert all(is_gone(int(child)) for child in started)
 
 
 def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_path):

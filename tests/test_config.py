@@ -11,6 +11,7 @@ import yaml
 
 import forgetlearn
 from forgetlearn import disk
+from forgetlearn.compare import CompareSettings
 from forgetlearn.config import ForgetSettings, RunConfig, StageSettings, load_config
 from forgetlearn.errors import ConfigError
 from forgetlearn.settings import describe, parse_assignments, validate
@@ -96,6 +97,56 @@ def test_assignments_are_yaml():
         "facts.limit": None,
         "model.name": "a=b",
     }
+
+
+# Case 33
+@pytest.mark.parametrize(
+    ("text", "value"), [("10", 10), ("+10", 10), ("1e2", 100), ("1.0e1", 10), ("100.", 100), ("'10'", 10)]
+)
+def test_case_33_a_number_is_a_plain_decimal(text, value, yaml_file):
+    found = [
+        load_config(None, parse_assignments([f"learn.epochs={text}"])),
+        load_config(yaml_file(f"learn: {{epochs: {text}}}")),
+    ]
+    assert [config.learn.epochs for config in found] == [value, value]
+
+
+@pytest.mark.parametrize("text", ["010", "0x10", "0o10", "0b1", "1:30", "1_000", "1e2_0", "1.5", "'010'", "2024-01-01"])
+@pytest.mark.parametrize("name", ["learn.epochs", "seed", "facts.limit"])
+def test_case_33_no_other_spelling_is_taken_for_a_number(name, text, yaml_file):
+    for read in (
+        lambda: load_config(None, parse_assignments([f"{name}={text}"])),
+        lambda: load_config(None, {name: text.strip("'")}),  # as a flag gives it
+        lambda: load_config(
+            yaml_file(
+                "".join(f"{part}: " + "{" for part in name.split(".")[:-1])
+                + f"{name.split('.')[-1]}: {text}"
+                + "}" * name.count(".")
+            )
+        ),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{name} = "):
+            read()
+
+
+@pytest.mark.parametrize("text", ["010", "0x10", "1:30", "1_000", "2024-01-01", "no", "on", "y"])
+def test_case_33_what_is_no_plain_number_is_text_where_text_is_wanted(text):
+    assert load_config(None, parse_assignments([f"facts.source={text}"])).facts.source == text
+
+
+def test_case_33_a_list_of_numbers_too():
+    with pytest.raises(ConfigError, match="seeds"):
+        validate(CompareSettings, {"seeds": ["010"]})
+    assert validate(CompareSettings, {"seeds": ["10", "1e1"][:1], "coefs": ["1e-1", "2"]}).coefs == (0.1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("yes", True), ("on", True), ("True", True), ("no", False), ("off", False)]
+)
+def test_case_33_a_word_is_a_boolean_only_where_one_is_wanted(text, value):
+    assert load_config(None, parse_assignments([f"save_merged={text}"])).save_merged is value
+    with pytest.raises(ConfigError, match=r"^learn\.epochs = "):
+        load_config(None, parse_assignments([f"learn.epochs={text}"]))
 
 
 def test_settings_do_not_change():

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import sys
+import time
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ import forgetlearn.finetune
 from forgetlearn import forward, memory
 from forgetlearn.config import StageSettings
 from forgetlearn.errors import ConfigError, MissingExtraError, TrainingError
-from forgetlearn.finetune import check_deepspeed, finetune
+from forgetlearn.finetune import check_deepspeed, facts_at_once, finetune
 from forgetlearn.stagepoints import Upkeep
 from forgetlearn.taskvector import snapshot
 
@@ -225,6 +226,42 @@ def test_activation_checkpointing_changes_no_bit_and_is_off_afterwards(lm):
     n_layers = len(lm.model.model.layers)
     assert len(computed) == 2 * n_plain + n_layers * len(log.steps)  # the backward pass computes each layer again
     assert not lm.model.is_activation_checkpointing
+
+
+# Case 31
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_case_31_the_callers_mode_changes_nothing(lm, mode):
+    plain, _log = trained(lm)
+    model = copy.deepcopy(lm.model)
+    with mode():
+        finetune(model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
+        assert not torch.is_grad_enabled()
+    assert distance(plain, snapshot(model)) == 0
+
+
+def test_case_31_weights_that_were_made_in_inference_mode_are_refused_by_name(lm):
+    with torch.inference_mode():
+        model = copy.deepcopy(lm.model)
+    with pytest.raises(ConfigError, match=r"weight: was made within torch\.inference_mode"):
+        finetune(model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
+
+
+# Case 30
+def test_case_30_a_batch_size_of_a_billion_is_one_batch_of_all_and_takes_no_time(lm):
+    began = time.monotonic()
+    whole, _log = trained(lm, SETTINGS.model_copy(update={"batch_size": 10}))
+    billion, _log = trained(lm, SETTINGS.model_copy(update={"batch_size": 1_000_000_000}))
+    assert distance(whole, billion) == 0
+    micro = StageSettings(batch_size=1_000_000_000, micro_batch_size=500_000_000)
+    assert facts_at_once(micro) == 500_000_000
+    assert time.monotonic() - began < 20
+    with pytest.raises(ValueError, match="batch_size"):
+        StageSettings(batch_size=10**30)
+
+
+@pytest.mark.parametrize(("number", "most", "divisor"), [(12, 5, 4), (12, 12, 12), (7, 6, 1), (36, 6, 6), (1, 1, 1)])
+def test_the_largest_divisor(number, most, divisor):
+    assert forgetlearn.finetune._largest_divisor(number, most) == divisor
 
 
 def test_another_optimiser_is_used_and_a_missing_one_says_how_to_get_it(lm, monkeypatch):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from forgetlearn import metrics
+from forgetlearn import metrics, statistics
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,33 @@ def test_the_interval_is_the_one_of_the_normal_distribution_for_many_facts():
     half = 1.96 * 100 * math.sqrt(0.25 * 0.75 / 2000)
     assert mean.high - mean.mean == pytest.approx(half, rel=0.15)
     assert mean.mean - mean.low == pytest.approx(half, rel=0.15)
+
+
+# Case 8. The ends of R's binom.test(n, n) and binom.test(0, n): Clopper-Pearson.
+@pytest.mark.parametrize(
+    ("score", "n", "low", "high"),
+    [(1.0, 60, 94.03705, 100), (1.0, 10, 69.15029, 100), (0.0, 60, 0, 5.96295), (0.5, 60, 47.01853, 52.98147)],
+)
+def test_case_8_equal_scores_leave_room_for_facts_that_score_otherwise(score, n, low, high):
+    mean = metrics.mean_with_interval([score] * n)
+    assert (mean.mean, mean.n) == (100 * score, n)
+    assert (mean.low, mean.high) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scores", [[1.0] * 60, [1.0] * 59 + [0.0], [0.0, 0.25, 0.5, 1.0] * 15, [0.75] * 12, [1.0, 1 / 3] * 4]
+)
+def test_case_8_a_run_and_a_comparison_have_one_interval_for_the_same_scores(scores):
+    mean, found = metrics.mean_with_interval(scores), statistics.interval([scores])
+    assert (mean.mean, mean.low, mean.high, mean.n) == (found.mean, found.low, found.high, found.n_facts)
+    assert mean.low < mean.mean <= mean.high <= 100
+
+
+def test_case_8_shares_that_vary_have_a_t_interval_on_the_logit():
+    mean = metrics.mean_with_interval([0.0, 0.5, 1.0])  # mean 1/2, standard error sqrt(1/4 / 3), t(2) = 4.302653
+    half = 4.302653 * math.sqrt(0.25 / 3) / 0.25
+    ends = [100 / (1 + math.exp(half)), 100 / (1 + math.exp(-half))]
+    assert [mean.low, mean.high] == pytest.approx(ends, abs=1e-3)
 
 
 def test_no_score_has_no_mean_and_one_score_no_interval():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import re
 import stat
 import struct
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import licences
 import test_models
-from forgetlearn import disk, runs, safeyaml
+from forgetlearn import disk, pages, runs, safeyaml
 from forgetlearn.arithmetic import save_vector, subtract_folders
 from forgetlearn.cli import main
 from forgetlearn.config import load_config
@@ -239,6 +242,72 @@ def test_a_token_is_no_setting(value, capsys):
     assert value not in capsys.readouterr().err
 
 
+# Case 32
+@pytest.mark.parametrize(
+    "name",
+    ["MYTOKEN", "GITHUB_PAT", "PGPASSWORD", "DB_PASS", "SMTPPASS", "MYSQL_PWD", "AWS_SECRET_ACCESS_KEY", "X_AUTH"],
+)
+@pytest.mark.parametrize("value", ["swordfish", "hunter2", "Zx9+/a=b.c", "/8ecret+key/of64"])
+def test_case_32_a_secret_of_the_environment_is_masked_whatever_its_name(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert without_secrets(f"cannot log in with {value}: refused") == "cannot log in with ***: refused"
+    assert value not in runs.masked(["forgetlearn", f"--x={value}"])[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TOKENIZERS_PARALLELISM", "false1"),
+        ("PATH", "models/llama2"),
+        ("KEYBOARD", "us-intl"),
+        ("XAUTHORITY", "models/llama2"),
+        ("MY_KEY", "true"),
+        ("USE_AUTH", "disabled"),
+        ("PASSWORD_FILE", "/run/secrets/a.txt"),
+        ("MAX_TOKEN", "4096"),
+        ("PASS", "update"),
+    ],
+)
+def test_case_32_what_is_no_secret_stays(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert without_secrets(f"model {value}: not found") == f"model {value}: not found"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        f"ghp_{'a1' * 18}",
+        f"github_pat_{'a1' * 11}_{'b2' * 20}",
+        f"sk-{'a1' * 24}",
+        f"sk-ant-api03-{'a1' * 20}",
+        "xoxb-123456789012-abcdefghij",
+        "AKIAIOSFODNN7EXAMPLE",
+        f"glpat-{'a1' * 10}",
+        f"eyJ{'a1' * 10}.eyJ{'b2' * 10}.{'c3' * 10}",
+    ],
+)
+def test_case_32_tokens_are_known_by_their_shape(token):
+    assert without_secrets(f"could not read {token}, sorry") == "could not read ***, sorry"
+    assert without_secrets(f"Authorization: Bearer {token}") in ("Authorization: Bearer ***", "Authorization: ***")
+    assert without_secrets("Bearer abcdefgh1234, task-oriented-dialogue-systems, the bearer of this") == (
+        "Bearer *** task-oriented-dialogue-systems, the bearer of this"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ask @everyone now", "ask `@everyone` now"),
+        ("see https://evil.example/a_b?c=*d*", "see `https://evil.example/a_b?c=*d*`"),
+        ("www.evil.example, me@evil.example", "`www.evil.example,` `me@evil.example`"),
+        (":smile: at 10:20:30, rank #1", "`:smile:` at 10:20:30, rank `#1`"),
+        ("a`@x`|b_c", "a\\``@x`\\`\\|b\\_c"),
+    ],
+)
+def test_case_32_nothing_from_facts_is_a_link_a_mention_or_an_emoji_in_markdown(text, shown):
+    assert pages._cell(text) == shown
+
+
 @pytest.fixture(scope="module")
 def private_run(small_lab, tmp_path_factory):
     """A run made under umask 077 with tokens in the environment, and what was printed."""
@@ -266,6 +335,41 @@ def test_no_token_of_the_environment_is_written(private_run):
 def test_files_are_only_for_those_whom_the_umask_lets(private_run):
     paths = [private_run, *private_run.rglob("*")]
     assert not [path for path in paths if stat.S_IMODE(path.stat().st_mode) & 0o077]
+
+
+# Case 29
+def test_case_29_threads_that_write_leave_the_umask_alone(tmp_path):
+    mask = os.umask(0o077)
+    try:
+        ends = time.monotonic() + 1
+        wrong: list[Path] = []
+
+        def write(number: int) -> None:
+            while time.monotonic() < ends:
+                disk.write_text(tmp_path / f"mine-{number}", "secret")
+
+        def look() -> None:
+            for number in itertools.count():
+                if time.monotonic() > ends:
+                    return
+                file = tmp_path / f"other-{number}"
+                file.touch()
+                if stat.S_IMODE(file.stat().st_mode) & 0o077:
+                    wrong.append(file)
+                file.unlink()
+
+        threads = [threading.Thread(target=write, args=(n,)) for n in range(3)] + [threading.Thread(target=look)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        with disk.atomic_folder(tmp_path / "folder"):
+            pass
+        assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600, 0o700}
+        assert not re.search(r"\bumask\(", Path(disk.__file__).read_text())
+    finally:
+        os.umask(mask)
 
 
 def test_the_files_of_arithmetic_too(damaged, moved, tmp_path):

@@ -357,7 +357,9 @@ def test_a_mean_over_seeds_of_differences_is_a_plain_t_interval():
 def test_a_mean_over_seeds_stays_within_what_it_can_be():
     few = statistics.mean_over_seeds([80.0, 87.0, 94.0])  # a plain t would end at 104.4
     assert 87 < few.high < 100
-    assert statistics.mean_over_seeds([100.0, 100.0]) == statistics.OverSeeds(100.0, 100.0, 100.0, 2)
+    # Case 8: seeds that agree show nothing of how seeds vary, so there is no interval of no width.
+    assert statistics.mean_over_seeds([100.0, 100.0]) == statistics.OverSeeds(100.0, None, None, 2)
+    assert statistics.mean_over_seeds([0.0] * 3, differences=True) == statistics.OverSeeds(0.0, None, None, 3)
     assert statistics.mean_over_seeds([100.0, 0.0]).low > 0
     apart = statistics.mean_over_seeds([40.0, 90.0], differences=True)
     assert (apart.low, apart.high) == (-100, 100)
@@ -408,7 +410,7 @@ def test_at_equal_reliability_by_hand():
     assert (found.low, found.high) == (30, 60)
     assert (found.locality.mean, found.locality.n_seeds) == (pytest.approx(7), 2)
     assert found.locality.high - 7 == pytest.approx(12.706204736174694)  # t of 1 degree; sd sqrt(2), over sqrt(2)
-    assert (found.generality.mean, found.generality.low) == pytest.approx((0, 0))
+    assert (found.generality.mean, found.generality.low) == (pytest.approx(0), None)  # seeds that do not differ
     back = statistics.at_equal_reliability(baseline, ours)
     assert back.locality.mean == pytest.approx(-7)
 

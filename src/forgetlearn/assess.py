@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from forgetlearn import general, generation, processes, report, retention, runs
+from forgetlearn import general, generation, preflight, processes, report, retention, runs
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import FactError, ModelError
-from forgetlearn.facts import FactSet
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.inputs import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
 from forgetlearn.models import LanguageModel, as_language_model, load_model
 from forgetlearn.results import write_results
@@ -23,7 +23,7 @@ from forgetlearn.scoring import Said, Scorer, locality_predictions, score
 
 def evaluate(
     model: LanguageModel | nn.Module | str | Path | None = None,
-    facts: FactSet | str | Path | None = None,
+    facts: GivenFacts = None,
     config: RunConfig | Mapping[str, Any] | None = None,
     *,
     output: str | Path,
@@ -43,7 +43,9 @@ def evaluate(
     Raises:
         ForgetLearnError: anything that is wrong with the input, before anything is written.
     """
+    facts = as_fact_set(facts)
     config = resolve(config, model, facts)
+    preflight.check("evaluate", config)
     generation.check_engine(config.evaluate, (model, reference))
     reads = (config.model.name, config.facts.source, reference if isinstance(reference, (str, Path)) else None)
     with processes.joined(config.model.device):
@@ -142,6 +144,7 @@ def ask(
     if not all(prompt.strip() for prompt in prompts):
         raise FactError("A prompt is empty. Give a question.")
     config = resolve(config, model, None)
+    preflight.check("ask", config)
     generation.check_engine(config.evaluate, (model,))
     lm = model if isinstance(model, LanguageModel) else load_model(config.model)
     answers = {}

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from forgetlearn import __version__, cli_weights, interrupts, processes
+from forgetlearn import __version__, cli_weights, interrupts, preflight, processes
 from forgetlearn.cli_weights import JsonOption, OutputOption, OverwriteOption
 from forgetlearn.config import RunConfig, load_config
-from forgetlearn.errors import ConfigError, ForgetLearnError, plain
+from forgetlearn.errors import ConfigError, ForgetLearnError, is_out_of_memory, plain
 from forgetlearn.parts import parse
 from forgetlearn.settings import describe, parse_assignments, read_yaml, validate
 from forgetlearn.terminal import PlainLines, nested, print_facts, print_scores, print_table, say
@@ -221,7 +221,7 @@ def update(
         "report_to": _listed(report_to),
     }
     processes.check_launched(n_processes)
-    config = _config(config_file, flags, setting)
+    config = _config(config_file, flags, setting, "update")
     from forgetlearn.report import load_context
     from forgetlearn.session import update as run_update
 
@@ -261,7 +261,7 @@ def plan(
     flags |= _reads(
         model, facts_file, old_from, limit, prompt_template=prompt_template, columns=columns, aliases=aliases
     )
-    config = _config(config_file, flags, setting)
+    config = _config(config_file, flags, setting, "plan")
     from forgetlearn.estimate import plan_lines
     from forgetlearn.inputs import read_config_facts
     from forgetlearn.planning import MEASURE, devices_here, plan_update
@@ -315,7 +315,7 @@ def compare(
 ) -> None:
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
     reads = _reads(model, facts_file, old_from, limit, None, prompt_template, columns, aliases)
-    config = _config(config_file, reads, setting)
+    config = _config(config_file, reads, setting, "compare")
     from forgetlearn.cluster import Jobs, fill_on_cluster
     from forgetlearn.compare import CompareSettings, fill
     from forgetlearn.comparison import verdict
@@ -378,7 +378,7 @@ def evaluate(
         "evaluate.engine": engine,
     }
     processes.check_launched(n_processes)
-    config = _config(config_file, flags, setting)
+    config = _config(config_file, flags, setting, "evaluate")
     from forgetlearn.assess import evaluate as run_evaluate
     from forgetlearn.report import load_context
 
@@ -406,7 +406,7 @@ def ask(
 ) -> None:
     """Print what a model or an adapter answers to one or more prompts, taking the likeliest token each time."""
     flags = {**_reads(model, prompt_template=prompt_template), "evaluate.engine": engine}
-    config = _config(None, flags, setting)
+    config = _config(None, flags, setting, "ask")
     from forgetlearn.assess import ask as run_ask
 
     answers = {str(config.model.name): run_ask(prompts, config=config)}
@@ -480,11 +480,26 @@ def settings(
         say(line)
 
 
-def _config(file: Path | None, flags: Mapping[str, Any], assignments: Sequence[str] | None = None) -> RunConfig:
-    """File, then flags by their settings' names, then --set; a flag that is not given (None) changes nothing."""
+def _config(
+    file: Path | None,
+    flags: Mapping[str, Any],
+    assignments: Sequence[str] | None = None,
+    command: preflight.Command | None = None,
+) -> RunConfig:
+    """File, then flags by their settings' names, then --set; a flag that is not given (None) changes nothing.
+
+    Raises:
+        ConfigError: a setting is wrong, or is given for a `command` that does not use it.
+    """
     given = {name: value.value if isinstance(value, StrEnum) else value for name, value in flags.items()}
     given = {name: value for name, value in given.items() if value is not None}
-    return load_config(file, given | parse_assignments(list(assignments or [])))
+    given |= parse_assignments(list(assignments or []))
+    config = load_config(file, given)
+    if command is not None:
+        preflight.check(command, config, given)
+    if command in ("update", "plan"):
+        preflight.warn_of_idle(config, given)
+    return config
 
 
 def _reads(
@@ -546,12 +561,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if processes.is_told(error):
             return 2
-        if _State.debug or not isinstance(error, (ForgetLearnError, OSError)):
+        message = _message(error)
+        if _State.debug or message is None:
             raise
-        say(f"{type(error).__name__}: {error}", err=True)
+        say(message, err=True)
         processes.told()
         return 2
     return 0
+
+
+def _message(error: Exception) -> str | None:
+    """What to say of an error that the user can put right; None for any other."""
+    if isinstance(error, ForgetLearnError):
+        return f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        return (
+            f"MemoryError: the system gave this process no more memory or threads{f' ({error})' if str(error) else ''}."
+            "\nRaise its limits (ulimit -v, ulimit -u, or the container's), or take a smaller model or batch_size."
+        )
+    return f"{type(error).__name__}: {error}" if isinstance(error, OSError) else None
 
 
 def _with_resume(argv: Sequence[str] | None) -> str:

@@ -12,6 +12,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import pickle
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +27,11 @@ from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from forgetlearn import digests, disk, keeping, runs, scoring
+from forgetlearn import digests, disk, keeping, preflight, processes, runs, scoring
 from forgetlearn.coefficient import Forgetter, forget_tuned
 from forgetlearn.config import AUTO, Control, KeepBy, MethodName, Modules, Rows, RunConfig
 from forgetlearn.errors import ConfigError, some
-from forgetlearn.facts import Fact, FactSet
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.facts import sha256 as facts_hash
 from forgetlearn.finetune import StageLog
 from forgetlearn.generation import check_engine
@@ -194,9 +195,10 @@ class Comparison:
         return [cell for cell in self.cells if not self.is_done(cell)]
 
 
+@torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def fill(
     model: LanguageModel | nn.Module | str | Path | None = None,
-    facts: FactSet | str | Path | None = None,
+    facts: GivenFacts = None,
     settings: CompareSettings | None = None,
     config: RunConfig | Mapping[str, Any] | None = None,
     *,
@@ -224,7 +226,7 @@ def fill(
 
 def begin(
     model: LanguageModel | nn.Module | str | Path | None,
-    facts: FactSet | str | Path | None,
+    facts: GivenFacts,
     settings: CompareSettings | None,
     config: RunConfig | Mapping[str, Any] | None,
     *,
@@ -234,7 +236,9 @@ def begin(
 ) -> tuple[Comparison, LanguageModel]:
     """The comparison, whose folder is there now, and the base; see `fill`, which fills it."""
     settings = settings or CompareSettings()
+    facts = as_fact_set(facts)
     config = resolve(config, model, facts)
+    preflight.check("compare", config)
     if config.forget.coef == AUTO:
         raise ConfigError(
             "forget.coef = auto: compare scores every coefficient on all facts, and auto sets some aside to choose on. "
@@ -313,10 +317,11 @@ def help_fill(comparison: Comparison) -> None:
 
 @contextmanager
 def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
-    """`n` more processes that fill cells of the same folder, ended when this one is done."""
+    """`n` more processes that fill cells of the same folder; they end when this one is done, or dies."""
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
-    helpers = [context.Process(target=_help, args=(comparison, n_threads)) for _ in range(n)]
+    call = pickle.dumps((_help, (comparison, n_threads)))
+    helpers = [context.Process(target=processes.run_tied, args=(call,)) for _ in range(n)]
     for helper in helpers:
         helper.start()
     before = torch.get_num_threads()

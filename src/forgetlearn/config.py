@@ -53,6 +53,7 @@ Modules = Annotated[
     Discriminator(_kind_of_modules),
 ]
 LORA_RATE_FACTOR = 10
+LARGEST_BATCH = 2**31 - 1  # what torch's samplers take
 
 
 class LoraSettings(Settings):
@@ -82,9 +83,9 @@ class TrainSettings(Settings):
 
     epochs: int = Field(3, ge=1, description="Passes over the facts.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate where all weights are trained.")
-    batch_size: int = Field(8, ge=1, description="Facts per optimiser step.")
+    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Facts per forward pass; must divide batch_size. Unset: batch_size."
+        None, ge=1, le=LARGEST_BATCH, description="Facts per forward pass; must divide batch_size. Unset: batch_size."
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate changes over the stage."
@@ -333,7 +334,7 @@ def parse_columns(text: str) -> dict[str, str]:
 class EvaluateSettings(Settings):
     """Scoring."""
 
-    batch_size: int = Field(64, ge=1, description="Texts per forward pass.")
+    batch_size: int = Field(64, ge=1, le=LARGEST_BATCH, description="Texts per forward pass.")
     protocols: tuple[Protocol, ...] = Field(
         get_args(Protocol), min_length=1, description="Protocols to score with (docs/scores.md)."
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from forgetlearn import processes
 from forgetlearn.errors import ForgetLearnError, RunError
 
+MOST_BYTES = 200
 UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
 
 
@@ -26,20 +29,16 @@ def write_text(path: Path, text: str) -> None:
     """
     if not processes.is_main():
         return
-    with (
-        naming(path),
-        tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}{UNFINISHED}", delete=False
-        ) as file,
-    ):
+    unfinished = _unfinished(path)
+    # Half a surrogate pair stands for a byte of a file name that is not UTF-8: its escape says the same, in JSON too.
+    with naming(path), unfinished.open("x", encoding="utf-8", errors="backslashreplace") as file:
         try:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(0o666 & ~_umask())
-            Path(file.name).replace(path)
+            unfinished.replace(path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
 
 
@@ -98,9 +97,9 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         return
     with naming(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}{UNFINISHED}", dir=final.parent))
+        unfinished = _unfinished(final)
+        unfinished.mkdir()
         try:
-            unfinished.chmod(0o777 & ~_umask())
             yield unfinished
             sync_files(unfinished)
             replaced = unfinished.with_name(f"{unfinished.name}-replaced")
@@ -111,6 +110,21 @@ def atomic_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unfinished(final: Path) -> Path:
+    """A new name beside `final` for what is not complete yet.
+
+    Files and folders are made under it with the modes of any other, so that the system applies the umask: to ask for
+    the umask is to set it, for all threads at once.
+    """
+    return final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}")
+
+
+def _beginning(final: Path) -> str:
+    """Of the names of what is not complete yet; it leaves room in the 255 bytes of a name."""
+    is_short = len(os.fsencode(final.name)) <= MOST_BYTES
+    return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
 
 
 @contextmanager
@@ -149,7 +163,7 @@ def _disk_error(message: str) -> str:
 
 def remove_unfinished(final: Path) -> None:
     """Delete what a kill left of `atomic_folder(final)`; nobody else may be writing it."""
-    for left in final.parent.glob(f".{final.name}{UNFINISHED}*"):
+    for left in final.parent.glob(f"{glob.escape(_beginning(final))}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -167,9 +181,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

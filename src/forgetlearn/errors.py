@@ -11,12 +11,22 @@ import os
 import re
 from collections.abc import Sequence
 
-# A token of the hub, name and password of a URL, and what a name such as token= or WANDB_API_KEY= is given.
+# Tokens that show by their shape whose they are, name and password of a URL, and what a name such as token= or
+# WANDB_API_KEY= is given; the group is what stays in front.
 SECRET = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|((?i:token|api_?key|secret|password)=)[^&\s\"']+"
+    r"\bhf_[A-Za-z0-9]{16,}|\bgh[opsru]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}"
+    r"|\bsk-(?=[\w-]*\d)[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\bA[KS]IA[A-Z0-9]{16}\b|\bAIza[\w-]{30,}|\bpypi-[\w-]{16,}"
+    r"|\bnpm_[A-Za-z0-9]{30,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|((?i:(?:token|api_?key|access_?key|secret|passw(?:or)?d|passphrase|credentials?|(?:\b|_)(?:pass|pwd|pat|auth))="
+    r"|\b(?:bearer|basic)\s+(?=\S*\d)(?=\S{8})))[^&\s\"']+"
 )
-SECRET_WORDS = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD"}  # in the names of environment variables
+# Of environment variables: MYTOKEN, PGPASSWORD, DB_PASS, GITHUB_PAT, but not TOKENIZERS_PARALLELISM, PATH or KEYBOARD.
+SECRET_NAME = re.compile(
+    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?:KEY|PASS|PWD)(?:S?(?:_|$))|(?:^|_)(?:PAT|AUTH|JWT)(?:_|$)"
+)
 SHORTEST_SECRET = 8
+SHORTEST_MIXED = 6  # of letters and something else
 
 
 class ForgetLearnError(Exception):
@@ -78,9 +88,31 @@ def plain(text: str) -> str:
 def without_secrets(text: str) -> str:
     """The text with `***` in place of anything that looks like a token or password, or is one of the environment's."""
     for name, value in os.environ.items():
-        if SECRET_WORDS & {*name.upper().split("_")} and len(value) >= SHORTEST_SECRET and not value.startswith("/"):
-            text = text.replace(value, "***")
+        if SECRET_NAME.search(name.upper()) and _may_be_secret(value) and value in text:
+            # A short one may be a part of other words.
+            edges = ("", "") if len(value) > 2 * SHORTEST_SECRET else (r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])")
+            text = re.sub(edges[0] + re.escape(value) + edges[1], "***", text)
     return SECRET.sub(lambda found: f"{found[1] or ''}***", text)
+
+
+def _may_be_secret(value: str) -> bool:
+    """False for what variables with such names hold otherwise: switches, numbers, paths and sockets."""
+    looks_like_path = value.startswith(("/", "~/", "./"))
+    # Not pathlib, which raises where the value is too long for a path.
+    is_path = looks_like_path and ("." in value.rpartition("/")[2] or os.path.exists(value))  # noqa: PTH110
+    shortest = SHORTEST_SECRET if value.isalpha() or value.isdigit() else SHORTEST_MIXED
+    return len(value) >= shortest and not is_path and value.lower() not in ("disabled", "enabled", "required")
+
+
+OUT_OF_MEMORY = re.compile(
+    r"can't start new thread|can't allocate memory|cannot allocate memory|failed to map segment|DefaultCPUAllocator",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the system gave a process no more memory or threads, however the library at hand says that."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def some(items: Sequence[object], most: int = 5) -> str:

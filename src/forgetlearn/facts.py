@@ -174,6 +174,9 @@ class FactSet:
         return self.facts[index]
 
 
+GivenFacts = FactSet | Iterable[Fact] | str | Path | None
+
+
 def sha256(facts: Iterable[Fact]) -> str:
     """The hash of facts, with old answers, rephrases and probes, in hexadecimal.
 
@@ -237,8 +240,47 @@ def read_facts(
             not fit the form, or no fact is left.
     """
     name = str(source)
-    found = load_hub(name) if is_hub_id(name) else parse_file(Path(source), columns)
+    try:
+        found = load_hub(name) if is_hub_id(name) else parse_file(Path(source), columns)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise FactError(f"{name[:200]}: {error.strerror or error}. Give a file of facts that is there.") from None
     return _facts_of(found, name, old_from, limit, strict, columns, aliases)
+
+
+def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
+    """Facts in memory, of a list or a generator say, as a set; a set, a source or None as it is.
+
+    Raises:
+        FactError: there is none, an item is no Fact, or one is there twice.
+    """
+    if facts is None or isinstance(facts, (FactSet, str, Path)):
+        return facts
+    given: tuple[Any, ...] = tuple(facts) if isinstance(facts, Iterable) else (facts,)
+    seen: dict[str, int] = {}
+    for number, fact in enumerate(given, 1):
+        if not isinstance(fact, Fact):
+            kind = type(fact).__name__
+            raise FactError(f"facts, item {number}: a {kind}, not a Fact. Give facts, a file, or read_facts(file).")
+        if seen.setdefault(fact.id, number) != number:
+            raise FactError(f"facts, item {number}: is item {seen[fact.id]} again (id {fact.id}). Leave one out.")
+    if not given:
+        raise FactError("facts: none is there. Give at least one Fact.")
+    n_without = sum(not fact.ground_truth for fact in given)
+    return FactSet(
+        facts=given,
+        source="facts in memory",
+        reader="memory",
+        old_from=("answers",),
+        read=len(given),
+        in_source=len(given),
+        left_out={},
+        left_out_probes={},
+        stripped=0,
+        left_out_records=(),
+        records=len(given),
+        old_sources={fact.id: "answers" for fact in given if fact.ground_truth},
+        without_old={NO_OLD_ANSWER: n_without} if n_without else {},
+    )
 
 
 def from_records(

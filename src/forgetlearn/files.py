@@ -42,7 +42,7 @@ def parse_file(path: Path, columns: Mapping[str, str] | None = None) -> Source:
     """Return the records of a JSON, JSONL, CSV, TSV or Excel file, not yet checked.
 
     Raises:
-        FactError: the file is missing, a folder, empty, of another suffix, damaged or in no known encoding.
+        FactError: the file is missing, a folder, a pipe, empty, of another suffix, damaged or in no known encoding.
         MissingExtraError: it is an Excel file, and openpyxl is not installed.
     """
     suffix = path.suffix.lower()
@@ -50,6 +50,8 @@ def parse_file(path: Path, columns: Mapping[str, str] | None = None) -> Source:
         raise FactError(f"{path} is a folder. Give a file of facts in it.")
     if not path.exists():
         raise FactError(f"{path} does not exist. {_near_files(path)}")
+    if not path.is_file():
+        raise FactError(f"{path} is a pipe or a device. Write the facts to a file, and give that.")
     if suffix not in SUFFIXES:
         hint = f" Save it as {SAVE_AS[suffix]}." if suffix in SAVE_AS else ""
         raise FactError(f"{path}: suffix '{path.suffix}' is unknown. Known are {', '.join(SUFFIXES)}.{hint}")

@@ -72,6 +72,7 @@ class StageLog:
         return final_loss(self.steps)
 
 
+@torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def finetune(
     model: nn.Module,
     texts: Sequence[Encoded],
@@ -123,7 +124,13 @@ def finetune(
 def _smaller_micro_batch(settings: StageSettings) -> int | None:
     """The largest divisor of the batch size up to half of the micro batch; None where that is one fact."""
     half = (settings.micro_batch_size or settings.batch_size) // 2
-    return next((size for size in range(half, 0, -1) if settings.batch_size % size == 0), None)
+    return _largest_divisor(settings.batch_size, half) if half else None
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`; in steps of the number's root, which may be 1e9."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return max(size for low in small for size in (low, number // low) if size <= most)
 
 
 def _finetune(
@@ -207,6 +214,10 @@ def check_trainable(
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     if not texts or not trained:
         raise ConfigError(f"Nothing to train: {len(texts)} facts, {len(trained)} trainable tensors.")
+    if frozen := [name for name, weight in trained if weight.is_inference()]:
+        raise ConfigError(
+            f"{frozen[0]}: was made within torch.inference_mode(), so it cannot be trained. Load it outside."
+        )
     half = [name for name, weight in trained if weight.dtype != torch.float32]
     if half:
         raise ConfigError(f"{len(half)} trainable tensors are not float32, the first is {half[0]}: call model.float().")
@@ -247,7 +258,7 @@ def facts_at_once(settings: StageSettings, layout: Layout = "packed") -> int:
     """
     micro = 1 if layout == "single" and processes.count() > 1 else settings.micro_batch_size or settings.batch_size
     most = micro * processes.count()
-    return max(size for size in range(1, settings.batch_size + 1) if size <= most and settings.batch_size % size == 0)
+    return _largest_divisor(settings.batch_size, most)
 
 
 def own_part(texts: list[Encoded]) -> list[Encoded]:

@@ -187,6 +187,7 @@ def _check_stochastic(settings: ModelSettings, dtypes: Mapping[str, torch.dtype]
         raise ConfigError("model.rounding = stochastic: a model that is split over processes (model.shard) has none.")
 
 
+@torch.inference_mode(False)  # of tensors made in that mode none can be trained
 def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = False) -> LanguageModel:
     """The model and tokenizer of a folder or hub id, or that settings name; an adapter is loaded on its base.
 

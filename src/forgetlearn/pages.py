@@ -36,6 +36,12 @@ ASSETS = ("page.css", "page.js")
 # Control characters but tab and line break, and those that change the direction of text.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+# What a renderer of Markdown makes into a link, a mention, a reference or an emoji though it is no markup.
+LIVE = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://[^\s`|\\]+|\b(?:www\.|mailto:|xmpp:)[^\s`|\\]+|[\w.+-]*@[\w.-]+"
+    r"|#\d+|(?<!\d):[A-Za-z0-9_+-]+:"
+)
+
 
 def render(template: str, context: Mapping[str, Any]) -> str:
     """A template of the package, filled; HTML is autoescaped, a missing name is an error."""
@@ -78,12 +84,23 @@ def _printable(value: object) -> object:
 
 
 def _cell(text: object) -> str:
-    """Text for a Markdown table or line: nothing in it is markup."""
-    shown = "" if text is None else str(text)
+    """Text for a Markdown table or line: nothing in it is markup, a link, a mention or an emoji.
+
+    Renderers (GitHub, hubs, Discord, Slack) look for addresses, @names, #numbers and :emoji: in the text that is left
+    after the escapes, but not in code: these stand in code.
+    """
+    shown = " ".join(STEERING.sub("�", "" if text is None else str(text)).split())
+    parts, end = [], 0
+    for live in LIVE.finditer(shown):
+        parts += [_escaped(shown[end : live.start()]), f"`{live[0]}`"]
+        end = live.end()
+    return "".join([*parts, _escaped(shown[end:])])
+
+
+def _escaped(text: str) -> str:
     for mark in ("\\", "|", "`", "*", "_", "[", "]", "#", "~", "$"):
-        shown = shown.replace(mark, f"\\{mark}")
-    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join(STEERING.sub("�", shown).split())
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def command_text(words: Sequence[str]) -> str:

@@ -94,6 +94,7 @@ class Texts:
         return max(rows, key=lambda row: sum(len(text.ids) for text in row))
 
 
+@torch.inference_mode(False)  # it traces a training step
 def plan_update(
     config: RunConfig,
     facts: FactSet,

@@ -8,8 +8,11 @@ only where there are several.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import pickle
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -68,6 +71,24 @@ def check_launched(asked: int | None) -> None:
             f"--processes {asked}, but {launched()} {'was' if launched() == 1 else 'were'} started. "
             f"Start them with {HOW_TO_START}"
         )
+
+
+def run_tied(pickled: bytes) -> None:
+    """Call what was pickled, `(function, arguments)`, in a spawned process that ends at once when its parent does.
+
+    However the parent dies, the pipe between the two closes. The call is unpickled here, because its imports take
+    seconds in which nobody would look.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+    function, arguments = pickle.loads(pickled)  # from our own parent
+    function(*arguments)
 
 
 def launched_as() -> int:

@@ -280,6 +280,7 @@ def check_output(
             files and folders that the run reads lies in it, or it lies in one of them.
     """
     path, reads = Path(path), [Path(read) for read in inputs if read]
+    _check_name(path)
     for read in reads:
         if read.is_dir() and path.resolve().is_relative_to(read.resolve()):
             raise RunError(f"{path} lies in {read}, which this run reads. Choose a folder outside of it.")
@@ -301,6 +302,18 @@ def check_output(
     for read in reads:
         if read.resolve().is_relative_to(path.resolve()):
             raise RunError(f"{path} holds {read}, which this run reads, so it is not replaced. Choose another folder.")
+
+
+def _check_name(path: Path) -> None:
+    """Raise RunError if the system, or the libraries that write weights and tokenizers, take no such name."""
+    with naming(path):
+        path.exists()  # fails for a name that is too long
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RunError(
+            f"{path}: the name is not UTF-8, and safetensors and tokenizers write to no such path. Choose another."
+        ) from None
 
 
 def _is_leftover(name: str) -> bool:

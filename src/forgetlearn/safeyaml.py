@@ -1,13 +1,31 @@
-"""YAML from a file or a flag: no tag that makes an object, no name that stands twice, no aliases without end."""
+"""YAML from a file or a flag: no tag that makes an object, no name that stands twice, no aliases without end.
+
+A plain word has one meaning, as in YAML 1.2: a number is a plain decimal (`16`, `0.5`, `1e2`), a boolean is true or
+false, and all else is text. PyYAML reads YAML 1.1, where `010` is 8, `1:30` is 90, `no` is false and `1e2` is text.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
 
 MOST_VALUES = 10_000  # with every alias written out; a file of settings has less than a hundred
+
+
+INTEGER = r"[-+]?(?:0|[1-9][0-9]*)"
+FLOAT = rf"(?:{INTEGER}(?:\.[0-9]*)?|[-+]?\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+PLAIN_NUMBER = re.compile(FLOAT)
+# Tag, pattern and first characters of each kind of plain word that is no text.
+WORDS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", INTEGER, list("-+0123456789")),
+    ("float", rf"{FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,6 +51,18 @@ class _Loader(yaml.SafeLoader):
         if self.sizes[node] > MOST_VALUES:
             raise ComposerError(None, None, f"its aliases make more than {MOST_VALUES:,} values", node.start_mark)
         return node
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in WORDS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def number(text: str) -> int | float | None:
+    """A plain decimal as a number; None if the text is no such thing."""
+    if not PLAIN_NUMBER.fullmatch(text):
+        return None
+    return int(text) if re.fullmatch(INTEGER, text) else float(text)
 
 
 def load(text: str) -> Any:

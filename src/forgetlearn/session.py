@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from forgetlearn import (
@@ -18,6 +19,7 @@ from forgetlearn import (
     history,
     keeping,
     planning,
+    preflight,
     processes,
     prompts,
     report,
@@ -26,7 +28,7 @@ from forgetlearn import (
 )
 from forgetlearn.config import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
-from forgetlearn.facts import Fact, FactSet
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.generation import check_engine
 from forgetlearn.inputs import (
     asked_answers,
@@ -54,9 +56,10 @@ log = logging.getLogger("forgetlearn")
 AS_NOW = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
 
 
+@torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def update(
     model: LanguageModel | nn.Module | str | Path | None = None,
-    facts: FactSet | str | Path | None = None,
+    facts: GivenFacts = None,
     config: RunConfig | Mapping[str, Any] | None = None,
     *,
     output: str | Path,
@@ -72,7 +75,9 @@ def update(
     Raises:
         ForgetLearnError: anything that is wrong with the input, before anything is written.
     """
+    facts = as_fact_set(facts)
     config = resolve(config, model, facts)
+    preflight.check("update", config)
     check_engine(config.evaluate, changed_by="update")
     reads = (config.model.name, config.facts.source)
     with processes.joined(config.model.device):

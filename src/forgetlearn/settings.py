@@ -25,12 +25,25 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_boolean_for_another_type(cls, value: object, info: ValidationInfo) -> object:
-        """A boolean would pass as the number 1 or 0."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and {int, float} & _plain_types(annotation):
+    def _one_meaning(cls, value: object, info: ValidationInfo) -> object:
+        """A boolean is no number, and a number in text is a plain decimal."""
+        types = _plain_types(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and {int, float} & types:
             raise ValueError("must be a number")
+        if {int, float} & types and str not in types:
+            many = isinstance(value, (list, tuple))
+            return [_number(item) for item in value] if many else _number(value)  # type: ignore[attr-defined]
         return value
+
+
+def _number(value: object) -> object:
+    """The number that a text is, from a flag say; pydantic itself would take `010` and `1_0` for numbers too."""
+    if not isinstance(value, str):
+        return value
+    found = safeyaml.number(value.strip())
+    if found is None and any(character.isdecimal() for character in value):
+        raise ValueError("must be a plain decimal number, such as 16, 0.5 or 1e-4")
+    return value if found is None else found
 
 
 def _plain_types(annotation: object) -> set[object]:

@@ -62,7 +62,10 @@ class Difference(Estimate):
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """A mean over seeds in percent with its 95 % t-interval; `low` and `high` are None when there is one seed."""
+    """A mean over seeds in percent with its 95 % t-interval.
+
+    `low` and `high` are None where nothing shows how seeds vary: there is one, or all of them are equal.
+    """
 
     mean: float
     low: float | None
@@ -166,8 +169,8 @@ def mean_over_seeds(values: ArrayLike, *, differences: bool = False) -> OverSeed
     """Mean of one percentage per seed (S,) with its 95 % t-interval over seeds; the facts are taken as they are.
 
     As in `interval` it is made on the logit of the mean, so it stays within 0 and 100: two or three seeds that vary
-    would reach beyond otherwise. Of `differences` it is not, and it ends at -100 and 100. NaN is left out and not
-    counted.
+    would reach beyond otherwise. Of `differences` it is not, and it ends at -100 and 100. Seeds that are equal
+    have no interval: a t-interval of no width would claim certainty. NaN is left out and not counted.
 
     Raises:
         ValueError: the values are not a vector, or none is finite.
@@ -177,12 +180,12 @@ def mean_over_seeds(values: ArrayLike, *, differences: bool = False) -> OverSeed
         raise ValueError(f"A mean over seeds needs a vector with a finite number per seed; got shape {given.shape}.")
     finite = given[np.isfinite(given)]
     mean, n = float(finite.mean()), len(finite)
-    if n == 1:
-        return OverSeeds(mean, None, None, 1)
+    if n == 1 or np.ptp(finite) < 100 * ROUNDING:
+        return OverSeeds(mean, None, None, n)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * finite.std(ddof=1) / np.sqrt(n))
     if differences:
         return OverSeeds(mean, max(-100.0, mean - half), min(100.0, mean + half), n)
-    low, high = _on_logit(mean / 100, half / 100) if half > 100 * ROUNDING else (mean / 100, mean / 100)
+    low, high = _on_logit(mean / 100, half / 100)
     return OverSeeds(mean, 100 * low, 100 * high, n)
 
 

@@ -1,0 +1,204 @@
+"""Which settings a command does not use, and what it says of them: a setting is used, refused, or named as unused.
+
+One table for all commands, so that a setting never stands in a run's config as if it had been followed.
+tests/test_preflight.py holds it against what each command really reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from forgetlearn.config import AUTO, RunConfig
+from forgetlearn.errors import ConfigError
+from forgetlearn.settings import describe
+
+log = logging.getLogger("forgetlearn")
+Command = Literal["update", "plan", "compare", "evaluate", "ask"]
+SAID_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows", "control")}  # where it does not forget
+NAMES = tuple(name for name, *_ in describe(RunConfig))
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Settings that a command does not use, by name or by section (`teach` is all of `teach.*`).
+
+    Those that would promise a result that does not come are refused wherever they are set (`always`). Others may stand
+    in a config that commands share, and are refused only where they are given for this command alone: as a flag or
+    with --set.
+    """
+
+    names: tuple[str, ...]
+    why: str
+    always: bool = False
+
+    def covers(self, name: str) -> bool:
+        """Whether the setting is one of these."""
+        return any(name == own or name.startswith(f"{own}.") for own in self.names)
+
+
+NO_TRAINING = "nothing is trained or written but answers and scores; update trains"
+BOUND_OF_FORGETTING = Unused(("forget.max_change",), "ft-c bounds what learning changes; give learn.max_change")
+UNUSED: Mapping[Command, tuple[Unused, ...]] = {
+    "update": (BOUND_OF_FORGETTING,),
+    "plan": (BOUND_OF_FORGETTING,),  # speaks of an update, and takes whatever an update takes
+    "compare": (
+        BOUND_OF_FORGETTING,
+        Unused(
+            (
+                "evaluate.general",
+                "evaluate.general_tokens",
+                "evaluate.tasks",
+                "evaluate.task_limit",
+                "evaluate.task_folder",
+                "report_to",
+                "save_merged",
+                "keep_change",
+            ),
+            "a cell keeps scores on facts, no model. Leave them out; an update of the method you choose takes them",
+            always=True,
+        ),
+        Unused(("method", "seed", "forget.coef"), "give --methods, --seeds and --coefs"),
+        Unused(
+            ("forget.validation", "forget.search", "forget.trials", "forget.max_locality_loss"),
+            "no coefficient is searched for; update --coef auto does",
+        ),
+        Unused(("teach",), "the base is taken as it is"),
+        Unused(
+            ("checkpoint_minutes", "keep_stages", "model.base_model_id", "model.shard"),
+            "a cell is done whole, by one process, and keeps no model",
+        ),
+    ),
+    "evaluate": (
+        Unused(("save_merged", "keep_change", "report_to"), NO_TRAINING, always=True),
+        Unused(
+            (
+                "method",
+                "seed",
+                "teach",
+                "forget",
+                "learn",
+                "checkpoint_minutes",
+                "keep_stages",
+                "evaluate.every_phase",
+                "model.base_model_id",
+            ),
+            NO_TRAINING,
+        ),
+    ),
+    "ask": (
+        Unused(("save_merged", "keep_change", "report_to"), NO_TRAINING, always=True),
+        Unused(
+            ("method", "seed", "teach", "forget", "learn", "checkpoint_minutes", "keep_stages", "model.base_model_id"),
+            NO_TRAINING,
+        ),
+        Unused(("facts", "model.shard"), "the prompts on the command line are asked, by one process"),
+        Unused(
+            (
+                "evaluate.protocols",
+                "evaluate.every_phase",
+                "evaluate.general",
+                "evaluate.general_tokens",
+                "evaluate.tasks",
+                "evaluate.task_limit",
+                "evaluate.task_folder",
+            ),
+            "answers are printed, not scored; evaluate scores",
+        ),
+    ),
+}
+
+
+def check(command: Command, config: RunConfig, given: Collection[str] = ()) -> None:
+    """Raise ConfigError if the command would pass over a setting in silence.
+
+    `given` are the settings that were given for this command alone, by dotted name. What a shared config sets and the
+    command does not use is logged.
+
+    Raises:
+        ConfigError: with the name of each such setting, and why it is not used.
+    """
+    changed, problems, passed_over = _changed(config), [], []
+    for row in UNUSED[command]:
+        names = [name for name in changed if row.covers(name)]
+        refused = names if row.always else [name for name in names if _is_given(name, given)]
+        if refused:
+            problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
+        passed_over += [name for name in names if name not in refused and not row.always]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if passed_over and not given:
+        log.info("%s does not use these settings of the config: %s", command, ", ".join(_by_section(passed_over)))
+
+
+def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Settings without an effect on an update with this config, by name or section, and why."""
+    from forgetlearn.method import METHODS  # here, because the table of methods needs torch
+
+    method = METHODS[config.method]
+    forgets = method.forgets is not None and config.forget.coef != 0
+    if not forgets:
+        why = "forget.coef is 0" if method.forgets else f"{config.method} does not forget"
+        yield "forget", why
+    elif config.forget.coef != AUTO:
+        for name in ("validation", "search", "trials", "max_locality_loss"):
+            yield f"forget.{name}", "it is for forget.coef = auto"
+    if method.forgets != "lora":
+        yield "forget.lora", f"{config.method} does not forget with LoRA"
+    if method.learns != "lora":
+        yield "learn.lora", f"{config.method} does not learn with LoRA"
+        yield "save_merged", f"the product of {config.method} is a whole model"
+    else:
+        yield "keep_change", f"the product of {config.method} is an adapter"
+    if config.method != "ft-c":
+        yield "learn.max_change", "it is for method ft-c"
+    if not config.forget.keep:
+        yield "forget.keep_by", "forget.keep names no facts"
+    if config.teach.epochs == 0:
+        yield "teach", "teach.epochs is 0"
+    if config.evaluate.general is None:
+        yield "evaluate.general_tokens", "evaluate.general names no text"
+    if not config.evaluate.tasks:
+        yield "evaluate.task_limit", "evaluate.tasks names none"
+        yield "evaluate.task_folder", "evaluate.tasks names none"
+    if "generate" not in config.evaluate.protocols and not (forgets and config.forget.only_known):
+        yield "evaluate.max_new_tokens", "nothing is generated"
+
+
+def warn_of_idle(config: RunConfig, given: Collection[str]) -> None:
+    """Log each setting that was given for this command and has no effect with the rest of the config."""
+    said, changed = set(SAID_BY_UPDATE), _changed(config)
+    for idle_name, why in idle(config):
+        for name, value in changed.items():
+            if Unused((idle_name,), why).covers(name) and _is_given(name, given) and name not in said:
+                said.add(name)
+                log.warning("%s = %s has no effect: %s", name, value, why)
+
+
+def _is_given(name: str, given: Collection[str]) -> bool:
+    return any(name == own or name.startswith(f"{own}.") for own in given)
+
+
+def _changed(config: RunConfig) -> dict[str, Any]:
+    """The settings that are not at their defaults, by dotted name, with their values."""
+    values, defaults = _flat(config), _flat(RunConfig())
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    found, dumped = {}, config.model_dump()
+    for name in NAMES:
+        value: Any = dumped
+        for part in name.split("."):
+            value = value[part]
+        found[name] = value
+    return found
+
+
+def _by_section(names: Collection[str]) -> list[str]:
+    """The names, with `learn.*` for all of a section."""
+    sections = [name.partition(".")[0] for name in names]
+    return list(dict.fromkeys(f"{s}.*" if sections.count(s) > 2 else n for n, s in zip(names, sections, strict=True)))

@@ -1,0 +1,205 @@
+"""Case 3: in every command each setting is used, refused or named as unused. What is used is what the code reads."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+import forgetlearn
+from forgetlearn import preflight, report
+from forgetlearn.cli import main
+from forgetlearn.compare import CompareSettings, fill
+from forgetlearn.config import RunConfig, TeachSettings, TrainSettings, load_config
+from forgetlearn.errors import ConfigError
+from forgetlearn.settings import Settings, validate
+
+COMMANDS = get_args(preflight.Command)
+# Read where these runs do not come: for lm-evaluation-harness and for models on the hub, which have tests of their own.
+ELSEWHERE = {"evaluate.task_limit", "evaluate.task_folder", "model.revision"}
+QUICK = {"forget.epochs": 1, "forget.only_known": False, "learn.epochs": 1, "evaluate.every_phase": True}
+QUICK |= {"evaluate.protocols": ["token"], "facts.limit": 2}
+OTHER = {  # where no value can be made from the type
+    "method": "ft-c",
+    "forget.coef": 0.5,
+    "forget.modules": "mlp",
+    "learn.modules": "mlp",
+    "forget.lora.target_modules": "q_proj",
+    "learn.lora.target_modules": "q_proj",
+    "evaluate.protocols": ("token",),
+    "evaluate.tasks": ("arc_easy",),
+    "report_to": ("tensorboard",),
+}
+
+
+def place(name: str) -> tuple[type[Settings], str]:
+    """The settings that hold a dotted name, and its last part."""
+    *parents, last = name.split(".")
+    kind: Any = RunConfig
+    for parent in parents:
+        kind = kind.model_fields[parent].annotation
+    return kind, last
+
+
+def another(name: str) -> Any:
+    """A valid value of a setting that is not its default."""
+    if name in OTHER:
+        return OTHER[name]
+    kind, last = place(name)
+    field = kind.model_fields[last]
+    default, types = field.default, {field.annotation, *get_args(field.annotation)}
+    if bool in types:
+        return not default
+    if {int, float} & types:
+        return next(n for n in ((0.5, 0.25) if float in types else (2, 4)) if n != default)
+    if str in types:
+        return "something"
+    return next(choice for choice in get_args(field.annotation) if choice != default)
+
+
+class Reads(set[tuple[str, str]]):
+    """Class and field of every setting that was read."""
+
+    def of(self, name: str) -> bool:
+        kind, last = place(name)
+        as_stage = kind is TeachSettings and last in TrainSettings.model_fields  # made the settings of a stage at once
+        return (kind.__name__, last) in self or (as_stage and ("StageSettings", last) in self)
+
+
+@pytest.fixture(scope="module")
+def files(small_lab, tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("A text that has nothing to do with the facts. " * 8)
+    facts = small_lab / "facts.jsonl"
+    keep = text.with_name("keep.jsonl")
+    keep.write_text(facts.read_text().splitlines()[-1] + "\n")
+    return facts, text, keep
+
+
+@pytest.fixture(scope="module")
+def reads(small_lab, files, tmp_path_factory):
+    """`reads("compare")`: what the command reads of the settings, from small runs of it."""
+    file, text, keep = files
+    found: dict[str, Reads] = {}
+    now: list[Reads] = []
+    plain = Settings.__getattribute__
+
+    def recording(self: Settings, name: str) -> Any:
+        if now and name in type(self).model_fields:
+            now[0].add((type(self).__name__, name))
+        return plain(self, name)
+
+    def config(**changes: Any) -> RunConfig:
+        named = {key.replace("__", "."): value for key, value in changes.items()}
+        given = {"model.name": str(small_lab), "facts.source": str(file)}
+        return load_config(small_lab / "update.yaml", given | QUICK | named)
+
+    def folder() -> Any:
+        return tmp_path_factory.mktemp("run") / "out"
+
+    kept = {"method": "f-ft", "forget__keep": str(keep), "forget__control": "random", "forget__coef": 0.1}
+    auto = {"method": "f-ft", "forget__coef": "auto", "forget__validation": 0.5, "facts__limit": 4}
+    updates = [
+        config(method="f-lora", evaluate__general=str(text), save_merged=True, facts__old_from="model"),
+        config(**kept, keep_change=True),
+        config(**auto, forget__only_known=True),
+        config(**auto, forget__search="cheap"),
+        config(method="ft-c", teach__epochs=1),
+    ]
+    variant = {"methods": ["f-ft"], "keep": str(keep), "control": "random"}
+    cells = {"methods": ["f-ft", "f-lora", "ft-c"], "coefs": [0.1], "seeds": [0], "variants": {"kept": variant}}
+    scored = {"model.name": str(small_lab), "facts.source": str(file), "evaluate.general": str(text)}
+
+    def run(command: str) -> None:
+        if command == "compare":
+            fill(settings=validate(CompareSettings, cells), config=config(), output=folder())
+        elif command == "evaluate":
+            forgetlearn.evaluate(config=load_config(None, scored), output=folder())
+        elif command == "ask":
+            forgetlearn.ask(["Who?"], config=load_config(None, {"model.name": str(small_lab)}))
+        else:  # a plan speaks of an update
+            for each in updates:
+                forgetlearn.update(config=each, output=folder())
+
+    def of(command: str) -> Reads:
+        command = "update" if command == "plan" else command
+        if command not in found:
+            found[command] = Reads()
+            now[:] = [found[command]]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Settings, "__getattribute__", recording, raising=False)
+                patch.setattr(report, "write_run", lambda *_args, **_options: None)  # reads what was written alone
+                run(command)
+            now.clear()
+        return found[command]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=[pytest.mark.slow] if c in ("update", "plan") else []) for c in COMMANDS]
+)
+def test_case_3_each_setting_is_used_or_refused(command, reads):
+    unread = []
+    for name in preflight.NAMES:
+        config = load_config(None, {name: another(name)})
+        if any(row.covers(name) for row in preflight.UNUSED[command]):
+            with pytest.raises(ConfigError, match=name):
+                preflight.check(command, config, [name])
+            continue
+        preflight.check(command, config, [name])
+        if not reads(command).of(name) and name not in ELSEWHERE:
+            unread.append(name)
+    assert not unread, "neither read by the command nor refused: use them, or add them to preflight.UNUSED"
+
+
+FIVE = {
+    "evaluate.general": "/none.txt",
+    "evaluate.tasks": "[none]",
+    "report_to": "[none]",
+    "save_merged": "true",
+    "keep_change": "true",
+}
+
+
+def test_case_3_compare_names_each_setting_that_it_does_not_use(small_lab, tmp_path, capsys):
+    words = [part for name, value in FIVE.items() for part in ("--set", f"{name}={value}")]
+    where = ["--model", str(small_lab), "--facts", str(small_lab / "facts.jsonl"), "--output", str(tmp_path / "out")]
+    assert main(["compare", *where, *words]) == 2
+    said = capsys.readouterr().err
+    assert not [name for name in FIVE if name not in said]
+    assert not (tmp_path / "out").exists()
+
+
+def test_case_3_a_config_in_python_or_in_a_file_is_held_to_the_same(small_lab, tmp_path):
+    with pytest.raises(ConfigError, match="save_merged"):
+        fill(small_lab, small_lab / "facts.jsonl", None, {"save_merged": True}, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match="keep_change"):
+        forgetlearn.evaluate(small_lab, small_lab / "facts.jsonl", {"keep_change": True}, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["evaluate", "--output", "out", "--set", "learn.epochs=7"], "learn.epochs"),
+        (["ask", "Who?", "--set", "facts.limit=3"], "facts.limit"),
+        (["compare", "--output", "out", "--set", "method=ga"], "method"),
+        (["compare", "--output", "out", "--set", "teach.dtype=bfloat16"], "teach.dtype"),
+    ],
+)
+def test_case_3_settings_of_another_command_are_refused_where_they_are_given(argv, name, small_lab, capsys):
+    assert main([*argv, "--model", str(small_lab)]) == 2
+    assert f"{name}: not used by {argv[0]}" in capsys.readouterr().err
+
+
+def test_a_config_that_commands_share_may_hold_more_and_that_is_said(caplog):
+    config = load_config(None, {"learn.epochs": 7, "learn.batch_size": 4, "learn.optim": "adafactor", "seed": 3})
+    with caplog.at_level("INFO", "forgetlearn"):
+        preflight.check("evaluate", config)
+    assert "evaluate does not use these settings of the config: seed, learn.*" in caplog.text
+
+
+def test_what_has_no_effect_with_the_rest_is_said(caplog):
+    given = {"method": "ft", "forget.epochs": 9, "learn.lora.r": 4, "learn.epochs": 2}
+    preflight.warn_of_idle(load_config(None, given), given)
+    assert [record.args[0] for record in caplog.records] == ["forget.epochs", "learn.lora.r"]
