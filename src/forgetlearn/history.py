@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import __version__
+from forgetlearn import __version__, records
 from forgetlearn.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, model_files, sha256_of
 from forgetlearn.disk import read_json, write_text
 from forgetlearn.errors import RunError, some
@@ -183,7 +183,7 @@ def product_of(folder: Path) -> Path:
         return folder
     if not (folder / "summary.json").is_file():
         raise RunError(f"{folder}: the run is not finished. Go on with --resume.")
-    name = read_json(folder / "summary.json").get("product")
+    name = records.read(records.Summary, folder / "summary.json")["product"]
     if not name:
         raise RunError(f"{folder} holds scores, not an update. Give the folder of a model or of an update.")
     if not (folder / name).is_dir():
@@ -201,10 +201,8 @@ def read_chain(folder: Path) -> list[Update]:
 
 
 def _updates_in(file: Path) -> list[Update]:
-    told = read_json(file)
-    updates = told.get("updates")
-    if not isinstance(updates, list) or not all(isinstance(u, dict) and {"when", "facts"} <= u.keys() for u in updates):
-        raise RunError(f"{file}: holds no list of updates. Is it from forgetlearn?")
+    told = records.read(records.Chain, file)
+    updates: list[Update] = told["updates"]
     if told.get("sha256") not in (None, hash_of(updates)):  # none in chains of earlier versions
         raise RunError(f"{file} was changed or damaged: its hash is another. Bring it back from a copy.")
     return updates
@@ -257,18 +255,6 @@ def runs_before(model: Path) -> list[Path]:
     return found
 
 
-def describe(update: Update) -> list[str]:
-    """An update in lines for a terminal.
-
-    Raises:
-        RunError: something is missing in it; it may come from the hub.
-    """
-    try:
-        return _lines(update)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{HISTORY}: the update of {update['when']} is damaged: {error!r}.") from error
-
-
 def _listed(modules: str | Sequence[str] | Mapping[str, float]) -> str:
     """Names of modules as the config has them, each with its factor where it has one."""
     if isinstance(modules, str):
@@ -276,7 +262,8 @@ def _listed(modules: str | Sequence[str] | Mapping[str, float]) -> str:
     return ", ".join(f"{name} x {modules[name]:g}" if isinstance(modules, Mapping) else name for name in modules)
 
 
-def _lines(update: Update) -> list[str]:
+def describe(update: Update) -> list[str]:
+    """An update in lines for a terminal."""
     facts, coef, files = update["facts"], update["coef"], update["files"]
     method = f"{update['method']}{'' if coef is None else f', coef {coef}'}, seed {update['seed']}"
     taught = ", taught the old answers first" if update["taught_first"] else ""

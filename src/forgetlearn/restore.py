@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from forgetlearn import hub
+from forgetlearn import hub, records
 from forgetlearn.arithmetic import check_places, check_space, merge_adapter
 from forgetlearn.checkpoints import CheckpointFolder, Entry, header_bytes, read_header, read_object
 from forgetlearn.digests import HISTORY, copy_own, is_recorded, licences, model_files, sha256_of
@@ -59,7 +59,7 @@ def apply_run(
     named, output = str(base), Path(output)
     base = hub.folder_of(named, hub_commit(folder.manifest))
     check_places(output, [folder.path, base], overwrite)
-    name = read_object(folder.path / "summary.json")["product"]
+    name = records.read(records.Summary, folder.path / "summary.json")["product"]
     if merge and name != "adapter":
         raise ConfigError(f"--merge: the product of {run} is a whole model, not an adapter. Leave it out.")
     if name != "adapter" and (folder.path / CHANGE).is_dir():
@@ -150,11 +150,11 @@ def finished_run(run: str | Path) -> RunFolder:
     Raises:
         RunError: there is none, it is not finished, it only scored, or its rows or summary were changed since.
     """
-    folder = RunFolder.open(run)
+    folder = RunFolder.open(run, records.RunManifest)
     if "finished" not in folder.manifest:
         raise RunError(f"{run}: the run is not finished. Go on with --resume.")
     folder.check_results()
-    if not read_object(folder.path / "summary.json").get("product"):
+    if not records.read(records.Summary, folder.path / "summary.json")["product"]:
         raise RunError(f"{run} holds scores, not an update.")
     return folder
 

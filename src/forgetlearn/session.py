@@ -19,6 +19,7 @@ from forgetlearn import (
     keeping,
     planning,
     processes,
+    records,
     report,
     restore,
     runs,
@@ -157,7 +158,7 @@ def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
     was = run.manifest["inputs"]
     now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
-    summary = disk.read_json(path / "summary.json")
+    summary = records.read(records.Summary, path / "summary.json")
     if not summary["product"]:
         raise RunError(f"{path} holds scores, not an update. Choose another folder.")
     product = path / summary["product"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn import comparison, disk, runs, statistics
+from forgetlearn import comparison, disk, records, runs, statistics
 from forgetlearn.compare import CELLS, SHARED, Budget, Cell, CompareSettings, VariantSettings, cells_of
 from forgetlearn.config import RunConfig
 from forgetlearn.errors import RunError
@@ -36,6 +36,7 @@ def write_table(path: Path) -> dict[str, Any]:
     manifest = runs.RunFolder.open(path).manifest
     if "compare" not in manifest["config"]:
         raise RunError(f"{path} holds no comparison.")
+    records.check(records.ComparisonManifest, manifest, path / runs.MANIFEST)
     settings = validate(CompareSettings, manifest["config"]["compare"])
     config = validate(RunConfig, manifest["config"]["run"])
     groups = _groups(path, cells_of(settings, config))
@@ -93,7 +94,7 @@ def _scores(cell: Path) -> dict[str, dict[Column, list[float]]]:
         raise RunError(f"{cell.parent.parent}: the cell {cell.name} is not done. Go on with --resume.")
     runs.RunFolder.open(cell).check_results(f"remove {cell} and go on with --resume")
     found: dict[str, dict[Column, list[float]]] = {}
-    for row in disk.read_rows(cell / "facts.jsonl"):
+    for row in records.read_rows(records.Row, cell / "facts.jsonl"):
         own = found.setdefault(row["phase"], {})
         for quantity, protocol in COLUMNS:
             if protocol == row["protocol"] and quantity in row:
