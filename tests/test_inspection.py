@@ -103,7 +103,7 @@ def test_a_run_that_taught_first_is_inspected_from_the_taught_model(folders):
 
 def run_of(folders, teach_epochs):
     config = {"model": {"name": str(folders / "b")}, "teach": {"epochs": teach_epochs}}
-    return write_run(folders / "run", a_manifest(config), a_summary())
+    return write_run(folders / "run", a_manifest(config, inputs={"base_sha256": "1" * 64}), a_summary())
 
 
 def test_what_cannot_be_inspected_is_refused(folders, tmp_path):

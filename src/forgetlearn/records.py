@@ -7,6 +7,7 @@ later versions are read too; those with a default were not written by every earl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -19,7 +20,6 @@ from forgetlearn.errors import RunError, plain
 REMEDY = "Was it written by forgetlearn? Bring it back from a copy."
 SHOWN = 60  # characters of a wrong value
 
-Object = dict[str, Any]
 
 
 def _file_name(name: str) -> str:
@@ -34,6 +34,12 @@ def _no_null(text: str) -> str:
     return text
 
 
+def _as_json(data: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(data, allow_nan=False)
+    return data
+
+
+Object = Annotated[dict[str, Any], AfterValidator(_as_json)]  # whose numbers are finite
 Text = Annotated[str, AfterValidator(_no_null)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -268,7 +274,15 @@ class FactCounts(Record):
     left_out_probes: dict[str, Count]
     known: Count | None
     forgotten: Count | None = None
+    old_answers: dict[str, Count] = {}
+    without_old: dict[str, Count] = {}
     not_read: list[Text] = []
+
+    @model_validator(mode="after")
+    def _whole(self) -> FactCounts:
+        if len({"old_answers", "without_old"} & self.model_fields_set) == 1:
+            raise ValueError("old_answers and without_old must both be there, or neither")
+        return self
 
 
 class OnText(Record):

@@ -30,8 +30,8 @@ from forgetlearn.encoding import check_lengths
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.generation import check_engine
+from forgetlearn.identity import NAMES, Identity, base_of
 from forgetlearn.inputs import (
-    base_hash,
     check_old_answers,
     check_quantization,
     check_stages,
@@ -97,16 +97,21 @@ def _update(
     if goes_on:  # before a large model is loaded
         runs.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config", AS_NOW)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
-    if goes_on and processes.on_main(lambda: runs.is_finished(output)):
-        return processes.on_main(lambda: _finished(Path(output), config, fact_set))
-    keep = _checked(fact_set, config)
     named = model if model is not None else str(config.model.name)
+    in_memory = not isinstance(named, (str, Path))
+    if goes_on and processes.on_main(lambda: runs.is_finished(output)):
+        base = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
+        return processes.on_main(lambda: _finished(Path(output), config, fact_set, base))
+    keep = _checked(fact_set, config)
     processes.on_main(lambda: check_weights(named))
     lm = as_language_model(named, tokenizer, config.model, all_weights=trains_all_weights(config))
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
     check_lengths(lm.encoder, longest_pairs([*fact_set, *keep]))
     check_stages(config, lm)
+    base = base_of(lm, in_memory=in_memory)
+    if goes_on and in_memory:
+        _check_begun_on(runs.RunFolder.open(output), base)
     answers = None
     if config.facts.old_from == "model" and not goes_on:
         answers = scoring.probe(lm, fact_set, config.evaluate)  # now, because no fact may be left
@@ -114,13 +119,13 @@ def _update(
         check_lengths(lm.encoder, longest_pairs(held))
     inputs: dict[str, Any] = {
         "facts_sha256": fact_set.sha256(),
-        "base_sha256": processes.on_main(lambda: base_hash(lm)),
+        **base,
         **keeping.fingerprint(keep),
     }
     if processes.count() > 1:
         inputs["processes"] = processes.count()  # their parts of the weights fit no other number of them
     if config.keep_change and METHODS[config.method].learns != "lora":
-        restore.check_keeping({"config": config.model_dump(), "inputs": inputs})
+        restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
         lambda: runs.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=AS_NOW)
@@ -129,7 +134,7 @@ def _update(
     n_processes = processes.count()
     line, foreseen = processes.on_main(lambda: planning.foresee(lm, fact_set, config, n_processes))
     log.info(line)
-    run.note(model=lm.describe(), parent=history.parent_of(lm.name), **({"plan": foreseen} if foreseen else {}))
+    run.note(model=lm.describe(), parent=history.parent_of(lm.name, inputs), **({"plan": foreseen} if foreseen else {}))
     if answers is not None:
         keep_old_answers(run, answers)
     return Stages(run, config, lm, fact_set, keep).run()
@@ -151,9 +156,22 @@ def _checked(facts: FactSet, config: RunConfig) -> list[Fact]:
     return keep
 
 
-def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
-    """The result of a run that is done, from its folder alone; the base may be gone by now."""
+def _check_begun_on(run: runs.RunFolder, base: Identity) -> None:
+    """Raise RunError if a run was begun on other weights than those of the model that is passed in."""
+    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest["inputs"], base))
+    if was != now:
+        begun, given = (next(filter(None, hashes), "that are not known") for hashes in (was, now))
+        raise RunError(
+            f"{run.path} was begun on a base with the hash {begun}, and the model that is passed in has other weights "
+            f"(hash {given}): it was changed since.\nLoad the base again and pass that, or choose another folder."
+        )
+
+
+def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity | None) -> UpdateResult:
+    """The result of a run that is done, from its folder alone; a base that was named may be gone by now."""
     run = runs.RunFolder.open(path)
+    if in_memory is not None:
+        _check_begun_on(run, in_memory)
     base = Path(str(config.model.name))
     was = run.manifest["inputs"]
     now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
