@@ -168,9 +168,9 @@ def test_case_4_a_run_in_memory_goes_on_with_the_same_weights(folder, lm, tiny_m
     run.note()
     again = wrap(tiny_model(), char_tokenizer)
     forgetlearn.update(again, folder / "early.jsonl", FT, output=folder / "run", resume=True)
+    other = wrap(tiny_model(seed=1), char_tokenizer)
     with pytest.raises(RunError, match="has other weights"):
-        again = wrap(tiny_model(seed=1), char_tokenizer)
-        forgetlearn.update(again, folder / "early.jsonl", FT, output=folder / "run", resume=True)
+        forgetlearn.update(other, folder / "early.jsonl", FT, output=folder / "run", resume=True)
 
 
 def test_case_4_a_comparison_in_memory_is_not_mixed(folder):

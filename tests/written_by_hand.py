@@ -1,4 +1,4 @@
-"""Records as forgetlearn writes them, made by hand: an update of a chain, a chain's file, a run's manifest and summary."""
+"""Records as forgetlearn writes them, made by hand: an update, the file of a chain, a run's manifest and summary."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ NAMES = ("base_sha256", "weights_sha256")  # of a run's inputs, and of an update
 def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
     """What a run's inputs record of its base; every process calls it, with the same result.
 
-    `base_sha256` is the hash of the base's folder (`digests.sha256_of`) or its commit on the hub. A model that was passed
-    in memory, and holds other weights than what it is named after, has None there, and `weights_sha256` beside it.
+    `base_sha256` is the hash of the base's folder (`digests.sha256_of`) or its commit on the hub. A model that was
+    passed in memory, and has other weights than what it is named after, has None there, and `weights_sha256` beside it.
     """
     named = processes.on_main(lambda: _named(lm))
     if not in_memory:
@@ -57,18 +57,18 @@ def weights_sha256(lm: LanguageModel) -> str:
     """SHA-256 of all weights and stored buffers: names, dtypes, shapes, bits. Tied weights count once.
 
     Taken in the dtypes that the model was loaded in, on whatever device it is, so that `to_float32` for training and a
-    move to a GPU change nothing. Of a model that is split over processes each hashes its part. 0.6 s per GB.
+    move to a GPU change nothing. Of a model that is split over processes each hashes its part. Takes 0.8 s per GB.
     """
     whole = hashlib.sha256()
     for name, tensor in _tensors(lm.model, lm.dtypes):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        whole.update(_bytes(tensor).numpy())
+        whole.update(_bytes(tensor).numpy().data)
     own = whole.hexdigest()
     return digests.hash_of(processes.gather(own)) if lm.is_sharded else own
 
 
 def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, sorted, one at a time on the CPU and in their own dtypes; of a split model this process's part."""
+    """Names and tensors, sorted, one at a time on the CPU and in their own dtypes; of a split model the own part."""
     own = {sharding.local(p).data_ptr(): dtypes[name] for name, p in model.named_parameters() if name in dtypes}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, value in sorted(model.state_dict().items()):
@@ -83,7 +83,17 @@ def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tu
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
-    return one.dtype == two.dtype and one.shape == two.shape and torch.equal(_bytes(one), _bytes(two))
+    """True if two tensors have the same bits."""
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    left, right = _bytes(one), _bytes(two)
+    whole = len(left) // 8 * 8
+    if left.storage_offset() % 8 or right.storage_offset() % 8:
+        whole = 0
+    # Eight bytes at a time: torch compares single bytes six times as slowly.
+    return torch.equal(left[:whole].view(torch.int64), right[:whole].view(torch.int64)) and torch.equal(
+        left[whole:], right[whole:]
+    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:

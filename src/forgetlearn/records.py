@@ -21,7 +21,6 @@ REMEDY = "Was it written by forgetlearn? Bring it back from a copy."
 SHOWN = 60  # characters of a wrong value
 
 
-
 def _file_name(name: str) -> str:
     if name in ("", ".", "..") or name != PurePosixPath(name).name or "\\" in name or "\0" in name:
         raise ValueError("must be the name of a file or folder, without a path")
