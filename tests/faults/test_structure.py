@@ -32,7 +32,7 @@ from forgetlearn import changes, disk, history, models, plots, runs
 from forgetlearn.compare import CELLS, CompareSettings
 from written_by_hand import MEAN, SCORE
 
-FEW, MANY = 300, 20_000
+FEW, MANY = 150, 20_000
 CELL = f"compared/{CELLS}/f-ft-coef0.5-3epochs-seed0"
 
 
