@@ -303,5 +303,6 @@ def test_case_27_a_strangers_run_is_reported_or_refused_by_name(tmp_path, capsys
     else:
         assert code == 2
         assert str(run / file) in error
-        assert field in error
+        assert ".".join(outer) in error
+        assert last in error
         assert error.count("\n") <= 3
