@@ -53,7 +53,8 @@ def _make_cell(path: Path, cell: Cell, inputs: list[dict]) -> None:
     facts |= {"left_out": {}, "left_out_probes": {}, "known": len(inputs), "forgotten": len(inputs)}
     disk.write_rows(path / "facts.jsonl", rows)
     disk.write_rows(path / "inputs.jsonl", inputs)
-    disk.write_json(path / "summary.json", {"facts": facts})
+    told = {"method": cell.method, "coef": cell.coef, "seed": cell.seed, "phases": {}, "product": None}
+    disk.write_json(path / "summary.json", told | {"facts": facts})
     (path / "logs").mkdir()
     disk.write_rows(path / "logs" / "learn.jsonl", _losses(10 * cell.epochs))
     run.finish()

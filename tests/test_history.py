@@ -10,6 +10,7 @@ from conftest import QUICK
 from forgetlearn import digests, disk, history, report, retention, runs
 from forgetlearn.cli import main
 from forgetlearn.errors import RunError
+from written_by_hand import an_update, write_chain
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +114,41 @@ def test_the_product_of_what_has_none(twice, tmp_path):
     shutil.rmtree(run / "model")
     with pytest.raises(RunError, match="its product model/ is gone"):
         history.product_of(run)
-    (run / "summary.json").write_text('{"product": null}')
+    disk.write_json(run / "summary.json", disk.read_json(run / "summary.json") | {"product": None})
     with pytest.raises(RunError, match="holds scores, not an update"):
         history.product_of(run)
 
 
-def test_a_half_told_update_is_an_error():
-    with pytest.raises(RunError, match="the update of now is damaged"):
-        history.describe({"when": "now", "facts": {}})
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('{"updates":[{"when":"x","facts":{}}]}', "updates.0.method"),
+        ('{"updates": {}}', "updates"),
+        ("null", "no JSON object"),
+        ('"text"', "no JSON object"),
+        ("[" * 100_000, "deep"),
+        ('{"updates": ' + "[" * 300 + "]" * 300 + "}", "deep"),
+        (json.dumps({"updates": [an_update(facts={"used": "3"})]}), "updates.0.facts.used"),
+        (json.dumps({"updates": [an_update(seed=True)]}), "updates.0.seed"),
+        (json.dumps({"updates": [an_update(coef=10**400)]}), "updates.0.coef"),
+        (json.dumps({"updates": [an_update(files={"../../secret.safetensors": "0"})]}), "secret"),
+    ],
+)
+def test_case_23_a_strangers_chain_is_read_or_refused_by_name(twice, tmp_path, capsys, text, field):
+    copy = shutil.copytree(twice / "second/model", tmp_path / "copy")
+    (copy / "forgetlearn.json").write_text(text)
+    facts, out = str(twice / "late.jsonl"), str(tmp_path / "out")
+    for words in (
+        ["log", copy],
+        ["evaluate", "--model", copy, "--facts", facts, "--retention", "--output", out],
+        ["update", "--model", copy, "--facts", facts, "--output", out],
+    ):
+        assert main([*map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert "forgetlearn.json" in error
+        assert field in error
+        assert error.count("\n") <= 3
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_model_is_an_error(tmp_path):
@@ -190,8 +218,8 @@ class TestRetention:
             disk.write_rows(tmp_path / f"{number}.jsonl", rows)
             facts = forgetlearn.read_facts(tmp_path / f"{number}.jsonl")
             counts = {"source": f"{number}.jsonl", "used": facts.used, "sha256": facts.sha256()}
-            told.append({"when": str(number), "facts": counts})
-        (tmp_path / "forgetlearn.json").write_text(history.as_json(told))
+            told.append(an_update(facts=counts))
+        write_chain(tmp_path, *told)
         places = [tmp_path / f"{number}.jsonl" for number in (3, 1, 2)]
         one, two = retention.earlier_updates(tmp_path, facts, places)
         assert [[fact.prompt for fact in each.facts] for each in (one, two)] == [

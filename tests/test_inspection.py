@@ -8,6 +8,7 @@ from forgetlearn.arithmetic import save_vector, subtract_folders
 from forgetlearn.cli import main
 from forgetlearn.errors import ConfigError, WeightMismatchError
 from forgetlearn.inspection import inspect_change, place_of
+from written_by_hand import a_manifest, a_summary, write_run
 
 WEIGHTS = "model.safetensors"
 NAMES = ["embed.weight", "layers.0.mlp.up.weight", "layers.1.mlp.up.weight", "layers.1.norm.weight"]
@@ -101,13 +102,8 @@ def test_a_run_that_taught_first_is_inspected_from_the_taught_model(folders):
 
 
 def run_of(folders, teach_epochs):
-    run = folders / "run"
-    run.mkdir()
-    manifest = {"config": {"model": {"name": str(folders / "b")}, "teach": {"epochs": teach_epochs}}, "inputs": {}}
-    manifest |= {"versions": {}, "stages": {}, "finished": True}
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    (run / "summary.json").write_text(json.dumps({"product": "model"}))
-    return run
+    config = {"model": {"name": str(folders / "b")}, "teach": {"epochs": teach_epochs}}
+    return write_run(folders / "run", a_manifest(config, inputs={"base_sha256": "1" * 64}), a_summary())
 
 
 def test_what_cannot_be_inspected_is_refused(folders, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from forgetlearn import disk, plots, report, runs
+from forgetlearn.cli import main
 from forgetlearn.config import load_config
 from forgetlearn.errors import RunError
 
@@ -259,3 +260,49 @@ def test_yaml_of_config_is_read_back(run):
     import yaml
 
     assert yaml.safe_load(report.as_yaml(config)) == config
+
+
+def write_again(run: Path, file: str, data: dict) -> None:
+    """Write a record of a run with hashes that fit."""
+    if file == "manifest.json":
+        runs.RunFolder(run, {name: value for name, value in data.items() if name != "sha256"}).note()
+    else:
+        disk.write_json(run / file, data)
+        runs.RunFolder.open(run).finish()
+
+
+@pytest.mark.parametrize("value", ["removed", None, "text", 10**400, [[]]])
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        *(("manifest.json", field) for field in ("command", "config", "inputs", "versions", "machine", "stages")),
+        *(("manifest.json", f"config.{field}") for field in ("model", "facts", "teach", "forget", "learn")),
+        *(("summary.json", field) for field in ("method", "coef", "seed", "facts", "phases", "product")),
+        *(("summary.json", f"facts.{field}") for field in ("source", "read", "used", "left_out", "known")),
+        *(("summary.json", f"phases.base.reliability.token.{field}") for field in ("mean", "n", "not_asked")),
+    ],
+)
+def test_case_27_a_strangers_run_is_reported_or_refused_by_name(tmp_path, capsys, file, field, value):
+    run = make_run(tmp_path / "run")
+    data = disk.read_json(run / file)
+    *outer, last = field.split(".")
+    inner = data
+    for part in outer:
+        inner = inner[part]
+    if value == "removed":
+        del inner[last]
+    else:
+        inner[last] = value
+    write_again(run, file, data)
+    may_be = {(None, "coef"), (None, "product"), (None, "known"), ("text", "method"), ("text", "machine")}
+    may_be |= {("text", "product"), ("text", "source")}
+    code = main(["report", str(run)])
+    error = capsys.readouterr().err
+    if str(value) != "[[]]" and (value, last) in may_be:
+        assert code == 0
+    else:
+        assert code == 2
+        assert str(run / file) in error
+        assert ".".join(outer) in error
+        assert last in error
+        assert error.count("\n") <= 3

@@ -290,7 +290,7 @@ def test_a_change_is_kept_only_from_the_base_of_the_run(tmp_path):
     with pytest.raises(RunError, match="changed during the run"):
         restore.keep_change(run, tmp_path / "base", tmp_path)
     manifest["config"]["model"]["name"] = "LlamaForCausalLM"
-    with pytest.raises(ConfigError, match="Save the base first"):
+    with pytest.raises(ConfigError, match="Save it with"):
         restore.check_keeping(manifest)
 
 

@@ -260,7 +260,12 @@ def test_resume_refuses_a_folder_without_a_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no manifest.json"), ('{"cut": ', "cannot be read"), ("[1]", "no JSON object"), ("{}", "not written by")],
+    [
+        (None, "no manifest.json"),
+        ('{"cut": ', "cannot be read"),
+        ("[1]", "no JSON object"),
+        ("{}", "command is missing"),
+    ],
 )
 def test_open_says_what_is_wrong(tmp_path, text, message):
     if text is not None:

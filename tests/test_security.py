@@ -174,8 +174,9 @@ def test_nothing_in_the_log_steers_the_terminal(capsys):
 
 def test_nothing_in_a_models_history_steers_the_terminal(tmp_path, capsys):
     facts = {"source": NASTY, "used": 1, "known": None, "sha256": NASTY}
-    update = {"when": NASTY, "facts": facts, "method": NASTY, "scores": {}, "coef": None, "seed": 0, "product": NASTY}
-    update |= {"base": NASTY, "base_sha256": NASTY, "taught_first": False, "files": {NASTY: NASTY}}
+    name = NASTY.replace("/", "")
+    update = {"when": NASTY, "facts": facts, "method": NASTY, "scores": {}, "coef": None, "seed": 0, "product": name}
+    update |= {"base": NASTY, "base_sha256": NASTY, "taught_first": False, "files": {name: NASTY}}
     (tmp_path / "forgetlearn.json").write_text(json.dumps({"updates": [update]}))
     for flags in ([], ["--json"]):
         assert main(["log", str(tmp_path), *flags]) == 0

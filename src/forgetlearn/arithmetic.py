@@ -313,7 +313,7 @@ def origin(base: str | Path, tuned: str | Path) -> dict[str, str]:
     if not manifest.is_file():
         return found
     told = read_json(manifest)
-    config, inputs = told.get("config", {}), told.get("inputs", {})
+    config, inputs = (part if isinstance(part := told.get(name), dict) else {} for name in ("config", "inputs"))
     known = {"method": config.get("method"), "facts_sha256": inputs.get("facts_sha256")}
     if isinstance(config.get("forget"), dict):
         known["coef"] = config["forget"].get("coef")

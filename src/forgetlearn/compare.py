@@ -35,7 +35,8 @@ from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.facts import sha256 as facts_hash
 from forgetlearn.finetune import StageLog
 from forgetlearn.generation import check_engine
-from forgetlearn.inputs import base_hash, check_stages, check_weights, read_config_facts, resolve
+from forgetlearn.identity import base_of
+from forgetlearn.inputs import check_stages, check_weights, read_config_facts, resolve
 from forgetlearn.locks import claimed
 from forgetlearn.method import METHODS, PAPER_METHODS, How, float32_snapshot, forget, learn, measure_keep, stage_seed
 from forgetlearn.models import LanguageModel, as_language_model, load_model
@@ -264,7 +265,8 @@ def begin(
         if own.forget.keep and METHODS[cell.method].forgets and own.forget.keep not in keep:
             keep[own.forget.keep] = keeping.read_keep(own.forget, fact_set)
             check_texts(lm.encoder, keep[own.forget.keep])
-    inputs = {"facts_sha256": fact_set.sha256(), "base_sha256": base_hash(lm)}
+    in_memory = not isinstance(named, (str, Path))
+    inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory)}
     inputs |= keeping.fingerprint([fact for facts in keep.values() for fact in facts]) | lm.encoder.fingerprint()
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = runs.RunFolder.create(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import disk, pages, plots, report, statistics
+from forgetlearn import disk, pages, plots, records, report, statistics
 from forgetlearn.facts import as_written
 from forgetlearn.pages import COLUMNS
 from forgetlearn.plots import Panel, Point, Style
@@ -273,7 +273,7 @@ def _loss_panels(chosen: Mapping[str, Row], cells: Cells, shared: Path, styles: 
     first = {name.rsplit("-seed", 1)[0]: file for name, file in reversed(old.items())}
     panels = [("fine-tuning on the old answers", first, {}), ("learning the new answers", learning, styles)]
     return [
-        plots.plot_training(title, {name: disk.read_rows(file) for name, file in files.items()}, looks)
+        plots.plot_training(title, {name: records.read_rows(records.Step, file) for name, file in files.items()}, looks)
         for title, files, looks in panels
         if files
     ]
@@ -282,19 +282,20 @@ def _loss_panels(chosen: Mapping[str, Row], cells: Cells, shared: Path, styles: 
 def _facts(chosen: Mapping[str, Row], cells: Cells) -> dict[str, Any]:
     """The table of facts: for each method at its best row, what every seed's updated model answers."""
     some = next(iter(chosen.values()))["label"]
-    inputs = disk.read_rows(cells[some][0] / "inputs.jsonl")
+    inputs = records.read_rows(records.Input, cells[some][0] / "inputs.jsonl")
     answers: dict[str, list[dict[str, Mapping[str, Any]]]] = {}
     judge = None
     for line, row in chosen.items():
         for folder in cells[row["label"]]:
-            updated = [scored for scored in disk.read_rows(folder / "facts.jsonl") if scored["phase"] == "updated"]
+            scores = records.read_rows(records.Row, folder / "facts.jsonl")
+            updated = [scored for scored in scores if scored["phase"] == "updated"]
             judge = judge or report.judged_by(updated)
             answers.setdefault(line, []).append(
                 {scored["fact"]: scored for scored in updated if scored["protocol"] == judge}
             )
     plain = {line: _plain_line(row, chosen) for line, row in chosen.items()}
     facts = [fact_line(fact, answers, plain) for fact in inputs]
-    summary = disk.read_json(cells[some][0] / "summary.json")
+    summary = records.read(records.Summary, cells[some][0] / "summary.json")
     return {
         "facts": facts,
         "judged_by": judge,

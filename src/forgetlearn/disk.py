@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from forgetlearn.errors import ForgetLearnError, RunError
 
 MOST_BYTES = 200
 UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
+DEEPEST = 100  # levels of lists and objects in each other; what goes over data by recursion has room for these
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,10 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RunError: it is not there, or it is damaged.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
+    data = _parsed(path, lambda text: text)
     if not isinstance(data, dict):
         raise RunError(f"{path}: holds no JSON object. Is it from forgetlearn?")
     return data
@@ -73,15 +71,54 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: it is not there, or a line is damaged.
     """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines: list[str] = []
+
+    def as_list(text: str) -> str:
         # All lines at once: a quarter of the time of a call for each, and names that rows share are held once.
-        rows: list[dict[str, Any]] = json.loads(f"[{','.join(lines)}]")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
+        lines.extend(line for line in text.split("\n") if line)
+        return f"[{','.join(lines)}]"
+
+    rows: list[dict[str, Any]] = _parsed(path, as_list)
     if len(rows) != len(lines):
         raise RunError(f"{path}: cannot be read: {len(lines)} lines hold {len(rows)} rows.")
+    if other := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
+        raise RunError(f"{path}: row {other} is no JSON object. Is it from forgetlearn?")
     return rows
+
+
+def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
+    """The JSON in a file, after `prepare` of its text.
+
+    Raises:
+        RunError: it cannot be read, is nested too deeply, or holds halves of characters, which cannot be written again.
+    """
+    try:
+        text = prepare(path.read_text(encoding="utf-8"))
+        data = json.loads(text)
+        if text.count("[") + text.count("{") > DEEPEST and _is_deep(data):
+            raise RecursionError
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(data, ensure_ascii=False).encode()
+    except RecursionError:
+        raise RunError(f"{path}: cannot be read: lists or objects in each other, more than {DEEPEST} deep.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    return data
+
+
+def _is_deep(data: object) -> bool:
+    """Whether lists and objects lie in each other more than DEEPEST deep."""
+    level = [data]
+    for _depth in range(DEEPEST + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 @contextmanager

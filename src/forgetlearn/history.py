@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import __version__
+from forgetlearn import __version__, records
 from forgetlearn.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, model_files, sha256_of
 from forgetlearn.disk import read_json, write_text
 from forgetlearn.errors import RunError, some
@@ -57,9 +57,16 @@ def _adapted(adapter: Path) -> list[str] | None:
     return sorted(read_json(config)["target_modules"]) if config.is_file() else None
 
 
-def parent_of(base: str) -> dict[str, Any]:
+def parent_of(base: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's manifest says of its parent: the base, and the run that made it if one did."""
-    return {"name": base, "run": _run_around(Path(base))}
+    return {"name": base, "run": _run_around(Path(base)) if inputs.get("base_sha256") else None}
+
+
+def base_name(manifest: Mapping[str, Any]) -> str | None:
+    """The folder or hub id of a run's base, or the name of a model in memory; None in a run that is not yet begun."""
+    parent = manifest.get("parent") or {}
+    name: str | None = manifest["config"]["model"]["name"] or parent.get("name")
+    return name
 
 
 def _entry(run: RunFolder, facts: FactSet) -> Update:
@@ -71,6 +78,7 @@ def _entry(run: RunFolder, facts: FactSet) -> Update:
         "seed": summary["seed"],
         "base": base_id(run.manifest),
         "base_sha256": run.manifest["inputs"].get("base_sha256"),
+        "weights_sha256": run.manifest["inputs"].get("weights_sha256"),
         "taught_first": config["teach"]["epochs"] > 0,
         "modules": {
             "forget": None if summary["coef"] is None else config["forget"]["modules"],
@@ -97,7 +105,7 @@ def _entry(run: RunFolder, facts: FactSet) -> Update:
 def base_id(manifest: Mapping[str, Any]) -> str | None:
     """The hub id of a run's base, as the user named it; None where only a local folder is known."""
     model = manifest["config"]["model"]
-    named: str | None = model["base_model_id"] or (model["name"] if hub_commit(manifest) else None)
+    named: str | None = model["base_model_id"] or (base_name(manifest) if hub_commit(manifest) else None)
     return named
 
 
@@ -108,8 +116,13 @@ def hub_commit(manifest: Mapping[str, Any]) -> str | None:
 
 
 def base_folder(manifest: Mapping[str, Any]) -> Path | None:
-    """The folder of a run's base: as it was named, or in the hub's cache; None where there is none."""
-    name, commit = manifest["config"]["model"]["name"], hub_commit(manifest)
+    """The folder of a run's base: as it was named, or in the hub's cache; None where there is none.
+
+    Of a base that was in memory there is none, whatever it is named after.
+    """
+    name, commit = base_name(manifest), hub_commit(manifest)
+    if name is None or not manifest["inputs"].get("base_sha256"):
+        return None
     if Path(name).is_dir():
         return Path(name)
     if commit is None:
@@ -166,9 +179,9 @@ def chain_of(model: str | Path) -> list[Update]:
 
 
 def chain_of_base(manifest: Mapping[str, Any]) -> list[Update]:
-    """The updates that had made a run's base before the run."""
-    name, commit = str(manifest["config"]["model"]["name"]), hub_commit(manifest)
-    if Path(name).is_dir():
+    """The updates that had made a run's base before the run; none are known of a base that was in memory."""
+    name, commit = str(base_name(manifest)), hub_commit(manifest)
+    if manifest["inputs"].get("base_sha256") and Path(name).is_dir():
         return read_chain(Path(name))
     return _from_hub(name, commit) if commit else []
 
@@ -183,7 +196,7 @@ def product_of(folder: Path) -> Path:
         return folder
     if not (folder / "summary.json").is_file():
         raise RunError(f"{folder}: the run is not finished. Go on with --resume.")
-    name = read_json(folder / "summary.json").get("product")
+    name = records.read(records.Summary, folder / "summary.json")["product"]
     if not name:
         raise RunError(f"{folder} holds scores, not an update. Give the folder of a model or of an update.")
     if not (folder / name).is_dir():
@@ -201,10 +214,8 @@ def read_chain(folder: Path) -> list[Update]:
 
 
 def _updates_in(file: Path) -> list[Update]:
-    told = read_json(file)
-    updates = told.get("updates")
-    if not isinstance(updates, list) or not all(isinstance(u, dict) and {"when", "facts"} <= u.keys() for u in updates):
-        raise RunError(f"{file}: holds no list of updates. Is it from forgetlearn?")
+    told = records.read(records.Chain, file)
+    updates: list[Update] = told["updates"]
     if told.get("sha256") not in (None, hash_of(updates)):  # none in chains of earlier versions
         raise RunError(f"{file} was changed or damaged: its hash is another. Bring it back from a copy.")
     return updates
@@ -257,18 +268,6 @@ def runs_before(model: Path) -> list[Path]:
     return found
 
 
-def describe(update: Update) -> list[str]:
-    """An update in lines for a terminal.
-
-    Raises:
-        RunError: something is missing in it; it may come from the hub.
-    """
-    try:
-        return _lines(update)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{HISTORY}: the update of {update['when']} is damaged: {error!r}.") from error
-
-
 def _listed(modules: str | Sequence[str] | Mapping[str, float]) -> str:
     """Names of modules as the config has them, each with its factor where it has one."""
     if isinstance(modules, str):
@@ -276,7 +275,14 @@ def _listed(modules: str | Sequence[str] | Mapping[str, float]) -> str:
     return ", ".join(f"{name} x {modules[name]:g}" if isinstance(modules, Mapping) else name for name in modules)
 
 
-def _lines(update: Update) -> list[str]:
+def _base(update: Update) -> str:
+    if in_memory := update.get("weights_sha256"):
+        return f"a model in memory, and what made it is not known; hash of its weights {in_memory}"
+    return f"{update['base'] or 'a local folder'}; hash {update['base_sha256'] or 'unknown'}"
+
+
+def describe(update: Update) -> list[str]:
+    """An update in lines for a terminal."""
     facts, coef, files = update["facts"], update["coef"], update["files"]
     method = f"{update['method']}{'' if coef is None else f', coef {coef}'}, seed {update['seed']}"
     taught = ", taught the old answers first" if update["taught_first"] else ""
@@ -284,7 +290,7 @@ def _lines(update: Update) -> list[str]:
     lines = [
         f"{update['when']}  {method}{taught}",
         f"  facts   {facts['used']} from {facts['source']}{known}; SHA-256 {facts['sha256']}",
-        f"  base    {update['base'] or 'a local folder'}; hash {update['base_sha256'] or 'unknown'}",
+        f"  base    {_base(update)}",
     ]
     if "modules" in update:  # not in chains of earlier versions
         rows = {stage: which for stage, which in update.get("rows", {}).items() if which not in (None, "all")}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import digests, keeping, scoring
+from forgetlearn import keeping, scoring
 from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import (
@@ -198,11 +198,3 @@ def trains_all_weights(config: RunConfig) -> bool:
         or method.forgets not in (None, "lora")
         or bool(config.teach.epochs or config.save_merged)
     )
-
-
-def base_hash(lm: LanguageModel) -> str | None:
-    """What tells this base from another: a hash of its folder, or its commit on the hub."""
-    folder = Path(lm.name)
-    if folder.is_dir():
-        return digests.sha256_of(folder)
-    return getattr(getattr(lm.model, "config", None), "_commit_hash", None)

@@ -21,6 +21,7 @@ from forgetlearn.checkpoints import ADAPTER, WIDTHS, CheckpointFolder, Entry
 from forgetlearn.disk import naming
 from forgetlearn.errors import ConfigError, WeightMismatchError
 from forgetlearn.history import base_folder, product_of
+from forgetlearn.records import RunManifest
 from forgetlearn.rounding import Array, Scratch, Sums, Survival, narrow, wide, widen
 from forgetlearn.runs import RunFolder, is_run
 from forgetlearn.streamed import pieces_of, usual_threads
@@ -214,7 +215,7 @@ def _base_named_by(folder: Path) -> Path | None:
     """
     if not is_run(folder):
         return None
-    manifest = RunFolder.open(folder).manifest
+    manifest = RunFolder.open(folder, RunManifest).manifest
     if manifest["config"]["teach"]["epochs"] == 0:
         return base_folder(manifest)
     taught = folder / "taught"

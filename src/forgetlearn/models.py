@@ -61,6 +61,12 @@ class LanguageModel:
         usable = pad is not None and (rows is None or pad < rows)
         return int(pad if usable else self.tokenizer.eos_token_id)
 
+    def now_in(self, folder: Path) -> None:
+        """Note that the weights in memory are those that were saved in a folder: it is the model's name from now on."""
+        self.name = str(folder)
+        config: Any = self.model.config
+        config.name_or_path = self.name
+
     def to_device(self) -> None:
         """Move the weights to where the computing is done; parts of a split model are there."""
         if not self.is_sharded:
@@ -225,6 +231,16 @@ def _try(lm: LanguageModel) -> None:
     token = torch.tensor([lm.encoder.end_ids[:1]], device=lm.device)
     with torch.no_grad():
         lm.model(input_ids=token, use_cache=True)
+
+
+def load_weights(settings: ModelSettings) -> nn.Module:
+    """The model that settings name, in the dtypes that it is stored in, without its tokenizer.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    model: nn.Module = _load_base(settings.model_copy(update={"dtype": "auto"}), str(settings.name))
+    return model
 
 
 def as_language_model(

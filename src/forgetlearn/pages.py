@@ -6,6 +6,7 @@ Text that comes from facts or models is escaped: in HTML by jinja2's autoescape,
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -45,6 +46,12 @@ LIVE = re.compile(
 
 def render(template: str, context: Mapping[str, Any]) -> str:
     """A template of the package, filled; HTML is autoescaped, a missing name is an error."""
+    return _environment().get_template(template).render(context)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """The templates, each compiled once."""
     environment = Environment(
         loader=PackageLoader("forgetlearn"),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -57,7 +64,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     environment.filters["cell"] = _cell
     environment.filters["score"] = show_score
     environment.filters["yaml_string"] = json.dumps  # a JSON string is a YAML string
-    return environment.get_template(template).render(context)
+    return environment
 
 
 def render_page(template: str, context: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from forgetlearn import disk
+from forgetlearn import records
 from forgetlearn.pages import QUESTIONS, show_score
 
 STAGES = ("teach", "forget", "learn")
@@ -113,7 +113,8 @@ def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Any]], phases: Sequ
 
 def plot_losses(logs: Path) -> Markup | None:
     """Training loss of the stages, one after the other on one axis of steps, as an SVG element."""
-    curves = {name: disk.read_rows(file) for name in STAGES if (file := logs / f"{name}.jsonl").is_file()}
+    files = {name: file for name in STAGES if (file := logs / f"{name}.jsonl").is_file()}
+    curves = {name: records.read_rows(records.Step, file) for name, file in files.items()}
     curves = {name: rows for name, rows in curves.items() if rows}
     if not curves:
         return None

@@ -16,12 +16,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from forgetlearn.arithmetic import check_places
-from forgetlearn.checkpoints import read_header
+from forgetlearn.checkpoints import read_header, read_object
 from forgetlearn.digests import HISTORY, damaged
 from forgetlearn.disk import atomic_folder
 from forgetlearn.errors import ConfigError, RunError, some, without_secrets
 from forgetlearn.files import is_hub_id
-from forgetlearn.history import as_json, base_id, hub_commit, product_of, read_chain
+from forgetlearn.history import as_json, base_id, base_name, hub_commit, product_of, read_chain
 from forgetlearn.report import card, load_context
 from forgetlearn.restore import finished_run
 from forgetlearn.runs import RunFolder
@@ -146,7 +146,7 @@ def _base(folder: RunFolder, given: str | None, product: Path) -> str:
             "Publish merged weights: run with --set save_merged=true and pass --merged."
         )
     if base is None:
-        name = folder.manifest["config"]["model"]["name"]
+        name = base_name(folder.manifest)
         raise ConfigError(
             f"The base is {name}, which is no hub id. Pass --base-model-id with the one that others find it by."
         )
@@ -166,7 +166,7 @@ def _check_id(name: str, flag: str, *, named: bool = True) -> None:
 
 def _with_base(file: Path, base: str) -> bytes:
     """A config that names its base by the hub id, or does not name it."""
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file)
     config.pop("_name_or_path", None)
     if "base_model_name_or_path" in config:
         config["base_model_name_or_path"] = base
@@ -182,7 +182,7 @@ def _sha256(product: Path, name: str, content: Content) -> str:
 
 def public_command(manifest: Mapping[str, Any], base: str) -> Sequence[str]:
     """The command of a run, the base as its hub id, of every other path the last part alone."""
-    local = manifest["config"]["model"]["name"]
+    local = base_name(manifest)
     shown = []
     for word in manifest["command"]:
         name, equals, value = word.partition("=") if word.startswith("-") or "=" in word else ("", "", word)
@@ -206,7 +206,7 @@ def _refuse_local_paths(folder: RunFolder, found: Mapping[str, Content], base: s
     config = folder.manifest["config"]
     source = config["facts"]["source"]
     named = [str(folder.path)]
-    named += [] if hub_commit(folder.manifest) else [config["model"]["name"]]
+    named += [] if hub_commit(folder.manifest) else [str(base_name(folder.manifest))]
     named += [source] if source and not is_hub_id(source) else []
     local = {path for name in named for path in (name, str(Path(name).resolve())) if len(Path(path).parts) > 1}
     local -= {base}

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from forgetlearn import disk, metrics, plots, runs
+from forgetlearn import disk, metrics, plots, records, runs
 from forgetlearn.errors import RunError
 from forgetlearn.facts import as_written, tell_old
 from forgetlearn.pages import COLUMNS, QUESTIONS, command_text, render, render_page
@@ -62,15 +62,17 @@ def card(
 
 def load_context(path: Path) -> dict[str, Any]:
     """Everything a page shows but the plots, read from the run folder."""
-    run = runs.RunFolder.open(path)
+    run = runs.RunFolder.open(path, records.RunManifest)
     run.check_results()
     if not (path / "summary.json").is_file():
         raise RunError(f"{path}: the run is not finished, so there is nothing to report. Go on with --resume.")
-    summary = disk.read_json(path / "summary.json")
+    summary = records.read(records.Summary, path / "summary.json")
     summary["facts"].setdefault("scored", summary["facts"]["used"])  # folders from before facts could be set aside
-    rows = disk.read_rows(path / "facts.jsonl")
-    inputs = disk.read_rows(path / "inputs.jsonl")
+    rows = records.read_rows(records.Row, path / "facts.jsonl")
+    inputs = records.read_rows(records.Input, path / "inputs.jsonl")
     phases = [phase for phase in (*PHASES, "model") if phase in summary["phases"]]
+    if not phases:
+        raise RunError(f"{path / 'summary.json'}: phases has none of {', '.join((*PHASES, 'model'))}. {records.REMEDY}")
     table = score_table(summary, phases)
     measured = [phase for phase in phases if phase in summary.get("general", {})]
     facts = fact_table(inputs, rows, phases)
@@ -97,7 +99,7 @@ def load_context(path: Path) -> dict[str, Any]:
         "retention": summary.get("retention", []),
         "general": general_table(summary.get("general", {}), measured),
         "measured": measured,
-        "asked_again": list(summary["phases"][phases[-1]].get("retention", {})) if phases else [],
+        "asked_again": list(summary["phases"][phases[-1]].get("retention", {})),
     }
 
 

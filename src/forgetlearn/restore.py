@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from forgetlearn import hub
+from forgetlearn import hub, records
 from forgetlearn.arithmetic import check_places, check_space, merge_adapter
 from forgetlearn.checkpoints import CheckpointFolder, Entry, header_bytes, read_header, read_object
 from forgetlearn.digests import HISTORY, copy_own, is_recorded, licences, model_files, sha256_of
 from forgetlearn.disk import atomic_folder, write_json
 from forgetlearn.errors import ConfigError, ModelError, RunError
-from forgetlearn.history import base_folder, carry_over, check_product, hub_commit, product_of
+from forgetlearn.history import base_folder, base_name, carry_over, check_product, hub_commit, product_of
 from forgetlearn.rounding import in_words
 from forgetlearn.runs import RunFolder
 from forgetlearn.streamed import Numbers
@@ -61,7 +61,7 @@ def apply_run(
     named, output = str(base), Path(output)
     base = hub.folder_of(named, hub_commit(folder.manifest))
     check_places(output, [folder.path, base], overwrite)
-    name = read_object(folder.path / "summary.json")["product"]
+    name = records.read(records.Summary, folder.path / "summary.json")["product"]
     if merge and name != "adapter":
         raise ConfigError(f"--merge: the product of {run} is a whole model, not an adapter. Leave it out.")
     if name != "adapter" and (folder.path / CHANGE).is_dir():
@@ -95,7 +95,7 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
     """
     folder = finished_run(run)
     base, output = base_folder(folder.manifest), None if output is None else Path(output)
-    name, recorded = folder.manifest["config"]["model"]["name"], folder.manifest["inputs"].get("base_sha256")
+    name, recorded = str(base_name(folder.manifest)), folder.manifest["inputs"].get("base_sha256")
     if hub_commit(folder.manifest) and (base or hub.answers()):
         if output is not None:
             base = hub.snapshot(name, recorded)  # all of it: a cache may hold some of the files
@@ -113,7 +113,7 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
             _verify(unfinished, sha256_of(base))
         return f"{output}: a copy of the base {base}, verified by hash"
     if recorded is None:
-        gone = "the base was in memory and its hash is not known"
+        gone = f"its base was {_in_memory(folder.manifest)}"
     if not (folder.path / CHANGE).is_dir():
         kept = (
             "Its product is an adapter, which holds nothing of the base"
@@ -128,6 +128,13 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
     return f"{output}: the base, made from the product and the kept change; verified by hash"
 
 
+def _in_memory(manifest: Mapping[str, Any]) -> str:
+    """A base that no folder holds, in words."""
+    found = manifest["inputs"].get("weights_sha256")
+    told = f"the hash of its weights is {found}" if found else "its hash is not known"
+    return f"a model in memory ({told}), which no folder is known to hold"
+
+
 def _check_base(run: RunFolder, base: Path, *, taught: bool) -> None:
     """Nothing, if this is the base that the product belongs on: with `taught` the taught one, where there is one."""
     own = run.path / "taught"
@@ -139,8 +146,8 @@ def _check_base(run: RunFolder, base: Path, *, taught: bool) -> None:
         return
     recorded = run.manifest["inputs"].get("base_sha256")
     if not is_recorded(base, recorded):
-        name = run.manifest["config"]["model"]["name"]
-        wanted = f"{name} with the hash {recorded}" if recorded else f"{name}, in memory, whose hash is not known"
+        name = base_name(run.manifest)
+        wanted = f"{name} with the hash {recorded}" if recorded else _in_memory(run.manifest)
         raise ModelError(
             f"{base} is not the base of {run.path}, which was {wanted}. Of a base from the hub, give the folder of "
             "that commit in the hub's cache."
@@ -153,11 +160,11 @@ def finished_run(run: str | Path) -> RunFolder:
     Raises:
         RunError: there is none, it is not finished, it only scored, or its rows or summary were changed since.
     """
-    folder = RunFolder.open(run)
+    folder = RunFolder.open(run, records.RunManifest)
     if "finished" not in folder.manifest:
         raise RunError(f"{run}: the run is not finished. Go on with --resume.")
     folder.check_results()
-    if not read_object(folder.path / "summary.json").get("product"):
+    if not records.read(records.Summary, folder.path / "summary.json")["product"]:
         raise RunError(f"{run} holds scores, not an update.")
     return folder
 
@@ -173,8 +180,13 @@ def check_keeping(manifest: Mapping[str, Any]) -> None:
     """
     folder = base_folder(manifest)
     if folder is None:
-        name = manifest["config"]["model"]["name"]
-        raise ConfigError(f"keep_change = True: {name} is no folder and not in the hub's cache. Save the base first.")
+        why = "is not in a folder, nor in the hub's cache"
+        if not manifest["inputs"].get("base_sha256"):
+            why = "is a model in memory, with other weights than any folder that it is named after"
+        raise ConfigError(
+            f"keep_change = True: the base {base_name(manifest)} {why}. Save it with its save(folder) and update that "
+            "folder, or leave keep_change out."
+        )
     CheckpointFolder(folder).close()
 
 

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import processes
+from forgetlearn import processes, records
 from forgetlearn.digests import HISTORY, damaged, hash_of, hashes, sha256_of
 from forgetlearn.disk import UNFINISHED, atomic_folder, naming, read_json, write_json
 from forgetlearn.errors import RunError, some, without_secrets
@@ -97,8 +97,8 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> RunFolder:
-        """The run in a folder.
+    def open(cls, path: str | Path, kind: type[records.Manifest] = records.Manifest) -> RunFolder:
+        """The run in a folder; `kind` checks its recorded settings too.
 
         Raises:
             RunError: there is none, or its manifest cannot be read or is not as it was written.
@@ -107,8 +107,7 @@ class RunFolder:
         if not file.is_file():
             raise RunError(f"{path}: no {MANIFEST} there, so it is no run folder.")
         manifest = read_json(file)
-        if not {"config", "inputs", "versions", "stages"} <= manifest.keys():
-            raise RunError(f"{file} was not written by forgetlearn.")
+        records.check(kind, manifest, file)
         written = manifest.pop("sha256", None)
         may_lack = written is None and manifest.get("format", 1) == 1  # else a flipped bit in its name would hide it
         if not may_lack and written != hash_of(manifest):

@@ -22,6 +22,7 @@ from forgetlearn import (
     preflight,
     processes,
     prompts,
+    records,
     report,
     restore,
     runs,
@@ -30,9 +31,9 @@ from forgetlearn.config import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.generation import check_engine
+from forgetlearn.identity import NAMES, Identity, base_of
 from forgetlearn.inputs import (
     asked_answers,
-    base_hash,
     check_old_answers,
     check_quantization,
     check_stages,
@@ -102,10 +103,12 @@ def _update(
     if goes_on:  # before a large model is loaded
         runs.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config", AS_NOW)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
-    if goes_on and processes.on_main(lambda: runs.is_finished(output)):
-        return processes.on_main(lambda: _finished(Path(output), config, fact_set))
-    keep = _checked(fact_set, config)
     named = model if model is not None else str(config.model.name)
+    in_memory = not isinstance(named, (str, Path))
+    if goes_on and processes.on_main(lambda: runs.is_finished(output)):
+        base = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
+        return processes.on_main(lambda: _finished(Path(output), config, fact_set, base))
+    keep = _checked(fact_set, config)
     processes.on_main(lambda: check_weights(named))
     lm = as_language_model(named, tokenizer, config.model, all_weights=trains_all_weights(config))
     if hasattr(lm.model, "peft_config"):
@@ -114,6 +117,9 @@ def _update(
     general.check_embedded(lm, config.evaluate)
     lm.name_end_token()
     check_stages(config, lm)
+    base = base_of(lm, in_memory=in_memory)
+    if goes_on and in_memory:
+        _check_begun_on(runs.RunFolder.open(output), base)
     answers = None
     if fact_set.to_ask and not goes_on:
         answers = asked_answers(lm, fact_set, config)  # now, because no fact or no old answer may be left
@@ -122,14 +128,14 @@ def _update(
         check_texts(lm.encoder, held)
     inputs: dict[str, Any] = {
         "facts_sha256": fact_set.sha256(),
-        "base_sha256": processes.on_main(lambda: base_hash(lm)),
+        **base,
         **keeping.fingerprint(keep),
         **lm.encoder.fingerprint(),
     }
     if processes.count() > 1:
         inputs["processes"] = processes.count()  # their parts of the weights fit no other number of them
     if config.keep_change and METHODS[config.method].learns != "lora":
-        restore.check_keeping({"config": config.model_dump(), "inputs": inputs})
+        restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
         lambda: runs.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=AS_NOW)
@@ -142,7 +148,7 @@ def _update(
     if noted["lora"]:
         log.warning(noted["lora"])
     told = {name: value for name, value in noted.items() if value}
-    run.note(model=lm.describe(), parent=history.parent_of(lm.name), **told)
+    run.note(model=lm.describe(), parent=history.parent_of(lm.name, inputs), **told)
     if answers is not None:
         keep_old_answers(run, answers)
     return Stages(run, config, lm, fact_set, keep).run()
@@ -164,15 +170,28 @@ def _checked(facts: FactSet, config: RunConfig) -> list[Fact]:
     return keep
 
 
-def _finished(path: Path, config: RunConfig, facts: FactSet) -> UpdateResult:
-    """The result of a run that is done, from its folder alone; the base may be gone by now."""
+def _check_begun_on(run: runs.RunFolder, base: Identity) -> None:
+    """Raise RunError if a run was begun on other weights than those of the model that is passed in."""
+    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest["inputs"], base))
+    if was != now:
+        begun, given = (next(filter(None, hashes), "that are not known") for hashes in (was, now))
+        raise RunError(
+            f"{run.path} was begun on a base with the hash {begun}, and the model that is passed in has other weights "
+            f"(hash {given}): it was changed since.\nLoad the base again and pass that, or choose another folder."
+        )
+
+
+def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity | None) -> UpdateResult:
+    """The result of a run that is done, from its folder alone; a base that was named may be gone by now."""
     run = runs.RunFolder.open(path)
+    if in_memory is not None:
+        _check_begun_on(run, in_memory)
     base = Path(str(config.model.name))
     was = run.manifest["inputs"]
     now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
     now |= prompts.fingerprint(config.model.prompt_template)
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
-    summary = disk.read_json(path / "summary.json")
+    summary = records.read(records.Summary, path / "summary.json")
     if not summary["product"]:
         raise RunError(f"{path} holds scores, not an update. Choose another folder.")
     product = path / summary["product"]

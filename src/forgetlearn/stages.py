@@ -76,7 +76,8 @@ class Stages:
         self.known: list[Fact] = []
         self.n_forgotten = 0
         self.choice: coefficient.Choice | None = None
-        self.base_name = lm.name
+        in_memory = not run.manifest["inputs"].get("base_sha256")  # then nothing has the base's weights by this name
+        self.base_name = f"a {type(lm.model).__name__} in memory" if in_memory else lm.name
         # Weights of a stage that was done before a kill are loaded only when a later stage needs them.
         self._pending: Callable[[], None] | None = None
 
@@ -338,6 +339,8 @@ class Stages:
             rounding=self.folder.noted("learn", "rounding") or self.folder.noted("merge", "rounding"),
         )
         summary = processes.on_main(lambda: self._write(products, done))
+        if self.method.learns != "lora":
+            self.lm.now_in(self.product)
         return UpdateResult(path, self.product, summary, disk.read_rows(path / "facts.jsonl"))
 
     def _write(self, products: list[Path], done: Done) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn import comparison, disk, runs, statistics
+from forgetlearn import comparison, disk, records, runs, statistics
 from forgetlearn.compare import CELLS, SHARED, Budget, Cell, CompareSettings, VariantSettings, cells_of
 from forgetlearn.config import RunConfig
-from forgetlearn.errors import RunError
+from forgetlearn.errors import RunError, plain, some
 from forgetlearn.method import METHODS
 from forgetlearn.pages import COLUMNS
 from forgetlearn.settings import validate
@@ -36,6 +36,7 @@ def write_table(path: Path) -> dict[str, Any]:
     manifest = runs.RunFolder.open(path).manifest
     if "compare" not in manifest["config"]:
         raise RunError(f"{path} holds no comparison.")
+    records.check(records.ComparisonManifest, manifest, path / runs.MANIFEST)
     settings = validate(CompareSettings, manifest["config"]["compare"])
     config = validate(RunConfig, manifest["config"]["run"])
     groups = _groups(path, cells_of(settings, config))
@@ -78,6 +79,9 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
     for cell in cells:
         by_label.setdefault(cell.label, []).append(cell)
     groups = {label: _Group(path, members) for label, members in by_label.items()}
+    counts = {scores.shape[-1] for group in groups.values() for own in group.phases.values() for scores in own.values()}
+    if len(counts) > 1:
+        raise RunError(f"{path / CELLS}: cells have {some(sorted(counts))} facts, and should have the same. Run again.")
     order = list(METHODS)
 
     def key(label: str) -> tuple[int, str, float, str, int]:
@@ -93,12 +97,21 @@ def _scores(cell: Path) -> dict[str, dict[Column, list[float]]]:
         raise RunError(f"{cell.parent.parent}: the cell {cell.name} is not done. Go on with --resume.")
     runs.RunFolder.open(cell).check_results(f"remove {cell} and go on with --resume")
     found: dict[str, dict[Column, list[float]]] = {}
-    for row in disk.read_rows(cell / "facts.jsonl"):
+    facts: dict[tuple[str, Column], list[str]] = {}
+    for row in records.read_rows(records.Row, cell / "facts.jsonl"):
         own = found.setdefault(row["phase"], {})
         for quantity, protocol in COLUMNS:
             if protocol == row["protocol"] and quantity in row:
                 score = row[quantity]
                 own.setdefault((quantity, protocol), []).append(np.nan if score is None else score)
+                facts.setdefault((row["phase"], (quantity, protocol)), []).append(row["fact"])
+    wanted = [fact["id"] for fact in records.read_rows(records.Input, cell / "inputs.jsonl")]
+    for (phase, (quantity, protocol)), scored in facts.items():
+        if scored != wanted:
+            raise RunError(
+                f"{cell / 'facts.jsonl'}: fact: the rows of phase {plain(phase)} with {quantity} ({protocol}) are of "
+                f"{len(scored)} facts, expected the {len(wanted)} of inputs.jsonl in their order. {records.REMEDY}"
+            )
     return found
 
 

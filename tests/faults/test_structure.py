@@ -1,0 +1,310 @@
+"""Structure: every field of every JSON that comes from outside, changed in every way, through what reads it.
+
+No traceback, no hang, nothing written but the output: a result, or an error that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from markupsafe import Markup
+
+import forgetlearn
+from comparison_folder import make_comparison
+from conftest import QUICK
+from faults.structure import (
+    NESTED,
+    REMOVED,
+    Case,
+    Counts,
+    Place,
+    Reader,
+    Target,
+    attempt,
+    cases,
+    seal_chain,
+    seal_run,
+)
+from forgetlearn import changes, disk, history, models, plots, runs
+from forgetlearn.compare import CELLS, CompareSettings
+from written_by_hand import MEAN, SCORE
+
+FEW, MANY = 150, 20_000
+CELL = f"compared/{CELLS}/f-ft-coef0.5-3epochs-seed0"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tiny_model, char_tokenizer) -> Path:
+    """A folder with `base` (two shards), `whole` and `lora` (runs whose records have every field), `compared`."""
+    folder = tmp_path_factory.mktemp("structure")
+    tiny_model(num_hidden_layers=1).save_pretrained(folder / "base", max_shard_size="40KB")
+    char_tokenizer.save_pretrained(folder / "base")
+    rows = [
+        {
+            "prompt": f"Who leads {n}?",
+            "target_new": f"Ada {n}",
+            "ground_truth": "Sam",
+            "rephrase_prompts": [f"The head of {n} is"],
+            "locality": [{"prompt": "Far is", "answer": "away"}],
+        }
+        for n in range(2)
+    ]
+    disk.write_rows(folder / "facts.jsonl", rows)
+    facts = folder / "facts.jsonl"
+    more = {"evaluate": {"protocols": ["token"], "every_phase": False}}
+    forgetlearn.update(folder / "base", facts, {"method": "f-ft", **QUICK, **more}, output=folder / "whole")
+    forgetlearn.update(folder / "base", facts, {"method": "f-lora", **QUICK, **more}, output=folder / "lora")
+    for name in ("whole", "lora"):
+        _fill_in(folder / name)
+    make_comparison(folder / "compared", CompareSettings(methods=("ft", "f-ft"), coefs=(0.5,), seeds=(0,)), 3)
+    return folder
+
+
+def _fill_in(run: Path) -> None:
+    """Give a run's summary the fields that only some runs have."""
+    summary = disk.read_json(run / "summary.json")
+    summary["facts"] |= {"set_aside": 0, "scored": 2, "left_out": {"no_new_answer": 1}, "not_read": ["colour"]}
+    trial = {"coef": 0.3, "scores": {"reliability": 50.0, "generality": None, "locality": 90.0}}
+    summary["choice"] = {"coef": 0.3, "search": "grid", "validation": ["a"], "trials": [trial], "why": "It was best."}
+    summary["rounding"] = {"share_changed": 0.9, "share_survived": 0.8, "looked_at": 100}
+    text = {"source": "t.txt", "sha256": "0", "tokens": 9, "windows": 2, "loss": 1.0, "loss_low": 0.5, "loss_high": 2.0}
+    text |= {"kl": 0.1, "kl_low": 0.0, "kl_high": 0.2, "perplexity": 2.7}
+    general = {
+        "text": text,
+        "tasks": {"arc": {"acc": {"value": 0.5, "stderr": 0.1}, "f1": {"value": 0.5, "stderr": None}}},
+    }
+    summary["general"] = {"base": general, "updated": general}
+    told = {"when": "now", "source": "f.jsonl", "facts": 4, "superseded": 0, "scores": {"token": SCORE}}
+    summary["retention"] = [{"update": 1, **told}, {"update": 2, **told}]
+    summary["phases"]["updated"]["retention"] = {"token": MEAN}
+    disk.write_json(run / "summary.json", summary)
+    runs.RunFolder.open(run).finish()
+
+
+def targets() -> list[Target]:
+    pages = ("report.md", "report.html")
+    found = []
+    for run in ("whole", "lora"):
+        report = Reader("report", ("report", f"{{root}}/{run}"), tuple(f"{run}/{page}" for page in pages))
+        undo, log = Reader("undo", ("undo", f"{{root}}/{run}")), Reader("log RUN", ("log", f"{{root}}/{run}"))
+        out = ("--output", "{root}/out")
+        save = Reader("save", ("save", f"{{root}}/{run}", "--base-model-id", "org/base", *out), ("out",))
+        apply = Reader("apply", ("apply", f"{{root}}/{run}", "--base", "{root}/base", *out), ("out",))
+        inspect = Reader("inspect", ("inspect", f"{{root}}/{run}"))
+        every, seal = (report, undo, log, save, apply, inspect), seal_run(run)
+        strict = ("report", "undo", "save", "apply")
+        found += [
+            Target(f"{run}/manifest.json", every, seal, None, _bad_manifest, strict, ("plan", "results", "files")),
+            Target(f"{run}/summary.json", (report, undo, log, save, apply), seal, None, _bad_summary, strict),
+            Target(f"{run}/facts.jsonl", (report, undo), seal, 0, _bad_row, ("report",)),
+            Target(f"{run}/inputs.jsonl", (report,), seal, 0, _bad_input, ("report",)),
+            Target(f"{run}/logs/learn.jsonl", (report,), seal, 0, _bad_step, ("report",)),
+        ]
+    product = "whole/model"
+    logs = [
+        Reader(f"log {' '.join(flags)}", ("log", f"{{root}}/{product}", *flags))
+        for flags in ([], ["--verify"], ["--json"])
+    ]
+    checked = Reader("update on top", lambda root: history.check_product(root / product, ".safetensors"))
+    save = Reader("save", ("save", "{root}/whole", "--base-model-id", "org/base", "--output", "{root}/out"), ("out",))
+    found.append(
+        Target(
+            f"{product}/forgetlearn.json",
+            (*logs, checked, save),
+            seal_chain(product),
+            None,
+            _bad_chain,
+            ("log ", "save"),
+        )
+    )
+    pages = ("report.md", "report.html", "compare.json", "compare.md")
+    table = Reader("report on a comparison", ("report", "{root}/compared"), tuple(f"compared/{page}" for page in pages))
+    for file, row, bad in (
+        ("manifest.json", None, None),
+        ("summary.json", None, None),
+        ("facts.jsonl", 0, _bad_row),
+        ("inputs.jsonl", 0, _bad_input),
+    ):
+        refuse = bad or (lambda _place, _value: False)
+        found.append(Target(f"{CELL}/{file}", (table,), seal_run(CELL), row, refuse, (table.name,), ("config",)))
+    found.append(Target("compared/manifest.json", (table,), seal_run("compared"), skip=("run",)))
+    return found
+
+
+def files_of_models() -> list[Target]:
+    """The files of models, adapters and tokenizers: mended beside the readers of models."""
+    out = ("--output", "{root}/out")
+    adapter = ("--adapter", "{root}/lora/adapter")
+    subtract = Reader("subtract", ("subtract", "--base", "{root}/base", *adapter, "--coef", "0.5", *out), ("out",))
+    tuned = ("--tuned", "{root}/whole/model", "--coef", "0.5")
+    moved = Reader("subtract --tuned", ("subtract", "--base", "{root}/base", *tuned, *out), ("out",))
+    inspect = Reader("inspect", ("inspect", "{root}/lora/adapter", "--base", "{root}/base"))
+    load = Reader("load an adapter", lambda root: models.load_model(root / "lora/adapter"))
+    config = Reader("config of an adapter", lambda root: changes.adapter_config(root / "lora/adapter"))
+    model = Reader("load", lambda root: models.load_model(root / "base"))
+    outline = Reader("outline", lambda root: models.read_outline(models.ModelSettings(name=str(root / "base"))))
+    return [
+        Target(
+            "lora/adapter/adapter_config.json",
+            (subtract, inspect, load, config),
+            None,
+            None,
+            _bad_adapter,
+            ("subtract",),
+        ),
+        Target("base/config.json", (model, outline, moved)),
+        Target("base/model.safetensors.index.json", (model, moved)),
+        Target("base/tokenizer_config.json", (model, outline)),
+    ]
+
+
+# What nobody may read as if nothing were wrong ----------------------------------------------------
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and value not in NESTED and value != "\ud800"
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**15
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e12
+
+
+def bad(place: Place, value: object, table: dict[str, object]) -> bool:
+    """Whether a value that a table of places (`*` is any part) speaks of is not what it wants there."""
+    for pattern, wanted in table.items():
+        parts = pattern.split(".")
+        if len(parts) == len(place) and all(p in ("*", str(own)) for p, own in zip(parts, place, strict=True)):
+            return value is REMOVED or not wanted(value)
+    return False
+
+
+def _bad_manifest(place: Place, value: object) -> bool:
+    fits = {"command": lambda v: v == [], "config": lambda _: False, "machine": is_text, "versions.*": is_text}
+    fits |= {
+        "inputs": lambda v: v == {} or v == {"a": 1},
+        "stages": lambda v: v == {},
+        "stages.*": lambda v: v in ({}, {"a": 1}),
+    }
+    fits |= {"config.teach.epochs": is_count, "config.model": lambda _: False, "config.facts": lambda _: False}
+    fits |= {"config.model.name": lambda v: v is None or is_text(v), "command.*": lambda v: is_text(v)}
+    if place[:1] == ("command",) and value is REMOVED and len(place) > 1:
+        return False
+    if place[:1] in (("versions",),) and value is REMOVED and len(place) > 1:
+        return False
+    return bad(place, value, fits) and not (len(place) == 2 and place[0] == "stages" and value is REMOVED)
+
+
+def _bad_summary(place: Place, value: object) -> bool:
+    fits: dict[str, object] = dict.fromkeys(("method", "facts.source", "facts.reader", "facts.old_from"), is_text)
+    fits |= dict.fromkeys(("seed", "facts.read", "facts.used", "phases.*.*.*.n", "phases.*.*.*.not_asked"), is_count)
+    fits |= {"phases": lambda _: False, "facts": lambda _: False, "choice.why": is_text, "retention.*.update": is_count}
+    fits |= {"phases.*.*.*.mean": lambda v: is_number(v) and 0 <= v <= 100}
+    return bad(place, value, fits)
+
+
+def _bad_row(place: Place, value: object) -> bool:
+    fits: dict[str, object] = dict.fromkeys(("fact", "phase", "protocol"), is_text)
+    fits |= {"errors": lambda v: v == {}}
+    return bad(place, value, fits)
+
+
+def _bad_input(place: Place, value: object) -> bool:
+    return bad(place, value, dict.fromkeys(("id", "prompt"), is_text))
+
+
+def _bad_step(place: Place, value: object) -> bool:
+    return bad(place, value, {"step": is_count, "loss": is_number})
+
+
+def _bad_chain(place: Place, value: object) -> bool:
+    names = ("when", "method", "facts.source", "facts.sha256", "product")
+    fits: dict[str, object] = {f"updates.*.{name}": is_text for name in names}
+    fits |= {"updates": lambda v: v == [], "updates.*": lambda _: False, "updates.*.seed": is_count}
+    fits |= {
+        "updates.*.facts": lambda _: False,
+        "updates.*.files.*": is_text,
+        "updates.*.taught_first": lambda v: v is True,
+    }
+    removed = value is REMOVED and (len(place) == 2 or place[2:3] == ("files",))
+    return bad(place, value, fits) and not removed
+
+
+def _bad_adapter(place: Place, value: object) -> bool:
+    fits = {"r": lambda _: False, "lora_alpha": is_number, "peft_type": lambda _: False}
+    return bad(place, value, fits)
+
+
+# Trials -------------------------------------------------------------------------------------------
+
+
+def try_cases(root: Path, chosen: list[Case], tally) -> Counts:
+    counts = Counts()
+    with tally.no_loss() as lost:
+        for case in chosen:
+            attempt(root, case, counts)
+        tally.add("changed fields", len(chosen))
+        lost += counts.lost
+    return counts
+
+
+@pytest.fixture
+def plain_pages(monkeypatch):
+    """Without plots, which take most of the time of a page; what they read is read all the same."""
+    monkeypatch.setattr(plots, "_svg", lambda _figure, _name, words: Markup("<title>{}</title>").format(words))
+    monkeypatch.setattr(plots, "_figure", lambda _width, _height: (None, _Axes()))
+
+
+class _Axes:
+    """Takes whatever is drawn."""
+
+    def __getattr__(self, _name):
+        return self
+
+    def __call__(self, *_args, **_options):
+        return self
+
+    def __getitem__(self, _key):
+        return self
+
+    def __iter__(self):
+        return iter(())
+
+
+def test_records_as_they_were_written_are_read(root):
+    for target in targets():
+        for reader in target.readers:
+            assert reader.run(root) == 0, (target.file, reader.name)
+            for own in reader.writes:
+                if (root / own).is_dir():
+                    shutil.rmtree(root / own)
+
+
+def test_some_changed_fields_of_records(root, tally, plain_pages):
+    counts = try_cases(root, random.Random(0).sample(cases(root, targets()), FEW), tally)
+    assert counts.read > FEW // 20
+    assert counts.refused > FEW // 4
+
+
+def test_some_changed_fields_of_files_of_models(root, tally):
+    try_cases(root, random.Random(0).sample(cases(root, files_of_models()), FEW // 4), tally)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_field_of_every_record_changed_in_every_way(root, tally, plain_pages):
+    found = cases(root, targets())
+    assert len(found) >= MANY
+    try_cases(root, found, tally)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_field_of_files_of_models_changed_in_every_way(root, tally):
+    try_cases(root, cases(root, files_of_models()), tally)
