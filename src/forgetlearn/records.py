@@ -39,6 +39,14 @@ def _as_json(data: dict[str, Any]) -> dict[str, Any]:
 
 
 Object = Annotated[dict[str, Any], AfterValidator(_as_json)]  # whose numbers are finite
+
+
+def _hashes_are_text(inputs: dict[str, Any]) -> dict[str, Any]:
+    if odd := [name for name, value in inputs.items() if name.endswith("_sha256") and isinstance(value, int)]:
+        raise ValueError(f"{odd[0]} must be text or null")
+    return inputs
+
+
 Text = Annotated[str, AfterValidator(_no_null)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -173,7 +181,7 @@ class Manifest(Record):
     format: Count = 1
     command: list[Text]
     config: Object
-    inputs: dict[str, Text | Count | None]
+    inputs: Annotated[dict[str, Text | Count | None], AfterValidator(_hashes_are_text)]
     versions: dict[str, Text]
     commit: Text | None = None
     machine: Text
