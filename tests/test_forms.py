@@ -310,6 +310,16 @@ def test_case_12_the_subject_is_put_into_the_prompt():
         from_records([{"prompt": "{} plays the sport of", "target_new": "football"}])
 
 
+@pytest.mark.parametrize("subject", ["", "Python"])
+def test_braces_in_a_prompt_of_another_form_survive_writing_and_reading(subject, tmp_path):
+    record = {"prompt": "What does {} mean?", "target": "an empty dict", "subject": subject, "rephrase": "And {}?"}
+    facts = from_records([record])
+    write_facts(facts, tmp_path / "inputs.jsonl")
+    again = read_facts(tmp_path / "inputs.jsonl")
+    assert again.facts == facts.facts
+    assert again.sha256() == facts.sha256()
+
+
 @pytest.mark.parametrize(
     "text", ["n/a", "N/A", "#N/A", " - ", "--", "—", "None", "null", "NaN", "?", "???", float("nan")]
 )

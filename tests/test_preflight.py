@@ -10,7 +10,7 @@ import forgetlearn
 from forgetlearn import preflight, report
 from forgetlearn.cli import main
 from forgetlearn.compare import CompareSettings, fill
-from forgetlearn.config import RunConfig, TeachSettings, TrainSettings, load_config
+from forgetlearn.config import RunConfig, load_config
 from forgetlearn.errors import ConfigError
 from forgetlearn.settings import Settings, validate
 
@@ -63,8 +63,7 @@ class Reads(set[tuple[str, str]]):
 
     def of(self, name: str) -> bool:
         kind, last = place(name)
-        as_stage = kind is TeachSettings and last in TrainSettings.model_fields  # made the settings of a stage at once
-        return (kind.__name__, last) in self or (as_stage and ("StageSettings", last) in self)
+        return (kind.__name__, last) in self
 
 
 @pytest.fixture(scope="module")

@@ -137,12 +137,9 @@ class TrainSettings(Settings):
         return self
 
 
-class StageSettings(TrainSettings):
-    """One stage of fine-tuning, with all weights or with LoRA."""
+class TuningSettings(TrainSettings):
+    """What forgetting and learning share: fine-tuning with all weights or with LoRA."""
 
-    max_change: float = Field(
-        5e-4, gt=0, description="Method ft-c: no weight leaves this distance from where the stage began."
-    )
     modules: Modules = Field(
         "all",
         description="Weights that learning with all weights trains, named as in forget.modules; the others stay.",
@@ -160,7 +157,15 @@ class StageSettings(TrainSettings):
         return self.lora.learning_rate or LORA_RATE_FACTOR * self.learning_rate
 
 
-class ForgetSettings(StageSettings):
+class StageSettings(TuningSettings):
+    """The learning stage, or any one stage of fine-tuning."""
+
+    max_change: float = Field(
+        5e-4, gt=0, description="Method ft-c: no weight leaves this distance from where the stage began."
+    )
+
+
+class ForgetSettings(TuningSettings):
     """The forgetting stage: fine-tuning on the old answers, and how much of it is subtracted."""
 
     coef: Coefficient = Field(

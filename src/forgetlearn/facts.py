@@ -17,7 +17,7 @@ from forgetlearn.config import FactsSettings, OldFrom
 from forgetlearn.errors import ConfigError, FactError, some
 from forgetlearn.files import Source, is_hub_id, load_hub, parse_file
 from forgetlearn.forms import is_placeholder, read_records
-from forgetlearn.readers import NOT_ONE_TURN, Draft
+from forgetlearn.readers import NOT_ONE_TURN, Draft, fact_id
 from forgetlearn.settings import validate
 
 OLD_EQUALS_NEW = "old_equals_new"
@@ -187,11 +187,6 @@ def sha256(facts: Iterable[Fact]) -> str:
 
 def _without_empty_aliases(fact: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in fact.items() if value or not name.endswith("_aliases")}
-
-
-def fact_id(subject: str, prompt: str, target_new: str) -> str:
-    """16 hexadecimal digits from the content; without the old answer, which the policy may change."""
-    return _sha256({"subject": subject, "prompt": prompt, "target_new": target_new})[:16]
 
 
 def make_fact(

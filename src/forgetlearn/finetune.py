@@ -27,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from forgetlearn import attention, interrupts, memory, processes, sharding, stagepoints
-from forgetlearn.config import StageSettings
+from forgetlearn.config import TrainSettings
 from forgetlearn.encoding import Encoded
 from forgetlearn.errors import ConfigError, TrainingError, check_installed
 from forgetlearn.forward import (
@@ -76,7 +76,7 @@ class StageLog:
 def finetune(
     model: nn.Module,
     texts: Sequence[Encoded],
-    settings: StageSettings,
+    settings: TrainSettings,
     *,
     seed: int,
     pad_id: int,
@@ -121,7 +121,7 @@ def finetune(
     return stage_log if settings is asked else replace(stage_log, micro_batch_size=settings.micro_batch_size)
 
 
-def _smaller_micro_batch(settings: StageSettings) -> int | None:
+def _smaller_micro_batch(settings: TrainSettings) -> int | None:
     """The largest divisor of the batch size up to half of the micro batch; None where that is one fact."""
     half = (settings.micro_batch_size or settings.batch_size) // 2
     return _largest_divisor(settings.batch_size, half) if half else None
@@ -136,7 +136,7 @@ def _largest_divisor(number: int, most: int) -> int:
 def _finetune(
     model: nn.Module,
     texts: Sequence[Encoded],
-    settings: StageSettings,
+    settings: TrainSettings,
     *,
     seed: int,
     pad_id: int,
@@ -204,7 +204,7 @@ def _finetune(
 
 
 def check_trainable(
-    model: nn.Module, texts: Sequence[Encoded], settings: StageSettings, device: torch.device | None = None
+    model: nn.Module, texts: Sequence[Encoded], settings: TrainSettings, device: torch.device | None = None
 ) -> None:
     """Nothing, if the stage can begin.
 
@@ -224,7 +224,7 @@ def check_trainable(
     check_computing(settings, device)
 
 
-def check_computing(settings: StageSettings, device: torch.device | None) -> None:
+def check_computing(settings: TrainSettings, device: torch.device | None) -> None:
     """Nothing, if the stage's dtype, optimiser and DeepSpeed can be had.
 
     Raises:
@@ -251,7 +251,7 @@ def _check_processes(arguments: TrainingArguments) -> None:
         )
 
 
-def facts_at_once(settings: StageSettings, layout: Layout = "packed") -> int:
+def facts_at_once(settings: TrainSettings, layout: Layout = "packed") -> int:
     """Facts of one forward pass, of all processes together: at most micro_batch_size in each, a divisor of batch_size.
 
     Of several processes each takes one fact at a time where they cannot be batched: all have to compute equally often.
@@ -267,7 +267,7 @@ def own_part(texts: list[Encoded]) -> list[Encoded]:
     return own or [Encoded(texts[0].ids, len(texts[0].ids))]
 
 
-def check_deepspeed(settings: StageSettings) -> None:
+def check_deepspeed(settings: TrainSettings) -> None:
     """Nothing, if the stage does without DeepSpeed, or can be done with it.
 
     Raises:
@@ -298,7 +298,7 @@ def _on_cpu(device: torch.device | None) -> bool:
     return device.type == "cpu" if device is not None else not torch.accelerator.is_available()
 
 
-def _arguments(settings: StageSettings, seed: int, folder: str, *, use_cpu: bool) -> TrainingArguments:
+def _arguments(settings: TrainSettings, seed: int, folder: str, *, use_cpu: bool) -> TrainingArguments:
     batch = facts_at_once(settings)
     return TrainingArguments(
         output_dir=folder,

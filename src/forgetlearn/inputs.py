@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn import keeping, scoring
-from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig, StageSettings
+from forgetlearn.config import AUTO, FactsSettings, ModelSettings, RunConfig, TuningSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import (
     UNFINISHED_OLD_ANSWER,
@@ -135,7 +135,7 @@ def check_stages(config: RunConfig, lm: LanguageModel) -> None:
 def left_by_lora(config: RunConfig, lm: LanguageModel) -> str | None:
     """See `method.out_of_loras_reach`, for the stages of such an update."""
     method = METHODS[config.method]
-    stages: list[tuple[How | None, StageSettings]] = [(method.learns, config.learn)]
+    stages: list[tuple[How | None, TuningSettings]] = [(method.learns, config.learn)]
     if config.forget.coef != 0:
         stages.append((method.forgets, config.forget))
     return out_of_loras_reach(lm.model, stages)

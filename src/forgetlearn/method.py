@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from forgetlearn import adapters, keeping, parts, selection, sharding, taskvector
 from forgetlearn.adapter_files import ALL_LINEAR
-from forgetlearn.config import ForgetSettings, MethodName, Modules, Rows, StageSettings
+from forgetlearn.config import ForgetSettings, MethodName, Modules, Rows, StageSettings, TuningSettings
 from forgetlearn.controls import controlled
 from forgetlearn.encoding import Encoded
 from forgetlearn.errors import ConfigError, FactError, some
@@ -134,7 +134,7 @@ def _base_to_subtract_from(lm: LanguageModel, upkeep: Upkeep | None) -> dict[str
 def tune_on_old(
     lm: LanguageModel,
     facts: Iterable[Fact],
-    settings: StageSettings,
+    settings: ForgetSettings,
     how: How,
     *,
     seed: int = 0,
@@ -146,7 +146,7 @@ def tune_on_old(
         lm.model = adapters.attach(lm.model, settings.lora, adapters.FORGET, seed)
     else:
         all_weights(lm)
-    return _train(lm, texts, settings, how, seed, "forgetting", upkeep)
+    return _train(lm, texts, settings, how, seed, upkeep, "forgetting", Variant(-1 if how == "ascent" else 1))
 
 
 def subtract_old(
@@ -220,7 +220,7 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
         raise ConfigError("forget.modules: gradient ascent (ga) subtracts nothing. Leave it at all.")
 
 
-def out_of_loras_reach(model: nn.Module, stages: Iterable[tuple[How | None, StageSettings]]) -> str | None:
+def out_of_loras_reach(model: nn.Module, stages: Iterable[tuple[How | None, TuningSettings]]) -> str | None:
     """What the adapters of these stages leave alone although all linear layers were asked for; None if nothing.
 
     Experts that are fused into one tensor, for one: peft adapts modules, and to these there is none.
@@ -263,7 +263,7 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None
     selection.factors(lm.model, settings.modules, "learn.modules")
 
 
-def _check_vocabulary(lm: LanguageModel, settings: StageSettings, stage: str) -> None:
+def _check_vocabulary(lm: LanguageModel, settings: TuningSettings, stage: str) -> None:
     changed = selection.factors(lm.model, settings.modules, f"{stage}.modules")
     if not any(name in changed for name in selection.groups(lm.model).get("vocabulary", ())):
         raise ConfigError(
@@ -310,7 +310,7 @@ def learn(
     texts = _texts(lm, [(fact.prompt, fact.target_new) for fact in facts])
     if how == "lora":
         lm.model = adapters.attach(lm.model, settings.lora, adapters.LEARN, seed)
-        stage_log = _train(lm, texts, settings, how, seed, "learning", upkeep)
+        stage_log = _train(lm, texts, settings, how, seed, upkeep, "learning")
         adapters.compose(lm.model, adapters.names(lm.model))
         return stage_log
     fold_in(lm, adapters.FORGET)
@@ -318,7 +318,8 @@ def learn(
     train_only(lm.model, how, settings.modules)
     answers = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
     with selection.only_rows_train(lm.model, tokens_of(lm, answers, settings.rows), settings.rows):
-        stage_log = _train(lm, texts, settings, how, seed, "learning", upkeep)
+        bound = Variant(max_change=settings.max_change if how == "bounded" else None)
+        stage_log = _train(lm, texts, settings, how, seed, upkeep, "learning", bound)
     return replace(stage_log, rounding=lm.to_own_dtypes(seed))
 
 
@@ -350,15 +351,15 @@ def all_weights(lm: LanguageModel) -> None:
 def _train(
     lm: LanguageModel,
     texts: list[Encoded],
-    settings: StageSettings,
+    settings: TuningSettings,
     how: How,
     seed: int,
-    name: str,
     upkeep: Upkeep | None,
+    name: str,
+    variant: Variant = Variant(),  # noqa: B008 (frozen)
 ) -> StageLog:
     if how == "lora":
         settings = settings.model_copy(update={"learning_rate": settings.lora_learning_rate})
-    variant = Variant(-1 if how == "ascent" else 1, settings.max_change if how == "bounded" else None)
     return finetune(
         lm.model,
         texts,

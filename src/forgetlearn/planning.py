@@ -17,7 +17,7 @@ from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from forgetlearn.checkpoints import INDEX, WHOLE, CheckpointFolder
-from forgetlearn.config import AUTO, RunConfig, StageSettings, TrainSettings
+from forgetlearn.config import AUTO, RunConfig, StageSettings, TrainSettings, TuningSettings
 from forgetlearn.encoding import Encoded, Encoder
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError
 from forgetlearn.estimate import (
@@ -302,7 +302,7 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
     loads: list[Load] = []
     for name, how, settings, texts, passes, frozen in _stages(config, old, new):
         load, problem = _train_load(outline, name, how, settings, texts, passes, frozen)
-        if how == "lora" and isinstance(settings, StageSettings):
+        if how == "lora" and isinstance(settings, TuningSettings):
             left = out_of_loras_reach(outline.skeleton().model, [(how, settings)])
             notes += [left] if left else []
         if (name, how) == ("forget", "all weights"):
@@ -324,7 +324,7 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
 
 def _stages(
     config: RunConfig, old: Texts, new: Texts
-) -> Iterator[tuple[str, How, TrainSettings, Texts, int, list[StageSettings]]]:
+) -> Iterator[tuple[str, How, TrainSettings, Texts, int, list[TuningSettings]]]:
     """Name, kind, settings, texts, passes and LoRA stages before, of what is trained."""
     method = METHODS[config.method]
     forgets = method.forgets is not None and config.forget.coef != 0 and old.number > 0
@@ -332,7 +332,7 @@ def _stages(
         yield "teach", "all weights", config.teach, old, config.teach.epochs, []
     if forgets and method.forgets is not None:
         yield "forget", method.forgets, config.forget, old, config.forget.epochs, []
-    before: list[StageSettings] = [config.forget] if forgets and method.forgets == "lora" else []
+    before: list[TuningSettings] = [config.forget] if forgets and method.forgets == "lora" else []
     trials = config.forget.trials if forgets and config.forget.coef == AUTO and config.forget.search == "full" else 1
     yield "learn", method.learns, config.learn, new, config.learn.epochs * trials, before
 
@@ -344,7 +344,7 @@ def _train_load(
     settings: TrainSettings,
     texts: Texts,
     passes: int,
-    frozen: Sequence[StageSettings],
+    frozen: Sequence[TuningSettings],
 ) -> tuple[Load, str | None]:
     """The load of a stage, and what kept its step from being traced."""
     skeleton = outline.skeleton(outline.dtype if how == "lora" else torch.float32)

@@ -40,12 +40,10 @@ class Unused:
 
 
 NO_TRAINING = "nothing is trained or written but answers and scores; update trains"
-BOUND_OF_FORGETTING = Unused(("forget.max_change",), "ft-c bounds what learning changes; give learn.max_change")
 UNUSED: Mapping[Command, tuple[Unused, ...]] = {
-    "update": (BOUND_OF_FORGETTING,),
-    "plan": (BOUND_OF_FORGETTING,),  # speaks of an update, and takes whatever an update takes
+    "update": (),
+    "plan": (),  # takes whatever an update takes
     "compare": (
-        BOUND_OF_FORGETTING,
         Unused(
             (
                 "evaluate.general",
@@ -111,11 +109,11 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
 }
 
 
-def check(command: Command, config: RunConfig, given: Collection[str] = ()) -> None:
-    """Raise ConfigError if the command would pass over a setting in silence.
+def check(command: Command, config: RunConfig, given: Collection[str] | None = None) -> None:
+    """Raise ConfigError if the command would ignore a setting that the user relies on.
 
-    `given` are the settings that were given for this command alone, by dotted name. What a shared config sets and the
-    command does not use is logged.
+    `given` lists the settings given for this command alone (flags, --set), by dotted name. Without it, unused
+    settings of a shared config are logged: the command line checks first, the function behind it logs.
 
     Raises:
         ConfigError: with the name of each such setting, and why it is not used.
@@ -123,13 +121,13 @@ def check(command: Command, config: RunConfig, given: Collection[str] = ()) -> N
     changed, problems, passed_over = _changed(config), [], []
     for row in UNUSED[command]:
         names = [name for name in changed if row.covers(name)]
-        refused = names if row.always else [name for name in names if _is_given(name, given)]
+        refused = names if row.always else [name for name in names if _is_given(name, given or ())]
         if refused:
             problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
         passed_over += [name for name in names if name not in refused and not row.always]
     if problems:
         raise ConfigError("\n".join(problems))
-    if passed_over and not given:
+    if passed_over and given is None:
         log.info("%s does not use these settings of the config: %s", command, ", ".join(_by_section(passed_over)))
 
 
@@ -163,7 +161,8 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     if not config.evaluate.tasks:
         yield "evaluate.task_limit", "evaluate.tasks names none"
         yield "evaluate.task_folder", "evaluate.tasks names none"
-    if "generate" not in config.evaluate.protocols and not (forgets and config.forget.only_known):
+    asks = "generate" in config.evaluate.protocols or "model" in config.facts.old_from
+    if not asks and not (forgets and config.forget.only_known):
         yield "evaluate.max_new_tokens", "nothing is generated"
 
 

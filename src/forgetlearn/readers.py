@@ -5,6 +5,8 @@ A reader only says which field is which. What is kept, stripped or left out is d
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +34,14 @@ class Draft:
     where: str = ""  # file and record, for a message
     why_not: str = ""  # the reason to leave it out, where its form alone says so
     placeholders: int = 0  # old answers that were "n/a" or the like; they are "" here
+
+
+def fact_id(subject: str, prompt: str, target_new: str) -> str:
+    """Return 16 hexadecimal digits of the content; the old answer, which a policy may change, does not count."""
+    text = json.dumps(
+        {"subject": subject, "prompt": prompt, "target_new": target_new}, sort_keys=True, separators=(",", ":")
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # One reader per form -----------------------------------------------------------------------------
@@ -141,8 +151,9 @@ def read_own(fields: Fields) -> Draft:
     rephrases = [*fields.texts("rephrase_prompt"), *fields.texts("rephrase_prompts")]
     rephrases += [fields.text(f"rephrase_prompt_{n}") for n in _numbers(fields.record, "rephrase_prompt")]
     new, old = fields.answer("target_new"), fields.answer("ground_truth")
+    is_own = fields.record.get("id") == fact_id(fields.text("subject"), fields.text("prompt"), new.text)
     return Draft(
-        prompt=_filled(fields),
+        prompt=fields.text("prompt") if is_own else _filled(fields),  # `write_facts` means its {} as it is written
         new=new.text,
         new_aliases=new.aliases,
         old=old.text,

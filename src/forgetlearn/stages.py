@@ -26,7 +26,7 @@ from forgetlearn import (
     sharding,
     taskvector,
 )
-from forgetlearn.config import AUTO, RunConfig, StageSettings, TeachSettings
+from forgetlearn.config import AUTO, RunConfig, TeachSettings
 from forgetlearn.facts import Fact, FactSet, tell_old
 from forgetlearn.finetune import StageLog, finetune
 from forgetlearn.inputs import asked_answers, trains_all_weights, with_the_models_answers
@@ -384,9 +384,8 @@ def teach(
     """Fine-tune all weights on the old answers, so that the base really holds them; `lm` is changed in place."""
     texts = [lm.encoder.encode(fact.prompt, fact.ground_truth or "", end=True) for fact in facts if fact.ground_truth]
     all_weights(lm)
-    stage = StageSettings.model_validate(settings.model_dump())
     upkeep = replace(upkeep or Upkeep(), name="teaching")
-    stage_log = finetune(lm.model, texts, stage, seed=seed, pad_id=lm.pad_id, device=lm.device, upkeep=upkeep)
+    stage_log = finetune(lm.model, texts, settings, seed=seed, pad_id=lm.pad_id, device=lm.device, upkeep=upkeep)
     lm.to_own_dtypes(seed)
     return stage_log
 

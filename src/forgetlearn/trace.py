@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from forgetlearn import adapters, parts
-from forgetlearn.config import StageSettings, TrainSettings
+from forgetlearn.config import TrainSettings, TuningSettings
 from forgetlearn.encoding import Encoded
 from forgetlearn.estimate import Step
 from forgetlearn.forward import ROUNDED_TO, answer_logits, lay_out, pad_left, share
@@ -54,7 +54,7 @@ class Skeleton:
         layers = layer_list(self.model)[1]
         return max((sum(w.numel() * w.itemsize for w in layer.parameters()) for layer in layers), default=0)
 
-    def prepare(self, how: How, settings: TrainSettings, frozen: Sequence[StageSettings] = ()) -> int:
+    def prepare(self, how: How, settings: TrainSettings, frozen: Sequence[TuningSettings] = ()) -> int:
         """Number of weights that a stage trains, after they and only they have been made to require gradients.
 
         `frozen` are the settings of LoRA stages before it, whose adapters the model still carries.
@@ -63,13 +63,13 @@ class Skeleton:
             ConfigError: the settings name something that the model has not.
         """
         if how == "lora":
-            assert isinstance(settings, StageSettings)
+            assert isinstance(settings, TuningSettings)
             with torch.random.fork_rng(devices=[]):
                 for number, before in enumerate(frozen):
                     self.model = adapters.attach(self.model, before.lora, f"{adapters.FORGET}{number}", 0)
                 self.model = adapters.attach(self.model, settings.lora, adapters.LEARN, 0)
         else:
-            train_only(self.model, how, settings.modules if isinstance(settings, StageSettings) else parts.ALL)
+            train_only(self.model, how, settings.modules if isinstance(settings, TuningSettings) else parts.ALL)
         return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def states_bytes(self, optim: str) -> int:
