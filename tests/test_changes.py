@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from forgetlearn import digests, streamed
 from forgetlearn.arithmetic import save_vector, subtract_folders
+from forgetlearn.changes import open_change
+from forgetlearn.checkpoints import CheckpointFolder
 from forgetlearn.errors import ModelError, WeightMismatchError
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
@@ -164,3 +166,14 @@ def test_a_vector_that_does_not_fit_is_refused(tmp_path, tiny_model):
     save_file({"w": torch.ones(1)}, tmp_path / "vector.safetensors")
     with pytest.raises(ModelError, match="not written by forgetlearn vector"):
         subtract_folders(tmp_path / "b", tmp_path.parent / "o", 0.3, vector=tmp_path / "vector.safetensors")
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_integers_on_one_side_are_refused(tmp_path, side):
+    """Else such a tensor would count as one that did not move."""
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        dtype = torch.int8 if name == side else torch.float32
+        save_file({"w": torch.ones(4, 4, dtype=dtype)}, tmp_path / name / "model.safetensors")
+    with pytest.raises(WeightMismatchError, match=rf"w .*Is {side} quantised"):
+        open_change(CheckpointFolder(tmp_path / "base"), tmp_path / "tuned", None, None)

@@ -250,6 +250,16 @@ class TestChatTemplate:
         with pytest.raises(ModelError, match=f"{what}.*--prompt-template plain"):
             Encoder(new_char_tokenizer(chat_template=template))
 
+    def test_case_7_a_template_that_cuts_long_prompts_is_found_at_the_prompt(self, new_char_tokenizer):
+        cuts = "{% for m in messages %}[{{ m.content[:20] }}]{% endfor %}"
+        encoder = Encoder(new_char_tokenizer(chat_template=cuts))
+        assert encoder.prompt_text("short") == "[short]["
+        with pytest.raises(FactError, match="Who leads the Acme.*--prompt-template plain"):
+            encoder.encode("Who leads the Acme corporation of Foo?", "x")
+        sorts = "{% for m in messages %}[{{ (m.content | list | sort) | join }}]{% endfor %}"
+        with pytest.raises(ModelError, match="--prompt-template plain"):
+            Encoder(new_char_tokenizer(chat_template=sorts))
+
     def test_case_7_template_that_reads_lists_of_parts_gets_them(self, new_char_tokenizer):
         parts = (
             "{% for m in messages %}[{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"

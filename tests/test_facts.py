@@ -607,7 +607,7 @@ BAD_FILES = [
     ("text.json", '"facts"', r"text.json holds the text 'facts'. A list of records"),
     ("two.json", '{"train": [], "test": []}', r"(?s)Fields found: test, train.*exactly one list"),
     ("what.txt", GOOD, r"suffix '.txt' is unknown. Known are .json, .jsonl, .csv"),
-    ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 \(line 3\) has 1 cells, the header 2: p\n"),
+    ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 \(line 3\) has 1 cells, but the header has 2: p\n"),
     ("twice.csv", "prompt,target_new,prompt\n", r"header names prompt more than once"),
     ("cell.csv", 'prompt,target_new,locality\np,n,"[x"\n', r"record 1: 'locality' is not JSON at line 1"),
     ("one.csv", "prompt\np\n", r"has no 'target_new'. Fields found: prompt"),

@@ -91,7 +91,9 @@ def test_case_18_blank_rows_are_skipped_and_counted(tmp_path, capsys):
 
 def test_case_18_an_unquoted_comma_shows_the_row(tmp_path):
     path = save(tmp_path, "f.csv", "prompt,target_new\np,n\nWho leads Acme, Inc?,Ada\n")
-    with pytest.raises(FactError, match=r"record 2 \(line 3\) has 3 cells, the header 2: Who leads Acme, Inc\?,Ada\n"):
+    with pytest.raises(
+        FactError, match=r"record 2 \(line 3\) has 3 cells, but the header has 2: Who leads Acme, Inc\?,Ada\n"
+    ):
         read_facts(path)
     assert read_facts(save(tmp_path, "g.csv", "prompt,target_new\np,n,,\n"))[0].target_new == "n"
 
@@ -206,7 +208,7 @@ def test_case_18_excel_that_cannot_be_read(tmp_path, monkeypatch):
         read_facts(workbook(tmp_path / "f.xlsx", rows, rows))
     with pytest.raises(FactError, match=r"no sheet with rows"):
         read_facts(workbook(tmp_path / "f.xlsx", []))
-    with pytest.raises(FactError, match=r"record 1 \(line 2\) has 3 cells, the header 2"):
+    with pytest.raises(FactError, match=r"record 1 \(line 2\) has 3 cells, but the header has 2"):
         read_facts(workbook(tmp_path / "f.xlsx", [rows[0], ["p", "n", "x"]]))
     whole = workbook(tmp_path / "f.xlsx", rows).read_bytes()
     for data in (b"", b"prompt,target_new", whole[:-30], whole[:400]):

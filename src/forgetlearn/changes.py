@@ -83,14 +83,16 @@ class Difference:
         self.tuned = CheckpointFolder(tuned).open_all()
         refuse_quantised(self.tuned)
         found = partners(base, self.tuned)
-        theirs = self.tuned.dtypes()
-        floats = [name for name, dtype in base.dtypes().items() if dtype in FLOATS]
-        if odd := [f"{name} ({theirs[found[name]]})" for name in floats if theirs[found[name]] not in FLOATS]:
+        ours, theirs = base.dtypes(), self.tuned.dtypes()
+        kinds = {name: (ours[name], theirs[partner]) for name, partner in found.items()}
+        if odd := [name for name, (one, two) in kinds.items() if (one in FLOATS) != (two in FLOATS)]:
+            first, second = kinds[odd[0]]
+            whole = "tuned" if first in FLOATS else "base"
             raise WeightMismatchError(
-                f"{len(odd)} of {len(found)} tensors are numbers with a point in base and whole numbers in tuned: "
-                f"{some(odd)}. Is tuned quantised? Save it in float32 or bfloat16."
+                f"{len(odd)} of {len(found)} tensors are floating-point on one side and integers on the other: "
+                f"{some(odd)} ({first} in base, {second} in tuned). Is {whole} quantised? Save it as bfloat16."
             )
-        self.moved: Mapping[str, str] = {name: found[name] for name in floats}
+        self.moved: Mapping[str, str] = {name: found[name] for name, dtype in ours.items() if dtype in FLOATS}
         self.made_on: str | None = None
 
     def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:

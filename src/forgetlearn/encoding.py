@@ -111,10 +111,20 @@ class Encoder:
         return self.prompt_template == "chat"
 
     def prompt_text(self, prompt: str) -> str:
-        """The text that the model reads before it answers."""
+        """The text that the model reads before it answers.
+
+        Raises:
+            TextError: the chat template does not write the prompt as it is.
+        """
         if not self.is_chat:
             return self._before + prompt + self._after
-        return self._render([self._message("user", prompt)], add_generation_prompt=True) + self._after
+        text = self._render([self._message("user", prompt)], add_generation_prompt=True) + self._after
+        if prompt.strip() not in text:
+            raise TextError(
+                f"the chat template cuts or changes the prompt {prompt[:60]!r}: what it writes does not contain it. "
+                "Reword the prompt, or use --prompt-template plain."
+            )
+        return text
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of the prompt alone, with the special tokens that open a text.
@@ -293,7 +303,7 @@ class Encoder:
         asked, other = (self._render([message], add_generation_prompt=True) for message in messages)
         if asked == other:
             raise _bad_chat_template("drops the question: two different prompts render alike")
-        written_out = self._as_parts and str(messages[0]["content"]) in asked  # the list of parts, as Python shows it
+        written_out = self._as_parts and str(messages[0]["content"][0]) in asked  # a part, as Python shows it
         if PROBES[0] not in asked or PROBES[1] not in other or written_out:
             raise _bad_chat_template("alters the question: what it writes does not contain the prompt")
         turn = [messages[0], self._message("assistant", PROBE_ANSWER)]

@@ -120,11 +120,14 @@ def _records(rows: Iterator[tuple[int, Sequence[str]]], source: str, delimiter: 
     """The records under a header, and how many rows are blank; `delimiter` is None in Excel, which pads its rows."""
     header = _header(next(rows, (0, ()))[1], source)
     records: list[object] = []
-    n_blank = 0
+    n_blank = empty = 0
     for line, row in rows:
         if not any(cell.strip() for cell in row):
             n_blank += bool(row)
+            empty += not row
             continue
+        if delimiter is None:  # a sheet may end in rows without cells; one between others is blank
+            n_blank, empty = n_blank + empty, 0
         extra = any(cell.strip() for cell in row[len(header) :])
         if extra or (delimiter is not None and len(row) < len(header)):
             raise FactError(_uneven(f"{source}, record {len(records) + 1} (line {line})", row, header, delimiter))
@@ -146,7 +149,7 @@ def _uneven(where: str, row: Sequence[str], header: Sequence[str], delimiter: st
     remedy = "Give every column a name."
     if delimiter is not None:
         remedy = f'Does a cell hold {delimiter!r}? Put it in quotes: "a{delimiter}b".'
-    return f"{where} has {len(row)} cells, the header {len(header)}: {shown}\n{remedy}"
+    return f"{where} has {len(row)} cells, but the header has {len(header)}: {shown}\n{remedy}"
 
 
 # Excel -------------------------------------------------------------------------------------------
