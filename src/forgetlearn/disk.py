@@ -54,10 +54,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Return the object in a JSON file that forgetlearn wrote.
 
     Raises:
-        RunError: it is not there, or it is damaged.
+        RunError: the file is missing or damaged.
     """
     data = _parsed(path, lambda text: text)
     if not isinstance(data, dict):
@@ -95,7 +95,7 @@ def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
     try:
         text = prepare(path.read_text(encoding="utf-8"))
         data = json.loads(text)
-        if text.count("[") + text.count("{") > DEEPEST and _is_deep(data):
+        if text.count("[") + text.count("{") > DEEPEST and is_deep(data):
             raise RecursionError
         if "\\ud" in text or "\\uD" in text:
             json.dumps(data, ensure_ascii=False).encode()
@@ -106,8 +106,8 @@ def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
     return data
 
 
-def _is_deep(data: object) -> bool:
-    """Whether lists and objects lie in each other more than DEEPEST deep."""
+def is_deep(data: object) -> bool:
+    """Return True if lists and objects are nested more than DEEPEST levels deep."""
     level = [data]
     for _depth in range(DEEPEST + 1):
         level = [

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from forgetlearn import adapter_files, hub, processes, sharding
-from forgetlearn.adapter_files import shown
+from forgetlearn.adapter_files import MOST_LAYERS, shown
 from forgetlearn.checkpoints import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
 from forgetlearn.config import ModelSettings
 from forgetlearn.encoding import Encoder
@@ -27,7 +27,6 @@ from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_
 from forgetlearn.rounding import Array, Survival
 from forgetlearn.taskvector import is_finite, rounded, sample
 
-MOST_LAYERS = 1000  # of a model; the deepest have some 130
 MOST_COUNTED = 100_000  # of anything (labels, experts) that a config counts
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
