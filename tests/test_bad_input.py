@@ -337,7 +337,7 @@ def test_modules_of_the_wrong_type_get_one_line(value):
     assert str(caught.value).startswith("forget.modules")
 
 
-@pytest.mark.parametrize("value", ["2001-99-99", "2001-01-01 00:00:99", "[" * 2000, "&a [*a]", "{a: 1, a: 2}"])
+@pytest.mark.parametrize("value", ["[" * 2000, "&a [*a]", "{a: 1, a: 2}"])
 def test_yaml_that_the_library_does_not_refuse_itself(value):
     with pytest.raises(ForgetLearnError, match="the value is not YAML"):
         parse_assignments([f"seed={value}"])

@@ -296,7 +296,7 @@ def test_a_paper_config_has_the_papers_settings(name):
         config = paper_config(file, flags.get(method, ""))
         assert config.method == method
         assert config.forget.coef == coefs.get(method, f_ft)
-        assert config.facts.old_from == ("pred" if name.startswith("zsre") else "answers")
+        assert config.facts.old_from == (("pred",) if name.startswith("zsre") else ("answers",))
         assert config.model.prompt_template == "alpaca"
         assert not config.forget.only_known
         for stage in (config.teach, config.forget, config.learn):
@@ -325,7 +325,7 @@ def test_the_old_answer_of_the_papers_zsre_is_pred(shared_data, tiny_model, char
     for old in ("pred", "answers"):
         config = load_config(ROOT / "configs/paper/zsre-llama-2-7b.yaml", places)
         facts = forgetlearn.read_facts(source, old_from=old, limit=100)
-        if old == config.facts.old_from:
+        if (old,) == config.facts.old_from:
             assert [fact.prompt for fact in facts] == [record["src"] for record in records]  # none is left out
             assert [fact.ground_truth for fact in facts] == [record["pred"].strip() for record in records]
             assert [fact.target_new for fact in facts] == [record["alt"].strip() for record in records]
@@ -334,7 +334,7 @@ def test_the_old_answer_of_the_papers_zsre_is_pred(shared_data, tiny_model, char
         forgetlearn.learn(lm, facts, config.learn, "all weights")
         scores = forgetlearn.summarise(forgetlearn.score(lm, facts, phase="updated", settings=config.evaluate))
         means[old] = {name: scores[name]["token"]["mean"] for name in ("reliability", "generality", "residue")}
-    assert config.facts.old_from == "pred"
+    assert config.facts.old_from == ("pred",)
     assert all(means["pred"][name] != means["answers"][name] for name in means["pred"])
 
 

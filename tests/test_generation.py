@@ -103,7 +103,7 @@ def test_more_room_stays_within_the_context(named, vllm):
 
 
 def test_an_adapter_goes_by_a_lora_request_on_its_base(named, vllm, tmp_path):
-    config = {"base_model_name_or_path": "the/base", "r": 12, "rank_pattern": {"q_proj": 20}}
+    config = {"peft_type": "LORA", "base_model_name_or_path": "the/base", "r": 12, "rank_pattern": {"q_proj": 20}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     named.settings = ModelSettings(name=str(tmp_path))
     Scorer(named, VLLM).say(["Hello"])

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "forgetlearn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEED_A_GPU = {"deepspeed", "bitsandbytes", "vllm"}  # so they are not in the set that was tested on CPUs
-EXTRAS = {"hub": "datasets", "slurm": "submitit", "vllm": "vllm"}  # extra -> what is imported
+EXTRAS = {"excel": "openpyxl", "hub": "datasets", "slurm": "submitit", "vllm": "vllm"}  # extra -> what is imported
 
 
 def pins(name):

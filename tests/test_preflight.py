@@ -21,6 +21,7 @@ QUICK = {"forget.epochs": 1, "forget.only_known": False, "learn.epochs": 1, "eva
 QUICK |= {"evaluate.protocols": ["token"], "facts.limit": 2}
 OTHER = {  # where no value can be made from the type
     "method": "ft-c",
+    "facts.old_from": ("pred",),
     "forget.coef": 0.5,
     "forget.modules": "mlp",
     "learn.modules": "mlp",

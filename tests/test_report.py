@@ -103,7 +103,9 @@ def test_markdown_shows_markup_as_text(run):
     source = (run / "report.md").read_text(encoding="utf-8")
     row = next(line for line in source.splitlines() if line.startswith("| &lt;script&gt;"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 6  # a border more than prompt, old, new and two phases
-    assert "&lt;script&gt;alert(\"x\")&lt;/script&gt; &amp; 'q' \\| \\`c\\` \\*b\\* \\[l\\](http://evil.example)" in row
+    assert (
+        "&lt;script&gt;alert(\"x\")&lt;/script&gt; &amp; 'q' \\| \\`c\\` \\*b\\* \\[l\\](`http://evil.example)`" in row
+    )
     assert "second line |" in row
     assert "<script>" not in source
 

@@ -116,7 +116,9 @@ def test_a_prompt_template_is_the_same_in_every_stage_and_command(alpaca_lab, tm
             "method": "f-ft",
             "model": {"prompt_template": name},
         }
-        result = forgetlearn.update(alpaca_lab, alpaca_lab / "facts.jsonl", settings, output=tmp_path / name[:6])
+        result = forgetlearn.update(
+            alpaca_lab, alpaca_lab / "facts.jsonl", settings, output=tmp_path / f"run{len(found)}"
+        )
         residue = result.summary["phases"]["base"]["residue"]
         assert residue["token"]["mean"] == residue["generate"]["mean"] == 100
         assert result.summary["facts"]["forgotten"] == 2

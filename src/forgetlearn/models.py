@@ -389,8 +389,8 @@ def _load_base(settings: ModelSettings, name: str) -> Any:
     options = _source_options(settings, name)
     split = sharding.loading_options() if settings.shard else {}
     quantized = _in_four_bits(settings) if settings.quantization == "4bit" else {}
-    stored = CheckpointFolder(name, any_dtype=True) if Path(name).is_dir() else None
     config = _read_config(settings, name)
+    stored = CheckpointFolder(name, any_dtype=True) if Path(name).is_dir() else None
     with _refusing(name):
         model, info = AutoModelForCausalLM.from_pretrained(
             name,

@@ -23,7 +23,7 @@ from typing import Any
 from forgetlearn import processes, records
 from forgetlearn.digests import HISTORY, damaged, hash_of, hashes, sha256_of
 from forgetlearn.disk import UNFINISHED, atomic_folder, naming, read_json, write_json
-from forgetlearn.errors import RunError, some, without_secrets
+from forgetlearn.errors import RunError, plain, some, without_secrets
 
 log = logging.getLogger("forgetlearn")
 
@@ -68,6 +68,7 @@ class RunFolder:
         path = Path(path)
         check_output(path, resume=resume, overwrite=overwrite)
         config, inputs = _plain(config), _plain(inputs)
+        _check_names(config)
         if resume and is_run(path):
             run = cls.open(path)
             run.check_same(config, "config", upgraded)
@@ -373,6 +374,13 @@ def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON gives it back, so that what was begun and what is asked now compare equal."""
     plain: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
     return plain
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """Raise RunError if a setting names a file whose name is not UTF-8: no JSON or YAML file could record it."""
+    for name, value in _flat(config, "").items():
+        if isinstance(value, str) and any("\udc80" <= letter <= "\udcff" for letter in value):
+            raise RunError(f"{name.removeprefix('.')} = {plain(value)}: the name is not UTF-8. Rename it.")
 
 
 def _flat(data: object, prefix: str) -> dict[str, object]:
