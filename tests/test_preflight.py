@@ -22,6 +22,7 @@ QUICK |= {"evaluate.protocols": ["token"], "facts.limit": 2}
 OTHER = {  # where no value can be made from the type
     "method": "ft-c",
     "facts.old_from": ("pred",),
+    "facts.columns": {"prompt": "Question"},
     "forget.coef": 0.5,
     "forget.modules": "mlp",
     "learn.modules": "mlp",

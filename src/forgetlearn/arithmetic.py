@@ -37,7 +37,7 @@ LEFT_BEHIND = (
 
 @dataclass
 class Written:
-    """What was written: `moved` counts the tensors whose change is not zero everywhere (in a vector, those it holds).
+    """A summary of what was written: `moved` counts the tensors with a nonzero change (in a vector: all it holds).
 
     `survival` is what the one rounding left of the wanted change, counted on a sample.
     """
@@ -51,7 +51,7 @@ class Written:
     survival: Survival = field(default_factory=Survival)
 
     def counts(self) -> str:
-        """Numbers and tensors in words."""
+        """Return the counts as a sentence."""
         moved = f"{self.moved} of {self.tensors} tensors moved" if self.moved else "nothing moved: the change is zero"
         return f"{self.output}: {self.parameters:,} numbers, {moved}"
 

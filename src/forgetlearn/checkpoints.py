@@ -200,10 +200,10 @@ class CheckpointFolder:
         return found
 
     def read_numbers(self, entry: Entry, start: int, raw: Array, scratch: Scratch) -> None:
-        """Fill `raw` with the bytes of a tensor's numbers from number `start` on, and look for NaN among them.
+        """Fill `raw` with the bytes of a tensor's numbers from number `start` on, and check them for NaN.
 
         Raises:
-            ModelError: there is one, or the file ends before. Infinite numbers are let through: masks hold them.
+            ModelError: a number is NaN, or the file is too short. Infinite numbers are allowed: masks hold them.
         """
         self.read_into(entry, start * WIDTHS[entry.dtype], raw.data)
         if entry.dtype in FLOATS and odd_numbers(raw, entry.dtype, scratch) == "NaN":
@@ -372,7 +372,7 @@ def header_bytes(entries: list[Entry], metadata: Mapping[str, str], widths: Mapp
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """An object from a JSON file of a model's or an adapter's folder: every such file is read here.
+    """Return the object in a JSON file of a model or an adapter; every such file is read here.
 
     Raises:
         ModelError: it is no JSON object, is larger than 50 MB, or nests deeper than 100 levels. Libraries that go

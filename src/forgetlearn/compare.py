@@ -319,7 +319,7 @@ def help_fill(comparison: Comparison) -> None:
 
 @contextmanager
 def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
-    """`n` more processes that fill cells of the same folder; they end when this one is done, or dies."""
+    """Start `n` more processes that fill cells of the same folder; they end when this one finishes or dies."""
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
     call = pickle.dumps((_help, (comparison, n_threads)))

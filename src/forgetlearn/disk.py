@@ -87,7 +87,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
-    """The JSON in a file, after `prepare` of its text.
+    """Return the JSON in a file, whose text is first passed through `prepare`.
 
     Raises:
         RunError: it cannot be read, is nested too deeply, or holds halves of characters, which cannot be written again.
@@ -150,16 +150,16 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def _unfinished(final: Path) -> Path:
-    """A new name beside `final` for what is not complete yet.
+    """Return a new name beside `final` for a file or folder that is still being written.
 
-    Files and folders are made under it with the modes of any other, so that the system applies the umask: to ask for
-    the umask is to set it, for all threads at once.
+    Whatever is created under it gets its mode from the system, which applies the umask: reading the umask would mean
+    setting it, for all threads at once.
     """
     return final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}")
 
 
 def _beginning(final: Path) -> str:
-    """Of the names of what is not complete yet; it leaves room in the 255 bytes of a name."""
+    """Return how names of unfinished files begin; it leaves room in the 255 bytes of a name."""
     is_short = len(os.fsencode(final.name)) <= MOST_BYTES
     return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
 

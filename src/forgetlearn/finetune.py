@@ -128,7 +128,7 @@ def _smaller_micro_batch(settings: TrainSettings) -> int | None:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that is at most `most`; in steps of the number's root, which may be 1e9."""
+    """Return the largest divisor of `number` that is at most `most`, in O(sqrt(number)) steps: it may be 1e9."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return max(size for low in small for size in (low, number // low) if size <= most)
 

@@ -328,7 +328,7 @@ def _stages(
     """Name, kind, settings, texts, passes and LoRA stages before, of what is trained."""
     method = METHODS[config.method]
     forgets = method.forgets is not None and config.forget.coef != 0 and old.number > 0
-    if config.teach.epochs:
+    if config.teach.epochs and old.number > 0:
         yield "teach", "all weights", config.teach, old, config.teach.epochs, []
     if forgets and method.forgets is not None:
         yield "forget", method.forgets, config.forget, old, config.forget.epochs, []
