@@ -453,7 +453,7 @@ def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _held(facts: FactSet) -> int:
-    """Facts that can be forgotten: those that the model has still to be asked for will have an answer too."""
+    """Return the number of facts that can be forgotten, including those the model has still to be asked about."""
     return len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)
 
 

@@ -74,10 +74,10 @@ def check_launched(asked: int | None) -> None:
 
 
 def run_tied(pickled: bytes) -> None:
-    """Call what was pickled, `(function, arguments)`, in a spawned process that ends at once when its parent does.
+    """Run a pickled `(function, arguments)` in a spawned process, and exit at once when the parent ends.
 
-    However the parent dies, the pipe between the two closes. The call is unpickled here, because its imports take
-    seconds in which nobody would look.
+    However the parent dies, the pipe between the two closes. The call is unpickled only after the watch has started,
+    because its imports take seconds.
     """
     parent = multiprocessing.parent_process()
 

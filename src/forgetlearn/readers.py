@@ -196,7 +196,7 @@ def _numbers(record: Record, base: str) -> list[str]:
 
 
 def _in_order(numbers: set[str]) -> list[str]:
-    """Numbers without leading zeros, by size, however many digits they have."""
+    """Sort numbers without leading zeros by size, however many digits they have."""
     return sorted(numbers, key=lambda digits: (len(digits), digits))
 
 
