@@ -77,7 +77,14 @@ def read_config_facts(config: RunConfig) -> FactSet:
     settings = config.facts
     if not settings.source:
         raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV, TSV, XLSX).")
-    return read_facts(settings.source, **settings.model_dump(exclude={"source"}))
+    return read_facts(
+        settings.source,
+        old_from=settings.old_from,
+        limit=settings.limit,
+        strict=settings.strict,
+        columns=settings.columns,
+        aliases=settings.aliases,
+    )
 
 
 def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row]:

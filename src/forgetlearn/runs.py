@@ -99,7 +99,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, kind: type[records.Manifest] = records.Manifest) -> RunFolder:
-        """The run in a folder; `kind` checks its recorded settings too.
+        """Open the run in a folder; `kind` says which recorded settings are checked too.
 
         Raises:
             RunError: there is none, or its manifest cannot be read or is not as it was written.
@@ -305,7 +305,7 @@ def check_output(
 
 
 def _check_name(path: Path) -> None:
-    """Raise RunError if the system, or the libraries that write weights and tokenizers, take no such name."""
+    """Raise RunError if the system, or the libraries that write weights and tokenizers, reject the name."""
     with naming(path):
         path.exists()  # fails for a name that is too long
     try:

@@ -258,7 +258,7 @@ def _check_ties(
 
 
 def is_finite(weight: Tensor) -> bool:
-    """False if a floating-point tensor holds NaN or infinite numbers; takes 0.2 s per GB, and no memory for a copy."""
+    """Return False if a floating-point tensor contains NaN or infinity; takes 0.2 s per GB and makes no copy."""
     if not weight.is_floating_point() or weight.is_meta or not weight.numel():
         return True
     least, most = torch.aminmax(weight if weight.itemsize > 1 else weight.float())
