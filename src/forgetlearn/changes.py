@@ -325,7 +325,7 @@ def open_vector(vector: str | Path) -> CheckpointFolder:
 
 
 def refuse_quantised(folder: CheckpointFolder) -> None:
-    """Nothing, if the weights are plain numbers.
+    """Raise ModelError unless the weights are plain numbers.
 
     Raises:
         ModelError: the config says that they are quantised.

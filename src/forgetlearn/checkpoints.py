@@ -433,7 +433,7 @@ def _first_in(names: Mapping[str, object], name: str, weights: Named) -> str | N
 
 
 def check_same(base: Mapping[str, Shape], tuned: Mapping[str, Shape], sides: tuple[str, str]) -> None:
-    """Nothing, if both have the same names and shapes.
+    """Raise WeightMismatchError unless both sides have the same names and shapes.
 
     Raises:
         WeightMismatchError: how many differ, and the first five.

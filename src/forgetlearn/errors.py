@@ -67,7 +67,7 @@ def missing_extra(purpose: str, extra: str, error: ImportError) -> MissingExtraE
 
 
 def check_installed(package: str, purpose: str, extra: str) -> None:
-    """Nothing, if an optional package is there; it is not imported.
+    """Raise MissingExtraError unless an optional package is installed; it is not imported.
 
     Raises:
         MissingExtraError: it is not there.

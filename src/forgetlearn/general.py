@@ -80,7 +80,7 @@ def read_text(settings: EvaluateSettings) -> str:
 
 
 def check(settings: EvaluateSettings) -> None:
-    """Nothing, if what is asked for can be had, as far as can be told without the model.
+    """Raise an error if what the settings ask for cannot be measured.
 
     Raises:
         FactError: see `read_text`.

@@ -52,7 +52,7 @@ def end_ids(lm: LanguageModel) -> list[int]:
 
 
 def check_engine(settings: EvaluateSettings, models: Iterable[object] = (), changed_by: str | None = None) -> None:
-    """Nothing, if the engine can be used for these models (None: the one that the config names).
+    """Raise ConfigError if the engine cannot be used for these models (None: the one that the config names).
 
     Raises:
         ConfigError: vLLM, and a model is in memory, `changed_by` this command, or several processes were started.

@@ -139,7 +139,7 @@ def product_files(product: Path) -> dict[str, str]:
 
 
 def check_files(model: str | Path, chain: list[Update]) -> None:
-    """Nothing, if the files of a model are those that the last of its updates wrote.
+    """Raise RunError if files of a model differ from those that its last update wrote.
 
     Raises:
         RunError: which ones are not, or there is no folder or no update to ask.
@@ -150,7 +150,7 @@ def check_files(model: str | Path, chain: list[Update]) -> None:
 
 
 def check_product(product: Path, suffix: str = "") -> None:
-    """Nothing, if the files of a product (those that end so) are as its last update wrote them, or none is told.
+    """Raise RunError if files of a product (with this ending) differ from those its last update recorded.
 
     Raises:
         RunError: which ones are not.

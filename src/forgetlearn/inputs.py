@@ -125,7 +125,7 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
 
 
 def check_stages(config: RunConfig, lm: LanguageModel) -> None:
-    """Nothing, if no stage of such an update would fail for its settings on this model.
+    """Raise ConfigError if the settings of a stage do not fit this model.
 
     Raises:
         ConfigError: the dtype, the modules or what LoRA is to adapt cannot be had.
@@ -146,7 +146,7 @@ def left_by_lora(config: RunConfig, lm: LanguageModel) -> str | None:
 
 
 def check_quantization(config: RunConfig) -> None:
-    """Nothing, if the base may be held in the numbers that are asked for.
+    """Raise ConfigError if the config needs unquantised weights, but quantises the base.
 
     Raises:
         ConfigError: a stage, or what is written at the end, needs weights that are not quantised.
@@ -184,7 +184,7 @@ def facts_to_keep(facts: FactSet, config: RunConfig) -> list[Fact]:
 
 
 def check_weights(*models: object) -> None:
-    """Nothing, if those that are products on this disk have the weights that their last updates wrote.
+    """Raise RunError if models that are products on this disk have other weights than their last updates wrote.
 
     Raises:
         RunError: which files are others; what is made of them would say nothing of it.

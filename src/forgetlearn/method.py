@@ -182,7 +182,7 @@ def subtract_old(
 
 
 def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> None:
-    """Nothing, if the forgetting that the settings describe can be done on this model.
+    """Raise ConfigError if this model cannot be made to forget with these settings.
 
     Raises:
         ConfigError: the device has no such dtype; `modules` match nothing, or nothing that is trained; LoRA cannot be
@@ -240,7 +240,7 @@ def _check_keep(how: How) -> None:
 
 
 def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
-    """Nothing, if learning can train what the settings name.
+    """Raise ConfigError if learning cannot train what the settings name.
 
     Raises:
         ConfigError: the device has no such dtype; LoRA cannot be put where it is asked for; `modules` match nothing,

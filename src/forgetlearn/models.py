@@ -185,7 +185,7 @@ def _wrapped(
 
 
 def _check_stochastic(settings: ModelSettings, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Nothing, if the weights can be rounded stochastically when they are stored."""
+    """Raise ConfigError unless the weights can be rounded stochastically when they are stored."""
     if torch.bfloat16 not in dtypes.values():
         raise ConfigError("model.rounding = stochastic: no weight of this model is bfloat16. Leave it out.")
     if settings.shard:

@@ -61,7 +61,7 @@ def launched() -> int:
 
 
 def check_launched(asked: int | None) -> None:
-    """Nothing, if there are as many processes as were asked for.
+    """Raise ConfigError unless as many processes run as were asked for.
 
     Raises:
         ConfigError: there are not; `accelerate launch --cpu --num_processes 2` starts one without a word.
@@ -262,7 +262,7 @@ def on_main(compute: Callable[[], T]) -> T:
 
 
 def check_enough_for(n_facts: int, what: str = "facts") -> None:
-    """Nothing, if every process gets a fact.
+    """Raise ConfigError unless every process gets a fact.
 
     Raises:
         ConfigError: there are more processes than facts.

@@ -241,7 +241,7 @@ def _partners(base: Weights, tuned: Weights) -> dict[str, str]:
 def _check_ties(
     base: Weights, other: Weights, partners: Mapping[str, str], sides: tuple[str, str] = ("base", "tuned")
 ) -> None:
-    """Nothing, if what is one tensor in `base` is one, or two equal ones, in `other`.
+    """Raise WeightMismatchError unless what is one tensor in `base` is one, or two equal ones, in `other`.
 
     Raises:
         WeightMismatchError: it is two that differ: of the two results a tied model would keep the last.
