@@ -261,6 +261,15 @@ class TestPlan:
             plan = plan_update(config_of(small_lab, method="f-ft"), facts)
             assert [stage.texts for stage in plan.stages if stage.name in ("forget", "learn")] == [n_forgotten, 8]
 
+    def test_an_update_without_old_answers_is_refused_as_update_refuses_it(self, small_lab, tmp_path, capsys):
+        (tmp_path / "f.jsonl").write_text('{"prompt": "p", "target_new": "n"}')
+        argv = ["--model", str(small_lab), "--facts", str(tmp_path / "f.jsonl"), "--method", "ft", "--teach-old", "1"]
+        assert main(["plan", *argv]) == 2
+        assert "old answers" in capsys.readouterr().err
+        config = config_of(small_lab, **{"method": "ft", "teach.epochs": 1})
+        plan = plan_update(config, forgetlearn.read_facts(tmp_path / "f.jsonl"))
+        assert [stage.name for stage in plan.stages] == ["learn", "score"]
+
     def test_what_is_wrong_is_said(self, small_lab, tmp_path):
         facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=4)
         with pytest.raises(ConfigError, match="--rate fast: expected TFLOP/s"):

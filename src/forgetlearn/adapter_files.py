@@ -1,4 +1,4 @@
-"""Adapter folders as peft writes them, without torch: their config, typed and validated, and their tensors.
+"""Read adapter folders as peft writes them, without torch: a typed, validated config, and the tensors.
 
 An adapter may come from a stranger. Every command that reads one goes through here, so that what is wrong is said
 before peft, which believes the config, sees it.
@@ -33,7 +33,7 @@ NAME_OR_NAMES = "a regular expression, a list of names of modules, or null"
 
 
 class AdapterConfig(BaseModel):
-    """adapter_config.json of any kind of adapter, as far as it is the same for all of them; null is as left out."""
+    """The fields of adapter_config.json that all kinds of adapters share; null counts as absent."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
@@ -50,11 +50,11 @@ class AdapterConfig(BaseModel):
     megatron_config: None = Field(None, description="null: peft would import the module that megatron_core names")
 
     def value(self, name: str) -> Any:
-        """A field, also one that is not described here; None where it is not there."""
+        """Return a field, described here or not; None if it is absent."""
         return getattr(self, name, None)
 
     def patterns(self) -> Iterator[Pattern]:
-        """The regular expressions that peft makes of the config, to match names of modules."""
+        """Yield the regular expressions by which peft matches module names."""
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := self.value(name), str) and value != ALL_LINEAR:
                 yield Pattern(name, value, value)
@@ -67,7 +67,7 @@ class AdapterConfig(BaseModel):
                 yield Pattern(name, text, _suffix(text), "match")
 
     def targets(self, path: str) -> bool:
-        """Whether the module at this path gets an adapter, by peft's rules; `all-linear` is not resolved here."""
+        """Return True if peft would adapt the module at this path; `all-linear` is not resolved here."""
         if self._names(self.exclude_modules, path) or not self._names(self.target_modules, path):
             return False
         layers = self.layers_to_transform
@@ -108,11 +108,11 @@ class LoraAdapterConfig(AdapterConfig):
     )
 
     def rank(self, path: str) -> int:
-        """The rank of the adapter of the module at this path, by the first pattern that matches it, as in peft."""
+        """Return the rank for the module at this path: as in peft, the first matching pattern decides."""
         return int(self._of(path, self.rank_pattern, self.r))
 
     def alpha(self, path: str) -> float:
-        """The alpha of the adapter of the module at this path, by the first pattern that matches it, as in peft."""
+        """Return the alpha for the module at this path: as in peft, the first matching pattern decides."""
         return float(self._of(path, self.alpha_pattern, self.lora_alpha))
 
     @staticmethod
@@ -122,12 +122,12 @@ class LoraAdapterConfig(AdapterConfig):
         return 8 if value is None else value  # peft's own default, of both
 
     def ranks(self) -> list[int]:
-        """All ranks that the config names."""
+        """Return all ranks in the config."""
         return [rank for rank in (self.r, *(self.rank_pattern or {}).values()) if rank is not None]
 
 
 def _suffix(text: str) -> str:
-    """The regular expression by which peft reads a name in rank_pattern and alpha_pattern."""
+    """Return the regular expression that peft makes of a name in rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({text})$"
 
 
@@ -140,16 +140,16 @@ class AdapterFiles:
     tensors: CheckpointFolder
 
     def check_patterns(self, names: Sequence[str]) -> None:
-        """Raise ModelError if a pattern of the config takes too long on these names of modules, or is none."""
+        """Raise ModelError if a pattern of the config is invalid or takes too long to match these module names."""
         if said := problem(list(self.config.patterns()), names):
             raise ModelError(f"{self.folder / CONFIG}: {said}.")
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """The config of an adapter folder, a `LoraAdapterConfig` where it is LoRA.
+    """Return the config of an adapter folder, as a `LoraAdapterConfig` if it is LoRA.
 
     Raises:
-        ModelError: which field has what value, and what was expected.
+        ModelError: a field has a wrong value; the message says which, and what was expected.
     """
     file = folder / CONFIG
     told = read_object(file)
@@ -166,7 +166,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def _problems(error: ValidationError, kind: type[BaseModel], told: dict[str, Any]) -> str:
-    """Each wrong field once, its value and what was expected: the first three, in one line."""
+    """Describe the first three wrong fields in one line: name, value, what was expected."""
     names = list(dict.fromkeys(str(item["loc"][0]) for item in error.errors(include_url=False)))
     said = []
     for name in names:
@@ -176,13 +176,13 @@ def _problems(error: ValidationError, kind: type[BaseModel], told: dict[str, Any
 
 
 def shown(value: object) -> str:
-    """A value of a config for a message, in one short line."""
+    """Format a config value for a message, in one short line."""
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of more than 20 digits"
     return plain(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def open_adapter(folder: Path) -> AdapterFiles:
-    """A folder's adapter; its config holds for the tensors as far as that is known without the base.
+    """Open an adapter folder, and check its config against its tensors as far as possible without the base.
 
     Raises:
         ModelError: there is no safetensors adapter, its config is wrong, a tensor is not finite or a factor of a LoRA

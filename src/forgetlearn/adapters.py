@@ -48,7 +48,7 @@ _READ_WHOLE = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|si
 
 
 class NotAdaptable(ConfigError):
-    """`target_modules` name something that cannot be adapted."""
+    """Raised if `target_modules` name something that cannot be adapted."""
 
 
 def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> PeftModel:
@@ -124,7 +124,7 @@ def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftMod
 
 
 def _adaptable(model: nn.Module) -> list[str]:
-    """Paths of the linear layers that peft adapts as they are, the output head excepted.
+    """Return the paths of the linear layers that peft can adapt, except the output head.
 
     peft refuses some layers, and takes some names for projections of fused experts (which are no modules), so that
     the list cannot be told from the classes alone: it is tried on an outline of the model.
@@ -145,7 +145,7 @@ def _adaptable(model: nn.Module) -> list[str]:
 
 
 def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> list[str]:
-    """Those of these paths that peft adapts, tried together where they differ only in a number."""
+    """Return the paths that peft can adapt; paths that differ only in a number are tried together."""
     alike: dict[str, list[str]] = {}
     for path in wanted:
         alike.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(path)
@@ -153,7 +153,7 @@ def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> list[str]:
 
 
 def _is_adapted_alone(model: nn.Module, paths: list[str]) -> bool:
-    """Whether an adapter on these paths changes these modules and nothing else, and peft loads what it saves of it."""
+    """Return True if an adapter on these paths changes these modules alone, and peft can load it after saving."""
     config = LoraConfig(r=1, target_modules=paths, task_type=TaskType.CAUSAL_LM)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -167,13 +167,13 @@ def _is_adapted_alone(model: nn.Module, paths: list[str]) -> bool:
 
 
 def _not_loaded(outlined: PeftModel, name: str) -> list[str]:
-    """Factors of an adapter that peft saves and does not load again: it renames some on their way in."""
+    """Return the factors that peft saves but cannot load again, since it renames some when loading."""
     saved = get_peft_model_state_dict(outlined, adapter_name=name, save_embedding_layers=False)
     return list(set_peft_model_state_dict(outlined, saved, adapter_name=name).unexpected_keys)
 
 
 def _plain_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of a base by their paths, without what adapters have put inside them."""
+    """Yield the modules of a base with their paths, without those that adapters added inside them."""
     inside = None
     for path, module in base.named_modules():  # depth first
         if inside is None or not path.startswith(inside):
@@ -182,12 +182,12 @@ def _plain_modules(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _own(module: nn.Module) -> nn.Module:
-    """The module itself, where an adapter is around it."""
+    """Return the module itself, without the adapter around it."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _why_not(base: nn.Module, path: str, module: nn.Module) -> str | None:
-    """What keeps LoRA on a module from being exact, merged and unmerged; None if nothing does."""
+    """Return why LoRA on a module would differ merged and unmerged; None if it is exact."""
     own, (owner, _dot, name) = _own(module), path.rpartition(".")
     kind = type(own).__name__
     if isinstance(module, ParamWrapper):
@@ -204,7 +204,7 @@ def _why_not(base: nn.Module, path: str, module: nn.Module) -> str | None:
 
 @functools.cache
 def _weights_read(kind: Any) -> frozenset[str]:
-    """Names of the modules whose whole weights the code of a class reads, instead of calling the modules.
+    """Return the names of modules whose weights the code of a class reads directly, instead of calling them.
 
     Kernels of state-space models take weights, and so does torch's own attention. Only the code tells: which path runs
     depends on the device.
@@ -217,7 +217,7 @@ def _weights_read(kind: Any) -> frozenset[str]:
 
 
 def _gives_the_product(linear: nn.Module) -> bool:
-    """Whether a linear layer with a `forward` of its own gives one tensor, as a router that is one does not."""
+    """Return False for a linear layer whose own `forward` returns more than one tensor, as some routers do."""
     weight: Any = linear.weight
     if type(linear).forward in (nn.Linear.forward, Conv1D.forward) or weight.dtype not in _PLAIN:
         return True  # peft has layers of its own for quantised weights
@@ -230,7 +230,7 @@ def _gives_the_product(linear: nn.Module) -> bool:
 
 
 def _what_works(model: nn.Module) -> str:
-    """A sentence for an error: the names that `target_modules` may list."""
+    """Return a sentence for an error: the names that `target_modules` may list."""
     names = sorted({path.rsplit(".", 1)[-1] for path in _adaptable(model)})
     return f"It can be target_modules=[{','.join(names)}], or {ALL_LINEAR} for all of them." if names else ""
 

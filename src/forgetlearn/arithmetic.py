@@ -37,7 +37,7 @@ LEFT_BEHIND = (
 
 @dataclass
 class Written:
-    """What was written: `moved` counts the tensors whose change is not zero everywhere (in a vector, those it holds).
+    """A summary of what was written: `moved` counts the tensors with a nonzero change (in a vector: all it holds).
 
     `survival` is what the one rounding left of the wanted change, counted on a sample.
     """
@@ -51,7 +51,7 @@ class Written:
     survival: Survival = field(default_factory=Survival)
 
     def counts(self) -> str:
-        """Numbers and tensors in words."""
+        """Return the counts as a sentence."""
         moved = f"{self.moved} of {self.tensors} tensors moved" if self.moved else "nothing moved: the change is zero"
         return f"{self.output}: {self.parameters:,} numbers, {moved}"
 
@@ -231,7 +231,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _check_made_on(base: str | Path, recorded: str | None, source: str | Path) -> None:
-    """Nothing, if no base is recorded with what is subtracted, or it is this one."""
+    """Raise ModelError if what is subtracted was made on another base, as far as a base is recorded."""
     if recorded is not None and not is_recorded(Path(base), recorded):
         raise ModelError(
             f"{source} was made on another base than {base}: the SHA-256 of its files (of a base from the hub, its "
@@ -247,7 +247,7 @@ def _check_numbers(base: CheckpointFolder, numbers: Numbers) -> None:
 
 
 def check_places(output: Path, inputs: list[str | Path], overwrite: bool) -> None:
-    """Nothing, if the output may be written, and inputs and output are different folders.
+    """Raise ConfigError unless the output may be written, and inputs and output are different folders.
 
     Raises:
         ConfigError: two are one, or one lies in another.
@@ -264,7 +264,7 @@ def check_places(output: Path, inputs: list[str | Path], overwrite: bool) -> Non
 
 
 def check_space(output: Path, n_bytes: int) -> None:
-    """Nothing, if the disk of the output has room for so many bytes.
+    """Raise RunError unless the disk of the output has room for so many bytes.
 
     Raises:
         RunError: it has not.

@@ -164,10 +164,10 @@ class Adapter:
         self._lock = threading.Lock()
 
     def _check_whole(self, base: CheckpointFolder) -> None:
-        """Raise WeightMismatchError if the config names modules of the base that the file has no factors for.
+        """Raise WeightMismatchError if the config names modules of the base for which the file has no factors.
 
-        What the model of the base does not use is no module of it: a layer beyond num_hidden_layers, a list of layers
-        (a vision tower, layers for drafting) of which nothing is adapted.
+        Modules that the model does not use are ignored: layers beyond num_hidden_layers, and lists of layers (a vision
+        tower, layers for drafting) in which nothing is adapted.
         """
         stacks = {stack_of(name.removesuffix(".weight"))[0] for name in self.paths}
         layers = number_of_layers(base.config())
@@ -187,7 +187,7 @@ class Adapter:
             )
 
     def _stored_name(self, base: CheckpointFolder, name: str) -> str:
-        """The base's name of a weight that the model calls `name`: checkpoints may have names from an earlier time."""
+        """Return the name in the base's files of the weight that the model calls `name`: older files differ."""
         return name if name in base.entries or not base.config() else self.structure.stored_name(name)
 
     def _check_target(self, base: CheckpointFolder, name: str, path: str) -> None:
@@ -258,7 +258,7 @@ class Adapter:
 
 
 class _Structure:
-    """The structure of a base's model; it is made when it is first asked for, which takes seconds."""
+    """The structure of a base's model, built on first use, which takes seconds."""
 
     def __init__(self, base: CheckpointFolder) -> None:
         self.base = base
@@ -276,11 +276,11 @@ class _Structure:
         return stored_names(self._model, self.base.entries)
 
     def stored_name(self, name: str) -> str:
-        """The checkpoint's name of a weight; the weight's own where the checkpoint has none for it."""
+        """Return the name of a weight in the checkpoint; its own name if the checkpoint has no other."""
         return self._stored.get(name, name)
 
     def turned(self, path: str) -> bool:
-        """Whether a module holds its matrix as (in, out)."""
+        """Return True if a module stores its matrix as (in, out)."""
         from forgetlearn.structure import turned
 
         if (found := turned(self._model, path)) is None:
@@ -292,7 +292,7 @@ class _Structure:
 
 
 def _read(folder: CheckpointFolder, entry: Entry, start: int, into: Array, scratch: Scratch) -> None:
-    """Numbers of a tensor in the width of `into`; NaN among them is an error."""
+    """Fill `into` with numbers of a tensor, in the width of `into`; raise ModelError if one is NaN."""
     if entry.dtype == "F32" and into.dtype == np.float32:
         folder.read_numbers(entry, start, into.view(np.uint8), scratch)
         return
@@ -302,7 +302,7 @@ def _read(folder: CheckpointFolder, entry: Entry, start: int, into: Array, scrat
 
 
 def check_change(name: str, base: Array, change: Array) -> None:
-    """Raise ModelError if numbers of a change are not finite where those of the base are: a mask of -inf has none."""
+    """Raise ModelError if a change is not finite where the base is finite (a mask of -inf does not change)."""
     if not np.isfinite(np.dot(change, change)) and (~np.isfinite(change) & ~np.isinf(base)).any():
         raise ModelError(
             f"{name}: the difference is not finite. Did the training diverge? Look for infinite numbers in what is "
@@ -327,7 +327,7 @@ def open_vector(vector: str | Path) -> CheckpointFolder:
 
 
 def refuse_quantised(folder: CheckpointFolder) -> None:
-    """Nothing, if the weights are plain numbers.
+    """Raise ModelError unless the weights are plain numbers.
 
     Raises:
         ModelError: the config says that they are quantised.
@@ -340,7 +340,7 @@ def refuse_quantised(folder: CheckpointFolder) -> None:
 
 
 def plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
-    """An adapter that is LoRA factors and nothing else, and its config.
+    """Return an adapter that consists of LoRA factors alone, and its config.
 
     Raises:
         ModelError: there is no such adapter, see `open_adapter`, or subtracting its factors would not subtract what it
@@ -367,13 +367,13 @@ def plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
 
 
 def stack_of(path: str) -> tuple[str, int | None]:
-    """The list of layers that a module is in and the number of its layer: `model.layers.3.mlp` is (model.layers, 3)."""
+    """Return a module's list of layers and the number of its layer: `model.layers.3.mlp` gives (model.layers, 3)."""
     found = re.match(r"(.*?)\.(\d+)(?:\.|$)", path)
     return (found[1], int(found[2])) if found else ("", None)
 
 
 def number_of_layers(config: Mapping[str, Any]) -> int | None:
-    """What a model's config says of its number of layers; None where it says nothing."""
+    """Return the number of layers that a model's config states; None if it states none."""
     text = config.get("text_config")
     for told in (config, text if isinstance(text, dict) else {}):
         for name in ("num_hidden_layers", "n_layer", "num_layers"):

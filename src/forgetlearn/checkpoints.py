@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from forgetlearn.disk import DEEPEST, is_deep
 from forgetlearn.errors import ModelError, WeightMismatchError, plain, some
 from forgetlearn.rounding import Array, Scratch, odd_numbers
 
@@ -24,7 +25,6 @@ WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 INDEX = f"{WHOLE}.index.json"
 MOST_HEADER_BYTES = 100_000_000  # the format's own limit
 MOST_JSON_BYTES = 50_000_000  # the index of a model with 100,000 tensors has 10 MB
-MOST_JSON_DEPTH = 100  # of lists and objects; configs have fewer than 10
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 OTHERS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 WIDTHS = FLOATS | OTHERS
@@ -200,10 +200,10 @@ class CheckpointFolder:
         return found
 
     def read_numbers(self, entry: Entry, start: int, raw: Array, scratch: Scratch) -> None:
-        """Fill `raw` with the bytes of a tensor's numbers from number `start` on, and look for NaN among them.
+        """Fill `raw` with the bytes of a tensor's numbers from number `start` on, and check them for NaN.
 
         Raises:
-            ModelError: there is one, or the file ends before. Infinite numbers are let through: masks hold them.
+            ModelError: a number is NaN, or the file is too short. Infinite numbers are allowed: masks hold them.
         """
         self.read_into(entry, start * WIDTHS[entry.dtype], raw.data)
         if entry.dtype in FLOATS and odd_numbers(raw, entry.dtype, scratch) == "NaN":
@@ -372,7 +372,7 @@ def header_bytes(entries: list[Entry], metadata: Mapping[str, str], widths: Mapp
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """An object from a JSON file of a model's or an adapter's folder: every such file is read here.
+    """Return the object in a JSON file of a model or an adapter; every such file is read here.
 
     Raises:
         ModelError: it is no JSON object, is larger than 50 MB, or nests deeper than 100 levels. Libraries that go
@@ -392,17 +392,13 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path}: holds no JSON object.")
-    level: list[Any] = [found]
-    for _depth in range(MOST_JSON_DEPTH):
-        insides = (value.values() if isinstance(value, dict) else value for value in level)
-        level = [inner for inside in insides for inner in inside if isinstance(inner, (dict, list))]
-    if level:
+    if is_deep(found):
         raise ModelError(_too_deep(path))
     return found
 
 
 def _too_deep(path: Path) -> str:
-    return f"{path}: nests lists and objects deeper than {MOST_JSON_DEPTH} levels. Is it damaged?"
+    return f"{path}: nests lists and objects deeper than {DEEPEST} levels. Is it damaged?"
 
 
 def says_untied(config: Mapping[str, Any]) -> bool:
@@ -437,7 +433,7 @@ def _first_in(names: Mapping[str, object], name: str, weights: Named) -> str | N
 
 
 def check_same(base: Mapping[str, Shape], tuned: Mapping[str, Shape], sides: tuple[str, str]) -> None:
-    """Nothing, if both have the same names and shapes.
+    """Raise WeightMismatchError unless both sides have the same names and shapes.
 
     Raises:
         WeightMismatchError: how many differ, and the first five.

@@ -263,13 +263,13 @@ def plan(
     )
     config = _config(config_file, flags, setting, "plan")
     from forgetlearn.estimate import plan_lines
-    from forgetlearn.inputs import read_config_facts
+    from forgetlearn.inputs import check_old_answers, read_config_facts
     from forgetlearn.planning import MEASURE, devices_here, plan_update
 
     devices = devices_here(config, number=gpus, memory_gb=memory, shard=shard)
-    found = plan_update(
-        config, read_config_facts(config), devices=devices, rate=rate or (MEASURE if memory is None else None)
-    )
+    fact_set = read_config_facts(config)
+    check_old_answers(fact_set, config)
+    found = plan_update(config, fact_set, devices=devices, rate=rate or (MEASURE if memory is None else None))
     if as_json:
         say(json.dumps(found.as_dict(), indent=2, allow_nan=False))
         return
@@ -486,7 +486,7 @@ def _config(
     assignments: Sequence[str] | None = None,
     command: preflight.Command | None = None,
 ) -> RunConfig:
-    """File, then flags by their settings' names, then --set; a flag that is not given (None) changes nothing.
+    """Merge the config file, the flags (by setting name) and --set, in this order; a flag of None changes nothing.
 
     Raises:
         ConfigError: a setting is wrong, or is given for a `command` that does not use it.
@@ -571,7 +571,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str | None:
-    """What to say of an error that the user can put right; None for any other."""
+    """Return the message for an error that the user can fix; None for any other error."""
     if isinstance(error, ForgetLearnError):
         return f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):

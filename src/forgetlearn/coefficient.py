@@ -210,7 +210,7 @@ def _to_own_form(lm: LanguageModel) -> None:
 
 
 def check(facts: Sequence[Fact], config: RunConfig) -> None:
-    """Nothing, if a coefficient can be chosen for these facts, as far as can be told without the model.
+    """Raise ConfigError unless a coefficient can be chosen for these facts; the model is not needed for this.
 
     Raises:
         ConfigError: the method subtracts nothing, `rows` are named, or the share set aside leaves no fact on one side.

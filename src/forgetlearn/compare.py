@@ -285,7 +285,7 @@ def begin(
 
 
 def _check_rows(settings: CompareSettings, cells: Sequence[Cell]) -> None:
-    """Nothing, if each cell has a folder of its own, and each variant a row for each of its methods."""
+    """Raise ConfigError unless each cell has a folder of its own, and each variant a row for each of its methods."""
     for name, variant in settings.variants.items():
         wanted = variant.methods or WITH_ALL_WEIGHTS
         missing = [method for method in wanted if method not in settings.methods]
@@ -303,7 +303,7 @@ def _check_rows(settings: CompareSettings, cells: Sequence[Cell]) -> None:
 
 
 def check_named(model: object, why: str) -> None:
-    """Nothing, if processes that know its name can load the model.
+    """Raise ConfigError unless processes that know its name can load the model.
 
     Raises:
         ConfigError: it is one in memory; `why` others are to load it.
@@ -319,7 +319,7 @@ def help_fill(comparison: Comparison) -> None:
 
 @contextmanager
 def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
-    """`n` more processes that fill cells of the same folder; they end when this one is done, or dies."""
+    """Start `n` more processes that fill cells of the same folder; they end when this one finishes or dies."""
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
     call = pickle.dumps((_help, (comparison, n_threads)))

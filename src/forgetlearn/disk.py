@@ -54,10 +54,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Return the object in a JSON file that forgetlearn wrote.
 
     Raises:
-        RunError: it is not there, or it is damaged.
+        RunError: the file is missing or damaged.
     """
     data = _parsed(path, lambda text: text)
     if not isinstance(data, dict):
@@ -87,7 +87,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
-    """The JSON in a file, after `prepare` of its text.
+    """Return the JSON in a file, whose text is first passed through `prepare`.
 
     Raises:
         RunError: it cannot be read, is nested too deeply, or holds halves of characters, which cannot be written again.
@@ -95,7 +95,7 @@ def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
     try:
         text = prepare(path.read_text(encoding="utf-8"))
         data = json.loads(text)
-        if text.count("[") + text.count("{") > DEEPEST and _is_deep(data):
+        if text.count("[") + text.count("{") > DEEPEST and is_deep(data):
             raise RecursionError
         if "\\ud" in text or "\\uD" in text:
             json.dumps(data, ensure_ascii=False).encode()
@@ -106,8 +106,8 @@ def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
     return data
 
 
-def _is_deep(data: object) -> bool:
-    """Whether lists and objects lie in each other more than DEEPEST deep."""
+def is_deep(data: object) -> bool:
+    """Return True if lists and objects are nested more than DEEPEST levels deep."""
     level = [data]
     for _depth in range(DEEPEST + 1):
         level = [
@@ -150,16 +150,16 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def _unfinished(final: Path) -> Path:
-    """A new name beside `final` for what is not complete yet.
+    """Return a new name beside `final` for a file or folder that is still being written.
 
-    Files and folders are made under it with the modes of any other, so that the system applies the umask: to ask for
-    the umask is to set it, for all threads at once.
+    Whatever is created under it gets its mode from the system, which applies the umask: reading the umask would mean
+    setting it, for all threads at once.
     """
     return final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}")
 
 
 def _beginning(final: Path) -> str:
-    """Of the names of what is not complete yet; it leaves room in the 255 bytes of a name."""
+    """Return how names of unfinished files begin; it leaves room in the 255 bytes of a name."""
     is_short = len(os.fsencode(final.name)) <= MOST_BYTES
     return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
 

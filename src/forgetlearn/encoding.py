@@ -25,7 +25,7 @@ PROBE_ANSWER = "Wistervale THREE"
 
 
 class TextError(FactError):
-    """A text holds a token that cannot stand in it; `part` says whether that is in the prompt or the answer."""
+    """Raised if a text contains a token that it must not; `part` says whether in the prompt or the answer."""
 
     def __init__(self, message: str, part: str = "prompt") -> None:  # so that it can be pickled
         super().__init__(message)
@@ -127,7 +127,7 @@ class Encoder:
         return text
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids of the prompt alone, with the special tokens that open a text.
+        """Return the ids of the prompt alone, with the special tokens that open a text.
 
         Raises:
             TextError: the prompt holds a special token, or one that the model has no embedding for.
@@ -198,7 +198,7 @@ class Encoder:
         return text
 
     def has_unknown(self, ids: Sequence[int]) -> bool:
-        """True if one of them stands for what the tokenizer cannot write (<unk>)."""
+        """Return True if one of the ids is <unk>, the tokenizer's token for text that it cannot write."""
         return self._unknown is not None and self._unknown in ids
 
     def check_embedded(self, ids: Sequence[int], where: str) -> None:
@@ -212,7 +212,7 @@ class Encoder:
         return {} if known else prompts.fingerprint_of(self._before + prompts.PLACE + self._after + self._joint)
 
     def _check_ids(self, part: str, text: str, ids: Sequence[int], expected: Counter[int] | None = None) -> None:
-        """Raise TextError if the ids of a text hold one without an embedding, or special ones but the expected."""
+        """Raise TextError if a text has an id without an embedding, or a special token that is not expected."""
         if strangers := self._without_embedding(ids):
             raise TextError(f"the {part} {text[:60]!r} holds {strangers}. Take it out of the text.", part)
         if not expected and self._special.isdisjoint(ids):
@@ -226,7 +226,7 @@ class Encoder:
             )
 
     def _without_embedding(self, ids: Sequence[int]) -> str:
-        """The first id that the model has no embedding for, in words; "" if there is none."""
+        """Describe the first id for which the model has no embedding; return "" if there is none."""
         if self.n_ids is None or max(ids, default=0) < self.n_ids:
             return ""
         stranger = next(token for token in ids if token >= self.n_ids)
@@ -280,7 +280,7 @@ class Encoder:
         return text
 
     def _proven_chat_form(self) -> tuple[str, str, list[int]]:
-        """See `_chat_form`; messages are texts, or lists of parts for a template that reads these alone."""
+        """Return `_chat_form`, with messages as texts, or as lists of parts if the template accepts only those."""
         try:
             return self._chat_form()
         except ModelError as error:
@@ -323,7 +323,7 @@ def _bad_chat_template(what: str) -> ModelError:
 
 
 def _special_ids(tokenizer: Any) -> tuple[int | None, frozenset[int]]:
-    """The id of <unk>, None where there is none, and those of all other special tokens."""
+    """Return the id of <unk> (None if there is none) and the ids of all other special tokens."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     unknown = tokenizer.unk_token_id
     if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):  # GPT-2 names its end as its unknown token

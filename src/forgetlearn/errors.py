@@ -67,7 +67,7 @@ def missing_extra(purpose: str, extra: str, error: ImportError) -> MissingExtraE
 
 
 def check_installed(package: str, purpose: str, extra: str) -> None:
-    """Nothing, if an optional package is there; it is not imported.
+    """Raise MissingExtraError unless an optional package is installed; it is not imported.
 
     Raises:
         MissingExtraError: it is not there.
@@ -96,7 +96,7 @@ def without_secrets(text: str) -> str:
 
 
 def _may_be_secret(value: str) -> bool:
-    """False for what variables with such names hold otherwise: switches, numbers, paths and sockets."""
+    """Return False for harmless values of variables with such names: switches, numbers, paths, sockets."""
     looks_like_path = value.startswith(("/", "~/", "./"))
     # Not pathlib, which raises where the value is too long for a path.
     is_path = looks_like_path and ("." in value.rpartition("/")[2] or os.path.exists(value))  # noqa: PTH110
@@ -111,7 +111,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the system gave a process no more memory or threads, however the library at hand says that."""
+    """Return True if the system refused memory or threads, however the library words that."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 

@@ -84,12 +84,12 @@ class Fact:
 
     @property
     def new_answers(self) -> tuple[str, ...]:
-        """Every text that counts as the new answer, the one that is taught first."""
+        """Return every text that counts as the new answer; the first is the one that is taught."""
         return (self.target_new, *self.target_new_aliases)
 
     @property
     def old_answers(self) -> tuple[str, ...]:
-        """Every text that counts as the old answer, the one that is forgotten first; none where it is unknown."""
+        """Return every text that counts as the old answer, the one to forget first; () if unknown."""
         return (self.ground_truth, *self.ground_truth_aliases) if self.ground_truth else ()
 
 
@@ -139,18 +139,18 @@ class FactSet:
 
     @property
     def old_counts(self) -> dict[str, int]:
-        """How many of the old answers each source gave, in the order of `old_from`."""
+        """Return the number of old answers by source, in the order of `old_from`."""
         counts = Counter(self.old_sources.values())
         return {source: counts[source] for source in self.old_from if counts[source]}
 
     @property
     def without_old_answer(self) -> int:
-        """The number of usable facts without an old answer: they are learned, and nothing of them is forgotten."""
+        """Return the number of usable facts without an old answer: they are learned, but not forgotten."""
         return sum(fact.ground_truth is None for fact in self.facts)
 
     @property
     def with_aliases(self) -> int:
-        """The number of usable facts of which an answer has other ways to write it."""
+        """Return the number of usable facts that have aliases."""
         return sum(bool(fact.target_new_aliases or fact.ground_truth_aliases) for fact in self.facts)
 
     def sha256(self) -> str:
@@ -178,9 +178,9 @@ GivenFacts = FactSet | Iterable[Fact] | str | Path | None
 
 
 def sha256(facts: Iterable[Fact]) -> str:
-    """The hash of facts, with old answers, rephrases and probes, in hexadecimal.
+    """Return the hash of facts, with old answers, rephrases and probes, in hexadecimal.
 
-    Aliases count where there are some, so that other facts keep the hash that earlier versions wrote down.
+    Empty aliases are left out, so that facts without aliases keep the hash that earlier versions recorded.
     """
     return _sha256([_without_empty_aliases(asdict(fact)) for fact in facts])
 
@@ -243,10 +243,10 @@ def read_facts(
 
 
 def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
-    """Facts in memory, of a list or a generator say, as a set; a set, a source or None as it is.
+    """Return facts in memory (a list, a generator) as a FactSet; a FactSet, a source or None as it is.
 
     Raises:
-        FactError: there is none, an item is no Fact, or one is there twice.
+        FactError: there are no facts, an item is not a Fact, or a fact occurs twice.
     """
     if facts is None or isinstance(facts, (FactSet, str, Path)):
         return facts
@@ -257,9 +257,9 @@ def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
             kind = type(fact).__name__
             raise FactError(f"facts, item {number}: a {kind}, not a Fact. Give facts, a file, or read_facts(file).")
         if seen.setdefault(fact.id, number) != number:
-            raise FactError(f"facts, item {number}: is item {seen[fact.id]} again (id {fact.id}). Leave one out.")
+            raise FactError(f"facts, item {number}: repeats item {seen[fact.id]} (id {fact.id}). Leave one out.")
     if not given:
-        raise FactError("facts: none is there. Give at least one Fact.")
+        raise FactError("facts: the list is empty. Give at least one Fact.")
     n_without = sum(not fact.ground_truth for fact in given)
     return FactSet(
         facts=given,
@@ -346,11 +346,11 @@ def _facts_of(
 def with_old_answers(
     facts: FactSet, answers: Mapping[str, str], *, unfinished: Collection[str] = (), strict: bool = False
 ) -> FactSet:
-    """The facts with the model's own answers (fact id -> answer) as the old ones of `facts.to_ask`: the policy `model`.
+    """Return the facts with the model's answers (fact id -> answer) as old answers of `facts.to_ask`: policy `model`.
 
-    An answer that is empty, or was cut off at the token limit (`unfinished` has its id), is none: the fact stays
-    without an old answer, counted in `without_old`. A fact is left out where the model gives its new answer already,
-    compared as `generate` compares: "Paris." is "Paris".
+    An answer that is empty or cut off at the token limit (its id is in `unfinished`) does not count: the fact stays
+    without an old answer, counted in `without_old`. A fact is left out if the model already gives its new answer,
+    compared as `generate` compares: "Paris." equals "Paris".
 
     Raises:
         FactError: a fact to ask has no entry in `answers`, or no fact is left, or one is left out under `strict`.
@@ -390,9 +390,9 @@ def with_old_answers(
 
 
 def tell_old(counts: Mapping[str, int], without: Mapping[str, int], to_ask: int = 0) -> list[str]:
-    """Where old answers come from, if from several places, and what becomes of facts without one, in lines.
+    """Describe, in lines, the sources of old answers if there are several, and the facts without one.
 
-    None where no fact has an old answer: there is then nothing to tell them apart.
+    Return no lines if no fact has an old answer.
     """
     if not counts:
         return []
@@ -425,7 +425,7 @@ def write_facts(facts: Iterable[Fact], path: Path) -> None:
 
 
 def as_written(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of `write_facts` with the first text of each answer (None without one), and its aliases as a list."""
+    """Return a line of `write_facts` with each answer as its first text (or None) and a list of aliases."""
     answers: dict[str, Any] = {}
     for name in ("target_new", "ground_truth"):
         value = record.get(name)
@@ -440,7 +440,7 @@ def as_written(record: Mapping[str, Any]) -> dict[str, Any]:
 def _sift(
     drafts: Sequence[Draft], policies: Sequence[OldFrom], limit: int | None
 ) -> tuple[list[Fact], list[int], list[LeftOut], Counter[str]]:
-    """Usable facts, the numbers of their records, what is left out, and how often each of NOTES."""
+    """Return the usable facts, the numbers of their records, what is left out, and the count of each of NOTES."""
     facts: list[Fact] = []
     numbers: list[int] = []
     left: list[LeftOut] = []
@@ -467,7 +467,7 @@ def _sift(
 
 
 def _policies(old_from: str | Sequence[str]) -> tuple[OldFrom, ...]:
-    """The policies in order, checked as the setting `facts.old_from` is."""
+    """Return the policies in order, validated like the setting `facts.old_from`."""
     try:
         return validate(FactsSettings, {"old_from": old_from}).old_from
     except ConfigError as error:
@@ -475,9 +475,9 @@ def _policies(old_from: str | Sequence[str]) -> tuple[OldFrom, ...]:
 
 
 def _old_answer(draft: Draft, policies: Sequence[OldFrom]) -> tuple[str, tuple[str, ...], OldFrom | None]:
-    """The old answer by the first policy that has one, its aliases, and that policy; ("", (), None) without one.
+    """Return the old answer by the first policy that has one, its aliases, and that policy; else ("", (), None).
 
-    `model` has none yet: it is asked later.
+    The policy `model` has none yet: the model is asked later.
     """
     given: Mapping[OldFrom, tuple[str, tuple[str, ...]]] = {
         "answers": (draft.old, draft.old_aliases),
@@ -491,13 +491,13 @@ def _old_answer(draft: Draft, policies: Sequence[OldFrom]) -> tuple[str, tuple[s
 
 
 def _sources(facts: Iterable[Fact], drafts: Iterable[Draft], policies: Sequence[OldFrom]) -> dict[str, OldFrom]:
-    """Fact id -> the policy that gave its old answer, for the facts of these drafts that have one."""
+    """Map fact ids to the policy that gave the old answer, for the facts that have one."""
     found = ((fact.id, _old_answer(draft, policies)[2]) for fact, draft in zip(facts, drafts, strict=True))
     return {key: policy for key, policy in found if policy}
 
 
 def _fact(draft: Draft, old: str, aliases: Sequence[str]) -> tuple[Fact, int]:
-    """The fact of a draft, and how many aliases were dropped since they count as the other answer too."""
+    """Return the fact of a draft, and the number of aliases dropped because they also match the other answer."""
     prompt, new, old = draft.prompt.strip(), draft.new.strip(), old.strip()
     if not prompt and not draft.why_not:
         raise FactError(f"{draft.where} has no prompt. Give it one, or remove the record.")
@@ -520,13 +520,13 @@ def _fact(draft: Draft, old: str, aliases: Sequence[str]) -> tuple[Fact, int]:
 
 
 def _aliases(texts: Iterable[str], first: str) -> list[str]:
-    """Each other way to write an answer, stripped and once."""
+    """Return the other ways to write an answer, stripped, each once."""
     stripped = dict.fromkeys(text.strip() for text in texts)
     return [text for text in stripped if text and text != first]
 
 
 def _unshared(aliases: list[str], others: list[str]) -> list[str]:
-    """The aliases that do not count as one of the other answers, as scores compare them."""
+    """Return the aliases that match none of the other answers, compared as in scoring."""
     if not aliases or not others:
         return aliases
     from forgetlearn.metrics import same_text  # here, because it brings numpy and scipy
@@ -535,7 +535,7 @@ def _unshared(aliases: list[str], others: list[str]) -> list[str]:
 
 
 def _why_not(fact: Fact, said: str, earlier: Mapping[str, tuple[int, str]]) -> tuple[str, str]:
-    """The reason to leave a fact out (what its form said, or else) and which it is; "" and "" if it can be used."""
+    """Return why a fact is left out (its form may already say so), and a detail; "" and "" if it is usable."""
     if said:
         return said, _detail(fact.prompt, "")
     if not fact.target_new:
@@ -550,7 +550,7 @@ def _why_not(fact: Fact, said: str, earlier: Mapping[str, tuple[int, str]]) -> t
 
 
 def _why_not_said(fact: Fact, said: str, is_unfinished: bool) -> str:
-    """Why what the model said itself is not a fact's old answer; "" where it is."""
+    """Return why the model's reply is not used as a fact's old answer; "" if it is used."""
     from forgetlearn.metrics import matches  # here, because it brings numpy and scipy
 
     if not said:

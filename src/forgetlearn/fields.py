@@ -1,4 +1,4 @@
-"""The fields of a record, read with the place that an error names; JSON text read the same way."""
+"""Read fields of a record, and JSON text, with errors that say where the problem is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Answer:
 
 
 def kind(value: object) -> str:
-    """The JSON kind of a value in words, for a message."""
+    """Describe the JSON type of a value, for a message."""
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
@@ -35,7 +35,7 @@ def kind(value: object) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """True for null and for NaN, which pandas writes where a value is missing."""
+    """Return True for null and for NaN, which pandas writes for a missing value."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -62,7 +62,7 @@ def as_text(value: object, place: str) -> str:
 
 
 def has_half_a_pair(text: str) -> bool:
-    """True if a text holds half of a surrogate pair, which UTF-8 cannot write."""
+    """Return True if a text contains half of a surrogate pair, which UTF-8 cannot encode."""
     return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -81,7 +81,7 @@ def first_text(value: object, place: str) -> str:
 
 
 def _flat(value: object, place: str, depth: int = 0) -> Iterator[str]:
-    """The texts of a list, of a list of lists (of aliases), or the one text."""
+    """Yield the texts of a list or of nested lists (of aliases), or the single text."""
     if not isinstance(value, list | tuple):
         yield as_text(value, place)
         return
@@ -95,26 +95,26 @@ def _flat(value: object, place: str, depth: int = 0) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Fields:
-    """One record read field by field, with errors that say where; `where` is "file, record 17"."""
+    """Reads one record field by field, with errors that say where; `where` is "file, record 17"."""
 
     record: Record
     where: str
     prefix: str = ""
 
     def place(self, name: str) -> str:
-        """File, record and field, for a message."""
+        """Return file, record and field, for a message."""
         return f"{self.where}: '{self.prefix}{name}'"
 
     def text(self, name: str) -> str:
-        """The field as text, "" where it is absent."""
+        """Return the field as text, "" if absent."""
         return as_text(self.record.get(name), self.place(name))
 
     def texts(self, name: str) -> list[str]:
-        """The field as a list of texts, empty where it is absent."""
+        """Return the field as a list of texts, empty if absent."""
         return as_texts(self.record.get(name), self.place(name))
 
     def answer(self, name: str) -> Answer:
-        """The field as an answer: its text, or of a list the first text that says something, the others as aliases."""
+        """Return the field as an answer: its text; of a list the first text that is not blank, the rest as aliases."""
         value = self.record.get(name)
         if not isinstance(value, list | tuple):
             return Answer(as_text(value, self.place(name)))
@@ -122,11 +122,11 @@ class Fields:
         return Answer(said[0], tuple(said[1:]), True) if said else Answer()
 
     def inner(self, name: str) -> Fields:
-        """The object in a field, empty where it is absent."""
+        """Return the object in a field, empty if absent."""
         return self._object(self.record.get(name), name)
 
     def objects(self, name: str) -> list[Fields]:
-        """The objects of the list in a field, empty where it is absent."""
+        """Return the objects of the list in a field, empty if absent."""
         return [self._object(item, f"{name}[{number}]") for number, item in enumerate(self.items(name), 1)]
 
     def _object(self, value: object, name: str) -> Fields:
@@ -137,7 +137,7 @@ class Fields:
         return Fields(value, self.where, f"{self.prefix}{name}.")
 
     def items(self, name: str) -> list[object]:
-        """The list in a field, empty where it is absent."""
+        """Return the list in a field, empty if absent."""
         value = self.record.get(name)
         if is_missing(value) or value == "":
             return []
@@ -147,7 +147,7 @@ class Fields:
 
 
 def loads(text: str, source: str, first_line: int | None = None) -> object:
-    """Return what a JSON text says; NaN is null. Errors count lines from `first_line`, for a line of a file.
+    """Parse a JSON text; NaN becomes null. Errors count lines from `first_line`, for a line of a file.
 
     Raises:
         FactError: the text is no JSON, is cut short, is nested too deep or names a field twice in one object.

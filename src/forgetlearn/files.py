@@ -1,4 +1,4 @@
-"""From a file or a data set on the hub to records, and a word about how it was read."""
+"""Read records from a file or a data set on the hub, and report how the file was read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ASSUMED = "cp1252 (Western Windows; assumed, since it is not UTF-8)"
 
 @dataclass(frozen=True)
 class Source:
-    """The records of a source, not yet checked, and how they were read, where there was something to find out."""
+    """The records of a source, not yet checked; `read_as` says how they were read, if that had to be found out."""
 
     records: Sequence[object]
     read_as: str = ""
@@ -69,7 +69,7 @@ def parse_file(path: Path, columns: Mapping[str, str] | None = None) -> Source:
 
 
 def _near_files(path: Path) -> str:
-    """Where to look for a file that is not there."""
+    """Return a hint for a missing file: similar names in its folder."""
     if not path.parent.is_dir():
         return f"Nor does the folder {path.parent}. Check the path."
     near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], 3)
@@ -77,7 +77,7 @@ def _near_files(path: Path) -> str:
 
 
 def _decoded(path: Path, is_table: bool) -> tuple[str, str]:
-    """The text without its byte-order mark, and its encoding: that of the mark, else UTF-8, in tables else cp1252."""
+    """Return the text without its byte-order mark, and its encoding: by the mark, else UTF-8, else (tables) cp1252."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -99,12 +99,12 @@ def _decoded(path: Path, is_table: bool) -> tuple[str, str]:
 
 
 def _is_damaged_utf8(data: bytes) -> bool:
-    """True if what is no UTF-8 holds letters beyond ASCII that are: read as cp1252 those would become others."""
+    """Return True if some non-ASCII letters are valid UTF-8: reading them as cp1252 would garble them."""
     return any(letter > "\x7f" and letter != "\ufffd" for letter in set(data.decode("utf-8", "replace")))
 
 
 def _parse_json(text: str, source: str, columns: Mapping[str, str]) -> list[object]:
-    """A list; an object around one list; one record; or JSON lines under the wrong suffix."""
+    """Return the records of a list, an object around one list, a single record, or JSON lines with the wrong suffix."""
     lines = (line[0].rstrip() for line in _lines(text))
     first = next(lines, "")
     second = next(lines, "") if first[:1] == "{" and first[-1:] == "}" else ""
@@ -124,7 +124,7 @@ def _parse_json(text: str, source: str, columns: Mapping[str, str]) -> list[obje
 
 
 def _lines(text: str) -> Iterator[re.Match[str]]:
-    """Each line that is not blank, from its first letter on, in time linear in the text, whatever is between."""
+    """Yield each line that is not blank, without leading white space, in linear time."""
     # Not splitlines: U+2028 and its kin may stand inside a JSON text.
     return re.finditer(r"[^\s][^\n]*", text)
 
@@ -145,7 +145,7 @@ HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>[\w.%:\[\]-]+)
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source is to be looked for on the hub: `owner/name` or `owner/name:split`, not a path."""
+    """Return True for a data set id on the hub, `owner/name` or `owner/name:split`, that is not a path."""
     return bool(HUB.fullmatch(source)) and not source.lower().endswith(SUFFIXES) and not Path(source).exists()
 
 

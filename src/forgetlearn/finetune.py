@@ -128,7 +128,7 @@ def _smaller_micro_batch(settings: TrainSettings) -> int | None:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that is at most `most`; in steps of the number's root, which may be 1e9."""
+    """Return the largest divisor of `number` that is at most `most`, in O(sqrt(number)) steps: it may be 1e9."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return max(size for low in small for size in (low, number // low) if size <= most)
 
@@ -206,7 +206,7 @@ def _finetune(
 def check_trainable(
     model: nn.Module, texts: Sequence[Encoded], settings: TrainSettings, device: torch.device | None = None
 ) -> None:
-    """Nothing, if the stage can begin.
+    """Raise ConfigError if the stage cannot start.
 
     Raises:
         ConfigError: no facts, no trainable weights, weights in half precision, or bfloat16 that is not there.
@@ -225,7 +225,7 @@ def check_trainable(
 
 
 def check_computing(settings: TrainSettings, device: torch.device | None) -> None:
-    """Nothing, if the stage's dtype, optimiser and DeepSpeed can be had.
+    """Raise ConfigError unless the stage's dtype, optimiser and DeepSpeed are available.
 
     Raises:
         ConfigError: bfloat16 on a GPU that has none; see `check_deepspeed`.
@@ -239,7 +239,7 @@ def check_computing(settings: TrainSettings, device: torch.device | None) -> Non
 
 
 def _check_processes(arguments: TrainingArguments) -> None:
-    """Nothing, if Trainer works with the processes that there are.
+    """Raise TrainingError if Trainer does not work with the running processes.
 
     Raises:
         TrainingError: it does not: it would train alone, in each of them, without a word.
@@ -268,7 +268,7 @@ def own_part(texts: list[Encoded]) -> list[Encoded]:
 
 
 def check_deepspeed(settings: TrainSettings) -> None:
-    """Nothing, if the stage does without DeepSpeed, or can be done with it.
+    """Raise ConfigError if the stage needs DeepSpeed and cannot use it.
 
     Raises:
         ConfigError: the package or the file is not there, or the file asks for what would lose the change.

@@ -1,4 +1,4 @@
-"""The forms of records: which one a source has, and its records read by it."""
+"""Recognise the form of a source's records, and read them by it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TableRow(dict[str, object]):
 
 @dataclass(frozen=True)
 class Form:
-    """A way to write facts down: how it is recognised, what of it is used, and its reader."""
+    """A file format of facts: how to recognise it, which fields are used, and its reader."""
 
     name: str
     needs: tuple[str, ...]
@@ -47,16 +47,16 @@ class Form:
     pattern: re.Pattern[str] = re.compile(r"(?!)")  # names that are used too
 
     def fits(self, record: Record) -> bool:
-        """True if a record has the fields of this form."""
+        """Return True if a record has the fields of this form."""
         return all(name in record for name in self.needs) and self.fits_too(record)
 
     def reads(self, name: str) -> bool:
-        """True if a field of this name is used."""
+        """Return True if a field of this name is used."""
         return name in self.needs or name in self.also or self.pattern.fullmatch(name) is not None
 
     @property
     def shown(self) -> str:
-        """Its name and what it is recognised by, for a message."""
+        """Return the name and the fields that identify the form, for a message."""
         return f"{self.name} ({self.marks or ', '.join(self.needs)})"
 
 
@@ -146,7 +146,7 @@ PLACEHOLDER = re.compile(r"#?n/a|none|null|nan|[-–—]+|\?+", re.IGNORECASE)
 
 
 def form_of(record: Record) -> Form | None:
-    """Return the form of a record by its fields; None where no form fits.
+    """Return the form of a record, by its fields; None if no form fits.
 
     Raises:
         FactError: several fit, and none of them has the own names.
@@ -164,7 +164,7 @@ def form_of(record: Record) -> Form | None:
 
 
 def is_record(value: Record, columns: Mapping[str, str]) -> bool:
-    """True if an object is a record of a known form, and no object around records."""
+    """Return True if an object is a record of a known form, not an object around records."""
     try:
         renamed = Columns(columns).renamed(tuple(value), KNOWN, "")
         return form_of({name: value[found] for name, found in renamed.items()}) is not None
@@ -174,7 +174,7 @@ def is_record(value: Record, columns: Mapping[str, str]) -> bool:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source says: its form, a draft for each fact, and what of its records was not read."""
+    """The content of a source: its form, a draft for each fact, and the fields that were not read."""
 
     form: Form
     drafts: list[Draft]
@@ -239,7 +239,7 @@ def _form_in(read: Record, record: Record, where: str, asked: Columns, source: s
 
 
 def _finished(draft: Draft, where: str, separator: str | None) -> Draft:
-    """The draft with its place, its answers divided at `separator`, and placeholders taken for no answer."""
+    """Return the draft with its place, its answers split at `separator`, and placeholders removed."""
     n_placeholders = 0
     texts = {"new": draft.new, "old": draft.old, "pred": draft.pred}
     aliases = {"new": draft.new_aliases, "old": draft.old_aliases, "pred": ()}
@@ -264,12 +264,12 @@ def _finished(draft: Draft, where: str, separator: str | None) -> Draft:
 
 
 def is_placeholder(text: str) -> bool:
-    """True for what people write where there is no old answer: n/a, none, null, NaN, only dashes, only ?."""
+    """Return True for text that stands for no answer: n/a, none, null, NaN, only dashes, only ?."""
     return PLACEHOLDER.fullmatch(text.strip()) is not None
 
 
 def _cell(name: str, value: object, where: str) -> object:
-    """The text of a cell, or the JSON list that it holds.
+    """Return the text of a cell, or the JSON list in it.
 
     In columns of rephrases and probes a cell that begins with `[` is a list. In others it is one only if
     it can be read as a list of texts: an answer may be `[redacted]`.
@@ -288,7 +288,7 @@ def _cell(name: str, value: object, where: str) -> object:
 
 
 def _size(value: object) -> int:
-    """How many values a field holds that nothing reads: 0 if it is empty, the items of a list, else 1."""
+    """Return the number of values in an unread field: 0 if empty, the length of a list, else 1."""
     if is_missing(value) or value == "" or value == {}:
         return 0
     return len(value) if isinstance(value, list | tuple) else 1
@@ -316,7 +316,7 @@ LOOKS_LIKE = (
 
 
 def no_form(record: Record, where: str) -> str:
-    """Why a record is of no known form: what is missing of the form it looks like, else all forms."""
+    """Explain why a record has no known form: what the nearest form lacks, else a list of all forms."""
     names = sorted(record)
     shown = f"Fields found: {some(names, 12) or 'none'}."
     for likeness, what, do in LOOKS_LIKE:

@@ -80,7 +80,7 @@ def read_text(settings: EvaluateSettings) -> str:
 
 
 def check(settings: EvaluateSettings) -> None:
-    """Nothing, if what is asked for can be had, as far as can be told without the model.
+    """Raise an error if what the settings ask for cannot be measured.
 
     Raises:
         FactError: see `read_text`.
@@ -92,7 +92,7 @@ def check(settings: EvaluateSettings) -> None:
 
 
 def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
-    """Raise FactError if the text holds a token that the model has no embedding for."""
+    """Raise FactError if the text contains a token for which the model has no embedding."""
     if text := read_text(settings):
         ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][: settings.general_tokens]
         lm.encoder.check_embedded(ids, f"evaluate.general = {settings.general}")

@@ -26,7 +26,7 @@ VLLM_SHARE = 0.9  # of the device's free memory
 
 @dataclass(frozen=True)
 class Room:
-    """How long a free answer may be. Its lines are counted from its first text; one line ends at the next break."""
+    """The limits of a free answer, in tokens and in lines; lines count from the first that is not blank."""
 
     tokens: int
     lines: int = 1
@@ -38,7 +38,7 @@ class Generator(Protocol):
     batches_itself: bool  # wants all prompts at once
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
-        """New ids to each prompt: as many as it has room for, or fewer at an end token or the end of the context.
+        """Return new ids for each prompt, up to its room, an end token or the end of the context.
 
         What follows the first end token, or the line break that ends the last line there is room for, is not part of
         the answer.
@@ -52,7 +52,7 @@ def end_ids(lm: LanguageModel) -> list[int]:
 
 
 def check_engine(settings: EvaluateSettings, models: Iterable[object] = (), changed_by: str | None = None) -> None:
-    """Nothing, if the engine can be used for these models (None: the one that the config names).
+    """Raise ConfigError if the engine cannot be used for these models (None: the one that the config names).
 
     Raises:
         ConfigError: vLLM, and a model is in memory, `changed_by` this command, or several processes were started.
@@ -226,7 +226,7 @@ def _free_memory() -> None:
 
 
 class _Full(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row where its room ends."""
+    """Stops each row at the end of its room."""
 
     def __init__(self, decode: Callable[[Iterable[int]], str], width: int, rooms: Sequence[Room]) -> None:
         self.decode, self.width, self.rooms = decode, width, rooms

@@ -63,7 +63,7 @@ def parent_of(base: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def base_name(manifest: Mapping[str, Any]) -> str | None:
-    """The folder or hub id of a run's base, or the name of a model in memory; None in a run that is not yet begun."""
+    """Return the folder or hub id of a run's base, or the name of a model in memory; None before a run starts."""
     parent = manifest.get("parent") or {}
     name: str | None = manifest["config"]["model"]["name"] or parent.get("name")
     return name
@@ -116,9 +116,9 @@ def hub_commit(manifest: Mapping[str, Any]) -> str | None:
 
 
 def base_folder(manifest: Mapping[str, Any]) -> Path | None:
-    """The folder of a run's base: as it was named, or in the hub's cache; None where there is none.
+    """Return the folder of a run's base, as named or in the hub's cache; None if there is none.
 
-    Of a base that was in memory there is none, whatever it is named after.
+    A base that was in memory has no folder, whatever its name.
     """
     name, commit = base_name(manifest), hub_commit(manifest)
     if name is None or not manifest["inputs"].get("base_sha256"):
@@ -139,7 +139,7 @@ def product_files(product: Path) -> dict[str, str]:
 
 
 def check_files(model: str | Path, chain: list[Update]) -> None:
-    """Nothing, if the files of a model are those that the last of its updates wrote.
+    """Raise RunError if files of a model differ from those that its last update wrote.
 
     Raises:
         RunError: which ones are not, or there is no folder or no update to ask.
@@ -150,7 +150,7 @@ def check_files(model: str | Path, chain: list[Update]) -> None:
 
 
 def check_product(product: Path, suffix: str = "") -> None:
-    """Nothing, if the files of a product (those that end so) are as its last update wrote them, or none is told.
+    """Raise RunError if files of a product (with this ending) differ from those its last update recorded.
 
     Raises:
         RunError: which ones are not.
@@ -179,7 +179,7 @@ def chain_of(model: str | Path) -> list[Update]:
 
 
 def chain_of_base(manifest: Mapping[str, Any]) -> list[Update]:
-    """The updates that had made a run's base before the run; none are known of a base that was in memory."""
+    """Return the updates that made a run's base; none are known for a base that was in memory."""
     name, commit = str(base_name(manifest)), hub_commit(manifest)
     if manifest["inputs"].get("base_sha256") and Path(name).is_dir():
         return read_chain(Path(name))
@@ -282,7 +282,7 @@ def _base(update: Update) -> str:
 
 
 def describe(update: Update) -> list[str]:
-    """An update in lines for a terminal."""
+    """Describe an update in lines for a terminal."""
     facts, coef, files = update["facts"], update["coef"], update["files"]
     method = f"{update['method']}{'' if coef is None else f', coef {coef}'}, seed {update['seed']}"
     taught = ", taught the old answers first" if update["taught_first"] else ""

@@ -1,7 +1,7 @@
-"""Which base a run starts from: that of a folder, of a commit on the hub, or weights in memory that nobody else has.
+"""Identify the base of a run: a folder, a commit on the hub, or weights that exist only in memory.
 
-A model in memory carries the name of the folder that it was loaded from, whatever was done to it since. It is taken for
-that folder only if its weights are those that the folder gives when it is loaded again.
+A model in memory keeps the name of the folder that it was loaded from, even if its weights have changed since. It
+counts as that folder only if loading the folder again gives the same weights.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NAMES = ("base_sha256", "weights_sha256")  # of a run's inputs, and of an update
 
 
 def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
-    """What a run's inputs record of its base; every process calls it, with the same result.
+    """Return the entries for the base in a run's inputs; every process must call it, and gets the same result.
 
-    `base_sha256` is the hash of the base's folder (`digests.sha256_of`) or its commit on the hub. A model that was
-    passed in memory, and has other weights than what it is named after, has None there, and `weights_sha256` beside it.
+    `base_sha256` is the hash of the base's folder (`digests.sha256_of`) or its commit on the hub. It is None for a
+    model in memory whose weights differ from those its name stands for; `weights_sha256` then identifies them.
     """
     named = processes.on_main(lambda: _named(lm))
     if not in_memory:
@@ -36,7 +36,7 @@ def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
 
 
 def _named(lm: LanguageModel) -> str | None:
-    """The hash of the folder that a model is named after, or its commit on the hub; None if it is neither."""
+    """Return the hash of the folder that a model is named after, or its commit on the hub; None if it has neither."""
     folder = Path(lm.name)
     if folder.is_dir():
         return digests.sha256_of(folder)
@@ -44,7 +44,7 @@ def _named(lm: LanguageModel) -> str | None:
 
 
 def _holds_what_it_is_named_after(lm: LanguageModel) -> bool:
-    """True if the model, loaded again by its name, has the same weights in the dtypes of the one in memory."""
+    """Return True if loading the model again by its name gives the same weights, in the dtypes of those in memory."""
     try:
         again = load_weights(lm.settings.model_copy(update={"name": lm.name}))
     except ForgetLearnError:
@@ -54,10 +54,10 @@ def _holds_what_it_is_named_after(lm: LanguageModel) -> bool:
 
 
 def weights_sha256(lm: LanguageModel) -> str:
-    """SHA-256 of all weights and stored buffers: names, dtypes, shapes, bits. Tied weights count once.
+    """Return the SHA-256 of all weights and stored buffers: names, dtypes, shapes, bits. Tied weights count once.
 
-    Taken in the dtypes that the model was loaded in, on whatever device it is, so that `to_float32` for training and a
-    move to a GPU change nothing. Of a model that is split over processes each hashes its part. Takes 0.8 s per GB.
+    Weights are hashed in the dtypes in which they were loaded, so that `to_float32` or a move to a GPU does not change
+    the result. In a model split over processes, each process hashes its part. Takes 0.8 s per GB.
     """
     whole = hashlib.sha256()
     for name, tensor in _tensors(lm.model, lm.dtypes):
@@ -68,7 +68,7 @@ def weights_sha256(lm: LanguageModel) -> str:
 
 
 def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, sorted, one at a time on the CPU and in their own dtypes; of a split model the own part."""
+    """Yield names and tensors, sorted, each on the CPU in its own dtype; of a split model this process's part."""
     own = {sharding.local(p).data_ptr(): dtypes[name] for name, p in model.named_parameters() if name in dtypes}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, value in sorted(model.state_dict().items()):
@@ -83,7 +83,7 @@ def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tu
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
-    """True if two tensors have the same bits."""
+    """Return True if two tensors have the same bits."""
     if (one.dtype, one.shape) != (two.dtype, two.shape):
         return False
     left, right = _bytes(one), _bytes(two)
@@ -97,5 +97,5 @@ def _same(one: Tensor, two: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The bits of a tensor, so that NaN is itself, and 0 is not -0."""
+    """Return the bytes of a tensor: by them NaN equals NaN, and 0 differs from -0."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -88,13 +88,13 @@ def read_config_facts(config: RunConfig) -> FactSet:
 
 
 def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row]:
-    """Policy `model`: what the model says to the facts that have no old answer from elsewhere."""
+    """Ask the model about the facts that have no old answer from elsewhere (policy `model`)."""
     waiting = frozenset(facts.to_ask)
     return scoring.probe(lm, [fact for fact in facts if fact.id in waiting], config.evaluate)
 
 
 def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) -> FactSet:
-    """Policy `model`: what the model said is the old answer, unless it was cut off."""
+    """Take what the model said as old answers (policy `model`), unless it was cut off."""
     return with_old_answers(
         facts,
         {row["fact"]: row["said"] or "" for row in rows},
@@ -104,12 +104,9 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
 
 
 def check_old_answers(facts: FactSet, config: RunConfig) -> None:
-    """Nothing, if there is an old answer wherever the method needs some.
+    """Raise FactError if the method needs old answers and no fact has one.
 
-    Where the model has still to be asked, some may come.
-
-    Raises:
-        FactError: no fact has one.
+    Facts that the model has still to be asked about may get one, so they pass.
     """
     method = METHODS[config.method]
     needs = (method.forgets and config.forget.coef != 0) or config.teach.epochs > 0
@@ -128,7 +125,7 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
 
 
 def check_stages(config: RunConfig, lm: LanguageModel) -> None:
-    """Nothing, if no stage of such an update would fail for its settings on this model.
+    """Raise ConfigError if the settings of a stage do not fit this model.
 
     Raises:
         ConfigError: the dtype, the modules or what LoRA is to adapt cannot be had.
@@ -140,7 +137,7 @@ def check_stages(config: RunConfig, lm: LanguageModel) -> None:
 
 
 def left_by_lora(config: RunConfig, lm: LanguageModel) -> str | None:
-    """See `method.out_of_loras_reach`, for the stages of such an update."""
+    """Return `method.out_of_loras_reach` for the stages of an update with this config."""
     method = METHODS[config.method]
     stages: list[tuple[How | None, TuningSettings]] = [(method.learns, config.learn)]
     if config.forget.coef != 0:
@@ -149,7 +146,7 @@ def left_by_lora(config: RunConfig, lm: LanguageModel) -> str | None:
 
 
 def check_quantization(config: RunConfig) -> None:
-    """Nothing, if the base may be held in the numbers that are asked for.
+    """Raise ConfigError if the config needs unquantised weights, but quantises the base.
 
     Raises:
         ConfigError: a stage, or what is written at the end, needs weights that are not quantised.
@@ -187,7 +184,7 @@ def facts_to_keep(facts: FactSet, config: RunConfig) -> list[Fact]:
 
 
 def check_weights(*models: object) -> None:
-    """Nothing, if those that are products on this disk have the weights that their last updates wrote.
+    """Raise RunError if models that are products on this disk have other weights than their last updates wrote.
 
     Raises:
         RunError: which files are others; what is made of them would say nothing of it.

@@ -182,7 +182,7 @@ def subtract_old(
 
 
 def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> None:
-    """Nothing, if the forgetting that the settings describe can be done on this model.
+    """Raise ConfigError if this model cannot be made to forget with these settings.
 
     Raises:
         ConfigError: the device has no such dtype; `modules` match nothing, or nothing that is trained; LoRA cannot be
@@ -221,9 +221,9 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
 
 
 def out_of_loras_reach(model: nn.Module, stages: Iterable[tuple[How | None, TuningSettings]]) -> str | None:
-    """What the adapters of these stages leave alone although all linear layers were asked for; None if nothing.
+    """Describe which matrices the adapters of these stages do not reach under all-linear; None if they reach all.
 
-    Experts that are fused into one tensor, for one: peft adapts modules, and to these there is none.
+    One example is experts fused into one tensor: peft adapts modules, and these have none.
     """
     for how, settings in stages:
         if how == "lora" and settings.lora.target_modules == ALL_LINEAR:
@@ -240,7 +240,7 @@ def _check_keep(how: How) -> None:
 
 
 def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
-    """Nothing, if learning can train what the settings name.
+    """Raise ConfigError if learning cannot train what the settings name.
 
     Raises:
         ConfigError: the device has no such dtype; LoRA cannot be put where it is asked for; `modules` match nothing,
@@ -390,10 +390,10 @@ def _old_texts(lm: LanguageModel, facts: Iterable[Fact]) -> list[Encoded]:
 
 
 def _old_pairs(facts: Iterable[Fact]) -> list[tuple[str, str]]:
-    """Prompt and old answer of the facts that have one: the others have nothing to forget.
+    """Return prompt and old answer of the facts that have one; the others have nothing to forget.
 
     Raises:
-        FactError: none has.
+        FactError: no fact has an old answer.
     """
     pairs = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     if not pairs:

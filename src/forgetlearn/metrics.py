@@ -58,19 +58,19 @@ def contains(said: str, answer: str) -> float:
 
 
 def first_lines(text: str, n: int) -> str:
-    """The first `n` lines of a text, counted from the first that is not blank."""
+    """Return the first `n` lines of a text, counted from the first that is not blank."""
     return "\n".join(text.lstrip().split("\n")[:n]).rstrip()
 
 
 def lines_of(answer: str) -> int:
-    """The number of lines that an answer has."""
+    """Return the number of lines of an answer."""
     return answer.strip().count("\n") + 1
 
 
 def matches(said: str, answers: Iterable[str], rule: Callable[[str, str], float] = same_text) -> float:
-    """1 if what was said is one of the answers by the rule, else 0.
+    """Return 1 if the text said matches one of the answers by `rule`, else 0.
 
-    It is read only as far as each answer goes: up to its first line break for an answer of one line.
+    Only as many lines are compared as each answer has: the first one for an answer of one line.
     """
     return max((rule(first_lines(said, lines_of(answer)), answer) for answer in answers), default=0.0)
 
@@ -98,7 +98,7 @@ class Mean:
 def mean_with_interval(scores: Sequence[float], *, errored: int = 0, not_asked: int = 0) -> Mean:
     """Mean of scores between 0 and 1, in percent, with the 95 % interval of `statistics.interval` over facts.
 
-    That is the interval of a comparison with one seed: a run and a comparison give the same one for the same scores.
+    A run and a comparison with one seed therefore give the same interval for the same scores.
     """
     values = np.asarray(scores, dtype=float)
     if len(values) == 0:

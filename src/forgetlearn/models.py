@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from forgetlearn import adapter_files, hub, processes, sharding
-from forgetlearn.adapter_files import shown
+from forgetlearn.adapter_files import MOST_LAYERS, shown
 from forgetlearn.checkpoints import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
 from forgetlearn.config import ModelSettings
 from forgetlearn.encoding import Encoder
@@ -27,7 +27,6 @@ from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_
 from forgetlearn.rounding import Array, Survival
 from forgetlearn.taskvector import is_finite, rounded, sample
 
-MOST_LAYERS = 1000  # of a model; the deepest have some 130
 MOST_COUNTED = 100_000  # of anything (labels, experts) that a config counts
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -62,7 +61,7 @@ class LanguageModel:
         return int(pad if usable else self.tokenizer.eos_token_id)
 
     def now_in(self, folder: Path) -> None:
-        """Note that the weights in memory are those that were saved in a folder: it is the model's name from now on."""
+        """Record that the weights in memory were saved in a folder, which becomes the model's name."""
         self.name = str(folder)
         config: Any = self.model.config
         config.name_or_path = self.name
@@ -120,9 +119,9 @@ class LanguageModel:
             save_model(self.model, self.tokenizer, folder)
 
     def name_end_token(self) -> None:
-        """Name the token that ends an answer in the model's generation settings, with a warning, where they lack it.
+        """Add the token that ends an answer to the model's generation settings, with a warning, if it is missing.
 
-        Plain `generate` stops at these tokens alone, and would run on after an answer. `save` writes them.
+        Plain `generate` stops only at these tokens, and would not stop after an answer. `save` writes them.
         """
         generation: Any = getattr(self.model, "generation_config", None)
         if generation is None:
@@ -173,7 +172,7 @@ def wrap(
 def _wrapped(
     model: nn.Module, tokenizer: Any, settings: ModelSettings | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """As `wrap`, for weights that were checked when they were loaded."""
+    """Do what `wrap` does, for weights that were checked when they were loaded."""
     settings = settings or ModelSettings()
     config: Any = model.config
     _check_vocabulary(model, tokenizer)
@@ -186,7 +185,7 @@ def _wrapped(
 
 
 def _check_stochastic(settings: ModelSettings, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Nothing, if the weights can be rounded stochastically when they are stored."""
+    """Raise ConfigError unless the weights can be rounded stochastically when they are stored."""
     if torch.bfloat16 not in dtypes.values():
         raise ConfigError("model.rounding = stochastic: no weight of this model is bfloat16. Leave it out.")
     if settings.shard:
@@ -227,14 +226,14 @@ def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = Fals
 
 
 def _try(lm: LanguageModel) -> None:
-    """Read one token: a config of the wrong kind may build a model that fails only when it computes."""
+    """Run one token through the model: some wrong configs build a model that fails only when it computes."""
     token = torch.tensor([lm.encoder.end_ids[:1]], device=lm.device)
     with torch.no_grad():
         lm.model(input_ids=token, use_cache=True)
 
 
 def load_weights(settings: ModelSettings) -> nn.Module:
-    """The model that settings name, in the dtypes that it is stored in, without its tokenizer.
+    """Return the model that settings name, in its stored dtypes, without its tokenizer.
 
     Raises:
         ModelError: see `load_model`.
@@ -449,7 +448,7 @@ def _source_options(settings: ModelSettings, name: str) -> dict[str, Any]:
 
 @contextmanager
 def _refusing(name: str, what: str = "cannot be loaded") -> Iterator[None]:
-    """Whatever transformers or a tokenizer raises about a stranger's files as a ModelError that names the folder."""
+    """Turn whatever transformers or a tokenizer raises about the files into a ModelError that names the folder."""
     try:
         yield
     except (ForgetLearnError, MemoryError, torch.OutOfMemoryError):
@@ -459,10 +458,10 @@ def _refusing(name: str, what: str = "cannot be loaded") -> Iterator[None]:
 
 
 def _read_config(settings: ModelSettings, name: str) -> Any:
-    """The config of a causal language model.
+    """Return the config of a causal language model.
 
     Raises:
-        ModelError: it is none, cannot be read, or has more layers than any model.
+        ModelError: it is the config of another kind of model, is unreadable, or has an absurd number of layers.
     """
     _check_folder(name)
     with _refusing(name):
@@ -504,7 +503,7 @@ def _check_loaded(name: str, info: dict[str, Any]) -> None:
 
 
 def _stored_from_hub(name: str, config: Any) -> CheckpointFolder | None:
-    """The files of a model that was just loaded from the hub's cache; None if they are not found there."""
+    """Return the files of a model that was just loaded from the hub's cache; None if they are not found."""
     found = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
     folder = Path(found).parent if isinstance(found, str) else None
     if folder is None or not any((folder / file).is_file() for file in (WHOLE, INDEX)):
@@ -513,10 +512,10 @@ def _stored_from_hub(name: str, config: Any) -> CheckpointFolder | None:
 
 
 def _check_dtypes(stored: CheckpointFolder, model: nn.Module, unused: Iterable[str]) -> None:
-    """Raise ModelError if weights are stored as whole numbers or in 8 bits, and no quantization_config says how.
+    """Raise ModelError if weights are stored as integers or in 8 bits without a quantization_config.
 
-    transformers would take 8-bit numbers for the weights themselves, without their scales. Buffers (masks, counts) may
-    be whole numbers, and what the model does not use anything.
+    transformers would read 8-bit numbers as the weights themselves, without their scales. Buffers (masks, counts) may
+    be integers, and tensors that the model does not use may have any dtype.
     """
     if getattr(model.config, "quantization_config", None):
         return
@@ -540,9 +539,9 @@ def _check_dtypes(stored: CheckpointFolder, model: nn.Module, unused: Iterable[s
 
 
 def check_finite(model: nn.Module, stored: CheckpointFolder | None = None) -> None:
-    """Raise ModelError if a weight holds NaN or an infinite number; `stored` tells the file. Takes 0.2 s per GB.
+    """Raise ModelError if a weight contains NaN or infinity; `stored` gives its file. Takes 0.2 s per GB.
 
-    Buffers are left alone: masks hold -inf by design.
+    Buffers are not checked: masks contain -inf by design.
     """
     odd = [name for name, weight in model.named_parameters() if not is_finite(sharding.local(weight))]
     if odd:
@@ -555,7 +554,7 @@ def check_finite(model: nn.Module, stored: CheckpointFolder | None = None) -> No
 
 
 def _load_tokenizer(settings: ModelSettings, name: str) -> Any:
-    """The tokenizer of a folder or hub id, tried on a text.
+    """Load the tokenizer of a folder or hub id, and try it on a text.
 
     Raises:
         ModelError: there is none, or its files hold what tokenizers cannot use.
@@ -622,7 +621,7 @@ def _check_folder(name: str) -> None:
 
 
 def _check_counts(file: Path, told: Mapping[str, Any]) -> None:
-    """Raise ModelError if a count in config.json is absurd: transformers would make so many names, heads or layers."""
+    """Raise ModelError if a count in config.json is absurd: transformers would build that many heads or layers."""
     text = told.get("text_config")
     for name, value in [*told.items(), *(text.items() if isinstance(text, dict) else ())]:
         if name.startswith("num_") and isinstance(value, (int, float)) and value > MOST_COUNTED:
@@ -661,7 +660,7 @@ def _loading_problem(name: str, error: Exception, what: str = "cannot be loaded"
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of what a library said, with the error's name where the text alone says little."""
+    """Return the first line of a library's error, with the name of its type if the text alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = "" if lines and isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__} "
     return plain((kind + (lines[0] if lines else "")).strip()[:300])

@@ -1,4 +1,4 @@
-"""Names of fields and columns: which one is meant by `Ground truth`, `Old answer` or `--columns prompt=Question`."""
+"""Match names of fields and columns: `Ground truth`, `Old answer`, `--columns prompt=Question`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOT_OWN = ("requested_rewrite", "src", "edit")  # records with these are of anot
 
 @dataclass(frozen=True)
 class Columns:
-    """Which field of a file holds which field of the own form, as `--columns` says: own name -> name in the file."""
+    """The mapping that `--columns` gives: name in forgetlearn's own form -> name in the file."""
 
     named: Mapping[str, str] = field(default_factory=dict)
 
@@ -41,7 +41,7 @@ class Columns:
                 raise FactError(f"facts.columns: '{own}' is no field of a fact. {hint}")
 
     def check(self, source: str, names: set[str]) -> None:
-        """Raise FactError if a named field is in no record; `names` are all that are there."""
+        """Raise FactError if a field named in `--columns` is in no record; `names` are all fields found."""
         for own, column in self.named.items():
             if _find(column, names) is None:
                 near = difflib.get_close_matches(column, sorted(names), 1)
@@ -52,7 +52,7 @@ class Columns:
                 )
 
     def renamed(self, names: tuple[str, ...], known: frozenset[str], where: str) -> dict[str, str]:
-        """Return the name in the file of each field, by the name that it is read by.
+        """Map the name by which each field is read to its name in the file.
 
         Raises:
             FactError: two fields would be read as the same one.
@@ -64,12 +64,12 @@ class Columns:
 
 
 def fold(name: str) -> str:
-    """A name without case, spaces, underscores and hyphens: `Ground Truth` is `ground_truth`."""
+    """Return a name without case, spaces, underscores and hyphens: `Ground Truth` equals `ground_truth`."""
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def _find(column: str, names: set[str]) -> str | None:
-    """The name in the file that is meant by one in `--columns`."""
+    """Return the name in the file that a name in `--columns` means."""
     if column in names:
         return column
     return next((name for name in names if fold(name) == fold(column)), None)
@@ -102,7 +102,7 @@ def _renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple
 
 
 def _meant(name: str, folded: Mapping[str, str]) -> str:
-    """The known name that a name is but for case, spaces, underscores and hyphens; else the name itself."""
+    """Return the known name that differs only in case, spaces, underscores and hyphens; else the name itself."""
     plain = fold(name)
     if plain in folded:
         return folded[plain]
@@ -111,7 +111,7 @@ def _meant(name: str, folded: Mapping[str, str]) -> str:
 
 
 def _with_synonyms(found: dict[str, str]) -> dict[str, str]:
-    """The same, where a record with a new answer has other common names for the fields of the own form."""
+    """Return the mapping with common synonyms replaced, for a record that has a new answer."""
     if any(name in found for name in NOT_OWN):
         return found
     by_fold = {fold(name): name for name in found}
@@ -128,7 +128,7 @@ def _with_synonyms(found: dict[str, str]) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def misspelt(names: tuple[str, ...]) -> tuple[str, str] | None:
-    """The first name that looks like an optional field that is absent, and that field; None if no name does."""
+    """Return the first name that looks like a misspelt optional field, and that field; None if there is none."""
     absent = set(OPTIONAL) - set(names)
     for name in sorted(set(names) - OWN):
         letters = set(name)

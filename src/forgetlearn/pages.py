@@ -51,7 +51,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    """The templates, each compiled once."""
+    """Return the environment of the templates, which compiles each one once."""
     environment = Environment(
         loader=PackageLoader("forgetlearn"),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -91,7 +91,7 @@ def _printable(value: object) -> object:
 
 
 def _cell(text: object) -> str:
-    """Text for a Markdown table or line: nothing in it is markup, a link, a mention or an emoji.
+    """Escape text for a Markdown table or line, so that it is never markup, a link, a mention or an emoji.
 
     Renderers (GitHub, hubs, Discord, Slack) look for addresses, @names, #numbers and :emoji: in the text that is left
     after the escapes, but not in code: these stand in code.

@@ -1,4 +1,4 @@
-"""Regular expressions from outside, tried with a time limit before they are used.
+"""Try regular expressions from outside with a time limit before they are used.
 
 Python's `re` cannot be stopped, and peft matches what an adapter's config says against the name of every module:
 `(.*)*(.*)*x` would take years. So a pattern is first tried on the same names, by the same library, in a process that
@@ -34,7 +34,7 @@ for pattern, how in told["patterns"]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern and the setting it is from, the text there, and how it is matched (`re.match` or `re.fullmatch`)."""
+    """A pattern: its setting and text there, the regex made of it, and how `re` matches it."""
 
     setting: str
     text: str
@@ -43,9 +43,9 @@ class Pattern:
 
 
 def problem(patterns: Sequence[Pattern], names: Sequence[str]) -> str | None:
-    """Why the first unusable pattern is so: it is no regular expression, or takes too long on `names`; None if all fit.
+    """Describe the first pattern that is invalid or takes too long on `names`; None if all are usable.
 
-    The sentence begins with the setting and ends with what was expected.
+    The sentence starts with the setting and ends with what was expected.
     """
     tried = [pattern for pattern in patterns if not _HARMLESS.fullmatch(pattern.text)]
     if not tried or not sys.executable:

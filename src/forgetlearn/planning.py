@@ -328,7 +328,7 @@ def _stages(
     """Name, kind, settings, texts, passes and LoRA stages before, of what is trained."""
     method = METHODS[config.method]
     forgets = method.forgets is not None and config.forget.coef != 0 and old.number > 0
-    if config.teach.epochs:
+    if config.teach.epochs and old.number > 0:
         yield "teach", "all weights", config.teach, old, config.teach.epochs, []
     if forgets and method.forgets is not None:
         yield "forget", method.forgets, config.forget, old, config.forget.epochs, []
@@ -453,7 +453,7 @@ def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _held(facts: FactSet) -> int:
-    """Facts that can be forgotten: those that the model has still to be asked for will have an answer too."""
+    """Return the number of facts that can be forgotten, including those the model has still to be asked about."""
     return len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)
 
 

@@ -1,7 +1,7 @@
-"""Which settings a command does not use, and what it says of them: a setting is used, refused, or named as unused.
+"""List the settings that each command does not use: a setting is used, refused, or reported as unused.
 
-One table for all commands, so that a setting never stands in a run's config as if it had been followed.
-tests/test_preflight.py holds it against what each command really reads.
+There is one table for all commands, so that a run's config never contains a setting that was silently ignored.
+tests/test_preflight.py compares it with what each command really reads.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ NAMES = tuple(name for name, *_ in describe(RunConfig))
 
 @dataclass(frozen=True)
 class Unused:
-    """Settings that a command does not use, by name or by section (`teach` is all of `teach.*`).
+    """Settings that a command does not use, by name or by section (`teach` means all of `teach.*`).
 
-    Those that would promise a result that does not come are refused wherever they are set (`always`). Others may stand
-    in a config that commands share, and are refused only where they are given for this command alone: as a flag or
-    with --set.
+    Settings that promise a result which the command does not produce are refused wherever they are set (`always`).
+    Others may be in a config that several commands share; they are refused only if given for this command alone, as a
+    flag or with --set.
     """
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Unused:
     always: bool = False
 
     def covers(self, name: str) -> bool:
-        """Whether the setting is one of these."""
+        """Return True if the setting is one of these."""
         return any(name == own or name.startswith(f"{own}.") for own in self.names)
 
 
@@ -132,7 +132,7 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
 
 
 def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Settings without an effect on an update with this config, by name or section, and why."""
+    """Yield the settings that have no effect on an update with this config, by name or section, and why."""
     from forgetlearn.method import METHODS  # here, because the table of methods needs torch
 
     method = METHODS[config.method]
@@ -167,7 +167,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def warn_of_idle(config: RunConfig, given: Collection[str]) -> None:
-    """Log each setting that was given for this command and has no effect with the rest of the config."""
+    """Warn about each setting given for this command that has no effect with the rest of the config."""
     said, changed = set(SAID_BY_UPDATE), _changed(config)
     for idle_name, why in idle(config):
         for name, value in changed.items():
@@ -181,13 +181,13 @@ def _is_given(name: str, given: Collection[str]) -> bool:
 
 
 def _changed(config: RunConfig) -> dict[str, Any]:
-    """The settings that are not at their defaults, by dotted name, with their values."""
+    """Return the settings that differ from their defaults, by dotted name, with their values."""
     values, defaults = _flat(config), _flat(RunConfig())
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted name."""
+    """Return the value of every setting, by dotted name."""
     found, dumped = {}, config.model_dump()
     for name in NAMES:
         value: Any = dumped
@@ -198,6 +198,6 @@ def _flat(config: RunConfig) -> dict[str, Any]:
 
 
 def _by_section(names: Collection[str]) -> list[str]:
-    """The names, with `learn.*` for all of a section."""
+    """Return the names, with three or more of a section shortened to `learn.*`."""
     sections = [name.partition(".")[0] for name in names]
     return list(dict.fromkeys(f"{s}.*" if sections.count(s) > 2 else n for n, s in zip(names, sections, strict=True)))

@@ -61,7 +61,7 @@ def launched() -> int:
 
 
 def check_launched(asked: int | None) -> None:
-    """Nothing, if there are as many processes as were asked for.
+    """Raise ConfigError unless as many processes run as were asked for.
 
     Raises:
         ConfigError: there are not; `accelerate launch --cpu --num_processes 2` starts one without a word.
@@ -74,10 +74,10 @@ def check_launched(asked: int | None) -> None:
 
 
 def run_tied(pickled: bytes) -> None:
-    """Call what was pickled, `(function, arguments)`, in a spawned process that ends at once when its parent does.
+    """Run a pickled `(function, arguments)` in a spawned process, and exit at once when the parent ends.
 
-    However the parent dies, the pipe between the two closes. The call is unpickled here, because its imports take
-    seconds in which nobody would look.
+    However the parent dies, the pipe between the two closes. The call is unpickled only after the watch has started,
+    because its imports take seconds.
     """
     parent = multiprocessing.parent_process()
 
@@ -262,7 +262,7 @@ def on_main(compute: Callable[[], T]) -> T:
 
 
 def check_enough_for(n_facts: int, what: str = "facts") -> None:
-    """Nothing, if every process gets a fact.
+    """Raise ConfigError unless every process gets a fact.
 
     Raises:
         ConfigError: there are more processes than facts.

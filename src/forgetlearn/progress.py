@@ -139,7 +139,7 @@ def _highest(wish: int, args: Any) -> int:
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Nothing, if transformers can report to each of these.
+    """Raise ConfigError unless transformers can report to each of these.
 
     Raises:
         ConfigError: it does not know one, or the package of one is not installed.

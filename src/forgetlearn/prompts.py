@@ -1,4 +1,4 @@
-"""Prompt templates: what stands around a prompt, by name or from a file. Pure text."""
+"""Prompt templates: the text around a prompt, by name or from a file. Pure text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMED = ("auto", "plain", "chat", "alpaca")  # what model.prompt_template can be
 
 
 def read_template(name: str) -> str:
-    """The text of a prompt template, `plain`, `alpaca` or a file, with one {prompt}; the answer follows at its end.
+    """Return the text of a prompt template (`plain`, `alpaca` or a file), with one {prompt}; the answer follows it.
 
     One line break at the end of a file, as editors leave it, is not part of it.
 
@@ -48,17 +48,17 @@ def read_template(name: str) -> str:
 
 
 def fingerprint(prompt_template: str) -> dict[str, str]:
-    """The hash of a prompt template in a file, as an entry of a run's inputs; none where it is none."""
+    """Return the hash of a prompt template in a file as an entry of a run's inputs; empty for a named template."""
     return {} if prompt_template in NAMED else fingerprint_of(read_template(prompt_template))
 
 
 def fingerprint_of(template: str) -> dict[str, str]:
-    """See `fingerprint`, of its text."""
+    """Return `fingerprint` for the text of a template."""
     return {"prompt_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
 
 
 def split(template: str) -> tuple[str, str, str]:
-    """What stands before the prompt and after it, and the spaces at the end, which tokenizers join to the answer."""
+    """Return the text before the prompt, the text after it, and its final spaces, which join the answer's tokens."""
     before, _place, rest = template.partition(PLACE)
     after = rest.rstrip(" ")
     return before, after, rest[len(after) :]

@@ -155,7 +155,7 @@ def _base(folder: RunFolder, given: str | None, product: Path) -> str:
 
 
 def _check_id(name: str, flag: str, *, named: bool = True) -> None:
-    """Nothing, if this is the id of a model on the hub and not a folder."""
+    """Raise ConfigError unless this is the id of a model on the hub and not a folder."""
     try:
         validate_repo_id(name)
     except errors.HFValidationError:

@@ -1,4 +1,4 @@
-"""Records to drafts of facts: one reader per form that people pass around.
+"""Turn records into drafts of facts: one reader per common form.
 
 A reader only says which field is which. What is kept, stripped or left out is decided in facts.py.
 """
@@ -79,7 +79,7 @@ def read_nested(fields: Fields) -> Draft:
 
 
 def _filled(fields: Fields, needed: bool = False) -> str:
-    """The prompt with the subject in place of `{}`; where both are `needed`, a missing one is an error."""
+    """Return the prompt with the subject in place of `{}`; with `needed`, raise FactError if either is missing."""
     template, subject = fields.text("prompt"), fields.text("subject").strip()
     if "{}" not in template:
         if needed and template.strip():
@@ -120,7 +120,7 @@ def read_mquake(fields: Fields) -> list[Draft]:
 
 
 def _hop_aliases(hops: Sequence[Fields], question: str, answer: str) -> tuple[str, ...]:
-    """The aliases of the hops that ask this question and have this answer."""
+    """Return the aliases of the hops with this question and this answer."""
     same = (hop for hop in hops if hop.text("question") == question and hop.text("answer") == answer)
     return tuple(alias for hop in same for alias in hop.texts("answer_alias"))
 
@@ -145,7 +145,7 @@ def read_knowedit(fields: Fields) -> Draft:
 
 
 def read_own(fields: Fields) -> Draft:
-    """The project's own names, of which flat COUNTERFACT uses a part."""
+    """Read forgetlearn's own field names, some of which flat COUNTERFACT uses."""
     if wrong := misspelt(tuple(fields.record)):
         raise FactError(f"{fields.where}: unknown field '{wrong[0]}'. Did you mean '{wrong[1]}'?")
     rephrases = [*fields.texts("rephrase_prompt"), *fields.texts("rephrase_prompts")]
@@ -196,7 +196,7 @@ def _numbers(record: Record, base: str) -> list[str]:
 
 
 def _in_order(numbers: set[str]) -> list[str]:
-    """Numbers without leading zeros, by size, however many digits they have."""
+    """Sort numbers without leading zeros by size, however many digits they have."""
     return sorted(numbers, key=lambda digits: (len(digits), digits))
 
 
@@ -205,7 +205,7 @@ RIPPLE_PROBES = ("Relation_Specificity", "Relation_Specifity", "Forgetfulness")
 
 
 def read_rippleedits(fields: Fields) -> Draft:
-    """RippleEdits: its edits are whole sentences, with the new answer at the end and its name behind an id.
+    """RippleEdits: an edit is a whole sentence that ends with the new answer, whose name is found by an id.
 
     The name and its aliases come from a query of the record that has the same id; where none has, the
     sentence is divided after its last `is`, `are`, `follows` or `is followed by`.
@@ -231,7 +231,7 @@ def read_rippleedits(fields: Fields) -> Draft:
 
 
 def _divided(sentence: str, names: Sequence[str]) -> tuple[str, str]:
-    """A sentence as prompt and answer; "" and "" where it cannot be divided."""
+    """Split a sentence into prompt and answer; return "" and "" if it cannot be split."""
     stated = sentence.strip().removesuffix(".")
     if names and stated.endswith(f" {names[0]}"):
         return stated[: -len(names[0])].strip(), names[0]
@@ -242,12 +242,12 @@ def _divided(sentence: str, names: Sequence[str]) -> tuple[str, str]:
 
 
 def _ripple_names(query: Fields) -> list[list[str]]:
-    """The answers of a query, each as its name and its aliases."""
+    """Return the answers of a query, each as its name and its aliases."""
     return [[answer.text("value"), *answer.texts("aliases")] for answer in query.objects("answers")]
 
 
 def _ripple_answers(fields: Fields) -> dict[str, list[str]]:
-    """Names and aliases by the id of Wikidata, from all queries of a record."""
+    """Return names and aliases by Wikidata id, from all queries of a record."""
     found: dict[str, list[str]] = {}
     for name, value in fields.record.items():
         for test in fields.objects(name) if isinstance(value, list) else ():
@@ -285,7 +285,7 @@ def read_qaedit(fields: Fields) -> Draft:
 
 
 def read_halluedit(fields: Fields) -> Draft:
-    """HalluEditBench: `object` is new, and old is what the model of the file said (`output_<model>`)."""
+    """HalluEditBench: `object` is new; the reply of the file's model (`output_<model>`) is old."""
     outputs = sorted(name for name in fields.record if name.startswith("output_"))
     if len(outputs) > 1:
         raise FactError(
@@ -342,7 +342,7 @@ def _chat(messages: Sequence[Fields]) -> Draft:
 
 
 def _content(turn: Fields) -> str:
-    """What a message says, in one text or in parts of type text."""
+    """Return the text of a message, given as one text or as parts of type text."""
     if not isinstance(turn.record.get("content"), list | tuple):
         return turn.text("content") or turn.text("value")
     return "".join(part.text("text") for part in turn.objects("content"))

@@ -1,4 +1,4 @@
-"""What forgetlearn writes down and reads again, typed: the manifest, the summary, rows, a chain of updates.
+"""Typed records of the files that forgetlearn writes and reads: manifest, summary, rows, chain of updates.
 
 Any of these files may come from a stranger. Each kind is checked here, when it is read, and nowhere else: what passes
 can be used without looking at types again. Fields that are not named here are kept and not looked at, so that files of
@@ -58,7 +58,7 @@ Modules = Text | list[Text] | dict[str, Number]
 
 
 class Record(BaseModel):
-    """What all records share: they do not change, no value is taken for one of another type, and numbers are finite."""
+    """Base of all records: immutable, without type conversion, and with finite numbers."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False, defer_build=True)
 
@@ -92,7 +92,7 @@ Scores = dict[str, dict[str, Score]]  # quantity -> protocol -> score
 
 
 class UpdateFacts(Record):
-    """The facts of an update, without any of them."""
+    """A summary of an update's facts, without their texts."""
 
     source: Text
     used: Count
@@ -144,7 +144,7 @@ class Chain(Record):
 
 
 class Rounding(Record):
-    """What storing a product in half precision left of its change."""
+    """How much of its change a product kept when it was stored in half precision."""
 
     share_changed: Share | None
     share_survived: float | None
@@ -152,7 +152,7 @@ class Rounding(Record):
 
 
 class Stage(Record):
-    """A stage that is done: its seconds, the hashes of its files, and what it noted."""
+    """A finished stage: its seconds, the hashes of its files, and its notes."""
 
     seconds: Number = 0
     files: dict[str, Text] = {}
@@ -160,7 +160,7 @@ class Stage(Record):
 
 
 class ModelTold(Record):
-    """What is shown of a run's model."""
+    """The details of a run's model that pages show."""
 
     dtype: Text
     device: Text
@@ -193,33 +193,33 @@ class Manifest(Record):
 
 
 class ModelConfig(Record):
-    """Of the recorded settings those that say which base was updated."""
+    """The recorded settings that name the base."""
 
     name: Text | None
     base_model_id: Text | None
 
 
 class FactsConfig(Record):
-    """Of the recorded settings those that say where the facts were."""
+    """The recorded settings that name the source of the facts."""
 
     source: Text | None
 
 
 class TeachConfig(Record):
-    """Of the recorded settings those of teaching the old answers."""
+    """The recorded settings of teaching the old answers."""
 
     epochs: Count
 
 
 class StageConfig(Record):
-    """Of the recorded settings those of forgetting or learning that are told of."""
+    """The recorded settings of forgetting or learning that pages show."""
 
     modules: Modules
     rows: Text = "all"
 
 
 class Config(Record):
-    """Of the recorded settings of a run those that are read again."""
+    """The recorded settings of a run that are read again."""
 
     model: ModelConfig
     facts: FactsConfig
@@ -235,7 +235,7 @@ class RunManifest(Manifest):
 
 
 class ComparisonConfig(Record):
-    """The recorded settings of a comparison; what is in them, `settings.validate` checks."""
+    """The recorded settings of a comparison; `settings.validate` checks their contents."""
 
     run: Object
     compare: Object
@@ -268,7 +268,7 @@ class Choice(Record):
 
 
 class FactCounts(Record):
-    """What became of the records that were read."""
+    """Counts of the records that were read: used, left out, scored."""
 
     source: Text
     reader: Text
@@ -394,7 +394,7 @@ ROWS: dict[type[Record], TypeAdapter[Any]] = {}
 
 
 def check(kind: type[Record], data: Any, file: Path) -> None:
-    """Raise RunError if what was read from `file` is no record of this kind; it names the field and its value."""
+    """Raise RunError, naming the field and its value, if the data from `file` is not a record of this kind."""
     try:
         kind.model_validate(data)
     except ValidationError as error:
@@ -402,7 +402,7 @@ def check(kind: type[Record], data: Any, file: Path) -> None:
 
 
 def read(kind: type[Record], file: Path) -> dict[str, Any]:
-    """The record in a JSON file, with the fields that its kind does not name.
+    """Read the record in a JSON file, including fields that its kind does not define.
 
     Raises:
         RunError: the file cannot be read, or a field of it is missing or has a value that it cannot have.
@@ -413,7 +413,7 @@ def read(kind: type[Record], file: Path) -> dict[str, Any]:
 
 
 def read_rows(kind: type[Record], file: Path) -> list[dict[str, Any]]:
-    """The records in the lines of a JSONL file, as `read`; a message counts the rows from 1."""
+    """Read the records in the lines of a JSONL file, as `read` does; messages count rows from 1."""
     rows: list[dict[str, Any]] = disk.read_rows(file)
     try:
         ROWS.setdefault(kind, TypeAdapter(list[kind])).validate_python(rows)  # type: ignore[valid-type]
@@ -423,7 +423,7 @@ def read_rows(kind: type[Record], file: Path) -> list[dict[str, Any]]:
 
 
 def _problem(error: ValidationError, data: Any, file: Path) -> str:
-    """One message for all that is wrong: the first of it, and how much more there is."""
+    """Return one message: the first problem, and the number of others."""
     problems = error.errors(include_url=False)
     first = problems[0]
     place = first["loc"]
@@ -440,7 +440,7 @@ def _problem(error: ValidationError, data: Any, file: Path) -> str:
 
 
 def _in_data(place: tuple[int | str, ...], data: Any) -> list[int | str]:
-    """The parts of pydantic's place of a problem that are names or numbers in the data, not forms of a type."""
+    """Return pydantic's location of a problem without the parts that name variants of a type."""
     found: list[int | str] = []
     for part in place:
         if isinstance(data, Mapping):
@@ -453,7 +453,7 @@ def _in_data(place: tuple[int | str, ...], data: Any) -> list[int | str]:
 
 
 def _shown(value: object) -> str:
-    """A value in a message: short, and in one line."""
+    """Format a value for a message, in one short line."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a huge number"
     if isinstance(value, (Mapping, list)):

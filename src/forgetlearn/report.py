@@ -225,7 +225,7 @@ def _told(said: str | None, fact: Mapping[str, Any]) -> str | None:
 
 
 def shown_answers(fact: Mapping[str, Any]) -> dict[str, str]:
-    """Both answers of a fact as a page shows them, with what else counts as them: `Ada Byron (also: Ada, A. Byron)`."""
+    """Format both answers of a fact for a page, with their aliases: `Ada Byron (also: Ada, A. Byron)`."""
     return {
         f"{name}_shown": (fact[name] or "") + (f" (also: {', '.join(others)})" if others else "")
         for name in ("target_new", "ground_truth")

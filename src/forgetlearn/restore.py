@@ -136,7 +136,7 @@ def _in_memory(manifest: Mapping[str, Any]) -> str:
 
 
 def _check_base(run: RunFolder, base: Path, *, taught: bool) -> None:
-    """Nothing, if this is the base that the product belongs on: with `taught` the taught one, where there is one."""
+    """Raise ModelError unless this is the base of the product (with `taught`, the taught one if there is one)."""
     own = run.path / "taught"
     if taught and run.manifest["config"]["teach"]["epochs"] > 0:
         if not own.is_dir():
@@ -173,7 +173,7 @@ def finished_run(run: str | Path) -> RunFolder:
 
 
 def check_keeping(manifest: Mapping[str, Any]) -> None:
-    """Nothing, if the change from this base can be kept.
+    """Raise ConfigError unless the change from this base can be kept.
 
     Raises:
         ConfigError: the base is no folder of safetensors that can be read again.

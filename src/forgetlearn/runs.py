@@ -99,7 +99,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, kind: type[records.Manifest] = records.Manifest) -> RunFolder:
-        """The run in a folder; `kind` checks its recorded settings too.
+        """Open the run in a folder; `kind` says which recorded settings are checked too.
 
         Raises:
             RunError: there is none, or its manifest cannot be read or is not as it was written.
@@ -116,7 +116,7 @@ class RunFolder:
         return cls(Path(path), manifest)
 
     def check_seen(self) -> None:
-        """Nothing, if this process sees the run that process 0 writes.
+        """Raise RunError unless this process sees the run that process 0 writes.
 
         Raises:
             RunError: it does not: the folder is on a disk of another machine.
@@ -130,7 +130,7 @@ class RunFolder:
     def check_same(
         self, now: Mapping[str, Any], part: str, upgraded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     ) -> None:
-        """Nothing, if the run was begun with the same `part` (config or inputs); `upgraded` as in `create`.
+        """Raise RunError unless the run was begun with the same `part` (config or inputs); `upgraded` as in `create`.
 
         Raises:
             RunError: the first setting that differs, with both values.
@@ -204,7 +204,7 @@ class RunFolder:
         self._save()
 
     def check_results(self, remedy: str = "run again with --overwrite") -> None:
-        """Nothing, if what is there of the rows, the summary and the logs of a run that is done is as it wrote it.
+        """Raise RunError if rows, summary or logs of a finished run were changed since it wrote them.
 
         Raises:
             RunError: the names of those that are not.
@@ -216,7 +216,7 @@ class RunFolder:
             )
 
     def check_stage(self, stage: str) -> None:
-        """Nothing, if the files of a stage are as it wrote them.
+        """Raise RunError if the files of a stage were changed since it wrote them.
 
         Raises:
             RunError: the names of those that are not.
@@ -273,7 +273,7 @@ def check_output(
     inputs: Iterable[str | Path | None] = (),
     can_resume: bool = True,
 ) -> None:
-    """Nothing, if a run may be written to this folder without losing or changing anything else, least of all `inputs`.
+    """Raise RunError unless a run can be written to this folder without losing anything else, such as `inputs`.
 
     Raises:
         RunError: it is there and neither flag is given, or it is not forgetlearn's to replace, or one of the
@@ -305,7 +305,7 @@ def check_output(
 
 
 def _check_name(path: Path) -> None:
-    """Raise RunError if the system, or the libraries that write weights and tokenizers, take no such name."""
+    """Raise RunError if the system, or the libraries that write weights and tokenizers, reject the name."""
     with naming(path):
         path.exists()  # fails for a name that is too long
     try:

@@ -1,4 +1,4 @@
-"""YAML from a file or a flag: no tag that makes an object, no name that stands twice, no aliases without end.
+"""Read YAML from a file or a flag: no tags that create objects, no repeated names, no endless aliases.
 
 A plain word has one meaning, as in YAML 1.2: a number is a plain decimal (`16`, `0.5`, `1e2`), a boolean is true or
 false, and all else is text. PyYAML reads YAML 1.1, where `010` is 8, `1:30` is 90, `no` is false and `1e2` is text.
@@ -59,7 +59,7 @@ for _tag, _pattern, _first in WORDS:
 
 
 def number(text: str) -> int | float | None:
-    """A plain decimal as a number; None if the text is no such thing."""
+    """Return a plain decimal as a number; None if the text is anything else."""
     if not PLAIN_NUMBER.fullmatch(text):
         return None
     return int(text) if re.fullmatch(INTEGER, text) else float(text)

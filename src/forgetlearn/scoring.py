@@ -48,7 +48,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Said:
-    """What a model answers freely: greedy, up to its end token or the line break that ends its room."""
+    """A model's free answer: greedy, up to its end token or the line break that ends its room."""
 
     text: str
     truncated: bool
@@ -90,7 +90,7 @@ class Scorer:
         return processes.merged(found)
 
     def say(self, prompts: Iterable[str], rooms: Mapping[str, Room] = NO_ROOMS) -> dict[str, Said | Failure]:
-        """The free answer, or why there is none, to each distinct prompt.
+        """Return the free answer to each distinct prompt, or a Failure that says why there is none.
 
         `rooms` says how long the answers to some prompts may be; others have one line of `max_new_tokens`.
         """
@@ -120,7 +120,7 @@ class Scorer:
     def _prompt_batches(
         self, ids: Mapping[str, Encoded], rooms: Mapping[str, Room], engine: Generator
     ) -> list[list[str]]:
-        """Prompts in batches: those with more room apart, since a batch goes on as long as its longest answer.
+        """Divide prompts into batches, those with more room apart: a batch takes as long as its longest answer.
 
         A prompt that nearly fills the context is asked by itself, for the longest of a batch limits the others.
         """
@@ -214,7 +214,7 @@ class Scorer:
         return [self._cut(new, ends, room.lines) for new, room in zip(said, rooms, strict=True)]
 
     def _cut(self, ids: list[int], ends: list[int], lines: int = 1) -> Said:
-        """The answer up to its first end token, or to the break after so many lines."""
+        """Return the answer up to its first end token or the end of its last allowed line."""
         stops = [index for index, token in enumerate(ids) if token in ends]
         body = self.lm.encoder.decode(ids[: stops[0]] if stops else ids).lstrip()
         text = metrics.first_lines(body, lines)
@@ -272,7 +272,7 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
 
 
 def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> dict[str, Room]:
-    """Prompt -> room for every answer that counts there, where that takes more than a line of `max_new_tokens`."""
+    """Return the room of each prompt whose accepted answers need more than one line of `max_new_tokens`."""
     rooms: dict[str, Room] = {}
     for fact in facts:
         answers = (*fact.new_answers, *fact.old_answers)
@@ -332,7 +332,7 @@ def _prompts(fact: Fact) -> tuple[str, ...]:
 
 
 def _pairs(fact: Fact) -> dict[str, list[Pair]]:
-    """What is read for each quantity: the answer that is taught, or forgotten, without its aliases."""
+    """Return the pairs to read for each quantity: the answer that is taught or forgotten, without its aliases."""
     return {
         "reliability": [(fact.prompt, fact.target_new)],
         "generality": [(prompt, fact.target_new) for prompt in fact.rephrase_prompts],

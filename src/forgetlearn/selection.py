@@ -66,7 +66,7 @@ def groups(model: nn.Module) -> dict[str, list[str]]:
 
 
 def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
-    """A sentence on the matrices of the layers that are not among `reached`; None if there are none.
+    """Describe the layers' matrices that are not among `reached`, in a sentence; None if all are reached.
 
     Matrices that differ only in the number of their layer (or expert) count once. Shares are of the layers' parameters.
     """

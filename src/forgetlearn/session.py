@@ -171,7 +171,7 @@ def _checked(facts: FactSet, config: RunConfig) -> list[Fact]:
 
 
 def _check_begun_on(run: runs.RunFolder, base: Identity) -> None:
-    """Raise RunError if a run was begun on other weights than those of the model that is passed in."""
+    """Raise RunError if the run was begun on weights other than those of the given model."""
     was, now = ([told.get(name) for name in NAMES] for told in (run.manifest["inputs"], base))
     if was != now:
         begun, given = (next(filter(None, hashes), "that are not known") for hashes in (was, now))
@@ -182,7 +182,7 @@ def _check_begun_on(run: runs.RunFolder, base: Identity) -> None:
 
 
 def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity | None) -> UpdateResult:
-    """The result of a run that is done, from its folder alone; a base that was named may be gone by now."""
+    """Return the result of a finished run from its folder alone; a named base may no longer exist."""
     run = runs.RunFolder.open(path)
     if in_memory is not None:
         _check_begun_on(run, in_memory)

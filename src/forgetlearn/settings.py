@@ -26,7 +26,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _one_meaning(cls, value: object, info: ValidationInfo) -> object:
-        """A boolean is no number, and a number in text is a plain decimal."""
+        """Refuse a boolean for a number, and accept a number in text only as a plain decimal."""
         types = _plain_types(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and {int, float} & types:
             raise ValueError("must be a number")
@@ -37,7 +37,7 @@ class Settings(BaseModel):
 
 
 def _number(value: object) -> object:
-    """The number that a text is, from a flag say; pydantic itself would take `010` and `1_0` for numbers too."""
+    """Return the number in a text, say from a flag; pydantic itself would also accept `010` and `1_0`."""
     if not isinstance(value, str):
         return value
     found = safeyaml.number(value.strip())

@@ -38,7 +38,7 @@ def loading_options() -> dict[str, Any]:
 
 
 def check_sharded(model: nn.Module) -> None:
-    """Nothing, if every parameter of a model that was just loaded is split over all processes.
+    """Raise ModelError unless every parameter of a model that was just loaded is split over all processes.
 
     Raises:
         ModelError: it is not; the libraries fall back to whole copies without a word.
@@ -83,7 +83,7 @@ def no_gradients(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def check_float32(model: nn.Module) -> None:
-    """Nothing, if a split model can be trained: FSDP2 cannot change a dtype after the first forward pass.
+    """Raise ModelError unless a split model can be trained: FSDP2 cannot change a dtype after the first forward pass.
 
     Raises:
         ModelError: it was loaded in half precision.

@@ -155,7 +155,7 @@ class Work:
 
 
 def _keep_infinite(numbers: Array, raw: Array, entry: Entry, wanted: Array | None) -> None:
-    """Put back what is infinite in the base, as in a stored mask; anything else that is not finite is an error.
+    """Restore infinite numbers of the base, as in a stored mask; raise ModelError if any other is not finite.
 
     A mask is infinite in tuned as well (the difference is then NaN), and a saved vector holds 0 there.
     """

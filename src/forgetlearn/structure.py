@@ -1,7 +1,7 @@
-"""What the names and shapes of a checkpoint leave open: which way round a module holds its matrix, and under which name
-its tensor is stored. Told from the model that transformers makes of the config, without its weights.
+"""Answer what the names and shapes of a checkpoint leave open: the orientation of a module's matrix, and the name under
+which its tensor is stored. Both come from the model that transformers builds from the config, without weights.
 
-This takes torch and transformers, which `changes` otherwise does without: it asks here only where there is a doubt.
+This needs torch and transformers, which `changes` otherwise avoids: it asks here only in doubtful cases.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from forgetlearn.errors import ModelError
 
 
 def skeleton(folder: Path) -> nn.Module:
-    """The model of a folder's config, its weights on the meta device.
+    """Build the model of a folder's config, with its weights on the meta device.
 
     Raises:
         ModelError: transformers makes no causal language model of that config.
@@ -35,7 +35,7 @@ def skeleton(folder: Path) -> nn.Module:
 
 
 def turned(model: nn.Module, path: str) -> bool | None:
-    """True if the module holds its matrix as (in, out), as GPT-2's do; None if there is no such module."""
+    """Return True if the module stores its matrix as (in, out), as GPT-2 does; None if there is no such module."""
     try:
         return isinstance(model.get_submodule(path), Conv1D)
     except AttributeError:
@@ -43,9 +43,9 @@ def turned(model: nn.Module, path: str) -> bool | None:
 
 
 def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """The model's names of weights to those of a checkpoint, as `from_pretrained` pairs them.
+    """Map the model's names of weights to those of a checkpoint, as `from_pretrained` pairs them.
 
-    Tensors that it computes while it loads (fused or split ones) are left out.
+    Tensors that are computed during loading (fused or split) are left out.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]

@@ -1,4 +1,4 @@
-"""Tables of facts to records: CSV and TSV in the dialects that people save, and Excel's .xlsx."""
+"""Turn tables of facts into records: CSV and TSV in their common dialects, and Excel's .xlsx."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMON = frozenset(fold(name) for name in (*KNOWN, *(name for names in SYNONYMS.
 
 @dataclass(frozen=True)
 class Table:
-    """The records of a table, how many rows were blank and are not among them, and how it was read, in words."""
+    """The records of a table, the number of blank rows (which are no records), and how it was read, in words."""
 
     records: list[object]
     blank_rows: int
@@ -35,7 +35,7 @@ class Table:
 
 
 def parse_csv(text: str, source: str, columns: Iterable[str] = (), usual: str = ",") -> Table:
-    """Read a table of text; its delimiter is the one that makes most sense of the header.
+    """Read a table of text; the delimiter is the one that gives the header the most known names.
 
     `columns` are names that the header is known to have; `usual` is the delimiter if several do equally well.
 
@@ -59,14 +59,14 @@ def parse_csv(text: str, source: str, columns: Iterable[str] = (), usual: str = 
 
 
 class _Lines:
-    """The lines of a text for csv.reader. Empty lines between rows are skipped at once; in a quoted cell they stay."""
+    """Feeds the lines of a text to csv.reader. Skips empty lines between rows, but keeps them in quoted cells."""
 
     def __init__(self, text: str) -> None:
         self.text, self.place, self.number = text, 0, 0
         self.between_rows = True
 
     def start(self) -> int:
-        """The place of the next line that is not empty."""
+        """Return the position of the next line that is not empty."""
         found = re.compile(r"[\r\n]*").match(self.text, self.place)
         return found.end() if found else self.place
 
@@ -90,7 +90,7 @@ class _Lines:
         self.place = end
 
     def rows(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-        """The rows, each with the number of its last line."""
+        """Yield the rows, each with the number of its last line."""
         self.between_rows = True
         for row in csv.reader(self, delimiter=delimiter, strict=True):
             yield self.number, row
@@ -102,7 +102,7 @@ def _shown(delimiter: str) -> str:
 
 
 def _delimiter(head: str, known: set[str], usual: str) -> str:
-    """The delimiter that gives the header most known names; among equals most cells, then the usual one."""
+    """Return the delimiter that gives the header the most known names; ties go to more cells, then to `usual`."""
 
     def sense(delimiter: str) -> tuple[int, int, bool]:
         try:
@@ -117,7 +117,7 @@ def _delimiter(head: str, known: set[str], usual: str) -> str:
 
 
 def _records(rows: Iterator[tuple[int, Sequence[str]]], source: str, delimiter: str | None) -> tuple[list[object], int]:
-    """The records under a header, and how many rows are blank; `delimiter` is None in Excel, which pads its rows."""
+    """Return the records under a header, and the number of blank rows; Excel, which pads rows, has no delimiter."""
     header = _header(next(rows, (0, ()))[1], source)
     records: list[object] = []
     n_blank = empty = 0
@@ -136,7 +136,7 @@ def _records(rows: Iterator[tuple[int, Sequence[str]]], source: str, delimiter: 
 
 
 def _header(cells: Sequence[str], source: str) -> list[str]:
-    """The names of the columns, each once; one without a name gets one that says where it is."""
+    """Return the names of the columns, each once; a nameless column is named by its position."""
     header = [cell.strip() or f"(column {number}, without a name)" for number, cell in enumerate(cells, 1)]
     if twice := sorted(name for name, count in Counter(header).items() if count > 1):
         raise FactError(f"{source}: the header names {some(twice)} more than once.")
@@ -198,14 +198,14 @@ def _sheet(sheets: Iterable[Any], source: str) -> Table:
 
 
 def _rows(sheet: Any) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a sheet with their numbers, as text."""
+    """Yield the rows of a sheet with their numbers, as text."""
     sheet.reset_dimensions()  # the size that a file states may be wrong
     for number, row in enumerate(sheet.iter_rows(values_only=True), 1):
         yield number, [_cell(value) for value in row]
 
 
 def _cell(value: object) -> str:
-    """A cell's value as text: a year is "1990" and not "1990.0", a date is ISO's."""
+    """Return a cell's value as text: a year as "1990", not "1990.0"; a date in ISO format."""
     if value is None:
         return ""
     if isinstance(value, bool):

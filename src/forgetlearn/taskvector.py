@@ -241,7 +241,7 @@ def _partners(base: Weights, tuned: Weights) -> dict[str, str]:
 def _check_ties(
     base: Weights, other: Weights, partners: Mapping[str, str], sides: tuple[str, str] = ("base", "tuned")
 ) -> None:
-    """Nothing, if what is one tensor in `base` is one, or two equal ones, in `other`.
+    """Raise WeightMismatchError unless what is one tensor in `base` is one, or two equal ones, in `other`.
 
     Raises:
         WeightMismatchError: it is two that differ: of the two results a tied model would keep the last.
@@ -258,7 +258,7 @@ def _check_ties(
 
 
 def is_finite(weight: Tensor) -> bool:
-    """False if a floating-point tensor holds NaN or infinite numbers; takes 0.2 s per GB, and no memory for a copy."""
+    """Return False if a floating-point tensor contains NaN or infinity; takes 0.2 s per GB and makes no copy."""
     if not weight.is_floating_point() or weight.is_meta or not weight.numel():
         return True
     least, most = torch.aminmax(weight if weight.itemsize > 1 else weight.float())

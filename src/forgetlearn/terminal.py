@@ -60,14 +60,14 @@ def print_facts(found: FactSet) -> None:
 
 
 def _answers(answers: Sequence[str]) -> str:
-    """An answer, and how else it may be written."""
+    """Format an answer with its aliases."""
     if not answers:
         return "(none)"
     return plain(answers[0]) + (f"  (or: {some(answers[1:])})" if len(answers) > 1 else "")
 
 
 def _account(found: FactSet) -> list[str]:
-    """How a source was read, what was left out or taken otherwise, and what is not there."""
+    """Describe how a source was read, what was left out or reinterpreted, and what is missing."""
     from forgetlearn.facts import NOTES, REASONS, tell_old
 
     lines = [f"read as {found.read_as}"] if found.read_as else []

@@ -1,4 +1,4 @@
-"""Every text of the facts, checked against the tokenizer before any training starts."""
+"""Check every text of the facts against the tokenizer before training starts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class _Text:
     is_trained: bool = False
 
     def place(self, part: str) -> str:
-        """How a message calls the prompt or the answer (`part`)."""
+        """Return how a message names the prompt or the answer (`part`)."""
         return f"fact {self.fact}, {self.prompt_field if part == 'prompt' else self.answer_field}"
 
 
 def check_texts(encoder: Encoder, facts: Iterable[Fact]) -> None:
-    """Raise FactError, which names the first five, if texts of the facts cannot be trained on or read.
+    """Raise FactError, naming the first five, if texts of the facts cannot be trained on or read.
 
     A text that is only scored may be too long: scoring counts it as errored. What the tokenizer can write only as
     <unk> is counted in a warning.
@@ -62,7 +62,7 @@ def check_texts(encoder: Encoder, facts: Iterable[Fact]) -> None:
 
 
 def _texts_of(fact: Fact) -> Iterator[_Text]:
-    """Every text, paired as it is trained on or scored."""
+    """Yield every text, paired as it is trained on or scored."""
     for field, answer in (("target_new", fact.target_new), ("ground_truth", fact.ground_truth)):
         if answer:
             yield _Text(fact.id, "prompt", fact.prompt, field, answer, is_trained=True)
