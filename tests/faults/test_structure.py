@@ -34,12 +34,38 @@ from forgetlearn import adapter_files, disk, history, models, plots, runs
 from forgetlearn.compare import CELLS, CompareSettings
 from written_by_hand import MEAN, SCORE
 
-FEW, MANY = 150, 20_000
+FEW, MANY = 100, 20_000
 CELL = f"compared/{CELLS}/f-ft-coef0.5-3epochs-seed0"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_waiting():
+    """Without plots, which take most of the time of a page (what they read is read all the same), and without fsync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        patch.setattr(plots, "_svg", lambda _figure, _name, words: Markup("<title>{}</title>").format(words))
+        patch.setattr(plots, "_figure", lambda _width, _height: (None, _Axes()))
+        yield
+
+
+class _Axes:
+    """Takes whatever is drawn."""
+
+    def __getattr__(self, _name):
+        return self
+
+    def __call__(self, *_args, **_options):
+        return self
+
+    def __getitem__(self, _key):
+        return self
+
+    def __iter__(self):
+        return iter(())
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, tiny_model, char_tokenizer) -> Path:
+def root(tmp_path_factory, without_waiting, tiny_model, char_tokenizer) -> Path:
     """A folder with `base` (two shards), `whole` and `lora` (runs whose records have every field), `compared`."""
     folder = tmp_path_factory.mktemp("structure")
     tiny_model(num_hidden_layers=1).save_pretrained(folder / "base", max_shard_size="40KB")
@@ -157,8 +183,8 @@ def files_of_models() -> list[Target]:
             _bad_adapter,
             ("subtract", "load an adapter"),
         ),
-        Target("base/config.json", (model, outline, moved)),
-        Target("base/model.safetensors.index.json", (model, moved)),
+        Target("base/config.json", (model, outline, moved), None, None, _bad_config, ("load",)),
+        Target("base/model.safetensors.index.json", (model, moved), None, None, _bad_index, ("load", "subtract")),
         Target("base/tokenizer_config.json", (model, outline)),
     ]
 
@@ -263,6 +289,22 @@ def _bad_adapter(place: Place, value: object) -> bool:
     return bad(place, value, fits)
 
 
+def _bad_config(place: Place, value: object) -> bool:
+    if value != value:  # NaN
+        return True
+    if value is REMOVED and place != ("model_type",):
+        return False  # transformers has a default, and the tensors tell whether it fits
+    sizes = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+    fits: dict[str, object] = dict.fromkeys((*sizes, "model_type", "hidden_act"), lambda _: False)
+    fits |= dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"), is_switch)
+    fits |= {"num_hidden_layers": lambda v: v == 0, "rms_norm_eps": lambda v: isinstance(v, float)}
+    return bad(place, value, fits)
+
+
+def _bad_index(place: Place, value: object) -> bool:
+    return bad(place, value, {"weight_map": lambda _: False, "weight_map.*": lambda _: False})
+
+
 # Trials -------------------------------------------------------------------------------------------
 
 
@@ -274,30 +316,6 @@ def try_cases(root: Path, chosen: list[Case], tally) -> Counts:
         tally.add("changed fields", len(chosen))
         lost += counts.lost
     return counts
-
-
-@pytest.fixture(autouse=True)
-def without_waiting(monkeypatch):
-    """Without plots, which take most of the time of a page (what they read is read all the same), and without fsync."""
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
-    monkeypatch.setattr(plots, "_svg", lambda _figure, _name, words: Markup("<title>{}</title>").format(words))
-    monkeypatch.setattr(plots, "_figure", lambda _width, _height: (None, _Axes()))
-
-
-class _Axes:
-    """Takes whatever is drawn."""
-
-    def __getattr__(self, _name):
-        return self
-
-    def __call__(self, *_args, **_options):
-        return self
-
-    def __getitem__(self, _key):
-        return self
-
-    def __iter__(self):
-        return iter(())
 
 
 def test_files_as_they_were_written_are_read(root):
@@ -321,6 +339,21 @@ def test_some_changed_fields_of_records(root, tally):
 
 def test_some_changed_fields_of_files_of_models(root, tally):
     try_cases(root, random.Random(0).sample(cases(root, files_of_models()), FEW // 4), tally)
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value", "reader"),
+    [
+        ("compared/manifest.json", ("commit",), "removed", "report on a comparison"),
+        ("whole/summary.json", ("rounding", "share_changed"), "null", "report"),
+        ("lora/adapter/adapter_config.json", ("use_qalora",), "fraction", "load an adapter"),
+        ("base/config.json", ("attention_dropout",), "not a number", "load"),
+    ],
+)
+def test_what_was_lost_once(root, tally, file, place, value, reader):
+    target = next(target for target in (*targets(), *files_of_models()) if target.file == file)
+    reader = next(own for own in target.readers if own.name == reader)
+    try_cases(root, [Case(target, reader, place, value)], tally)
 
 
 @pytest.mark.slow
