@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 
 from forgetlearn import adapters
-from forgetlearn.adapter_files import open_adapter, read_adapter_config
+from forgetlearn.adapter_files import AdapterConfig, AdapterFiles, open_adapter, read_adapter_config
 from forgetlearn.arithmetic import subtract_folders
 from forgetlearn.cli import main
 from forgetlearn.config import LoraSettings, ModelSettings
@@ -228,6 +229,35 @@ def test_case_24_a_field_of_the_wrong_kind_is_named(base, make, field, value):
         assert len(said.splitlines()) == 1
         assert len(said) < 600
     assert not (folder.parent / "out").exists()
+
+
+# case 24
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_qalora", 0.5),
+        ("ensure_weight_tying", "no"),
+        ("qalora_group_size", "16"),
+        ("eva_config", {"rho": "x"}),
+        ("auto_mapping", [1]),
+        ("peft_version", 1),
+    ],
+)
+def test_case_24_a_field_of_another_type_than_in_peft_is_named(make, field, value):
+    folder = make()
+    change_config(folder, **{field: value})
+    with pytest.raises(ModelError, match=rf"{CONFIG}: {field} = .*expected "):
+        load(folder)
+
+
+def test_what_peft_writes_is_of_its_own_types():
+    for kind in PEFT_TYPE_TO_CONFIG_MAPPING.values():
+        try:
+            config = kind(task_type="CAUSAL_LM")
+        except (ValueError, ImportError):  # some need more
+            continue
+        told = json.loads(json.dumps(config.to_dict(), default=list))
+        AdapterFiles(Path(), AdapterConfig.model_validate(told), None).check_types(kind)
 
 
 # case 24

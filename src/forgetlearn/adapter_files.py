@@ -6,13 +6,16 @@ before peft, which believes the config, sees it.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from forgetlearn.checkpoints import ADAPTER, FLOATS, CheckpointFolder, read_object
 from forgetlearn.errors import ModelError, plain, some
@@ -143,6 +146,40 @@ class AdapterFiles:
         """Raise ModelError if a pattern of the config is invalid or takes too long to match these module names."""
         if said := problem(list(self.config.patterns()), names):
             raise ModelError(f"{self.folder / CONFIG}: {said}.")
+
+    def check_types(self, kind: type) -> None:
+        """Raise ModelError if a field is of another type than in `kind`, peft's own class for such a config.
+
+        peft believes what it reads: `use_qalora` = 0.5 would count as true. Null is as left out, and `alpha` may be a
+        fraction, whatever peft declares.
+        """
+        own, hints = type(self.config).model_fields, typing.get_type_hints(kind)
+        odd = [
+            f"{plain(name)} = {shown(value)}: expected {_written(hints[name])}"
+            for name, value in self.config.model_dump(exclude=set(own)).items()
+            if name in hints and value is not None and not _fits(value, float if name == "alpha" else hints[name])
+        ]
+        if odd:
+            raise ModelError(f"{self.folder / CONFIG}: {some(odd, 3)}.")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value from a JSON file is of a type; numbers are finite."""
+    try:
+        _type_adapter(hint).validate_json(json.dumps(value, allow_nan=False), strict=True)
+    except Exception:  # peft's classes check their values too, and raise what they like
+        return False
+    return True
+
+
+@functools.cache
+def _type_adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
+
+
+def _written(hint: Any) -> str:
+    """A type as one writes it: `int`, `list[str] | None`."""
+    return re.sub(r"\b(?:\w+\.)+", "", hint.__name__ if isinstance(hint, type) else str(hint))
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:

@@ -27,6 +27,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
@@ -363,6 +364,8 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
     files = open_adapter(folder)
     files.tensors.close()
     files.check_patterns([path for path, _module in model.named_modules()])
+    if kind := PEFT_TYPE_TO_CONFIG_MAPPING.get(files.config.peft_type):
+        files.check_types(kind)
     try:
         with _quiet():
             config = PeftConfig.from_pretrained(str(folder))

@@ -136,8 +136,8 @@ def chosen(summary: Mapping[str, Any]) -> list[str]:
 
 def rounded(summary: Mapping[str, Any]) -> list[str]:
     """What storing the product left of its change, where it was rounded."""
-    told = summary.get("rounding")
-    return [f"the product as it is stored: {in_words(told)}"] if told else []
+    said = in_words(summary["rounding"]) if summary.get("rounding") else ""
+    return [f"the product as it is stored: {said}"] if said else []
 
 
 def score_table(summary: Mapping[str, Any], phases: Iterable[str]) -> list[tuple[str, list[Any]]]:

@@ -159,9 +159,9 @@ class Survival(Sums):
 
 def in_words(told: Mapping[str, Any]) -> str:
     """A sentence of `Survival.as_dict()`; empty where nothing was to change."""
-    if told["share_survived"] is None:
-        return ""
     changed, survived, seen = told["share_changed"], told["share_survived"], told["looked_at"]
+    if changed is None or survived is None:
+        return ""
     return (
         f"{100 * changed:.1f} % of the numbers that should change do, and {survived:.3f} of the wanted change survives "
         f"the rounding ({seen:,} numbers looked at)"

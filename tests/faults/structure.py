@@ -24,7 +24,8 @@ from typer.main import get_command
 from forgetlearn import cli, digests
 from forgetlearn.errors import ForgetLearnError
 
-SECONDS = 10  # a reader that takes longer hangs
+SECONDS = 10  # of computing; a reader that takes longer hangs
+SECONDS_OF_WAITING = 60  # the machine may have other things to do
 Place = tuple[str | int, ...]
 DEEP, QUITE_DEEP, DEEP_OBJECT = "<100,000 brackets>", "<600 brackets>", "<100,000 objects>"
 NESTED = {DEEP: "[" * 100_000, QUITE_DEEP: "[" * 600 + "]" * 600, DEEP_OBJECT: '{"a":' * 100_000}
@@ -56,6 +57,10 @@ VALUES: dict[str, Any] = {
     "quite deep": QUITE_DEEP,
     "deep object": DEEP_OBJECT,
 }
+
+
+class Hang(BaseException):
+    """A reader takes too long. No Exception, which it may handle."""
 
 
 @dataclass(frozen=True)
@@ -201,11 +206,10 @@ def attempt(root: Path, case: Case, counts: Counts) -> None:
         must_refuse = case.reader.name in target.strict and target.must_refuse(case.place, value)
         if code == 0 and must_refuse:
             counts.lost.append(f"{case}: was read as if nothing were wrong")
-        if wrote := sorted(
-            path for path, state in _state(root, case.reader.writes).items() if before.get(path) != state
-        ):
+        after = _state(root, case.reader.writes)
+        if wrote := sorted(path for path, state in after.items() if before.get(path) != state):
             counts.lost.append(f"{case}: wrote {wrote}")
-        if gone := before.keys() - _state(root, ()).keys():
+        if gone := before.keys() - after.keys():
             counts.lost.append(f"{case}: removed {sorted(gone)}")
     finally:
         for file, data in kept.items():
@@ -224,31 +228,40 @@ def _watched(reader: Reader, root: Path) -> tuple[int | str, str]:
     """Exit code and what was said; instead of the code the traceback, if there was one."""
 
     def too_long(*_: object) -> None:
-        raise TimeoutError(f"took more than {SECONDS} s")
+        raise Hang(f"took more than {SECONDS} s of computing, or {SECONDS_OF_WAITING} s")
 
     said = io.StringIO()
-    own = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SECONDS)
+    clocks = {signal.SIGALRM: (signal.ITIMER_REAL, SECONDS_OF_WAITING), signal.SIGPROF: (signal.ITIMER_PROF, SECONDS)}
+    own = {number: signal.signal(number, too_long) for number in clocks}
+    for clock, seconds in clocks.values():
+        signal.setitimer(clock, seconds)
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return reader.run(root), said.getvalue()
-    except Exception:
+    except (Exception, Hang):
         return "".join(traceback.format_exc().splitlines(keepends=True)[-12:]), said.getvalue()
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, own)
+        for number, (clock, _seconds) in clocks.items():
+            signal.setitimer(clock, 0)
+            signal.signal(number, own[number])
 
 
 def _state(root: Path, left_out: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """Path to size and time of change of every file below the root, but for what may be written."""
     found = {}
-    for folder, _folders, files in os.walk(root):
-        for name in files:
-            path = Path(folder, name)
-            place = path.relative_to(root).as_posix()
-            if not any(place == own or place.startswith(f"{own}/") for own in left_out):
-                told = path.stat()
-                found[place] = told.st_size, told.st_mtime_ns
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                place = f"{folder}{entry.name}"
+                if place in left_out:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{place}/")
+                else:
+                    told = entry.stat()
+                    found[place] = told.st_size, told.st_mtime_ns
     return found
 
 
