@@ -62,6 +62,12 @@ def saved(model, folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+def linear_layers(model):
+    """Paths of all modules of torch's own linear class, the head excepted."""
+    head = model.get_output_embeddings()
+    return {path for path, module in model.named_modules() if type(module) is torch.nn.Linear and module is not head}
+
+
 def check_adapter(base, folder, changed):
     """The adapter of `folder/adapter` on `base`, by peft and by our arithmetic; `changed` are the logits in memory."""
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
@@ -112,6 +118,7 @@ HANDFUL = {  # case 1: what differs between architectures, in the default run
     "gpt_neox": "fused qkv, biases, stored under another name",
     "bloom": "fused qkv with biases, square and biased",
     "laguna": "peft renames some factors on their way in",
+    "deepseek_v3": "peft takes the names of dense layers and shared experts for those of fused experts",
     "llama4_text": "fused experts, a router that is a linear layer",
     "mamba": "weights that are read past their modules",
 }
@@ -247,7 +254,7 @@ def test_case_20_fused_experts_are_left_out_and_named(name, tmp_path, char_token
     told = json.loads((tmp_path / "f-lora/manifest.json").read_text())["lora"]
     assert "experts.gate_up_proj" in told
     assert told in capsys.readouterr().err
-    assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.md").read_text()
+    assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.md").read_text().replace("\\", "")  # escaped
     assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.html").read_text()
     assert "lora" not in json.loads((tmp_path / "f-ft/manifest.json").read_text())
     again = ["apply", tmp_path / "f-lora", "--base", tmp_path / "base", "--output", tmp_path / "merged", "--merge"]
@@ -264,6 +271,30 @@ def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_
     assert method.out_of_loras_reach(tiny_model(), [("lora", lora)]) is None
     chosen = StageSettings(lora={"target_modules": ["q_proj"]})
     assert method.out_of_loras_reach(make_architecture("mixtral"), [("lora", chosen), ("all weights", lora)]) is None
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_case_20_dense_layers_and_shared_experts_are_adapted_though_named_as_experts(name, tmp_path):
+    model = saved(make_architecture(name), tmp_path / "base")
+    paths = linear_layers(model)
+    reached = adapters.check_targets(model, LoraSettings(), "learn")
+    assert {path.removesuffix(".weight") for path in reached} == paths
+    gates = {path for path in paths if path.endswith("gate_proj")}
+    settings = LoraSettings(r=2, lora_dropout=0.1, target_modules=["gate_proj"])
+    assert {path.removesuffix(".weight") for path in adapters.check_targets(model, settings, "learn")} == gates
+    model = adapters.attach(model, settings, adapters.FORGET, seed=0)
+    for path, weight in model.named_parameters():
+        if "lora_B" in path:
+            torch.nn.init.normal_(weight, std=0.3)
+    changed = logits(model)
+    adapters.save(model, adapters.FORGET, tmp_path / "forget", "base")  # as between the stages, for --resume
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(adapters.load(again, tmp_path / "forget", adapters.FORGET)), changed)
+    adapters.compose(model, [adapters.FORGET])
+    adapters.save(model, PRODUCT, tmp_path / "adapter", "base")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert {path.removesuffix(".weight") for path in config["target_parameters"]} == gates
+    check_adapter(tmp_path / "base", tmp_path, changed)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from forgetlearn.adapter_files import CONFIG, AdapterFiles, LoraAdapterConfig, open_adapter, shown
+from forgetlearn.adapter_files import CONFIG, WEIGHT, AdapterFiles, LoraAdapterConfig, open_adapter, shown
 from forgetlearn.checkpoints import (
     ADAPTER,
     FLOATS,
@@ -49,7 +49,7 @@ WHY_NOT = {
     "bias": "it trains biases",
     "modules_to_save": "it holds whole modules beside the factors",
     "trainable_token_indices": "it holds rows of the embedding",
-    "target_parameters": "it adapts parameters without a module",
+    "target_parameters": "it adapts parameters that are no module's weight",
     "layer_replication": "its model has more layers than its base",
 }
 
@@ -210,7 +210,9 @@ class Adapter:
             )
         if base.entries[name].dtype not in FLOATS:
             raise WeightMismatchError(f"{self.folder}: adapts {path}, whole numbers in {base.folder}.")
-        if straight != turned:
+        if self.config.targets_weight(path):
+            self.turned[name] = False  # as a parameter it is taken as it is stored
+        elif straight != turned:
             self.turned[name] = shape == turned
         else:  # transformers' modules that hold it as (in, out) have a bias, all of them
             has_bias = f"{name.removesuffix('weight')}bias" in base.entries
@@ -348,6 +350,9 @@ def plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
     config = files.config.model_dump()
     if not isinstance(files.config, LoraAdapterConfig) or files.config.r is None or files.config.lora_alpha is None:
         raise ModelError(f"{folder}: peft_type = {plain(files.config.peft_type)}, expected LORA with r and lora_alpha.")
+    has_patterns = config["rank_pattern"] or config["alpha_pattern"]
+    if not has_patterns and all(name.endswith(WEIGHT) for name in config["target_parameters"] or ()):
+        del config["target_parameters"]  # weights of modules, with factors as of the modules themselves
     used = [name for name, value in config.items() if name not in HARMLESS and value and value != "none"]
     if used:
         reason = WHY_NOT.get(used[0], "forgetlearn does not know what that adds")
