@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,7 +18,7 @@ from forgetlearn.adapters import PRODUCT
 from forgetlearn.arithmetic import merge_adapter, subtract_folders
 from forgetlearn.cli import main
 from forgetlearn.config import ForgetSettings, LoraSettings, StageSettings
-from forgetlearn.errors import ConfigError
+from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.facts import make_fact
 from forgetlearn.models import wrap
 from forgetlearn.streamed import Numbers
@@ -214,6 +214,25 @@ def test_case_1_which_way_round_is_told_per_module_and_not_from_the_adapters_con
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": said}))
     check_adapter(tmp_path / "base", tmp_path, changed)
+
+
+def test_case_1_a_weight_that_is_named_as_a_parameter_is_taken_as_it_is_stored(tiny_model, tmp_path):
+    base = saved(tiny_model("gpt2"), tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[], target_parameters=["attn.c_proj.weight"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    changed = logits(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    check_adapter(tmp_path / "base", tmp_path, changed)
+
+
+def test_case_20_an_adapter_on_fused_experts_is_not_merged(tmp_path):
+    base = saved(make_architecture("mixtral"), tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ModelError, match="target_parameters"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", numbers=Numbers())
 
 
 def test_case_1_fan_in_fan_out_is_written_right(tiny_model, tmp_path):

@@ -43,7 +43,8 @@ from forgetlearn.taskvector import TaskVector
 
 FORGET, LEARN, PRODUCT = "forget", "learn", "default"
 TRIED = "tried"  # an adapter on an outline, to see what peft makes of its targets
-_tried: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}  # what came of it: several stages of a run ask for the same model
+# What came of it, by name and by weight: several stages of a run ask for the same model.
+_tried: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _READ_WHOLE = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|size|data)\b| *=[^=])")
 

@@ -165,7 +165,7 @@ class Adapter:
         """Raise WeightMismatchError if the config names modules of the base that the file has no factors for.
 
         What the model of the base does not use is no module of it: a layer beyond num_hidden_layers, a list of layers
-        (a vision tower, layers for drafting) of which nothing is adapted.
+        (a vision tower, layers for drafting) of which nothing is adapted, experts that it fuses while it loads.
         """
         stacks = {stack_of(name.removesuffix(".weight"))[0] for name in self.paths}
         layers = number_of_layers(base.config())
@@ -177,6 +177,8 @@ class Adapter:
             is_matrix = path != name and len(entry.shape) == 2 and entry.dtype in FLOATS
             if used and is_matrix and name not in self.paths and self.config.targets(path):
                 lacking.append(path)
+        if lacking and base.config():
+            lacking = [path for path in lacking if self.structure.holds(path)]
         if lacking:
             raise WeightMismatchError(
                 f"{self.folder}: {CONFIG} names {len(lacking) + len(self.paths)} modules of {base.folder}, and "
@@ -278,6 +280,14 @@ class _Structure:
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a weight; the weight's own where the checkpoint has none for it."""
         return self._stored.get(name, name)
+
+    def holds(self, path: str) -> bool:
+        """Whether the model has a module at the path by which the checkpoint stores its weight."""
+        from forgetlearn.structure import turned
+
+        own = {stored: name for name, stored in self._stored.items()}
+        name = own.get(f"{path}{WEIGHT}")
+        return name is not None and turned(self._model, name.removesuffix(WEIGHT)) is not None
 
     def turned(self, path: str) -> bool:
         """Whether a module holds its matrix as (in, out)."""
