@@ -153,6 +153,7 @@ NOT_MADE = {
 # These are refused by us.
 REFUSED = {
     "hrm_text": "cuts out of a larger tensor",  # gate, query, key and value are stored as one
+    "reformer": "its loss has no gradient",  # reversible layers over frozen embeddings
 }
 NOT_HERE = NOT_MADE | REFUSED
 
