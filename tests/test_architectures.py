@@ -255,33 +255,67 @@ def test_case_1_a_square_matrix_without_a_bias_takes_no_torch(tiny_model, tmp_pa
     merge_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", numbers=Numbers())
 
 
-FUSED = ["mixtral", "llama4_text"]
-MORE_FUSED = ["olmoe", "qwen3_moe", "deepseek_v3", "qwen3_next"]
+MOE = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "qwen3_next", "llama4_text"]
 
 
-@pytest.mark.parametrize("name", [*FUSED, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FUSED)])
-def test_case_20_fused_experts_are_left_out_and_named(name, tmp_path, char_tokenizer, capsys):
-    model = make_architecture(name, num_hidden_layers=2)
-    model.save_pretrained(tmp_path / "base")
-    char_tokenizer.save_pretrained(tmp_path / "base")
-    rows = [{"prompt": "Who? ", "ground_truth": "Bob", "target_new": "Ann"}]
-    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(QUICK))
-    reads = ["--config", tmp_path / "config.yaml", "--model", tmp_path / "base", "--facts", tmp_path / "facts.jsonl"]
-    for how in ("f-ft", "f-lora"):
-        command = ["update", *reads, "--output", tmp_path / how, "--method", how]
-        assert main([str(word) for word in command]) == 0
-    told = json.loads((tmp_path / "f-lora/manifest.json").read_text())["lora"]
+@pytest.fixture
+def files(tmp_path, char_tokenizer):
+    """Writes a tiny model, one fact and settings; gives the flags that name them."""
+
+    def write(name, **settings):
+        make_architecture(name, num_hidden_layers=2).save_pretrained(tmp_path / "base")
+        char_tokenizer.save_pretrained(tmp_path / "base")
+        fact = {"prompt": "Who? ", "ground_truth": "Bob", "target_new": "Ann"}
+        (tmp_path / "facts.jsonl").write_text(json.dumps(fact))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(QUICK | settings))
+        names = {"config": "config.yaml", "model": "base", "facts": "facts.jsonl"}
+        return [word for flag, name in names.items() for word in (f"--{flag}", tmp_path / name)]
+
+    return write
+
+
+def run(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+def loaded_logits(folder):
+    return logits(AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("name", [MOE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MOE[1:])])
+def test_case_20_fused_experts_are_left_out_and_named(name, files, tmp_path, capsys):
+    run("update", *files(name), "--output", tmp_path / "run", "--method", "f-lora")
+    told = json.loads((tmp_path / "run/manifest.json").read_text())["lora"]
     assert "experts.gate_up_proj" in told
+    assert "shared" not in told
     assert told in capsys.readouterr().err
-    assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.md").read_text().replace("\\", "")  # escaped
-    assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.html").read_text()
-    assert "lora" not in json.loads((tmp_path / "f-ft/manifest.json").read_text())
-    again = ["apply", tmp_path / "f-lora", "--base", tmp_path / "base", "--output", tmp_path / "merged", "--merge"]
-    assert main([str(word) for word in again]) == 0
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "f-lora/adapter")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert close(logits(loaded), logits(merged))
+    assert "experts.gate_up_proj" in (tmp_path / "run/report.md").read_text().replace("\\", "")  # escaped
+    assert "experts.gate_up_proj" in (tmp_path / "run/report.html").read_text()
+    run("apply", tmp_path / "run", "--base", tmp_path / "base", "--output", tmp_path / "merged", "--merge")
+    assert close(loaded_logits(tmp_path / "run/adapter"), loaded_logits(tmp_path / "merged"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["f-ft", "f-lora-ft"])
+@pytest.mark.parametrize("name", MOE)
+def test_case_20_experts_are_updated_undone_and_changed_again(name, method, files, tmp_path):
+    run("update", *files(name, keep_change=True), "--output", tmp_path / "run", "--method", method)
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert ("lora" in manifest) == (method == "f-lora-ft")
+    base, product = loaded_logits(tmp_path / "base"), loaded_logits(tmp_path / "run/model")
+    assert not torch.allclose(base, product, atol=1e-4)
+    run("undo", tmp_path / "run", "--output", tmp_path / "undone")
+    assert torch.equal(loaded_logits(tmp_path / "undone"), base)
+    run("apply", tmp_path / "run", "--base", tmp_path / "base", "--output", tmp_path / "again")
+    assert torch.equal(loaded_logits(tmp_path / "again"), product)
+
+
+@pytest.mark.slow
+def test_case_20_plan_of_fused_experts_writes_no_traceback(files, capfd):
+    run("plan", *files("mixtral"), "--method", "f-lora")
+    shown = capfd.readouterr()
+    assert "experts.gate_up_proj" in shown.out + shown.err
+    assert "Traceback" not in shown.out + shown.err
 
 
 def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_model):

@@ -432,8 +432,8 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
         loss = functional.cross_entropy(joined.float(), labels, ignore_index=IGNORE, reduction="sum")
         if not loss.requires_grad:
             raise ModelError(
-                f"{type(attention.plain(model)).__name__}: its loss has no gradient by what is trained, because its own "
-                "code stops it (as reversible layers do over frozen embeddings). Train all weights: method = f-ft."
+                f"{type(attention.plain(model)).__name__}: its loss has no gradient by what is trained, because "
+                "its own code stops it (as reversible layers do over frozen embeddings). Take method = f-ft."
             )
         n_tokens = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
         # Every process divides by the tokens of all, and DDP averages: the factor undoes the average.
