@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,7 +18,7 @@ from forgetlearn.adapters import PRODUCT
 from forgetlearn.arithmetic import merge_adapter, subtract_folders
 from forgetlearn.cli import main
 from forgetlearn.config import ForgetSettings, LoraSettings, StageSettings
-from forgetlearn.errors import ConfigError
+from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.facts import make_fact
 from forgetlearn.models import wrap
 from forgetlearn.streamed import Numbers
@@ -60,6 +60,12 @@ def facts():
 def saved(model, folder):
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def linear_layers(model):
+    """Paths of all modules of torch's own linear class, the head excepted."""
+    head = model.get_output_embeddings()
+    return {path for path, module in model.named_modules() if type(module) is torch.nn.Linear and module is not head}
 
 
 def check_adapter(base, folder, changed):
@@ -112,6 +118,7 @@ HANDFUL = {  # case 1: what differs between architectures, in the default run
     "gpt_neox": "fused qkv, biases, stored under another name",
     "bloom": "fused qkv with biases, square and biased",
     "laguna": "peft renames some factors on their way in",
+    "deepseek_v3": "peft takes the names of dense layers and shared experts for those of fused experts",
     "llama4_text": "fused experts, a router that is a linear layer",
     "mamba": "weights that are read past their modules",
 }
@@ -146,6 +153,7 @@ NOT_MADE = {
 # These are refused by us.
 REFUSED = {
     "hrm_text": "cuts out of a larger tensor",  # gate, query, key and value are stored as one
+    "reformer": "its loss has no gradient",  # reversible layers over frozen embeddings
 }
 NOT_HERE = NOT_MADE | REFUSED
 
@@ -209,6 +217,25 @@ def test_case_1_which_way_round_is_told_per_module_and_not_from_the_adapters_con
     check_adapter(tmp_path / "base", tmp_path, changed)
 
 
+def test_case_1_a_weight_that_is_named_as_a_parameter_is_taken_as_it_is_stored(tiny_model, tmp_path):
+    base = saved(tiny_model("gpt2"), tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[], target_parameters=["attn.c_proj.weight"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    changed = logits(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    check_adapter(tmp_path / "base", tmp_path, changed)
+
+
+def test_case_20_an_adapter_on_fused_experts_is_not_merged(tmp_path):
+    base = saved(make_architecture("mixtral"), tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ModelError, match="target_parameters"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", numbers=Numbers())
+
+
 def test_case_1_fan_in_fan_out_is_written_right(tiny_model, tmp_path):
     for family, right in (("gpt2", True), ("llama", False)):
         model = adapters.attach(tiny_model(family), LoraSettings(r=2), adapters.FORGET, seed=0)
@@ -228,33 +255,67 @@ def test_case_1_a_square_matrix_without_a_bias_takes_no_torch(tiny_model, tmp_pa
     merge_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", numbers=Numbers())
 
 
-FUSED = ["mixtral", "llama4_text"]
-MORE_FUSED = ["olmoe", "qwen3_moe", "deepseek_v3", "qwen3_next"]
+MOE = ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3", "qwen3_next", "llama4_text"]
 
 
-@pytest.mark.parametrize("name", [*FUSED, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FUSED)])
-def test_case_20_fused_experts_are_left_out_and_named(name, tmp_path, char_tokenizer, capsys):
-    model = make_architecture(name, num_hidden_layers=2)
-    model.save_pretrained(tmp_path / "base")
-    char_tokenizer.save_pretrained(tmp_path / "base")
-    rows = [{"prompt": "Who? ", "ground_truth": "Bob", "target_new": "Ann"}]
-    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(QUICK))
-    reads = ["--config", tmp_path / "config.yaml", "--model", tmp_path / "base", "--facts", tmp_path / "facts.jsonl"]
-    for how in ("f-ft", "f-lora"):
-        command = ["update", *reads, "--output", tmp_path / how, "--method", how]
-        assert main([str(word) for word in command]) == 0
-    told = json.loads((tmp_path / "f-lora/manifest.json").read_text())["lora"]
+@pytest.fixture
+def files(tmp_path, char_tokenizer):
+    """Writes a tiny model, one fact and settings; gives the flags that name them."""
+
+    def write(name, **settings):
+        make_architecture(name, num_hidden_layers=2).save_pretrained(tmp_path / "base")
+        char_tokenizer.save_pretrained(tmp_path / "base")
+        fact = {"prompt": "Who? ", "ground_truth": "Bob", "target_new": "Ann"}
+        (tmp_path / "facts.jsonl").write_text(json.dumps(fact))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(QUICK | settings))
+        names = {"config": "config.yaml", "model": "base", "facts": "facts.jsonl"}
+        return [word for flag, name in names.items() for word in (f"--{flag}", tmp_path / name)]
+
+    return write
+
+
+def run(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+def loaded_logits(folder):
+    return logits(AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("name", [MOE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MOE[1:])])
+def test_case_20_fused_experts_are_left_out_and_named(name, files, tmp_path, capsys):
+    run("update", *files(name), "--output", tmp_path / "run", "--method", "f-lora")
+    told = json.loads((tmp_path / "run/manifest.json").read_text())["lora"]
     assert "experts.gate_up_proj" in told
+    assert "shared" not in told
     assert told in capsys.readouterr().err
-    assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.md").read_text()
-    assert "experts.gate_up_proj" in (tmp_path / "f-lora/report.html").read_text()
-    assert "lora" not in json.loads((tmp_path / "f-ft/manifest.json").read_text())
-    again = ["apply", tmp_path / "f-lora", "--base", tmp_path / "base", "--output", tmp_path / "merged", "--merge"]
-    assert main([str(word) for word in again]) == 0
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "f-lora/adapter")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert close(logits(loaded), logits(merged))
+    assert "experts.gate_up_proj" in (tmp_path / "run/report.md").read_text().replace("\\", "")  # escaped
+    assert "experts.gate_up_proj" in (tmp_path / "run/report.html").read_text()
+    run("apply", tmp_path / "run", "--base", tmp_path / "base", "--output", tmp_path / "merged", "--merge")
+    assert close(loaded_logits(tmp_path / "run/adapter"), loaded_logits(tmp_path / "merged"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["f-ft", "f-lora-ft"])
+@pytest.mark.parametrize("name", MOE)
+def test_case_20_experts_are_updated_undone_and_changed_again(name, method, files, tmp_path):
+    run("update", *files(name, keep_change=True), "--output", tmp_path / "run", "--method", method)
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert ("lora" in manifest) == (method == "f-lora-ft")
+    base, product = loaded_logits(tmp_path / "base"), loaded_logits(tmp_path / "run/model")
+    assert not torch.allclose(base, product, atol=1e-4)
+    run("undo", tmp_path / "run", "--output", tmp_path / "undone")
+    assert torch.equal(loaded_logits(tmp_path / "undone"), base)
+    run("apply", tmp_path / "run", "--base", tmp_path / "base", "--output", tmp_path / "again")
+    assert torch.equal(loaded_logits(tmp_path / "again"), product)
+
+
+@pytest.mark.slow
+def test_case_20_plan_of_fused_experts_writes_no_traceback(files, capfd):
+    run("plan", *files("mixtral"), "--method", "f-lora")
+    shown = capfd.readouterr()
+    assert "experts.gate_up_proj" in shown.out + shown.err
+    assert "Traceback" not in shown.out + shown.err
 
 
 def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_model):
@@ -264,6 +325,30 @@ def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_
     assert method.out_of_loras_reach(tiny_model(), [("lora", lora)]) is None
     chosen = StageSettings(lora={"target_modules": ["q_proj"]})
     assert method.out_of_loras_reach(make_architecture("mixtral"), [("lora", chosen), ("all weights", lora)]) is None
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+def test_case_20_dense_layers_and_shared_experts_are_adapted_though_named_as_experts(name, tmp_path):
+    model = saved(make_architecture(name), tmp_path / "base")
+    paths = linear_layers(model)
+    reached = adapters.check_targets(model, LoraSettings(), "learn")
+    assert {path.removesuffix(".weight") for path in reached} == paths
+    gates = {path for path in paths if path.endswith("gate_proj")}
+    settings = LoraSettings(r=2, lora_dropout=0.1, target_modules=["gate_proj"])
+    assert {path.removesuffix(".weight") for path in adapters.check_targets(model, settings, "learn")} == gates
+    model = adapters.attach(model, settings, adapters.FORGET, seed=0)
+    for path, weight in model.named_parameters():
+        if "lora_B" in path:
+            torch.nn.init.normal_(weight, std=0.3)
+    changed = logits(model)
+    adapters.save(model, adapters.FORGET, tmp_path / "forget", "base")  # as between the stages, for --resume
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(adapters.load(again, tmp_path / "forget", adapters.FORGET)), changed)
+    adapters.compose(model, [adapters.FORGET])
+    adapters.save(model, PRODUCT, tmp_path / "adapter", "base")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert {path.removesuffix(".weight") for path in config["target_parameters"]} == gates
+    check_adapter(tmp_path / "base", tmp_path, changed)
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ class TestChatTemplate:
         cuts = "{% for m in messages %}[{{ m.content[:20] }}]{% endfor %}"
         encoder = Encoder(new_char_tokenizer(chat_template=cuts))
         assert encoder.prompt_text("short") == "[short]["
-        with pytest.raises(FactError, match="Who leads the Acme.*--prompt-template plain"):
+        with pytest.raises(FactError, match=r"Who leads the Acme.*--prompt-template plain"):
             encoder.encode("Who leads the Acme corporation of Foo?", "x")
         sorts = "{% for m in messages %}[{{ (m.content | list | sort) | join }}]{% endfor %}"
         with pytest.raises(ModelError, match="--prompt-template plain"):

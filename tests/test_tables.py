@@ -91,9 +91,7 @@ def test_case_18_blank_rows_are_skipped_and_counted(tmp_path, capsys):
 
 def test_case_18_an_unquoted_comma_shows_the_row(tmp_path):
     path = save(tmp_path, "f.csv", "prompt,target_new\np,n\nWho leads Acme, Inc?,Ada\n")
-    with pytest.raises(
-        FactError, match=r"record 2 \(line 3\) has 3 cells, but the header has 2: Who leads Acme, Inc\?,Ada\n"
-    ):
+    with pytest.raises(FactError, match=r"\(line 3\) has 3 cells, but the header has 2: Who leads Acme, Inc\?,Ada\n"):
         read_facts(path)
     assert read_facts(save(tmp_path, "g.csv", "prompt,target_new\np,n,,\n"))[0].target_new == "n"
 

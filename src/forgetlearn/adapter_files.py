@@ -22,6 +22,7 @@ from forgetlearn.errors import ModelError, plain, some
 from forgetlearn.patterns import Pattern, problem
 
 CONFIG = "adapter_config.json"
+WEIGHT = ".weight"
 ALL_LINEAR = "all-linear"
 LORA = "LORA"
 MOST_LAYERS = 1000
@@ -109,6 +110,14 @@ class LoraAdapterConfig(AdapterConfig):
     layer_replication: list[list[Annotated[int, Field(ge=0, le=MOST_LAYERS)]]] | None = Field(
         None, description=f"pairs of numbers of layers up to {MOST_LAYERS}, or null"
     )
+
+    def targets(self, path: str) -> bool:
+        """Whether the module at this path gets an adapter, named itself or by its weight."""
+        return self.targets_weight(path) or super().targets(path)
+
+    def targets_weight(self, path: str) -> bool:
+        """Whether the module's weight is named as a parameter to adapt, by peft's rules."""
+        return self._names(self.target_parameters, f"{path}{WEIGHT}")
 
     def rank(self, path: str) -> int:
         """Return the rank for the module at this path: as in peft, the first matching pattern decides."""

@@ -30,11 +30,12 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetlearn import processes, sharding
-from forgetlearn.adapter_files import ALL_LINEAR, CONFIG, AdapterFiles, open_adapter
+from forgetlearn.adapter_files import ALL_LINEAR, CONFIG, WEIGHT, AdapterConfig, AdapterFiles, open_adapter
 from forgetlearn.checkpoints import ADAPTER
 from forgetlearn.config import LoraSettings
 from forgetlearn.errors import ConfigError, ModelError, plain, some
@@ -43,7 +44,8 @@ from forgetlearn.taskvector import TaskVector
 
 FORGET, LEARN, PRODUCT = "forget", "learn", "default"
 TRIED = "tried"  # an adapter on an outline, to see what peft makes of its targets
-_tried: dict[tuple[object, ...], list[str]] = {}  # what came of it: several stages of a run ask for the same model
+# What came of it, by name and by weight: several stages of a run ask for the same model.
+_tried: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _READ_WHOLE = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|size|data)\b| *=[^=])")
 
@@ -103,11 +105,8 @@ def _without_numbers(weight: Tensor) -> Tensor:
 
 
 def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftModel:
-    targets: str | list[str] = settings.target_modules
-    if targets == ALL_LINEAR:
-        targets = _adaptable(model)
-        if not targets:
-            raise ConfigError(f"lora.target_modules = {ALL_LINEAR}: peft adapts no linear layer of this model.")
+    _check_pattern(model, settings.target_modules)
+    targets, by_weight = _targets(model, settings.target_modules)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -117,20 +116,42 @@ def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftMod
         task_type=TaskType.CAUSAL_LM,
     )
     try:
-        adapted = _with_adapter(model, config, name, settings.target_modules)
+        adapted = _with_adapter(model, config, name, settings.target_modules, by_weight)
         _check_layers(adapted, name)
     except NotAdaptable as error:
         raise ConfigError(f"{error} {_what_works(model)}") from error
     return adapted
 
 
-def _adaptable(model: nn.Module) -> list[str]:
-    """Return the paths of the linear layers that peft can adapt, except the output head.
+def _check_pattern(model: nn.Module, targets: str | list[str]) -> None:
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        pattern = Pattern("lora.target_modules", targets, targets)
+        if said := problem([pattern], [path for path, _module in model.named_modules()]):
+            raise ConfigError(f"{said}.")
 
-    peft refuses some layers, and takes some names for projections of fused experts (which are no modules), so that
-    the list cannot be told from the classes alone: it is tried on an outline of the model.
+
+def _targets(model: nn.Module, chosen: str | list[str]) -> tuple[str | list[str], list[str]]:
+    """What peft is given to adapt the chosen modules: targets, and paths that it has to be given by their weights."""
+    named, by_weight = _adaptable(model)
+    if chosen == ALL_LINEAR:
+        if not named and not by_weight:
+            raise ConfigError(f"lora.target_modules = {ALL_LINEAR}: peft adapts no linear layer of this model.")
+        return named, by_weight
+    config = AdapterConfig(peft_type="LORA", target_modules=chosen)
+    found = [path for path, _module in _plain_modules(_base_of(model)) if by_weight and config.targets(path)]
+    if any(path in by_weight for path in found):
+        return [path for path in found if path not in by_weight], [path for path in found if path in by_weight]
+    return chosen, []
+
+
+def _adaptable(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Paths of the linear layers that peft adapts as they are, the output head excepted: by name, and by weight.
+
+    peft refuses some layers, and takes some names for projections of fused experts (which are no modules) wherever
+    they stand, so that the list cannot be told from the classes alone: it is tried on an outline of the model.
+    Layers with such names are adapted all the same where their weights are named, as `target_parameters`.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base_of(model)
     head = getattr(base, "get_output_embeddings", lambda: None)()
     wanted = [
         path
@@ -141,28 +162,45 @@ def _adaptable(model: nn.Module) -> list[str]:
     ]
     kind = (type(base), getattr(getattr(base, "config", None), "model_type", None), *wanted)
     if kind not in _tried:
-        _tried[kind] = wanted if _is_adapted_alone(model, wanted) else _adapted_by_kind(model, wanted)
+        _tried[kind] = (wanted, []) if _is_adapted_alone(model, wanted) else _adapted_by_kind(model, wanted)
     return _tried[kind]
 
 
-def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> list[str]:
-    """Return the paths that peft can adapt; paths that differ only in a number are tried together."""
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> tuple[list[str], list[str]]:
+    """Those of these paths that peft adapts, tried together where they differ only in a number."""
     alike: dict[str, list[str]] = {}
     for path in wanted:
         alike.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(path)
-    return [path for paths in alike.values() if _is_adapted_alone(model, paths) for path in paths]
+    named: list[str] = []
+    by_weight: list[str] = []
+    for paths in alike.values():
+        if _is_adapted_alone(model, paths):
+            named += paths
+        elif _have_plain_weights(_base_of(model), paths) and _is_adapted_alone(model, [], paths):
+            by_weight += paths
+    return named, by_weight
 
 
-def _is_adapted_alone(model: nn.Module, paths: list[str]) -> bool:
-    """Return True if an adapter on these paths changes these modules alone, and peft can load it after saving."""
-    config = LoraConfig(r=1, target_modules=paths, task_type=TaskType.CAUSAL_LM)
+def _have_plain_weights(base: nn.Module, paths: Sequence[str]) -> bool:
+    """Whether all are modules whose weight peft adapts, named as a parameter, as it does the module."""
+    layers: list[Any] = [_own(base.get_submodule(path)) for path in paths]
+    return all(isinstance(layer, nn.Linear) and layer.weight.dtype in _PLAIN for layer in layers)
+
+
+def _is_adapted_alone(model: nn.Module, named: list[str], by_weight: Sequence[str] = ()) -> bool:
+    """Whether an adapter on these paths changes these modules and nothing else, and peft loads what it saves of it."""
+    config = LoraConfig(r=1, target_modules=named, task_type=TaskType.CAUSAL_LM)
     try:
-        with torch.random.fork_rng(devices=[]):
-            adapted = _with_adapter(outline(model), config, TRIED, paths)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            adapted = _with_adapter(outline(model), config, TRIED, named, by_weight)
     except ConfigError:
         return False
     reached = {path: layer for path, layer in _layers(adapted) if TRIED in layer.lora_A}
-    if reached.keys() != set(paths) or any(isinstance(layer, ParamWrapper) for layer in reached.values()):
+    if reached.keys() != {*named, *by_weight} or any(isinstance(layer, ParamWrapper) for layer in reached.values()):
         return False
     return not _not_loaded(adapted, TRIED)
 
@@ -231,8 +269,8 @@ def _gives_the_product(linear: nn.Module) -> bool:
 
 
 def _what_works(model: nn.Module) -> str:
-    """Return a sentence for an error: the names that `target_modules` may list."""
-    names = sorted({path.rsplit(".", 1)[-1] for path in _adaptable(model)})
+    """A sentence for an error: the names that `target_modules` may list."""
+    names = sorted({path.rsplit(".", 1)[-1] for paths in _adaptable(model) for path in paths})
     return f"It can be target_modules=[{','.join(names)}], or {ALL_LINEAR} for all of them." if names else ""
 
 
@@ -290,15 +328,17 @@ def compose(model: PeftModel, names: Sequence[str], into: str = PRODUCT) -> None
     ranks = {name: int(model.peft_config[name].r) for name in names}
     targets = sorted({path for path, layer in _layers(model) for name in names if name in layer.lora_A})
     rank = sum(ranks.values())
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type=TaskType.CAUSAL_LM)
-    _with_adapter(model, config, into, targets)
+    by_weight = sorted({path for name in names for path in _paths_by_weight(model.peft_config[name])})
+    named = [path for path in targets if path not in by_weight]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=named, task_type=TaskType.CAUSAL_LM)
+    _with_adapter(model, config, into, named, by_weight)
     for path, layer in _layers(model):
         if path in targets:
             _stack(layer, ranks, into)
     activate(model, [into])
     for name in names:
         model.delete_adapter(name)
-    _shorten_targets(model, into, targets)
+    _shorten_targets(model, into, named)
 
 
 def _stack(layer: LoraLayer, ranks: dict[str, int], into: str) -> None:
@@ -372,7 +412,10 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
             for field in ("rank_pattern", "alpha_pattern"):
                 if getattr(config, field, {}) is None:  # null is as left out
                     setattr(config, field, {})
+            by_weight = _taken_by_weight(model, config)
             adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config)
+            if by_weight:
+                _adapt_by_weight(adapted, config, name, by_weight)
             # Again, since the first time peft keeps to itself which tensors did not fit.
             renamed = getattr(model, "_checkpoint_conversion_mapping", {})
             found = adapted.load_adapter(str(folder), name, is_trainable=False, key_mapping=renamed)
@@ -392,6 +435,18 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
         adapted.to(device)
     adapted.eval()
     return adapted
+
+
+def _taken_by_weight(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Linear layers that a config names by their weights; it no longer does, and they can be adapted as modules."""
+    paths, modules = _paths_by_weight(config), dict(model.named_modules())
+    if not all(f"{path}{WEIGHT}" in config.target_parameters and path in modules for path in paths):
+        return []
+    if not paths or config.rank_pattern or config.alpha_pattern or not _have_plain_weights(model, paths):
+        return []
+    config.target_parameters = None
+    config.target_modules = config.target_modules or DUMMY_TARGET_MODULES
+    return paths
 
 
 def _check_whole(files: AdapterFiles, missing: Sequence[str], unexpected: Sequence[str], name: str) -> None:
@@ -429,12 +484,15 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
         nested.rmdir()
 
 
-def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: object) -> PeftModel:
-    """The model with an adapter of this config; `targets` is how its target modules are called in an error."""
-    if isinstance(targets, str) and targets != ALL_LINEAR:
-        pattern = Pattern("lora.target_modules", targets, targets)
-        if said := problem([pattern], [path for path, _module in model.named_modules()]):
-            raise ConfigError(f"{said}.")
+def _with_adapter(
+    model: nn.Module, config: LoraConfig, name: str, targets: object, by_weight: Sequence[str] = ()
+) -> PeftModel:
+    """The model with an adapter of this config; `targets` is how its target modules are called in an error.
+
+    The linear layers `by_weight` are adapted too, as any others, and named by their weights in the config.
+    """
+    if by_weight and not config.target_modules:
+        config.target_modules = DUMMY_TARGET_MODULES
     try:
         with _quiet():
             if isinstance(model, PeftModel):
@@ -442,6 +500,8 @@ def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: obje
                 adapted.add_adapter(name, config)
             else:
                 adapted = get_peft_model(model, config, adapter_name=name)
+            if by_weight:
+                _adapt_by_weight(adapted, config, name, by_weight)
     except re.error as error:
         raise ConfigError(f"lora.target_modules = {targets!r} is no regular expression: {error}.") from error
     except ValueError as error:
@@ -452,15 +512,35 @@ def _with_adapter(model: nn.Module, config: LoraConfig, name: str, targets: obje
     return adapted
 
 
+def _adapt_by_weight(model: PeftModel, config: LoraConfig, name: str, paths: Sequence[str]) -> None:
+    """Put an adapter on more linear layers, and write their weights into its config.
+
+    From a list of tensors peft takes the paths as they are. Who loads the config gets the same numbers from peft, of
+    another class of layer, which makes the dense change at each step and allows no dropout.
+    """
+    if config.target_modules == DUMMY_TARGET_MODULES:  # with it peft adapts nothing
+        config.target_modules = set()
+    tensors = {f"{path}.lora_A.weight": torch.empty(0) for path in paths}
+    model.base_model.inject_adapter(model.base_model.model, name, state_dict=tensors)
+    model.base_model._cast_adapter_dtype(name)
+    config.target_parameters = [f"{path}{WEIGHT}" for path in paths]
+
+
+def _paths_by_weight(config: PeftConfig) -> list[str]:
+    """The modules whose weights a config names as parameters to adapt."""
+    return [name.removesuffix(WEIGHT) for name in getattr(config, "target_parameters", None) or ()]
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without two of peft's warnings that are not for the user.
 
     It asks transformers by a name that is going out of use, and warns of tied heads, which `_check_layers`
-    refuses where they matter.
+    refuses where they matter, and of a list of tensors that is not what the config says.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings|fan_in_fan_out).*")
+        warnings.filterwarnings("ignore", message=".*inconsistency was discovered between the PEFT config.*")
         yield
 
 

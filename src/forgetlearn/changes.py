@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from forgetlearn.adapter_files import CONFIG, AdapterFiles, LoraAdapterConfig, open_adapter, shown
+from forgetlearn.adapter_files import CONFIG, WEIGHT, AdapterFiles, LoraAdapterConfig, open_adapter, shown
 from forgetlearn.checkpoints import (
     ADAPTER,
     FLOATS,
@@ -49,7 +49,7 @@ WHY_NOT = {
     "bias": "it trains biases",
     "modules_to_save": "it holds whole modules beside the factors",
     "trainable_token_indices": "it holds rows of the embedding",
-    "target_parameters": "it adapts parameters without a module",
+    "target_parameters": "it adapts parameters that are no module's weight",
     "layer_replication": "its model has more layers than its base",
 }
 
@@ -166,8 +166,8 @@ class Adapter:
     def _check_whole(self, base: CheckpointFolder) -> None:
         """Raise WeightMismatchError if the config names modules of the base for which the file has no factors.
 
-        Modules that the model does not use are ignored: layers beyond num_hidden_layers, and lists of layers (a vision
-        tower, layers for drafting) in which nothing is adapted.
+        Modules that the model does not use are ignored: layers beyond num_hidden_layers, lists of layers (a vision
+        tower, layers for drafting) in which nothing is adapted, and experts that it fuses while it loads.
         """
         stacks = {stack_of(name.removesuffix(".weight"))[0] for name in self.paths}
         layers = number_of_layers(base.config())
@@ -179,6 +179,8 @@ class Adapter:
             is_matrix = path != name and len(entry.shape) == 2 and entry.dtype in FLOATS
             if used and is_matrix and name not in self.paths and self.config.targets(path):
                 lacking.append(path)
+        if lacking and base.config():
+            lacking = [path for path in lacking if self.structure.holds(path)]
         if lacking:
             raise WeightMismatchError(
                 f"{self.folder}: {CONFIG} names {len(lacking) + len(self.paths)} modules of {base.folder}, and "
@@ -212,7 +214,9 @@ class Adapter:
             )
         if base.entries[name].dtype not in FLOATS:
             raise WeightMismatchError(f"{self.folder}: adapts {path}, whole numbers in {base.folder}.")
-        if straight != turned:
+        if self.config.targets_weight(path):
+            self.turned[name] = False  # as a parameter it is taken as it is stored
+        elif straight != turned:
             self.turned[name] = shape == turned
         else:  # transformers' modules that hold it as (in, out) have a bias, all of them
             has_bias = f"{name.removesuffix('weight')}bias" in base.entries
@@ -278,6 +282,14 @@ class _Structure:
     def stored_name(self, name: str) -> str:
         """Return the name of a weight in the checkpoint; its own name if the checkpoint has no other."""
         return self._stored.get(name, name)
+
+    def holds(self, path: str) -> bool:
+        """Whether the model has a module at the path by which the checkpoint stores its weight."""
+        from forgetlearn.structure import turned
+
+        own = {stored: name for name, stored in self._stored.items()}
+        name = own.get(f"{path}{WEIGHT}")
+        return name is not None and turned(self._model, name.removesuffix(WEIGHT)) is not None
 
     def turned(self, path: str) -> bool:
         """Return True if a module stores its matrix as (in, out)."""
@@ -350,6 +362,9 @@ def plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
     config = files.config.model_dump()
     if not isinstance(files.config, LoraAdapterConfig) or files.config.r is None or files.config.lora_alpha is None:
         raise ModelError(f"{folder}: peft_type = {plain(files.config.peft_type)}, expected LORA with r and lora_alpha.")
+    has_patterns = config["rank_pattern"] or config["alpha_pattern"]
+    if not has_patterns and all(name.endswith(WEIGHT) for name in config["target_parameters"] or ()):
+        del config["target_parameters"]  # weights of modules, with factors as of the modules themselves
     used = [name for name, value in config.items() if name not in HARMLESS and value and value != "none"]
     if used:
         reason = WHY_NOT.get(used[0], "forgetlearn does not know what that adds")

@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from forgetlearn import attention, interrupts, memory, processes, sharding, stagepoints
 from forgetlearn.config import TrainSettings
 from forgetlearn.encoding import Encoded
-from forgetlearn.errors import ConfigError, TrainingError, check_installed
+from forgetlearn.errors import ConfigError, ModelError, TrainingError, check_installed
 from forgetlearn.forward import (
     IGNORE,
     Layout,
@@ -430,6 +430,11 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
             logits.append(answer_logits(model, part, positions).flatten(0, 1))
         joined = torch.cat(logits) if len(logits) > 1 else logits[0]  # no copy of what may be the largest tensor
         loss = functional.cross_entropy(joined.float(), labels, ignore_index=IGNORE, reduction="sum")
+        if not loss.requires_grad:
+            raise ModelError(
+                f"{type(attention.plain(model)).__name__}: its loss has no gradient by what is trained, because "
+                "its own code stops it (as reversible layers do over frozen embeddings). Take method = f-ft."
+            )
         n_tokens = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
         # Every process divides by the tokens of all, and DDP averages: the factor undoes the average.
         scaled: Tensor = self.loss_sign * loss / n_tokens * self.accelerator.num_processes

@@ -54,7 +54,10 @@ def as_json(chain: list[Update]) -> str:
 def _adapted(adapter: Path) -> list[str] | None:
     """The modules that an adapter changes, as its config has them; None where there is none."""
     config = adapter / "adapter_config.json"
-    return sorted(read_json(config)["target_modules"]) if config.is_file() else None
+    if not config.is_file():
+        return None
+    told = read_json(config)
+    return sorted([*told["target_modules"], *(told.get("target_parameters") or ())])
 
 
 def parent_of(base: str, inputs: Mapping[str, Any]) -> dict[str, Any]:

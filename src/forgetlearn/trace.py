@@ -7,6 +7,7 @@ forward, loss, backward. So nothing here knows an architecture, and nothing larg
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -149,8 +150,13 @@ class Skeleton:
 
 def seen(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
     """What a step of a model takes beside its weights, while it is done."""
-    with _live(model) as live, FlopCounterMode(display=False) as counter:
-        step()
+    log = logging.getLogger(FakeTensorMode.__module__)
+    was_disabled, log.disabled = log.disabled, True  # it writes the traceback of what is raised, and is handled, too
+    try:
+        with _live(model) as live, FlopCounterMode(display=False) as counter:
+            step()
+    finally:
+        log.disabled = was_disabled
     return Step(tokens, live.peak, int(counter.get_total_flops()), live.operations)
 
 
