@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from forgetlearn import adapters
 from forgetlearn.adapter_files import AdapterConfig, AdapterFiles, open_adapter, read_adapter_config
@@ -109,6 +110,25 @@ def test_case_2_dora_without_its_magnitudes_is_refused(make):
     folder = make()
     change_config(folder, use_dora=True)
     with pytest.raises(ModelError, match=r"6 of 18 tensors .*lora_magnitude_vector"):
+        load(folder)
+
+
+# case 2: peft keeps the base's own biases without a word
+def test_case_2_trained_biases_that_are_not_there_are_refused(tiny_model, char_tokenizer, tmp_path):
+    config = tiny_model().config
+    config.attention_bias = True
+    base, folder = tmp_path / "biased", tmp_path / "a"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(base)
+    char_tokenizer.save_pretrained(base)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", bias="lora_only")
+    get_peft_model(model, lora).save_pretrained(str(folder))
+    change_config(folder, base_model_name_or_path=str(base))
+    assert any(name.endswith(".bias") for name in load_file(folder / WEIGHTS))
+    load(folder)
+    change_weights(folder, lambda weights: {name: w for name, w in weights.items() if not name.endswith(".bias")})
+    with pytest.raises(ModelError, match=r"2 of 6 tensors .*q_proj.*bias"):
         load(folder)
 
 

@@ -181,7 +181,7 @@ def test_facts_says_what_is_left_out(told, tmp_path):
     assert code == 0
     assert "3 read, 2 used" in out
     assert "left out: 1 facts, old_equals_new." in out
-    assert "fields that nothing reads, with how many values they hold: colour (" in out
+    assert "fields that are not read (number of values): colour (" in out
     assert "no fact has another phrasing: generality will not be scored" in out
     assert "no fact has a locality prompt: locality will not be scored" in out
     assert "no fact has an old answer" not in out

@@ -430,11 +430,20 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
         weights = dict(adapted.named_parameters(remove_duplicate=False))
         loaded = {id(weight) for path, weight in weights.items() if path not in found.missing_keys}
         missing = [path for path in found.missing_keys if id(weights.get(path)) not in loaded]  # some have two names
+        missing += _missing_biases(adapted, files, name)
         _check_whole(files, missing, found.unexpected_keys, name)
     if device is not None:
         adapted.to(device)
     adapted.eval()
     return adapted
+
+
+def _missing_biases(model: PeftModel, files: AdapterFiles, name: str) -> list[str]:
+    """Return the trained biases that the config promises and the file lacks: peft keeps the base's without a word."""
+    if getattr(model.peft_config[name], "bias", "none") == "none":
+        return []
+    promised = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return [path for path in promised if path.endswith(".bias") and path not in files.tensors.entries]
 
 
 def _taken_by_weight(model: nn.Module, config: PeftConfig) -> list[str]:

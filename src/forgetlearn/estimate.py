@@ -226,7 +226,9 @@ def summary_line(plan: Plan) -> str:
     """The plan in one line: parameters, facts, steps, memory, time where it is known."""
     trained = [stage for stage in plan.stages if stage.trained]
     steps = " + ".join(f"{stage.steps:,} to {stage.name}" for stage in trained)
-    line = f"plan: {show_count(plan.parameters)} parameters, {plan.facts:,} facts, {steps} steps"
+    line = (
+        f"plan: {show_count(plan.parameters)} parameters, {plan.facts:,} fact{'s' * (plan.facts != 1)}, {steps} steps"
+    )
     line += f", about {show_bytes(plan.peak_bytes)}" + (" a device" if plan.devices.number > 1 else "")
     return line + (f", about {show_seconds(plan.seconds)}" if plan.seconds is not None else "")
 

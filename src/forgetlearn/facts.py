@@ -51,12 +51,21 @@ SHARED_ALIAS = "shared_alias"
 BAR = "bar"
 STRIPPED = "stripped"  # counted with the notes, and given as a field of its own
 
-# What was done with facts that stay, or with what is no fact.
-NOTES: Mapping[str, str] = {
-    BLANK_ROW: "blank rows were passed over",
-    PLACEHOLDER: 'old answers are "n/a", "-" or the like, and taken for none; one that is meant goes into a list',
-    SHARED_ALIAS: "aliases count as the other answer of the same fact too, and were dropped",
-    BAR: "answers hold a |, taken as written; pass --aliases '|' if it divides ways to write the answer",
+# What was done with facts that stay, or with what is no fact: how to say it of one, and of several.
+NOTES: Mapping[str, tuple[str, str]] = {
+    BLANK_ROW: ("{} blank row was skipped", "{} blank rows were skipped"),
+    PLACEHOLDER: (
+        '{} old answer is a placeholder ("n/a", "-", ...), so it counts as none; if it is meant, write it as a list',
+        '{} old answers are placeholders ("n/a", "-", ...), so they count as none; one that is meant goes into a list',
+    ),
+    SHARED_ALIAS: (
+        "{} alias stands for both the old and the new answer of its fact, so it was dropped",
+        "{} aliases stand for both the old and the new answer of their facts, so they were dropped",
+    ),
+    BAR: (
+        "{} answer contains |, taken literally; pass --aliases '|' if it separates ways to write the answer",
+        "{} answers contain |, taken literally; pass --aliases '|' if it separates ways to write the answer",
+    ),
 }
 
 
@@ -402,8 +411,9 @@ def tell_old(counts: Mapping[str, int], without: Mapping[str, int], to_ask: int 
     if n := sum(without.values()):
         n_all = n + to_ask + sum(counts.values())
         why = ", ".join(f"{reason}: {count}" for reason, count in without.items())
-        words = "fact has no old answer: it is" if n == 1 else "facts have no old answer: they are"
-        lines.append(f"{n} of {n_all} {words} learned without being forgotten ({why})")
+        words = "has no old answer: it is" if n == 1 else "have no old answer: they are"
+        facts = "fact" if n_all == 1 else "facts"
+        lines.append(f"{n} of {n_all} {facts} {words} learned without being forgotten ({why})")
     return lines
 
 

@@ -40,9 +40,9 @@ class PlainLines(logging.Formatter):
 
 def print_facts(found: FactSet) -> None:
     """What was read and what was left out, then the first three facts."""
-    there = f"{found.records} records with {found.in_source} facts"
-    if found.records == found.in_source:
-        there = f"{found.in_source} records"
+    there = f"{found.records} record{'s' * (found.records != 1)}"
+    if found.records != found.in_source:
+        there += f" with {found.in_source} facts"
     say(
         f"{found.source}: reader {found.reader}, --old-from {','.join(found.old_from)}; {there}, "
         f"{found.read} read, {found.used} used"
@@ -73,13 +73,13 @@ def _account(found: FactSet) -> list[str]:
     lines = [f"read as {found.read_as}"] if found.read_as else []
     for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
         lines += [f"left out: {count} {what}, {reason}. {REASONS[reason]}" for reason, count in counts.items()]
-    lines += [f"{note}: {count} {NOTES[note]}" for note, count in found.noted.items()]
+    lines += [NOTES[note][count != 1].format(count) for note, count in found.noted.items()]
     if found.with_aliases:
         lines.append(f"facts with several ways to write an answer: {found.with_aliases}")
     lines += tell_old(found.old_counts, found.without_old, len(found.to_ask))
     if found.ignored_fields:
         unread = [f"{name} ({count})" for name, count in found.ignored_fields.items()]
-        lines.append(f"fields that nothing reads, with how many values they hold: {some(unread, 30)}")
+        lines.append(f"fields that are not read (number of values): {some(unread, 30)}")
     return lines + [f"no fact has {what}: {missing}" for what, missing in _not_there(found)]
 
 
@@ -89,7 +89,7 @@ def _not_there(found: FactSet) -> list[tuple[str, str]]:
         (
             "an old answer",
             not found.to_ask and not any(fact.ground_truth for fact in found),
-            "ft and lora learn without one",
+            "only ft and lora, which forget nothing, can run",
         ),
         ("another phrasing", not any(fact.rephrase_prompts for fact in found), "generality will not be scored"),
         ("a locality prompt", not any(fact.locality for fact in found), "locality will not be scored"),
