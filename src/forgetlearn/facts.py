@@ -41,8 +41,8 @@ REASONS: Mapping[str, str] = {
 PROBE_REASONS = (LOCALITY_IS_EDIT_PROMPT, EMPTY_LOCALITY_PROBE)
 WITHOUT_OLD: Mapping[str, str] = {  # why a fact that is used has no old answer: it is learned without being forgotten
     NO_OLD_ANSWER: "None of --old-from has an old answer for it.",
-    UNFINISHED_OLD_ANSWER: "The model's own answer did not end within evaluate.max_new_tokens, so what it holds is not "
-    "known. Raise that, or take the old answers from the file.",
+    UNFINISHED_OLD_ANSWER: "The model's own answer did not end within evaluate.max_new_tokens, so it is not fully "
+    "known. Raise that setting, or take the old answers from the file.",
 }
 
 BLANK_ROW = "blank_row"
@@ -53,10 +53,10 @@ STRIPPED = "stripped"  # counted with the notes, and given as a field of its own
 
 # What was done with facts that stay, or with what is no fact.
 NOTES: Mapping[str, str] = {
-    BLANK_ROW: "blank rows were passed over",
-    PLACEHOLDER: 'old answers are "n/a", "-" or the like, and taken for none; one that is meant goes into a list',
-    SHARED_ALIAS: "aliases count as the other answer of the same fact too, and were dropped",
-    BAR: "answers hold a |, taken as written; pass --aliases '|' if it divides ways to write the answer",
+    BLANK_ROW: "blank rows were skipped",
+    PLACEHOLDER: 'old answers such as "n/a" or "-" count as missing; put one that is meant into a list',
+    SHARED_ALIAS: "aliases also match the other answer of the same fact, and were dropped",
+    BAR: "answers contain a |, kept as written; pass --aliases '|' if it separates ways to write the answer",
 }
 
 
