@@ -41,8 +41,8 @@ REASONS: Mapping[str, str] = {
 PROBE_REASONS = (LOCALITY_IS_EDIT_PROMPT, EMPTY_LOCALITY_PROBE)
 WITHOUT_OLD: Mapping[str, str] = {  # why a fact that is used has no old answer: it is learned without being forgotten
     NO_OLD_ANSWER: "None of --old-from has an old answer for it.",
-    UNFINISHED_OLD_ANSWER: "The model's own answer did not end within evaluate.max_new_tokens, so what it holds is not "
-    "known. Raise that, or take the old answers from the file.",
+    UNFINISHED_OLD_ANSWER: "The model's own answer did not end within evaluate.max_new_tokens, so it is not fully "
+    "known. Raise that setting, or take the old answers from the file.",
 }
 
 BLANK_ROW = "blank_row"
@@ -55,12 +55,12 @@ STRIPPED = "stripped"  # counted with the notes, and given as a field of its own
 NOTES: Mapping[str, tuple[str, str]] = {
     BLANK_ROW: ("{} blank row was skipped", "{} blank rows were skipped"),
     PLACEHOLDER: (
-        '{} old answer is a placeholder ("n/a", "-", ...), so it counts as none; if it is meant, write it as a list',
-        '{} old answers are placeholders ("n/a", "-", ...), so they count as none; one that is meant goes into a list',
+        '{} old answer such as "n/a" or "-" counts as missing; if it is meant, write it as a list: ["n/a"]',
+        '{} old answers such as "n/a" or "-" count as missing; if one is meant, write it as a list: ["n/a"]',
     ),
     SHARED_ALIAS: (
-        "{} alias stands for both the old and the new answer of its fact, so it was dropped",
-        "{} aliases stand for both the old and the new answer of their facts, so they were dropped",
+        "{} alias also matches the other answer of its fact, and was dropped",
+        "{} aliases also match the other answer of the same fact, and were dropped",
     ),
     BAR: (
         "{} answer contains |, taken literally; pass --aliases '|' if it separates ways to write the answer",

@@ -220,7 +220,7 @@ def _updates_in(file: Path) -> list[Update]:
     told = records.read(records.Chain, file)
     updates: list[Update] = told["updates"]
     if told.get("sha256") not in (None, hash_of(updates)):  # none in chains of earlier versions
-        raise RunError(f"{file} was changed or damaged: its hash is another. Bring it back from a copy.")
+        raise RunError(f"{file} was changed or damaged: its hash does not match. Restore it from a backup.")
     return updates
 
 

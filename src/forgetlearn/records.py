@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from forgetlearn import disk
 from forgetlearn.errors import RunError, plain
 
-REMEDY = "Was it written by forgetlearn? Bring it back from a copy."
+REMEDY = "Was it written by forgetlearn? Restore it from a backup."
 SHOWN = 60  # characters of a wrong value
 
 

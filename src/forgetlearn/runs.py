@@ -112,7 +112,9 @@ class RunFolder:
         written = manifest.pop("sha256", None)
         may_lack = written is None and manifest.get("format", 1) == 1  # else a flipped bit in its name would hide it
         if not may_lack and written != hash_of(manifest):
-            raise RunError(f"{file} was changed or damaged: its hash is another. Bring it back, or begin a new run.")
+            raise RunError(
+                f"{file} was changed or damaged: its hash does not match. Restore it from a backup, or start a new run."
+            )
         return cls(Path(path), manifest)
 
     def check_seen(self) -> None:
@@ -212,7 +214,7 @@ class RunFolder:
         written = self.manifest.get("results", {})
         if changed := damaged(self.path, {name: written[name] for name in written if (self.path / name).exists()}):
             raise RunError(
-                f"{self.path}: {some(changed)}: not as the run wrote it. Bring it back from a copy, or {remedy}."
+                f"{self.path}: {some(changed)}: not as the run wrote it. Restore it from a backup, or {remedy}."
             )
 
     def check_stage(self, stage: str) -> None:
@@ -222,7 +224,7 @@ class RunFolder:
             RunError: the names of those that are not.
         """
         if changed := damaged(self.path, self.manifest["stages"].get(stage, {}).get("files", {})):
-            raise RunError(f"{self.path}: {some(changed)}: not as the run wrote it. Bring it back from a copy.")
+            raise RunError(f"{self.path}: {some(changed)}: not as the run wrote it. Restore it from a backup.")
 
     def _drop_damaged_stages(self) -> None:
         """Begin again at the first stage whose files are not as it wrote them: what came after was made from them."""

@@ -174,9 +174,9 @@ def _check_begun_on(run: runs.RunFolder, base: Identity) -> None:
     """Raise RunError if the run was begun on weights other than those of the given model."""
     was, now = ([told.get(name) for name in NAMES] for told in (run.manifest["inputs"], base))
     if was != now:
-        begun, given = (next(filter(None, hashes), "that are not known") for hashes in (was, now))
+        begun, given = (next(filter(None, hashes), "unknown") for hashes in (was, now))
         raise RunError(
-            f"{run.path} was begun on a base with the hash {begun}, and the model that is passed in has other weights "
+            f"{run.path} was started on a base with the hash {begun}, but the model passed in has other weights "
             f"(hash {given}): it was changed since.\nLoad the base again and pass that, or choose another folder."
         )
 
