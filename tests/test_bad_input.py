@@ -402,7 +402,7 @@ def told_of_facts(name: str | None, data: bytes, capsys) -> str:
     out = capsys.readouterr()
     if code:
         return out.err.strip()
-    shown = ("left out", "fields that", "read as", "blank_row")
+    shown = ("left out", "fields that", "read as", "1 blank row")
     lines = [line for line in out.out.split("\n") if line.startswith(shown)]
     return "; ".join(["read", *lines])
 

@@ -46,6 +46,9 @@ class AdapterConfig(BaseModel):
     revision: str | None = Field(None, description="a text, or null")
     task_type: str | None = Field(None, description="CAUSAL_LM, or null")
     inference_mode: bool | None = Field(None, description="true or false")
+    peft_version: str | None = Field(None, description="a text, or null")
+    auto_mapping: dict[str, Any] | None = Field(None, description="an object, or null")
+    ensure_weight_tying: bool | None = Field(None, description="true or false")
     target_modules: str | Names = Field(None, description=NAME_OR_NAMES)
     exclude_modules: str | Names = Field(None, description=NAME_OR_NAMES)
     modules_to_save: Names = Field(None, description=NAMES)
@@ -100,6 +103,8 @@ class LoraAdapterConfig(AdapterConfig):
     alpha_pattern: dict[str, Alpha] | None = Field(None, description="finite numbers by names of modules, or null")
     use_rslora: bool | None = Field(None, description="true or false")
     use_dora: bool | None = Field(None, description="true or false")
+    use_qalora: bool | None = Field(None, description="true or false")
+    qalora_group_size: Annotated[int, Field(ge=1, le=MOST_NUMBER)] | None = Field(None, description="a whole number")
     lora_bias: bool | None = Field(None, description="true or false")
     fan_in_fan_out: bool | None = Field(None, description="true or false")
     bias: Literal["none", "all", "lora_only"] | None = Field(None, description="none, all or lora_only")
@@ -159,7 +164,7 @@ class AdapterFiles:
     def check_types(self, kind: type) -> None:
         """Raise ModelError if a field is of another type than in `kind`, peft's own class for such a config.
 
-        peft believes what it reads: `use_qalora` = 0.5 would count as true. Null is as left out, and `alpha` may be a
+        peft believes what it reads: 0.5 would count as true. Null is as left out, and `alpha` may be a
         fraction, whatever peft declares.
         """
         own, hints = type(self.config).model_fields, typing.get_type_hints(kind)

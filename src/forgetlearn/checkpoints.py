@@ -375,15 +375,15 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model or an adapter; every such file is read here.
 
     Raises:
-        ModelError: it is no JSON object, holds NaN, is larger than 50 MB, or nests deeper than 100 levels. Libraries
-            that go through it afterwards would take minutes, or end in a RecursionError.
+        ModelError: it is no JSON object, is larger than 50 MB, or nests deeper than 100 levels. Libraries that go
+            through it afterwards would take minutes, or end in a RecursionError.
     """
     try:
         if not path.is_file():
             raise ModelError(f"{path}: {'is no file' if os.path.lexists(path) else 'there is no such file'}.")
         if (size := path.stat().st_size) > MOST_JSON_BYTES:
             raise ModelError(f"{path}: {size:,} bytes, expected at most {MOST_JSON_BYTES:,}. Is it another file?")
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+        found = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ModelError(_too_deep(path)) from None
     except (OSError, ValueError) as error:
@@ -395,12 +395,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if is_deep(found):
         raise ModelError(_too_deep(path))
     return found
-
-
-def _constant(name: str) -> float:
-    if name == "NaN":
-        raise ValueError("NaN is no JSON value. Write null, or a number.")
-    return float(name)  # some configs hold the largest number, Infinity, as a limit
 
 
 def _too_deep(path: Path) -> str:

@@ -621,9 +621,11 @@ def _check_folder(name: str) -> None:
 
 
 def _check_counts(file: Path, told: Mapping[str, Any]) -> None:
-    """Raise ModelError if a count in config.json is absurd: transformers would build that many heads or layers."""
+    """Raise ModelError if a number in config.json is NaN or a count absurd: transformers would build so many layers."""
     text = told.get("text_config")
     for name, value in [*told.items(), *(text.items() if isinstance(text, dict) else ())]:
+        if value != value:
+            raise ModelError(f"{file}: {plain(name)} = NaN: expected a number.")
         if name.startswith("num_") and isinstance(value, (int, float)) and value > MOST_COUNTED:
             raise ModelError(f"{file}: {plain(name)} = {shown(value)}: expected at most {MOST_COUNTED:,}.")
 

@@ -37,9 +37,10 @@ ASSETS = ("page.css", "page.js")
 # Control characters but tab and line break, and those that change the direction of text.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-# What a renderer of Markdown makes into a link, a mention, a reference or an emoji though it is no markup.
+# What a renderer of Markdown makes into a link, a mention, a reference or an emoji though it is no markup. What stands
+# before :// and @ is limited, or a long word would take the square of its length.
 LIVE = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]*://[^\s`|\\]+|\b(?:www\.|mailto:|xmpp:)[^\s`|\\]+|[\w.+-]*@[\w.-]+"
+    r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s`|\\]+|\b(?:www\.|mailto:|xmpp:)[^\s`|\\]+|[\w.+-]{0,64}@[\w.-]+"
     r"|#\d+|(?<!\d):[A-Za-z0-9_+-]+:"
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from faults.structure import (
     seal_chain,
     seal_run,
 )
-from forgetlearn import adapter_files, disk, history, models, plots, runs
+from forgetlearn import adapter_files, disk, history, models, pages, plots, runs
 from forgetlearn.compare import CELLS, CompareSettings
 from written_by_hand import MEAN, SCORE
 
@@ -291,7 +292,7 @@ def _bad_adapter(place: Place, value: object) -> bool:
 
 def _bad_config(place: Place, value: object) -> bool:
     if value != value:  # NaN
-        return True
+        return len(place) == 1
     if value is REMOVED and place != ("model_type",):
         return False  # transformers has a default, and the tensors tell whether it fits
     sizes = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
@@ -354,6 +355,12 @@ def test_what_was_lost_once(root, tally, file, place, value, reader):
     target = next(target for target in (*targets(), *files_of_models()) if target.file == file)
     reader = next(own for own in target.readers if own.name == reader)
     try_cases(root, [Case(target, reader, place, value)], tally)
+
+
+def test_a_long_word_does_not_take_the_square_of_its_length():
+    start = time.process_time()
+    pages._cell("x" * 500_000)
+    assert time.process_time() - start < 8  # 4 minutes, if it did
 
 
 @pytest.mark.slow
