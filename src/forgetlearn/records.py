@@ -234,10 +234,16 @@ class RunManifest(Manifest):
     config: Config  # type: ignore[assignment]
 
 
-class ComparisonConfig(Record):
-    """The recorded settings of a comparison; what is in them, `settings.validate` checks."""
+class ComparedConfig(Record):
+    """Of the recorded settings of a comparison's cells those that its page shows."""
 
-    run: Object
+    model: ModelConfig
+
+
+class ComparisonConfig(Record):
+    """The recorded settings of a comparison; the rest of what is in them, `settings.validate` checks."""
+
+    run: ComparedConfig
     compare: Object
 
 
