@@ -233,7 +233,12 @@ def _bad_manifest(place: Place, value: object) -> bool:
 def _bad_summary(place: Place, value: object) -> bool:
     fits: dict[str, object] = dict.fromkeys(("method", "facts.source", "facts.reader", "facts.old_from"), is_text)
     fits |= dict.fromkeys(("seed", "facts.read", "facts.used", "phases.*.*.*.n", "phases.*.*.*.not_asked"), is_count)
-    fits |= {"phases": lambda v: v == {}, "facts": lambda _: False, "choice.why": is_text, "retention.*.update": is_count}
+    fits |= {
+        "phases": lambda v: v == {},
+        "facts": lambda _: False,
+        "choice.why": is_text,
+        "retention.*.update": is_count,
+    }
     fits |= {"phases.*.*.*.mean": lambda v: is_number(v) and 0 <= v <= 100}
     return bad(place, value, fits)
 
