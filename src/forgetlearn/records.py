@@ -234,10 +234,16 @@ class RunManifest(Manifest):
     config: Config  # type: ignore[assignment]
 
 
-class ComparisonConfig(Record):
-    """The recorded settings of a comparison; `settings.validate` checks their contents."""
+class ComparedConfig(Record):
+    """Those of a comparison's recorded settings that its page shows."""
 
-    run: Object
+    model: ModelConfig
+
+
+class ComparisonConfig(Record):
+    """The recorded settings of a comparison; `settings.validate` checks the rest of their contents."""
+
+    run: ComparedConfig
     compare: Object
 
 

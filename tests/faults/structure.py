@@ -228,6 +228,8 @@ def _watched(reader: Reader, root: Path) -> tuple[int | str, str]:
     """Exit code and what was said; instead of the code the traceback, if there was one."""
 
     def too_long(*_: object) -> None:
+        for clock, _seconds in clocks.values():
+            signal.setitimer(clock, 0)  # the other one would end what tells of this
         raise Hang(f"took more than {SECONDS} s of computing, or {SECONDS_OF_WAITING} s")
 
     said = io.StringIO()

@@ -233,7 +233,12 @@ def _bad_manifest(place: Place, value: object) -> bool:
 def _bad_summary(place: Place, value: object) -> bool:
     fits: dict[str, object] = dict.fromkeys(("method", "facts.source", "facts.reader", "facts.old_from"), is_text)
     fits |= dict.fromkeys(("seed", "facts.read", "facts.used", "phases.*.*.*.n", "phases.*.*.*.not_asked"), is_count)
-    fits |= {"phases": lambda _: False, "facts": lambda _: False, "choice.why": is_text, "retention.*.update": is_count}
+    fits |= {
+        "phases": lambda v: v == {},
+        "facts": lambda _: False,
+        "choice.why": is_text,
+        "retention.*.update": is_count,
+    }
     fits |= {"phases.*.*.*.mean": lambda v: is_number(v) and 0 <= v <= 100}
     return bad(place, value, fits)
 
@@ -346,6 +351,8 @@ def test_some_changed_fields_of_files_of_models(root, tally):
     ("file", "place", "value", "reader"),
     [
         ("compared/manifest.json", ("commit",), "removed", "report on a comparison"),
+        ("compared/manifest.json", ("config", "run"), "empty object", "report on a comparison"),
+        ("whole/summary.json", ("facts", "not_read", 0), "long text", "report"),
         ("whole/summary.json", ("rounding", "share_changed"), "null", "report"),
         ("lora/adapter/adapter_config.json", ("use_qalora",), "fraction", "load an adapter"),
         ("base/config.json", ("attention_dropout",), "not a number", "load"),
