@@ -160,7 +160,7 @@ def test_quantised_weights_are_told_apart_from_damage(tmp_path):
 def test_whole_numbers_for_weights_are_refused(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("int8")
     save_file(TENSORS | {"a": torch.ones(2, 3, dtype=torch.int8)}, other / "model.safetensors")
-    with pytest.raises(WeightMismatchError, match=r"1 of 3 tensors .* a \(I8\)\. Is tuned quantised"):
+    with pytest.raises(WeightMismatchError, match=r"1 of 3 tensors .* a \(F32 in base, I8 in tuned\)\. Is tuned"):
         subtract_folders(folder, other.parent / "o", 0.3, tuned=other)
 
 

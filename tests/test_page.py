@@ -289,6 +289,7 @@ def test_300_facts_are_less_than_a_megabyte(tmp_path):
     assert size < 1e6
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_10000_facts_are_small_and_filtered_at_once(tmp_path):
     page = make_run(tmp_path / "run", 10_000)

@@ -525,7 +525,7 @@ JOBS = {"f-lora": "before", "f-ft": "after", "f-lora-ft": "after", "taught": "af
 
 @pytest.fixture(scope="module")
 def killed(small_lab, records, new_only, config, tmp_path_factory):
-    """Every run was killed at each of its saves, and resumed; name -> [kill, its status, status of the rest]."""
+    """`killed(name)`: a folder with a run killed at each of its saves and resumed, and each kill with its status."""
     root = tmp_path_factory.mktemp("killed")
     few = write_lines(root / "facts.jsonl", records[:3])
     olds = [records[n]["ground_truth"] for n in (2, 0, 1)]
@@ -545,12 +545,16 @@ def killed(small_lab, records, new_only, config, tmp_path_factory):
         }
         for name, moment in JOBS.items()
     }
-    command = [sys.executable, "-c", WITH_CHILDREN + KILLER, str(root), json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert all(rest == 0 for kills in found.values() for _kill, _status, rest in kills), done.stderr[-3000:]
-    return root, found
+
+    def of(name: str) -> tuple[Path, list[tuple[str, int]]]:
+        command = [sys.executable, "-c", WITH_CHILDREN + KILLER, str(root), json.dumps({name: jobs[name]})]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        kills = json.loads(done.stdout)[name]
+        assert all(rest == 0 for _kill, _status, rest in kills), done.stderr[-3000:]
+        return root / name, [(kill, status) for kill, status, _rest in kills]
+
+    return of
 
 
 TIMED_OR_PLACED = ("manifest.json", "forgetlearn.json", "adapter_config.json", "README.md")
@@ -565,17 +569,23 @@ def result_files(run: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("name", "n_kills"), [("f-lora", 7), ("f-ft", 7), ("f-lora-ft", 8), ("taught", 8)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "n_kills"),
+    [("f-lora", 7), ("f-ft", 7), pytest.param("f-lora-ft", 8, marks=SLOW), pytest.param("taught", 8, marks=SLOW)],
+)
 def test_killed_at_any_save_resume_gives_the_same_bytes(killed, name, n_kills):
-    root, found = killed
-    assert len(found[name]) == n_kills
-    whole = result_files(root / name / "whole/run")
+    root, found = killed(name)
+    assert len(found) == n_kills
+    whole = result_files(root / "whole/run")
     assert {"facts.jsonl", "summary.json", "report.html", "logs/learn.jsonl"} <= whole.keys()
     assert any(name.endswith("model.safetensors") for name in whole)
-    for kill, status, _rest in found[name]:
+    for kill, status in found:
         assert os.WIFSIGNALED(status), kill
         assert os.WTERMSIG(status) == signal.SIGKILL, kill
-        resumed = result_files(root / name / kill / "run")
+        resumed = result_files(root / kill / "run")
         assert resumed.keys() == whole.keys(), kill
         assert [name for name in whole if resumed[name] != whole[name]] == [], kill
 

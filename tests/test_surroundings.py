@@ -50,7 +50,7 @@ def test_case_31_a_list_of_facts_is_a_set_of_them(facts):
     assert as_fact_set("file.jsonl") == "file.jsonl"
     for wrong, said in (
         ([facts[0], "x"], "item 2: a str"),
-        ([facts[0]] * 2, "item 2: is item 1 again"),
+        ([facts[0]] * 2, "item 2: repeats item 1"),
         ([], "none"),
         (7, "item 1: a int"),
     ):
