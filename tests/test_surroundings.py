@@ -51,7 +51,7 @@ def test_case_31_a_list_of_facts_is_a_set_of_them(facts):
     for wrong, said in (
         ([facts[0], "x"], "item 2: a str"),
         ([facts[0]] * 2, "item 2: repeats item 1"),
-        ([], "none"),
+        ([], "the list is empty"),
         (7, "item 1: a int"),
     ):
         with pytest.raises(FactError, match=said):
