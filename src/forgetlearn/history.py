@@ -299,8 +299,8 @@ def describe(update: Update) -> list[str]:
         rows = {stage: which for stage, which in update.get("rows", {}).items() if which not in (None, "all")}
         told = (
             f"{stage} {_listed(modules)}{f' (rows of the vocabulary: {rows[stage]})' if stage in rows else ''}"
-            for stage, modules in update["modules"].items()
-            if modules is not None
+            for stage in ("forget", "learn")
+            if (modules := update["modules"].get(stage)) is not None
         )
         lines.append(f"  weights {'; '.join(told)}")
     for quantity, cells in update["scores"].items():

@@ -356,6 +356,7 @@ def test_some_changed_fields_of_files_of_models(root, tally):
         ("whole/summary.json", ("rounding", "share_changed"), "null", "report"),
         ("lora/adapter/adapter_config.json", ("use_qalora",), "fraction", "load an adapter"),
         ("base/config.json", ("attention_dropout",), "not a number", "load"),
+        ("whole/model/forgetlearn.json", ("updates", 0, "modules"), "object", "log --verify"),
     ],
 )
 def test_what_was_lost_once(root, tally, file, place, value, reader):
