@@ -33,7 +33,6 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 QUANTITIES = ("reliability", "generality", "residue")
 NO_ROOMS: Mapping[str, Room] = MappingProxyType({})
-LOCALITY_MEANINGS = ("agreement", "accuracy")
 MARGIN_TOKENS = 8  # beyond an answer's own tokens: for its end, and for a model that splits it into more of them
 
 
