@@ -52,7 +52,7 @@ def make(scratch: Path, layers: int, shards: int) -> int:
     """The three folders; the number of parameters."""
     import numpy as np
 
-    from forgetlearn.rounding import Scratch, narrow, widen
+    from forgetlearn.weights.rounding import Scratch, narrow, widen
 
     shapes = names_and_shapes(layers)
     total = sum(math.prod(shape) for shape in shapes.values())
@@ -70,7 +70,7 @@ def make(scratch: Path, layers: int, shards: int) -> int:
 
 
 def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]], raw: Any, shards: int, layers: int) -> None:
-    from forgetlearn.checkpoints import Entry, header_bytes
+    from forgetlearn.weights.checkpoint_folder import Entry, header_bytes
 
     folder.mkdir(parents=True)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -106,7 +106,7 @@ def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]], raw: Any,
 
 def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rng: Any, rank: int = 8) -> None:
     """r 8 on all linear layers."""
-    from forgetlearn.checkpoints import Entry, header_bytes
+    from forgetlearn.weights.checkpoint_folder import Entry, header_bytes
 
     folder.mkdir()
     tensors = {}

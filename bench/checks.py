@@ -17,9 +17,9 @@ from time import process_time
 import torch
 
 from common import llama, machine
-from forgetlearn.identity import weights_sha256
-from forgetlearn.lab import LabSettings, train_tokenizer
-from forgetlearn.models import check_finite, wrap
+from forgetlearn.lab.build import LabSettings, train_tokenizer
+from forgetlearn.models.identity import weights_sha256
+from forgetlearn.models.language_model import check_finite, wrap
 
 
 def main() -> None:

@@ -30,13 +30,13 @@ import numpy as np
 import torch
 
 from common import ROOT, machine
-from forgetlearn import disk
-from forgetlearn.coefficient import GOAL, HIGHEST, LOWEST
-from forgetlearn.compare import CELLS, CompareSettings, fill
-from forgetlearn.config import RunConfig, load_config
-from forgetlearn.facts import FactSet, read_facts
-from forgetlearn.lab import LabSettings, build_lab
-from forgetlearn.session import update
+from forgetlearn.comparison.grid import CELLS, CompareSettings, fill
+from forgetlearn.config.schema import RunConfig, load_config
+from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.lab.build import LabSettings, build_lab
+from forgetlearn.runs.coefficient import GOAL, HIGHEST, LOWEST
+from forgetlearn.runs.update import update
+from forgetlearn.storage import disk
 
 METHODS = ("f-ft", "f-lora", "f-lora-ft")
 GRID = (0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 3.0)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forgetlearn.cli import FEW_PRODUCTS
-from forgetlearn.facts import FactSet, read_facts
-from forgetlearn.lab import LabSettings, train_tokenizer
+from forgetlearn.cli.main import FEW_PRODUCTS
+from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.lab.build import LabSettings, train_tokenizer
 
 # The environment that `main` sets, for a process of its own.
 AS_THE_COMMAND = os.environ | FEW_PRODUCTS

@@ -16,11 +16,11 @@ import torch
 from transformers import GenerationConfig
 
 from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
-from forgetlearn.config import EvaluateSettings, StageSettings
-from forgetlearn.facts import Fact, read_facts
-from forgetlearn.finetune import finetune
-from forgetlearn.models import LanguageModel, wrap
-from forgetlearn.scoring import Said, Scorer
+from forgetlearn.config.schema import EvaluateSettings, StageSettings
+from forgetlearn.evaluation.scoring import Said, Scorer
+from forgetlearn.facts.fact_set import Fact, read_facts
+from forgetlearn.models.language_model import LanguageModel, wrap
+from forgetlearn.training.finetune import finetune
 
 BATCH_SIZES = (16, 64, 128)
 NEW_TOKENS = 8

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from common import machine
-from forgetlearn.linear import _multiply, onednn_is_faster
+from forgetlearn.models.onednn import _multiply, onednn_is_faster
 
 SHAPES = [(rows, *sides) for rows in (16, 128, 384) for sides in ((256, 688), (688, 256), (256, 8000), (1024, 4096))]
 

@@ -12,13 +12,13 @@ import argparse
 import statistics
 from pathlib import Path
 
-from forgetlearn.config import load_config
-from forgetlearn.disk import read_json
-from forgetlearn.facts import read_facts
-from forgetlearn.lab import LabSettings, build_lab
-from forgetlearn.pages import COLUMNS
-from forgetlearn.runs import is_finished
-from forgetlearn.session import update
+from forgetlearn.config.schema import load_config
+from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.lab.build import LabSettings, build_lab
+from forgetlearn.report.render import COLUMNS
+from forgetlearn.runs.update import update
+from forgetlearn.storage.disk import read_json
+from forgetlearn.storage.run_folder import is_finished
 
 CELLS = (
     ("ft", None),

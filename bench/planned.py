@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from common import ZSRE, machine, random_llama, reset_peak, resident
-from forgetlearn.config import load_config
-from forgetlearn.estimate import GB
-from forgetlearn.facts import read_facts
-from forgetlearn.planning import MEASURE, plan_update
-from forgetlearn.session import update
+from forgetlearn.config.schema import load_config
+from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.planning.estimate import GB
+from forgetlearn.planning.plan import MEASURE, plan_update
+from forgetlearn.runs.update import update
 
 SETTINGS = {
     "forget.epochs": 1,

@@ -1,4 +1,4 @@
-"""Scoring under `token`: one record at a time, as EasyEdit's compute_edit_quality does, against forgetlearn.scoring.
+"""Scoring under `token`: one record at a time, as EasyEdit's compute_edit_quality does, against ours.
 
     python bench/scoring.py --facts ../shared/data/zsre.json --limit 200 --pairs 5
 
@@ -23,15 +23,15 @@ import torch
 from torch import nn
 
 from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
-from forgetlearn import attention
-from forgetlearn.attention import places_of
-from forgetlearn.config import EvaluateSettings, StageSettings
-from forgetlearn.encoding import Encoded, Encoder
-from forgetlearn.facts import Fact, read_facts
-from forgetlearn.finetune import finetune
-from forgetlearn.forward import ROW_TOKENS, answer_logits, by_text, computing, pack, share, shared_rows
-from forgetlearn.models import LanguageModel, wrap
-from forgetlearn.scoring import locality_predictions, score
+from forgetlearn.config.schema import EvaluateSettings, StageSettings
+from forgetlearn.evaluation.scoring import locality_predictions, score
+from forgetlearn.facts.fact_set import Fact, read_facts
+from forgetlearn.models import attention
+from forgetlearn.models.attention import places_of
+from forgetlearn.models.batches import ROW_TOKENS, answer_logits, by_text, computing, pack, share, shared_rows
+from forgetlearn.models.encoding import Encoded, Encoder
+from forgetlearn.models.language_model import LanguageModel, wrap
+from forgetlearn.training.finetune import finetune
 
 MAX_LENGTH = 40  # of EasyEdit's settings for fine-tuning
 QUANTITIES = ("reliability", "generality", "locality")
@@ -76,8 +76,8 @@ def main() -> None:
     times = paired(
         {
             "one record at a time": lambda: one_by_one,
-            "forgetlearn.scoring": lambda: lambda: ours(three),
-            "forgetlearn.scoring, with residue": lambda: lambda: ours(facts),
+            "forgetlearn.evaluation.scoring": lambda: lambda: ours(three),
+            "forgetlearn.evaluation.scoring, with residue": lambda: lambda: ours(facts),
             "floor: forwards of shared rows": lambda: lambda: forwards(lm, shared),
             "floor: forwards of packed rows": lambda: lambda: forwards(lm, packed),
         },

@@ -29,13 +29,13 @@ import torch
 import yaml
 
 from common import ZSRE, machine
-from forgetlearn.compare import CompareSettings, cell_config, cells_of
-from forgetlearn.config import RunConfig, load_config
-from forgetlearn.facts import read_facts
-from forgetlearn.lab import LabSettings, build_lab
+from forgetlearn.comparison.grid import CompareSettings, cell_config, cells_of
+from forgetlearn.config.schema import RunConfig, load_config
+from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.lab.build import LabSettings, build_lab
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-START = [sys.executable, "-c", "import forgetlearn.session, forgetlearn.report"]
+START = [sys.executable, "-c", "import forgetlearn.runs.update, forgetlearn.report.run_page"]
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from typing import Any
 
 import yaml
 
-from forgetlearn import disk, runs
-from forgetlearn.compare import CompareSettings, fill
-from forgetlearn.config import load_config
-from forgetlearn.facts import Fact, FactSet, read_facts, write_facts
-from forgetlearn.keeping import asked_too
-from forgetlearn.lab import LabSettings, build_lab
-from forgetlearn.settings import validate
+from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.config.base import validate
+from forgetlearn.config.schema import load_config
+from forgetlearn.facts.fact_set import Fact, FactSet, read_facts, write_facts
+from forgetlearn.lab.build import LabSettings, build_lab
+from forgetlearn.method.keeping import asked_too
+from forgetlearn.storage import disk, run_folder
 from study_tables import Row, plot, read_rows, tables
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +110,7 @@ def rows_of(bases: list[Base], study: Mapping[str, Any], output: Path) -> dict[s
     """By the name of a base, of which the first part gives it, the rows of all its parts that are there."""
     folders: dict[tuple[Any, ...], dict[Path, str]] = {}
     for base in bases:
-        if runs.is_run(output / base.name):
+        if run_folder.is_run(output / base.name):
             suffix = study["parts"][base.part].get("label", "")
             folders.setdefault(base.same, {})[output / base.name] = suffix
     return {next(iter(own)).name: rows for own in folders.values() if (rows := read_rows(own))}

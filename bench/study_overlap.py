@@ -18,9 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forgetlearn import disk, load_model, method, selection, taskvector
-from forgetlearn.config import RunConfig, load_config
-from forgetlearn.facts import FactSet
+from forgetlearn import load_model
+from forgetlearn.config.schema import RunConfig, load_config
+from forgetlearn.facts.fact_set import FactSet
+from forgetlearn.method import core
+from forgetlearn.models import modules
+from forgetlearn.storage import disk
+from forgetlearn.weights import task_vector
 from study import ROOT, bases_of, lab_of, named, read_study
 
 PARTS = ("embeddings", "head", "attention", "mlp", "norms")
@@ -57,16 +61,16 @@ def main() -> None:
 def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Per part of the model: how many numbers, both lengths over that of the base, cosine, new in units of old (5,)."""
     lm = load_model(folder)
-    base = method.float32_snapshot(lm)
-    method.tune_on_old(lm, facts, config.forget, "all weights", seed=method.stage_seed(seed, "forget"))
-    old = taskvector.snapshot(lm.model)
-    taskvector.load_into(lm.model, base)
-    method.learn(lm, facts, config.learn, "all weights", seed=method.stage_seed(seed, "learn"))
-    new = taskvector.snapshot(lm.model)
+    base = core.float32_snapshot(lm)
+    core.tune_on_old(lm, facts, config.forget, "all weights", seed=core.stage_seed(seed, "forget"))
+    old = task_vector.snapshot(lm.model)
+    task_vector.load_into(lm.model, base)
+    core.learn(lm, facts, config.learn, "all weights", seed=core.stage_seed(seed, "learn"))
+    new = task_vector.snapshot(lm.model)
     old_texts = [(fact.prompt, fact.ground_truth or "") for fact in facts]
-    told = method.tokens_of(lm, old_texts + [(fact.prompt, fact.target_new) for fact in facts], "facts")
-    answers = method.tokens_of(lm, old_texts, "answers")
-    for name, where in _places(selection.groups(lm.model), base, answers, told).items():
+    told = core.tokens_of(lm, old_texts + [(fact.prompt, fact.target_new) for fact in facts], "facts")
+    answers = core.tokens_of(lm, old_texts, "answers")
+    for name, where in _places(modules.groups(lm.model), base, answers, told).items():
         start, *moved = (
             torch.cat([weights[key][rows].double().flatten() for key, rows in where.items()])
             for weights in (base, old, new)

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn import disk, runs, statistics
-from forgetlearn.compare import CELLS, Cell, CompareSettings, cells_of
-from forgetlearn.comparison import show_difference
-from forgetlearn.config import RunConfig
-from forgetlearn.method import METHODS
-from forgetlearn.settings import validate
+from forgetlearn.comparison.grid import CELLS, Cell, CompareSettings, cells_of
+from forgetlearn.config.base import validate
+from forgetlearn.config.methods import METHODS
+from forgetlearn.config.schema import RunConfig
+from forgetlearn.evaluation import statistics
+from forgetlearn.report.comparison_page import show_difference
+from forgetlearn.storage import disk, run_folder
 
 PROTOCOLS = ("token", "exact", "generate")
 QUANTITIES = ("reliability", "generality", "locality", "residue")
@@ -65,11 +66,11 @@ def read_rows(folders: Mapping[Path, str]) -> dict[str, Row]:
     """Rows by label, of all cells that are done in these comparisons; each folder's text is added to its labels."""
     rows: dict[str, Row] = {}
     for folder, suffix in folders.items():
-        config = runs.RunFolder.open(folder).manifest["config"]
+        config = run_folder.RunFolder.open(folder).manifest["config"]
         settings, run = validate(CompareSettings, config["compare"]), validate(RunConfig, config["run"])
         for cell in cells_of(settings, run):
             path = folder / CELLS / cell.name
-            if runs.is_run(path):
+            if run_folder.is_run(path):
                 new = Row(cell, suffix)
                 rows.setdefault(new.label, new).cells.setdefault((cell.epochs, cell.seed), path)
     order = list(METHODS)

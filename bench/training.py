@@ -1,4 +1,4 @@
-"""One epoch of fine-tuning: forgetlearn.finetune against TRL's SFTTrainer, plain Trainer, and its own floor.
+"""One epoch of fine-tuning: forgetlearn.training.finetune against TRL's SFTTrainer, plain Trainer, and its own floor.
 
     python bench/training.py --facts ../shared/data/zsre.json --limit 960 --pairs 3
 
@@ -29,14 +29,14 @@ from transformers import Trainer, TrainingArguments, get_linear_schedule_with_wa
 from transformers.trainer_callback import PrinterCallback
 
 from common import arguments, machine, paired, ratio, resident, small_llama, spread, tokenizer_of
-from forgetlearn.config import StageSettings
-from forgetlearn.encoding import Encoded, Encoder
-from forgetlearn.facts import read_facts
-from forgetlearn.finetune import finetune
-from forgetlearn.forward import IGNORE, Batch, answer_logits, attention_by_text, by_text, computing, pack
+from forgetlearn.config.schema import StageSettings
+from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.models.batches import IGNORE, Batch, answer_logits, attention_by_text, by_text, computing, pack
+from forgetlearn.models.encoding import Encoded, Encoder
+from forgetlearn.training.finetune import finetune
 
 STAGE = StageSettings(epochs=1, batch_size=32, learning_rate=1e-3)
-PADDED, OURS, FLOOR = "Trainer, right-padded, full logits", "forgetlearn.finetune", "floor: bare steps, packed"
+PADDED, OURS, FLOOR = "Trainer, right-padded, full logits", "forgetlearn.training.finetune", "floor: bare steps, packed"
 BARER = "forward and backward alone, packed"
 TRL, TRL_FREE = "TRL SFTTrainer, as it comes", "TRL padding_free, no checkpointing"
 HAS_TRL = importlib.util.find_spec("trl") is not None

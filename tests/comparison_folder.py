@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from forgetlearn import disk, runs
-from forgetlearn.compare import CELLS, SHARED, Cell, CompareSettings, cells_of
-from forgetlearn.config import load_config
-from forgetlearn.method import METHODS
+from forgetlearn.comparison.grid import CELLS, SHARED, Cell, CompareSettings, cells_of
+from forgetlearn.config.methods import METHODS
+from forgetlearn.config.schema import load_config
+from forgetlearn.storage import disk, run_folder
 
 NASTY = '<script>document.title = "run"</script> & \'q\' "r"'
 
@@ -18,7 +18,7 @@ def make_comparison(path: Path, settings: CompareSettings, count: int, *, forget
     that forget some more, and lose locality with the coefficient."""
     config = load_config(None, {"model.name": "base", "forget.epochs": forget_epochs})
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
-    run = runs.RunFolder.create(path, whole, {"facts_sha256": "0" * 64, "base_sha256": "1" * 64})
+    run = run_folder.RunFolder.create(path, whole, {"facts_sha256": "0" * 64, "base_sha256": "1" * 64})
     inputs = [
         {"id": f"{n:016x}", "prompt": f"The capital of the country number {n} is called"}
         | {"target_new": f"new {n}", "ground_truth": f"old {n}"}
@@ -35,7 +35,7 @@ def make_comparison(path: Path, settings: CompareSettings, count: int, *, forget
 
 
 def _make_cell(path: Path, cell: Cell, inputs: list[dict]) -> None:
-    run = runs.RunFolder.create(path, {}, {})
+    run = run_folder.RunFolder.create(path, {}, {})
     chance = random.Random(cell.name)
     forgets = bool(METHODS[cell.method].forgets)
     learned = min(0.95, 0.3 + 0.05 * cell.epochs + 0.3 * forgets)

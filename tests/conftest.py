@@ -161,7 +161,7 @@ def tiny_model() -> Callable[..., Any]:
 @pytest.fixture
 def lm(char_tokenizer, tiny_model) -> Any:
     """A fresh untied tiny Llama with the character tokenizer, as a LanguageModel."""
-    from forgetlearn.models import wrap
+    from forgetlearn.models.language_model import wrap
 
     return wrap(tiny_model(), char_tokenizer)
 

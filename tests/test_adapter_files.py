@@ -13,15 +13,15 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from forgetlearn import adapters
-from forgetlearn.adapter_files import AdapterConfig, AdapterFiles, open_adapter, read_adapter_config
-from forgetlearn.arithmetic import subtract_folders
-from forgetlearn.cli import main
-from forgetlearn.config import LoraSettings, ModelSettings
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import LoraSettings, ModelSettings
 from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError
-from forgetlearn.inspection import inspect_change
-from forgetlearn.models import load_model
-from forgetlearn.patterns import MOST_SECONDS, Pattern, problem
+from forgetlearn.models import lora as adapters
+from forgetlearn.models.language_model import load_model
+from forgetlearn.products.inspect import inspect_change
+from forgetlearn.runtime.patterns import MOST_SECONDS, Pattern, problem
+from forgetlearn.weights.adapter_files import AdapterConfig, AdapterFiles, open_adapter, read_adapter_config
+from forgetlearn.weights.folder_arithmetic import subtract_folders
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -291,7 +291,7 @@ def test_case_24_a_pattern_of_null_is_as_none(base, make):
 # case 24
 @pytest.mark.parametrize("field", ["target_modules", "rank_pattern", "exclude_modules"])
 def test_case_24_a_pattern_that_hangs_is_refused(base, make, field, monkeypatch):
-    monkeypatch.setattr("forgetlearn.patterns.MOST_SECONDS", 1.0)
+    monkeypatch.setattr("forgetlearn.runtime.patterns.MOST_SECONDS", 1.0)
     folder = make()
     change_config(folder, **{field: {HANGS: 2} if field == "rank_pattern" else HANGS})
     for use in (load, lambda folder: subtract(base, folder)):
@@ -333,5 +333,6 @@ def test_a_config_of_another_kind_of_adapter(make):
 
 
 def test_the_reader_needs_no_torch():
-    code = "import sys, forgetlearn.adapter_files; sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "peft"}
+    code = f"import sys, forgetlearn.weights.adapter_files; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False).returncode == 0

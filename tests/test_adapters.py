@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from forgetlearn import adapters
-from forgetlearn.adapters import FORGET, LEARN, PRODUCT
-from forgetlearn.config import LoraSettings
+from forgetlearn.config.schema import LoraSettings
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.taskvector import load_into
+from forgetlearn.models import lora
+from forgetlearn.models.lora import FORGET, LEARN, PRODUCT
+from forgetlearn.weights.task_vector import load_into
 
 FAMILIES = ["llama", "gpt2", "qwen2"]
 IDS = torch.tensor([[1, 37, 38, 39, 40, 41]])
@@ -22,8 +22,8 @@ IDS = torch.tensor([[1, 37, 38, 39, 40, 41]])
 
 def with_two_adapters(model, first=None, second=None, fill=True):
     """Two adapters that differ from each other and from nothing, so that a wrong sign or a cross term shows."""
-    model = adapters.attach(model, first or LoraSettings(r=3, lora_alpha=6), FORGET, seed=1)
-    model = adapters.attach(model, second or LoraSettings(r=5, lora_alpha=4), LEARN, seed=2)
+    model = lora.attach(model, first or LoraSettings(r=3, lora_alpha=6), FORGET, seed=1)
+    model = lora.attach(model, second or LoraSettings(r=5, lora_alpha=4), LEARN, seed=2)
     torch.manual_seed(3)
     for name, weight in model.named_parameters():
         if fill and "lora_B" in name:
@@ -49,11 +49,11 @@ def dense(model, vectors):
 def test_one_adapter_out_of_two_different_ones_is_their_sum(tiny_model, family):
     base = tiny_model(family)
     model = with_two_adapters(copy.deepcopy(base))
-    adapters.scale(model, FORGET, -0.7)
-    vectors = [adapters.as_vector(model, name) for name in (FORGET, LEARN)]
+    lora.scale(model, FORGET, -0.7)
+    vectors = [lora.as_vector(model, name) for name in (FORGET, LEARN)]
     together = logits(model)
     assert not torch.allclose(together, logits(base), atol=1e-2)
-    adapters.compose(model, [FORGET, LEARN])
+    lora.compose(model, [FORGET, LEARN])
     assert list(model.peft_config) == [PRODUCT]
     assert model.peft_config[PRODUCT].r == 8
     assert torch.allclose(logits(model), together, atol=1e-4)
@@ -65,7 +65,7 @@ def test_adapters_on_different_modules_and_with_rslora_compose_too(tiny_model):
     second = LoraSettings(r=3, target_modules=["q_proj", "v_proj"])
     model = with_two_adapters(tiny_model(), first, second)
     together = logits(model)
-    adapters.compose(model, [FORGET, LEARN])
+    lora.compose(model, [FORGET, LEARN])
     assert model.peft_config[PRODUCT].target_modules == {"q_proj", "v_proj", "down_proj"}
     assert torch.allclose(logits(model), together, atol=1e-5)
 
@@ -74,7 +74,7 @@ def test_short_names_are_not_used_where_they_would_match_more(tiny_model):
     only_first = LoraSettings(r=2, target_modules=["model.layers.0.self_attn.q_proj"])
     model = with_two_adapters(tiny_model(), only_first, only_first)
     together = logits(model)
-    adapters.compose(model, [FORGET, LEARN])
+    lora.compose(model, [FORGET, LEARN])
     assert model.peft_config[PRODUCT].target_modules == {"model.layers.0.self_attn.q_proj"}
     assert torch.allclose(logits(model), together, atol=1e-5)
 
@@ -83,12 +83,12 @@ def test_short_names_are_not_used_where_they_would_match_more(tiny_model):
 def test_the_dense_vector_is_what_the_adapter_adds(tiny_model, family):
     base = tiny_model(family)
     model = with_two_adapters(copy.deepcopy(base))
-    adapters.activate(model, [FORGET])
+    lora.activate(model, [FORGET])
     expected = logits(model)
-    vector = adapters.as_vector(model, FORGET)
+    vector = lora.as_vector(model, FORGET)
     assert torch.allclose(dense(base, [vector]), expected, atol=1e-4)
-    adapters.scale(model, FORGET, -0.5)
-    for name, delta in adapters.as_vector(model, FORGET).deltas.items():
+    lora.scale(model, FORGET, -0.5)
+    for name, delta in lora.as_vector(model, FORGET).deltas.items():
         assert torch.allclose(delta, -0.5 * vector.deltas[name], atol=1e-7)
 
 
@@ -110,9 +110,7 @@ def test_only_the_adapter_that_learns_has_dropout(tiny_model):
 
 
 def test_the_same_seed_gives_the_same_adapter(tiny_model):
-    one, two, other = (
-        adapters.attach(tiny_model(), LoraSettings(), LEARN, seed=seed).state_dict() for seed in (5, 5, 6)
-    )
+    one, two, other = (lora.attach(tiny_model(), LoraSettings(), LEARN, seed=seed).state_dict() for seed in (5, 5, 6))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
@@ -120,52 +118,52 @@ def test_the_same_seed_gives_the_same_adapter(tiny_model):
 def test_detaching_gives_the_base_back_to_the_bit(tiny_model):
     base = tiny_model()
     model = with_two_adapters(copy.deepcopy(base))
-    adapters.activate(model, [FORGET, LEARN])
-    plain = adapters.detach(model).state_dict()
+    lora.activate(model, [FORGET, LEARN])
+    plain = lora.detach(model).state_dict()
     assert all(torch.equal(plain[name], weight) for name, weight in base.state_dict().items())
 
 
 def test_saved_and_loaded_is_the_same_to_the_bit(tiny_model, tmp_path):
     model = with_two_adapters(tiny_model())
-    adapters.compose(model, [FORGET, LEARN])
+    lora.compose(model, [FORGET, LEARN])
     expected = logits(model)
-    adapters.save(model, PRODUCT, tmp_path / "a", "some/base")
+    lora.save(model, PRODUCT, tmp_path / "a", "some/base")
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "a").eval()
     assert torch.equal(logits(loaded), expected)
     assert loaded.peft_config["default"].base_model_name_or_path == "some/base"
 
 
 def test_an_adapter_between_stages_is_saved_flat_and_goes_on(tiny_model, tmp_path):
-    model = adapters.attach(tiny_model(), LoraSettings(), FORGET, seed=1)
-    expected = adapters.as_vector(model, FORGET)
-    adapters.save(model, FORGET, tmp_path / "f", "base")
+    model = lora.attach(tiny_model(), LoraSettings(), FORGET, seed=1)
+    expected = lora.as_vector(model, FORGET)
+    lora.save(model, FORGET, tmp_path / "f", "base")
     assert (tmp_path / "f" / "adapter_model.safetensors").is_file()
-    loaded = adapters.load(tiny_model(), tmp_path / "f", FORGET)
-    for name, delta in adapters.as_vector(loaded, FORGET).deltas.items():
+    loaded = lora.load(tiny_model(), tmp_path / "f", FORGET)
+    for name, delta in lora.as_vector(loaded, FORGET).deltas.items():
         assert torch.equal(delta, expected.deltas[name])
 
 
 def test_an_untied_head_may_have_an_adapter(tiny_model):
     model = with_two_adapters(tiny_model(), *[LoraSettings(target_modules=["lm_head"])] * 2)
     together = logits(model)
-    adapters.compose(model, [FORGET, LEARN])
+    lora.compose(model, [FORGET, LEARN])
     assert torch.allclose(logits(model), together, atol=1e-5)
 
 
 def test_a_folder_without_an_adapter_or_with_one_that_does_not_fit_is_refused(tiny_model, tmp_path):
     with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
-        adapters.load(tiny_model(), tmp_path, PRODUCT)
-    model = adapters.attach(tiny_model(), LoraSettings(), PRODUCT, seed=0)
-    adapters.save(model, PRODUCT, tmp_path / "a", "base")
+        lora.load(tiny_model(), tmp_path, PRODUCT)
+    model = lora.attach(tiny_model(), LoraSettings(), PRODUCT, seed=0)
+    lora.save(model, PRODUCT, tmp_path / "a", "base")
     with pytest.raises(ModelError, match="does not fit"):
-        adapters.load(tiny_model(hidden_size=64), tmp_path / "a", PRODUCT)
+        lora.load(tiny_model(hidden_size=64), tmp_path / "a", PRODUCT)
 
 
 SAVE = """
 import sys
 from conftest import make_tiny_model
 from forgetlearn import adapters
-from forgetlearn.config import LoraSettings
+from forgetlearn.config.schema import LoraSettings
 folder = sys.argv[1]
 from pathlib import Path
 model = adapters.attach(make_tiny_model(), LoraSettings(), adapters.FORGET, seed=1)
@@ -202,9 +200,9 @@ WRONG_TARGETS = [
 def test_targets_are_checked_before_anything_begins(tiny_model, targets, tied, message):
     model = tiny_model(tied=tied)
     with pytest.raises(ConfigError, match=rf"^forget\.lora\.target_modules .*{message}"):
-        adapters.check_targets(model, LoraSettings(target_modules=targets), "forget")
+        lora.check_targets(model, LoraSettings(target_modules=targets), "forget")
     with pytest.raises(ConfigError, match=rf"^lora\.target_modules .*{message}"):
-        adapters.attach(model, LoraSettings(target_modules=targets), FORGET, seed=0)
+        lora.attach(model, LoraSettings(target_modules=targets), FORGET, seed=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,7 +217,7 @@ def test_checking_leaves_the_model_as_it_is(tiny_model, family, targets):
     random_state = torch.get_rng_state()
     attributes = set(vars(model))
     with contextlib.suppress(ConfigError):
-        adapters.check_targets(model, LoraSettings(target_modules=targets), "learn")
+        lora.check_targets(model, LoraSettings(target_modules=targets), "learn")
     assert torch.equal(torch.get_rng_state(), random_state)
     assert set(vars(model)) == attributes
     assert dict(model.named_modules()) == modules
@@ -234,8 +232,8 @@ def test_checking_leaves_the_model_as_it_is(tiny_model, family, targets):
 
 def test_checking_takes_no_memory_for_weights(tiny_model):
     model = tiny_model()
-    outline = adapters.outline(model)
+    outline = lora.outline(model)
     assert {weight.device.type for weight in outline.parameters()} == {"meta"}
     assert [name for name, _weight in outline.named_parameters()] == [name for name, _ in model.named_parameters()]
-    tied = adapters.outline(tiny_model(tied=True))
+    tied = lora.outline(tiny_model(tied=True))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight

@@ -13,16 +13,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from architectures import make_architecture
 from conftest import QUICK
-from forgetlearn import adapters, method
-from forgetlearn.adapters import PRODUCT
-from forgetlearn.arithmetic import merge_adapter, subtract_folders
-from forgetlearn.cli import main
-from forgetlearn.config import ForgetSettings, LoraSettings, StageSettings
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import ForgetSettings, LoraSettings, StageSettings
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.facts import make_fact
-from forgetlearn.models import wrap
-from forgetlearn.streamed import Numbers
-from forgetlearn.taskvector import snapshot
+from forgetlearn.facts.fact_set import make_fact
+from forgetlearn.method import core
+from forgetlearn.models import lora as adapters
+from forgetlearn.models.language_model import wrap
+from forgetlearn.models.lora import PRODUCT
+from forgetlearn.weights.folder_arithmetic import merge_adapter, subtract_folders
+from forgetlearn.weights.streaming import Numbers
+from forgetlearn.weights.task_vector import snapshot
 
 IDS = torch.tensor([[1, 37, 38, 39, 40, 41]])
 CLOSE = 1e-5
@@ -88,26 +89,26 @@ def check_lora(model, tokenizer, folder):
     """f-lora: trained, composed, saved."""
     base = saved(model, folder / "base")
     lm = wrap(copy.deepcopy(base), tokenizer)
-    method.check_forgetting(lm, FORGET, "lora")
-    method.forget(lm, facts(), FORGET, "lora", seed=1)
-    method.learn(lm, facts(), LEARN, "lora", seed=2)
+    core.check_forgetting(lm, FORGET, "lora")
+    core.forget(lm, facts(), FORGET, "lora", seed=1)
+    core.learn(lm, facts(), LEARN, "lora", seed=2)
     for weight in adapters.weights_of(lm.model, PRODUCT):  # as after long training: a wrong side must show
         dict(lm.model.named_parameters())[weight].data.mul_(3)
     changed = logits(lm.model)
     assert not torch.allclose(changed, logits(base), atol=1e-3)
     adapters.save(lm.model, PRODUCT, folder / "adapter", str(folder / "base"))
     check_adapter(folder / "base", folder, changed)
-    method.fold_in(lm, PRODUCT)
+    core.fold_in(lm, PRODUCT)
     assert close(logits(lm.model), changed)
 
 
 def check_all_weights(model, tokenizer, folder):
     """The first half of f-ft: subtracted in memory and from folder to folder."""
     lm = wrap(saved(model, folder / "ft_base"), tokenizer)
-    base = method.float32_snapshot(lm)
-    method.tune_on_old(lm, facts(), FORGET.model_copy(update={"learning_rate": 0.01}), "all weights", seed=1)
+    base = core.float32_snapshot(lm)
+    core.tune_on_old(lm, facts(), FORGET.model_copy(update={"learning_rate": 0.01}), "all weights", seed=1)
     lm.model.save_pretrained(folder / "tuned")
-    method.subtract_old(lm, FORGET, base, snapshot(lm.model))
+    core.subtract_old(lm, FORGET, base, snapshot(lm.model))
     lm.model.save_pretrained(folder / "forgotten")
     subtract_folders(folder / "ft_base", folder / "streamed", FORGET.number, tuned=folder / "tuned")
     assert farthest(read(folder / "streamed"), read(folder / "forgotten")) < CLOSE
@@ -246,7 +247,7 @@ def test_case_1_fan_in_fan_out_is_written_right(tiny_model, tmp_path):
 
 
 def test_case_1_a_square_matrix_without_a_bias_takes_no_torch(tiny_model, tmp_path, monkeypatch):
-    from forgetlearn import structure
+    from forgetlearn.weights import structure
 
     base = saved(tiny_model(), tmp_path / "base")
     model = adapters.attach(base, LoraSettings(r=2), PRODUCT, seed=0)
@@ -299,9 +300,9 @@ def test_case_20_fused_experts_are_left_out_and_named(name, files, tmp_path, cap
 @pytest.mark.parametrize("method", ["f-ft", "f-lora-ft"])
 @pytest.mark.parametrize("name", MOE)
 def test_case_20_experts_are_updated_undone_and_changed_again(name, method, files, tmp_path):
-    run("update", *files(name, keep_change=True), "--output", tmp_path / "run", "--method", method)
+    run("update", *files(name, keep_change=True), "--output", tmp_path / "run", "--method", core)
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    assert ("lora" in manifest) == (method == "f-lora-ft")
+    assert ("lora" in manifest) == (core == "f-lora-ft")
     base, product = loaded_logits(tmp_path / "base"), loaded_logits(tmp_path / "run/model")
     assert not torch.allclose(base, product, atol=1e-4)
     run("undo", tmp_path / "run", "--output", tmp_path / "undone")
@@ -320,11 +321,11 @@ def test_case_20_plan_of_fused_experts_writes_no_traceback(files, capfd):
 
 def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_model):
     lora = StageSettings()
-    told = method.out_of_loras_reach(make_architecture("mixtral"), [("lora", lora)])
+    told = core.out_of_loras_reach(make_architecture("mixtral"), [("lora", lora)])
     assert told.startswith("LoRA does not reach 3 of 7 matrices")
-    assert method.out_of_loras_reach(tiny_model(), [("lora", lora)]) is None
+    assert core.out_of_loras_reach(tiny_model(), [("lora", lora)]) is None
     chosen = StageSettings(lora={"target_modules": ["q_proj"]})
-    assert method.out_of_loras_reach(make_architecture("mixtral"), [("lora", chosen), ("all weights", lora)]) is None
+    assert core.out_of_loras_reach(make_architecture("mixtral"), [("lora", chosen), ("all weights", lora)]) is None
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from forgetlearn import arithmetic, streamed
-from forgetlearn.arithmetic import apply_vector, save_vector, subtract_folders
 from forgetlearn.errors import ConfigError, ModelError, RunError, WeightMismatchError
-from forgetlearn.streamed import Numbers
-from forgetlearn.taskvector import TaskVector, subtract
+from forgetlearn.weights import folder_arithmetic, streaming
+from forgetlearn.weights.folder_arithmetic import apply_vector, save_vector, subtract_folders
+from forgetlearn.weights.streaming import Numbers
+from forgetlearn.weights.task_vector import TaskVector, subtract
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -58,7 +58,7 @@ def equal_bits(one, two):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of 8 numbers, so that small tensors are cut in the middle."""
-    monkeypatch.setattr(streamed, "PIECE", 8)
+    monkeypatch.setattr(streaming, "PIECE", 8)
 
 
 def test_forgetting_by_hand(tmp_path):
@@ -88,7 +88,7 @@ def test_streamed_is_in_memory_to_the_bit(tmp_path_factory, data):
     write(root / "t", tuned, draw(st.integers(1, 3)), order=draw(st.sampled_from([1, -1])))
     coef = draw(st.floats(0, 4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streamed, "PIECE", draw(st.sampled_from([1, 8, 1 << 17])))
+        patch.setattr(streaming, "PIECE", draw(st.sampled_from([1, 8, 1 << 17])))
         subtract_folders(root / "b", root / "o", coef, tuned=root / "t")
     assert equal_bits(read(root / "o"), subtract(base, tuned, coef))
 
@@ -239,7 +239,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     big[0, 0] = 1
     write(tmp_path / "b", {"w": big}), write(tmp_path / "t", {"w": big + 1})
     code = (
-        "import sys; from pathlib import Path; from forgetlearn.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from pathlib import Path; from forgetlearn.cli.main import main; code = main(sys.argv[1:]);"
         "assert not {'torch', 'transformers'} & set(sys.modules); print(Path('/proc/self/status').read_text());"
         "sys.exit(code)"
     )
@@ -262,7 +262,7 @@ def test_a_coefficient_that_is_none_is_refused(tmp_path, coef, message):
 
 
 def test_case_34_equal_checkpoints_move_nothing_and_it_is_said(tmp_path, capsys):
-    from forgetlearn.cli import main
+    from forgetlearn.cli.main import main
 
     base, tuned = pair(n=3)
     base["mask"] = torch.tensor([0.0, float("-inf")])
@@ -336,7 +336,7 @@ def test_a_disk_without_room_is_refused_before_and_leaves_nothing_in_the_middle(
     base, tuned = pair()
     b, t = write(tmp_path / "b", base), write(tmp_path / "t", tuned)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(arithmetic.shutil, "disk_usage", lambda _path: usage._replace(free=100))
+    monkeypatch.setattr(folder_arithmetic.shutil, "disk_usage", lambda _path: usage._replace(free=100))
     with pytest.raises(RunError, match=r"needs 0\.00 GB, and .* has 0\.00 GB free"):
         subtract_folders(b, tmp_path / "o", 0.3, tuned=t)
     monkeypatch.undo()
@@ -344,7 +344,7 @@ def test_a_disk_without_room_is_refused_before_and_leaves_nothing_in_the_middle(
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(streamed.os, "pwrite", full)
+    monkeypatch.setattr(streaming.os, "pwrite", full)
     with pytest.raises(RunError, match="No space left"):
         subtract_folders(b, tmp_path / "o", 0.3, tuned=t)
     with pytest.raises(RunError, match="No space left"):
@@ -363,7 +363,7 @@ def test_a_small_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
         b, t = write(tmp_path / "b", weights), write(tmp_path / "t", {"w": weights["w"] + 1})
         with pytest.raises(RunError, match="free"):
             subtract_folders(b, small / "o", 0.3, tuned=t)
-        monkeypatch.setattr(arithmetic, "check_space", lambda *_: None)
+        monkeypatch.setattr(folder_arithmetic, "check_space", lambda *_: None)
         with pytest.raises(RunError, match="No space left"):
             subtract_folders(b, small / "o", 0.3, tuned=t)
         assert not list(small.iterdir())
@@ -415,7 +415,7 @@ def test_a_kill_at_twenty_moments_leaves_the_whole_folder_or_nothing(tmp_path):
 
 
 def test_the_commands(tmp_path, capsys):
-    from forgetlearn.cli import main
+    from forgetlearn.cli.main import main
 
     base, tuned = pair(size=1e-5)
     b, t = str(write(tmp_path / "b", base)), str(write(tmp_path / "t", {n: w.float() for n, w in tuned.items()}))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from forgetlearn import attention
-from forgetlearn.forward import answer_logits, attention_by_text, by_text, pack
+from forgetlearn.models import attention
+from forgetlearn.models.batches import answer_logits, attention_by_text, by_text, pack
 from test_forward import CPU, TEXTS
 
 

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forgetlearn.cli import main
-from forgetlearn.compare import CompareSettings
-from forgetlearn.config import RunConfig, load_config
+from forgetlearn.cli.main import main
+from forgetlearn.comparison.grid import CompareSettings
+from forgetlearn.config.base import describe, parse_assignments, validate
+from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ForgetLearnError
-from forgetlearn.facts import FactSet, from_records, read_facts
-from forgetlearn.settings import describe, parse_assignments, validate
+from forgetlearn.facts.fact_set import FactSet, from_records, read_facts
 from test_facts import (
     FLAT_RECORD,
     KNOWEDIT_BIO_RECORD,

@@ -5,11 +5,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from forgetlearn import digests, streamed
-from forgetlearn.arithmetic import save_vector, subtract_folders
-from forgetlearn.changes import open_change
-from forgetlearn.checkpoints import CheckpointFolder
 from forgetlearn.errors import ModelError, WeightMismatchError
+from forgetlearn.storage import digests
+from forgetlearn.weights import streaming
+from forgetlearn.weights.checkpoint_folder import CheckpointFolder
+from forgetlearn.weights.deltas import open_change
+from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 
@@ -67,7 +68,7 @@ def test_the_adapters_stream_is_the_dense_difference_within_one_rounding(
     weights = {name: weight.clone() for name, weight in base.state_dict().items()}
     outputs = []
     for seed, piece in ((1, 1 << 17), (2, 40)):  # two different adapters, pieces of rows and of parts of rows
-        monkeypatch.setattr(streamed, "PIECE", piece)
+        monkeypatch.setattr(streaming, "PIECE", piece)
         save_adapter(tiny_model(family).to(dtype), tmp_path / f"a{seed}", seed, **config)
         delta = dense(tiny_model(family).double(), tmp_path / f"a{seed}")
         written = subtract_folders(tmp_path / "b", tmp_path / f"o{seed}", 0.7, adapter=tmp_path / f"a{seed}")

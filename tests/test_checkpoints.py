@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from forgetlearn.arithmetic import subtract_folders
-from forgetlearn.checkpoints import CheckpointFolder, header_bytes, in_order, partners, read_header
 from forgetlearn.errors import ModelError, WeightMismatchError
-from forgetlearn.taskvector import Checkpoint
+from forgetlearn.weights.checkpoint_folder import CheckpointFolder, header_bytes, in_order, partners, read_header
+from forgetlearn.weights.folder_arithmetic import subtract_folders
+from forgetlearn.weights.task_vector import Checkpoint
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([7]), "c": torch.ones(4).bfloat16()}
 ONE, TWO, THREE = (f"model-{number:05}-of-00002.safetensors" for number in (1, 2, 3))

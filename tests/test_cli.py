@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from forgetlearn import demo as demo_module
-from forgetlearn import disk
-from forgetlearn.cli import main
-from forgetlearn.interrupts import Interrupted
-from forgetlearn.lab import LabSettings
+from forgetlearn.cli.main import main
+from forgetlearn.lab import demo as demo_module
+from forgetlearn.lab.build import LabSettings
+from forgetlearn.runtime.signals import Interrupted
+from forgetlearn.storage import disk
 
 COMMANDS = ["facts", "lab", "update", "evaluate", "ask", "report", "demo", "settings"]
 FEW = ["--limit", "2", "--set", "forget.epochs=1", "--set", "learn.epochs=2", "--set", "learn.batch_size=1"]
@@ -136,7 +136,7 @@ def test_version(told):
 
 def test_help_and_facts_do_without_heavy_imports(lab_facts):
     code = (
-        "import sys; from forgetlearn.cli import main\n"
+        "import sys; from forgetlearn.cli.main import main\n"
         f"assert main(['--help']) == main(['facts', {str(lab_facts)!r}]) == main(['settings']) == 0\n"
         "heavy = {'torch', 'transformers', 'peft', 'matplotlib', 'numpy', 'scipy'} & set(sys.modules)\n"
         "print(sorted(heavy), file=sys.stderr)"
@@ -528,7 +528,7 @@ def test_interrupt(told, monkeypatch, updated):
     def interrupt(_path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("forgetlearn.report.write_run", interrupt)
+    monkeypatch.setattr("forgetlearn.report.run_page.write_run", interrupt)
     code, _out, err = told("report", updated)
     assert code == 130
     assert "--resume" in err
@@ -538,7 +538,7 @@ def test_a_signal_is_answered_with_the_command_that_goes_on(told, monkeypatch):
     def interrupt(**_settings):
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr("forgetlearn.session.update", interrupt)
+    monkeypatch.setattr("forgetlearn.runs.update.update", interrupt)
     command = ("update", "--facts", "my facts.json", "--output", "run", "--overwrite")
     code, _out, err = told(*command)
     assert code == 143
@@ -568,7 +568,7 @@ def test_nothing_in_facts_steers_the_terminal(told, refused, tmp_path):
 
 
 def test_nothing_in_answers_steers_the_terminal(told, small_lab, monkeypatch):
-    monkeypatch.setattr("forgetlearn.assess.ask", lambda prompts, config: dict.fromkeys(prompts, NASTY))
+    monkeypatch.setattr("forgetlearn.runs.evaluate.ask", lambda prompts, config: dict.fromkeys(prompts, NASTY))
     code, out, _err = told("ask", "--model", small_lab, NASTY)
     assert (code, out) == (0, f"{PLAIN}\n  {PLAIN}\n")
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 import forgetlearn
-from forgetlearn import runs
-from forgetlearn.cli import main
-from forgetlearn.cluster import Job, Jobs, fill_on_cluster
-from forgetlearn.compare import CompareSettings, Comparison, begin
-from forgetlearn.config import load_config
+from forgetlearn.cli.main import main
+from forgetlearn.comparison.grid import CompareSettings, Comparison, begin
+from forgetlearn.comparison.slurm import Job, Jobs, fill_on_cluster
+from forgetlearn.comparison.table import write_table
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, RunError
-from forgetlearn.facts import read_facts
-from forgetlearn.table import write_table
+from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.storage import run_folder
 
 SETTINGS = CompareSettings(methods=("ft",), seeds=(0, 1))
 
@@ -50,10 +50,10 @@ def test_jobs_that_fail_say_why_and_leave_a_folder_to_resume(small_lab, facts, c
         gone = config.model.model_copy(update={"name": str(tmp_path / "gone")})
         return replace(begun, config=begun.config.model_copy(update={"model": gone})), lm
 
-    monkeypatch.setattr("forgetlearn.cluster.begin", begin_and_lose_the_base)
+    monkeypatch.setattr("forgetlearn.comparison.slurm.begin", begin_and_lose_the_base)
     with pytest.raises(RunError, match=r"(?s)2 of 2 cells are open.*ModelError: .*gone.*logs are in.*--resume"):
         fill_on_cluster(Jobs(cluster="local"), small_lab, facts, SETTINGS, config, output=tmp_path / "out")
-    assert runs.is_run(tmp_path / "out")
+    assert run_folder.is_run(tmp_path / "out")
 
 
 def test_a_job_that_is_preempted_begins_again_with_the_same(config, facts, tmp_path):
@@ -94,4 +94,4 @@ def test_the_command_without_submitit_or_slurm(small_lab, tmp_path, capsys, monk
     words = f"compare --model {small_lab} --facts {small_lab}/facts.jsonl --output {tmp_path}/out {flags}"
     assert main(words.split()) == 2
     assert message in capsys.readouterr().err
-    assert not runs.is_run(tmp_path / "out")
+    assert not run_folder.is_run(tmp_path / "out")

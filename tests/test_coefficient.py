@@ -13,19 +13,21 @@ import pytest
 import torch
 
 import forgetlearn
-from forgetlearn import coefficient, disk, runs
-from forgetlearn.cli import main
-from forgetlearn.coefficient import HIGHEST, LOWEST, Forgetter, Trial, choose_coefficient, forget_tuned, set_aside
-from forgetlearn.compare import CompareSettings, fill
-from forgetlearn.config import load_config
+from forgetlearn.cli.main import main
+from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.config.base import validate
+from forgetlearn.config.methods import METHODS
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts import make_fact, read_facts
-from forgetlearn.finetune import StageLog
-from forgetlearn.method import METHODS, forget
-from forgetlearn.models import load_model
-from forgetlearn.session import update
-from forgetlearn.settings import validate
-from forgetlearn.taskvector import snapshot
+from forgetlearn.facts.fact_set import make_fact, read_facts
+from forgetlearn.method.core import forget
+from forgetlearn.models.language_model import load_model
+from forgetlearn.runs import coefficient
+from forgetlearn.runs.coefficient import HIGHEST, LOWEST, Forgetter, Trial, choose_coefficient, forget_tuned, set_aside
+from forgetlearn.runs.update import update
+from forgetlearn.storage import disk, run_folder
+from forgetlearn.training.finetune import StageLog
+from forgetlearn.weights.task_vector import snapshot
 
 USED, ASIDE = 10, 4
 
@@ -197,7 +199,7 @@ def test_what_the_best_trial_learned_is_the_product_to_the_bit(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("forgetlearn.stages.learn", None)  # called, it fails: the trials have learned already
+        patch.setattr("forgetlearn.runs.stages.learn", None)  # called, it fails: the trials have learned already
         if resumed:
             with patch.context() as inner:
                 inner.setattr(coefficient, "learn_as_chosen", stop)
@@ -313,7 +315,7 @@ def test_killed_at_its_end_it_goes_on_and_leaves_no_stage_weights(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.RunFolder, killed_in, stop)
+        patch.setattr(run_folder.RunFolder, killed_in, stop)
         with pytest.raises(KeyboardInterrupt):
             update(small_lab, facts, settings, output=output)
     assert update(small_lab, facts, settings, output=output, resume=True).rows == chosen("cheap").rows

@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 
 import forgetlearn
-from forgetlearn import coefficient, compare, disk, locks, runs
-from forgetlearn.cli import main
-from forgetlearn.compare import Cell, CompareSettings, VariantSettings, cells_of, fill
-from forgetlearn.config import RunConfig, load_config
+from forgetlearn.cli.main import main
+from forgetlearn.comparison import grid
+from forgetlearn.comparison.grid import Cell, CompareSettings, VariantSettings, cells_of, fill
+from forgetlearn.comparison.table import write_table
+from forgetlearn.config.base import validate
+from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ConfigError, RunError
-from forgetlearn.facts import read_facts, write_facts
-from forgetlearn.session import update
-from forgetlearn.settings import validate
-from forgetlearn.table import write_table
+from forgetlearn.facts.fact_set import read_facts, write_facts
+from forgetlearn.runs import coefficient
+from forgetlearn.runs.update import update
+from forgetlearn.storage import disk, locks, run_folder
 
 METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 
@@ -44,7 +46,7 @@ SETTINGS = CompareSettings(coefs=(0.5, 2.0), seeds=(0, 1), budgets=("equal-epoch
 def filled(small_lab, facts, config, tmp_path_factory):
     """A comparison, and how often each piece of work was done for it."""
     done = {"tune_on_old": 0, "score": []}
-    own_tune, own_score = coefficient.tune_on_old, compare.scoring.score
+    own_tune, own_score = coefficient.tune_on_old, grid.scoring.score
     with pytest.MonkeyPatch.context() as patch:
 
         def tune(*args, **options):
@@ -56,7 +58,7 @@ def filled(small_lab, facts, config, tmp_path_factory):
             return own_score(*args, **options)
 
         patch.setattr(coefficient, "tune_on_old", tune)
-        patch.setattr(compare.scoring, "score", score)
+        patch.setattr(grid.scoring, "score", score)
         output = tmp_path_factory.mktemp("compare") / "out"
         cells = fill(small_lab, facts, SETTINGS, config, output=output)
     return output, cells, done
@@ -99,10 +101,10 @@ def test_a_cell_is_a_run_folder(filled):
     output, cells, _done = filled
     for cell in cells:
         folder = output / "cells" / cell.name
-        assert runs.is_finished(folder)
+        assert run_folder.is_finished(folder)
         summary = disk.read_json(folder / "summary.json")
         assert (summary["method"], summary["coef"], summary["seed"]) == (cell.method, cell.coef, cell.seed)
-    from forgetlearn.report import write_run
+    from forgetlearn.report.run_page import write_run
 
     write_run(folder)
     assert (folder / "report.html").is_file()
@@ -111,7 +113,7 @@ def test_a_cell_is_a_run_folder(filled):
 def test_what_is_done_is_not_done_again(filled, small_lab, facts, config, monkeypatch):
     output, cells, _done = filled
     before = {cell.name: (output / "cells" / cell.name / "facts.jsonl").stat().st_mtime_ns for cell in cells}
-    monkeypatch.setattr(compare, "learn", None)  # called, it fails
+    monkeypatch.setattr(grid, "learn", None)  # called, it fails
     assert fill(small_lab, facts, SETTINGS, config, output=output, resume=True) == cells
     assert before == {cell.name: (output / "cells" / cell.name / "facts.jsonl").stat().st_mtime_ns for cell in cells}
 
@@ -132,11 +134,11 @@ def test_two_processes_do_each_cell_once(small_lab, facts, config, tmp_path):
     settings = CompareSettings(methods=("ft", "f-lora"), coefs=(0.5, 2.0), seeds=(0, 1))
     output = tmp_path / "out"
     fill(small_lab, facts, settings.model_copy(update={"methods": ("ft",)}), config, output=tmp_path / "warm-up")
-    runs.RunFolder.create(
+    run_folder.RunFolder.create(
         output, {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}, {}
     )
     log = tmp_path / "log"
-    own = compare._Worker._fill
+    own = grid._Worker._fill
 
     def noted(self, cell):
         with log.open("a") as file:
@@ -144,8 +146,8 @@ def test_two_processes_do_each_cell_once(small_lab, facts, config, tmp_path):
         own(self, cell)
 
     def job():
-        compare._Worker._fill = noted
-        compare.help_fill(compare.Comparison(output, config, facts, cells_of(settings, config)))
+        grid._Worker._fill = noted
+        grid.help_fill(grid.Comparison(output, config, facts, cells_of(settings, config)))
 
     children = [in_child(job), in_child(job)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
@@ -162,9 +164,7 @@ def wait_for(path):
 
 def test_the_claim_of_a_killed_process_is_taken_over(small_lab, facts, config, tmp_path):
     settings = CompareSettings(methods=("ft",), seeds=(0,))
-    begun, _lm = compare.begin(
-        small_lab, facts, settings, config, output=tmp_path / "out", resume=False, overwrite=False
-    )
+    begun, _lm = grid.begin(small_lab, facts, settings, config, output=tmp_path / "out", resume=False, overwrite=False)
     (cell,) = begun.open_cells()
     (begun.path / "cells").mkdir()
     lock = begun.path / "cells" / f".{cell.name}.lock"
@@ -177,9 +177,9 @@ def test_the_claim_of_a_killed_process_is_taken_over(small_lab, facts, config, t
 
     holder = in_child(hold)
     wait_for(tmp_path / "held")
-    waiting = in_child(lambda: compare.help_fill(begun))
+    waiting = in_child(lambda: grid.help_fill(begun))
     wait_for(begun.path / "shared" / "base")
-    time.sleep(3 * compare.POLL_S)
+    time.sleep(3 * grid.POLL_S)
     assert begun.open_cells() == [cell]
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
@@ -287,10 +287,10 @@ def test_curves_at_equal_reliability(small_lab, facts, config, tmp_path):
 
 def test_a_table_of_unfinished_cells_or_of_no_comparison_is_refused(small_lab, facts, config, tmp_path):
     whole = {"run": config.model_dump(mode="json"), "compare": SETTINGS.model_dump(mode="json")}
-    runs.RunFolder.create(tmp_path / "begun", whole, {})
+    run_folder.RunFolder.create(tmp_path / "begun", whole, {})
     with pytest.raises(RunError, match=r"the cell .* is not done. Go on with --resume"):
         write_table(tmp_path / "begun")
-    runs.RunFolder.create(tmp_path / "run", config.model_dump(mode="json"), {})
+    run_folder.RunFolder.create(tmp_path / "run", config.model_dump(mode="json"), {})
     with pytest.raises(RunError, match="holds no comparison"):
         write_table(tmp_path / "run")
 
@@ -331,7 +331,7 @@ CHILD = (
 def test_case_28_a_helper_ends_with_its_parent_however_that_dies(signum, tmp_path):
     script = (
         "import pickle, sys, time, multiprocessing as m\n"
-        "from forgetlearn.processes import run_tied\n"
+        "from forgetlearn.runtime.processes import run_tied\n"
         "if __name__ == '__main__':\n"
         f"    write = pickle.dumps((exec, ({CHILD.format(path=str(tmp_path / 'pid'))!r},)))\n"
         "    m.get_context('spawn').Process(target=run_tied, args=(write,)).start()\n"
@@ -444,7 +444,7 @@ def test_a_comparison_of_an_earlier_version_goes_on(small_lab, facts, config, tm
     settings = CompareSettings(methods=("ft",), seeds=(0,), variants={"low": VariantSettings(methods=("ft",))})
     cells = fill(small_lab, facts, settings, config, output=tmp_path / "out")
     made = {cell.name: (tmp_path / "out" / "cells" / cell.name / "manifest.json").stat().st_mtime_ns for cell in cells}
-    run = runs.RunFolder.open(tmp_path / "out")
+    run = run_folder.RunFolder.open(tmp_path / "out")
     del run.manifest["config"]["run"]["learn"]["adam_epsilon"]
     del run.manifest["config"]["compare"]["variants"]["low"]["learn_rows"]
     run.note()

@@ -7,11 +7,11 @@ import re
 import pytest
 
 from comparison_folder import NASTY, make_comparison
-from forgetlearn import comparison, pages, plots
-from forgetlearn.cli import main
-from forgetlearn.compare import CompareSettings, cells_of
-from forgetlearn.config import RunConfig
-from forgetlearn.table import write_table
+from forgetlearn.cli.main import main
+from forgetlearn.comparison.grid import CompareSettings, cells_of
+from forgetlearn.comparison.table import write_table
+from forgetlearn.config.schema import RunConfig
+from forgetlearn.report import comparison_page, plots, render
 
 SETTINGS = CompareSettings(
     methods=("ft", "f-ft", "f-lora"),
@@ -66,7 +66,7 @@ PLAIN = make_row("ft", 50.0)
 )
 def test_the_verdict_says_how_sure_it_is(difference, says):
     other = make_row("f-ft-coef0.3", 51.0, (1.0, -1.0, 3.0, 0.4))
-    sentence, remarks = comparison.verdict(make_data(PLAIN, other, make_row("f-ft-coef1", 52.0, difference)))
+    sentence, remarks = comparison_page.verdict(make_data(PLAIN, other, make_row("f-ft-coef1", 52.0, difference)))
     assert sentence.startswith("f-ft, coef 1 scores highest, 52.0 % on average of reliability: ")
     assert says in sentence
     assert any(remark.startswith("2 comparisons with plain fine-tuning were made") for remark in remarks)
@@ -74,19 +74,19 @@ def test_the_verdict_says_how_sure_it_is(difference, says):
 
 def test_the_verdict_when_plain_fine_tuning_is_best():
     other = make_row("f-ft-coef1", 49.0, (-1.0, -3.0, 1.0, 0.3))
-    sentence, _remarks = comparison.verdict(make_data(PLAIN, other))
+    sentence, _remarks = comparison_page.verdict(make_data(PLAIN, other))
     assert sentence.startswith("Plain fine-tuning scores highest, 50.0 % on average of reliability (ft)")
     assert "f-ft, coef 1, has 49.0 %: -1.0 [-3.0, +1.0] points against ft" in sentence
 
 
 def test_the_verdict_without_baseline_or_scores():
     alone = make_data(make_row("f-lora-coef1", 49.0), seeds=[0], unpaired=[{"method": "f-lora", "plain": "lora"}])
-    sentence, remarks = comparison.verdict(alone)
+    sentence, remarks = comparison_page.verdict(alone)
     assert "nothing was paired with plain fine-tuning" in sentence
     assert "one seed" in remarks[0]
     assert "f-lora is compared with lora, which is not among the methods here" in remarks[1]
     nothing = make_row("ft", 0.0) | {"overall": None}
-    assert "Reliability was not scored" in comparison.verdict(make_data(nothing))[0]
+    assert "Reliability was not scored" in comparison_page.verdict(make_data(nothing))[0]
 
 
 def test_the_front_by_hand():
@@ -96,16 +96,16 @@ def test_the_front_by_hand():
 
     rows = [row("ft", 80.0, 70.0), row("lora", 40.0, 90.0), row("f-ft-coef1", 79.0, 69.0), row("ga-coef1", 80.0, 60.0)]
     data = make_data(*rows, overall=["reliability.token", "locality.agreement"])
-    front = comparison.front_of(data)
+    front = comparison_page.front_of(data)
     assert [row["label"] for row in front] == ["ft", "lora"]
-    ((x, y, lines, marked),) = comparison.trade_offs(data, front)
+    ((x, y, lines, marked),) = comparison_page.trade_offs(data, front)
     assert (x, y) == ("reliability (token)", "locality (agreement)")
     assert [(point.x, point.y) for point in marked] == [(80.0, 70.0), (40.0, 90.0)]
     assert list(lines) == ["ft", "lora", "f-ft", "ga"]
 
 
 def test_coefficient_curves_are_the_tables_numbers(data):
-    panels = {panel.title: panel for panel in comparison.coefficient_panels(data)}
+    panels = {panel.title: panel for panel in comparison_page.coefficient_panels(data)}
     lost = panels["old answers lost (generate)"]
     assert {line: [(coef, cell["mean"]) for coef, cell in points] for line, points in lost.lines.items()} == {
         "f-ft": [(0.3, pytest.approx(15)), (1.0, pytest.approx(50))],
@@ -143,7 +143,7 @@ def test_facts_across_cells():
         return {"f": {"said": said, "reliability": reliability, "residue": residue, "errors": {}}}
 
     answers = {"ft": [asked("Rome", 0.0, 1.0), asked("Oslo", 0.0)], "f-ft": [asked("Bern", 1.0), asked("", 0.0)]}
-    line = comparison.fact_line({"id": "f", "prompt": "p"}, answers, {"ft": None, "f-ft": "ft"})
+    line = comparison_page.fact_line({"id": "f", "prompt": "p"}, answers, {"ft": None, "f-ft": "ft"})
     assert [mark["text"] for mark in line["marks"]] == ["△○", "●○"]
     assert line["marks"][1]["title"] == "new in 1 of 2, said: Bern; (nothing)"
     assert line["flags"] == ["gained", "residue"]
@@ -152,7 +152,7 @@ def test_facts_across_cells():
 def test_the_page_refers_to_nothing_and_shows_markup_as_text(folder, data):
     source = (folder / "report.html").read_text(encoding="utf-8")
     assert "<script>document" not in source
-    assert pages.render("compare.md.j2", comparison.load_context(folder, data, {"command": [], "config": {}}))
+    assert render.render("compare.md.j2", comparison_page.load_context(folder, data, {"command": [], "config": {}}))
     assert not re.findall(r"https?:", source)
     assert not re.findall(r"#0[a0]000\d", source)  # every colour is the page's
     assert NASTY not in source

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 import forgetlearn
-from forgetlearn import disk
-from forgetlearn.compare import CompareSettings
-from forgetlearn.config import ForgetSettings, RunConfig, StageSettings, load_config
+from forgetlearn.comparison.grid import CompareSettings
+from forgetlearn.config.base import describe, parse_assignments, validate
+from forgetlearn.config.schema import ForgetSettings, RunConfig, StageSettings, load_config
 from forgetlearn.errors import ConfigError
-from forgetlearn.settings import describe, parse_assignments, validate
+from forgetlearn.storage import disk
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.yaml"))

@@ -3,7 +3,7 @@
 import torch
 from torch import tensor
 
-from forgetlearn.controls import controlled
+from forgetlearn.method.controls import controlled
 
 BASE = {"w": tensor([[3.0, 4.0], [0.0, 2.0]]), "still": tensor([1.0])}
 FORGOTTEN = {"w": tensor([[3.0, 4.0], [3.0, 2.0]]), "still": tensor([1.0])}

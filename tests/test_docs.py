@@ -13,10 +13,10 @@ import typer
 import yaml
 
 import forgetlearn
-from forgetlearn.cli import app, main
-from forgetlearn.config import RunConfig
-from forgetlearn.lab import LabSettings
-from forgetlearn.settings import describe
+from forgetlearn.cli.main import app, main
+from forgetlearn.config.base import describe
+from forgetlearn.config.schema import RunConfig
+from forgetlearn.lab.build import LabSettings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from forgetlearn import prompts
-from forgetlearn.encoding import Encoded, Encoder
 from forgetlearn.errors import ConfigError, FactError, ModelError
-from forgetlearn.facts import Fact, Probe, make_fact
-from forgetlearn.lab import LabSettings, train_tokenizer
-from forgetlearn.texts import check_texts
+from forgetlearn.facts.fact_set import Fact, Probe, make_fact
+from forgetlearn.lab.build import LabSettings, train_tokenizer
+from forgetlearn.models import prompts
+from forgetlearn.models.encoding import Encoded, Encoder
+from forgetlearn.models.texts import check_texts
 
 # In the character tokenizer: <s> 1, </s> 2, " " 4, "." 18, "A" 37, "B" 38, "a" 69, "b" 70, "c" 71.
 BOS, EOS, SPACE, A, B, C = 1, 2, 4, 69, 70, 71
@@ -104,7 +104,7 @@ class TestPlainText:
 
 
 def test_many_texts_at_once_are_each_as_alone(char_tokenizer, monkeypatch):
-    monkeypatch.setattr("forgetlearn.encoding.AT_ONCE", 2)
+    monkeypatch.setattr("forgetlearn.models.encoding.AT_ONCE", 2)
     encoder = Encoder(char_tokenizer, max_length=6)
     pairs = [("a", "b"), ("a", " c"), ("", "b"), ("b", "c"), ("a", "b"), ("abc", "abc")]
     found = encoder.encode_all(pairs, end=True)

@@ -10,13 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
-import forgetlearn.finetune
-from forgetlearn import forward, memory
-from forgetlearn.config import StageSettings
+import forgetlearn.training.finetune
+from forgetlearn.config.schema import StageSettings
 from forgetlearn.errors import ConfigError, MissingExtraError, TrainingError
-from forgetlearn.finetune import check_deepspeed, facts_at_once, finetune
-from forgetlearn.stagepoints import Upkeep
-from forgetlearn.taskvector import snapshot
+from forgetlearn.models import batches
+from forgetlearn.training import memory
+from forgetlearn.training.finetune import check_deepspeed, facts_at_once, finetune
+from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.weights.task_vector import snapshot
 
 SETTINGS = StageSettings(epochs=3, batch_size=4, learning_rate=1e-3)
 
@@ -51,12 +52,12 @@ def test_what_deepspeed_may_not_be_asked_for(tmp_path, monkeypatch, written, say
     if written:
         file.write_text(written)
     settings = SETTINGS.model_copy(update={"deepspeed": str(file)})
-    monkeypatch.setattr(forgetlearn.finetune.importlib.util, "find_spec", lambda _name: True)
+    monkeypatch.setattr(forgetlearn.training.finetune.importlib.util, "find_spec", lambda _name: True)
     with pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext():
-        forgetlearn.finetune.check_deepspeed(settings)
-    monkeypatch.setattr(forgetlearn.finetune.importlib.util, "find_spec", lambda _name: None)
+        forgetlearn.training.finetune.check_deepspeed(settings)
+    monkeypatch.setattr(forgetlearn.training.finetune.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises((ConfigError, MissingExtraError), match=r"forgetlearn\[deepspeed\]"):
-        forgetlearn.finetune.check_deepspeed(settings)
+        forgetlearn.training.finetune.check_deepspeed(settings)
 
 
 def test_a_stage_learns_its_answers(lm):
@@ -96,13 +97,13 @@ def test_the_first_loss_is_the_mean_over_answer_tokens(lm):
 def test_packed_padded_and_single_train_the_same_weights(lm, monkeypatch):
     packed, log = trained(lm)
     assert log.how() == {"layout": "packed", "attention": "sdpa, text by text"}
-    monkeypatch.setattr("forgetlearn.forward._agrees_by_text", lambda *args: False)
+    monkeypatch.setattr("forgetlearn.models.batches._agrees_by_text", lambda *args: False)
     masked, log = trained(lm)
     assert log.how() == {"layout": "packed", "attention": "sdpa"}
     assert 0 < distance(packed, masked) < 1e-4
-    monkeypatch.setattr("forgetlearn.finetune.choose_layout", lambda *args: "padded")
+    monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "padded")
     padded, _log = trained(lm)
-    monkeypatch.setattr("forgetlearn.finetune.choose_layout", lambda *args: "single")
+    monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "single")
     single, _log = trained(lm)
     assert 0 < distance(packed, padded) < 1e-4
     assert distance(packed, single) < 1e-4
@@ -167,7 +168,7 @@ def test_logits_are_made_at_answer_positions_only(lm, monkeypatch):
     """The output head sees answer tokens and nothing else: 26 % of the positions in real facts."""
     seen = []
     lm.model.lm_head.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].shape[:-1].numel()))
-    monkeypatch.setattr("forgetlearn.finetune.choose_layout", lambda *args: "packed")
+    monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "packed")
     texts = texts_of(lm, 4)
     finetune(lm.model, texts, StageSettings(epochs=1, batch_size=4), seed=0, pad_id=0)
     expected = sum(len(text.answer_ids) for text in texts)
@@ -175,7 +176,7 @@ def test_logits_are_made_at_answer_positions_only(lm, monkeypatch):
 
 
 def test_the_final_loss_is_that_of_the_last_tenth():
-    from forgetlearn.finetune import StageLog
+    from forgetlearn.training.finetune import StageLog
 
     steps = tuple({"loss": float(20 - index)} for index in range(20))
     assert StageLog(steps, "packed").final_loss == 1.5
@@ -183,20 +184,20 @@ def test_the_final_loss_is_that_of_the_last_tenth():
 
 
 def test_the_layout_is_chosen_by_a_check_at_the_start(lm, monkeypatch):
-    monkeypatch.setattr(forward, "AGREEMENT_TOLERANCE", -1.0)
+    monkeypatch.setattr(batches, "AGREEMENT_TOLERANCE", -1.0)
     assert trained(lm, SETTINGS.model_copy(update={"epochs": 1}))[1].layout == "single"
 
 
 def test_several_gpus_are_not_spread_over_by_trainer(lm, monkeypatch):
     seen = []
-    own = forgetlearn.finetune._FactTrainer.__init__
+    own = forgetlearn.training.finetune._FactTrainer.__init__
 
     def init(self, **options):
         seen.append((options["args"].n_gpu, options["args"].train_batch_size))
         own(self, **options)
 
-    monkeypatch.setattr(forgetlearn.finetune._FactTrainer, "__init__", init)
-    arguments = forgetlearn.finetune._arguments
+    monkeypatch.setattr(forgetlearn.training.finetune._FactTrainer, "__init__", init)
+    arguments = forgetlearn.training.finetune._arguments
 
     def with_two_gpus(*args, **options):
         made = arguments(*args, **options)
@@ -204,7 +205,7 @@ def test_several_gpus_are_not_spread_over_by_trainer(lm, monkeypatch):
         made._n_gpu = 2
         return made
 
-    monkeypatch.setattr("forgetlearn.finetune._arguments", with_two_gpus)
+    monkeypatch.setattr("forgetlearn.training.finetune._arguments", with_two_gpus)
     finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
     assert seen == [(1, 4)]
 
@@ -261,7 +262,7 @@ def test_case_30_a_batch_size_of_a_billion_is_one_batch_of_all_and_takes_no_time
 
 @pytest.mark.parametrize(("number", "most", "divisor"), [(12, 5, 4), (12, 12, 12), (7, 6, 1), (36, 6, 6), (1, 1, 1)])
 def test_the_largest_divisor(number, most, divisor):
-    assert forgetlearn.finetune._largest_divisor(number, most) == divisor
+    assert forgetlearn.training.finetune._largest_divisor(number, most) == divisor
 
 
 def test_another_optimiser_is_used_and_a_missing_one_says_how_to_get_it(lm, monkeypatch):
@@ -300,7 +301,8 @@ def test_a_small_model_trains_while_the_collector_rests(lm, monkeypatch, large):
     monkeypatch.setattr(memory, "LARGE_BYTES", 0 if large else memory.LARGE_BYTES)
     seen = []
     monkeypatch.setattr(
-        "forgetlearn.finetune.functional.cross_entropy", lambda *a, **k: seen.append(gc.get_freeze_count()) or 1 / 0
+        "forgetlearn.training.finetune.functional.cross_entropy",
+        lambda *a, **k: seen.append(gc.get_freeze_count()) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         trained(lm)
@@ -327,8 +329,8 @@ def test_trimming_a_large_models_memory_leaves_the_bits(lm, monkeypatch):
     [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )
 def test_out_of_memory_says_what_to_lower(lm, monkeypatch, caplog, error):
-    monkeypatch.setattr("forgetlearn.finetune.functional.cross_entropy", mock.Mock(side_effect=error))
-    monkeypatch.setattr("forgetlearn.finetune.choose_layout", lambda *args: "padded")
+    monkeypatch.setattr("forgetlearn.training.finetune.functional.cross_entropy", mock.Mock(side_effect=error))
+    monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "padded")
     with pytest.raises(TrainingError, match=r"forgetting: out of memory: .*\nSet activation_checkpointing = true"):
         finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0, upkeep=Upkeep("forgetting"))
     # Halved down to one fact at a time, and then there is nothing more to halve.
@@ -345,7 +347,7 @@ def out_of_memory_at(n, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried")
         return real(*args, **options)
 
-    monkeypatch.setattr("forgetlearn.finetune.functional.cross_entropy", counted)
+    monkeypatch.setattr("forgetlearn.training.finetune.functional.cross_entropy", counted)
     return calls
 
 
@@ -380,7 +382,7 @@ def test_out_of_memory_after_a_step_does_not_begin_again(lm, monkeypatch):
     ],
 )
 def test_a_deepspeed_file_may_offload_and_not_lose_the_change(tmp_path, monkeypatch, asked, problem):
-    monkeypatch.setattr("forgetlearn.finetune.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("forgetlearn.training.finetune.importlib.util.find_spec", lambda name: name)
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"gradient_clipping": "auto", **asked} if isinstance(asked, dict) else asked))
     settings = StageSettings(deepspeed=str(file))

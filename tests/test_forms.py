@@ -9,11 +9,11 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forgetlearn.cli import app, main
-from forgetlearn.config import load_config
+from forgetlearn.cli.main import app, main
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts import Fact, Probe, from_records, make_fact, read_facts, write_facts
-from forgetlearn.inputs import read_config_facts, resolve
+from forgetlearn.facts.fact_set import Fact, Probe, from_records, make_fact, read_facts, write_facts
+from forgetlearn.runs.checks import read_config_facts, resolve
 from test_facts import ZSRE_RECORD, assert_adds_up, one, own, save
 
 # Made up, with the field names of the real files (github.com/princeton-nlp/MQuAKE, edenbiran/RippleEdits,

@@ -7,10 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from forgetlearn import attention
-from forgetlearn.encoding import Encoded
 from forgetlearn.errors import ModelError
-from forgetlearn.forward import (
+from forgetlearn.models import attention
+from forgetlearn.models.batches import (
     IGNORE,
     _mask,
     answer_logits,
@@ -24,6 +23,7 @@ from forgetlearn.forward import (
     share,
     shared_rows,
 )
+from forgetlearn.models.encoding import Encoded
 
 CPU = torch.device("cpu")
 SHORT = Encoded((1, 5, 6, 7), 3)  # answer 7

@@ -12,10 +12,11 @@ import torch
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import disk, general, statistics
-from forgetlearn.cli import main
-from forgetlearn.config import EvaluateSettings
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import FactError, MissingExtraError
+from forgetlearn.evaluation import general_ability, statistics
+from forgetlearn.storage import disk
 
 TEXT = "The sun went down behind the hills, and nobody in the village said a word about it. " * 12
 
@@ -32,7 +33,7 @@ def settings(**more) -> EvaluateSettings:
 
 
 def test_perplexity_is_that_of_the_models_own_loss(lm):
-    found = general.score_text(lm, TEXT, settings(general_tokens=100))
+    found = general_ability.score_text(lm, TEXT, settings(general_tokens=100))
     ids = torch.tensor([lm.tokenizer(TEXT)["input_ids"][:101]])  # BOS and 100 tokens
     with torch.no_grad():
         loss = float(lm.model(input_ids=ids, labels=ids).loss)
@@ -45,21 +46,21 @@ def test_perplexity_is_that_of_the_models_own_loss(lm):
 
 def test_windows_cover_the_text_once(lm):
     lm.encoder.max_length = 64
-    found = general.score_text(lm, TEXT, settings(general_tokens=200))
+    found = general_ability.score_text(lm, TEXT, settings(general_tokens=200))
     assert (found.tokens, found.windows) == (200, 4)  # 63 + 63 + 63 + 11: each after BOS
     assert found.loss_low < found.loss < found.loss_high
 
 
 def test_divergence_is_zero_from_itself_and_positive_from_another(lm, tmp_path):
     asked = settings(general_tokens=150)
-    general.score_text(lm, TEXT, asked, keep=tmp_path)
-    same = general.score_text(lm, TEXT, asked, before=tmp_path)
+    general_ability.score_text(lm, TEXT, asked, keep=tmp_path)
+    same = general_ability.score_text(lm, TEXT, asked, before=tmp_path)
     assert same.kl == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
         before = _log_probs(lm, 150)
         lm.model.lm_head.weight.mul_(0.5)
         now = _log_probs(lm, 150)
-    other = general.score_text(lm, TEXT, asked, before=tmp_path)
+    other = general_ability.score_text(lm, TEXT, asked, before=tmp_path)
     wanted = (before.exp() * (before - now)).sum(-1).mean()
     assert other.kl == pytest.approx(float(wanted), rel=1e-4)
     assert other.kl > 0.01
@@ -115,16 +116,16 @@ def test_a_text_that_cannot_be_used(written, says, small_lab, tmp_path, capsys):
 
 def test_another_text_than_before_is_refused(lm, text_file, tmp_path):
     asked = settings(general=str(text_file), general_tokens=50)
-    general.measure(lm, asked, tmp_path)
+    general_ability.measure(lm, asked, tmp_path)
     text_file.write_text(TEXT.upper())
     with pytest.raises(FactError, match="is not the text that was read before"):
-        general.measure(lm, asked, tmp_path, before=tmp_path)
+        general_ability.measure(lm, asked, tmp_path, before=tmp_path)
 
 
 def test_tasks_without_the_harness_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingExtraError, match=r"forgetlearn\[lm-eval\]"):
-        general.check(settings(tasks=("hellaswag",)))
+        general_ability.check(settings(tasks=("hellaswag",)))
 
 
 def test_tasks_are_the_harnesss_own_numbers(lm, monkeypatch):
@@ -140,12 +141,12 @@ def test_tasks_are_the_harnesss_own_numbers(lm, monkeypatch):
     evaluator = types.SimpleNamespace(simple_evaluate=simple_evaluate)
     tasks = types.SimpleNamespace(TaskManager=lambda include_path: manager)
     models = types.SimpleNamespace(HFLM=lambda **given: given)
-    monkeypatch.setattr(general, "_harness", lambda: (evaluator, tasks, models))
-    found = general.score_tasks(lm, settings(tasks=("arc",), task_limit=7))
+    monkeypatch.setattr(general_ability, "_harness", lambda: (evaluator, tasks, models))
+    found = general_ability.score_tasks(lm, settings(tasks=("arc",), task_limit=7))
     assert found == {"arc": {"acc": {"value": 0.5, "stderr": 0.1}, "acc (strict)": {"value": 0.25, "stderr": None}}}
     assert (asked["tasks"], asked["limit"]) == (["arc"], 7)
     with pytest.raises(FactError, match="knows no task 'ark'"):
-        general.score_tasks(lm, settings(tasks=("ark",)))
+        general_ability.score_tasks(lm, settings(tasks=("ark",)))
 
 
 @pytest.mark.slow
@@ -157,6 +158,6 @@ def test_a_task_of_ones_own_with_the_harness_itself(lm, tmp_path):
         "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
         "metric_list: [{metric: perplexity}, {metric: acc}]\n"
     )
-    found = general.score_tasks(lm, settings(tasks=("own",), task_folder=str(tmp_path)))
+    found = general_ability.score_tasks(lm, settings(tasks=("own",), task_folder=str(tmp_path)))
     assert found["own"]["acc"]["value"] in (0.0, 0.5, 1.0)
     assert found["own"]["perplexity"]["value"] > 1

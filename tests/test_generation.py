@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from forgetlearn import assess, compare, generation
-from forgetlearn.cli import main
-from forgetlearn.config import EvaluateSettings, RunConfig
+from forgetlearn.cli.main import main
+from forgetlearn.comparison import grid
+from forgetlearn.config.schema import EvaluateSettings, RunConfig
 from forgetlearn.errors import ConfigError, MissingExtraError, ModelError
-from forgetlearn.models import ModelSettings
-from forgetlearn.scoring import Scorer
-from forgetlearn.session import update
+from forgetlearn.evaluation import generation
+from forgetlearn.evaluation.scoring import Scorer
+from forgetlearn.models.language_model import ModelSettings
+from forgetlearn.runs import evaluate
+from forgetlearn.runs.update import update
 
 VLLM = EvaluateSettings(engine="vllm", max_new_tokens=6)
 
@@ -120,10 +122,10 @@ def test_a_model_in_memory_is_refused(lm, vllm):
     with pytest.raises(ModelError, match="the model is in memory"):
         Scorer(lm, VLLM).say(["Hello"])
     with pytest.raises(ConfigError, match="a model that is passed in is in memory"):
-        assess.ask(["Hello"], lm, {"evaluate": {"engine": "vllm"}})
+        evaluate.ask(["Hello"], lm, {"evaluate": {"engine": "vllm"}})
 
 
-@pytest.mark.parametrize(("command", "name"), [(update, "update"), (compare.fill, "compare")])
+@pytest.mark.parametrize(("command", "name"), [(update, "update"), (grid.fill, "compare")])
 def test_commands_that_change_weights_refuse_it(command, name, vllm, tmp_path):
     config = RunConfig(evaluate=VLLM, model=ModelSettings(name="some/model"))
     with pytest.raises(ConfigError, match=f"evaluate.engine = vllm: {name} changes weights in memory"):
@@ -144,7 +146,7 @@ def test_without_vllm_the_extra_is_named(monkeypatch):
 
 
 def test_ask_by_the_command(named, vllm, capsys, monkeypatch):
-    monkeypatch.setattr(assess, "load_model", lambda settings: named)
+    monkeypatch.setattr(evaluate, "load_model", lambda settings: named)
     command = ["ask", "Hello", "--model", "some/model", "--json"]
     assert main(command) == 0
     plain = capsys.readouterr().out

@@ -7,9 +7,12 @@ import pytest
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import digests, disk, history, report, retention, runs
-from forgetlearn.cli import main
+from forgetlearn.cli.main import main
 from forgetlearn.errors import RunError
+from forgetlearn.products import chain as history
+from forgetlearn.report import run_page
+from forgetlearn.runs import retention
+from forgetlearn.storage import digests, disk, run_folder
 from written_by_hand import an_update, write_chain
 
 
@@ -46,7 +49,7 @@ def test_a_product_tells_of_every_update_that_made_it(twice):
 
 
 def test_a_run_knows_its_parent(twice):
-    parents = [runs.RunFolder.open(twice / name).manifest["parent"] for name in ("first", "second")]
+    parents = [run_folder.RunFolder.open(twice / name).manifest["parent"] for name in ("first", "second")]
     assert parents[0]["run"] is None
     assert parents[1]["run"] == str(twice / "first")
     assert history.runs_before(twice / "second/model") == [twice / "second", twice / "first"]
@@ -197,8 +200,8 @@ class TestRetention:
         updates = [{**told, "update": number, "scores": one} for number, one in enumerate(scores, 1)]
         for shown in (1, 2):
             disk.write_json(output / "summary.json", {**summary, "retention": updates[:shown]})
-            runs.RunFolder.open(output).finish()  # notes the hashes of what is there
-            report.write_run(output)
+            run_folder.RunFolder.open(output).finish()  # notes the hashes of what is there
+            run_page.write_run(output)
             text = "retention in percent, 1, 2: token 50.0, 100.0"
             assert (text in (output / "report.html").read_text()) == (shown == 2)
 

@@ -8,13 +8,14 @@ from transformers import AutoModelForCausalLM
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import digests, disk, history, runs
-from forgetlearn.cli import main
-from forgetlearn.compare import CompareSettings, fill
+from forgetlearn.cli.main import main
+from forgetlearn.comparison.grid import CompareSettings, fill
 from forgetlearn.errors import ConfigError, ModelError, RunError
-from forgetlearn.identity import base_of, weights_sha256
-from forgetlearn.models import wrap
-from forgetlearn.restore import apply_run, undo_run
+from forgetlearn.models.identity import base_of, weights_sha256
+from forgetlearn.models.language_model import wrap
+from forgetlearn.products import chain
+from forgetlearn.products.restore import apply_run, undo_run
+from forgetlearn.storage import digests, disk, run_folder
 
 FT = {"method": "ft", **QUICK}
 FACTS = ("early", "late")
@@ -38,7 +39,7 @@ def change(lm) -> None:
 
 
 def inputs_of(run):
-    return runs.RunFolder.open(run).manifest["inputs"]
+    return run_folder.RunFolder.open(run).manifest["inputs"]
 
 
 def in_memory(lm):
@@ -54,7 +55,7 @@ class TestIdentity:
     @pytest.mark.parametrize("loaded", ["auto", "float32", "bfloat16"])
     def test_the_dtype_that_it_is_loaded_and_trained_in_changes_nothing(self, folder, tiny_model, stored, loaded):
         tiny_model(tied=True).to(getattr(torch, stored)).save_pretrained(folder / "base")
-        lm = forgetlearn.load_model(forgetlearn.config.ModelSettings(name=str(folder / "base"), dtype=loaded))
+        lm = forgetlearn.load_model(forgetlearn.config.schema.ModelSettings(name=str(folder / "base"), dtype=loaded))
         before = weights_sha256(lm)
         assert in_memory(lm)["base_sha256"]
         lm.to_float32()
@@ -92,10 +93,10 @@ def test_case_4_a_model_updated_twice_in_memory_tells_of_both(folder):
     lm = forgetlearn.load_model(folder / "base")
     for name in FACTS:
         forgetlearn.update(lm, folder / f"{name}.jsonl", FT, output=folder / f"run-{name}")
-    first, second = history.chain_of(folder / "run-late")
+    first, second = chain.chain_of(folder / "run-late")
     assert [first["facts"]["source"], second["facts"]["source"]] == ["early.jsonl", "late.jsonl"]
     assert second["base_sha256"] == digests.sha256_of(folder / "run-early/model") != first["base_sha256"]
-    assert history.runs_before(folder / "run-late")[1:] == [folder / "run-early"]
+    assert chain.runs_before(folder / "run-late")[1:] == [folder / "run-early"]
     # the same as the same two updates by folders
     for base, name in (("base", "early"), ("own-early/model", "late")):
         forgetlearn.update(folder / base, folder / f"{name}.jsonl", FT, output=folder / f"own-{name}")
@@ -108,7 +109,7 @@ def test_case_4_a_bare_model_updated_twice_in_memory_tells_of_both(folder, char_
     for name in FACTS:
         facts = folder / f"{name}.jsonl"
         forgetlearn.update(model, facts, FT, tokenizer=char_tokenizer, output=folder / f"run-{name}")
-    assert len(history.chain_of(folder / "run-late")) == 2
+    assert len(chain.chain_of(folder / "run-late")) == 2
 
 
 @pytest.mark.parametrize("method", ["ft", "lora"])
@@ -122,7 +123,7 @@ def test_case_4_changed_weights_are_not_their_folder(folder, capsys, method):
         "base_sha256": None,
         "weights_sha256": own,
     }
-    (only,) = history.chain_of(folder / "run")
+    (only,) = chain.chain_of(folder / "run")
     assert (only["base"], only["base_sha256"], only["weights_sha256"]) == (None, None, own)
     assert main(["log", str(folder / "run")]) == 0
     assert f"a model in memory, and what made it is not known; hash of its weights {own}" in capsys.readouterr().out
@@ -138,8 +139,8 @@ def test_case_4_the_chain_of_the_folder_is_not_that_of_changed_weights(folder):
     lm = forgetlearn.load_model(folder / "first/model")
     change(lm)
     forgetlearn.update(lm, folder / "late.jsonl", FT, output=folder / "second")
-    assert len(history.chain_of(folder / "second")) == 1
-    assert runs.RunFolder.open(folder / "second").manifest["parent"]["run"] is None
+    assert len(chain.chain_of(folder / "second")) == 1
+    assert run_folder.RunFolder.open(folder / "second").manifest["parent"]["run"] is None
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -147,7 +148,7 @@ def test_case_4_a_resume_with_other_weights_is_refused(folder, finished):
     lm = forgetlearn.load_model(folder / "base")
     forgetlearn.update(lm, folder / "early.jsonl", FT, output=folder / "run")
     if not finished:
-        run = runs.RunFolder.open(folder / "run")
+        run = run_folder.RunFolder.open(folder / "run")
         del run.manifest["finished"], run.manifest["stages"]["score_updated"]
         run.note()
     before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
@@ -158,12 +159,12 @@ def test_case_4_a_resume_with_other_weights_is_refused(folder, finished):
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
     same = forgetlearn.load_model(folder / "base")
     forgetlearn.update(same, folder / "early.jsonl", FT, output=folder / "run", resume=True)
-    assert runs.is_finished(folder / "run")
+    assert run_folder.is_finished(folder / "run")
 
 
 def test_case_4_a_run_in_memory_goes_on_with_the_same_weights(folder, lm, tiny_model, char_tokenizer):
     forgetlearn.update(lm, folder / "early.jsonl", FT, output=folder / "run")
-    run = runs.RunFolder.open(folder / "run")
+    run = run_folder.RunFolder.open(folder / "run")
     del run.manifest["finished"], run.manifest["stages"]["score_updated"]
     run.note()
     again = wrap(tiny_model(), char_tokenizer)

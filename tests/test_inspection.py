@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forgetlearn.arithmetic import save_vector, subtract_folders
-from forgetlearn.cli import main
+from forgetlearn.cli.main import main
 from forgetlearn.errors import ConfigError, WeightMismatchError
-from forgetlearn.inspection import inspect_change, place_of
+from forgetlearn.products.inspect import inspect_change, place_of
+from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
 from written_by_hand import a_manifest, a_summary, write_run
 
 WEIGHTS = "model.safetensors"

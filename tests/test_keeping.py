@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import tensor
 
-from forgetlearn.cli import main
-from forgetlearn.config import ForgetSettings, ModelSettings
-from forgetlearn.encoding import Encoded
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import ForgetSettings, ModelSettings
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts import read_facts, write_facts
-from forgetlearn.keeping import fisher_weights, read_keep, spared, squared_gradients
-from forgetlearn.method import check_forgetting, forget
-from forgetlearn.models import load_model
-from forgetlearn.taskvector import TaskVector, snapshot
+from forgetlearn.facts.fact_set import read_facts, write_facts
+from forgetlearn.method.core import check_forgetting, forget
+from forgetlearn.method.keeping import fisher_weights, read_keep, spared, squared_gradients
+from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.language_model import load_model
+from forgetlearn.weights.task_vector import TaskVector, snapshot
 
 BASE = {"w": tensor([[1.0, 2.0], [3.0, 4.0]]), "still": tensor([1.0])}
 FORGOTTEN = {"w": tensor([[3.0, 2.0], [3.0, 5.0]]), "still": tensor([1.0])}  # changed by 2, 0, 0, 1

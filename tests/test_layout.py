@@ -1,4 +1,4 @@
-"""The picture in docs/how.md is the layout of the package: every module once, imports going up only."""
+"""The layout of the package: one-way layers, and declared dependencies."""
 
 import ast
 import re
@@ -9,16 +9,31 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "forgetlearn"
 PACKAGE = "forgetlearn"
+# A module imports only from its own layer and from those before it.
+LAYERS = (
+    "_version",
+    "errors",
+    "config",
+    "runtime",
+    "facts",
+    "storage",
+    "weights",
+    "models",
+    "training",
+    "evaluation",
+    "method",
+    "report",
+    "products",
+    "planning",
+    "runs",
+    "comparison",
+    "lab",
+    "cli",
+)
 # Distributions whose import has another name.
 IMPORTED_AS = {"pyyaml": "yaml"}
 USED_BY_OTHERS = {"accelerate"}  # transformers' Trainer needs it
 NOT_PINNED = {"vllm"}  # needs a GPU, and a torch of its own
-
-
-def picture():
-    """Module names in the order of docs/how.md."""
-    text = (ROOT / "docs" / "how.md").read_text(encoding="utf-8")
-    return re.findall(r"^      (\w+)\.py  ", text, flags=re.MULTILINE)
 
 
 def imported(file):
@@ -33,27 +48,32 @@ def imported(file):
     return names
 
 
-def modules_of_the_package(file):
-    """Names of the package's own modules that a file imports; the package itself gives only `__version__`."""
-    own = {name.split(".")[1] for name in imported(file) if name.startswith(f"{PACKAGE}.")}
-    return own & {path.stem for path in SOURCE.glob("*.py")}
+def layer(module):
+    """The layer of a module, by its path in the package or by its full name without `forgetlearn.`."""
+    return LAYERS.index(module.split(".")[0].split("/")[0])
 
 
-def test_the_picture_shows_every_module_once():
-    there = {path.stem for path in SOURCE.glob("*.py")}
-    assert len(there) > 20
-    assert sorted(picture()) == sorted(there)
+def test_the_top_level_holds_the_layers_and_nothing_else():
+    inside = {path.stem if path.suffix == ".py" else path.name for path in SOURCE.iterdir()}
+    assert inside - {"__pycache__", "__init__", "__main__", "py.typed"} == set(LAYERS)
 
 
-def test_each_module_imports_only_what_stands_above_it():
-    order = picture()
-    down = [
-        f"{name} imports {other}"
-        for place, name in enumerate(order)
-        for other in sorted(modules_of_the_package(SOURCE / f"{name}.py"))
-        if name != "__init__" and order.index(other) >= place
+def test_imports_go_down_only():
+    upward = [
+        f"{file.relative_to(SOURCE)} imports {name}"
+        for file in sorted(SOURCE.rglob("*.py"))
+        if (file.name != "__main__.py" and file.parent != SOURCE) or file.stem in LAYERS
+        for name in sorted(imported(file))
+        if name.startswith(f"{PACKAGE}.")
+        and layer(name.removeprefix(f"{PACKAGE}.")) > layer(file.relative_to(SOURCE).with_suffix("").as_posix())
     ]
-    assert not down
+    assert not upward
+
+
+def test_the_docs_name_every_package_in_order():
+    text = (ROOT / "docs" / "how.md").read_text(encoding="utf-8")
+    packages = [name for name in LAYERS if (SOURCE / name).is_dir()]
+    assert re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE) == packages
 
 
 def test_what_is_imported_is_declared_with_a_lower_bound_and_pinned():
@@ -64,7 +84,7 @@ def test_what_is_imported_is_declared_with_a_lower_bound_and_pinned():
     for line in [*project["dependencies"], *(line for extra in imported_extras for line in extra)]:
         name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<[\d.]+)?", line).groups()
         declared[IMPORTED_AS.get(name, name)] = tuple(map(int, bound.split(".")))
-    used = {name.split(".")[0] for file in SOURCE.glob("*.py") for name in imported(file)}
+    used = {name.split(".")[0] for file in SOURCE.rglob("*.py") for name in imported(file)}
     assert used - set(sys.stdlib_module_names) - {PACKAGE} == set(declared) - USED_BY_OTHERS
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.lower().split("==") for line in lines if not line.startswith("#"))

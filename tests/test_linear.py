@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from forgetlearn import linear
-from forgetlearn.linear import fast_linear_layers
+from forgetlearn.models import onednn as linear
+from forgetlearn.models.onednn import fast_linear_layers
 
 
 @pytest.fixture

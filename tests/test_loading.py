@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forgetlearn.arithmetic import save_vector, subtract_folders
-from forgetlearn.cli import main
+from forgetlearn.cli.main import main
 from forgetlearn.errors import ModelError
-from forgetlearn.inspection import inspect_change
-from forgetlearn.models import check_finite, wrap
-from forgetlearn.taskvector import is_finite, subtract
+from forgetlearn.models.language_model import check_finite, wrap
+from forgetlearn.products.inspect import inspect_change
+from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
+from forgetlearn.weights.task_vector import is_finite, subtract
 from test_models import change_config, change_weights, load, refused, saved  # noqa: F401 (a fixture)
 
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
@@ -255,6 +255,6 @@ def test_memory_that_is_not_there_is_no_fault_of_the_model(damaged, monkeypatch)
     def fails(*_args, **_options):
         raise MemoryError
 
-    monkeypatch.setattr("forgetlearn.models.AutoModelForCausalLM.from_pretrained", fails)
+    monkeypatch.setattr("forgetlearn.models.language_model.AutoModelForCausalLM.from_pretrained", fails)
     with pytest.raises(MemoryError):
         load(damaged)

@@ -7,10 +7,11 @@ import socket
 import pytest
 from filelock import FileLock
 
-from forgetlearn import disk, processes, runs
 from forgetlearn.errors import ConfigError, RunError
-from forgetlearn.locks import claimed, only_writer
-from forgetlearn.session import update
+from forgetlearn.runs.update import update
+from forgetlearn.runtime import processes
+from forgetlearn.storage import disk, run_folder
+from forgetlearn.storage.locks import claimed, only_writer
 
 
 def test_the_second_writer_is_told_who_the_first_is(tmp_path):
@@ -31,10 +32,10 @@ def test_a_lock_ends_with_its_process(tmp_path):
         lock.__enter__()
         os._exit(0)
     os.waitpid(child, 0)
-    assert {path.name for path in run.iterdir()} == set(runs.LOCKS)
-    runs.check_output(run, resume=False, overwrite=False)  # it holds nothing
+    assert {path.name for path in run.iterdir()} == set(run_folder.LOCKS)
+    run_folder.check_output(run, resume=False, overwrite=False)  # it holds nothing
     with only_writer(run):
-        assert disk.read_json(run / runs.LOCKS[1])["pid"] == os.getpid()
+        assert disk.read_json(run / run_folder.LOCKS[1])["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("waits", [False, True])

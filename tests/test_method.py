@@ -5,15 +5,17 @@ import pytest
 import torch
 from peft import PeftModel
 
-from forgetlearn import adapters, selection
-from forgetlearn.config import ForgetSettings, ModelSettings, StageSettings
+from forgetlearn.config.methods import METHODS, PAPER_METHODS
+from forgetlearn.config.schema import ForgetSettings, ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts import make_fact, read_facts
-from forgetlearn.method import METHODS, PAPER_METHODS, check_forgetting, check_learning, forget, learn
-from forgetlearn.models import editable_module, load_model, wrap
-from forgetlearn.scoring import score, summarise
-from forgetlearn.stagepoints import Upkeep
-from forgetlearn.taskvector import TaskVector, snapshot, subtract
+from forgetlearn.evaluation.scoring import score, summarise
+from forgetlearn.facts.fact_set import make_fact, read_facts
+from forgetlearn.method.core import check_forgetting, check_learning, forget, learn
+from forgetlearn.models import lora
+from forgetlearn.models import modules as selection
+from forgetlearn.models.language_model import editable_module, load_model, wrap
+from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.weights.task_vector import TaskVector, snapshot, subtract
 
 FORGET = ForgetSettings(epochs=3, learning_rate=1e-3, coef=0.5)
 LEARN = StageSettings(epochs=3, learning_rate=1e-3)
@@ -68,7 +70,7 @@ def test_the_sign_is_forgetting_not_learning(world):
     lm, facts = world
 
     def old_logprob():
-        from forgetlearn.scoring import Scorer
+        from forgetlearn.evaluation.scoring import Scorer
 
         read = Scorer(lm).read((fact.prompt, fact.ground_truth) for fact in facts)
         return sum(reading.logprob for reading in read.values())
@@ -85,12 +87,12 @@ def test_forgetting_with_lora_leaves_the_base_and_folds_the_coefficient_in(world
     lm, facts = world
     base = snapshot(lm.model)
     forget(lm, facts, FORGET, "lora", seed=7)
-    half = adapters.as_vector(lm.model, adapters.FORGET)
-    plain = adapters.detach(lm.model)
+    half = lora.as_vector(lm.model, lora.FORGET)
+    plain = lora.detach(lm.model)
     assert all(torch.equal(base[name], weight) for name, weight in snapshot(plain).items())
     lm.model = plain
     forget(lm, facts, FORGET.model_copy(update={"coef": 1.0}), "lora", seed=7)
-    whole = adapters.as_vector(lm.model, adapters.FORGET)
+    whole = lora.as_vector(lm.model, lora.FORGET)
     assert whole.norm() > 0
     assert all(torch.allclose(2 * delta, whole.deltas[name], atol=1e-6) for name, delta in half.deltas.items())
 
@@ -100,7 +102,7 @@ def test_forgetting_is_the_same_arithmetic_on_state_dicts(world):
     base = snapshot(lm.model)
     other = copy.deepcopy(lm)
     forget(lm, facts, FORGET, "all weights", seed=7)
-    from forgetlearn.finetune import finetune
+    from forgetlearn.training.finetune import finetune
 
     texts = [other.encoder.encode(fact.prompt, fact.ground_truth, end=True) for fact in facts]
     finetune(other.model, texts, FORGET, seed=7, pad_id=other.pad_id)
@@ -112,8 +114,8 @@ def test_forgetting_is_the_same_to_the_bit_where_the_base_lies_on_the_disk(world
     lm, facts = world
     other = copy.deepcopy(lm)
     forget(lm, facts, FORGET, "all weights", seed=7)
-    monkeypatch.setattr("forgetlearn.taskvector.SMALL_BYTES", 0)
-    monkeypatch.setattr("forgetlearn.taskvector.snapshot", None)  # so that no copy in memory is made
+    monkeypatch.setattr("forgetlearn.weights.task_vector.SMALL_BYTES", 0)
+    monkeypatch.setattr("forgetlearn.weights.task_vector.snapshot", None)  # so that no copy in memory is made
     forget(other, facts, FORGET, "all weights", seed=7, upkeep=Upkeep(points=tmp_path))
     monkeypatch.undo()
     assert all(torch.equal(weight, snapshot(lm.model)[name]) for name, weight in snapshot(other.model).items())
@@ -123,7 +125,7 @@ def test_forgetting_is_the_same_to_the_bit_where_the_base_lies_on_the_disk(world
 def test_f_loras_product_on_the_base_gives_the_logits_of_the_model_that_was_scored(world, tmp_path):
     lm, facts = world
     step_by_step(lm, facts, "f-lora")
-    adapters.save(lm.model, adapters.PRODUCT, tmp_path / "adapter", lm.name)
+    lora.save(lm.model, lora.PRODUCT, tmp_path / "adapter", lm.name)
     base = load_model(ModelSettings(name=lm.name))
     loaded = PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -136,9 +138,9 @@ def test_f_lora_learns_as_from_the_forgotten_model_merged(world):
     merged = copy.deepcopy(lm)
     step_by_step(lm, facts, "f-lora")
     forget(merged, facts, FORGET, "lora", seed=7)
-    from forgetlearn.method import fold_in
+    from forgetlearn.method.core import fold_in
 
-    fold_in(merged, adapters.FORGET)
+    fold_in(merged, lora.FORGET)
     learn(merged, facts, LEARN, "lora", seed=3)
     assert torch.allclose(logits(lm), logits(merged), atol=2e-3)
     assert not torch.allclose(logits(lm), logits(load_with(lm)), atol=1e-1)
@@ -301,7 +303,7 @@ def test_of_the_vocabulary_only_the_rows_that_are_asked_for_forget(world, rows):
 def test_only_the_named_modules_of_an_adapter_forget(world):
     lm, facts = world
     forget(lm, facts, FORGET.model_copy(update={"modules": ("attention",)}), "lora", seed=7)
-    changed = {name for name, delta in adapters.as_vector(lm.model, adapters.FORGET).deltas.items() if delta.any()}
+    changed = {name for name, delta in lora.as_vector(lm.model, lora.FORGET).deltas.items() if delta.any()}
     assert changed
     assert all("self_attn" in name for name in changed)
 

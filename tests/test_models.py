@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forgetlearn.config import ModelSettings
-from forgetlearn.encoding import Encoder
+from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.models import (
+from forgetlearn.models.encoding import Encoder
+from forgetlearn.models.language_model import (
     as_language_model,
     context_length,
     load_model,
@@ -360,9 +360,9 @@ class TestSmallThings:
 
 LOAD_AND_SAY = """
 import sys
-from forgetlearn.config import ModelSettings
+from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ModelError
-from forgetlearn.models import load_model
+from forgetlearn.models.language_model import load_model
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
     try:

@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_package_its_templates_its_types_and_the_licence(tmp
     inside = {path.relative_to(ROOT / "src").as_posix() for path in SOURCE.rglob("*") if path.is_file()}
     wanted = {name for name in inside if "__pycache__" not in name}
     assert "forgetlearn/py.typed" in wanted
-    assert any(name.startswith("forgetlearn/templates/") for name in wanted)
+    assert any(name.startswith("forgetlearn/report/templates/") for name in wanted)
     info = f"forgetlearn-{forgetlearn.__version__}.dist-info"
     assert names == wanted | {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")} | {
         f"{info}/licenses/LICENSE"
@@ -76,7 +76,7 @@ def optional_imports(file):
 
 
 def test_every_optional_import_says_how_to_install_it():
-    every = dict(item for file in SOURCE.glob("*.py") for item in optional_imports(file))
+    every = dict(item for file in SOURCE.rglob("*.py") for item in optional_imports(file))
     found = {package: handler for package, handler in every.items() if package not in sys.stdlib_module_names}
     assert set(found) == set(EXTRAS.values())
     for extra, package in EXTRAS.items():

@@ -14,10 +14,12 @@ import pytest
 
 from comparison_folder import NASTY as COMPARED_NASTY
 from comparison_folder import make_comparison
-from forgetlearn import disk, report, runs, statistics
-from forgetlearn.compare import CompareSettings
-from forgetlearn.config import load_config
-from forgetlearn.table import write_table
+from forgetlearn.comparison.grid import CompareSettings
+from forgetlearn.comparison.table import write_table
+from forgetlearn.config.schema import load_config
+from forgetlearn.evaluation import statistics
+from forgetlearn.report import run_page
+from forgetlearn.storage import disk, run_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt install chromium)")
@@ -35,7 +37,7 @@ KINDS = {
 
 def make_run(path: Path, count: int, *, nasty: bool = True) -> Path:
     """A run folder of `count` facts of all kinds in turn, without a model; the second fact is nasty."""
-    run = runs.RunFolder.create(path, load_config(None, {"model.name": "base"}).model_dump(mode="json"), {})
+    run = run_folder.RunFolder.create(path, load_config(None, {"model.name": "base"}).model_dump(mode="json"), {})
     inputs, rows = [], []
     kinds = list(KINDS)
     for number in range(count):
@@ -56,7 +58,7 @@ def make_run(path: Path, count: int, *, nasty: bool = True) -> Path:
         losses = [{"step": step, "loss": 4 / step + (step % 7) / 10} for step in range(1, 3 * count // 8 + 2)]
         disk.write_rows(path / "logs" / f"{stage}.jsonl", losses)
     run.finish()
-    report.write_run(path)
+    run_page.write_run(path)
     return path / "report.html"
 
 

@@ -13,17 +13,28 @@ import torch
 from transformers import Adafactor
 
 import forgetlearn
-from forgetlearn import adapters, planning
-from forgetlearn.checkpoints import Entry, header_bytes
-from forgetlearn.cli import main
-from forgetlearn.config import StageSettings, load_config
-from forgetlearn.encoding import Encoded
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import StageSettings, load_config
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.estimate import Devices, Load, Plan, Speed, Step, plan_lines, plan_stage, show_bytes, show_seconds
-from forgetlearn.facts import write_facts
-from forgetlearn.finetune import finetune
-from forgetlearn.planning import outline_of, plan_update
-from forgetlearn.trace import Skeleton, seen
+from forgetlearn.facts.fact_set import write_facts
+from forgetlearn.models import lora
+from forgetlearn.models.encoding import Encoded
+from forgetlearn.planning import plan as planning
+from forgetlearn.planning.estimate import (
+    Devices,
+    Load,
+    Plan,
+    Speed,
+    Step,
+    plan_lines,
+    plan_stage,
+    show_bytes,
+    show_seconds,
+)
+from forgetlearn.planning.plan import outline_of, plan_update
+from forgetlearn.planning.trace import Skeleton, seen
+from forgetlearn.training.finetune import finetune
+from forgetlearn.weights.checkpoint_folder import Entry, header_bytes
 from hub_server import serve
 
 TEXTS = [Encoded(tuple(range(4, 4 + n)), n - 3) for n in (5, 9, 14)]
@@ -92,7 +103,7 @@ class TestTrace:
         skeleton = Skeleton(real.config, torch.float32)
         trained = skeleton.prepare(how, STAGE)
         if how == "lora":
-            real = adapters.attach(real, STAGE.lora, adapters.LEARN, 0)
+            real = lora.attach(real, STAGE.lora, lora.LEARN, 0)
         own = [weight for weight in real.parameters() if weight.requires_grad]
         assert trained == sum(weight.numel() for weight in own)
         assert skeleton.weights_bytes == 4 * sum(weight.numel() for weight in real.parameters())

@@ -7,12 +7,13 @@ from typing import Any, get_args
 import pytest
 
 import forgetlearn
-from forgetlearn import preflight, report
-from forgetlearn.cli import main
-from forgetlearn.compare import CompareSettings, fill
-from forgetlearn.config import RunConfig, load_config
+from forgetlearn.cli.main import main
+from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.config import preflight
+from forgetlearn.config.base import Settings, validate
+from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ConfigError
-from forgetlearn.settings import Settings, validate
+from forgetlearn.report import run_page
 
 COMMANDS = get_args(preflight.Command)
 # Read where these runs do not come: for lm-evaluation-harness and for models on the hub, which have tests of their own.
@@ -129,7 +130,7 @@ def reads(small_lab, files, tmp_path_factory):
             now[:] = [found[command]]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Settings, "__getattribute__", recording, raising=False)
-                patch.setattr(report, "write_run", lambda *_args, **_options: None)  # reads what was written alone
+                patch.setattr(run_page, "write_run", lambda *_args, **_options: None)  # reads what was written alone
                 run(command)
             now.clear()
         return found[command]

@@ -14,16 +14,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import make_char_tokenizer, make_tiny_model
-from forgetlearn import disk, processes, runs
-from forgetlearn.cli import main
-from forgetlearn.config import EvaluateSettings, StageSettings
-from forgetlearn.encoding import Encoded
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.errors import ConfigError
-from forgetlearn.facts import Fact, Probe
-from forgetlearn.finetune import facts_at_once, own_part
-from forgetlearn.method import learn
-from forgetlearn.models import wrap
-from forgetlearn.scoring import score
+from forgetlearn.evaluation.scoring import score
+from forgetlearn.facts.fact_set import Fact, Probe
+from forgetlearn.method.core import learn
+from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.language_model import wrap
+from forgetlearn.runtime import processes
+from forgetlearn.storage import disk, run_folder
+from forgetlearn.training.finetune import facts_at_once, own_part
 
 TOLERANCE = 1e-5
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -296,7 +297,7 @@ def test_an_update_goes_on_after_a_stage_with_as_many_processes(update, shard):
     for stage in ("learn", "score_updated"):
         del manifest["stages"][stage]
     del manifest["finished"]
-    runs.RunFolder(done, manifest).note()  # with its new hash
+    run_folder.RunFolder(done, manifest).note()  # with its new hash
     command = [*manifest["command"][1:], "--resume"]
     fewer = forgetlearn(1, *command, code=2)
     assert ("there is one process" if shard else "inputs.processes = 2, now it is None") in fewer

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import digests, disk, history, publish, runs
-from forgetlearn.cli import main
+from forgetlearn.cli.main import main
 from forgetlearn.errors import ConfigError, RunError
+from forgetlearn.products import chain as history
+from forgetlearn.products import publish
+from forgetlearn.storage import digests, disk, run_folder
 from hub_server import WRITE_TOKEN, serve
 
 ADAPTER_FILES = {
@@ -34,7 +36,7 @@ def made(small_lab, tmp_path_factory):
     manifest = disk.read_json(root / "run/manifest.json")
     manifest["command"] = ["forgetlearn", "update", "--model", str(small_lab), "--facts", f"{root}/secret-facts.jsonl"]
     manifest["command"] += ["--token=***", "--set", f"model.name={small_lab}", "--output", "runs/mine"]
-    runs.RunFolder(root / "run", manifest).note()
+    run_folder.RunFolder(root / "run", manifest).note()
     for product in ("adapter", "merged"):
         (root / "run" / product / "training_args.bin").write_bytes(b"pickle")
         (root / "run" / product / "notes.json").write_text("{}")
@@ -100,7 +102,7 @@ def test_a_base_from_the_hub_is_named_as_the_user_named_it(run):
     manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["model"]["name"] = "org/hub-base"
     manifest["inputs"]["base_sha256"] = "a" * 40
-    runs.RunFolder(run, manifest).note()
+    run_folder.RunFolder(run, manifest).note()
     assert b'base_model: "org/hub-base"' in publish.contents(run)["README.md"]
 
 
@@ -115,7 +117,7 @@ def test_a_file_that_was_changed_is_not_published(run, name):
 def test_the_adapter_of_a_taught_base_has_no_base_to_name(run):
     manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["teach"]["epochs"] = 1
-    runs.RunFolder(run, manifest).note()
+    run_folder.RunFolder(run, manifest).note()
     with pytest.raises(ConfigError, match="taught model"):
         publish.contents(run, base_model_id="org/base")
 
@@ -133,7 +135,7 @@ def test_a_path_as_it_was_named_or_in_the_metadata_of_weights_stops_it(run):
     """The facts were named with a relative path; the weights' header holds the folder of the run."""
     manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["facts"]["source"] = "customers/secret-facts.jsonl"
-    runs.RunFolder(run, manifest).note()
+    run_folder.RunFolder(run, manifest).note()
     weights = run / "adapter/adapter_model.safetensors"
     tensors = load_file(weights)
     for name, content in (("tokenizer_config.json", "customers/secret-facts.jsonl"), (weights.name, str(run))):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import forgetlearn
-from forgetlearn import models
-from forgetlearn.compare import CompareSettings, fill
-from forgetlearn.config import ModelSettings
+from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, MissingExtraError
+from forgetlearn.models import language_model
 
 FOUR_BITS = {"quantization": "4bit"}
 
@@ -40,14 +40,14 @@ def test_a_comparison_is_refused(small_lab, tmp_path):
 def test_without_bitsandbytes_the_extra_is_named(small_lab, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"forgetlearn\[qlora\]"):
-        models.load_model(ModelSettings(name=str(small_lab), **FOUR_BITS))
+        language_model.load_model(ModelSettings(name=str(small_lab), **FOUR_BITS))
 
 
 @pytest.mark.slow
 def test_gradients_are_those_of_the_base_within_what_four_bits_cost_after_scoring_too(small_lab):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra qlora)")
-    whole = models.load_model(ModelSettings(name=str(small_lab))).model
-    small = models.load_model(ModelSettings(name=str(small_lab), **FOUR_BITS)).model
+    whole = language_model.load_model(ModelSettings(name=str(small_lab))).model
+    small = language_model.load_model(ModelSettings(name=str(small_lab), **FOUR_BITS)).model
     ids = torch.tensor([[5, 6, 7, 8, 20, 33, 40]])
 
     def gradient(model):

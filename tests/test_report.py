@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from forgetlearn import disk, plots, report, runs
-from forgetlearn.cli import main
-from forgetlearn.config import load_config
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import RunError
+from forgetlearn.report import plots, run_page
+from forgetlearn.storage import disk, run_folder
 
 NASTY = "<script>alert(\"x\")</script> & 'q' | `c` *b* [l](http://evil.example) \x1b[31mred\x07 \u202egnp"
 CELL = {"mean": 78.44, "low": 75.1, "high": 81.5, "n": 2, "errored": 0, "not_asked": 0}
@@ -40,7 +41,7 @@ def make_run(
     path: Path, *, said: str = "new", cell: dict | None = CELL, protocols: tuple = ("token", "generate")
 ) -> Path:
     """A finished run of two facts, made by hand; the first is nasty, the second has no old answer."""
-    run = runs.RunFolder.create(path, load_config(None, {"model.name": "base"}).model_dump(mode="json"), {})
+    run = run_folder.RunFolder.create(path, load_config(None, {"model.name": "base"}).model_dump(mode="json"), {})
     inputs = [
         {"id": "a", "prompt": NASTY, "target_new": NASTY, "ground_truth": NASTY + "\nsecond line"},
         {"id": "b", "prompt": "The capital is", "target_new": "new"},
@@ -77,7 +78,7 @@ def make_run(
 @pytest.fixture
 def run(tmp_path) -> Path:
     path = make_run(tmp_path / "run")
-    report.write_run(path)
+    run_page.write_run(path)
     return path
 
 
@@ -119,7 +120,7 @@ def test_nothing_steers_a_terminal(run, name):
 def test_scripts_that_join_letters_are_kept(tmp_path):
     persian = "می\u200cخواهم"
     make_run(tmp_path / "run", said=f"{persian}\u00a0👩\u200d🔬")
-    report.write_run(tmp_path / "run")
+    run_page.write_run(tmp_path / "run")
     for name in ("report.md", "report.html"):
         text = (tmp_path / "run" / name).read_text(encoding="utf-8")
         assert persian in text
@@ -139,7 +140,7 @@ def test_made_again_it_is_the_same(run):
     before = {name: (run / name).read_bytes() for name in ("report.md", "report.html")}
     for name in before:
         (run / name).unlink()
-    report.write_run(run)
+    run_page.write_run(run)
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
@@ -154,8 +155,8 @@ def test_made_again_it_is_the_same(run):
 )
 def test_verdict(tmp_path, cell, protocols, sentence):
     make_run(tmp_path / "run", cell=cell, protocols=protocols)
-    report.write_run(tmp_path / "run")
-    assert sentence in report.load_context(tmp_path / "run")["verdict"]
+    run_page.write_run(tmp_path / "run")
+    assert sentence in run_page.load_context(tmp_path / "run")["verdict"]
 
 
 def test_states_of_facts():
@@ -164,7 +165,7 @@ def test_states_of_facts():
 
     rows = [row("a", reliability=1.0), row("b", reliability=0.0, residue=1.0), row("c", reliability=0.0, residue=0.0)]
     rows.append(row("d", reliability=None, errors={"reliability": "too long"}))
-    table = report.fact_table([{"id": key} for key in "abcd"], rows, ["base", "updated"])
+    table = run_page.fact_table([{"id": key} for key in "abcd"], rows, ["base", "updated"])
     assert [fact["state"] for fact in table] == ["new", "old", "other", "errored"]
     assert table[0]["said"] == {"base": None, "updated": "x"}
 
@@ -184,8 +185,8 @@ def test_without_free_answers_teacher_forced_ones_judge(protocols, judge, states
         for fact, (score, residue) in scores.items()
         for p in protocols
     ]
-    assert report.judged_by(rows) == judge
-    assert [fact["state"] for fact in report.fact_table([{"id": key} for key in "abc"], rows, ["updated"])] == states
+    assert run_page.judged_by(rows) == judge
+    assert [fact["state"] for fact in run_page.fact_table([{"id": key} for key in "abc"], rows, ["updated"])] == states
 
 
 def test_flags_and_other_answers_of_a_fact():
@@ -193,7 +194,7 @@ def test_flags_and_other_answers_of_a_fact():
     said = {"protocol": "generate", "said": "Rome", "reliability": 1.0, "residue": 0.5, "generality": 0.25}
     rows = [row | said | {"said_rephrased": ["Oslo", "Rome", "", "Oslo"]}]
     rows.append(row | {"protocol": "agreement", "locality": 0.9, "errors": {"locality": "too long"}})
-    (fact,) = report.fact_table([{"id": "a", "target_new": "rome.", "ground_truth": "Oslo"}], rows, ["updated"])
+    (fact,) = run_page.fact_table([{"id": "a", "target_new": "rome.", "ground_truth": "Oslo"}], rows, ["updated"])
     assert fact["flags"] == fact["shown_flags"] == ["residue", "broken", "errored"]
     assert fact["rephrased"] == "Oslo (2), (nothing)"
     assert fact["told"] == {"updated": "new"}
@@ -222,7 +223,7 @@ def test_plots_take_the_colours_of_the_page(run):
 
 def test_card(run):
     (run / "adapter").mkdir()
-    report.write_card(run / "adapter", report.load_context(run))
+    run_page.write_card(run / "adapter", run_page.load_context(run))
     text = (run / "adapter/README.md").read_text(encoding="utf-8")
     assert text.startswith("---\n")
     assert "library_name: peft" in text
@@ -233,10 +234,10 @@ def test_card(run):
 def test_card_names_its_base_on_the_hub(run):
     manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["model"]["base_model_id"] = "org/base"
-    runs.RunFolder(run, manifest).note()
+    run_folder.RunFolder(run, manifest).note()
     for product, relation in (("adapter", "adapter"), ("model", "finetune")):
         (run / product).mkdir()
-        report.write_card(run / product, report.load_context(run))
+        run_page.write_card(run / product, run_page.load_context(run))
         text = (run / product / "README.md").read_text(encoding="utf-8")
         assert f'base_model: "org/base"\nbase_model_relation: {relation}\n' in text
 
@@ -245,32 +246,32 @@ def test_card_names_its_base_on_the_hub(run):
 def test_damaged_run_names_the_file(run, name):
     (run / name).write_text('{"cut": ')
     with pytest.raises(RunError, match=re.escape(name)):
-        report.write_run(run)
+        run_page.write_run(run)
     (run / name).unlink()
     with pytest.raises(RunError, match="is not finished" if name == "summary.json" else re.escape(name)):
-        report.write_run(run)
+        run_page.write_run(run)
 
 
 def test_command_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["forgetlearn", "update", "--output", "my run; rm x"])
     make_run(tmp_path / "run")
-    assert report.load_context(tmp_path / "run")["command"] == "forgetlearn update --output 'my run; rm x'"
+    assert run_page.load_context(tmp_path / "run")["command"] == "forgetlearn update --output 'my run; rm x'"
 
 
 def test_yaml_of_config_is_read_back(run):
     config = json.loads((run / "manifest.json").read_text())["config"]
     import yaml
 
-    assert yaml.safe_load(report.as_yaml(config)) == config
+    assert yaml.safe_load(run_page.as_yaml(config)) == config
 
 
 def write_again(run: Path, file: str, data: dict) -> None:
     """Write a record of a run with hashes that fit."""
     if file == "manifest.json":
-        runs.RunFolder(run, {name: value for name, value in data.items() if name != "sha256"}).note()
+        run_folder.RunFolder(run, {name: value for name, value in data.items() if name != "sha256"}).note()
     else:
         disk.write_json(run / file, data)
-        runs.RunFolder.open(run).finish()
+        run_folder.RunFolder.open(run).finish()
 
 
 @pytest.mark.parametrize("value", ["removed", None, "text", 10**400, [[]]])

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import digests, disk, history, restore, runs
-from forgetlearn.cli import main
+from forgetlearn.cli.main import main
 from forgetlearn.errors import ConfigError, ModelError, RunError
+from forgetlearn.products import chain, restore
+from forgetlearn.storage import digests, disk, run_folder
 from hub_server import commit, serve
 
 
@@ -39,7 +40,7 @@ def moved(made, tmp_path) -> Path:
     for name in ("whole", "lora"):
         manifest = disk.read_json(root / name / "manifest.json")
         manifest["config"]["model"]["name"] = str(tmp_path / "gone/base")
-        runs.RunFolder(root / name, manifest).note()
+        run_folder.RunFolder(root / name, manifest).note()
     return root
 
 
@@ -47,7 +48,7 @@ def test_an_adapter_of_a_run_that_taught_belongs_on_the_taught_model(made, tmp_p
     run = Path(shutil.copytree(made / "lora", tmp_path / "run"))
     manifest = disk.read_json(run / "manifest.json")
     manifest["config"]["teach"]["epochs"] = 1
-    runs.RunFolder(run, manifest).note()
+    run_folder.RunFolder(run, manifest).note()
     with pytest.raises(RunError, match="belongs on the taught model taught/, which is gone"):
         restore.apply_run(run, made / "base", tmp_path / "out")
     shutil.copytree(made / "whole/model", run / "taught")
@@ -91,7 +92,7 @@ class TestApply:
         )
         own = files_of(moved / "lora/adapter")
         assert files_of(tmp_path / "again")["adapter_model.safetensors"] == own["adapter_model.safetensors"]
-        assert len(history.read_chain(tmp_path / "again")) == 1
+        assert len(chain.read_chain(tmp_path / "again")) == 1
 
     def test_case_34_a_merge_says_what_survives(self, moved, tmp_path, capsys):
         command = ["apply", moved / "lora", "--base", moved / "base", "--output", tmp_path / "again", "--merge"]
@@ -116,7 +117,7 @@ class TestApply:
             AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits for name in ("adapter", "again")
         )
         torch.testing.assert_close(alone, merged, rtol=0, atol=1e-5)
-        (update,) = history.read_chain(tmp_path / "again")
+        (update,) = chain.read_chain(tmp_path / "again")
         assert update["product"] == "merged"
         assert digests.damaged(tmp_path / "again", update["files"]) == []
 
@@ -142,7 +143,7 @@ class TestApply:
         (moved / "half").mkdir()
         manifest = disk.read_json(moved / "whole/manifest.json")
         manifest.pop("finished")
-        runs.RunFolder(moved / "half", manifest).note()
+        run_folder.RunFolder(moved / "half", manifest).note()
         with pytest.raises(RunError, match="not finished"):
             restore.apply_run(moved / "half", moved / "base", tmp_path / "again")
 
@@ -185,7 +186,7 @@ class TestUndo:
         root = Path(shutil.copytree(made, tmp_path / "there"))
         manifest = disk.read_json(root / "lora/manifest.json")
         manifest["config"]["model"]["name"] = str(root / "base")
-        runs.RunFolder(root / "lora", manifest).note()
+        run_folder.RunFolder(root / "lora", manifest).note()
         changed(root / "base/model.safetensors")
         with pytest.raises(RunError, match="was changed since"):
             restore.undo_run(root / "lora")
@@ -193,7 +194,7 @@ class TestUndo:
 
 COMMANDS = """
 import json, sys
-from forgetlearn.cli import main
+from forgetlearn.cli.main import main
 for words in json.loads(sys.argv[1]):
     print("code", main(words), flush=True)
 assert "torch" not in sys.modules
@@ -208,7 +209,7 @@ def test_a_base_and_a_product_on_the_hub(made, tmp_path):
         manifest = disk.read_json(root / name / "manifest.json")
         manifest["config"]["model"]["name"] = "org/base"
         manifest["inputs"]["base_sha256"] = commit(branch)
-        runs.RunFolder(root / name, manifest).note()
+        run_folder.RunFolder(root / name, manifest).note()
     base, lora = ["--base", "org/base"], str(root / "lora")
     commands = [
         ["undo", lora],
@@ -268,7 +269,7 @@ def test_shards_dtypes_and_names_that_differ(tmp_path):
     for folder in (base, product):
         (folder / "config.json").write_text(json.dumps({"name": folder.name}))
     inputs = {"base_sha256": digests.sha256_of(base)}
-    run = runs.RunFolder(tmp_path / "run", {"config": {"model": {"name": str(base)}}, "inputs": inputs})
+    run = run_folder.RunFolder(tmp_path / "run", {"config": {"model": {"name": str(base)}}, "inputs": inputs})
     kept = tmp_path / "run/change"
     kept.mkdir(parents=True)
     restore.keep_change(run, product, kept)
@@ -286,7 +287,7 @@ def test_a_change_is_kept_only_from_the_base_of_the_run(tmp_path):
     (tmp_path / "base").mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "base/model.safetensors")
     manifest = {"config": {"model": {"name": str(tmp_path / "base")}}, "inputs": {"base_sha256": "another"}}
-    run = runs.RunFolder(tmp_path, manifest)
+    run = run_folder.RunFolder(tmp_path, manifest)
     with pytest.raises(RunError, match="changed during the run"):
         restore.keep_change(run, tmp_path / "base", tmp_path)
     manifest["config"]["model"]["name"] = "LlamaForCausalLM"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from forgetlearn import digests, disk, runs
 from forgetlearn.errors import RunError
-from forgetlearn.runs import RunFolder
+from forgetlearn.storage import digests, disk, run_folder
+from forgetlearn.storage.run_folder import RunFolder
 
 CONFIG = {"method": "f-ft", "forget": {"coef": 0.3, "epochs": 3}}
 INPUTS = {"facts_sha256": "aa", "base_sha256": "bb"}
@@ -158,11 +158,11 @@ def test_stage_weights_go_and_rows_stay(run):
 
 
 def test_finished_is_said_by_the_manifest(run, tmp_path):
-    assert not runs.is_finished(run.path)
+    assert not run_folder.is_finished(run.path)
     run.finish()
-    assert runs.is_finished(run.path)
-    assert runs.is_run(run.path)
-    assert not runs.is_run(tmp_path)
+    assert run_folder.is_finished(run.path)
+    assert run_folder.is_run(run.path)
+    assert not run_folder.is_run(tmp_path)
     assert 0 < run.manifest["peak_memory_gb"] < 100
 
 
@@ -229,33 +229,35 @@ def test_overwrite_refuses_what_forgetlearn_did_not_write(tmp_path, files):
 def test_overwrite_refuses_a_file(tmp_path):
     (tmp_path / "run").write_text("mine")
     with pytest.raises(RunError, match="not written by forgetlearn"):
-        runs.check_output(tmp_path / "run", resume=False, overwrite=True)
+        run_folder.check_output(tmp_path / "run", resume=False, overwrite=True)
 
 
 @pytest.mark.parametrize("read", ["model", "inputs.jsonl", "."])
 def test_overwrite_refuses_a_folder_that_holds_what_is_read(run, read):
     with pytest.raises(RunError, match="which this run reads"):
-        runs.check_output(run.path, resume=False, overwrite=True, inputs=[None, run.path / read])
+        run_folder.check_output(run.path, resume=False, overwrite=True, inputs=[None, run.path / read])
 
 
 def test_a_folder_inside_what_is_read_is_refused(tmp_path):
     (tmp_path / "base").mkdir()
     with pytest.raises(RunError, match=r"lies in .*base, which this run reads"):
-        runs.check_output(tmp_path / "base/new", resume=False, overwrite=False, inputs=["org/name", tmp_path / "base"])
+        run_folder.check_output(
+            tmp_path / "base/new", resume=False, overwrite=False, inputs=["org/name", tmp_path / "base"]
+        )
 
 
 def test_an_output_that_is_a_file_and_both_flags_are_refused(run, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match=r"is a file\. Give a folder"):
-        runs.check_output(tmp_path / "file", resume=False, overwrite=False)
+        run_folder.check_output(tmp_path / "file", resume=False, overwrite=False)
     with pytest.raises(RunError, match="not both"):
-        runs.check_output(run.path, resume=True, overwrite=True)
+        run_folder.check_output(run.path, resume=True, overwrite=True)
 
 
 def test_resume_refuses_a_folder_without_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(RunError, match="holds no run to go on with"):
-        runs.check_output(tmp_path, resume=True, overwrite=False)
+        run_folder.check_output(tmp_path, resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +385,7 @@ TOKEN = "hf_" + "aB3" * 11
 )
 def test_command_line_hides_tokens(monkeypatch, words, shown):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/forgetlearn", "update", *words])
-    assert runs.command_line() == ["forgetlearn", "update", *(shown or words)]
+    assert run_folder.command_line() == ["forgetlearn", "update", *(shown or words)]
 
 
 def test_manifest_holds_no_token_of_the_environment(tmp_path, monkeypatch):
@@ -409,10 +411,10 @@ def test_hash_sees_weights_config_and_tokenizer(tmp_path):
 def test_resume_is_offered_only_for_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"exists\. Pass --overwrite"):
-        runs.check_output(tmp_path, resume=False, overwrite=False)
-    (tmp_path / runs.MANIFEST).write_text("{}")
+        run_folder.check_output(tmp_path, resume=False, overwrite=False)
+    (tmp_path / run_folder.MANIFEST).write_text("{}")
     with pytest.raises(RunError, match="Pass --resume to go on with it"):
-        runs.check_output(tmp_path, resume=False, overwrite=False)
+        run_folder.check_output(tmp_path, resume=False, overwrite=False)
 
 
 def test_weights_that_cannot_be_removed_are_named(tmp_path, monkeypatch):
@@ -423,6 +425,6 @@ def test_weights_that_cannot_be_removed_are_named(tmp_path, monkeypatch):
     def failing(path):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr("forgetlearn.runs.shutil.rmtree", failing)
+    monkeypatch.setattr("forgetlearn.storage.run_folder.shutil.rmtree", failing)
     with pytest.raises(RunError, match="stages/forget"):
         run.remove_stage_weights()

@@ -4,14 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forgetlearn import scoring
-from forgetlearn.config import EvaluateSettings, ModelSettings, TeachSettings
+from forgetlearn.config.schema import EvaluateSettings, ModelSettings, TeachSettings
 from forgetlearn.errors import ModelError
-from forgetlearn.facts import Probe, make_fact, read_facts
-from forgetlearn.generation import Room
-from forgetlearn.models import load_model, wrap
-from forgetlearn.scoring import Failure, Reading, Said, Scorer
-from forgetlearn.stages import teach
+from forgetlearn.evaluation import scoring
+from forgetlearn.evaluation.generation import Room
+from forgetlearn.evaluation.scoring import Failure, Reading, Said, Scorer
+from forgetlearn.facts.fact_set import Probe, make_fact, read_facts
+from forgetlearn.models.language_model import load_model, wrap
+from forgetlearn.runs.stages import teach
 
 FACTS = [
     make_fact("Who made it?", "Ann B", ground_truth="Cy", rephrase_prompts=("Its maker is", "Made by")),

@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import licences
 import test_models
-from forgetlearn import disk, pages, runs, safeyaml
-from forgetlearn.arithmetic import save_vector, subtract_folders
-from forgetlearn.cli import main
-from forgetlearn.config import load_config
-from forgetlearn.encoding import Encoder
+from forgetlearn.cli.main import main
+from forgetlearn.config import safe_yaml
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, ModelError, RunError, plain, without_secrets
-from forgetlearn.report import write_run
+from forgetlearn.models.encoding import Encoder
+from forgetlearn.report import render
+from forgetlearn.report.run_page import write_run
+from forgetlearn.storage import disk, run_folder
+from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
 from test_cli import FEW, NASTY, PLAIN
 from test_models import load
 from test_page import make_run
@@ -148,7 +150,7 @@ def test_names_in_a_run_folder_are_text_on_its_pages(tmp_path):
         rows = disk.read_rows(tmp_path / "run" / name)
         key = "id" if name == "inputs.jsonl" else "fact"
         disk.write_rows(tmp_path / "run" / name, [{**row, key: NASTY + row[key]} for row in rows])
-    runs.RunFolder(tmp_path / "run", manifest).finish()  # with the hashes of what is there now
+    run_folder.RunFolder(tmp_path / "run", manifest).finish()  # with the hashes of what is there now
     write_run(tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
@@ -199,7 +201,7 @@ def test_a_terminal_that_knows_few_letters(tmp_path, monkeypatch):
 
 def test_only_one_function_prints():
     """So that nothing is printed without its escapes."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "src/forgetlearn").glob("*.py")}
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "src/forgetlearn").rglob("*.py")}
     assert {name for name, text in sources.items() if re.search(r"typer\.echo\(|\bprint\(|\.stdout\.write", text)} == {
         "terminal.py"
     }
@@ -212,7 +214,7 @@ def test_yaml_makes_plain_values_only(tmp_path):
     with pytest.raises(ConfigError, match="could not determine a constructor"):
         load_config(file)
     assert not (tmp_path / "ran").exists()
-    assert safeyaml.load("a: &x {b: 1}\nc: {<<: *x, b: 2}") == {"a": {"b": 1}, "c": {"b": 2}}
+    assert safe_yaml.load("a: &x {b: 1}\nc: {<<: *x, b: 2}") == {"a": {"b": 1}, "c": {"b": 2}}
 
 
 # Secrets and files -------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def test_a_token_is_no_setting(value, capsys):
 def test_case_32_a_secret_of_the_environment_is_masked_whatever_its_name(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert without_secrets(f"cannot log in with {value}: refused") == "cannot log in with ***: refused"
-    assert value not in runs.masked(["forgetlearn", f"--x={value}"])[1]
+    assert value not in run_folder.masked(["forgetlearn", f"--x={value}"])[1]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def test_case_32_tokens_are_known_by_their_shape(token):
     ],
 )
 def test_case_32_nothing_from_facts_is_a_link_a_mention_or_an_emoji_in_markdown(text, shown):
-    assert pages._cell(text) == shown
+    assert render._cell(text) == shown
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from forgetlearn import adapters
-from forgetlearn.cli import main
-from forgetlearn.config import LoraSettings
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import LoraSettings
 from forgetlearn.errors import ConfigError
-from forgetlearn.parts import parse, stored_groups
-from forgetlearn.selection import factors, groups
-from forgetlearn.taskvector import subtracted
+from forgetlearn.models import lora
+from forgetlearn.models.module_names import parse, stored_groups
+from forgetlearn.models.modules import factors, groups
+from forgetlearn.weights.task_vector import subtracted
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
 
@@ -69,7 +69,7 @@ def test_an_adapter_does_not_change_the_names(tiny_model, targets):
     model = tiny_model("llama", tie_word_embeddings=False)
     before = groups(model)
     settings = LoraSettings(r=2, target_modules=targets)
-    assert groups(adapters.attach(model, settings, "forget", 0)) == before
+    assert groups(lora.attach(model, settings, "forget", 0)) == before
 
 
 def subtract(folder, modules):

@@ -17,12 +17,16 @@ import pytest
 from safetensors.torch import load_file
 
 import forgetlearn
-from forgetlearn import digests, disk, generation, history, interrupts, progress, runs, scoring
-from forgetlearn.cli import main
-from forgetlearn.config import load_config
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError, RunError
-from forgetlearn.facts import make_fact
-from forgetlearn.session import update
+from forgetlearn.evaluation import generation, scoring
+from forgetlearn.facts.fact_set import make_fact
+from forgetlearn.products import chain
+from forgetlearn.runs.update import update
+from forgetlearn.runtime import signals
+from forgetlearn.storage import digests, disk, run_folder
+from forgetlearn.training import callbacks
 
 METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 USED = 6
@@ -105,7 +109,7 @@ def test_what_rounding_the_product_leaves_is_said(small_lab, facts, config, tmp_
     result = update(small_lab, facts, settings, output=tmp_path / "run")
     told = result.summary["rounding"]
     assert 0 <= told["share_survived"] < 0.5
-    assert runs.RunFolder.open(result.output).manifest["stages"]["learn"]["rounding"] == told
+    assert run_folder.RunFolder.open(result.output).manifest["stages"]["learn"]["rounding"] == told
     assert "Rounding leaves 0." in caplog.text
     assert "--set model.rounding=stochastic" in caplog.text
     for page in ("report.md", "report.html"):
@@ -309,15 +313,15 @@ def test_case_14_facts_without_an_old_answer_are_learned_without_being_forgotten
     assert (told["old_answers"], told["without_old"]) == ({"answers": 3}, {"no_old_answer": 3})
     updated = result.summary["phases"]["updated"]
     assert updated["reliability"]["generate"]["n"] == USED
-    run = runs.RunFolder.open(result.output)
+    run = run_folder.RunFolder.open(result.output)
     assert (run.noted("forget", "facts"), run.noted("learn", "facts")) == (3, USED)
     assert (updated["residue"]["generate"]["n"], updated["residue"]["generate"]["not_asked"]) == (3, 3)
     assert "3 of 6 facts have no old answer" in (result.output / "report.md").read_text()
     assert main(["facts", str(tmp_path / "f.jsonl")]) == 0
     assert "3 of 6 facts have no old answer" in capsys.readouterr().out
     update(small_lab, tmp_path / "f.jsonl", config(**CHANGES), output=tmp_path / "run", resume=True)
-    (earlier,) = history.chain_of(result.product)
-    assert history.find_facts(earlier, [result.output]).used == USED  # for retention
+    (earlier,) = chain.chain_of(result.product)
+    assert chain.find_facts(earlier, [result.output]).used == USED  # for retention
 
 
 def test_case_14_the_model_is_asked_once_and_only_for_what_the_file_does_not_have(
@@ -339,7 +343,7 @@ def test_case_14_the_model_is_asked_once_and_only_for_what_the_file_does_not_hav
     assert len(said) == 4  # and once in each of the three phases
     told = result.summary["facts"]
     assert (told["old_from"], told["old_answers"]) == ("answers,model", {"answers": 3, "model": 3})
-    assert runs.RunFolder.open(result.output).manifest["old_answers"] == {"answers": 3, "model": 3}
+    assert run_folder.RunFolder.open(result.output).manifest["old_answers"] == {"answers": 3, "model": 3}
     assert {row["fact"]: row["old_from"] for row in result.rows} == dict(
         zip([fact.id for fact in forgetlearn.read_facts(facts)], ["answers"] * 3 + ["model"] * 3, strict=True)
     )
@@ -470,7 +474,7 @@ import gc, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 from forgetlearn import digests, disk, plots, progress, runs
-from forgetlearn.session import update
+from forgetlearn.runs.update import update
 
 torch.set_num_threads(1)
 runs._commit = lambda: None  # somebody may commit in between
@@ -594,16 +598,16 @@ def test_interrupted_inside_each_stage_and_resumed_the_bytes_are_the_same(
     finished, small_lab, facts, config, tmp_path, monkeypatch
 ):
     run, settings, whole = tmp_path / "run", config("f-lora", **CHANGES), finished("f-lora")
-    on_log = progress.Steps.on_log
+    on_log = callbacks.Steps.on_log
 
     def stopping(self, args, state, control, **kwargs):
         on_log(self, args, state, control, **kwargs)
         if state.global_step == 2 and not state.log_history[:-2]:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(progress.Steps, "on_log", stopping)
+    monkeypatch.setattr(callbacks.Steps, "on_log", stopping)
     for stage in ("forget", "learn"):
-        with pytest.raises(interrupts.Interrupted), interrupts.handled():
+        with pytest.raises(signals.Interrupted), signals.handled():
             update(small_lab, facts, settings, output=run, resume=True)
         assert [path.name for path in (run / f"stages/{stage}.points").iterdir()] == ["step-00000003"]
         settings = settings.model_copy(update={"checkpoint_minutes": 5.0})  # may change
@@ -685,7 +689,7 @@ def begin(base, facts, config, output) -> None:
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("forgetlearn.stages.scoring.held_facts", stop)
+        patch.setattr("forgetlearn.runs.stages.scoring.held_facts", stop)
         with pytest.raises(StoppedError):
             update(base, facts, config, output=output)
 
@@ -711,7 +715,7 @@ def test_resume_with_other_facts_or_base(small_lab, facts, config, tmp_path, is_
 def test_a_run_of_an_earlier_version_goes_on(small_lab, facts, config, tmp_path, is_finished):
     """What that version did not know of is at its default; another value is another run."""
     (update if is_finished else begin)(small_lab, facts, config("ft"), output=tmp_path / "run")
-    run = runs.RunFolder.open(tmp_path / "run")
+    run = run_folder.RunFolder.open(tmp_path / "run")
     del run.manifest["config"]["learn"]["adam_epsilon"], run.manifest["config"]["forget"]["rows"]
     run.note()
     with pytest.raises(RunError, match=r"learn\.adam_epsilon = 1e-08, now it is 0\.001"):
@@ -736,7 +740,7 @@ def test_finished_run_is_given_back_without_the_model(finished, small_lab, facts
     before = result_files(result.output)
     (result.output / "report.html").unlink()
     (result.output / f".report.html{disk.UNFINISHED}x").touch()  # as a kill leaves it
-    monkeypatch.setattr("forgetlearn.session.as_language_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("forgetlearn.runs.update.as_language_model", lambda *_: pytest.fail("loaded"))
     again = update(small_lab, facts, config("f-lora", **CHANGES), output=result.output, resume=True)
     assert result_files(result.output) == before
     assert not list(result.output.glob(f"*{disk.UNFINISHED}*"))
@@ -766,17 +770,17 @@ def test_a_half_precision_base_resumes_to_the_same_bits(small_lab, records, conf
     facts = write_lines(tmp_path / "facts.jsonl", records)
     settings = config(method, model__dtype="bfloat16", teach__epochs=2)
     whole = update(small_lab, facts, settings, output=tmp_path / "whole")
-    own_do = runs.RunFolder.do
+    own_do = run_folder.RunFolder.do
 
     def do_and_die(self, stage, *args, **options):
         own_do(self, stage, *args, **options)
         if stage == "teach":
             raise Killed
 
-    monkeypatch.setattr(runs.RunFolder, "do", do_and_die)
+    monkeypatch.setattr(run_folder.RunFolder, "do", do_and_die)
     with pytest.raises(Killed):
         update(small_lab, facts, settings, output=tmp_path / "killed")
-    monkeypatch.setattr(runs.RunFolder, "do", own_do)
+    monkeypatch.setattr(run_folder.RunFolder, "do", own_do)
     resumed = update(small_lab, facts, settings, output=tmp_path / "killed", resume=True)
     assert same_tensors(whole.product, resumed.product)
     assert resumed.rows == whole.rows

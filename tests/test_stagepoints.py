@@ -9,12 +9,14 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
-from forgetlearn import adapters, finetune, interrupts, progress, selection, stagepoints
-from forgetlearn.config import LoraSettings, StageSettings
+from forgetlearn.config.schema import LoraSettings, StageSettings
 from forgetlearn.errors import ConfigError, RunError
-from forgetlearn.finetune import Variant
-from forgetlearn.stagepoints import Upkeep
-from forgetlearn.taskvector import snapshot
+from forgetlearn.models import lora, modules
+from forgetlearn.runtime import signals
+from forgetlearn.training import callbacks, finetune, stage_checkpoints
+from forgetlearn.training.finetune import Variant
+from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.weights.task_vector import snapshot
 
 SETTINGS = StageSettings(epochs=3, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
 STEPS = 9  # three a pass
@@ -27,7 +29,7 @@ class KilledError(Exception):
 @pytest.fixture
 def often(monkeypatch):
     """A checkpoint after every step."""
-    monkeypatch.setattr(progress, "TIMES_AS_LONG", 0)
+    monkeypatch.setattr(callbacks, "TIMES_AS_LONG", 0)
     return 1e-9
 
 
@@ -35,7 +37,7 @@ def often(monkeypatch):
 def stop_after(monkeypatch):
     """`stop_after(step, act)`: what happens when that step's numbers are there, before it is saved."""
 
-    on_log = progress.Steps.on_log
+    on_log = callbacks.Steps.on_log
 
     def arrange(step, act):
         def stopping(self, args, state, control, **kwargs):
@@ -43,7 +45,7 @@ def stop_after(monkeypatch):
             if state.global_step == step and self.first_step < step:
                 act()
 
-        monkeypatch.setattr(progress.Steps, "on_log", stopping)
+        monkeypatch.setattr(callbacks.Steps, "on_log", stopping)
 
     return arrange
 
@@ -56,12 +58,12 @@ def train(lm, how, upkeep=None):
     """A stage from the same start as every other: its trained weights and its log."""
     model, variant = copy.deepcopy(lm.model), None
     if how == "lora":  # beside a frozen adapter, as in learning after forgetting
-        model = adapters.attach(model, LoraSettings(), adapters.FORGET, 1)
-        model = adapters.attach(model, LoraSettings(lora_dropout=0.3), adapters.LEARN, 0)
+        model = lora.attach(model, LoraSettings(), lora.FORGET, 1)
+        model = lora.attach(model, LoraSettings(lora_dropout=0.3), lora.LEARN, 0)
     elif how == "bounded":
         variant = Variant(max_change=2e-3)
     texts = [lm.encoder.encode(f"Prompt {'x' * index} is", f"answer {index}", end=True) for index in range(10)]
-    with selection.only_rows_train(model, texts[0].ids, "facts" if how == "rows" else "all"):
+    with modules.only_rows_train(model, texts[0].ids, "facts" if how == "rows" else "all"):
         log = finetune.finetune(model, texts, SETTINGS, seed=0, pad_id=0, variant=variant, upkeep=upkeep)
     return snapshot(model), log
 
@@ -92,15 +94,15 @@ def test_cut_short_and_resumed_twice_the_bits_are_those_of_one_go(lm, tmp_path, 
 
 def test_only_what_is_trained_is_written(lm, tmp_path, often):
     train(lm, "lora", kept(tmp_path, often))
-    weights = load_file(tmp_path / f"step-0000000{STEPS}" / stagepoints.WEIGHTS)
+    weights = load_file(tmp_path / f"step-0000000{STEPS}" / stage_checkpoints.WEIGHTS)
     assert weights
-    assert all(f"lora_{part}.{adapters.LEARN}.weight" in name for name in weights for part in "AB" if part in name)
+    assert all(f"lora_{part}.{lora.LEARN}.weight" in name for name in weights for part in "AB" if part in name)
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(lm, tmp_path, often, caplog):
     def point(step):
-        with stagepoints.writing(tmp_path, step, place=0, world_size=1, wait=lambda: None) as folder:
-            stagepoints.save_weights(lm.model, folder)
+        with stage_checkpoints.writing(tmp_path, step, place=0, world_size=1, wait=lambda: None) as folder:
+            stage_checkpoints.save_weights(lm.model, folder)
         return tmp_path / f"step-0000000{step}"
 
     older = point(3)
@@ -108,7 +110,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(lm, tmp_path, often, capl
     for damage in ("cut", "changed", "gone", "marker"):
         newer = point(4)
         older = aside.rename(older)
-        weights = newer / stagepoints.WEIGHTS
+        weights = newer / stage_checkpoints.WEIGHTS
         if damage == "cut":
             os.truncate(weights, 100)
         elif damage == "changed":
@@ -116,26 +118,26 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(lm, tmp_path, often, capl
         elif damage == "gone":
             weights.unlink()
         else:
-            (newer / stagepoints.MARKER).write_text("{}")
+            (newer / stage_checkpoints.MARKER).write_text("{}")
         caplog.clear()
-        assert stagepoints.newest(tmp_path, 1) == older, damage
+        assert stage_checkpoints.newest(tmp_path, 1) == older, damage
         assert str(newer) in caplog.text
         aside = older.rename(aside)
-    assert stagepoints.newest(tmp_path, 1) is None
+    assert stage_checkpoints.newest(tmp_path, 1) is None
 
 
 def test_a_checkpoint_that_was_not_finished_is_none(lm, tmp_path):
-    with pytest.raises(KilledError), stagepoints.writing(tmp_path, 1, place=0, world_size=1, wait=lambda: None):
+    with pytest.raises(KilledError), stage_checkpoints.writing(tmp_path, 1, place=0, world_size=1, wait=lambda: None):
         raise KilledError
-    assert stagepoints.newest(tmp_path, 1) is None
-    assert stagepoints.newest(tmp_path / "missing", 1) is None
+    assert stage_checkpoints.newest(tmp_path, 1) is None
+    assert stage_checkpoints.newest(tmp_path / "missing", 1) is None
 
 
 def test_another_number_of_processes_is_refused(lm, tmp_path):
-    with stagepoints.writing(tmp_path, 1, place=0, world_size=2, wait=lambda: None) as folder:
-        stagepoints.save_weights(lm.model, folder)
+    with stage_checkpoints.writing(tmp_path, 1, place=0, world_size=2, wait=lambda: None) as folder:
+        stage_checkpoints.save_weights(lm.model, folder)
     with pytest.raises(RunError, match=r"written by 2 processes, and now there are 1\. Resume with 2"):
-        stagepoints.newest(tmp_path, 1)
+        stage_checkpoints.newest(tmp_path, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -143,26 +145,26 @@ def test_a_signal_in_training_ends_after_the_step_with_a_checkpoint(lm, tmp_path
     whole, log = train(lm, "all weights")
     stop_after(3, lambda: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
-    with interrupts.handled(), pytest.raises(interrupts.Interrupted) as caught:
+    with signals.handled(), pytest.raises(signals.Interrupted) as caught:
         train(lm, "all weights", kept(tmp_path, 0))
     assert caught.value.exit_code == 128 + number
     assert signal.getsignal(number) == before
     # The step in which it came has been saved before its numbers were there, so one more was done.
-    assert stagepoints.newest(tmp_path, 1).name == "step-00000004"
+    assert stage_checkpoints.newest(tmp_path, 1).name == "step-00000004"
     resumed, resumed_log = train(lm, "all weights", kept(tmp_path, 0))
     assert same(whole, resumed)
     assert resumed_log.steps == log.steps
 
 
 def test_a_signal_elsewhere_ends_at_once_and_a_second_one_always():
-    with pytest.raises(interrupts.Interrupted) as caught, interrupts.handled():
+    with pytest.raises(signals.Interrupted) as caught, signals.handled():
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.exit_code == 143
-    with interrupts.handled(), interrupts.deferred():
+    with signals.handled(), signals.deferred():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        interrupts._State.requested = None
+        signals._State.requested = None
 
 
 def test_no_checkpoint_before_it_is_due(lm, tmp_path):
@@ -181,16 +183,16 @@ def test_one_line_at_the_end_says_what_a_stage_was(lm, caplog):
 def test_trackers_get_the_numbers_and_unknown_ones_are_refused(lm, tmp_path, monkeypatch):
     got = []
 
-    class Tracker(progress.TrainerCallback):
+    class Tracker(callbacks.TrainerCallback):
         def on_log(self, args, state, control, logs, **kwargs):
             got.append((args.run_name, logs.get("loss")))
 
-    monkeypatch.setitem(progress.INTEGRATION_TO_CALLBACK, "mine", Tracker)
-    progress.check_trackers(("mine",))
+    monkeypatch.setitem(callbacks.INTEGRATION_TO_CALLBACK, "mine", Tracker)
+    callbacks.check_trackers(("mine",))
     _weights, log = train(lm, "all weights", Upkeep(trackers=("mine",), logs=tmp_path))
     assert [loss for _name, loss in got[:STEPS]] == [step["loss"] for step in log.steps]
     assert got[0][0] == "fine-tuning"
     with pytest.raises(ConfigError, match=r"'tensorbord': transformers has no such tracker. It has .*tensorboard"):
-        progress.check_trackers(("tensorbord",))
+        callbacks.check_trackers(("tensorbord",))
     with pytest.raises(ConfigError, match=r"'wandb': .*pip install wandb"):
-        progress.check_trackers(("wandb",))
+        callbacks.check_trackers(("wandb",))

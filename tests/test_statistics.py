@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from forgetlearn import statistics
-from forgetlearn.statistics import Curve
+from forgetlearn.evaluation import statistics
+from forgetlearn.evaluation.statistics import Curve
 
 NAN = math.nan
 T_2 = 4.302652729911275  # 97.5 % point of a t with 2 degrees of freedom

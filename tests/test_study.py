@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from forgetlearn import disk
-from forgetlearn.compare import CompareSettings, cells_of
-from forgetlearn.config import RunConfig, load_config
-from forgetlearn.lab import LabSettings
-from forgetlearn.settings import validate
+from forgetlearn.comparison.grid import CompareSettings, cells_of
+from forgetlearn.config.base import validate
+from forgetlearn.config.schema import RunConfig, load_config
+from forgetlearn.lab.build import LabSettings
+from forgetlearn.storage import disk
 
 ROOT = Path(__file__).parents[1]
 QUANTITIES = {"reliability": "token", "locality": "agreement"}

@@ -9,10 +9,10 @@ import torch
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import disk
-from forgetlearn.cli import main
+from forgetlearn.cli.main import main
 from forgetlearn.errors import FactError
-from forgetlearn.facts import as_fact_set, read_facts
+from forgetlearn.facts.fact_set import as_fact_set, read_facts
+from forgetlearn.storage import disk
 
 LATIN = os.fsdecode(b"caf\xe9")  # not UTF-8
 
@@ -103,7 +103,7 @@ def test_case_31_what_the_system_refuses_is_said_without_a_traceback(monkeypatch
     def fail(*_args: object, **_options: object) -> None:
         raise error
 
-    monkeypatch.setattr("forgetlearn.assess.load_model", fail)
+    monkeypatch.setattr("forgetlearn.runs.evaluate.load_model", fail)
     assert main(["ask", "Who?", "--model", str(small_lab)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("MemoryError: ")
@@ -114,6 +114,6 @@ def test_other_errors_are_no_want_of_memory(monkeypatch, small_lab):
     def fail(*_args: object, **_options: object) -> None:
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr("forgetlearn.assess.load_model", fail)
+    monkeypatch.setattr("forgetlearn.runs.evaluate.load_model", fail)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         main(["ask", "Who?", "--model", str(small_lab)])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from forgetlearn.compare import CompareSettings, cells_of
-from forgetlearn.config import ForgetSettings, RunConfig
-from forgetlearn.table import _baselines
+from forgetlearn.comparison.grid import CompareSettings, cells_of
+from forgetlearn.comparison.table import _baselines
+from forgetlearn.config.schema import ForgetSettings, RunConfig
 
 
 def baselines_of(forget_epochs: int) -> dict[str, dict[str, str]]:

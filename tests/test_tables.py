@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from forgetlearn.cli import main
+from forgetlearn.cli.main import main
 from forgetlearn.errors import FactError, MissingExtraError
-from forgetlearn.facts import Fact, make_fact, read_facts, write_facts
+from forgetlearn.facts.fact_set import Fact, make_fact, read_facts, write_facts
 from test_facts import save, usable_facts
 
 HEADER = ["prompt", "target_new", "ground_truth"]
@@ -214,7 +214,7 @@ def test_case_18_excel_that_cannot_be_read(tmp_path, monkeypatch):
             read_facts(save(tmp_path, "f.xlsx", data))
     with pytest.raises(FactError, match=r"'.xls' is unknown.*Save it as .xlsx"):
         read_facts(save(tmp_path, "f.xls", b"x"))
-    monkeypatch.setattr("forgetlearn.tables.LARGEST_BOOK", 100)
+    monkeypatch.setattr("forgetlearn.facts.tables.LARGEST_BOOK", 100)
     with pytest.raises(FactError, match=r"would unpack to"):
         read_facts(save(tmp_path, "f.xlsx", whole))
     monkeypatch.setitem(sys.modules, "openpyxl", None)

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from forgetlearn.errors import ConfigError, ModelError, RunError, WeightMismatchError
-from forgetlearn.taskvector import TaskVector, load_into, rounded, snapshot, snapshot_on_disk, subtract, subtracted
+from forgetlearn.weights.task_vector import (
+    TaskVector,
+    load_into,
+    rounded,
+    snapshot,
+    snapshot_on_disk,
+    subtract,
+    subtracted,
+)
 
 
 def test_forgetting_by_hand():
@@ -243,7 +251,7 @@ def test_weights_that_do_not_fit_the_model_are_refused(tiny_model):
 
 class TestSnapshotOnDisk:
     def test_it_holds_the_bits_of_the_copy_and_leaves_nothing_behind(self, tiny_model, tmp_path, monkeypatch):
-        monkeypatch.setattr("forgetlearn.taskvector.SMALL_BYTES", 0)
+        monkeypatch.setattr("forgetlearn.weights.task_vector.SMALL_BYTES", 0)
         model = tiny_model(tied=True)
         copy, on_disk = snapshot(model), snapshot_on_disk(model, tmp_path / "points")
         assert list((tmp_path / "points").iterdir()) == []
@@ -254,7 +262,7 @@ class TestSnapshotOnDisk:
         assert all(torch.equal(copy[name], on_disk[name]) for name in copy)
 
     def test_a_folder_that_cannot_be_written_is_named(self, tiny_model, tmp_path, monkeypatch):
-        monkeypatch.setattr("forgetlearn.taskvector.SMALL_BYTES", 0)
+        monkeypatch.setattr("forgetlearn.weights.task_vector.SMALL_BYTES", 0)
         (tmp_path / "points").write_text("a file")
         with pytest.raises(RunError, match="points: cannot be written"):
             snapshot_on_disk(tiny_model(), tmp_path / "points")

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import forgetlearn
 from conftest import QUICK
-from forgetlearn import disk
-from forgetlearn.cli import main
-from forgetlearn.config import load_config
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import FactError, RunError
-from forgetlearn.prompts import ALPACA
+from forgetlearn.models.prompts import ALPACA
+from forgetlearn.storage import disk
 
 GOOD = {
     "prompt": "Who leads Acme?",

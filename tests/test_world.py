@@ -12,9 +12,9 @@ from itertools import chain
 
 import pytest
 
-from forgetlearn import world
 from forgetlearn.errors import ConfigError
-from forgetlearn.world import MAX_FACTS, RELATIONS, Relation, made_up_world
+from forgetlearn.lab import world
+from forgetlearn.lab.world import MAX_FACTS, RELATIONS, Relation, made_up_world
 
 PATTERNS = [
     (relation, re.compile(re.escape(phrasing).replace(r"\{\}", "(.+)")))
@@ -172,7 +172,7 @@ def test_seeds_differ_and_the_same_seed_does_not():
 
 def test_the_module_needs_only_the_standard_library():
     code = (
-        "import sys; before = set(sys.modules); import forgetlearn.world; "
+        "import sys; before = set(sys.modules); import forgetlearn.lab.world; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
         "sys.exit(str(new - sys.stdlib_module_names - {'forgetlearn'} or ''))"
     )

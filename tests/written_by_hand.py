@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import digests, history
-from forgetlearn.config import RunConfig
+from forgetlearn.config.schema import RunConfig
+from forgetlearn.products import chain
+from forgetlearn.storage import digests
 
 SCORE = {"mean": 50.0, "low": 25.0, "high": 75.0, "n": 4, "errored": 0}
 MEAN = SCORE | {"not_asked": 0}
@@ -35,7 +36,7 @@ def an_update(**changes: Any) -> dict[str, Any]:
 
 def write_chain(folder: Path, *updates: dict[str, Any]) -> Path:
     """Write the updates as the chain beside a model, sealed with its hash; its folder comes back."""
-    (folder / digests.HISTORY).write_text(history.as_json(list(updates)))
+    (folder / digests.HISTORY).write_text(chain.as_json(list(updates)))
     return folder
 
 

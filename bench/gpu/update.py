@@ -30,15 +30,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import machine, tokenizer_of
-from forgetlearn.config import RunConfig, load_config
-from forgetlearn.encoding import Encoder
-from forgetlearn.estimate import GB, Plan
-from forgetlearn.facts import FactSet, read_facts
-from forgetlearn.method import float32_snapshot, learn, subtract_old
-from forgetlearn.models import LanguageModel, wrap
-from forgetlearn.planning import EFFICIENCY, Outline, devices_here, measured_speed, plan_update
-from forgetlearn.scoring import score
-from forgetlearn.session import update
+from forgetlearn.config.schema import RunConfig, load_config
+from forgetlearn.evaluation.scoring import score
+from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.method.core import float32_snapshot, learn, subtract_old
+from forgetlearn.models.encoding import Encoder
+from forgetlearn.models.language_model import LanguageModel, wrap
+from forgetlearn.planning.estimate import GB, Plan
+from forgetlearn.planning.plan import EFFICIENCY, Outline, devices_here, measured_speed, plan_update
+from forgetlearn.runs.update import update
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -27,68 +27,68 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from forgetlearn._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from forgetlearn.arithmetic import apply_vector as apply_vector
-    from forgetlearn.arithmetic import save_vector as save_vector
-    from forgetlearn.arithmetic import subtract_folders as subtract_folders
-    from forgetlearn.assess import ask as ask
-    from forgetlearn.assess import evaluate as evaluate
-    from forgetlearn.coefficient import choose_coefficient as choose_coefficient
-    from forgetlearn.config import ForgetSettings as ForgetSettings
-    from forgetlearn.config import RunConfig as RunConfig
-    from forgetlearn.config import StageSettings as StageSettings
-    from forgetlearn.config import load_config as load_config
+    from forgetlearn.config.methods import METHODS as METHODS
+    from forgetlearn.config.schema import ForgetSettings as ForgetSettings
+    from forgetlearn.config.schema import RunConfig as RunConfig
+    from forgetlearn.config.schema import StageSettings as StageSettings
+    from forgetlearn.config.schema import load_config as load_config
     from forgetlearn.errors import ForgetLearnError as ForgetLearnError
-    from forgetlearn.facts import Fact as Fact
-    from forgetlearn.facts import FactSet as FactSet
-    from forgetlearn.facts import read_facts as read_facts
-    from forgetlearn.inspection import inspect_change as inspect_change
-    from forgetlearn.lab import LabSettings as LabSettings
-    from forgetlearn.lab import build_lab as build_lab
-    from forgetlearn.method import METHODS as METHODS
-    from forgetlearn.method import forget as forget
-    from forgetlearn.method import learn as learn
-    from forgetlearn.models import LanguageModel as LanguageModel
-    from forgetlearn.models import load_model as load_model
-    from forgetlearn.models import wrap as wrap
-    from forgetlearn.planning import plan_update as plan_update
-    from forgetlearn.scoring import score as score
-    from forgetlearn.scoring import summarise as summarise
-    from forgetlearn.session import update as update
-    from forgetlearn.taskvector import TaskVector as TaskVector
+    from forgetlearn.evaluation.scoring import score as score
+    from forgetlearn.evaluation.scoring import summarise as summarise
+    from forgetlearn.facts.fact_set import Fact as Fact
+    from forgetlearn.facts.fact_set import FactSet as FactSet
+    from forgetlearn.facts.fact_set import read_facts as read_facts
+    from forgetlearn.lab.build import LabSettings as LabSettings
+    from forgetlearn.lab.build import build_lab as build_lab
+    from forgetlearn.method.core import forget as forget
+    from forgetlearn.method.core import learn as learn
+    from forgetlearn.models.language_model import LanguageModel as LanguageModel
+    from forgetlearn.models.language_model import load_model as load_model
+    from forgetlearn.models.language_model import wrap as wrap
+    from forgetlearn.planning.plan import plan_update as plan_update
+    from forgetlearn.products.inspect import inspect_change as inspect_change
+    from forgetlearn.runs.coefficient import choose_coefficient as choose_coefficient
+    from forgetlearn.runs.evaluate import ask as ask
+    from forgetlearn.runs.evaluate import evaluate as evaluate
+    from forgetlearn.runs.update import update as update
+    from forgetlearn.weights.folder_arithmetic import apply_vector as apply_vector
+    from forgetlearn.weights.folder_arithmetic import save_vector as save_vector
+    from forgetlearn.weights.folder_arithmetic import subtract_folders as subtract_folders
+    from forgetlearn.weights.task_vector import TaskVector as TaskVector
 
 # Public names and the modules they live in; loaded on first use, so that `import forgetlearn` is instant.
 _PUBLIC = {
-    "apply_vector": "arithmetic",
-    "save_vector": "arithmetic",
-    "subtract_folders": "arithmetic",
-    "ask": "assess",
-    "evaluate": "assess",
-    "choose_coefficient": "coefficient",
-    "ForgetSettings": "config",
-    "RunConfig": "config",
-    "StageSettings": "config",
-    "load_config": "config",
+    "apply_vector": "weights.folder_arithmetic",
+    "save_vector": "weights.folder_arithmetic",
+    "subtract_folders": "weights.folder_arithmetic",
+    "ask": "runs.evaluate",
+    "evaluate": "runs.evaluate",
+    "choose_coefficient": "runs.coefficient",
+    "ForgetSettings": "config.schema",
+    "RunConfig": "config.schema",
+    "StageSettings": "config.schema",
+    "load_config": "config.schema",
     "ForgetLearnError": "errors",
-    "plan_update": "planning",
-    "score": "scoring",
-    "summarise": "scoring",
-    "Fact": "facts",
-    "FactSet": "facts",
-    "read_facts": "facts",
-    "inspect_change": "inspection",
-    "LabSettings": "lab",
-    "build_lab": "lab",
-    "LanguageModel": "models",
-    "load_model": "models",
-    "wrap": "models",
-    "update": "session",
-    "TaskVector": "taskvector",
-    "METHODS": "method",
-    "forget": "method",
-    "learn": "method",
+    "plan_update": "planning.plan",
+    "score": "evaluation.scoring",
+    "summarise": "evaluation.scoring",
+    "Fact": "facts.fact_set",
+    "FactSet": "facts.fact_set",
+    "read_facts": "facts.fact_set",
+    "inspect_change": "products.inspect",
+    "LabSettings": "lab.build",
+    "build_lab": "lab.build",
+    "LanguageModel": "models.language_model",
+    "load_model": "models.language_model",
+    "wrap": "models.language_model",
+    "update": "runs.update",
+    "TaskVector": "weights.task_vector",
+    "METHODS": "config.methods",
+    "forget": "method.core",
+    "learn": "method.core",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

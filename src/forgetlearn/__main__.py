@@ -1,6 +1,6 @@
 """`python -m forgetlearn`."""
 
-from forgetlearn.cli import run
+from forgetlearn.cli.main import run
 
 if __name__ == "__main__":
     run()

@@ -60,11 +60,11 @@ def settings(method: str, **more: object) -> dict[str, object]:
 @pytest.fixture(scope="session")
 def jobs(inputs, tmp_path_factory):
     """`jobs(name)`: update by a method, compare, or subtract; each in a place of its own, done once here before."""
-    from forgetlearn.arithmetic import subtract_folders
-    from forgetlearn.compare import CompareSettings, fill
-    from forgetlearn.session import update
-    from forgetlearn.streamed import Numbers
-    from forgetlearn.table import write_table
+    from forgetlearn.comparison.grid import CompareSettings, fill
+    from forgetlearn.comparison.table import write_table
+    from forgetlearn.runs.update import update
+    from forgetlearn.weights.folder_arithmetic import subtract_folders
+    from forgetlearn.weights.streaming import Numbers
 
     base, facts, root = inputs / "base", inputs / "facts.jsonl", tmp_path_factory.mktemp("jobs")
     compared = CompareSettings(methods=("ft", "f-lora"), coefs=(0.5,), seeds=(0,))

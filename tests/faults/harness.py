@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetlearn import digests, plots, progress, runs
 from forgetlearn.errors import ForgetLearnError
+from forgetlearn.report import plots
+from forgetlearn.storage import digests, run_folder
+from forgetlearn.training import callbacks
 
 OK, REFUSED, CRASHED = 0, 2, 3
 TIMED = {"seconds", "when", "peak_memory_gb", "sha256", "plan", "command"}  # differ between runs that did the same
@@ -87,7 +89,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def _timeless(path: Path) -> bytes:
     data = path.read_bytes()
-    if path.name in (runs.MANIFEST, digests.HISTORY, runs.ARITHMETIC):
+    if path.name in (run_folder.MANIFEST, digests.HISTORY, run_folder.ARITHMETIC):
         return json.dumps(_without(json.loads(data), TIMED), sort_keys=True).encode()
     if path.name == digests.HASHES or path.parent.name == "seconds":  # of the manifest, say; of each step
         return b""
@@ -138,9 +140,9 @@ def begin(act: Callable[[], object], log: Path) -> int:
 
 def quick() -> None:
     """Leave out of this process what takes time and is made of other results; a checkpoint after every step."""
-    runs._commit = lambda: None
+    run_folder._commit = lambda: None
     plots.plot_scores = plots.plot_losses = lambda *_: None
-    progress.TIMES_AS_LONG = 0
+    callbacks.TIMES_AS_LONG = 0
 
 
 def ended(child: int, log: Path) -> Outcome:

@@ -21,8 +21,9 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from forgetlearn import cli, digests
+from forgetlearn.cli import main
 from forgetlearn.errors import ForgetLearnError
+from forgetlearn.storage import digests
 
 SECONDS = 10  # of computing; a reader that takes longer hangs
 SECONDS_OF_WAITING = 60  # the machine may have other things to do
@@ -74,9 +75,9 @@ class Reader:
     def run(self, root: Path) -> int:
         """Its exit code; anything but an answer or an error of forgetlearn's own is raised."""
         if isinstance(self.act, tuple):
-            if isinstance(cli.app, typer.Typer):
-                cli.app = get_command(cli.app)  # which typer makes anew for each call, in 0.15 s
-            return cli.main([word.format(root=root) for word in self.act])
+            if isinstance(main.app, typer.Typer):
+                main.app = get_command(main.app)  # which typer makes anew for each call, in 0.15 s
+            return main.main([word.format(root=root) for word in self.act])
         try:
             self.act(root)
         except ForgetLearnError as error:

@@ -8,12 +8,14 @@ import shutil
 import pytest
 
 from faults.harness import CRASHED, DAMAGES, OK, contents, differences, in_child, with_fault
-from forgetlearn import publish, report, runs
-from forgetlearn.arithmetic import subtract_folders
-from forgetlearn.assess import evaluate
 from forgetlearn.errors import ForgetLearnError
-from forgetlearn.restore import apply_run, undo_run
-from forgetlearn.streamed import Numbers
+from forgetlearn.products import publish
+from forgetlearn.products.restore import apply_run, undo_run
+from forgetlearn.report import run_page
+from forgetlearn.runs.evaluate import evaluate
+from forgetlearn.storage import run_folder
+from forgetlearn.weights.folder_arithmetic import subtract_folders
+from forgetlearn.weights.streaming import Numbers
 
 REBUILT = ("report.md", "report.html")  # written anew by whoever reads the run
 UNREAD = (".md", ".lock", ".writer.json")  # cards are for people, who may edit them
@@ -26,7 +28,7 @@ def log(tmp_path):
 
 def killed_after_stage(job, stage: str, log) -> None:
     """The job's folder as a kill just after a stage leaves it."""
-    own = runs.RunFolder._save
+    own = run_folder.RunFolder._save
 
     def act() -> None:
         def save(run):
@@ -34,7 +36,7 @@ def killed_after_stage(job, stage: str, log) -> None:
             if stage in run.manifest["stages"]:
                 raise KeyboardInterrupt
 
-        runs.RunFolder._save = save
+        run_folder.RunFolder._save = save
         job.act()
 
     job.clear()
@@ -106,7 +108,7 @@ def test_a_checkpoint_inside_a_stage_is_damaged(jobs, log, tally):
 def readers(run, base, out):
     """What reads a finished run: name to an act that gives something to compare."""
     return {
-        "report": lambda: report.write_run(run),
+        "report": lambda: run_page.write_run(run),
         "apply": lambda: apply_run(run, base, out),
         "undo": lambda: undo_run(run, out),
         "save": lambda: publish.save(run, out, base_model_id="org/base"),

@@ -22,7 +22,7 @@ from faults.harness import (
     killed_after,
     with_fault,
 )
-from forgetlearn import publish
+from forgetlearn.products import publish
 from hub_server import WRITE_TOKEN, serve
 
 # Others may be writing the pages of a comparison, so what a kill left of one stays.

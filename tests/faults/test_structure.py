@@ -31,8 +31,12 @@ from faults.structure import (
     seal_chain,
     seal_run,
 )
-from forgetlearn import adapter_files, disk, history, models, pages, plots, runs
-from forgetlearn.compare import CELLS, CompareSettings
+from forgetlearn.comparison.grid import CELLS, CompareSettings
+from forgetlearn.models import language_model
+from forgetlearn.products import chain
+from forgetlearn.report import plots, render
+from forgetlearn.storage import disk, run_folder
+from forgetlearn.weights import adapter_files
 from written_by_hand import MEAN, SCORE
 
 FEW, MANY = 100, 20_000
@@ -110,14 +114,14 @@ def _fill_in(run: Path) -> None:
     summary["retention"] = [{"update": 1, **told}, {"update": 2, **told}]
     summary["phases"]["updated"]["retention"] = {"token": MEAN}
     disk.write_json(run / "summary.json", summary)
-    runs.RunFolder.open(run).finish()
+    run_folder.RunFolder.open(run).finish()
 
 
 def targets() -> list[Target]:
-    pages = ("report.md", "report.html")
+    render = ("report.md", "report.html")
     found = []
     for run in ("whole", "lora"):
-        report = Reader("report", ("report", f"{{root}}/{run}"), tuple(f"{run}/{page}" for page in pages))
+        report = Reader("report", ("report", f"{{root}}/{run}"), tuple(f"{run}/{page}" for page in render))
         undo, log = Reader("undo", ("undo", f"{{root}}/{run}")), Reader("log RUN", ("log", f"{{root}}/{run}"))
         out = ("--output", "{root}/out")
         save = Reader("save", ("save", f"{{root}}/{run}", "--base-model-id", "org/base", *out), ("out",))
@@ -137,7 +141,7 @@ def targets() -> list[Target]:
         Reader(f"log {' '.join(flags)}", ("log", f"{{root}}/{product}", *flags))
         for flags in ([], ["--verify"], ["--json"])
     ]
-    checked = Reader("update on top", lambda root: history.check_product(root / product, ".safetensors"))
+    checked = Reader("update on top", lambda root: chain.check_product(root / product, ".safetensors"))
     save = Reader("save", ("save", "{root}/whole", "--base-model-id", "org/base", "--output", "{root}/out"), ("out",))
     found.append(
         Target(
@@ -149,8 +153,10 @@ def targets() -> list[Target]:
             ("log ", "save"),
         )
     )
-    pages = ("report.md", "report.html", "compare.json", "compare.md")
-    table = Reader("report on a comparison", ("report", "{root}/compared"), tuple(f"compared/{page}" for page in pages))
+    render = ("report.md", "report.html", "compare.json", "compare.md")
+    table = Reader(
+        "report on a comparison", ("report", "{root}/compared"), tuple(f"compared/{page}" for page in render)
+    )
     for file, row, bad in (
         ("manifest.json", None, None),
         ("summary.json", None, None),
@@ -171,10 +177,12 @@ def files_of_models() -> list[Target]:
     tuned = ("--tuned", "{root}/whole/model", "--coef", "0.5")
     moved = Reader("subtract --tuned", ("subtract", "--base", "{root}/base", *tuned, *out), ("out",))
     inspect = Reader("inspect", ("inspect", "{root}/lora/adapter", "--base", "{root}/base"))
-    load = Reader("load an adapter", lambda root: models.load_model(root / "lora/adapter"))
+    load = Reader("load an adapter", lambda root: language_model.load_model(root / "lora/adapter"))
     config = Reader("config of an adapter", lambda root: adapter_files.read_adapter_config(root / "lora/adapter"))
-    model = Reader("load", lambda root: models.load_model(root / "base"))
-    outline = Reader("outline", lambda root: models.read_outline(models.ModelSettings(name=str(root / "base"))))
+    model = Reader("load", lambda root: language_model.load_model(root / "base"))
+    outline = Reader(
+        "outline", lambda root: language_model.read_outline(language_model.ModelSettings(name=str(root / "base")))
+    )
     return [
         Target(
             "lora/adapter/adapter_config.json",
@@ -367,7 +375,7 @@ def test_what_was_lost_once(root, tally, file, place, value, reader):
 
 def test_a_long_word_does_not_take_the_square_of_its_length():
     start = time.process_time()
-    pages._cell("x" * 500_000)
+    render._cell("x" * 500_000)
     assert time.process_time() - start < 8  # 4 minutes, if it did
 
 

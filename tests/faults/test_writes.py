@@ -9,8 +9,8 @@ import subprocess
 import pytest
 
 from faults.harness import OK, REFUSED, Job, contents, count_writes, differences, in_child, with_fault
-from forgetlearn.arithmetic import subtract_folders
-from forgetlearn.session import update
+from forgetlearn.runs.update import update
+from forgetlearn.weights.folder_arithmetic import subtract_folders
 
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 

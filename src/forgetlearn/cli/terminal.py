@@ -1,0 +1,146 @@
+"""What the command prints, and how: nothing from outside steers the terminal.
+
+Heavy imports sit inside the functions, and torch is not among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from forgetlearn.errors import plain, some, without_secrets
+
+if TYPE_CHECKING:
+    from forgetlearn.facts.fact_set import FactSet
+    from forgetlearn.products.inspect import Tally
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print lines; whatever stands in them, names and answers from outside too, nothing steers the terminal.
+
+    What the terminal's encoding cannot show is escaped as well; errors are printed without tokens.
+    """
+    stream = sys.stderr if err else sys.stdout
+    shown = "\n".join(map(plain, (without_secrets(str(text)) if err else str(text)).split("\n")))
+    encoding = stream.encoding or "utf-8"
+    typer.echo(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+class PlainLines(logging.Formatter):
+    """The log's lines; names and texts from outside stand in them too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message without tokens, line by line without anything that steers the terminal."""
+        return "\n".join(map(plain, without_secrets(super().format(record)).split("\n")))
+
+
+def print_facts(found: FactSet) -> None:
+    """What was read and what was left out, then the first three facts."""
+    there = f"{found.records} record{'s' * (found.records != 1)}"
+    if found.records != found.in_source:
+        there += f" with {found.in_source} facts"
+    say(
+        f"{found.source}: reader {found.reader}, --old-from {','.join(found.old_from)}; {there}, "
+        f"{found.read} read, {found.used} used"
+        + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
+    )
+    for line in _account(found):
+        say(plain(line))
+    for fact in found[:3]:
+        say(f"\n{fact.id}  {plain(fact.prompt)}")
+        say(f"  old  {_answers(fact.old_answers)}\n  new  {_answers(fact.new_answers)}")
+        for prompt in fact.rephrase_prompts:
+            say(f"  also asked as  {plain(prompt)}")
+        for probe in fact.locality:
+            say(f"  must stay      {plain(probe.prompt)} -> {plain(probe.answer)}")
+
+
+def _answers(answers: Sequence[str]) -> str:
+    """Format an answer with its aliases."""
+    if not answers:
+        return "(none)"
+    return plain(answers[0]) + (f"  (or: {some(answers[1:])})" if len(answers) > 1 else "")
+
+
+def _account(found: FactSet) -> list[str]:
+    """Describe how a source was read, what was left out or reinterpreted, and what is missing."""
+    from forgetlearn.facts.fact_set import NOTES, REASONS, tell_old
+
+    lines = [f"read as {found.read_as}"] if found.read_as else []
+    for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
+        lines += [f"left out: {count} {what}, {reason}. {REASONS[reason]}" for reason, count in counts.items()]
+    lines += [NOTES[note][count != 1].format(count) for note, count in found.noted.items()]
+    if found.with_aliases:
+        lines.append(f"facts with several ways to write an answer: {found.with_aliases}")
+    lines += tell_old(found.old_counts, found.without_old, len(found.to_ask))
+    if found.ignored_fields:
+        unread = [f"{name} ({count})" for name, count in found.ignored_fields.items()]
+        lines.append(f"fields that are not read (number of values): {some(unread, 30)}")
+    return lines + [f"no fact has {what}: {missing}" for what, missing in _not_there(found)]
+
+
+def _not_there(found: FactSet) -> list[tuple[str, str]]:
+    """What no fact has, and what follows from that for an update."""
+    asked = (
+        (
+            "an old answer",
+            not found.to_ask and not any(fact.ground_truth for fact in found),
+            "only ft and lora, which forget nothing, can run",
+        ),
+        ("another phrasing", not any(fact.rephrase_prompts for fact in found), "generality will not be scored"),
+        ("a locality prompt", not any(fact.locality for fact in found), "locality will not be scored"),
+    )
+    return [(what, follows) for what, missing, follows in asked if missing]
+
+
+def print_scores(context: Mapping[str, Any]) -> None:
+    """What a report's context holds, for a terminal."""
+    for line in context["account"]:
+        say(plain(line))
+    phases = [(phase, context["summary"]["phases"][phase]) for phase in context["phases"]]
+    print_table(context["columns"], phases, "phase")
+    for name, cells in context["general"]:
+        told = (f"{phase} {cell}" for phase, cell in zip(context["measured"], cells, strict=True) if cell)
+        say(plain(f"{name}: {', '.join(told)}"))
+
+
+def nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`{"reliability.token": cell}` as quantity -> protocol -> cell."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, cell in scores.items():
+        quantity, protocol = name.split(".")
+        found.setdefault(quantity, {})[protocol] = cell
+    return found
+
+
+def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], first: str) -> None:
+    """Plain lines in columns: readable on a terminal, in a log and by `awk`."""
+    from forgetlearn.report.render import show_score
+
+    widths = [max(len(quantity), len(protocol)) for quantity, protocol in columns]
+    name_width = max([len(first), *(len(name) for name, _cells in rows)])
+    quantities, protocols = ([column[index] for column in columns] for index in (0, 1))
+    lines = [(first, quantities), ("", protocols)]
+    for name, scores in rows:
+        lines.append((name, [show_score(scores.get(quantity, {}).get(protocol)) for quantity, protocol in columns]))
+    for name, shown in lines:
+        cells = "  ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True))
+        say(f"{name:<{name_width}}  {cells}")
+
+
+def print_tallies(rows: list[tuple[str, Tally]]) -> None:
+    """Lines in columns; a column that has nothing to say is left out."""
+    shown = [(name, tally.as_dict()) for name, tally in rows]
+    columns = ["tensors", "numbers", "norm", "rms", "relative", "cosine", "share_changed", "share_survived"]
+    columns = [column for column in columns if any(told[column] is not None for _name, told in shown)]
+    width = max(len(name) for name, _told in shown)
+    say(" " * width + "".join(f"{column.replace('_', ' '):>15}" for column in columns))
+    for name, told in shown:
+        cells = (
+            "" if told[c] is None else f"{told[c]:,}" if type(told[c]) is int else f"{told[c]:.4g}" for c in columns
+        )
+        say(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))

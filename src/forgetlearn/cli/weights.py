@@ -1,0 +1,316 @@
+"""The commands on weights and products: subtract, vector, apply, undo, inspect, save, push, log.
+
+They import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forgetlearn.cli.terminal import print_tallies, say
+from forgetlearn.errors import ConfigError, plain
+from forgetlearn.storage.run_folder import is_run
+
+if TYPE_CHECKING:
+    from forgetlearn.weights.folder_arithmetic import Written
+    from forgetlearn.weights.streaming import Numbers
+
+app = typer.Typer()
+
+
+class StoredAs(StrEnum):
+    """Precision of the result."""
+
+    keep = "keep"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Rounding(StrEnum):
+    """How sums become numbers of that precision."""
+
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
+BaseOption = Annotated[str, typer.Option("--base", help="Folder or hub id of the base model; it is only read.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a base that is on the hub.")
+]
+OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what forgetlearn wrote there.")]
+DtypeOption = Annotated[StoredAs, typer.Option("--dtype", help="Precision of the result; keep: the base's.")]
+RoundingOption = Annotated[
+    Rounding, typer.Option("--rounding", help="stochastic keeps small changes in bfloat16, with a little noise.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of stochastic rounding.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; unset: the cores, up to 4.")]
+AnyBaseOption = Annotated[bool, typer.Option("--any-base", help="Accept a base that the adapter was not trained on.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def subtract(
+    base: BaseOption,
+    output: OutputOption,
+    coef: Annotated[float, typer.Option("--coef", help="How much of the change is subtracted: 0.3, say.")],
+    tuned: Annotated[
+        Path | None, typer.Option("--tuned", help="Subtract what fine-tuning added: its model's folder.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Or subtract a LoRA adapter: its folder.")] = None,
+    vector: Annotated[
+        Path | None, typer.Option("--vector", help="Or subtract what `forgetlearn vector` wrote.")
+    ] = None,
+    modules: Annotated[
+        str | None, typer.Option("--modules", help="Which weights, as in forget.modules: mlp,layers.0-3 or head=0.5.")
+    ] = None,
+    dtype: DtypeOption = StoredAs.keep,
+    rounding: RoundingOption = Rounding.nearest,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    any_base: AnyBaseOption = False,
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write base - coef * (tuned - base), whatever the size of the model, in little memory."""
+    numbers = _numbers(dtype, rounding, seed, threads)
+    from forgetlearn.weights.folder_arithmetic import subtract_folders
+
+    sources: dict[str, Any] = {"tuned": tuned, "adapter": adapter, "vector": vector}
+    folder = _folder_of(base, revision)
+    sources["factors"] = _factors(folder, modules) if modules else None
+    written = subtract_folders(folder, output, coef, **sources, numbers=numbers, any_base=any_base, overwrite=overwrite)
+    _say(written, as_json)
+
+
+@app.command()
+def vector(
+    base: BaseOption,
+    tuned: Annotated[Path, typer.Option("--tuned", help="Folder of the fine-tuned model.")],
+    output: OutputOption,
+    threads: ThreadsOption = None,
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Save tuned - base in float32, to be subtracted, added or looked at later."""
+    _few_threads()
+    from forgetlearn.weights.folder_arithmetic import save_vector
+
+    written = save_vector(_folder_of(base, revision), tuned, output, overwrite=overwrite, threads=threads)
+    say(f"{output}: {written.moved} tensors, {written.parameters:,} numbers in float32, {written.seconds:.1f} s")
+
+
+@app.command()
+def apply(
+    what: Annotated[Path, typer.Argument(help="Folder that `forgetlearn vector` wrote, or of a finished run.")],
+    base: BaseOption,
+    output: OutputOption,
+    merge: Annotated[bool, typer.Option("--merge", help="Of a run's adapter: add it to the base's weights.")] = False,
+    factor: Annotated[float, typer.Option("--factor", help="base + factor * vector; negative subtracts.")] = 1.0,
+    dtype: DtypeOption = StoredAs.keep,
+    rounding: RoundingOption = Rounding.nearest,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    revision: RevisionOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write base + factor * vector, or the product of a run again from its base."""
+    numbers = _numbers(dtype, rounding, seed, threads)
+    if is_run(what):
+        if factor != 1 or ((dtype, rounding) != (StoredAs.keep, Rounding.nearest) and not merge):
+            raise ConfigError("--factor is for vectors; --dtype and --rounding are for vectors and --merge.")
+        if revision is not None:
+            raise ConfigError("--revision is for vectors: of a run's base the commit is taken that the run recorded.")
+        from forgetlearn.products.restore import apply_run
+
+        say(apply_run(what, base, output, merge=merge, numbers=numbers, overwrite=overwrite))
+        return
+    if merge:
+        raise ConfigError(f"--merge is for runs, and {what} is none.")
+    from forgetlearn.weights.folder_arithmetic import apply_vector
+
+    written = apply_vector(what, _folder_of(base, revision), output, factor, numbers=numbers, overwrite=overwrite)
+    _say(written, as_json)
+
+
+@app.command()
+def undo(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder to write the base to; unset: it only says where the base is."),
+    ] = None,
+) -> None:
+    """Give back the exact base of a run, verified by its hash, or say why not."""
+    _few_threads()
+    from forgetlearn.products.restore import undo_run
+
+    say(undo_run(run, output))
+
+
+BaseIdOption = Annotated[str | None, typer.Option("--base-model-id", help="The base's id on the hub, for the card.")]
+MergedOption = Annotated[bool, typer.Option("--merged", help="The merged weights instead of the adapter.")]
+
+
+@app.command()
+def save(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    output: OutputOption,
+    base_model_id: BaseIdOption = None,
+    merged: MergedOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write what push would publish: the product's own files and a card without local paths."""
+    from forgetlearn.products import publish
+
+    publish.save(run, output, base_model_id=base_model_id, merged=merged, overwrite=overwrite)
+    say(f"{output}: ready to be looked at. Confirm the licence of the base and name it in {output / 'README.md'}.")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    to: Annotated[str, typer.Option("--to", help="USER/NAME on the hub.")],
+    base_model_id: BaseIdOption = None,
+    merged: MergedOption = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch to write to; made if it is not there.")
+    ] = None,
+) -> None:
+    """Publish a run's product on the hub, with the token of HF_TOKEN or `hf auth login`."""
+    from forgetlearn.products import publish
+
+    address = publish.push(run, to, base_model_id=base_model_id, merged=merged, private=private, revision=revision)
+    say(f"{address}\nConfirm that the licence of the base allows this, and name it in the card.")
+
+
+@app.command()
+def inspect(
+    what: Annotated[Path, typer.Argument(help="Folder of a vector, a run, an adapter or a fine-tuned model.")],
+    base: Annotated[str | None, typer.Option("--base", help="The model that it changes; a run names its own.")] = None,
+    coef: Annotated[float | None, typer.Option("--coef", help="Count what rounding leaves of this much.")] = None,
+    other: Annotated[Path | None, typer.Option("--other", help="Another change: the cosine between the two.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="SVG file to write: the change over the layers.")] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how large a change of weights is, per layer and kind of module, and what rounding leaves of it."""
+    _few_threads()
+    from forgetlearn.products.inspect import inspect_change, plot_change
+
+    if revision is not None and base is None:
+        raise ConfigError(f"--revision {revision} is of a base on the hub: give its id with --base.")
+    found = inspect_change(what, other=other, base=_folder_of(base, revision) if base else None, coef=coef)
+    if plot:
+        plot_change(found, plot)
+    if as_json:
+        say(json.dumps(found.as_dict()))
+        return
+    for name, value in found.told.items():
+        say(f"{name}: {value}")
+    rows = [("all", found.total), *found.by_kind().items()]
+    layers = sorted(found.by_layer().items(), key=lambda item: -1 if item[0] is None else item[0])
+    rows += [(f"layer {layer}" if layer is not None else "in no layer", tally) for layer, tally in layers]
+    print_tallies(rows)
+    from forgetlearn.weights.folder_arithmetic import REMEDIES
+    from forgetlearn.weights.rounding import warning
+
+    if said := warning(found.total.survival.as_dict(), REMEDIES):
+        say(said, err=True)
+
+
+@app.command("log")
+def show_log(
+    model: Annotated[str, typer.Argument(help="Folder of a model or a run, or a hub id.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Also hash the files of the last update's product.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the chain of updates that made a model: when, which facts, method, scores, hashes."""
+    from forgetlearn.products.chain import chain_of, check_files, describe
+
+    chain = chain_of(model)
+    if verify:
+        check_files(model, chain)
+    if as_json:
+        say(json.dumps(chain))
+        return
+    for number, update in enumerate(chain, 1):
+        first, *others = map(plain, describe(update))
+        say("\n".join([f"{number:>2}  {first}", *(f"    {line}" for line in others)]))
+    if not chain:
+        say(f"{model}: no update of forgetlearn made this model, as far as it tells.")
+    elif verify:
+        say("verified: the files are those that the last update wrote")
+
+
+def _factors(base: Path, modules: str) -> dict[str, float]:
+    """The factor of each weight that a flag names; parts such as `mlp` take the model's structure, and so torch."""
+    from forgetlearn.models import module_names
+    from forgetlearn.weights.checkpoint_folder import CheckpointFolder
+
+    wanted = module_names.parse(modules)
+    if module_names.needs_structure(wanted):
+        from forgetlearn.models.modules import groups_of_folder
+
+        return module_names.factors_among(groups_of_folder(base), wanted, "--modules")
+    sizes = {name: entry.n_entries for name, entry in CheckpointFolder(base).entries.items()}
+    return module_names.factors_among(module_names.stored_groups(sizes), wanted, "--modules")
+
+
+def _folder_of(base: str, revision: str | None = None) -> Path:
+    """The folder of a base, downloaded into the hub's cache where it is named by a hub id.
+
+    Raises:
+        ConfigError: a revision of what is not on the hub.
+    """
+    if Path(base).exists() or base.count("/") != 1:  # the hub's client takes a while to import
+        if revision is not None:
+            raise ConfigError(f"--revision {revision}: {base} is a path, and only the hub has revisions. Leave it out.")
+        return Path(base)
+    from forgetlearn.models.hub import folder_of
+
+    return folder_of(base, revision)
+
+
+def _few_threads() -> None:
+    """Before numpy is imported: the products of factors are small, and the pieces are shared out already."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def _numbers(dtype: StoredAs, rounding: Rounding, seed: int, threads: int | None) -> Numbers:
+    _few_threads()
+    from forgetlearn.weights.streaming import Numbers
+
+    return Numbers(dtype.value, rounding.value, seed, threads)
+
+
+def _say(written: Written, as_json: bool) -> None:
+    survival = written.survival
+    if as_json:
+        told: dict[str, Any] = {
+            "output": str(written.output),
+            "tensors": written.tensors,
+            "moved": written.moved,
+            "parameters": written.parameters,
+            **survival.as_dict(),
+            "seconds": round(written.seconds, 3),
+            "seconds_to_sync": round(written.seconds_to_sync, 3),
+        }
+        say(json.dumps(told))
+        return
+    say(f"{written.counts()}; {written.seconds:.1f} s, and {written.seconds_to_sync:.1f} s until it was on the disk")
+    from forgetlearn.weights.rounding import in_words
+
+    if said := in_words(survival.as_dict()):
+        say(said)
+    if warning := written.warning():
+        say(warning, err=True)

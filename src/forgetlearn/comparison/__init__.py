@@ -1,0 +1,1 @@
+"""Methods, coefficients and seeds on one base, side by side in one table."""

@@ -1,0 +1,1 @@
+"""Every setting: described once, read from YAML and flags, checked."""

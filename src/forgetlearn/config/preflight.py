@@ -1,0 +1,202 @@
+"""List the settings that each command does not use: a setting is used, refused, or reported as unused.
+
+There is one table for all commands, so that a run's config never contains a setting that was silently ignored.
+tests/test_preflight.py compares it with what each command really reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from forgetlearn.config.base import describe
+from forgetlearn.config.methods import METHODS
+from forgetlearn.config.schema import AUTO, RunConfig
+from forgetlearn.errors import ConfigError
+
+log = logging.getLogger("forgetlearn")
+Command = Literal["update", "plan", "compare", "evaluate", "ask"]
+SAID_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows", "control")}  # where it does not forget
+NAMES = tuple(name for name, *_ in describe(RunConfig))
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Settings that a command does not use, by name or by section (`teach` means all of `teach.*`).
+
+    Settings that promise a result which the command does not produce are refused wherever they are set (`always`).
+    Others may be in a config that several commands share; they are refused only if given for this command alone, as a
+    flag or with --set.
+    """
+
+    names: tuple[str, ...]
+    why: str
+    always: bool = False
+
+    def covers(self, name: str) -> bool:
+        """Return True if the setting is one of these."""
+        return any(name == own or name.startswith(f"{own}.") for own in self.names)
+
+
+NO_TRAINING = "nothing is trained or written but answers and scores; update trains"
+UNUSED: Mapping[Command, tuple[Unused, ...]] = {
+    "update": (),
+    "plan": (),  # takes whatever an update takes
+    "compare": (
+        Unused(
+            (
+                "evaluate.general",
+                "evaluate.general_tokens",
+                "evaluate.tasks",
+                "evaluate.task_limit",
+                "evaluate.task_folder",
+                "report_to",
+                "save_merged",
+                "keep_change",
+            ),
+            "a cell keeps scores on facts, no model. Leave them out; an update of the method you choose takes them",
+            always=True,
+        ),
+        Unused(("method", "seed", "forget.coef"), "give --methods, --seeds and --coefs"),
+        Unused(
+            ("forget.validation", "forget.search", "forget.trials", "forget.max_locality_loss"),
+            "no coefficient is searched for; update --coef auto does",
+        ),
+        Unused(("teach",), "the base is taken as it is"),
+        Unused(
+            ("checkpoint_minutes", "keep_stages", "model.base_model_id", "model.shard"),
+            "a cell is done whole, by one process, and keeps no model",
+        ),
+    ),
+    "evaluate": (
+        Unused(("save_merged", "keep_change", "report_to"), NO_TRAINING, always=True),
+        Unused(
+            (
+                "method",
+                "seed",
+                "teach",
+                "forget",
+                "learn",
+                "checkpoint_minutes",
+                "keep_stages",
+                "evaluate.every_phase",
+                "model.base_model_id",
+            ),
+            NO_TRAINING,
+        ),
+    ),
+    "ask": (
+        Unused(("save_merged", "keep_change", "report_to"), NO_TRAINING, always=True),
+        Unused(
+            ("method", "seed", "teach", "forget", "learn", "checkpoint_minutes", "keep_stages", "model.base_model_id"),
+            NO_TRAINING,
+        ),
+        Unused(("facts", "model.shard"), "the prompts on the command line are asked, by one process"),
+        Unused(
+            (
+                "evaluate.protocols",
+                "evaluate.every_phase",
+                "evaluate.general",
+                "evaluate.general_tokens",
+                "evaluate.tasks",
+                "evaluate.task_limit",
+                "evaluate.task_folder",
+            ),
+            "answers are printed, not scored; evaluate scores",
+        ),
+    ),
+}
+
+
+def check(command: Command, config: RunConfig, given: Collection[str] | None = None) -> None:
+    """Raise ConfigError if the command would ignore a setting that the user relies on.
+
+    `given` lists the settings given for this command alone (flags, --set), by dotted name. Without it, unused
+    settings of a shared config are logged: the command line checks first, the function behind it logs.
+
+    Raises:
+        ConfigError: with the name of each such setting, and why it is not used.
+    """
+    changed, problems, passed_over = _changed(config), [], []
+    for row in UNUSED[command]:
+        names = [name for name in changed if row.covers(name)]
+        refused = names if row.always else [name for name in names if _is_given(name, given or ())]
+        if refused:
+            problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
+        passed_over += [name for name in names if name not in refused and not row.always]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if passed_over and given is None:
+        log.info("%s does not use these settings of the config: %s", command, ", ".join(_by_section(passed_over)))
+
+
+def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the settings that have no effect on an update with this config, by name or section, and why."""
+    method = METHODS[config.method]
+    forgets = method.forgets is not None and config.forget.coef != 0
+    if not forgets:
+        why = "forget.coef is 0" if method.forgets else f"{config.method} does not forget"
+        yield "forget", why
+    elif config.forget.coef != AUTO:
+        for name in ("validation", "search", "trials", "max_locality_loss"):
+            yield f"forget.{name}", "it is for forget.coef = auto"
+    if method.forgets != "lora":
+        yield "forget.lora", f"{config.method} does not forget with LoRA"
+    if method.learns != "lora":
+        yield "learn.lora", f"{config.method} does not learn with LoRA"
+        yield "save_merged", f"the product of {config.method} is a whole model"
+    else:
+        yield "keep_change", f"the product of {config.method} is an adapter"
+    if config.method != "ft-c":
+        yield "learn.max_change", "it is for method ft-c"
+    if not config.forget.keep:
+        yield "forget.keep_by", "forget.keep names no facts"
+    if config.teach.epochs == 0:
+        yield "teach", "teach.epochs is 0"
+    if config.evaluate.general is None:
+        yield "evaluate.general_tokens", "evaluate.general names no text"
+    if not config.evaluate.tasks:
+        yield "evaluate.task_limit", "evaluate.tasks names none"
+        yield "evaluate.task_folder", "evaluate.tasks names none"
+    asks = "generate" in config.evaluate.protocols or "model" in config.facts.old_from
+    if not asks and not (forgets and config.forget.only_known):
+        yield "evaluate.max_new_tokens", "nothing is generated"
+
+
+def warn_of_idle(config: RunConfig, given: Collection[str]) -> None:
+    """Warn about each setting given for this command that has no effect with the rest of the config."""
+    said, changed = set(SAID_BY_UPDATE), _changed(config)
+    for idle_name, why in idle(config):
+        for name, value in changed.items():
+            if Unused((idle_name,), why).covers(name) and _is_given(name, given) and name not in said:
+                said.add(name)
+                log.warning("%s = %s has no effect: %s", name, value, why)
+
+
+def _is_given(name: str, given: Collection[str]) -> bool:
+    return any(name == own or name.startswith(f"{own}.") for own in given)
+
+
+def _changed(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, by dotted name, with their values."""
+    values, defaults = _flat(config), _flat(RunConfig())
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Return the value of every setting, by dotted name."""
+    found, dumped = {}, config.model_dump()
+    for name in NAMES:
+        value: Any = dumped
+        for part in name.split("."):
+            value = value[part]
+        found[name] = value
+    return found
+
+
+def _by_section(names: Collection[str]) -> list[str]:
+    """Return the names, with three or more of a section shortened to `learn.*`."""
+    sections = [name.partition(".")[0] for name in names]
+    return list(dict.fromkeys(f"{s}.*" if sections.count(s) > 2 else n for n, s in zip(names, sections, strict=True)))

@@ -1,0 +1,448 @@
+"""Every setting of a run: documented, frozen models; a file and flags become one validated config.
+
+The descriptions here are the only ones: the command's help, the JSON schema and docs/commands.md are
+made from them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
+
+from forgetlearn.config.base import Settings, read_yaml, validate
+from forgetlearn.config.methods import METHODS, MethodName
+from forgetlearn.errors import ConfigError, without_secrets
+
+Protocol = Literal["token", "exact", "generate", "prefer"]
+Optimiser = Literal[
+    "adamw_torch_fused", "adamw_torch", "adafactor", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"
+]
+Control = Literal["none", "random", "row-norms", "directions", "reinforce", "centred"]
+KeepBy = Literal["projection", "fisher"]
+Rows = Literal["all", "facts", "answers", "others"]
+OldFrom = Literal["answers", "pred", "model"]
+Policies = Annotated[  # in a file a list, or one text with commas; written as that text
+    tuple[OldFrom, ...],
+    BeforeValidator(
+        lambda value: [name.strip() for name in value.split(",")] if isinstance(value, str) else value,
+        json_schema_input_type=str | tuple[OldFrom, ...],
+    ),
+    PlainSerializer(",".join, return_type=str),
+]
+AUTO = "auto"
+Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
+    Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
+    Discriminator(lambda value: AUTO if value == AUTO else "a number"),
+]
+
+
+def _kind_of_modules(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "names and factors"
+    return "several names" if isinstance(value, (list, tuple)) else "one name"
+
+
+Modules = Annotated[
+    Annotated[str, Tag("one name")]
+    | Annotated[tuple[str, ...], Tag("several names")]
+    | Annotated[dict[str, float], Tag("names and factors")],
+    Discriminator(_kind_of_modules),
+]
+LORA_RATE_FACTOR = 10
+LARGEST_BATCH = 2**31 - 1  # what torch's samplers take
+
+
+class LoraSettings(Settings):
+    """Low-rank adaptation, spelled as peft spells it."""
+
+    r: int = Field(8, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(16, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, in training only.")
+    target_modules: Annotated[
+        Annotated[str, Tag("one name")] | Annotated[list[str], Tag("several names")],
+        Discriminator(lambda value: "several names" if isinstance(value, (list, tuple)) else "one name"),
+    ] = Field(
+        "all-linear",
+        description="Modules that get an adapter: names, a regular expression, or all-linear (the output head "
+        "excepted).",
+    )
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description=f"Peak learning rate of a LoRA stage. Unset: {LORA_RATE_FACTOR} times the stage's learning_rate.",
+    )
+
+
+class TrainSettings(Settings):
+    """Fine-tuning, of all weights or of an adapter."""
+
+    epochs: int = Field(3, ge=1, description="Passes over the facts.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate where all weights are trained.")
+    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, le=LARGEST_BATCH, description="Facts per forward pass; must divide batch_size. Unset: batch_size."
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="How the learning rate changes over the stage."
+    )
+    warmup_ratio: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of the steps over which the rate rises; without effect with lr_scheduler_type constant.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's beta2.")
+    adam_epsilon: float = Field(
+        1e-8,
+        gt=0,
+        description="AdamW's epsilon: weights whose gradients are much smaller hardly move (docs/experiments.md).",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of the forward and backward pass; trained weights and optimiser state are float32. "
+        "With LoRA the frozen base stays in its own dtype, and one in half precision computes in that.",
+    )
+    optim: Optimiser = Field(
+        "adamw_torch_fused",
+        description="Optimiser, by transformers' name. adamw_8bit and the paged ones need forgetlearn[8bit]; betas and "
+        "epsilon do not reach adafactor.",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations twice instead of keeping them: less memory, about a third more time."
+    )
+    max_packed_tokens: int = Field(
+        1024,
+        ge=1,
+        description="A batch with more tokens is padded instead of packed into one row, where attention needs a mask "
+        "over the whole row (docs/how.md).",
+    )
+    deepspeed: str | None = Field(
+        None, description="DeepSpeed's config file (JSON, ZeRO stage 1 or 2), for several processes (docs/scaling.md)."
+    )
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> TrainSettings:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} does not divide batch_size = {self.batch_size}"
+            )
+        return self
+
+
+class TuningSettings(TrainSettings):
+    """What forgetting and learning share: fine-tuning with all weights or with LoRA."""
+
+    modules: Modules = Field(
+        "all",
+        description="Weights that learning with all weights trains, named as in forget.modules; the others stay.",
+    )
+    rows: Rows = Field(
+        "all",
+        description="Rows of the vocabulary's matrices (embeddings, head) that learning with all weights trains: all, "
+        "or facts, the tokens of prompts and of old and new answers. The other rows then stay, to the bit.",
+    )
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="Used where the stage is done with LoRA.")
+
+    @property
+    def lora_learning_rate(self) -> float:
+        """Peak learning rate of this stage when it is done with LoRA."""
+        return self.lora.learning_rate or LORA_RATE_FACTOR * self.learning_rate
+
+
+class StageSettings(TuningSettings):
+    """The learning stage, or any one stage of fine-tuning."""
+
+    max_change: float = Field(
+        5e-4, gt=0, description="Method ft-c: no weight leaves this distance from where the stage began."
+    )
+
+
+class ForgetSettings(TuningSettings):
+    """The forgetting stage: fine-tuning on the old answers, and how much of it is subtracted."""
+
+    coef: Coefficient = Field(
+        0.3,
+        description="Share of what fine-tuning on the old answers added that is subtracted (lambda in the paper). "
+        "Without a minus: 0.3 subtracts, 0 skips the stage, auto chooses.",
+    )
+    validation: float = Field(
+        0.2, gt=0, lt=1, description="With coef auto: share of the facts that choose it; they are not scored."
+    )
+    search: Literal["cheap", "full"] = Field(
+        "full",
+        description="With coef auto: full learns at each coefficient that it tries; cheap takes the largest within "
+        "max_locality_loss, without learning.",
+    )
+    trials: int = Field(
+        2, ge=2, description="With search full: how many coefficients are tried; first both ends, then between them."
+    )
+    max_locality_loss: float = Field(
+        1.0,
+        gt=0,
+        lt=100,
+        description="With search cheap: most points of locality (agreement) that forgetting may cost, before learning.",
+    )
+    only_known: bool = Field(True, description="Forget only facts whose old answer the model gives when it is asked.")
+    modules: Modules = Field(
+        "all",
+        description="Weights that the subtraction changes: embeddings, head, vocabulary (both), attention, mlp, norms, "
+        "layers.4-7, all, or a pattern over parameter names; several in a list, or each with a factor on coef.",
+    )
+    rows: Rows = Field(
+        "all",
+        description="Rows of the vocabulary's matrices (embeddings, head) that the subtraction changes (all weights "
+        "only): answers are the tokens of the old answers that are forgotten, others are all tokens but these, facts "
+        "are the tokens of prompts and old answers.",
+    )
+    control: Control = Field(
+        "none",
+        description="For experiments: replace the change by one that is not, or not all of, forgetting "
+        "(all weights only): random direction, row-norms or directions only, reinforce (added instead of subtracted), "
+        "or centred (without what all rows of a matrix share).",
+    )
+    keep: str | None = Field(
+        None,
+        description="File of facts to keep (all weights only): what forgetting would take from them is left out of the "
+        "subtraction. What is kept is their old answers, in a file without any their new ones.",
+    )
+    keep_by: KeepBy = Field(
+        "projection",
+        description="How facts are kept: projection removes from each tensor's change what it shares with fine-tuning "
+        "on the facts to keep; fisher scales each number by F_forget / (F_forget + F_keep), mean squared gradients.",
+    )
+
+    @property
+    def number(self) -> float:
+        """The coefficient.
+
+        Raises:
+            ConfigError: it is still to be chosen.
+        """
+        if self.coef == AUTO:
+            raise ConfigError("forget.coef = auto: a number is needed here. Give one; choose_coefficient finds it.")
+        return float(self.coef)
+
+
+class TeachSettings(TrainSettings):
+    """Fine-tuning of all weights on the old answers before anything else, so that the base really holds them."""
+
+    epochs: int = Field(
+        0,
+        ge=0,
+        description="Passes over the old answers before all else, so that the base holds them; 0 leaves it as it is.",
+    )
+
+
+class ModelSettings(Settings):
+    """The model that is updated, and how it is loaded."""
+
+    name: str | None = Field(None, description="Folder or hub id of a causal language model.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the weights in memory and in the product; auto: that of the checkpoint."
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description="How trained weights become bfloat16 again; stochastic keeps small changes, with a little noise.",
+    )
+    quantization: Literal["none", "4bit"] = Field(
+        "none",
+        description="Hold the base in 4 bits (NF4) while adapters are trained (QLoRA); methods lora and f-lora alone; "
+        "needs forgetlearn[qlora].",
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    shard: bool = Field(
+        False,
+        description="Split every weight over all processes (FSDP2), for a model that is too large for one device; "
+        "needs torchrun (docs/scaling.md).",
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings.")
+    prompt_template: str = Field(
+        "auto",
+        description="How prompts are put to the model, in training and scoring alike: plain, chat (the tokenizer's "
+        "template), alpaca, or a text file with {prompt} in it; auto: chat where there is a template, else plain.",
+    )
+    base_model_id: str | None = Field(
+        None, description="Hub id of the base for the model card, when name is a local folder."
+    )
+
+
+class FactsSettings(Settings):
+    """The facts, and which of their fields is the old answer."""
+
+    source: str | None = Field(None, description="File of facts (JSON, JSONL, CSV, TSV, XLSX) or hub data set.")
+    old_from: Policies = Field(
+        "answers",
+        validate_default=True,
+        min_length=1,
+        description="Where the old answer comes from: answers (the file's answer field), pred (ZsRE's), model (what "
+        "the model itself says), or several with commas: each fact takes the first that has an answer for it.",
+    )
+    limit: int | None = Field(None, ge=1, description="Take the first N usable facts.")
+    strict: bool = Field(False, description="Make every record that would be left out an error.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description='Which columns or fields hold what: prompt=Question,target_new="New answer".',
+    )
+    aliases: str | None = Field(
+        None,
+        min_length=1,
+        description="What divides the ways to write an answer: a bar, say. The first is taught, each counts as right.",
+    )
+
+    @field_validator("old_from")
+    @classmethod
+    def _each_can_be_reached(cls, values: tuple[OldFrom, ...]) -> tuple[OldFrom, ...]:
+        if len({*values}) < len(values):
+            raise ValueError("a source is listed more than once")
+        if "model" in values[:-1]:
+            raise ValueError("model must come last: the facts are read before the model is asked")
+        return values
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _columns_of_text(cls, value: object) -> object:
+        return parse_columns(value) if isinstance(value, str) else value
+
+
+PAIR = re.compile(r"""\s*([^=,"]+?)\s*=\s*(?:"((?:[^"]|"")*)"|([^,"]*))\s*(?:,|$)""")
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return `prompt=Question,target_new="New answer"` as a mapping; in quotes a comma is one, and "" a quote.
+
+    Raises:
+        ValueError: the text is of another form, or names a field twice.
+    """
+    found: dict[str, str] = {}
+    place = 0
+    while place < len(text):
+        pair = PAIR.match(text, place)
+        if pair is None:
+            raise ValueError(f"expected NAME=COLUMN,NAME=COLUMN at {text[place : place + 40]!r}")
+        name, quoted, bare = pair.groups()
+        if name in found:
+            raise ValueError(f"names '{name}' twice")
+        found[name] = bare.strip() if quoted is None else quoted.replace('""', '"')
+        place = pair.end()
+    return found
+
+
+class EvaluateSettings(Settings):
+    """Scoring."""
+
+    batch_size: int = Field(64, ge=1, le=LARGEST_BATCH, description="Texts per forward pass.")
+    protocols: tuple[Protocol, ...] = Field(
+        get_args(Protocol), min_length=1, description="Protocols to score with (docs/scores.md)."
+    )
+    max_new_tokens: int = Field(
+        32,
+        ge=1,
+        description="Longest free answer, in tokens; more where an answer that counts as right is longer. One that "
+        "goes on counts as truncated.",
+    )
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What generates free answers; vllm (the extra `vllm`): of a model in a folder or on the hub.",
+    )
+    every_phase: bool = Field(
+        True, description="Score after forgetting too (where the method forgets), not only before and after the update."
+    )
+    general: str | None = Field(
+        None, description="Text file (UTF-8) to measure general ability on: perplexity, and KL from the model before."
+    )
+    general_tokens: int = Field(
+        4096, ge=2, description="Tokens of that text that are read; each takes 4 bytes a vocabulary entry on the disk."
+    )
+    tasks: tuple[str, ...] = Field(
+        (), description="Tasks of lm-evaluation-harness, by name, before and after (the extra `lm-eval`)."
+    )
+    task_limit: int | None = Field(None, ge=1, description="Most examples of each task; unset: all.")
+    task_folder: str | None = Field(None, description="Folder with tasks of your own (YAML), beside the harness's.")
+
+
+class RunConfig(Settings):
+    """Everything that determines a run, except the folder it is written to."""
+
+    method: MethodName = Field("f-lora", description=f"How facts are updated: {', '.join(METHODS)} (docs/method.md).")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    facts: FactsSettings = Field(default_factory=FactsSettings)
+    teach: TeachSettings = Field(default_factory=TeachSettings)
+    forget: ForgetSettings = Field(default_factory=ForgetSettings)
+    learn: StageSettings = Field(default_factory=StageSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    save_merged: bool = Field(
+        False,
+        description="Beside an adapter, write the model with it merged in; no effect where the product is a model.",
+    )
+    keep_change: bool = Field(
+        False,
+        description="Where the product is a whole model, keep its exact change from the base, as large as the base: "
+        "the product can be made again from the base, and the base from the product (docs/history.md).",
+    )
+    checkpoint_minutes: float = Field(
+        10,
+        ge=0,
+        description="Minutes between checkpoints inside a stage of fine-tuning, from which --resume goes on; 0: only "
+        "after Ctrl-C or SIGTERM. At most a twentieth of the time goes to them.",
+    )
+    report_to: tuple[str, ...] = Field(
+        (), description="Trackers that follow update's training, as transformers names them: tensorboard, wandb, ..."
+    )
+    keep_stages: bool = Field(False, description="Keep the weights between the stages when the run is done.")
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> RunConfig:
+        for name, value in _texts(self.model_dump()):
+            if without_secrets(value) != value:
+                raise ValueError(
+                    f"{name} holds what looks like a token or a password, and settings are written to files. Take it "
+                    "out; tokens belong in the environment (HF_TOKEN, WANDB_API_KEY)"
+                )
+        return self
+
+
+def _texts(data: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values of all texts in nested settings."""
+    if isinstance(data, str):
+        yield name, data
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(data, (list, tuple)):
+        for value in data:
+            yield from _texts(value, name)
+
+
+def load_config(file: Path | None = None, overrides: Mapping[str, object] | None = None) -> RunConfig:
+    """The validated config: defaults, then the YAML file, then overrides by dotted name.
+
+    Raises:
+        ConfigError: with every problem that was found, one a line.
+    """
+    data = read_yaml(file) if file else {}
+    for dotted, value in (overrides or {}).items():
+        _assign(data, dotted, value)
+    return validate(RunConfig, data, where=str(file) if file else None, elsewhere=frozenset(overrides or {}))
+
+
+def _assign(data: dict[str, Any], dotted: str, value: object) -> None:
+    """Set `a.b.c` in nested dictionaries, in place."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = data.get(parent)
+        if inner is None:
+            inner = data[parent] = {}
+        elif not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: '{parent}' is a single value ({inner!r}), it holds no settings.")
+        data = inner
+    data[last] = value

@@ -1,0 +1,226 @@
+"""General ability: how well a model still reads a text that has nothing to do with the facts, and other tasks.
+
+Perplexity and the divergence from the model before need a text file only; tasks are those of lm-evaluation-harness
+(the extra `lm-eval`), by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from forgetlearn.config.schema import EvaluateSettings
+from forgetlearn.errors import FactError, ModelError, missing_extra
+from forgetlearn.evaluation.statistics import mean_of
+from forgetlearn.models.batches import computing, forward_parameters
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.runtime import processes, sharding
+from forgetlearn.storage import disk
+
+WINDOW = 512  # tokens of the text that are read at once, at most
+FOUND = "general.jsonl"
+LOG_PROBS = "window-{:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class OnText:
+    """A model's reading of a text: nats per token with 95 % intervals over windows, and how far it is from another.
+
+    `kl` is the mean over tokens of KL(before || now) in nats; None where no reading of the model before was given.
+    """
+
+    tokens: int
+    windows: int
+    loss: float
+    loss_low: float | None
+    loss_high: float | None
+    kl: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(self.loss)
+
+
+def asked(settings: EvaluateSettings) -> bool:
+    """Whether general ability is to be measured."""
+    return settings.general is not None or bool(settings.tasks)
+
+
+def read_text(settings: EvaluateSettings) -> str:
+    """The text that `evaluate.general` names; "" where none is named.
+
+    Raises:
+        FactError: it cannot be read, is not UTF-8, or says nothing.
+    """
+    if settings.general is None:
+        return ""
+    place = f"evaluate.general = {settings.general}"
+    try:
+        text = Path(settings.general).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FactError(f"{place}: {error.strerror or error}. Give a text file.") from error
+    except UnicodeDecodeError as error:
+        raise FactError(f"{place}: is not UTF-8 at byte {error.start}. Give a plain text file.") from error
+    if not text.strip():
+        raise FactError(f"{place}: is empty. Give some thousand words of ordinary text.")
+    return text
+
+
+def check(settings: EvaluateSettings) -> None:
+    """Raise an error if what the settings ask for cannot be measured.
+
+    Raises:
+        FactError: see `read_text`.
+        MissingExtraError: tasks are named and lm-evaluation-harness is not installed.
+    """
+    read_text(settings)
+    if settings.tasks:
+        _harness()
+
+
+def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
+    """Raise FactError if the text contains a token for which the model has no embedding."""
+    if text := read_text(settings):
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][: settings.general_tokens]
+        lm.encoder.check_embedded(ids, f"evaluate.general = {settings.general}")
+
+
+def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> dict[str, Any]:
+    """What is asked for, of a model; also written to `folder`, with what `before` of a later call needs.
+
+    Raises:
+        FactError: the text has fewer than two tokens or is another than before, or a task is not known.
+        ModelError: the two models have different vocabularies.
+    """
+    found: dict[str, Any] = {}
+    if text := read_text(settings):
+        digest = hashlib.sha256(f"{settings.general_tokens}:{text}".encode()).hexdigest()
+        if before is not None and found_in(before)["text"]["sha256"] != digest:
+            raise FactError(f"evaluate.general = {settings.general}: is not the text that was read before the update.")
+        on_text = score_text(lm, text, settings, keep=None if before else folder, before=before)
+        source = {"source": Path(str(settings.general)).name, "sha256": digest}
+        found["text"] = {**source, **asdict(on_text), "perplexity": on_text.perplexity}
+    if settings.tasks:
+        found["tasks"] = score_tasks(lm, settings)
+    processes.on_main(lambda: disk.write_rows(folder / FOUND, [found]))
+    return found
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    """What `measure` wrote."""
+    return disk.read_rows(folder / FOUND)[0]
+
+
+def score_text(
+    lm: LanguageModel,
+    text: str,
+    settings: EvaluateSettings,
+    *,
+    keep: Path | None = None,
+    before: Path | None = None,
+) -> OnText:
+    """Perplexity on the first `evaluate.general_tokens` tokens of a text, read in windows that do not overlap.
+
+    `keep` is a folder for this model's log-probabilities (tokens times vocabulary, float32), `before` one where those
+    of another model are.
+    """
+    losses, divergences, counts = [], [], []
+    with computing(lm.model, lm.device), sharding.no_gradients(lm.model):
+        for index, window in enumerate(_windows(lm, text, settings.general_tokens)):
+            log_probs = _log_probs(lm, window)
+            told = torch.tensor(window[1:])
+            losses.append(float(functional.nll_loss(log_probs, told, reduction="sum")))
+            counts.append(len(told))
+            if keep is not None and processes.is_main():
+                save_file({"log_probs": log_probs}, keep / LOG_PROBS.format(index))
+            if before is not None:
+                divergences.append(_divergence(load_file(before / LOG_PROBS.format(index))["log_probs"], log_probs))
+    loss = mean_of([loss / count for loss, count in zip(losses, counts, strict=True)], counts)
+    kl = mean_of([kl / count for kl, count in zip(divergences, counts, strict=True)], counts) if before else ()
+    return OnText(sum(counts), len(counts), *loss, *kl)
+
+
+def _windows(lm: LanguageModel, text: str, n_tokens: int) -> Iterator[list[int]]:
+    """The text's tokens in pieces, each after BOS where the tokenizer puts one first."""
+    start = lm.tokenizer(text[:1])["input_ids"][:1]
+    bos = start if start == [lm.tokenizer.bos_token_id] else []
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][:n_tokens]
+    size = min(WINDOW, lm.encoder.max_length or WINDOW) - len(bos)
+    pieces = [bos + ids[start : start + size] for start in range(0, len(ids), size)]
+    long_enough = [piece for piece in pieces if len(piece) > 1]
+    if not long_enough:
+        raise FactError(f"evaluate.general: the text has {len(ids)} tokens. Give some thousand words.")
+    yield from long_enough
+
+
+def _log_probs(lm: LanguageModel, window: Sequence[int]) -> Tensor:
+    """Of every token but the first: (T - 1, V), float32, on the CPU."""
+    ids = torch.tensor([list(window)], device=lm.device)
+    more = {"use_cache": False} if "use_cache" in forward_parameters(lm.model) else {}
+    logits = lm.model(input_ids=ids, **more).logits[0, :-1]
+    return functional.log_softmax(logits.float(), dim=-1).cpu()
+
+
+def _divergence(before: Tensor, now: Tensor) -> float:
+    """Sum over tokens of KL(before || now) in nats."""
+    if before.shape != now.shape:
+        raise ModelError(f"General ability: {tuple(before.shape)} probabilities before, {tuple(now.shape)} now.")
+    return float(functional.kl_div(now, before, log_target=True, reduction="sum"))
+
+
+def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Task to metric to value and standard error, as lm-evaluation-harness gives them (its own units).
+
+    Raises:
+        FactError: the harness does not know a task.
+        MissingExtraError: it is not installed.
+    """
+    evaluator, tasks, models = _harness()
+    known = tasks.TaskManager(include_path=settings.task_folder)
+    if unknown := [name for name in settings.tasks if name not in known.all_tasks]:
+        raise FactError(
+            f"evaluate.tasks: lm-evaluation-harness knows no task {unknown[0]!r}. `lm-eval ls tasks` lists them; "
+            "evaluate.task_folder names a folder with tasks of your own."
+        )
+    wrapped = models.HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=settings.batch_size)
+    with computing(lm.model, lm.device), contextlib.redirect_stdout(io.StringIO()):
+        found = evaluator.simple_evaluate(
+            wrapped, tasks=list(settings.tasks), task_manager=known, limit=settings.task_limit, bootstrap_iters=1000
+        )
+    return {task: _metrics(told) for task, told in found["results"].items()}
+
+
+def _metrics(told: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` to `{"acc": {"value": 0.5, "stderr": 0.1}}`."""
+    values = {name: value for name, value in told.items() if isinstance(value, (int, float)) and "," in name}
+    found: dict[str, dict[str, float | None]] = {}
+    for name, value in values.items():
+        metric, _comma, how = name.partition(",")
+        if metric.endswith("_stderr"):
+            continue
+        stderr = values.get(f"{metric}_stderr,{how}")
+        found[metric if how == "none" else f"{metric} ({how})"] = {"value": float(value), "stderr": stderr}
+    return found
+
+
+def _harness() -> tuple[Any, Any, Any]:
+    try:
+        from lm_eval import evaluator, tasks
+        from lm_eval.models import huggingface
+    except ImportError as error:
+        raise missing_extra("evaluate.tasks needs lm-evaluation-harness", "lm-eval", error) from error
+    return evaluator, tasks, huggingface

@@ -1,0 +1,252 @@
+"""Prompts as token ids -> the ids that a model says next, greedily: one protocol, kept by transformers and by vLLM."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from forgetlearn.config.schema import EvaluateSettings
+from forgetlearn.errors import ConfigError, ModelError, missing_extra
+from forgetlearn.models.batches import computing
+from forgetlearn.models.language_model import LanguageModel, adapter_base
+from forgetlearn.runtime import processes, sharding
+from forgetlearn.weights.adapter_files import LoraAdapterConfig, read_adapter_config
+
+Ids = Sequence[int]
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # what its max_lora_rank may be
+VLLM_SHARE = 0.9  # of the device's free memory
+
+
+@dataclass(frozen=True)
+class Room:
+    """The limits of a free answer, in tokens and in lines; lines count from the first that is not blank."""
+
+    tokens: int
+    lines: int = 1
+
+
+class Generator(Protocol):
+    """What answers prompts greedily; each is asked as if it were alone."""
+
+    batches_itself: bool  # wants all prompts at once
+
+    def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
+        """Return new ids for each prompt, up to its room, an end token or the end of the context.
+
+        What follows the first end token, or the line break that ends the last line there is room for, is not part of
+        the answer.
+        """
+        ...
+
+
+def end_ids(lm: LanguageModel) -> list[int]:
+    """Ids that end an answer."""
+    return sorted({*lm.encoder.end_ids, lm.tokenizer.eos_token_id})
+
+
+def check_engine(settings: EvaluateSettings, models: Iterable[object] = (), changed_by: str | None = None) -> None:
+    """Raise ConfigError if the engine cannot be used for these models (None: the one that the config names).
+
+    Raises:
+        ConfigError: vLLM, and a model is in memory, `changed_by` this command, or several processes were started.
+        MissingExtraError: vLLM is not installed.
+    """
+    if settings.engine != "vllm":
+        return
+    reason = f"{changed_by} changes weights in memory" if changed_by else None
+    if any(model is not None and not isinstance(model, (str, Path)) for model in models):
+        reason = "a model that is passed in is in memory"
+    if reason:
+        raise ConfigError(
+            f"evaluate.engine = vllm: {reason}, and vLLM reads a folder or hub id. Leave it out; "
+            "`forgetlearn evaluate --engine vllm` scores what was saved."
+        )
+    if processes.launched() > 1:
+        raise ConfigError("evaluate.engine = vllm: it is for one process. Start it without torchrun, or leave it out.")
+    _vllm()
+
+
+@contextmanager
+def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generator]:
+    """What answers for this model, by `evaluate.engine`."""
+    if settings.engine == "vllm":
+        yield VllmGenerator(lm)
+        return
+    with sharding.no_gradients(lm.model), _plain_generation(lm.model), computing(lm.model, lm.device):
+        yield TransformersGenerator(lm)
+
+
+class TransformersGenerator:
+    """`generate` of the model in memory, on one batch that is padded on the left."""
+
+    batches_itself = False
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm, self.ends = lm, end_ids(lm)
+
+    def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
+        """See `Generator`."""
+        lm = self.lm
+        at_most = max(room.tokens for room in rooms)
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[lm.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        longest = min(at_most, lm.encoder.max_length - width) if lm.encoder.max_length else at_most
+        config = GenerationConfig(
+            max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=self.ends, pad_token_id=lm.pad_id
+        )
+        model: Any = lm.model
+        out = model.generate(
+            input_ids=ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_Full(lm.encoder.decode, width, rooms)]),
+        )
+        return [ids[: room.tokens] for ids, room in zip(out[:, width:].tolist(), rooms, strict=True)]
+
+
+class VllmGenerator:
+    """vLLM's offline engine on the folder or hub id that the model was loaded from; an adapter on its base.
+
+    The engine is started for one call and given back after it, so that what comes next has the device's memory.
+    """
+
+    batches_itself = True
+
+    def __init__(self, lm: LanguageModel) -> None:
+        """Raises ModelError for a model that has no folder and no hub id."""
+        if lm.settings.name is None:
+            raise ModelError("evaluate.engine = vllm: the model is in memory, and vLLM reads a folder or hub id.")
+        self.lm, self.ends = lm, end_ids(lm)
+
+    def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
+        """See `Generator`."""
+        vllm, lora = _vllm()
+        context = self.lm.encoder.max_length
+        limits = [
+            min(room.tokens, context - len(prompt)) if context else room.tokens
+            for prompt, room in zip(prompts, rooms, strict=True)
+        ]
+        # Greedy. A line break is no stop string: one that comes before any text belongs to the answer.
+        params = [
+            vllm.SamplingParams(temperature=0, max_tokens=limit, stop_token_ids=self.ends, detokenize=False)
+            for limit in limits
+        ]
+        asked = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        folder = str(self.lm.settings.name)
+        adapter = lora.LoRARequest("product", 1, folder) if adapter_base(self.lm.settings) else None
+        with self._memory_lent():
+            engine = vllm.LLM(**self._options(longest))
+            found = engine.generate(asked, params, lora_request=adapter, use_tqdm=not processes.no_bar())
+            del engine
+        return [self._with_end(reply.outputs[0]) for reply in found]
+
+    def _options(self, longest: int) -> dict[str, Any]:
+        lm, settings = self.lm, self.lm.settings
+        base = adapter_base(settings)
+        dtypes = {dtype for dtype in lm.dtypes.values() if dtype.is_floating_point}
+        # By itself vLLM computes a float32 model in half precision.
+        dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "auto"
+        options = {
+            "model": base or settings.name,
+            "revision": settings.revision,
+            "trust_remote_code": settings.trust_remote_code,
+            "dtype": dtype,
+            "max_model_len": longest,
+            "generation_config": "vllm",  # not the model's own, which may limit answers
+            "gpu_memory_utilization": _share_of_memory(lm.device),
+        }
+        if base:
+            options |= {"enable_lora": True, "max_lora_rank": _rank(Path(str(settings.name)))}
+        return options
+
+    def _with_end(self, said: Any) -> list[int]:
+        """The ids, with the end token where it stopped at one and leaves it out."""
+        ids = list(said.token_ids)
+        stopped = said.finish_reason == "stop" and not set(ids) & set(self.ends)
+        return ids + self.ends[:1] if stopped else ids
+
+    @contextmanager
+    def _memory_lent(self) -> Iterator[None]:
+        """The device's memory is the engine's meanwhile: the weights that are read with wait on the CPU."""
+        self.lm.model.to("cpu")
+        _free_memory()
+        try:
+            yield
+        finally:
+            _free_memory()
+            self.lm.to_device()
+
+
+def _vllm() -> tuple[Any, Any]:
+    """vLLM, and its module of LoRA requests."""
+    try:
+        import vllm
+        import vllm.lora.request
+    except ImportError as error:
+        raise missing_extra("evaluate.engine = vllm", "vllm", error) from error
+    return vllm, vllm.lora.request
+
+
+def _rank(folder: Path) -> int:
+    """The smallest rank that vLLM can be told of which the adapter's fits in.
+
+    Raises:
+        ModelError: there is none.
+    """
+    config = read_adapter_config(folder)
+    if not isinstance(config, LoraAdapterConfig):
+        raise ModelError(f"{folder}: peft_type = {config.peft_type}: vLLM takes LoRA. Leave --engine out.")
+    rank = max(config.ranks(), default=8)
+    if rank > VLLM_RANKS[-1]:
+        raise ModelError(f"{folder}: the adapter's rank is {rank}, vLLM takes {VLLM_RANKS[-1]}. Leave --engine out.")
+    return next(known for known in VLLM_RANKS if known >= rank)
+
+
+def _share_of_memory(device: torch.device) -> float:
+    """The share of the device's whole memory that vLLM may take, which is counted so."""
+    if device.type != "cuda":
+        return VLLM_SHARE
+    free, total = torch.cuda.mem_get_info(device)
+    return VLLM_SHARE * free / total
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+class _Full(StoppingCriteria):  # type: ignore[misc]
+    """Stops each row at the end of its room."""
+
+    def __init__(self, decode: Callable[[Iterable[int]], str], width: int, rooms: Sequence[Room]) -> None:
+        self.decode, self.width, self.rooms = decode, width, rooms
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        full = [
+            len(ids) >= room.tokens or self.decode(ids).lstrip().count("\n") >= room.lines
+            for ids, room in zip(input_ids[:, self.width :].tolist(), self.rooms, strict=True)
+        ]
+        return torch.tensor(full, device=input_ids.device)
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without the model's own generation settings: a repetition penalty in them would change greedy answers."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(inner, "generation_config"):
+        raise ModelError("The model cannot generate.")
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own

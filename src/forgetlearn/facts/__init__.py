@@ -1,0 +1,1 @@
+"""Read files of facts and decide which of their records can be used."""

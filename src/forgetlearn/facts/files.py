@@ -1,0 +1,172 @@
+"""Read records from a file or a data set on the hub, and report how the file was read."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from forgetlearn.errors import FactError, missing_extra, some
+from forgetlearn.facts.fields import kind, loads
+from forgetlearn.facts.forms import is_record, no_form
+from forgetlearn.facts.tables import parse_csv, parse_xlsx
+
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".json", ".jsonl", *TABLES, ".xlsx")
+SAVE_AS = {".xls": ".xlsx", ".ods": ".xlsx", ".txt": ".csv or .tsv, if it is a table", ".parquet": ".jsonl"}
+# The longer mark first: that of UTF-32 begins with that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32-LE"),
+    (codecs.BOM_UTF32_BE, "UTF-32-BE"),
+    (codecs.BOM_UTF16_LE, "UTF-16-LE"),
+    (codecs.BOM_UTF16_BE, "UTF-16-BE"),
+)
+ASSUMED = "cp1252 (Western Windows; assumed, since it is not UTF-8)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of a source, not yet checked; `read_as` says how they were read, if that had to be found out."""
+
+    records: Sequence[object]
+    read_as: str = ""
+    blank_rows: int = 0  # of a table; they are no records
+
+
+def parse_file(path: Path, columns: Mapping[str, str] | None = None) -> Source:
+    """Return the records of a JSON, JSONL, CSV, TSV or Excel file, not yet checked.
+
+    Raises:
+        FactError: the file is missing, a folder, a pipe, empty, of another suffix, damaged or in no known encoding.
+        MissingExtraError: it is an Excel file, and openpyxl is not installed.
+    """
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise FactError(f"{path} is a folder. Give a file of facts in it.")
+    if not path.exists():
+        raise FactError(f"{path} does not exist. {_near_files(path)}")
+    if not path.is_file():
+        raise FactError(f"{path} is a pipe or a device. Write the facts to a file, and give that.")
+    if suffix not in SUFFIXES:
+        hint = f" Save it as {SAVE_AS[suffix]}." if suffix in SAVE_AS else ""
+        raise FactError(f"{path}: suffix '{path.suffix}' is unknown. Known are {', '.join(SUFFIXES)}.{hint}")
+    if suffix == ".xlsx":
+        book = parse_xlsx(path)
+        return Source(book.records, book.read_as, book.blank_rows)
+    text, encoding = _decoded(path, suffix in TABLES)
+    if not text.strip():
+        raise FactError(f"{path} is empty.")
+    if suffix in TABLES:
+        table = parse_csv(text, str(path), (columns or {}).values(), "\t" if suffix == ".tsv" else ",")
+        return Source(table.records, f"{table.read_as}; {encoding}", table.blank_rows)
+    parse = _parse_jsonl if suffix == ".jsonl" else _parse_json
+    return Source(parse(text, str(path), columns or {}), "" if encoding == "UTF-8" else encoding)
+
+
+def _near_files(path: Path) -> str:
+    """Return a hint for a missing file: similar names in its folder."""
+    if not path.parent.is_dir():
+        return f"Nor does the folder {path.parent}. Check the path."
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], 3)
+    return f"In the same folder: {some(near)}." if near else f"Give an existing file ({', '.join(SUFFIXES)})."
+
+
+def _decoded(path: Path, is_table: bool) -> tuple[str, str]:
+    """Return the text without its byte-order mark, and its encoding: by the mark, else UTF-8, else (tables) cp1252."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FactError(f"{path} cannot be read: {error.strerror}.") from error
+    mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "UTF-8"))
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        if mark or not is_table or _is_damaged_utf8(data):
+            what = f"{encoding}, as its first bytes say, and broken at" if mark else f"not {encoding} at"
+            raise FactError(f"{path} is {what} byte {len(mark) + error.start}. Save it as UTF-8.") from error
+        try:
+            text, encoding = data.decode("cp1252"), ASSUMED
+        except UnicodeDecodeError as other:
+            raise FactError(f"{path} is neither UTF-8 nor cp1252 at byte {other.start}. Save it as UTF-8.") from other
+    if "\0" in re.split(r"[\r\n]", text[:200], maxsplit=1)[0]:
+        raise FactError(f"{path} has NUL in its first line. Is it UTF-16 without a byte-order mark? Save it as UTF-8.")
+    return text, encoding
+
+
+def _is_damaged_utf8(data: bytes) -> bool:
+    """Return True if some non-ASCII letters are valid UTF-8: reading them as cp1252 would garble them."""
+    return any(letter > "\x7f" and letter != "\ufffd" for letter in set(data.decode("utf-8", "replace")))
+
+
+def _parse_json(text: str, source: str, columns: Mapping[str, str]) -> list[object]:
+    """Return the records of a list, an object around one list, a single record, or JSON lines with the wrong suffix."""
+    lines = (line[0].rstrip() for line in _lines(text))
+    first = next(lines, "")
+    second = next(lines, "") if first[:1] == "{" and first[-1:] == "}" else ""
+    if second and all(line[0] == "{" and line[-1] == "}" for line in chain([second], lines)):
+        return _parse_jsonl(text, source, columns)
+    value = loads(text, source)
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, Mapping):
+        raise FactError(f"{source} holds {kind(value)}. A list of records is expected.")
+    if is_record(value, columns):
+        return [value]
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if len(lists) == 1:
+        return lists[0]
+    raise FactError(no_form(value, source) + "\nAn object around records must hold exactly one list.")
+
+
+def _lines(text: str) -> Iterator[re.Match[str]]:
+    """Yield each line that is not blank, without leading white space, in linear time."""
+    # Not splitlines: U+2028 and its kin may stand inside a JSON text.
+    return re.finditer(r"[^\s][^\n]*", text)
+
+
+def _parse_jsonl(text: str, source: str, columns: Mapping[str, str]) -> list[object]:
+    records = []
+    line, counted = 1, 0
+    for found in _lines(text):
+        line += text.count("\n", counted, found.start())
+        counted = found.start()
+        records.append(loads(found[0], source, line))
+    return records
+
+
+# The model hub -----------------------------------------------------------------------------------
+
+HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>[\w.%:\[\]-]+))?")
+
+
+def is_hub_id(source: str) -> bool:
+    """Return True for a data set id on the hub, `owner/name` or `owner/name:split`, that is not a path."""
+    return bool(HUB.fullmatch(source)) and not source.lower().endswith(SUFFIXES) and not Path(source).exists()
+
+
+def load_hub(source: str) -> Source:
+    """Return the records of a data set on the hub, of the split `train` if no other is named.
+
+    Raises:
+        FactError: the data set could not be loaded.
+        MissingExtraError: `datasets` is not installed.
+    """
+    match = HUB.fullmatch(source)
+    if match is None:
+        raise FactError(f"{source} is no data set id. It is written owner/name or owner/name:split.")
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_extra(f"{source}, a data set on the hub", "hub", error) from error
+    try:
+        return Source(list(datasets.load_dataset(match["name"], split=match["split"] or "train")))
+    except Exception as error:  # whatever the library raises, over the network and for any data set
+        reason = " ".join(str(error).split())[:300]
+        raise FactError(
+            f"{source} is no path here and could not be loaded from the hub: {type(error).__name__}: {reason}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Small models that hold given facts, and the demo on a made-up world."""

@@ -1,0 +1,298 @@
+"""The laboratory: a small Llama and its tokenizer, built from nothing in a minute, that hold given facts.
+
+So the whole method can be run and studied without a download. The base is trained on the OLD answers (of
+prompts and rephrases) and on the answers of the locality probes. What was built is cached by content.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from forgetlearn.config.base import Settings
+from forgetlearn.config.schema import ModelSettings, StageSettings
+from forgetlearn.errors import ConfigError, FactError
+from forgetlearn.facts.fact_set import FactSet, from_records, write_facts
+from forgetlearn.lab.world import made_up_world
+from forgetlearn.models import prompts
+from forgetlearn.storage import disk, run_folder
+from forgetlearn.storage.locks import claimed
+
+if TYPE_CHECKING:
+    from forgetlearn.models.language_model import LanguageModel
+
+log = logging.getLogger("forgetlearn")
+FORMAT = 4  # part of the cache key: raise it when the same settings build another base
+EOS, PAD = "</s>", "<pad>"
+
+
+class LabSettings(Settings):
+    """Size, training and seed of a lab base. The defaults are the recipe of docs/experiments.md."""
+
+    n_facts: int = Field(200, ge=1, description="Facts of the made-up world, when no facts are given.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the world, the weights and the order of facts.")
+    hidden_size: int = Field(128, ge=8, description="Width of the model.")
+    intermediate_size: int = Field(352, ge=8, description="Width inside the MLPs.")
+    num_hidden_layers: int = Field(4, ge=1, description="Layers.")
+    num_attention_heads: int = Field(4, ge=1, description="Attention heads.")
+    vocab_size: int = Field(3000, ge=300, description="Most tokens of the BPE vocabulary.")
+    tie_word_embeddings: bool = Field(True, description="One matrix for the input embeddings and the output head.")
+    epochs: int = Field(40, ge=1, description="Passes over everything the base is to hold.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
+    batch_size: int = Field(32, ge=1, description="Texts per optimiser step.")
+    prompt_template: str = Field("plain", description="As model.prompt_template; update.yaml then names it too.")
+
+
+UPDATE_SETTINGS: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-4, "adam_beta2": 0.98}
+"""What suits a lab base in the stages of an update; written beside it as update.yaml."""
+UPDATE_TEXTS = 1800  # facts x epochs of a stage: about what it takes until the new answers are learned
+
+
+def build_lab(
+    facts: FactSet | None = None,
+    settings: LabSettings | None = None,
+    *,
+    vocabulary_from: FactSet | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+) -> Path:
+    """The folder of a base that holds the old answers of `facts` (default: of a made-up world).
+
+    `vocabulary_from` are facts whose texts the tokenizer is trained on (default: `facts`). When `facts` are
+    a few of a file, the whole file is the better choice: from a few alone every rare name becomes a token of
+    its own, which real models do not have, and what is learned carries over less (docs/experiments.md).
+
+    It holds a model that plain transformers loads, `facts.jsonl`, `update.yaml` with settings for
+    `update`, and `lab.json` with what was built and how much of it the base answers exactly.
+    Without `output` it is the folder in the cache (FORGETLEARN_CACHE, else ~/.cache/forgetlearn).
+    On the CPU the same base comes out on every machine; `device="auto"` is for one that is large.
+
+    Raises:
+        FactError: no fact has an old answer.
+        RunError: the output exists; or, with `overwrite`, it holds the file that one of the two was read from.
+    """
+    settings = settings or LabSettings()
+    if settings.hidden_size % (2 * settings.num_attention_heads):
+        raise ConfigError(
+            f"hidden_size = {settings.hidden_size} must be a multiple of twice num_attention_heads "
+            f"= {settings.num_attention_heads}."
+        )
+    if output is not None:
+        reads = [given.source for given in (facts, vocabulary_from) if given is not None]
+        run_folder.check_output(output, resume=False, overwrite=overwrite, inputs=reads, can_resume=False)
+    if facts is None:
+        facts = world_facts(settings)
+    vocabulary_from = vocabulary_from or facts
+    cached = cache_folder() / f"lab-{_key(facts, vocabulary_from, settings, device)}"
+    with disk.naming(cached.parent):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(cached.with_name(f".{cached.name}.lock"), waits=True):  # a second process waits, and finds it built
+        if not (cached / "lab.json").is_file():
+            log.info("building a lab base that holds %d facts (once; kept in %s)", facts.used, cached.parent)
+            with disk.atomic_folder(cached) as unfinished:
+                _build(facts, vocabulary_from, settings, unfinished, device)
+    if output is None:
+        return cached
+    output = Path(output)
+    with disk.atomic_folder(output) as unfinished:
+        shutil.copytree(cached, unfinished, dirs_exist_ok=True)
+    return output
+
+
+def world_facts(settings: LabSettings) -> FactSet:
+    """The facts of the made-up world that a lab base holds when no others are given.
+
+    Raises:
+        ConfigError: it has no such number of facts.
+    """
+    return from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
+
+
+def cache_folder() -> Path:
+    """Where lab bases are kept."""
+    named = os.environ.get("FORGETLEARN_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgetlearn"
+
+
+def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
+    """(prompt, answer) of all that the base is to hold, each prompt once; and how many contradict an earlier one.
+
+    Raises:
+        FactError: no fact has an old answer.
+    """
+    pairs: dict[str, str] = {}
+    contradictions = 0
+    for prompt, answer in _wanted(facts):
+        if pairs.setdefault(prompt, answer) != answer:
+            contradictions += 1
+    if not any(fact.ground_truth for fact in facts):
+        raise FactError(f"{facts.source}: no fact has an old answer, so there is nothing for a lab base to hold.")
+    return list(pairs.items()), contradictions
+
+
+def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
+    """Edit prompts first, then probes, then rephrases: where two contradict, the first counts."""
+    for fact in facts:
+        if fact.ground_truth:
+            yield fact.prompt, fact.ground_truth
+    for fact in facts:
+        for probe in fact.locality:
+            yield probe.prompt, probe.answer
+    for fact in facts:
+        if fact.ground_truth:
+            for prompt in fact.rephrase_prompts:
+                yield prompt, fact.ground_truth
+
+
+def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, folder: Path, device: str) -> None:
+    from forgetlearn.models.encoding import Encoder
+    from forgetlearn.models.language_model import parameter_count, pick_device, save_model, wrap
+    from forgetlearn.training.finetune import finetune
+    from forgetlearn.training.stage_checkpoints import Upkeep
+
+    pairs, contradictions = held_pairs(facts)
+    tokenizer = train_tokenizer(_texts(vocabulary_from), settings)
+    encoder = Encoder(tokenizer, settings.prompt_template)
+    stage = StageSettings(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        adam_beta2=0.98,
+        max_packed_tokens=2048,
+    )
+    texts = [encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
+    model = _new_model(settings, tokenizer, longest=max(len(text.ids) for text in texts))
+    stage_log = finetune(
+        model,
+        texts,
+        stage,
+        seed=settings.seed,
+        pad_id=tokenizer.pad_token_id,
+        device=pick_device(device),
+        upkeep=Upkeep("building the lab base"),
+    )
+    save_model(model, tokenizer, folder)
+    write_facts(facts, folder / "facts.jsonl")
+    disk.write_text(folder / "update.yaml", _update_yaml(facts.used, settings.prompt_template))
+    asked = {"device": device, "prompt_template": settings.prompt_template}
+    held = _share_held(wrap(model, tokenizer, ModelSettings.model_validate(asked)), facts)
+    for what, share in held.items():
+        if share is not None and share < 0.99:
+            log.warning("the lab base holds only %.1f %% of the %s; raise epochs or size", 100 * share, what)
+    disk.write_json(
+        folder / "lab.json",
+        {
+            "settings": settings.model_dump(),
+            "facts": {"source": facts.source, "used": facts.used, "sha256": facts.sha256()},
+            "texts": len(texts),
+            "contradictions": contradictions,
+            "parameters": parameter_count(model),
+            "final_loss": stage_log.final_loss,
+            "held": held,
+            "versions": run_folder.versions(),
+        },
+    )
+
+
+def _texts(facts: FactSet) -> list[str]:
+    """All that is said of the facts, old and new."""
+    said = [f"{prompt} {answer}" for prompt, answer in dict(_wanted(facts)).items()]
+    return said + [f" {fact.target_new}" for fact in facts]
+
+
+def train_tokenizer(texts: list[str], settings: LabSettings) -> Any:
+    """A byte-level BPE tokenizer of these texts; it can write any other text too.
+
+    Without a BOS token: with one, a base this small learns its facts less well (docs/experiments.md).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, padding_side="left")
+
+
+def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_attention_heads,
+        max_position_embeddings=max(512, 2 * longest),
+        tie_word_embeddings=settings.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(settings.seed)
+    return LlamaForCausalLM(config)
+
+
+def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
+    """Share of old answers and of locality answers that the base gives exactly, token for token."""
+    from forgetlearn.evaluation.metrics import exact_match
+    from forgetlearn.evaluation.scoring import Reading, Scorer
+
+    old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
+    probes = [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]
+    read = Scorer(lm).read([*old, *probes])
+
+    def share(pairs: list[tuple[str, str]]) -> float | None:
+        readings = [read[pair] for pair in pairs]
+        hits = [exact_match(r.predicted, r.wanted) if isinstance(r, Reading) else 0.0 for r in readings]
+        return sum(hits) / len(hits) if hits else None
+
+    return {"old answers": share(old), "locality answers": share(probes)}
+
+
+def _update_yaml(n_facts: int, prompt_template: str) -> str:
+    """Settings for an update of all facts: fewer facts take more epochs."""
+    import yaml
+
+    stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **UPDATE_SETTINGS}
+    settings: dict[str, Any] = {"forget": {**stage}, "learn": {**stage}, "teach": UPDATE_SETTINGS}
+    if prompt_template != "plain":
+        named = prompt_template in prompts.NAMED
+        settings["model"] = {"prompt_template": prompt_template if named else str(Path(prompt_template).resolve())}
+    body: str = yaml.safe_dump(settings, sort_keys=False)
+    return "# Settings for `forgetlearn update` that suit this small base.\n" + body
+
+
+def _key(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, device: str) -> str:
+    import hashlib
+
+    parts = {
+        "format": FORMAT,
+        "settings": settings.model_dump(),
+        "facts": facts.sha256(),
+        **prompts.fingerprint(settings.prompt_template),
+        "vocabulary_from": vocabulary_from.sha256(),
+        "versions": {name: run_folder.versions()[name] for name in ("torch", "transformers", "tokenizers")},
+    }
+    if device != "cpu":
+        parts["device"] = device
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

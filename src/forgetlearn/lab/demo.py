@@ -1,0 +1,85 @@
+"""The main job on the embedded default: every method on a made-up world, in one table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forgetlearn.config.base import validate
+from forgetlearn.config.schema import load_config
+from forgetlearn.errors import RunError
+from forgetlearn.lab.build import LabSettings, build_lab, world_facts
+from forgetlearn.report.render import COLUMNS, show_score
+from forgetlearn.storage import disk
+
+log = logging.getLogger("forgetlearn")
+DEMO_FACTS = 150
+COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table, its rows, and where everything lies."""
+
+    output: Path
+    rows: tuple[tuple[str, dict[str, Any]], ...]  # name of the row, scores of its phase
+    table: str
+
+
+def run_demo(
+    output: str | Path,
+    *,
+    methods: Iterable[str],
+    n_facts: int = DEMO_FACTS,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> DemoResult:
+    """Build a base that holds a made-up world, update it with each method, and compare.
+
+    Raises:
+        ConfigError: the made-up world has no such number of facts.
+        RunError: the output exists and neither `resume` nor `overwrite` is given.
+    """
+    from forgetlearn.config.methods import METHODS
+    from forgetlearn.runs.update import update
+
+    settings = validate(LabSettings, {"n_facts": n_facts, "seed": seed})
+    facts = world_facts(settings)
+    output = Path(output)
+    marker = output / "demo.json"
+    if output.exists() and any(output.iterdir()) and not (resume or overwrite):
+        raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
+    if output.exists() and any(output.iterdir()) and not marker.is_file():
+        raise RunError(f"{output} was not written by the demo. Choose another folder.")
+    with disk.naming(output):
+        output.mkdir(parents=True, exist_ok=True)
+    disk.write_json(marker, {"n_facts": n_facts, "seed": seed})
+    base = build_lab(facts, settings)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for method in methods:
+        log.info("updating with %s", method)
+        changes = {"method": method, "seed": seed, "model.name": str(base)}
+        if METHODS[method].forgets:
+            changes["forget.coef"] = COEF
+        config = load_config(base / "update.yaml", changes)
+        result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
+        phases = result.summary["phases"]
+        rows = rows or [("original", phases["base"])]
+        rows.append((method, phases["updated"]))
+    table = comparison_table(rows)
+    disk.write_text(output / "demo.md", table)
+    return DemoResult(output, tuple(rows), table)
+
+
+def comparison_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """Markdown: a line per method, a column per quantity with its protocol, percent."""
+    head = " | ".join(f"{quantity} ({protocol})" for quantity, protocol in COLUMNS)
+    lines = [f"| | {head} |", "|---|" + "---:|" * len(COLUMNS)]
+    for name, phase in rows:
+        cells = " | ".join(show_score(phase[quantity].get(protocol)) for quantity, protocol in COLUMNS)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Forget, then learn: the method itself and what it is compared with."""

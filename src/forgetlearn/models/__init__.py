@@ -1,0 +1,1 @@
+"""Load, ask, adapt and save causal language models."""

@@ -1,0 +1,359 @@
+"""Encoded texts to logits at answer positions: the only place that lays out batches.
+
+Five layouts give the same logits. `packed`: all texts in one row with restarting position ids, no
+padding at all; attention runs text by text, or under a block-diagonal mask, which transformers builds only
+when there is no attention mask and no cache. `shared_by_text` and `shared`: one row too, in which a beginning
+that several texts share stands once; attention runs text by text, or under a mask. `padded`: one row a text,
+padding on the left. `single`: one text a forward pass.
+Shapes: B batch, T tokens, K answer positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from statistics import median
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from forgetlearn.errors import ModelError
+from forgetlearn.models import attention
+from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.onednn import fast_linear_layers
+
+K = TypeVar("K")
+Layout = Literal["packed", "shared_by_text", "shared", "padded", "single"]
+IGNORE = -100
+# Of 192 to 1,024 tokens in a row of shared beginnings 512 were the fastest on a CPU, text by text.
+ROW_TOKENS = {"cpu": 512}
+GPU_ROW_TOKENS = 2048
+ROUNDED_TO = 32  # tokens: oneDNN keeps what it prepares for each length of row that it meets, 0.2 MB a product
+LONG = 1.5  # times the median length
+SMALL_MODEL = 20_000_000  # parameters
+# Two layouts sum in another order. Root mean square of what that does to the logits, as a share of their
+# standard deviation: 1e-6 in float32, up to 0.02 in bfloat16 (24 layers); a wrong mask does 0.3 to 1.2.
+AGREEMENT_TOLERANCE = 1e-3
+HALF_PRECISION_TOLERANCE = 0.06
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs, and the id to be predicted at each logit that comes back.
+
+    `labels` is (B, K) with IGNORE where a row has fewer answer tokens than the longest;
+    `positions` (K,) are the positions of a row whose logits are wanted.
+    """
+
+    inputs: dict[str, Tensor]
+    positions: Tensor
+    labels: Tensor
+
+
+def pack(texts: Sequence[Encoded]) -> Batch:
+    """All texts in one row (1, T), each starting again at position 0."""
+    ids = [token for text in texts for token in text.ids]
+    restarting = [position for text in texts for position in range(len(text.ids))]
+    positions, start = [], 0
+    for text in texts:
+        positions += [start + position for position in text.answer_positions]
+        start += len(text.ids)
+    labels = [token for text in texts for token in text.answer_ids]
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([restarting])}
+    return Batch(inputs, torch.tensor(positions, dtype=torch.long), torch.tensor([labels], dtype=torch.long))
+
+
+def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> list[list[K]]:
+    """The texts' keys in rows of neighbours by their ids, as `share` reads them, each within both limits.
+
+    Texts that are much longer than most stand apart: text by text, attention to a row costs as if all were as long as
+    its longest.
+    """
+    rows: list[list[K]] = []
+    size = 0
+    before: tuple[int, ...] = ()
+    long = LONG * median(len(text.ids) for text in texts.values()) if texts else 0
+    for key in sorted(texts, key=lambda key: (len(texts[key].ids) > long, texts[key].ids)):
+        ids = texts[key].ids[:-1]
+        new = len(ids) - _common(ids, before)
+        if not rows or len(rows[-1]) == max_texts or size + new > max_tokens:
+            rows.append([])
+            size, new = 0, len(ids)
+        rows[-1].append(key)
+        size, before = size + new, ids
+    return rows
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """One row (1, T) in which a beginning that several texts share stands once.
+
+    `paths` are the places of each text's tokens in the row; a text that is part of an earlier one has none of its
+    own. `positions` (K,) are the places whose logits are wanted, and `which` (N,) says for each answer token of the
+    texts, one after the other, which of them predicts it.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    paths: list[list[int]]
+    positions: Tensor
+    which: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Of the model, without what says which tokens see each other."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+
+
+def share(texts: Sequence[Encoded], multiple: int = 1) -> SharedRow:
+    """The texts as one row. The last token of each is left out: nothing is predicted from it.
+
+    Its length and the number of its positions are rounded up to a multiple: by one more text, which nobody asks, and
+    by the last position again.
+    """
+    places: dict[tuple[int, int], int] = {}  # (place of the token before it, token) -> place in the row
+    ids: list[int] = []
+    depths: list[int] = []
+    paths: list[list[int]] = []
+    asked: list[int] = []
+    for text in texts:
+        path: list[int] = []
+        place, known = -1, len(ids)
+        for token in text.ids[:-1]:
+            place = places.setdefault((place, token), len(ids))
+            if place == len(ids):
+                ids.append(token)
+                depths.append(len(path))
+            path.append(place)
+        if len(ids) > known:
+            paths.append(path)
+        asked += path[text.n_prompt_tokens - 1 :]
+    positions, which = torch.unique(torch.tensor(asked, dtype=torch.long), return_inverse=True)
+    if spare := -len(ids) % multiple:
+        paths.append(list(range(len(ids), len(ids) + spare)))
+        ids += ids[:1] * spare
+        depths += range(spare)
+    again = positions[-1:].repeat(-len(positions) % multiple)
+    return SharedRow(torch.tensor([ids]), torch.tensor([depths]), paths, torch.cat([positions, again]), which)
+
+
+def read_logits(
+    model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits (K, V), and which of them predicts each answer token of the texts, one after the other (N,)."""
+    if layout not in ("shared", "shared_by_text"):
+        logits = _flat_logits(model, pad_left(texts, pad_id), device)
+        return logits, torch.arange(len(logits), device=device)
+    row = share(texts, ROUNDED_TO)
+    inputs = row.inputs()
+    if layout == "shared_by_text":
+        inputs |= attention.places_of(row.paths)
+    else:
+        inputs["attention_mask"] = _mask(row, next(w.dtype for w in model.parameters() if w.is_floating_point()))
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    return answer_logits(model, inputs, row.positions.to(device))[0], row.which.to(device)
+
+
+def _mask(row: SharedRow, dtype: torch.dtype) -> Tensor:
+    """(1, 1, T, T), 0 where a token sees another: itself and what stands before it in its text, else the minimum."""
+    length = row.input_ids.shape[1]
+    sees = np.zeros((length, length), dtype=bool)
+    for path in row.paths:
+        for depth, place in enumerate(path):
+            sees[place, path[: depth + 1]] = True
+    unseen = ~torch.from_numpy(sees)
+    return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, torch.finfo(dtype).min)[None, None]
+
+
+def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
+    """A row per text, padded on the left, so that all answers end in the last column."""
+    width = max(len(text.ids) for text in texts)
+    n_answer = max(len(text.answer_ids) for text in texts)
+    rows = [(width - len(text.ids), text.ids) for text in texts]
+    inputs = {
+        "input_ids": torch.tensor([[pad_id] * pad + list(ids) for pad, ids in rows]),
+        "attention_mask": torch.tensor([[0] * pad + [1] * len(ids) for pad, ids in rows]),
+        "position_ids": torch.tensor([[0] * pad + list(range(len(ids))) for pad, ids in rows]),
+    }
+    labels = [[IGNORE] * (n_answer - len(text.answer_ids)) + list(text.answer_ids) for text in texts]
+    positions = torch.arange(width - 1 - n_answer, width - 1)
+    return Batch(inputs, positions, torch.tensor(labels, dtype=torch.long))
+
+
+def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_tokens: int) -> Batch:
+    """A batch in the wanted layout; a packed row that would be too long is padded instead.
+
+    Without flash attention the mask of a packed row is quadratic in its length.
+    """
+    if layout == "packed" and sum(len(text.ids) for text in texts) <= max_packed_tokens:
+        return pack(texts)
+    return pad_left(texts, pad_id)
+
+
+def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
+    """Logits (B, K, V) at the given positions only, in the dtype of the model.
+
+    The output head runs on these positions alone wherever the model can do that.
+    """
+    accepted = forward_parameters(model)
+    inputs = {name: value for name, value in inputs.items() if name in accepted or name in attention.PLACES}
+    if "use_cache" in accepted:
+        # With a cache transformers takes the whole row for one text.
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    if "logits_to_keep" in accepted:
+        logits: Tensor = model(**inputs, logits_to_keep=positions).logits
+        return logits
+    logits = model(**inputs).logits
+    return logits[:, positions]
+
+
+@contextmanager
+def computing(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The fitting number of threads and, on the CPU, the faster of torch's two libraries for linear layers."""
+    fast = fast_linear_layers() if device.type == "cpu" else nullcontext()
+    with fitting_threads(model, device), fast:
+        yield
+
+
+@contextmanager
+def fitting_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """One thread while a small model computes on the CPU.
+
+    Its operations are so short that a second thread gains nothing, and where another process wants that
+    core each of them waits for it: the same stage then took ten times as long.
+    """
+    before = torch.get_num_threads()
+    small = device.type == "cpu" and sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments that the causal language model itself takes, through any wrapper."""
+    return _parameters(type(attention.plain(model)).forward)
+
+
+@cache
+def _parameters(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+@torch.no_grad()
+def choose_layout(
+    model: nn.Module,
+    texts: Sequence[Encoded],
+    pad_id: int,
+    device: torch.device,
+    best: Literal["packed", "shared", "padded"] = "packed",
+) -> Layout:
+    """`best`, or the next layout whose logits are those of each text by itself, tried on up to four texts.
+
+    A batch that is too long to be packed is padded, so `packed` means that both are right. `shared` is
+    `shared_by_text` where the model was switched to that (`attention.by_text`).
+
+    Raises:
+        ModelError: the model's logits are not finite.
+    """
+    sample = _sample(texts)
+    if not any(text.answer_ids for text in sample):
+        return "single"
+    was_training = model.training
+    model.eval()
+    try:
+        alone = torch.cat([_flat_logits(model, pad_left([text], pad_id), device) for text in sample])
+        if not torch.isfinite(alone).all():
+            raise ModelError("The model's logits are not finite (NaN or infinite). Are its weights damaged?")
+        if best == "shared" and (sharing := _sharing(model, sample, alone, pad_id, device)):
+            return sharing
+        if not _agree(_flat_logits(model, pad_left(sample, pad_id), device), alone):
+            return "single"
+        if best == "packed" and _agree(_flat_logits(model, pack(sample), device), alone):
+            return "packed"
+        return "padded"
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def attention_by_text(
+    model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
+) -> Iterator[bool]:
+    """Whether packed rows are computed text by text (`attention.by_text`): tried first on up to four texts."""
+    with attention.by_text(model) as switched:
+        if switched and layout == "packed" and _agrees_by_text(model, _sample(texts), pad_id, device):
+            yield True
+            return
+    yield False
+
+
+@torch.no_grad()
+def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:
+    was_training = model.training
+    model.eval()
+    try:
+        alone = _flat_logits(model, pad_left(sample, pad_id), device)
+        return _agree(_flat_logits(model, by_text(pack(sample)), device), alone)
+    finally:
+        model.train(was_training)
+
+
+def by_text(batch: Batch) -> Batch:
+    """A packed row with what attention by text needs."""
+    inputs = {**batch.inputs, **attention.places(batch.inputs["position_ids"])}
+    return Batch(inputs, batch.positions, batch.labels)
+
+
+def _sample(texts: Sequence[Encoded]) -> list[Encoded]:
+    """Up to four texts of different lengths, the longest among them: equal ones would hide a wrong mask."""
+    by_length = sorted(texts, key=lambda text: len(text.ids))
+    spread = dict.fromkeys(index * (len(by_length) - 1) // 3 for index in range(4)) if by_length else {}
+    return [by_length[index] for index in spread]
+
+
+def _sharing(
+    model: nn.Module, sample: Sequence[Encoded], alone: Tensor, pad_id: int, device: torch.device
+) -> Layout | None:
+    """The layout in which texts that share beginnings with others get the logits (N, V) that they get alone.
+
+    Each of the sample follows a sibling that begins as it does and ends as it does not.
+    """
+    own = attention.implementation(model)
+    layouts: dict[Layout, bool] = {
+        "shared_by_text": own == attention.BY_TEXT,
+        "shared": own in ("sdpa", "eager", attention.BY_TEXT),  # the others take no mask of this form
+    }
+    siblings = [Encoded(t.ids[: len(t.ids) // 2] + t.ids[len(t.ids) // 2 :][::-1], t.n_prompt_tokens) for t in sample]
+    for layout in (layout for layout, possible in layouts.items() if possible):
+        try:
+            logits, which = read_logits(model, [*siblings, *sample], layout, pad_id, device)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue  # a model that cannot take such a row fails in its own way
+        if _agree(logits[which[-len(alone) :]], alone):
+            return layout
+    return None
+
+
+def _common(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids two texts share at their beginning."""
+    return next((n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+
+
+def _agree(together: Tensor, alone: Tensor) -> bool:
+    """Whether two computations (N, V) of the same logits differ by rounding only."""
+    tolerance = HALF_PRECISION_TOLERANCE if alone.dtype.itemsize == 2 else AGREEMENT_TOLERANCE
+    together, alone = together.float(), alone.float()
+    return bool((together - alone).square().mean().sqrt() <= tolerance * alone.std())
+
+
+def _flat_logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Logits (N, V) of the answer tokens of a batch, text after text."""
+    inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+    logits = answer_logits(model, inputs, batch.positions.to(device))
+    return logits[(batch.labels != IGNORE).to(device)]

@@ -1,0 +1,342 @@
+"""Prompt and answer to token ids: the only place that tokenises.
+
+A text is what the prompt template writes before the prompt, the prompt, what it writes after it, and the answer; the
+prompt's ids are those of all before the answer alone, and are a prefix of the whole. With a chat template the prompt is
+the user's message and the answer the assistant's; what the template writes between the two (the space of Llama 2, the
+empty thinking block of Qwen 3) stays between them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from forgetlearn.errors import FactError, ModelError
+from forgetlearn.models import prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AT_ONCE = 1000  # pairs in a call of the tokenizer, which holds much more than their ids
+PROBES = ("Quibblet one", "Zanzimar TWO")  # prompts that prove a chat template: no character that one would escape
+PROBE_ANSWER = "Wistervale THREE"
+
+
+class TextError(FactError):
+    """Raised if a text contains a token that it must not; `part` says whether in the prompt or the answer."""
+
+    def __init__(self, message: str, part: str = "prompt") -> None:  # so that it can be pickled
+        super().__init__(message)
+        self.part = part
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and its answer; the answer's ids are `ids[n_prompt_tokens:]`."""
+
+    ids: tuple[int, ...]
+    n_prompt_tokens: int
+
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """What the model should say after the prompt, EOS included where it was asked for."""
+        return self.ids[self.n_prompt_tokens :]
+
+    @property
+    def answer_positions(self) -> range:
+        """Positions whose logits predict the answer: each is one before the token it predicts."""
+        return range(self.n_prompt_tokens - 1, len(self.ids) - 1)
+
+
+class Encoder:
+    """A tokenizer, and the form in which a model is asked (`model.prompt_template`).
+
+    `n_ids` is the number of ids that the model has embeddings for; None leaves that unchecked.
+
+    Raises:
+        ModelError: the tokenizer has no EOS token, no chat template where one is asked for, or one that does not pass
+            prompts and answers on.
+        ConfigError: see `prompts.read_template`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_template: str = "auto",
+        max_length: int | None = None,
+        n_ids: int | None = None,
+    ) -> None:
+        """Check the tokenizer, and learn how a text begins and an answer ends."""
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "The tokenizer has no EOS token, so an answer could not end. "
+                'Set one, for example tokenizer.eos_token = "</s>", and save it with the model.'
+            )
+        if prompt_template == "auto":
+            prompt_template = "chat" if tokenizer.chat_template else "plain"
+        if prompt_template == "chat" and not tokenizer.chat_template:
+            raise ModelError(
+                "model.prompt_template = chat, but the tokenizer has no chat template. Use plain, alpaca or a file."
+            )
+        self.tokenizer: Any = tokenizer
+        self.max_length, self.n_ids = max_length, n_ids
+        self.prompt_template = prompt_template
+        self._before = self._after = ""  # what stands around the prompt
+        self._joint, self.end_ids = "", [int(tokenizer.eos_token_id)]
+        self._as_parts = False
+        self._first_ids: list[int] = []
+        if self.is_chat:
+            self._after, self._joint, self.end_ids = self._proven_chat_form()
+        else:
+            self._before, self._after, self._joint = prompts.split(prompts.read_template(prompt_template))
+            # Special tokens are added by hand: a tokenizer that also appends EOS (add_eos_token) would
+            # otherwise put one between prompt and answer.
+            first = _leading_specials(tokenizer)
+            if self._tokenize(self._before)[: len(first)] != first:  # a template in a file may write them itself
+                self._first_ids = first
+        self._unknown, self._special = _special_ids(self.tokenizer)
+        own = self._prompt_ids(PROBES[0])
+        self._own_specials = Counter(token for token in own if token in self._special)
+        if strangers := self._without_embedding([*own, *self.end_ids]):
+            raise ModelError(
+                f"model.prompt_template = {prompt_template}: writes {strangers}. "
+                "Use plain, or give the model embeddings for the tokenizer's tokens (resize_token_embeddings)."
+            )
+
+    @property
+    def is_chat(self) -> bool:
+        """True if prompts are the user's messages of the tokenizer's chat template."""
+        return self.prompt_template == "chat"
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text that the model reads before it answers.
+
+        Raises:
+            TextError: the chat template does not write the prompt as it is.
+        """
+        if not self.is_chat:
+            return self._before + prompt + self._after
+        text = self._render([self._message("user", prompt)], add_generation_prompt=True) + self._after
+        if prompt.strip() not in text:
+            raise TextError(
+                f"the chat template cuts or changes the prompt {prompt[:60]!r}: what it writes does not contain it. "
+                "Reword the prompt, or use --prompt-template plain."
+            )
+        return text
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the ids of the prompt alone, with the special tokens that open a text.
+
+        Raises:
+            TextError: the prompt holds a special token, or one that the model has no embedding for.
+        """
+        ids = self._prompt_ids(prompt)
+        self._check_ids("prompt", prompt, ids, self._own_specials)
+        return ids
+
+    def encode(self, prompt: str, answer: str, *, end: bool = False) -> Encoded:
+        """Ids of prompt and answer; `end=True` adds the token that ends an answer (training wants it).
+
+        Raises:
+            FactError: the prompt or the answer is empty, the two cannot be told apart in token ids, they are longer
+                than the model's context, or the tokenizer has no token for any part of one of them.
+            TextError: one of them holds a special token, or one that the model has no embedding for.
+        """
+        found = self.encode_all([(prompt, answer)], end=end)[prompt, answer]
+        if isinstance(found, FactError):
+            raise found
+        return found
+
+    def encode_all(
+        self, pairs: Iterable[tuple[str, str]], *, end: bool = False
+    ) -> dict[tuple[str, str], Encoded | FactError]:
+        """What `encode` gives or raises for each distinct (prompt, answer); a prompt is tokenised once."""
+        found: dict[tuple[str, str], Encoded | FactError] = {}
+        pairs = list(dict.fromkeys(pairs))
+        for start in range(0, len(pairs), AT_ONCE):
+            some = pairs[start : start + AT_ONCE]
+            whole_ones = [(prompt, answer) for prompt, answer in some if prompt.strip() and answer.strip()]
+            prompts = {prompt: self.prompt_text(prompt) for prompt, _answer in whole_ones}
+            texts = [prompts[prompt] + self._joint + answer.strip() for prompt, answer in whole_ones]
+            ids = iter(self._tokenize_all([*prompts.values(), *texts]))
+            before = {prompt: self._first_ids + next(ids) for prompt in prompts}
+            whole = {pair: self._first_ids + next(ids) for pair in whole_ones}
+            for pair in some:
+                try:
+                    found[pair] = self._encoded(*pair, before.get(pair[0], []), whole.get(pair, []), end)
+                except FactError as error:
+                    found[pair] = error
+        return found
+
+    def _encoded(self, prompt: str, answer: str, before: list[int], whole: list[int], end: bool) -> Encoded:
+        """See `encode`; `before` are the ids of the prompt, `whole` those of both."""
+        answer = answer.strip()
+        if not prompt.strip() or not answer:
+            raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
+        if not before:
+            raise FactError(f"the tokenizer has no token for any part of the prompt {prompt!r}.")
+        self._check_ids("prompt", prompt, before, self._own_specials)
+        answer_ids = self._answer_ids(prompt, answer, before, whole)
+        self._check_ids("answer", answer, answer_ids)
+        if self.has_unknown(answer_ids):
+            known = [token for token in answer_ids if token != self._unknown]
+            if not self._tokenizer_text(known).strip():
+                raise FactError(f"the tokenizer has no token for any part of the answer {answer!r}.")
+        ids = before + answer_ids + (self.end_ids if end else [])
+        if self.max_length and len(ids) > self.max_length:
+            raise FactError(
+                f"prompt and answer are {len(ids)} tokens, the model's context is {self.max_length} "
+                f"(prompt {prompt[:60]!r}...). Shorten the prompt, or leave the fact out."
+            )
+        return Encoded(tuple(ids), len(before))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def has_unknown(self, ids: Sequence[int]) -> bool:
+        """Return True if one of the ids is <unk>, the tokenizer's token for text that it cannot write."""
+        return self._unknown is not None and self._unknown in ids
+
+    def check_embedded(self, ids: Sequence[int], where: str) -> None:
+        """Raise FactError, which names `where`, if the model has no embedding for one of the ids."""
+        if strangers := self._without_embedding(ids):
+            raise FactError(f"{where}: holds {strangers}. Take it out.")
+
+    def fingerprint(self) -> dict[str, str]:
+        """See `prompts.fingerprint`."""
+        known = self.is_chat or self.prompt_template in prompts.TEMPLATES
+        return {} if known else prompts.fingerprint_of(self._before + prompts.PLACE + self._after + self._joint)
+
+    def _check_ids(self, part: str, text: str, ids: Sequence[int], expected: Counter[int] | None = None) -> None:
+        """Raise TextError if a text has an id without an embedding, or a special token that is not expected."""
+        if strangers := self._without_embedding(ids):
+            raise TextError(f"the {part} {text[:60]!r} holds {strangers}. Take it out of the text.", part)
+        if not expected and self._special.isdisjoint(ids):
+            return
+        held = Counter(token for token in ids if token in self._special)
+        if foreign := held - (expected or Counter()):
+            raise TextError(
+                f"the {part} {text[:60]!r} holds {self._name(min(foreign))}, a special token of the tokenizer, which "
+                "the model would not read as text. Take it out of the text, or write it in another way.",
+                part,
+            )
+
+    def _without_embedding(self, ids: Sequence[int]) -> str:
+        """Describe the first id for which the model has no embedding; return "" if there is none."""
+        if self.n_ids is None or max(ids, default=0) < self.n_ids:
+            return ""
+        stranger = next(token for token in ids if token >= self.n_ids)
+        return (
+            f"the token {self._name(stranger)} (id {stranger}), and the model has embeddings for ids 0 to "
+            f"{self.n_ids - 1} only"
+        )
+
+    def _name(self, token: int) -> str:
+        return repr(self.tokenizer.convert_ids_to_tokens(token))
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        return self._first_ids + self._tokenize(self.prompt_text(prompt))
+
+    def _answer_ids(self, prompt: str, answer: str, before: list[int], whole: list[int]) -> list[int]:
+        if whole[: len(before)] == before and len(whole) > len(before):
+            return whole[len(before) :]
+        # The last token of the prompt merged with the first of the answer. Tokenised apart they say the
+        # same text, and at generation the model does see the prompt's own tokens.
+        for part in (self._joint + answer, answer):
+            ids = self._tokenize(part)
+            if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
+                return ids
+        raise FactError(
+            f"the tokenizer merges the end of the prompt with the answer, and cannot write them apart "
+            f"(prompt {prompt!r}, answer {answer!r}). End the prompt with a whole word."
+        )
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _tokenize_all(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return ids
+
+    def _tokenizer_text(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
+
+    def _message(self, role: str, content: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": content}] if self._as_parts else content}
+
+    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # jinja2 errors of many kinds: the template is the model's, not ours
+            raise _bad_chat_template(f"fails on a single question: {error}") from error
+        return text
+
+    def _proven_chat_form(self) -> tuple[str, str, list[int]]:
+        """Return `_chat_form`, with messages as texts, or as lists of parts if the template accepts only those."""
+        try:
+            return self._chat_form()
+        except ModelError as error:
+            self._as_parts = True
+            try:
+                return self._chat_form()
+            except ModelError:
+                raise error from None
+
+    def _chat_form(self) -> tuple[str, str, list[int]]:
+        """What the template writes before an answer (as part of the prompt, and of the answer) and after it.
+
+        A space belongs to the answer, since tokenizers join it to the next word. The end is the token by
+        which the template ends an assistant's turn; where it has none, EOS.
+
+        Raises:
+            ModelError: the template fails, or does not pass on what it is given.
+        """
+        messages = [self._message("user", probe) for probe in PROBES]
+        asked, other = (self._render([message], add_generation_prompt=True) for message in messages)
+        if asked == other:
+            raise _bad_chat_template("drops the question: two different prompts render alike")
+        written_out = self._as_parts and str(messages[0]["content"][0]) in asked  # a part, as Python shows it
+        if PROBES[0] not in asked or PROBES[1] not in other or written_out:
+            raise _bad_chat_template("alters the question: what it writes does not contain the prompt")
+        turn = [messages[0], self._message("assistant", PROBE_ANSWER)]
+        before, found, after = self._render(turn, add_generation_prompt=False).rpartition(PROBE_ANSWER)
+        if not found:
+            raise _bad_chat_template("drops or alters the assistant's answer, so it cannot tell how one ends")
+        between = before[len(asked) :] if before.startswith(asked) else ""
+        opening = between.rstrip(" ")
+        end = self._tokenize(after.lstrip())[:1]
+        if not set(end) <= {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}:
+            end = []
+        return opening, between[len(opening) :], end or [int(self.tokenizer.eos_token_id)]
+
+
+def _bad_chat_template(what: str) -> ModelError:
+    return ModelError(f"The tokenizer's chat template {what}. Try --prompt-template plain.")
+
+
+def _special_ids(tokenizer: Any) -> tuple[int | None, frozenset[int]]:
+    """Return the id of <unk> (None if there is none) and the ids of all other special tokens."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    unknown = tokenizer.unk_token_id
+    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):  # GPT-2 names its end as its unknown token
+        unknown = None
+    return unknown, frozenset({*added, *tokenizer.all_special_ids} - {unknown})
+
+
+def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special ids that the tokenizer puts before a text (BOS, say)."""
+    tok: Any = tokenizer
+    with_specials: list[int] = tok("a")["input_ids"]
+    plain: list[int] = tok("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(with_specials) - len(plain) + 1):
+        if with_specials[start : start + len(plain)] == plain:
+            return with_specials[:start]
+    return []

@@ -1,0 +1,102 @@
+"""Identify the base of a run: a folder, a commit on the hub, or weights that exist only in memory.
+
+A model in memory keeps the name of the folder that it was loaded from, even if its weights have changed since. It
+counts as that folder only if loading the folder again gives the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from forgetlearn.errors import ForgetLearnError
+from forgetlearn.models.language_model import LanguageModel, load_weights
+from forgetlearn.runtime import processes, sharding
+from forgetlearn.storage import digests
+
+Identity = dict[str, str | None]
+NAMES = ("base_sha256", "weights_sha256")  # of a run's inputs, and of an update in a chain
+
+
+def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
+    """Return the entries for the base in a run's inputs; every process must call it, and gets the same result.
+
+    `base_sha256` is the hash of the base's folder (`digests.sha256_of`) or its commit on the hub. It is None for a
+    model in memory whose weights differ from those its name stands for; `weights_sha256` then identifies them.
+    """
+    named = processes.on_main(lambda: _named(lm))
+    if not in_memory:
+        return {"base_sha256": named}
+    holds = named is not None and not lm.is_sharded and processes.on_main(lambda: _holds_what_it_is_named_after(lm))
+    return {"base_sha256": named} if holds else {"base_sha256": None, "weights_sha256": weights_sha256(lm)}
+
+
+def _named(lm: LanguageModel) -> str | None:
+    """Return the hash of the folder that a model is named after, or its commit on the hub; None if it has neither."""
+    folder = Path(lm.name)
+    if folder.is_dir():
+        return digests.sha256_of(folder)
+    return getattr(getattr(lm.model, "config", None), "_commit_hash", None)
+
+
+def _holds_what_it_is_named_after(lm: LanguageModel) -> bool:
+    """Return True if loading the model again by its name gives the same weights, in the dtypes of those in memory."""
+    try:
+        again = load_weights(lm.settings.model_copy(update={"name": lm.name}))
+    except ForgetLearnError:
+        return False
+    pairs = itertools.zip_longest(_tensors(again, lm.dtypes), _tensors(lm.model, lm.dtypes), fillvalue=None)
+    return all(stored and held and stored[0] == held[0] and _same(stored[1], held[1]) for stored, held in pairs)
+
+
+def weights_sha256(lm: LanguageModel) -> str:
+    """Return the SHA-256 of all weights and stored buffers: names, dtypes, shapes, bits. Tied weights count once.
+
+    Weights are hashed in the dtypes in which they were loaded, so that `to_float32` or a move to a GPU does not change
+    the result. In a model split over processes, each process hashes its part. Takes 0.8 s per GB.
+    """
+    whole = hashlib.sha256()
+    for name, tensor in _tensors(lm.model, lm.dtypes):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(_bytes(tensor).numpy().data)
+    own = whole.hexdigest()
+    return digests.hash_of(processes.gather(own)) if lm.is_sharded else own
+
+
+def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors, sorted, each on the CPU in its own dtype; of a split model this process's part."""
+    own = {sharding.local(p).data_ptr(): dtypes[name] for name, p in model.named_parameters() if name in dtypes}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):
+            continue
+        tensor = sharding.local(value)
+        key = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        yield name, tensor.to("cpu", own.get(tensor.data_ptr(), tensor.dtype))
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Return True if two tensors have the same bits."""
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    left, right = _bytes(one), _bytes(two)
+    whole = len(left) // 8 * 8
+    if left.storage_offset() % 8 or right.storage_offset() % 8:
+        whole = 0
+    # Eight bytes at a time: torch compares single bytes six times as slowly.
+    return torch.equal(left[:whole].view(torch.int64), right[:whole].view(torch.int64)) and torch.equal(
+        left[whole:], right[whole:]
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor: by them NaN equals NaN, and 0 differs from -0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,149 @@
+"""Which weights forgetting acts on: names such as `embeddings` or `layers.0-3`, told from the model's structure.
+
+Nothing here depends on what a model is called. A layer is an entry of the list of modules that holds the most weights;
+attention is what has "attention" in its class's name in there, norms what has "norm", and the MLP (or whatever else a
+layer is made of) the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from forgetlearn.config.schema import Rows
+from forgetlearn.errors import ModelError, some
+from forgetlearn.models.language_model import layer_list
+from forgetlearn.models.module_names import ALL, Modules, factors_among
+from forgetlearn.weights.structure import skeleton
+from forgetlearn.weights.task_vector import StateDict
+
+
+def factors(model: nn.Module, modules: Modules, setting: str = "forget.modules") -> dict[str, float]:
+    """The factor of every parameter that `modules` names, among the parts that `groups` lists.
+
+    Raises: as `parts.factors_among`.
+    """
+    return factors_among(groups(model), modules, setting)
+
+
+def groups_of_folder(folder: Path) -> dict[str, list[str]]:
+    """As `groups`, for the model of a folder, whose config is read and whose weights are not.
+
+    Raises:
+        ModelError: transformers makes no causal language model of that config.
+    """
+    try:
+        return groups(skeleton(folder))
+    except ModelError as error:
+        raise ModelError(f"{error} Name layers or patterns instead of parts.") from error
+
+
+def groups(model: nn.Module) -> dict[str, list[str]]:
+    """Names that `factors` knows for this model, each with the parameters that belong to it; no empty ones.
+
+    `embeddings` are the input embeddings, `head` the output head: one and the same parameter where they are tied.
+    `vocabulary` is both. Tied parameters have their first name.
+    """
+    names = {id(weight): _own_name(name) for name, weight in model.named_parameters() if ".lora_" not in name}
+    found: dict[str, list[str]] = {ALL: list(names.values())}
+    for name, module in (("embeddings", _ends(model)[0]), ("head", _ends(model)[1])):
+        weights = module.parameters() if module is not None else ()
+        found[name] = [names[id(weight)] for weight in weights if id(weight) in names]  # others are an adapter's
+    found["vocabulary"] = list(dict.fromkeys([*found["embeddings"], *found["head"]]))
+    for kind in ("attention", "mlp", "norms"):
+        found[kind] = []
+    for index, layer in enumerate(layer_list(model)[1]):
+        own = {name: names[id(weight)] for name, weight in layer.named_parameters() if id(weight) in names}
+        found[f"layers.{index}"] = list(own.values())
+        for name, full in own.items():
+            found[_kind(layer, name)].append(full)
+    return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
+    """Describe the layers' matrices that are not among `reached`, in a sentence; None if all are reached.
+
+    Matrices that differ only in the number of their layer (or expert) count once. Shares are of the layers' parameters.
+    """
+    layered = {name for group, names in groups(model).items() if group.startswith("layers.") for name in names}
+    weights = {_own_name(name): weight for name, weight in model.named_parameters()}
+    weights = {name: weights[name] for name in weights if name in layered}
+    matrices = [name for name, weight in weights.items() if weight.dim() > 1]
+    kinds, missing = (
+        list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+        for names in (matrices, [name for name in matrices if name not in reached])
+    )
+    if not missing:
+        return None
+    left = sum(weights[name].numel() for name in matrices if name not in reached)
+    share = left / sum(weight.numel() for weight in weights.values())
+    return (
+        f"LoRA does not reach {len(missing)} of {len(kinds)} matrices, {share:.1%} of the parameters of the layers: "
+        f"{some(missing)}"
+    )
+
+
+def only_rows(
+    base: StateDict, forgotten: Iterable[tuple[str, Tensor]], names: Collection[str], tokens: Iterable[int], rows: Rows
+) -> Iterator[tuple[str, Tensor]]:
+    """`forgotten`, name by name; of the matrices `names` only the rows of `tokens`, or with `rows` others all but them.
+
+    The rest of their rows are those of `base`, to the bit.
+    """
+    chosen = sorted(set(tokens))
+    for name, moved in forgotten:
+        if name in names:
+            moved = torch.where(_mask(moved, chosen, rows), moved, base[name].to(moved.device, moved.dtype))
+        yield name, moved
+
+
+@contextmanager
+def only_rows_train(model: nn.Module, tokens: Iterable[int], rows: Rows) -> Iterator[None]:
+    """While it lasts, of the vocabulary's matrices only these rows (see `only_rows`) get gradients; `all`: every row.
+
+    A row without gradients stays as it is, to the bit, where the optimiser decays no weights.
+    """
+    names, chosen = groups(model).get("vocabulary", ()), sorted(set(tokens))
+    with ExitStack() as stack:
+        for name, weight in model.named_parameters():
+            if rows != "all" and name in names and weight.requires_grad:
+                mask = _mask(weight, chosen, rows)
+                hook = weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+                stack.callback(hook.remove)
+        yield
+
+
+def _mask(matrix: Tensor, chosen: list[int], rows: Rows) -> Tensor:
+    """Which rows of a matrix (V, D) or bias (V,) are meant: those of `chosen` tokens, or with `others` all but them."""
+    mask = torch.full((len(matrix),), rows == "others", device=matrix.device)
+    mask[chosen] = rows != "others"
+    return mask.view(-1, *[1] * (matrix.dim() - 1))
+
+
+def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Input embeddings and output head, as transformers knows them."""
+    own = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    first, last = (get() if get else None for get in own)
+    return first, last
+
+
+def _own_name(name: str) -> str:
+    """A parameter's name in the base, where an adapter has put its own module around it."""
+    return name.replace("base_model.model.", "").replace(".base_layer.", ".")
+
+
+def _kind(layer: nn.Module, parameter: str) -> str:
+    """What of a layer a parameter belongs to, by the classes of the modules that hold it, outermost first."""
+    module, parts = layer, parameter.split(".")[:-1]
+    classes = []
+    for part in parts:
+        module = getattr(module, part)
+        classes.append(type(module).__name__.lower())
+    if classes and "norm" in classes[-1]:
+        return "norms"
+    return "attention" if any("attention" in name or name.endswith("attn") for name in classes) else "mlp"

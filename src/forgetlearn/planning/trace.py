@@ -1,0 +1,215 @@
+"""What a step takes, found on tensors without numbers: bytes at its worst moment, FLOPs, operations.
+
+The model is built from its config alone under torch's FakeTensorMode, and one real step runs over it: layout,
+forward, loss, backward. So nothing here knows an architecture, and nothing large is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from forgetlearn.config.methods import How
+from forgetlearn.config.schema import TrainSettings, TuningSettings
+from forgetlearn.method.core import train_only
+from forgetlearn.models import lora, module_names
+from forgetlearn.models.batches import ROUNDED_TO, answer_logits, lay_out, pad_left, share
+from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.language_model import layer_list
+from forgetlearn.planning.estimate import Step
+
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes' own: smaller weights, and embeddings, have float32 states
+
+
+class Skeleton:
+    """A causal language model without numbers, in one dtype."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
+        self.mode = FakeTensorMode()
+        with torch.device("meta"):
+            self.model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of all weights, tied ones once."""
+        return sum(weight.numel() * weight.itemsize for weight in self.model.parameters())
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        """Of the layer with the most weights; 0 where the model has no list of layers."""
+        layers = layer_list(self.model)[1]
+        return max((sum(w.numel() * w.itemsize for w in layer.parameters()) for layer in layers), default=0)
+
+    def prepare(self, how: How, settings: TrainSettings, frozen: Sequence[TuningSettings] = ()) -> int:
+        """Number of weights that a stage trains, after they and only they have been made to require gradients.
+
+        `frozen` are the settings of LoRA stages before it, whose adapters the model still carries.
+
+        Raises:
+            ConfigError: the settings name something that the model has not.
+        """
+        if how == "lora":
+            assert isinstance(settings, TuningSettings)
+            with torch.random.fork_rng(devices=[]):
+                for number, before in enumerate(frozen):
+                    self.model = lora.attach(self.model, before.lora, f"{lora.FORGET}{number}", 0)
+                self.model = lora.attach(self.model, settings.lora, lora.LEARN, 0)
+        else:
+            train_only(self.model, how, settings.modules if isinstance(settings, TuningSettings) else module_names.ALL)
+        return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+
+    def states_bytes(self, optim: str) -> int:
+        """Of the optimiser's states of what is trained, float32 but for the 8-bit ones' of large weights."""
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        return sum(
+            _states_bytes(weight, optim, id(weight) in embeddings)
+            for weight in self.model.parameters()
+            if weight.requires_grad
+        )
+
+    def train_step(self, texts: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> Step:
+        """One micro-batch of training; gradients of an earlier one are there where the settings accumulate."""
+        accumulates = settings.micro_batch_size not in (None, settings.batch_size)
+        model = self._without_numbers().train()
+
+        def step() -> None:
+            self.loss(model, texts, settings, pad_id).backward()
+
+        with self.mode:
+            if accumulates:
+                step()
+            return seen(model, step, sum(len(text.ids) for text in texts))
+
+    @staticmethod
+    def loss(model: nn.Module, texts: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> Tensor:
+        """The loss of one micro-batch, as `finetune` computes it."""
+        batch = lay_out(texts, "packed", pad_id, settings.max_packed_tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            logits = answer_logits(model, batch.inputs, batch.positions).flatten(0, 1)
+            return functional.cross_entropy(logits.float(), batch.labels.flatten(), reduction="sum")
+
+    def read_step(self, texts: Sequence[Encoded], *, shared: bool = True) -> Step:
+        """One batch of scoring, logits at the answers: a row in which texts share beginnings, or a padded row each."""
+        model = self._without_numbers().eval()
+        batch = pad_left(texts, pad_id=0)  # of real numbers, as the row is: its form depends on them
+        row = share(texts, ROUNDED_TO)
+        inputs, places = (row.inputs(), row.positions) if shared else (batch.inputs, batch.positions)
+        dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+        width = inputs["input_ids"].numel()
+
+        def step() -> None:
+            given: dict[str, Tensor] = {name: self.mode.from_tensor(value) for name, value in inputs.items()}
+            if shared:
+                given["attention_mask"] = torch.zeros(1, 1, width, width, dtype=dtype)
+            logits = answer_logits(model, given, self.mode.from_tensor(places)).flatten(0, 1).float()
+            functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="none")
+            torch.isfinite(logits).all(dim=-1)
+
+        with self.mode, torch.inference_mode():
+            return seen(model, step, width)
+
+    def answer_bytes(self, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
+        """Bytes beside the weights while a batch is answered: reading the prompts, and all keys and values."""
+        model = self._without_numbers().eval()
+        held: list[int] = []
+
+        def step() -> None:
+            ids = torch.zeros(prompts, prompt_tokens, dtype=torch.long)
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            states = [state for layer in getattr(cache, "layers", ()) for state in (layer.keys, layer.values)]
+            held.append(sum(state.numel() * state.itemsize for state in states))
+
+        with self.mode, torch.inference_mode():
+            read = seen(model, step, prompts * prompt_tokens)
+        return read.peak_bytes + held[0] * new_tokens // prompt_tokens
+
+    def _without_numbers(self) -> nn.Module:
+        """A copy whose weights pass for tensors on a CPU: on the meta device attention would take another path."""
+        weights = (*self.model.parameters(), *self.model.buffers())
+        with self.mode:
+            fakes = {id(weight): torch.empty(weight.shape, dtype=weight.dtype) for weight in weights}
+            for weight in self.model.parameters():
+                fakes[id(weight)] = nn.Parameter(fakes[id(weight)], weight.requires_grad)
+        return copy.deepcopy(self.model, memo=fakes)
+
+
+def seen(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
+    """What a step of a model takes beside its weights, while it is done."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    was_disabled, log.disabled = log.disabled, True  # it writes the traceback of what is raised, and is handled, too
+    try:
+        with _live(model) as live, FlopCounterMode(display=False) as counter:
+            step()
+    finally:
+        log.disabled = was_disabled
+    return Step(tokens, live.peak, int(counter.get_total_flops()), live.operations)
+
+
+def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
+    """Bytes of an optimiser's states of one weight: two numbers for each of its own, if nothing else is known."""
+    if optim == "adafactor" and weight.dim() > 1:
+        return 4 * (weight.numel() // weight.shape[-1] + weight.numel() // weight.shape[-2])
+    if optim == "adafactor":
+        return 4 * weight.numel()
+    if optim.endswith("8bit") and weight.numel() >= SMALLEST_8BIT and not is_embedding:
+        return 2 * (weight.numel() + 4 * math.ceil(weight.numel() / BLOCK_8BIT))  # a byte each, and a scale a block
+    return 8 * weight.numel()
+
+
+class _Live(TorchDispatchMode):
+    """Counts operations, and the bytes of all storages that they made and that something still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.operations = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        self.operations += 1
+        for found in tree_leaves(out):
+            if isinstance(found, Tensor):
+                self.add(found)
+        return out
+
+    def add(self, tensor: Tensor, *, counts: bool = True) -> None:
+        """Count what a tensor lies in, once."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes() if counts else 0
+            self.now += self.sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+@contextmanager
+def _live(model: nn.Module) -> Iterator[_Live]:
+    """Counting, with the weights and buffers themselves left out and gradients that are there counted."""
+    live = _Live()
+    for weight in (*model.parameters(), *model.buffers()):
+        live.add(weight, counts=False)
+        if weight.grad is not None:
+            live.add(weight.grad)
+    live.operations = 0
+    with live:
+        yield live

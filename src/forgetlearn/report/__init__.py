@@ -1,0 +1,1 @@
+"""Turn a run folder or a comparison into Markdown and HTML."""

@@ -1,0 +1,117 @@
+"""Templates to text: Markdown, and self-contained HTML; which scores are shown, and how.
+
+Text that comes from facts or models is escaped: in HTML by jinja2's autoescape, in Markdown by `_cell`.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+COLUMNS = (
+    ("reliability", "token"),
+    ("generality", "token"),
+    ("locality", "agreement"),
+    ("residue", "token"),
+    ("reliability", "generate"),
+    ("generality", "generate"),
+    ("residue", "generate"),
+)
+QUESTIONS = {
+    "reliability": "does it give the new answer?",
+    "generality": "also when asked in other words?",
+    "locality": "is everything else as it was?",
+    "residue": "does it still give the old answer? (lower is better)",
+}
+TEMPLATES = resources.files("forgetlearn.report") / "templates"
+ASSETS = ("page.css", "page.js")
+# Control characters but tab and line break, and those that change the direction of text.
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+# What a renderer of Markdown makes into a link, a mention, a reference or an emoji though it is no markup. What stands
+# before :// and @ is limited, or a long word would take the square of its length.
+LIVE = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s`|\\]+|\b(?:www\.|mailto:|xmpp:)[^\s`|\\]+|[\w.+-]{0,64}@[\w.-]+"
+    r"|#\d+|(?<!\d):[A-Za-z0-9_+-]+:"
+)
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A template of the package, filled; HTML is autoescaped, a missing name is an error."""
+    return _environment().get_template(template).render(context)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Return the environment of the templates, which compiles each one once."""
+    environment = Environment(
+        loader=PackageLoader("forgetlearn.report"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_printable,
+    )
+    environment.filters["cell"] = _cell
+    environment.filters["score"] = show_score
+    environment.filters["yaml_string"] = json.dumps  # a JSON string is a YAML string
+    return environment
+
+
+def render_page(template: str, context: Mapping[str, Any]) -> str:
+    """A page with its style and script in it; the policy in its head lets no other script run, and no request."""
+    style, script = (TEMPLATES.joinpath(name).read_text("utf-8") for name in ASSETS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # our own files
+    return render(template, {**context, **inlined})
+
+
+def show_score(cell: Mapping[str, Any] | None, *, interval: bool = False) -> str:
+    """`78.4`, or `78.4 [75.1, 81.5]`; a dash where nothing was scored."""
+    if not cell or cell["mean"] is None:
+        return "–"
+    text = f"{cell['mean']:.1f}"
+    return f"{text} [{cell['low']:.1f}, {cell['high']:.1f}]" if interval and cell["low"] is not None else text
+
+
+def _printable(value: object) -> object:
+    """What a template prints, with a mark for each character that steers a terminal or reorders a line."""
+    if not isinstance(value, str):
+        return value
+    return type(value)(STEERING.sub("�", value))  # Markup stays Markup
+
+
+def _cell(text: object) -> str:
+    """Escape text for a Markdown table or line, so that it is never markup, a link, a mention or an emoji.
+
+    Renderers (GitHub, hubs, Discord, Slack) look for addresses, @names, #numbers and :emoji: in the text that is left
+    after the escapes, but not in code: these stand in code.
+    """
+    shown = " ".join(STEERING.sub("�", "" if text is None else str(text)).split())
+    parts, end = [], 0
+    for live in LIVE.finditer(shown):
+        parts += [_escaped(shown[end : live.start()]), f"`{live[0]}`"]
+        end = live.end()
+    return "".join([*parts, _escaped(shown[end:])])
+
+
+def _escaped(text: str) -> str:
+    for mark in ("\\", "|", "`", "*", "_", "[", "]", "#", "~", "$"):
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def command_text(words: Sequence[str]) -> str:
+    """A command as a shell would take it."""
+    return " ".join(shlex.quote(word) for word in words)

@@ -1,0 +1,163 @@
+"""Scoring and asking a model that is there already: `evaluate` writes a run folder, `ask` prints answers."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from forgetlearn.config import preflight
+from forgetlearn.evaluation import general_ability, generation
+from forgetlearn.report import run_page
+from forgetlearn.runs import retention
+from forgetlearn.runtime import processes
+from forgetlearn.storage import run_folder
+from forgetlearn.config.schema import RunConfig
+from forgetlearn.errors import FactError, ModelError
+from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
+from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
+from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
+from forgetlearn.runs.results import write_results
+from forgetlearn.evaluation.scoring import Said, Scorer, locality_predictions, score
+
+
+def evaluate(
+    model: LanguageModel | nn.Module | str | Path | None = None,
+    facts: GivenFacts = None,
+    config: RunConfig | Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    reference: LanguageModel | str | Path | None = None,
+    tokenizer: Any = None,
+    earlier: Sequence[str | Path] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """The folder with scores and a report of a model, or of an adapter on its base, on facts.
+
+    With `reference` (the model before) its scores stand beside, and locality is agreement with it. Under the
+    policy `model` the old answers are what the reference says, or without one what the model says.
+
+    With `earlier` (places where facts may be, or none) the facts of the model's earlier updates are scored too:
+    retention.
+
+    Raises:
+        ForgetLearnError: anything that is wrong with the input, before anything is written.
+    """
+    facts = as_fact_set(facts)
+    config = resolve(config, model, facts)
+    preflight.check("evaluate", config)
+    generation.check_engine(config.evaluate, (model, reference))
+    reads = (config.model.name, config.facts.source, reference if isinstance(reference, (str, Path)) else None)
+    with processes.joined(config.model.device):
+        processes.on_main(
+            lambda: run_folder.check_output(output, resume=False, overwrite=overwrite, inputs=reads, can_resume=False)
+        )
+        check_weights(config.model.name, reference)
+        fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+        processes.check_enough_for(len(fact_set))
+        with _scratch() as scratch:
+            write = _scored(model, fact_set, config, reference, tokenizer, earlier, scratch)
+            return processes.on_main(lambda: write(Path(output), overwrite))
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder that all processes share, while it is needed."""
+    folder = processes.on_main(lambda: tempfile.mkdtemp(prefix="forgetlearn-"))
+    try:
+        yield Path(folder)
+    finally:
+        if processes.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _scored(
+    model: LanguageModel | nn.Module | str | Path | None,
+    fact_set: FactSet,
+    config: RunConfig,
+    reference: LanguageModel | str | Path | None,
+    tokenizer: Any,
+    earlier: Sequence[str | Path] | None,
+    scratch: Path,
+) -> Callable[[Path, bool], Path]:
+    """What writes the run folder, given its path and whether one there is replaced, after all has been scored."""
+    updates = []
+    if earlier is not None:
+        updates = retention.earlier_updates(str(config.model.name), fact_set, earlier)
+    general_ability.check(config.evaluate)
+    rows, before, vocabulary = {}, None, None
+    measured: dict[str, Any] = {}
+    if reference is not None:
+        base = as_language_model(reference, None, config.model)
+        general_ability.check_embedded(base, config.evaluate)
+        fact_set = _with_old_answers(base, fact_set, config)
+        rows["base"] = score(base, fact_set, phase="base", settings=config.evaluate)
+        before, vocabulary = locality_predictions(rows["base"]), base.tokenizer.get_vocab()
+        if general_ability.asked(config.evaluate):
+            measured["base"] = general_ability.measure(base, config.evaluate, scratch)
+        del base  # before the other is loaded
+    lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
+    general_ability.check_embedded(lm, config.evaluate)
+    if vocabulary is not None and vocabulary != lm.tokenizer.get_vocab():
+        raise ModelError(f"{lm.name} and {reference} have different vocabularies: their tokens cannot be compared.")
+    if before is None:
+        fact_set = _with_old_answers(lm, fact_set, config)
+    phase = "model" if before is None else "updated"
+    rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
+    if before is None:
+        rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # with itself: says nothing
+    if general_ability.asked(config.evaluate):
+        measured[phase] = general_ability.measure(lm, config.evaluate, scratch, scratch if reference is not None else None)
+    retained = retention.score_earlier(lm, updates, config.evaluate)
+
+    def write(output: Path, overwrite: bool) -> Path:
+        inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
+        run = run_folder.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
+        run.note(model=lm.describe(), old_answers={**fact_set.old_counts, **fact_set.without_old})
+        write_results(run.path, config, fact_set, rows, general=measured)
+        if updates:
+            retention.write(run.path, phase, retained)
+        run_page.write_run(run.path)
+        run.finish()
+        return run.path
+
+    return write
+
+
+def _with_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> FactSet:
+    return with_the_models_answers(facts, asked_answers(lm, facts, config), config) if facts.to_ask else facts
+
+
+def ask(
+    prompts: Iterable[str],
+    model: LanguageModel | str | Path | None = None,
+    config: RunConfig | Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Prompt to the model's greedy answer.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        FactError: a prompt is empty, or longer than the model's context.
+        ConfigError: the engine cannot be used.
+    """
+    prompts = list(prompts)
+    if not all(prompt.strip() for prompt in prompts):
+        raise FactError("A prompt is empty. Give a question.")
+    config = resolve(config, model, None)
+    preflight.check("ask", config)
+    generation.check_engine(config.evaluate, (model,))
+    lm = model if isinstance(model, LanguageModel) else load_model(config.model)
+    answers = {}
+    stripped = {prompt: prompt.strip() for prompt in prompts}  # as the prompts of facts are
+    found = Scorer(lm, config.evaluate, "asking").say(stripped.values())
+    for prompt, plain in stripped.items():
+        said = found[plain]
+        if not isinstance(said, Said):
+            raise FactError(f"{prompt[:60]!r}: {said.reason}")
+        answers[prompt] = said.text
+    return answers

@@ -1,0 +1,118 @@
+"""Do earlier updates still hold? The facts of every earlier update in a model's chain, asked again.
+
+Facts whose prompt a later update changed once more are superseded: they are counted, not asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from forgetlearn.storage import disk
+from forgetlearn.config.schema import EvaluateSettings
+from forgetlearn.errors import FactError, RunError
+from forgetlearn.facts.fact_set import Fact, FactSet
+from forgetlearn.products.chain import Update, chain_of, find_facts, runs_before
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.evaluation.scoring import Row, score, summarise
+
+log = logging.getLogger("forgetlearn")
+
+ROWS = "retention.jsonl"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """One of the updates before the last, by its number from 1, and those of its facts that should still hold."""
+
+    number: int
+    update: Update
+    facts: tuple[Fact, ...]
+    superseded: int
+
+
+@dataclass(frozen=True)
+class Retained:
+    """Scores of the earlier updates: of all their facts by protocol, of each update, and the rows."""
+
+    overall: dict[str, Any]
+    updates: list[dict[str, Any]]
+    rows: list[Row]
+
+
+def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path] = ()) -> list[Earlier]:
+    """The updates before a model's last one, with their facts.
+
+    These are looked for in `places` (run folders, files of facts), then in the run folders that made the model,
+    and known by their hash. `now` are the last update's facts where those are not found.
+
+    Raises:
+        RunError: there is no earlier update.
+        FactError: the facts of one are nowhere.
+    """
+    chain = chain_of(model)
+    if len(chain) < 2:
+        made = "one update" if chain else "no update that it tells of"
+        raise RunError(f"{model}: {made} made it, so there is no earlier one to ask about. Leave --retention out.")
+    looked = [*map(Path, places), *runs_before(Path(model))]
+    sets = [_facts_of(number, update, looked) for number, update in enumerate(chain[:-1], 1)]
+    last = find_facts(chain[-1], looked)
+    if last is None and now.sha256() != chain[-1]["facts"]["sha256"]:
+        log.warning(
+            "the %d facts of the last update (%s) were not found; the %d facts that are scored now stand in for them: "
+            "earlier facts with one of their prompts count as changed again. --earlier names the right ones",
+            *(chain[-1]["facts"]["used"], chain[-1]["facts"]["source"], now.used),
+        )
+    later = {fact.prompt for fact in last or now}
+    found: list[Earlier] = []
+    for number in range(len(sets), 0, -1):
+        facts = sets[number - 1]
+        kept = tuple(fact for fact in facts if fact.prompt not in later)
+        found.insert(0, Earlier(number, chain[number - 1], kept, facts.used - len(kept)))
+        later |= {fact.prompt for fact in facts}
+    return found
+
+
+def _facts_of(number: int, update: Update, looked: Sequence[Path]) -> FactSet:
+    facts = find_facts(update, looked)
+    if facts is None:
+        told = update["facts"]
+        raise FactError(
+            f"The {told['used']} facts of update {number} ({update['when']}, {told['source']}) are in none of: "
+            f"{', '.join(map(str, looked)) or 'no folder is known'}.\nA run keeps them in inputs.jsonl: pass --earlier "
+            "with that run's folder, that file, or the file of facts."
+        )
+    return facts
+
+
+def score_earlier(lm: LanguageModel, earlier: Sequence[Earlier], settings: EvaluateSettings) -> Retained:
+    """Whether the model gives the new answers of earlier updates to their prompts."""
+    every: list[Row] = []
+    rows: list[Row] = []
+    updates = []
+    for one in earlier:
+        asked = [replace(fact, rephrase_prompts=(), locality=()) for fact in one.facts]
+        own = score(lm, asked, phase="retention", settings=settings) if asked else []
+        every += own
+        rows += [_row(one.number, row) for row in own if "reliability" in row]
+        told = {"update": one.number, "when": one.update["when"], "source": one.update["facts"]["source"]}
+        counts = {"facts": len(asked), "superseded": one.superseded}
+        updates.append({**told, **counts, "scores": summarise(own).get("reliability", {})})
+    return Retained(summarise(every).get("reliability", {}), updates, rows)
+
+
+def _row(number: int, row: Row) -> Row:
+    kept: Row = {name: row[name] for name in ("fact", "protocol", "said", "truncated") if name in row}
+    errors = {"retention": row["errors"]["reliability"]} if "reliability" in row["errors"] else {}
+    return {"update": number, **kept, "retention": row["reliability"], "errors": errors}
+
+
+def write(path: Path, phase: str, found: Retained) -> None:
+    """Add to the summary of a run folder: `retention` among the quantities of a phase, and the updates one by one."""
+    summary = disk.read_json(path / "summary.json")
+    summary["phases"][phase]["retention"] = found.overall
+    disk.write_json(path / "summary.json", {**summary, "retention": found.updates})
+    disk.write_rows(path / ROWS, found.rows)

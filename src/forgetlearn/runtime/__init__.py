@@ -1,0 +1,1 @@
+"""One process or several, weights split over them, and how they are interrupted."""

@@ -1,0 +1,177 @@
+"""A model whose every weight is split over the processes (FSDP2, by transformers' own loading): the traps in one place.
+
+Between two computations each process holds a part of every weight, as a `DTensor`. What is done to weights one by one
+(a difference, a share of it, a sum) is done to the parts. Adapters are added after loading and are whole everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.runtime import processes
+
+
+def loading_options() -> dict[str, Any]:
+    """What `from_pretrained` is asked for, to split a model over all processes.
+
+    Raises:
+        ConfigError: there is one process.
+    """
+    if processes.count() == 1:
+        raise ConfigError(
+            f"model.shard: there is one process, and nothing to split over. Start several: {processes.HOW_TO_START}"
+        )
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=processes.count())}
+
+
+def check_sharded(model: nn.Module) -> None:
+    """Raise ModelError unless every parameter of a model that was just loaded is split over all processes.
+
+    Raises:
+        ModelError: it is not; the libraries fall back to whole copies without a word.
+    """
+    parameters = dict(model.named_parameters())
+    whole = [name for name, weight in parameters.items() if not isinstance(weight, DTensor)]
+    if whole or not is_sharded(model):
+        raise ModelError(f"model.shard: {len(whole)} of {len(parameters)} weights were not split, such as {whole[0]}.")
+    over = {weight.device_mesh.size() for weight in parameters.values() if isinstance(weight, DTensor)}
+    if over != {processes.count()}:
+        raise ModelError(f"model.shard: split over {sorted(over)} processes, expected {processes.count()}.")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's weights are split over processes."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def parts(model: nn.Module) -> dict[str, Tensor]:
+    """This process's part of each parameter, by name: the memory itself, to be read and written; all of it if whole."""
+    to_parts(model)
+    return {name: local(weight) for name, weight in model.named_parameters()}
+
+
+def local(weight: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    inner = weight.detach()
+    return inner.to_local() if isinstance(inner, DTensor) else inner
+
+
+def like(whole: Tensor, weight: Tensor) -> Tensor:
+    """The part of `whole` (known to all processes) that belongs to this process's part of `weight`."""
+    if not isinstance(weight, DTensor):
+        return whole.to(weight.device)
+    mesh = weight.device_mesh
+    return distribute_tensor(whole.to(weight.device), mesh, weight.placements, src_data_rank=None).to_local()
+
+
+def no_gradients(model: nn.Module) -> AbstractContextManager[None]:
+    """Computing without gradients, as fast as can be: what FSDP2 puts together in inference mode could not train."""
+    return torch.no_grad() if is_sharded(model) else torch.inference_mode()
+
+
+def check_float32(model: nn.Module) -> None:
+    """Raise ModelError unless a split model can be trained: FSDP2 cannot change a dtype after the first forward pass.
+
+    Raises:
+        ModelError: it was loaded in half precision.
+    """
+    half = [name for name, weight in parts(model).items() if weight.is_floating_point() and weight.itemsize < 4]
+    if half:
+        raise ModelError(
+            f"{len(half)} weights of a model that is split over processes are in half precision, such as {half[0]}. "
+            "Load it in float32 to train all weights: --set model.dtype=float32."
+        )
+
+
+@torch.no_grad()
+def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Round each weight to the numbers that its dtype has, and keep it as it is stored."""
+    for name, weight in parts(model).items():
+        weight.copy_(weight.to(dtypes[name]))
+
+
+def to_parts(model: nn.Module) -> None:
+    """Put the parts in place of whole weights that the last computation left.
+
+    After a forward pass FSDP2 keeps the last module's weights whole; an optimiser made then would train those, and the
+    parts, which are what counts, would stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def ready_to_train(model: nn.Module) -> None:
+    """Make the parts the model's parameters, and tell FSDP2 which of them train.
+
+    It keeps a whole copy of each weight from the first forward pass on, with a `requires_grad` of its own: a base that
+    was scored and then frozen under an adapter would be given gradients, and they would be clipped with the adapter's.
+    """
+    to_parts(model)
+    # Under all their names: once whole, a tied head and its embedding are two parameters.
+    wanted = {name: weight.requires_grad for name, weight in model.named_parameters(remove_duplicate=False)}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        weight.requires_grad_(wanted[name])
+    to_parts(model)
+
+
+def without_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
+    """A model of the same kind on the meta device, not split: its modules, names, shapes and ties."""
+    inner: Any = model
+    config = copy.deepcopy(inner.config)
+    if hasattr(config, "distributed_config"):
+        del config.distributed_config
+    plain: Any = next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))
+    with torch.device("meta"):
+        made: Any = plain._from_config(config, dtype=dtype or inner.dtype)
+    made.generation_config = inner.generation_config
+    return made
+
+
+def save_whole(model: nn.Module, tokenizer: Any, dtypes: Mapping[str, torch.dtype], folder: Path) -> None:
+    """Write a split model as one process would, in its own dtypes: process 0 gathers the weights in main memory."""
+    from transformers.distributed import gather_full_state_dict
+
+    to_parts(model)
+    whole = gather_full_state_dict(model)
+    if not processes.is_main():
+        return
+    plain = without_weights(model, next(iter(dtypes.values())))
+    tied = set(plain.all_tied_weights_keys)  # a tied head comes back as a second tensor
+    state = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in whole.items() if name not in tied}
+    plain.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+
+
+def save_parts(tensors: Mapping[str, Tensor], model: nn.Module, file: Path) -> None:
+    """Write what `parts` gave: a file by each process where the model is split, else one by process 0."""
+    if is_sharded(model):
+        save_file(dict(tensors), _own_file(file))
+    elif processes.is_main():
+        save_file(dict(tensors), file)
+
+
+def load_parts(model: nn.Module, file: Path) -> dict[str, Tensor]:
+    """What `save_parts` wrote."""
+    found: dict[str, Tensor] = load_file(_own_file(file) if is_sharded(model) else file)
+    return found
+
+
+def _own_file(file: Path) -> Path:
+    return file.with_name(f"{file.stem}-{processes.place() + 1:05d}-of-{processes.count():05d}{file.suffix}")

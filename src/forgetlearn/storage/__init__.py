@@ -1,0 +1,1 @@
+"""Write files in one step, hash them, lock them; the run folder."""

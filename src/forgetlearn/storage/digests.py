@@ -1,0 +1,99 @@
+"""What lies in a folder: the files that make a model, and hashes that tell what has changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from forgetlearn.errors import RunError, some
+from forgetlearn.storage.disk import read_json, write_json
+
+log = logging.getLogger("forgetlearn")
+
+HISTORY = "forgetlearn.json"  # the updates that made a model
+COMMIT_DIGITS = 40  # a commit on the hub; the SHA-256 of a folder has 64
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".py")
+LICENCES = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of these files begin
+HASHES = "hashes.json"  # of the other files in its folder
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that a model is loaded from: weights, config, tokenizer, code; not its card, licence and chain."""
+    return [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.name != HISTORY]
+
+
+def licences(folder: Path) -> list[Path]:
+    """The files of a folder that say under which terms its model may be used."""
+    return [path for path in sorted(folder.iterdir()) if path.name.startswith(LICENCES)]
+
+
+def copy_own(path: Path, folder: Path) -> None:
+    """Copy a file of a model into `folder`. A link may lead within the model's folder, or into the hub's cache.
+
+    Raises:
+        RunError: it is a link to somewhere else: what lies there is not the model's, and could be published with it.
+    """
+    home, target = path.parent.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs"  # what a snapshot in the hub's cache is made of
+    if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.is_relative_to(blobs)):
+        raise RunError(
+            f"{path} is a link out of its folder, to {target}, and is not copied. Put the file itself there."
+        )
+    shutil.copyfile(path, folder / path.name)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, or of the files that a folder's model is loaded from, with their names."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else model_files(path):
+        digest.update(file.name.encode() if path.is_dir() else b"")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def is_recorded(folder: Path, recorded: str | None) -> bool:
+    """Whether a folder is the base that a run recorded: by its hash, or in the hub's cache, where folders are named
+    by it, by its commit."""
+    if recorded is not None and len(recorded) == COMMIT_DIGITS:
+        return folder.resolve().name == recorded
+    return recorded is not None and sha256_of(folder) == recorded
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Name to SHA-256 of every file in a folder, but for what people may edit (Markdown)."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def damaged(folder: Path, written: Mapping[str, str]) -> list[str]:
+    """The files that are gone, or not as they were written."""
+    return [name for name in written if not (folder / name).is_file() or sha256_of(folder / name) != written[name]]
+
+
+def write_hashes(folder: Path) -> None:
+    """Write the hashes of a folder's files beside them, for `is_whole`."""
+    write_json(folder / HASHES, hashes(folder))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is there with all files as `write_hashes` saw them; damage is said."""
+    if not folder.is_dir():
+        return False
+    try:
+        changed = damaged(folder, read_json(folder / HASHES))
+    except RunError:
+        changed = [HASHES]
+    if changed:
+        log.warning("%s: %s: not as it was written, so it is made again", folder, some(changed))
+    return not changed
+
+
+def hash_of(data: object) -> str:
+    """SHA-256 of what JSON can hold, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

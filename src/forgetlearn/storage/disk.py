@@ -1,0 +1,220 @@
+"""Files as forgetlearn writes and reads them: in one step or not at all, and errors that name the path."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from forgetlearn.errors import ForgetLearnError, RunError
+from forgetlearn.runtime import processes
+
+MOST_BYTES = 200
+UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
+DEEPEST = 100  # levels of lists and objects in each other; what goes over data by recursion has room for these
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old text or the new one, never a part. Process 0 writes.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written; the old file stays.
+    """
+    if not processes.is_main():
+        return
+    unfinished = _unfinished(path)
+    # Half a surrogate pair stands for a byte of a file name that is not UTF-8: its escape says the same, in JSON too.
+    with naming(path), unfinished.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, data: object) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a JSONL file in one step."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that forgetlearn wrote.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    data = _parsed(path, lambda text: text)
+    if not isinstance(data, dict):
+        raise RunError(f"{path}: holds no JSON object. Is it from forgetlearn?")
+    return data
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file.
+
+    Raises:
+        RunError: it is not there, or a line is damaged.
+    """
+    lines: list[str] = []
+
+    def as_list(text: str) -> str:
+        # All lines at once: a quarter of the time of a call for each, and names that rows share are held once.
+        lines.extend(line for line in text.split("\n") if line)
+        return f"[{','.join(lines)}]"
+
+    rows: list[dict[str, Any]] = _parsed(path, as_list)
+    if len(rows) != len(lines):
+        raise RunError(f"{path}: cannot be read: {len(lines)} lines hold {len(rows)} rows.")
+    if other := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
+        raise RunError(f"{path}: row {other} is no JSON object. Is it from forgetlearn?")
+    return rows
+
+
+def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
+    """Return the JSON in a file, whose text is first passed through `prepare`.
+
+    Raises:
+        RunError: it cannot be read, is nested too deeply, or holds halves of characters, which cannot be written again.
+    """
+    try:
+        text = prepare(path.read_text(encoding="utf-8"))
+        data = json.loads(text)
+        if text.count("[") + text.count("{") > DEEPEST and is_deep(data):
+            raise RecursionError
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(data, ensure_ascii=False).encode()
+    except RecursionError:
+        raise RunError(f"{path}: cannot be read: lists or objects in each other, more than {DEEPEST} deep.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    return data
+
+
+def is_deep(data: object) -> bool:
+    """Return True if lists and objects are nested more than DEEPEST levels deep."""
+    level = [data]
+    for _depth in range(DEEPEST + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its final name only when all went well; the same one in all processes.
+
+    Raises:
+        RunError: writing failed, of a full disk say; nothing is left behind.
+    """
+    if processes.count() > 1:
+        with _shared_folder(final) as unfinished:
+            yield unfinished
+        return
+    with naming(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = _unfinished(final)
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            sync_files(unfinished)
+            replaced = unfinished.with_name(f"{unfinished.name}-replaced")
+            if final.exists():
+                final.rename(replaced)
+            unfinished.rename(final)
+            sync(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unfinished(final: Path) -> Path:
+    """Return a new name beside `final` for a file or folder that is still being written.
+
+    Whatever is created under it gets its mode from the system, which applies the umask: reading the umask would mean
+    setting it, for all threads at once.
+    """
+    return final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}")
+
+
+def _beginning(final: Path) -> str:
+    """Return how names of unfinished files begin; it leaves room in the 255 bytes of a name."""
+    is_short = len(os.fsencode(final.name)) <= MOST_BYTES
+    return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
+
+
+@contextmanager
+def _shared_folder(final: Path) -> Iterator[Path]:
+    """`atomic_folder` for several processes: process 0 makes it, and names it when all are done."""
+    with ExitStack() as stack:
+        unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
+        yield unfinished
+        processes.barrier()
+        processes.on_main(stack.close)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns what went wrong with the disk into an error that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error
+    except ForgetLearnError:
+        raise
+    except Exception as error:
+        if reason := _disk_error(str(error)):
+            raise RunError(f"{path}: cannot be written: {reason}.") from error
+        raise
+
+
+def _disk_error(message: str) -> str:
+    """What went wrong with the disk, out of an error that is no OSError; nothing if it is about something else."""
+    if told := re.search(r"\(os error (\d+)\)", message):  # safetensors and tokenizers, both in Rust
+        return os.strerror(int(told[1]))
+    if "inline_container" in message or "PytorchStreamWriter" in message:  # torch.save, which does not say why
+        return "torch could not write all of it (a full disk?)"
+    return "No space left on device" if "No space left" in message else ""
+
+
+def remove_unfinished(final: Path) -> None:
+    """Delete what a kill left of `atomic_folder(final)`; nobody else may be writing it."""
+    for left in final.parent.glob(f"{glob.escape(_beginning(final))}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Wait until all files in a folder are on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            sync(file)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""Checkpoints inside a stage: each written whole, the newest whole one found again, others passed over.
+
+A checkpoint is a folder with the trained weights (safetensors) and what Trainer needs to go on to the same bits:
+optimiser, schedule, random numbers, its own state. It counts when its marker, written last, agrees with its files.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from forgetlearn.errors import RunError
+from forgetlearn.storage import digests, disk
+
+log = logging.getLogger("forgetlearn")
+
+MARKER, WEIGHTS = "complete.json", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What a stage does beside training; the weights that come out do not depend on it.
+
+    name: what it is called where it is shown. points: folder of its checkpoints; None keeps none. minutes: between two
+    of them; 0 saves only when it is asked to stop. trackers: programs that follow the numbers, as transformers names
+    them; what they write to disk goes to `logs`.
+    """
+
+    name: str = "fine-tuning"
+    points: Path | None = None
+    minutes: float = 0
+    trackers: tuple[str, ...] = ()
+    logs: Path | None = None
+
+    def part(self, name: str) -> Upkeep:
+        """For one of several fine-tunings in a stage."""
+        return replace(self, points=self.points and self.points / name)
+
+
+@contextmanager
+def writing(folder: Path, step: int, *, place: int, world_size: int, wait: Callable[[], None]) -> Iterator[Path]:
+    """A folder for the checkpoint after `step`, which counts, and replaces older ones, only when all went well.
+
+    With several processes all of them call this at the same step; each has its `place`, and `wait` returns when all
+    are there.
+
+    Raises:
+        RunError: the disk is full, say.
+    """
+    unfinished, final = folder / f".{_name(step)}{disk.UNFINISHED}", folder / _name(step)
+    with disk.naming(folder):
+        if place == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        wait()
+        yield unfinished
+        wait()
+        if place == 0:
+            disk.sync_files(unfinished)
+            files = {file.name: [file.stat().st_size, digests.sha256_of(file)] for file in unfinished.iterdir()}
+            disk.write_json(unfinished / MARKER, {"step": step, "world_size": world_size, "files": files})
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+            disk.sync(folder)
+            for older in set(_points(folder)) - {final}:
+                shutil.rmtree(older, ignore_errors=True)
+        wait()
+
+
+def newest(folder: Path, world_size: int) -> Path | None:
+    """The checkpoint to go on from; None: there is none, or none that is whole, which is said.
+
+    Raises:
+        RunError: it was written by another number of processes, which draw other random numbers.
+    """
+    for point in sorted(_points(folder), reverse=True):
+        if problem := _problem(point):
+            log.warning("%s: this checkpoint is not used: %s", point, problem)
+            continue
+        was = disk.read_json(point / MARKER)["world_size"]
+        if was != world_size:
+            raise RunError(
+                f"{point} was written by {was} processes, and now there are {world_size}. Resume with {was}, or "
+                f"remove {folder} to begin the stage again."
+            )
+        return point
+    return None
+
+
+def _problem(point: Path) -> str:
+    """Why a checkpoint cannot be used; nothing if it can."""
+    if not (point / MARKER).is_file():
+        return f"{MARKER} is missing, so it was not finished"
+    try:
+        files = disk.read_json(point / MARKER)["files"]
+        for name, (size, digest) in files.items():
+            file = point / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, not {size}"
+            if digests.sha256_of(file) != digest:
+                return f"{name} is damaged (another hash)"
+    except (RunError, KeyError, TypeError, ValueError, AttributeError):
+        return f"{MARKER} is damaged"
+    return ""
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _points(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.is_dir()]
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write what is trained; all else is as it was when the stage began."""
+    save_file({name: weight.contiguous() for name, weight in _trained(model).items()}, folder / WEIGHTS)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Put what `save_weights` wrote into the model.
+
+    Raises:
+        RunError: the model trains other weights.
+    """
+    saved, trained = load_file(folder / WEIGHTS), _trained(model)
+    if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in trained.items()}:
+        raise RunError(f"{folder}: holds {len(saved)} weights, and not those that this stage trains ({len(trained)}).")
+    for name, weight in trained.items():
+        weight.copy_(saved[name])
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}

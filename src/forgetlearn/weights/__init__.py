@@ -1,0 +1,1 @@
+"""Arithmetic on weights: checkpoint folders, task vectors, adapters."""

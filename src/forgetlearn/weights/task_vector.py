@@ -1,0 +1,336 @@
+"""The arithmetic of the method: difference, scale, subtract; tensor by tensor, in float32, rounded once.
+
+task vector   tau    = tuned - base
+forgetting    theta' = base - coef * tau
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, some
+from forgetlearn.runtime import sharding
+from forgetlearn.storage import disk
+from forgetlearn.weights.checkpoint_folder import CheckpointFolder, check_same, named_in, partners
+from forgetlearn.weights.rounding import Array
+
+SMALL_BYTES = 100_000_000  # what is smaller is copied in memory, though the disk is asked for
+SAMPLED = 1 << 14  # numbers of a weight that are compared before and after rounding
+StateDict = Mapping[str, Tensor]
+TORCH = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool},
+}
+
+
+class Weights(Protocol):
+    """Named tensors, read one at a time: a state dict or a checkpoint folder."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape, without reading any data."""
+
+    def twins(self, name: str) -> tuple[str, ...]:
+        """The other names of a tensor."""
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU or where it is."""
+
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Each name of a tensor that has several to all of them, in their order; no entry for the others."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Weights in a state dict."""
+
+    tensors: StateDict
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def twins(self, name: str) -> tuple[str, ...]:
+        """The other names of the same memory."""
+        return tuple(other for other in self.tied().get(name, ()) if other != name)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor itself, not a copy."""
+        return self.tensors[name].detach()
+
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Names of one and the same memory, as `state_dict()` gives a tied head beside the embedding."""
+        groups: dict[object, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            if tensor.numel() and tensor.device.type != "meta":  # otherwise there is no memory to share
+                place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                groups.setdefault(place, []).append(name)
+        return {name: tuple(group) for group in groups.values() if len(group) > 1 for name in group}
+
+
+class Checkpoint(CheckpointFolder):
+    """Weights in a folder of safetensors, sharded or not, as torch tensors; see `CheckpointFolder`."""
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, read from its file."""
+        entry = self.entries[name]
+        if entry.n_bytes == 0:
+            return torch.empty(entry.shape, dtype=TORCH[entry.dtype])
+        found = torch.frombuffer(self.read_bytes(entry), dtype=TORCH[entry.dtype]).reshape(entry.shape)
+        self.close()
+        return found
+
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """Nothing is known: a tied tensor is written once, under one name, or twice like two that are equal."""
+        return {}
+
+
+def open_weights(source: StateDict | str | Path | Weights) -> Weights:
+    """`source` as weights that are read one tensor at a time."""
+    if isinstance(source, (str, Path)):
+        return Checkpoint(source)
+    if isinstance(source, Mapping):
+        return InMemory(source)
+    return source
+
+
+def subtracted(
+    base: StateDict | str | Path | Weights,
+    tuned: StateDict | str | Path | Weights,
+    coef: float,
+    factors: Mapping[str, float] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of `base - coef * (tuned - base)`, one at a time, under the names and in the order of `base`.
+
+    Each floating-point tensor is summed in float32 (float64 where base is) and rounded once to the dtype
+    of `base`; other tensors and infinite numbers are those of `base`. The inputs are left alone. `coef=0`
+    gives the bits of `base`. With `factors` a tensor's coefficient is `coef` times its factor, and 0 where it
+    has none. Names and shapes are compared before the first tensor is given. A tied tensor may have two names
+    on one side, as in a state dict, and one on the other, as in a folder.
+
+    Raises:
+        WeightMismatchError: a name is missing on one side, two shapes differ, or what is tied in `base` is
+            two different tensors in `tuned`.
+        ConfigError: coef is negative or not finite.
+        ModelError: a result is not finite where the base is.
+    Source: Ni et al. 2023, arXiv:2311.08011, eq. 3.
+    """
+    if not 0 <= coef < float("inf"):
+        raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Give it without a minus: 0.3 subtracts.")
+    left, right = open_weights(base), open_weights(tuned)
+    partners = _partners(left, right)
+    coefs = {name: coef * (1 if factors is None else factors.get(name, 0)) for name in partners}
+    return _subtracted(left, right, partners, coefs)
+
+
+def _subtracted(
+    left: Weights, right: Weights, partners: Mapping[str, str], coefs: Mapping[str, float]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, partner in partners.items():
+        start, coef = left.get(name), coefs[name]
+        if coef == 0 or not start.is_floating_point():
+            yield name, start.clone()
+            continue
+        wide = torch.float64 if start.dtype == torch.float64 else torch.float32
+        start_wide, end = start.to(wide), right.get(partner).to(start.device, wide)
+        moved = (start_wide - coef * (end - start_wide)).to(start.dtype)
+        masked = start.isinf()  # a mask holds -inf
+        result = torch.where(masked, start, moved)
+        if not is_finite(result) and not bool((result.isfinite() | masked).all()):
+            raise ModelError(f"{name}: numbers of the result are not finite. Did the training diverge?")
+        yield name, result
+
+
+def subtract(base: StateDict, tuned: StateDict, coef: float) -> dict[str, Tensor]:
+    """Weights moved away from what fine-tuning on the old facts added: `base - coef * (tuned - base)`.
+
+    See `subtracted` for dtypes and errors; a worked example: base 1.0, tuned 1.5, coef 0.3 gives 0.85.
+    """
+    return dict(subtracted(base, tuned, coef))
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """What fine-tuning added to each floating-point tensor, in float32; operators as in the paper's equations.
+
+    `(v + w)`, `-v`, `0.3 * v` are vectors; `v.apply_to(base)` is base + v, and `(-0.3 * v).apply_to(base)`
+    the forgetting of the method.
+    Source: Ilharco et al. 2023, arXiv:2212.04089.
+    """
+
+    deltas: Mapping[str, Tensor]
+
+    @classmethod
+    def between(cls, base: StateDict | str | Path | Weights, tuned: StateDict | str | Path | Weights) -> TaskVector:
+        """`tuned - base`, for two state dicts, checkpoint folders, or one of each; tied tensors once.
+
+        Raises:
+            WeightMismatchError: see `subtracted`.
+        """
+        left, right = open_weights(base), open_weights(tuned)
+        deltas, ties = {}, left.tied()
+        for name, partner in _partners(left, right).items():
+            if name != ties.get(name, (name,))[0]:
+                continue
+            start, end = left.get(name), right.get(partner)
+            if start.is_floating_point():
+                deltas[name] = end.float() - start.float()
+        return cls(deltas)
+
+    def apply_to(self, base: StateDict | str | Path | Weights) -> dict[str, Tensor]:
+        """`base + vector`, summed in float32 and rounded once to the dtype of `base`.
+
+        Tensors that the vector does not name, under any of their names, are those of `base`.
+
+        Raises:
+            WeightMismatchError: the vector names a tensor that `base` has not, or in another shape, or moves
+                what is tied in `base` in two ways.
+        """
+        return dict(self.applied(base))
+
+    def applied(self, base: StateDict | str | Path | Weights) -> Iterator[tuple[str, Tensor]]:
+        """As `apply_to`, one tensor at a time."""
+        weights = open_weights(base)
+        shapes, own = weights.shapes(), InMemory(self.deltas).shapes()
+        check_same({name: shapes[name] for name in own if name in shapes}, own, ("base", "vector"))
+        moved = named_in(own, weights)
+        _check_ties(weights, InMemory(self.deltas), moved, sides=("base", "vector"))
+        for name in shapes:
+            start = weights.get(name)
+            if name in moved:
+                yield name, (start.float() + self.deltas[moved[name]].to(start.device)).to(start.dtype)
+            else:
+                yield name, start.clone()
+
+    def norm(self) -> float:
+        """Euclidean length over all tensors."""
+        return float(sum(float(delta.double().square().sum()) for delta in self.deltas.values()) ** 0.5)
+
+    def __mul__(self, factor: float) -> TaskVector:
+        return TaskVector({name: delta * factor for name, delta in self.deltas.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> TaskVector:
+        return self * -1.0
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        ours, theirs = InMemory(self.deltas).shapes(), InMemory(other.deltas).shapes()
+        check_same(ours, theirs, ("left", "right"))
+        return TaskVector({name: delta + other.deltas[name] for name, delta in self.deltas.items()})
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self + -other
+
+
+def _partners(base: Weights, tuned: Weights) -> dict[str, str]:
+    """As `checkpoints.partners`, and what is tied in `base` may not be two different tensors in `tuned`."""
+    found = partners(base, tuned)
+    _check_ties(base, tuned, found)
+    return found
+
+
+def _check_ties(
+    base: Weights, other: Weights, partners: Mapping[str, str], sides: tuple[str, str] = ("base", "tuned")
+) -> None:
+    """Raise WeightMismatchError unless what is one tensor in `base` is one, or two equal ones, in `other`.
+
+    Raises:
+        WeightMismatchError: it is two that differ: of the two results a tied model would keep the last.
+    """
+    for name, (first, *_more) in base.tied().items():
+        mine, firsts = partners.get(name), partners.get(first)
+        if mine != firsts and mine is not None and firsts is not None:
+            one, two = other.get(mine), other.get(firsts)
+            if one.dtype != two.dtype or not torch.equal(one, two):
+                raise WeightMismatchError(
+                    f"{name} is tied to {first} in {sides[0]}, but in {sides[1]} the two differ. "
+                    "Is one of them a model with tied embeddings and the other without?"
+                )
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Return False if a floating-point tensor contains NaN or infinity; takes 0.2 s per GB and makes no copy."""
+    if not weight.is_floating_point() or weight.is_meta or not weight.numel():
+        return True
+    least, most = torch.aminmax(weight if weight.itemsize > 1 else weight.float())
+    return math.isfinite(least) and math.isfinite(most)
+
+
+def rounded(weight: Tensor, dtype: torch.dtype, seed: Sequence[object] | None = None) -> Tensor:
+    """A weight in another dtype: to the nearest, or with a seed, in bfloat16, so that the mean is kept.
+
+    Then the lower half of each number is the chance, out of 65,536, of going one step away from zero.
+    """
+    if seed is None or dtype != torch.bfloat16:
+        return weight.to(dtype)
+    random = torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))  # on the CPU: the same everywhere
+    noise = torch.randint(0, 1 << 16, weight.shape, generator=random, dtype=torch.int32).to(weight.device)
+    bits = weight.float().contiguous().view(torch.int32) + noise
+    return bits.bitwise_and(-1 << 16).view(torch.float32).to(dtype)
+
+
+def sample(weight: Tensor) -> Array:
+    """Some of a weight's numbers, spread evenly over it, as float32 on the CPU; the same ones at every call."""
+    flat = weight.detach().reshape(-1)
+    found: Array = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to("cpu", torch.float32, copy=True).numpy()
+    return found
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy on the CPU of the model's parameters (this process's parts); tied ones once, under their first name."""
+    return {name: weight.cpu().clone() for name, weight in sharding.parts(model).items()}
+
+
+def snapshot_on_disk(model: torch.nn.Module, folder: Path | None) -> dict[str, Tensor]:
+    """As `snapshot`, to be read only: of a large model in float32 it takes no memory until it is looked at.
+
+    The numbers lie in a file in `folder` (None: the system's temporary folder), whose name is removed before this comes
+    back: the disk is free again when the tensors are, even after a kill.
+
+    Raises:
+        RunError: the file cannot be written, to a full disk say.
+    """
+    weights = sharding.parts(model)
+    sizes = [weight.numel() for weight in weights.values()]
+    n_bytes = sum(sizes) * torch.float32.itemsize
+    if n_bytes < SMALL_BYTES or any(weight.dtype != torch.float32 for weight in weights.values()):
+        return snapshot(model)
+    where = Path(tempfile.gettempdir()) if folder is None else folder
+    with disk.naming(where):
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".base{disk.UNFINISHED}", dir=where) as file:
+            for weight in weights.values():
+                file.write(weight.detach().cpu().contiguous().view(-1).numpy().data)
+            file.flush()
+            mapped = torch.from_file(file.name, shared=False, size=sum(sizes), dtype=torch.float32)
+    pieces = mapped.split(sizes)
+    return {name: piece.view(weights[name].shape) for name, piece in zip(weights, pieces, strict=True)}
+
+
+@torch.no_grad()
+def load_into(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
+    """Copy weights into the model's parameters of the same names (this process's parts of them), one at a time.
+
+    Raises:
+        WeightMismatchError: the names are not those of the model, or two shapes differ.
+    """
+    parameters = sharding.parts(model)
+    loaded = set()
+    for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise WeightMismatchError(f"{name} {tuple(tensor.shape)} does not fit the model.")
+        parameters[name].copy_(tensor)
+        loaded.add(name)
+    missing = [name for name in parameters if name not in loaded]
+    if missing:
+        raise WeightMismatchError(f"{len(missing)} of {len(parameters)} tensors are missing: {some(missing)}.")
