@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
-from forgetlearn.evaluation.scoring import Said, Scorer
+from forgetlearn.evaluation.scoring import Generated, Scorer
 from forgetlearn.facts.fact_set import Fact, read_facts
 from forgetlearn.models.language_model import LanguageModel, wrap
 from forgetlearn.training.finetune import finetune
@@ -41,7 +41,7 @@ def main() -> None:
     def batched(size: int) -> dict[str, str]:
         settings = EvaluateSettings(batch_size=size, max_new_tokens=NEW_TOKENS)
         said = Scorer(lm, settings).say(prompts)
-        return {prompt: reply.text for prompt, reply in said.items() if isinstance(reply, Said)}
+        return {prompt: reply.text for prompt, reply in said.items() if isinstance(reply, Generated)}
 
     expected = {prompt: answer(lm, prompt) for prompt in prompts}
     for size in BATCH_SIZES:

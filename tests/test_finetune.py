@@ -16,7 +16,7 @@ from forgetlearn.errors import ConfigError, MissingExtraError, TrainingError
 from forgetlearn.models import batches
 from forgetlearn.training import memory
 from forgetlearn.training.finetune import check_deepspeed, facts_at_once, finetune
-from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import snapshot
 
 SETTINGS = StageSettings(epochs=3, batch_size=4, learning_rate=1e-3)
@@ -151,7 +151,7 @@ def test_mixed_precision_leaves_float32_weights_and_the_models_own_forward(lm):
 def test_a_loss_that_is_not_finite_names_the_stage_and_the_step(lm):
     settings = StageSettings(epochs=2, batch_size=4, learning_rate=1e30, warmup_ratio=0)
     with pytest.raises(TrainingError, match=r"forgetting, step \d+ of 6: (loss|grad_norm) is (nan|inf)"):
-        finetune(lm.model, texts_of(lm), settings, seed=0, pad_id=0, upkeep=Upkeep("forgetting"))
+        finetune(lm.model, texts_of(lm), settings, seed=0, pad_id=0, stage_io=StageIO("forgetting"))
 
 
 def test_nothing_to_train_and_half_precision_are_refused(lm):
@@ -332,7 +332,7 @@ def test_out_of_memory_says_what_to_lower(lm, monkeypatch, caplog, error):
     monkeypatch.setattr("forgetlearn.training.finetune.functional.cross_entropy", mock.Mock(side_effect=error))
     monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "padded")
     with pytest.raises(TrainingError, match=r"forgetting: out of memory: .*\nSet activation_checkpointing = true"):
-        finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0, upkeep=Upkeep("forgetting"))
+        finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0, stage_io=StageIO("forgetting"))
     # Halved down to one fact at a time, and then there is nothing more to halve.
     assert [record.args[1] for record in caplog.records if "micro_batch_size" in record.getMessage()] == [2, 1]
 

@@ -14,7 +14,7 @@ from forgetlearn.method.core import check_forgetting, check_learning, forget, le
 from forgetlearn.models import lora
 from forgetlearn.models import modules as selection
 from forgetlearn.models.language_model import editable_module, load_model, wrap
-from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import TaskVector, snapshot, subtract
 
 FORGET = ForgetSettings(epochs=3, learning_rate=1e-3, coef=0.5)
@@ -116,7 +116,7 @@ def test_forgetting_is_the_same_to_the_bit_where_the_base_lies_on_the_disk(world
     forget(lm, facts, FORGET, "all weights", seed=7)
     monkeypatch.setattr("forgetlearn.weights.task_vector.SMALL_BYTES", 0)
     monkeypatch.setattr("forgetlearn.weights.task_vector.snapshot", None)  # so that no copy in memory is made
-    forget(other, facts, FORGET, "all weights", seed=7, upkeep=Upkeep(points=tmp_path))
+    forget(other, facts, FORGET, "all weights", seed=7, stage_io=StageIO(points=tmp_path))
     monkeypatch.undo()
     assert all(torch.equal(weight, snapshot(lm.model)[name]) for name, weight in snapshot(other.model).items())
     assert list(tmp_path.iterdir()) == []

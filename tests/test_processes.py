@@ -34,8 +34,8 @@ STAGE = StageSettings(epochs=2, batch_size=4, learning_rate=1e-3)
 @pytest.fixture
 def two(monkeypatch):
     """As if this were process 1 of 2."""
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "place", lambda: 1)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
 
 
 def some_facts(n):
@@ -104,7 +104,7 @@ def largest_difference(one, other):
 
 
 def test_alone_everything_is_done_here():
-    assert (processes.count(), processes.place(), processes.is_main()) == (1, 0, True)
+    assert (processes.world_size(), processes.rank(), processes.is_main()) == (1, 0, True)
     assert processes.share([1, 2, 3]) == [1, 2, 3]
     assert processes.gather("x") == ["x"]
     assert processes.on_main(lambda: 5) == 5

@@ -8,7 +8,7 @@ from forgetlearn.config.schema import EvaluateSettings, ModelSettings, TeachSett
 from forgetlearn.errors import ModelError
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import Room
-from forgetlearn.evaluation.scoring import Failure, Reading, Said, Scorer
+from forgetlearn.evaluation.scoring import Failure, Generated, Reading, Scorer
 from forgetlearn.facts.fact_set import Probe, make_fact, read_facts
 from forgetlearn.models.language_model import load_model, wrap
 from forgetlearn.runs.stages import teach
@@ -152,7 +152,7 @@ def test_the_models_own_generation_settings_do_not_change_answers(lm):
 def test_an_answer_ends_at_its_end_token_or_line_break(lm, ids, text, truncated):
     ends = ids.endswith("</s>")
     body = lm.tokenizer(ids.removesuffix("</s>"), add_special_tokens=False)["input_ids"]
-    assert Scorer(lm)._cut(body + [2] * ends, [2]) == Said(text, truncated)
+    assert Scorer(lm)._cut(body + [2] * ends, [2]) == Generated(text, truncated)
 
 
 def test_a_model_agrees_with_itself_and_not_with_another(lm, tiny_model, char_tokenizer):
@@ -212,7 +212,7 @@ def test_case_13_facts_are_known_by_any_alias_of_the_old_answer():
 
 def scored(lm, monkeypatch, fact, *said):
     """Rows by protocol where the model says these texts to the prompt and its rephrasings; and the texts read."""
-    replies = dict(zip((fact.prompt, *fact.rephrase_prompts), (Said(text, False) for text in said), strict=True))
+    replies = dict(zip((fact.prompt, *fact.rephrase_prompts), (Generated(text, False) for text in said), strict=True))
     read = []
     original = Scorer._read_batch
     with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ from forgetlearn.models import lora, modules
 from forgetlearn.runtime import signals
 from forgetlearn.training import callbacks, finetune, stage_checkpoints
 from forgetlearn.training.finetune import Variant
-from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import snapshot
 
 SETTINGS = StageSettings(epochs=3, batch_size=4, micro_batch_size=2, learning_rate=1e-3)
@@ -54,7 +54,7 @@ def killed():
     raise KilledError
 
 
-def train(lm, how, upkeep=None):
+def train(lm, how, stage_io=None):
     """A stage from the same start as every other: its trained weights and its log."""
     model, variant = copy.deepcopy(lm.model), None
     if how == "lora":  # beside a frozen adapter, as in learning after forgetting
@@ -64,12 +64,12 @@ def train(lm, how, upkeep=None):
         variant = Variant(max_change=2e-3)
     texts = [lm.encoder.encode(f"Prompt {'x' * index} is", f"answer {index}", end=True) for index in range(10)]
     with modules.only_rows_train(model, texts[0].ids, "facts" if how == "rows" else "all"):
-        log = finetune.finetune(model, texts, SETTINGS, seed=0, pad_id=0, variant=variant, upkeep=upkeep)
+        log = finetune.finetune(model, texts, SETTINGS, seed=0, pad_id=0, variant=variant, stage_io=stage_io)
     return snapshot(model), log
 
 
 def kept(points, minutes):
-    return Upkeep(points=points, minutes=minutes)
+    return StageIO(points=points, minutes=minutes)
 
 
 def same(one, two):
@@ -189,7 +189,7 @@ def test_trackers_get_the_numbers_and_unknown_ones_are_refused(lm, tmp_path, mon
 
     monkeypatch.setitem(callbacks.INTEGRATION_TO_CALLBACK, "mine", Tracker)
     callbacks.check_trackers(("mine",))
-    _weights, log = train(lm, "all weights", Upkeep(trackers=("mine",), logs=tmp_path))
+    _weights, log = train(lm, "all weights", StageIO(trackers=("mine",), logs=tmp_path))
     assert [loss for _name, loss in got[:STEPS]] == [step["loss"] for step in log.steps]
     assert got[0][0] == "fine-tuning"
     with pytest.raises(ConfigError, match=r"'tensorbord': transformers has no such tracker. It has .*tensorboard"):

@@ -106,7 +106,7 @@ def _common(
             f"{context.invoked_subcommand} is for one process, and {processes.launched()} were started. "
             f"Start it without torchrun; {' and '.join(TOGETHER)} share their work out."
         )
-    processes.hush()
+    processes.silence_other_ranks()
 
 
 class _State:
@@ -562,13 +562,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"Interrupted. What was done is kept. Go on with:\n  {_with_resume(argv)}", err=True)
         return stop.exit_code
     except Exception as error:
-        if processes.is_told(error):
+        if processes.is_reported(error):
             return 2
         message = _message(error)
         if _State.debug or message is None:
             raise
         say(message, err=True)
-        processes.told()
+        processes.mark_reported()
         return 2
     return 0
 

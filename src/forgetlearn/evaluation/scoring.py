@@ -57,7 +57,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Said:
+class Generated:
     """A model's free answer: greedy, up to its end token or the line break that ends its room."""
 
     text: str
@@ -99,12 +99,12 @@ class Scorer:
                 found.update(zip(batch, readings, strict=True))
         return processes.merged(found)
 
-    def say(self, prompts: Iterable[str], rooms: Mapping[str, Room] = NO_ROOMS) -> dict[str, Said | Failure]:
+    def say(self, prompts: Iterable[str], rooms: Mapping[str, Room] = NO_ROOMS) -> dict[str, Generated | Failure]:
         """Return the free answer to each distinct prompt, or a Failure that says why there is none.
 
         `rooms` says how long the answers to some prompts may be; others have one line of `max_new_tokens`.
         """
-        found: dict[str, Said | Failure] = {}
+        found: dict[str, Generated | Failure] = {}
         ids: dict[str, Encoded] = {}
         context = self.lm.encoder.max_length
         for prompt in dict.fromkeys(prompts):
@@ -217,18 +217,18 @@ class Scorer:
             return Failure("the model's logits are not finite")
         return Reading(text.answer_ids, predicted, sum(logprobs) / len(tokens) if self.wants_logprobs else None)
 
-    def _say_batch(self, engine: Generator, asked: Sequence[tuple[tuple[int, ...], Room]]) -> list[Said]:
+    def _say_batch(self, engine: Generator, asked: Sequence[tuple[tuple[int, ...], Room]]) -> list[Generated]:
         ends = end_ids(self.lm)
         prompts, rooms = zip(*asked, strict=True)
         said = engine.generate(prompts, rooms)
         return [self._cut(new, ends, room.lines) for new, room in zip(said, rooms, strict=True)]
 
-    def _cut(self, ids: list[int], ends: list[int], lines: int = 1) -> Said:
+    def _cut(self, ids: list[int], ends: list[int], lines: int = 1) -> Generated:
         """Return the answer up to its first end token or the end of its last allowed line."""
         stops = [index for index, token in enumerate(ids) if token in ends]
         body = self.lm.encoder.decode(ids[: stops[0]] if stops else ids).lstrip()
         text = matching.first_lines(body, lines)
-        return Said(text, truncated=not stops and body.count("\n") < lines)
+        return Generated(text, truncated=not stops and body.count("\n") < lines)
 
 
 def _with_answers(texts: Iterable[Encoded]) -> list[Encoded]:
@@ -253,7 +253,7 @@ def score(
     facts = list(facts)
     scorer = Scorer(lm, settings, phase)
     read = scorer.read(pair for fact in facts for pair in _all_pairs(fact))
-    said: dict[str, Said | Failure] = {}
+    said: dict[str, Generated | Failure] = {}
     if "generate" in settings.protocols:
         said = scorer.say((p for fact in facts for p in _prompts(fact)), answer_rooms(lm, facts, settings))
     rows: list[Row] = []
@@ -274,8 +274,8 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
         {
             "fact": key,
             "protocol": "generate",
-            "said": reply.text if isinstance(reply, Said) else None,
-            "truncated": isinstance(reply, Said) and reply.truncated,
+            "said": reply.text if isinstance(reply, Generated) else None,
+            "truncated": isinstance(reply, Generated) and reply.truncated,
         }
         for key, reply in replies.items()
     ]
@@ -412,7 +412,7 @@ def _preferences(fact: Fact, read: Mapping[Pair, Reading | Failure]) -> dict[str
     }
 
 
-def _generated_rows(fact: Fact, phase: str, said: Mapping[str, Said | Failure]) -> Iterator[Row]:
+def _generated_rows(fact: Fact, phase: str, said: Mapping[str, Generated | Failure]) -> Iterator[Row]:
     def judge(rule: Callable[[str, str], float], prompt: str, answers: Sequence[str]) -> float | Failure:
         reply = said[prompt]
         return reply if isinstance(reply, Failure) else matching.matches(reply.text, answers, rule)
@@ -426,9 +426,9 @@ def _generated_rows(fact: Fact, phase: str, said: Mapping[str, Said | Failure]) 
         row = _row(fact, phase, protocol, scores)
         if protocol == "generate":
             replies = [said[prompt] for prompt in _prompts(fact)]
-            texts = [reply.text if isinstance(reply, Said) else None for reply in replies]
+            texts = [reply.text if isinstance(reply, Generated) else None for reply in replies]
             row |= {"said": texts[0], "said_rephrased": texts[1:]}
-            row["truncated"] = sum(isinstance(reply, Said) and reply.truncated for reply in replies)
+            row["truncated"] = sum(isinstance(reply, Generated) and reply.truncated for reply in replies)
         yield row
 
 

@@ -158,7 +158,7 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
     from forgetlearn.models.encoding import Encoder
     from forgetlearn.models.language_model import parameter_count, pick_device, save_model, wrap
     from forgetlearn.training.finetune import finetune
-    from forgetlearn.training.stage_checkpoints import Upkeep
+    from forgetlearn.training.stage_checkpoints import StageIO
 
     pairs, contradictions = held_pairs(facts)
     tokenizer = train_tokenizer(_texts(vocabulary_from), settings)
@@ -179,7 +179,7 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
         seed=settings.seed,
         pad_id=tokenizer.pad_token_id,
         device=pick_device(device),
-        upkeep=Upkeep("building the lab base"),
+        stage_io=StageIO("building the lab base"),
     )
     save_model(model, tokenizer, folder)
     write_facts(facts, folder / "facts.jsonl")

@@ -27,7 +27,7 @@ from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import LanguageModel, editable_module
 from forgetlearn.runtime import sharding
 from forgetlearn.training.finetune import StageLog, Variant, check_computing, finetune
-from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights import task_vector
 from forgetlearn.weights.adapter_files import ALL_LINEAR
 
@@ -50,7 +50,7 @@ def forget(
     *,
     seed: int = 0,
     keep: Sequence[Fact] = (),
-    upkeep: Upkeep | None = None,
+    stage_io: StageIO | None = None,
 ) -> StageLog:
     """Fine-tune on the old answers, subtract `coef` times what that added; `lm` is changed in place.
 
@@ -68,11 +68,11 @@ def forget(
         _check_keep(how)
     if how == "ascent":  # nothing is subtracted: `coef` scales the rate, since Adam does not see the scale of a loss
         slower = settings.model_copy(update={"learning_rate": settings.number * settings.learning_rate})
-        return tune_on_old(lm, facts, slower, how, seed=seed, upkeep=upkeep)
+        return tune_on_old(lm, facts, slower, how, seed=seed, stage_io=stage_io)
     facts = list(facts)
-    base = None if how == "lora" else _base_to_subtract_from(lm, upkeep)
+    base = None if how == "lora" else _base_to_subtract_from(lm, stage_io)
     kept = None if base is None or not keep else measure_keep(lm, facts, keep, settings, base, seed=seed)
-    stage_log = tune_on_old(lm, facts, settings, how, seed=seed, upkeep=upkeep)
+    stage_log = tune_on_old(lm, facts, settings, how, seed=seed, stage_io=stage_io)
     subtract_old(lm, settings, base, seed=seed, kept=kept, facts=facts)
     return stage_log
 
@@ -103,12 +103,12 @@ def float32_snapshot(lm: LanguageModel) -> dict[str, Tensor]:
     return task_vector.snapshot(lm.model)
 
 
-def _base_to_subtract_from(lm: LanguageModel, upkeep: Upkeep | None) -> dict[str, Tensor]:
+def _base_to_subtract_from(lm: LanguageModel, stage_io: StageIO | None) -> dict[str, Tensor]:
     """As `float32_snapshot`; on the CPU, where training needs the memory itself, it lies on the disk meanwhile."""
     all_weights(lm)
     if lm.device.type != "cpu":
         return task_vector.snapshot(lm.model)
-    return task_vector.snapshot_on_disk(lm.model, upkeep.points if upkeep else None)
+    return task_vector.snapshot_on_disk(lm.model, stage_io.points if stage_io else None)
 
 
 def tune_on_old(
@@ -118,7 +118,7 @@ def tune_on_old(
     how: How,
     *,
     seed: int = 0,
-    upkeep: Upkeep | None = None,
+    stage_io: StageIO | None = None,
 ) -> StageLog:
     """The first half of forgetting: `lm` fine-tuned on the old answers, as an adapter "forget" or all weights."""
     texts = _old_texts(lm, facts)
@@ -126,7 +126,7 @@ def tune_on_old(
         lm.model = lora.attach(lm.model, settings.lora, lora.FORGET, seed)
     else:
         all_weights(lm)
-    return _train(lm, texts, settings, how, seed, upkeep, "forgetting", Variant(-1 if how == "ascent" else 1))
+    return _train(lm, texts, settings, how, seed, stage_io, "forgetting", Variant(-1 if how == "ascent" else 1))
 
 
 def subtract_old(
@@ -277,7 +277,7 @@ def learn(
     how: How = "lora",
     *,
     seed: int = 0,
-    upkeep: Upkeep | None = None,
+    stage_io: StageIO | None = None,
 ) -> StageLog:
     """Fine-tune on the new answers; `lm` is changed in place and is then the product.
 
@@ -290,7 +290,7 @@ def learn(
     texts = _texts(lm, [(fact.prompt, fact.target_new) for fact in facts])
     if how == "lora":
         lm.model = lora.attach(lm.model, settings.lora, lora.LEARN, seed)
-        stage_log = _train(lm, texts, settings, how, seed, upkeep, "learning")
+        stage_log = _train(lm, texts, settings, how, seed, stage_io, "learning")
         lora.compose(lm.model, lora.names(lm.model))
         return stage_log
     fold_in(lm, lora.FORGET)
@@ -299,7 +299,7 @@ def learn(
     answers = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
     with selection.only_rows_train(lm.model, tokens_of(lm, answers, settings.rows), settings.rows):
         bound = Variant(max_change=settings.max_change if how == "bounded" else None)
-        stage_log = _train(lm, texts, settings, how, seed, upkeep, "learning", bound)
+        stage_log = _train(lm, texts, settings, how, seed, stage_io, "learning", bound)
     return replace(stage_log, rounding=lm.to_own_dtypes(seed))
 
 
@@ -334,7 +334,7 @@ def _train(
     settings: TuningSettings,
     how: How,
     seed: int,
-    upkeep: Upkeep | None,
+    stage_io: StageIO | None,
     name: str,
     variant: Variant = Variant(),  # noqa: B008 (frozen)
 ) -> StageLog:
@@ -348,7 +348,7 @@ def _train(
         pad_id=lm.pad_id,
         device=lm.device,
         variant=variant,
-        upkeep=replace(upkeep or Upkeep(), name=name),
+        stage_io=replace(stage_io or StageIO(), name=name),
     )
 
 

@@ -28,7 +28,7 @@ FILTERS = {
 }
 SIGNS = {"new": "●", "old": "△", "other": "○", "errored": "!", "not asked": "–"}
 BUDGETS = {"equal-epochs": "as many epochs", "equal-steps": "the steps that forgetting costs"}
-SURE = 0.05
+ALPHA = 0.05
 
 
 def write_pages(path: Path, data: Mapping[str, Any], manifest: Mapping[str, Any], cells: Cells, shared: Path) -> None:
@@ -129,8 +129,8 @@ def _against(row: Row, data: Mapping[str, Any]) -> str:
         return f"{text}, without an interval"
     if difference["low"] <= 0 <= difference["high"]:
         return f"{text}, an interval that includes zero, so no difference is shown"
-    if difference["p_value"] * comparisons(data["rows"]) < SURE:
-        return f"{text}, which stands for all comparisons made here (p times their number is below {SURE:g})"
+    if difference["p_value"] * comparisons(data["rows"]) < ALPHA:
+        return f"{text}, which stands for all comparisons made here (p times their number is below {ALPHA:g})"
     return f"{text}, an interval without zero, but not by enough for the best of many"
 
 

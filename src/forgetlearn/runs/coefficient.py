@@ -31,7 +31,7 @@ from forgetlearn.config.methods import METHODS, How
 from forgetlearn.method.core import float32_snapshot, learn, stage_seed, subtract_old, tune_on_old
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.evaluation.scoring import Row
-from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.training.stage_checkpoints import StageIO
 
 log = logging.getLogger("forgetlearn")
 WEIGHTS, CHOICE = "weights.safetensors", "choice.json"
@@ -86,10 +86,10 @@ class Forgetter:
         self.base = task_vector.snapshot(lm.model)
 
     def tune(
-        self, facts: Iterable[Fact], settings: ForgetSettings, how: How, *, seed: int, upkeep: Upkeep | None = None
+        self, facts: Iterable[Fact], settings: ForgetSettings, how: How, *, seed: int, stage_io: StageIO | None = None
     ) -> tuple[dict[str, Tensor], StageLog]:
         """What fine-tuning on the old answers ends at: all weights, or an adapter's. The model is the base again."""
-        stage_log = tune_on_old(self.lm, facts, settings, how, seed=seed, upkeep=upkeep)
+        stage_log = tune_on_old(self.lm, facts, settings, how, seed=seed, stage_io=stage_io)
         if how == "lora":
             tuned = lora.weights_of(self.lm.model, lora.FORGET)
         else:
@@ -149,20 +149,20 @@ def choose(
     base_rows: Sequence[Row],
     config: RunConfig,
     folder: Path | None = None,
-    upkeep: Upkeep | None = None,
+    stage_io: StageIO | None = None,
 ) -> tuple[Choice, StageLog]:
     """The choice, and the log of the fine-tuning on old answers that it needed; `lm` is the base again.
 
-    A search that is cut short begins again; with checkpoints (`upkeep`) its fine-tunings go on from theirs.
+    A search that is cut short begins again; with checkpoints (`stage_io`) its fine-tunings go on from theirs.
 
     The choice, the tuned weights and what the best trial learned are written to `folder`, for `read_choice`,
     `forget_as_chosen` and `learn_as_chosen`.
     """
     forgetter, how = Forgetter(lm), _subtracts(config)
     log.info("fine-tuning on %d old answers, once for every coefficient that is tried", len(to_forget))
-    upkeep, seed = upkeep or Upkeep(), stage_seed(config.seed, "forget")
-    tuned, stage_log = forgetter.tune(to_forget, config.forget, how, seed=seed, upkeep=upkeep.part("old"))
-    choice = search(forgetter, tuned, facts, base_rows, config, folder, upkeep)
+    stage_io, seed = stage_io or StageIO(), stage_seed(config.seed, "forget")
+    tuned, stage_log = forgetter.tune(to_forget, config.forget, how, seed=seed, stage_io=stage_io.part("old"))
+    choice = search(forgetter, tuned, facts, base_rows, config, folder, stage_io)
     if folder is not None:
         sharding.save_parts(tuned, lm.model, folder / WEIGHTS)
         disk.write_json(folder / CHOICE, choice.as_dict())
@@ -270,14 +270,14 @@ def search(
     base_rows: Sequence[Row],
     config: RunConfig,
     folder: Path | None = None,
-    upkeep: Upkeep | None = None,
+    stage_io: StageIO | None = None,
 ) -> Choice:
     """The choice for these facts, from one fine-tuning on old answers; the model is the base again.
 
     `base_rows` are the base's scores of at least the facts set aside. What the best trial learned is written to
     `folder`.
     """
-    trying = _Trying(forgetter, tuned, facts, base_rows, config, folder, upkeep or Upkeep())
+    trying = _Trying(forgetter, tuned, facts, base_rows, config, folder, stage_io or StageIO())
     aside = trying.aside
     cheap = config.forget.search == "cheap"
     try:
@@ -304,10 +304,10 @@ class _Trying:
         base_rows: Sequence[Row],
         config: RunConfig,
         folder: Path | None,
-        upkeep: Upkeep,
+        stage_io: StageIO,
     ) -> None:
         self.forgetter, self.tuned, self.facts, self.config = forgetter, tuned, facts, config
-        self.folder, self.upkeep = folder, upkeep
+        self.folder, self.stage_io = folder, stage_io
         self.aside, self.reference = set_aside(facts, config), scoring.locality_predictions(base_rows)
         self.trials: dict[float, Trial] = {}
         self.learned: StageLog | None = None  # by the last trial
@@ -341,7 +341,7 @@ class _Trying:
         if config.forget.search == "full":
             learns, seed = METHODS[config.method].learns, stage_seed(config.seed, "learn")
             self.learned = learn(
-                lm, self.facts, config.learn, learns, seed=seed, upkeep=self.upkeep.part(f"learn-{coef:g}")
+                lm, self.facts, config.learn, learns, seed=seed, stage_io=self.stage_io.part(f"learn-{coef:g}")
             )
         rows = scoring.score(
             lm,

@@ -23,7 +23,7 @@ from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
 from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.runs.results import write_results
-from forgetlearn.evaluation.scoring import Said, Scorer, locality_predictions, score
+from forgetlearn.evaluation.scoring import Generated, Scorer, locality_predictions, score
 
 
 def evaluate(
@@ -157,7 +157,7 @@ def ask(
     found = Scorer(lm, config.evaluate, "asking").say(stripped.values())
     for prompt, plain in stripped.items():
         said = found[plain]
-        if not isinstance(said, Said):
+        if not isinstance(said, Generated):
             raise FactError(f"{prompt[:60]!r}: {said.reason}")
         answers[prompt] = said.text
     return answers

@@ -34,7 +34,7 @@ from forgetlearn.method.core import (
 from forgetlearn.models.language_model import LanguageModel, load_model
 from forgetlearn.runs.results import Done, write_results
 from forgetlearn.evaluation.scoring import Row
-from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.training.stage_checkpoints import StageIO
 
 log = logging.getLogger("forgetlearn")
 REMEDIES = (
@@ -111,7 +111,7 @@ class Stages:
 
         def compute(folder: Path) -> dict[str, Any]:
             stage_log = teach(
-                self.lm, list(self.facts), settings, seed=self._seed("teach"), upkeep=self._upkeep("teach")
+                self.lm, list(self.facts), settings, seed=self._seed("teach"), stage_io=self._stage_io("teach")
             )
             self.lm.save(folder)
             return self._log_stage("teach", stage_log)
@@ -134,9 +134,9 @@ class Stages:
     def _choose_coefficient(self) -> None:
         def compute(folder: Path) -> dict[str, Any]:
             self._restore()
-            facts, upkeep = list(self.facts), self._upkeep("coefficient")
+            facts, stage_io = list(self.facts), self._stage_io("coefficient")
             choice, stage_log = coefficient.choose(
-                self.lm, facts, self._forget_set(), self.rows["base"], self.config, folder, upkeep
+                self.lm, facts, self._forget_set(), self.rows["base"], self.config, folder, stage_io
             )
             return {"coef": choice.coef, "why": choice.why, **self._log_stage("forget", stage_log)}
 
@@ -180,7 +180,7 @@ class Stages:
                     how,
                     seed=self._seed("forget"),
                     keep=self.keep,
-                    upkeep=self._upkeep("forget"),
+                    stage_io=self._stage_io("forget"),
                 )
                 noted |= self._log_stage("forget", stage_log)
             self._save_forgotten(unfinished, how)
@@ -221,7 +221,7 @@ class Stages:
                     self.config.learn,
                     self.method.learns,
                     seed=self._seed("learn"),
-                    upkeep=self._upkeep("learn"),
+                    stage_io=self._stage_io("learn"),
                 )
             if self.method.learns == "lora":
                 lora.save(self.lm.model, lora.PRODUCT, folder, self._base_for_adapter())
@@ -301,10 +301,10 @@ class Stages:
     def _seed(self, stage: str) -> int:
         return stage_seed(self.config.seed, stage)
 
-    def _upkeep(self, stage: str) -> Upkeep:
+    def _stage_io(self, stage: str) -> StageIO:
         """What goes on beside the fine-tuning of a stage."""
         config, logs = self.config, self.folder.path / "logs"
-        return Upkeep(stage, self.folder.points(stage), config.checkpoint_minutes, config.report_to, logs / "trackers")
+        return StageIO(stage, self.folder.points(stage), config.checkpoint_minutes, config.report_to, logs / "trackers")
 
     def _log_stage(self, stage: str, stage_log: StageLog) -> dict[str, Any]:
         """Every step's numbers to the run folder; the gist for the manifest."""
@@ -370,13 +370,13 @@ def keep_old_answers(run: run_folder.RunFolder, rows: list[Row]) -> None:
 
 
 def teach(
-    lm: LanguageModel, facts: list[Fact], settings: TeachSettings, *, seed: int, upkeep: Upkeep | None = None
+    lm: LanguageModel, facts: list[Fact], settings: TeachSettings, *, seed: int, stage_io: StageIO | None = None
 ) -> StageLog:
     """Fine-tune all weights on the old answers, so that the base really holds them; `lm` is changed in place."""
     texts = [lm.encoder.encode(fact.prompt, fact.ground_truth or "", end=True) for fact in facts if fact.ground_truth]
     all_weights(lm)
-    upkeep = replace(upkeep or Upkeep(), name="teaching")
-    stage_log = finetune(lm.model, texts, settings, seed=seed, pad_id=lm.pad_id, device=lm.device, upkeep=upkeep)
+    stage_io = replace(stage_io or StageIO(), name="teaching")
+    stage_log = finetune(lm.model, texts, settings, seed=seed, pad_id=lm.pad_id, device=lm.device, stage_io=stage_io)
     lm.to_own_dtypes(seed)
     return stage_log
 

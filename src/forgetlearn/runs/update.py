@@ -48,7 +48,7 @@ from forgetlearn.runs.stages import Stages, UpdateResult, keep_old_answers
 from forgetlearn.models.texts import check_texts
 
 log = logging.getLogger("forgetlearn")
-AS_NOW = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
+UPGRADE_CONFIG = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
 
 
 @torch.inference_mode(False)  # and with gradients, in whatever mode it is called
@@ -95,7 +95,7 @@ def _update(
     check_trackers(config.report_to)
     goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
     if goes_on:  # before a large model is loaded
-        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config", AS_NOW)
+        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config", UPGRADE_CONFIG)
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     named = model if model is not None else str(config.model.name)
     in_memory = not isinstance(named, (str, Path))
@@ -126,16 +126,16 @@ def _update(
         **keeping.fingerprint(keep),
         **lm.encoder.fingerprint(),
     }
-    if processes.count() > 1:
-        inputs["processes"] = processes.count()  # their parts of the weights fit no other number of them
+    if processes.world_size() > 1:
+        inputs["processes"] = processes.world_size()  # their parts of the weights fit no other number of them
     if config.keep_change and METHODS[config.method].learns != "lora":
         restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
-        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=AS_NOW)
+        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=UPGRADE_CONFIG)
     )
     run.check_seen()
-    n_processes = processes.count()
+    n_processes = processes.world_size()
     line, foreseen = processes.on_main(lambda: plan.foresee(lm, fact_set, config, n_processes))
     log.info(line)
     noted = {"plan": foreseen, "lora": left_by_lora(config, lm)}

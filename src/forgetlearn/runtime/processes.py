@@ -145,7 +145,7 @@ def _one_message() -> Iterator[None]:
         raise
 
 
-def is_told(error: BaseException) -> bool:
+def is_reported(error: BaseException) -> bool:
     """Whether another process tells of an error, or of the one that it follows from."""
     # Before the processes are joined all of them meet the same one.
     everywhere = isinstance(error, ForgetLearnError) and launched_as() > 0
@@ -168,7 +168,7 @@ def _first_to_fail() -> bool:
     return False
 
 
-def told() -> None:
+def mark_reported() -> None:
     """Let the other processes end: the error has been printed."""
     if not _joined():
         return
@@ -183,7 +183,7 @@ def _joined() -> bool:
     return bool(distributed and distributed.is_available() and distributed.is_initialized())
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes work on this together."""
     if _alone.get() or not _joined():
         return 1
@@ -192,7 +192,7 @@ def count() -> int:
     return distributed.get_world_size()
 
 
-def place() -> int:
+def rank() -> int:
     """Which of them this is, from 0."""
     if not _joined():
         return 0
@@ -203,22 +203,22 @@ def place() -> int:
 
 def is_main() -> bool:
     """Whether this is the process that writes."""
-    return place() == 0
+    return rank() == 0
 
 
 def barrier() -> None:
     """Wait until all processes are here."""
-    if count() > 1:
+    if world_size() > 1:
         gather(None)
 
 
 def gather(own: T) -> list[T]:
     """What each process has, in their order, known to all."""
-    if count() == 1:
+    if world_size() == 1:
         return [own]
     from torch import distributed
 
-    found: list[Any] = [None] * count()
+    found: list[Any] = [None] * world_size()
     distributed.all_gather_object(found, own)
     return found
 
@@ -229,11 +229,11 @@ def share(items: Sequence[T]) -> list[T]:
     Where they cannot be divided, the last item is in several parts: with a model that is split over the processes all
     have to compute equally often.
     """
-    n = count()
+    n = world_size()
     if n == 1 or not items:
         return list(items)
     rounds = -(-len(items) // n)
-    return [items[min(place() + n * index, len(items) - 1)] for index in range(rounds)]
+    return [items[min(rank() + n * index, len(items) - 1)] for index in range(rounds)]
 
 
 def merged(own: Mapping[K, T]) -> dict[K, T]:
@@ -243,7 +243,7 @@ def merged(own: Mapping[K, T]) -> dict[K, T]:
 
 def on_main(compute: Callable[[], T]) -> T:
     """What `compute` gives in process 0, told to all; what it raises there is raised in all."""
-    if count() == 1:
+    if world_size() == 1:
         return compute()
     answer: Any = None
     failure: Exception | None = None
@@ -267,8 +267,8 @@ def check_enough_for(n_facts: int, what: str = "facts") -> None:
     Raises:
         ConfigError: there are more processes than facts.
     """
-    if n_facts < count():
-        raise ConfigError(f"{count()} processes for {n_facts} {what}. Start {max(1, n_facts)} at most.")
+    if n_facts < world_size():
+        raise ConfigError(f"{world_size()} processes for {n_facts} {what}. Start {max(1, n_facts)} at most.")
 
 
 @contextmanager
@@ -281,7 +281,7 @@ def main_speaks() -> Iterator[None]:
         yield
 
 
-def hush() -> None:
+def silence_other_ranks() -> None:
     """Leave the messages to process 0."""
     if launched_as() > 0:
         logging.getLogger("forgetlearn").setLevel(logging.CRITICAL)

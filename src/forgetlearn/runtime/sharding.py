@@ -28,13 +28,13 @@ def loading_options() -> dict[str, Any]:
     Raises:
         ConfigError: there is one process.
     """
-    if processes.count() == 1:
+    if processes.world_size() == 1:
         raise ConfigError(
             f"model.shard: there is one process, and nothing to split over. Start several: {processes.HOW_TO_START}"
         )
     from transformers.distributed import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(fsdp_size=processes.count())}
+    return {"distributed_config": DistributedConfig(fsdp_size=processes.world_size())}
 
 
 def check_sharded(model: nn.Module) -> None:
@@ -48,8 +48,8 @@ def check_sharded(model: nn.Module) -> None:
     if whole or not is_sharded(model):
         raise ModelError(f"model.shard: {len(whole)} of {len(parameters)} weights were not split, such as {whole[0]}.")
     over = {weight.device_mesh.size() for weight in parameters.values() if isinstance(weight, DTensor)}
-    if over != {processes.count()}:
-        raise ModelError(f"model.shard: split over {sorted(over)} processes, expected {processes.count()}.")
+    if over != {processes.world_size()}:
+        raise ModelError(f"model.shard: split over {sorted(over)} processes, expected {processes.world_size()}.")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -174,4 +174,4 @@ def load_parts(model: nn.Module, file: Path) -> dict[str, Tensor]:
 
 
 def _own_file(file: Path) -> Path:
-    return file.with_name(f"{file.stem}-{processes.place() + 1:05d}-of-{processes.count():05d}{file.suffix}")
+    return file.with_name(f"{file.stem}-{processes.rank() + 1:05d}-of-{processes.world_size():05d}{file.suffix}")

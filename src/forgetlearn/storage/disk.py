@@ -128,7 +128,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     Raises:
         RunError: writing failed, of a full disk say; nothing is left behind.
     """
-    if processes.count() > 1:
+    if processes.world_size() > 1:
         with _shared_folder(final) as unfinished:
             yield unfinished
         return

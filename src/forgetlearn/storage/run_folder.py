@@ -126,7 +126,7 @@ class RunFolder:
         """
         if not (self.path / MANIFEST).is_file():
             raise RunError(
-                f"Process {processes.place()} does not see {self.path}, which process 0 writes. "
+                f"Process {processes.rank()} does not see {self.path}, which process 0 writes. "
                 "Choose an output folder on a file system that all machines share."
             )
 

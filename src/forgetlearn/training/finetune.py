@@ -43,7 +43,7 @@ from forgetlearn.models.encoding import Encoded
 from forgetlearn.runtime import processes, sharding, signals
 from forgetlearn.training import memory, stage_checkpoints
 from forgetlearn.training.callbacks import Saving, Steps, final_loss
-from forgetlearn.training.stage_checkpoints import Upkeep
+from forgetlearn.training.stage_checkpoints import StageIO
 
 log = logging.getLogger("forgetlearn")
 BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
@@ -84,11 +84,11 @@ def finetune(
     pad_id: int,
     device: torch.device | None = None,
     variant: Variant | None = None,
-    upkeep: Upkeep | None = None,
+    stage_io: StageIO | None = None,
 ) -> StageLog:
     """The log of a stage; `model` is trained in place, whichever of its parameters require gradients.
 
-    Where `upkeep` names a folder of checkpoints that holds one of this stage, it goes on from that, to the same bits.
+    Where `stage_io` names a folder of checkpoints that holds one of this stage, it goes on from that, to the same bits.
 
     The same model, texts, settings and seed give the same weights to the bit on one machine. Weights that
     are trained must be float32: half precision loses the small steps of a fact update.
@@ -108,12 +108,12 @@ def finetune(
     while True:
         try:
             stage_log = _finetune(
-                model, texts, settings, seed=seed, pad_id=pad_id, device=device, variant=variant, upkeep=upkeep
+                model, texts, settings, seed=seed, pad_id=pad_id, device=device, variant=variant, stage_io=stage_io
             )
             break
         except memory.OutOfMemory as error:
             smaller = _smaller_micro_batch(settings)
-            if error.touched or smaller is None or processes.count() > 1:
+            if error.touched or smaller is None or processes.world_size() > 1:
                 raise
             told = (str(error).splitlines()[0], smaller)
         # Only here are the activations of the error's frames gone.
@@ -144,13 +144,13 @@ def _finetune(
     pad_id: int,
     device: torch.device | None,
     variant: Variant | None,
-    upkeep: Upkeep | None,
+    stage_io: StageIO | None,
 ) -> StageLog:
-    variant, upkeep = variant or Variant(), upkeep or Upkeep()
+    variant, stage_io = variant or Variant(), stage_io or StageIO()
     check_trainable(model, texts, settings, device)
-    with _folder_for_trainer(upkeep) as folder:
+    with _folder_for_trainer(stage_io) as folder:
         arguments = _arguments(settings, seed, folder, use_cpu=_on_cpu(device))
-        arguments.report_to, arguments.run_name = list(upkeep.trackers), upkeep.name
+        arguments.report_to, arguments.run_name = list(stage_io.trackers), stage_io.name
         _check_processes(arguments)
         # Whole steps, rounded down: Trainer rounds up, and its first warm-up step has rate 0, so a stage of
         # one step would learn nothing.
@@ -164,7 +164,7 @@ def _finetune(
         if layout == "single":
             arguments.per_device_train_batch_size = batch = facts_at_once(settings, layout)
             arguments.gradient_accumulation_steps = settings.batch_size // batch
-        steps = Steps(upkeep.name, len(texts), settings.epochs * sum(len(text.ids) for text in texts))
+        steps = Steps(stage_io.name, len(texts), settings.epochs * sum(len(text.ids) for text in texts))
         own_forward = vars(model).get("forward")
         with (
             attention_by_text(model, texts, layout, pad_id, arguments.device) as is_by_text,
@@ -181,15 +181,15 @@ def _finetune(
                 data_collator=_Collator(layout, pad_id, settings.max_packed_tokens, is_by_text),
                 callbacks=[steps] if variant.max_change is None else [steps, _Ball(model, variant.max_change)],
                 loss_sign=variant.loss_sign,
-                points=upkeep.points,
+                points=stage_io.points,
             )
             watch = memory.Watch()
             for callback in [*memory.callbacks(model), watch]:
                 trainer.add_callback(callback)
             trainer.remove_callback(PrinterCallback)
             try:
-                with memory.enough(upkeep.name, settings.micro_batch_size or settings.batch_size, watch):
-                    trainer.train_with_points(upkeep)
+                with memory.enough(stage_io.name, settings.micro_batch_size or settings.batch_size, watch):
+                    trainer.train_with_points(stage_io)
             finally:
                 if settings.deepspeed and trainer.deepspeed is not None:
                     trainer.deepspeed.destroy()  # its hooks on the weights, before the next stage
@@ -246,9 +246,9 @@ def _check_processes(arguments: TrainingArguments) -> None:
     Raises:
         TrainingError: it does not: it would train alone, in each of them, without a word.
     """
-    if arguments.world_size != processes.count():
+    if arguments.world_size != processes.world_size():
         raise TrainingError(
-            f"{processes.count()} processes are there, but transformers sees {arguments.world_size}. "
+            f"{processes.world_size()} processes are there, but transformers sees {arguments.world_size}. "
             f"Start them with {processes.HOW_TO_START}"
         )
 
@@ -258,14 +258,14 @@ def facts_at_once(settings: TrainSettings, layout: Layout = "packed") -> int:
 
     Of several processes each takes one fact at a time where they cannot be batched: all have to compute equally often.
     """
-    micro = 1 if layout == "single" and processes.count() > 1 else settings.micro_batch_size or settings.batch_size
-    most = micro * processes.count()
+    micro = 1 if layout == "single" and processes.world_size() > 1 else settings.micro_batch_size or settings.batch_size
+    most = micro * processes.world_size()
     return _largest_divisor(settings.batch_size, most)
 
 
 def own_part(texts: list[Encoded]) -> list[Encoded]:
     """This process's part of a batch; where none is left, a text without answer: it is computed, and adds nothing."""
-    own = texts[processes.place() :: processes.count()]
+    own = texts[processes.rank() :: processes.world_size()]
     return own or [Encoded(texts[0].ids, len(texts[0].ids))]
 
 
@@ -334,10 +334,10 @@ def _arguments(settings: TrainSettings, seed: int, folder: str, *, use_cpu: bool
 
 
 @contextmanager
-def _folder_for_trainer(upkeep: Upkeep) -> Iterator[str]:
+def _folder_for_trainer(stage_io: StageIO) -> Iterator[str]:
     """Where Trainer and the trackers may write; what nobody asked for is thrown away."""
-    if upkeep.trackers and upkeep.logs is not None:
-        yield str(upkeep.logs)
+    if stage_io.trackers and stage_io.logs is not None:
+        yield str(stage_io.logs)
         return
     with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:
         yield unused
@@ -409,7 +409,7 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
         accelerate would fill the last batch up with facts of the first, so a step would see facts twice.
         """
         loader = super().get_train_dataloader()
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             sampler = loader.batch_sampler
             sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
         return loader
@@ -450,7 +450,7 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
             self.step_tokens, self.step_began = 0, now
         super().log(logs, start_time)
 
-    def train_with_points(self, upkeep: Upkeep) -> None:
+    def train_with_points(self, stage_io: StageIO) -> None:
         """Train, from the newest checkpoint where there is one; save more of them, and one before an interruption."""
         # A sharded optimiser cannot be loaded again into a model that was sharded as it was loaded: there a stage is
         # the unit of resume.
@@ -458,7 +458,7 @@ class _FactTrainer(Trainer):  # type: ignore[misc]
         if self.points is None or any(getattr(self, name, False) for name in sharded):
             self.train()
             return
-        self.add_callback(Saving(upkeep.name, upkeep.minutes))
+        self.add_callback(Saving(stage_io.name, stage_io.minutes))
         begin = stage_checkpoints.newest(self.points, self.args.world_size)
         with signals.deferred():
             self.train(resume_from_checkpoint=str(begin) if begin else None)

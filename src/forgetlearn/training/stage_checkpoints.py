@@ -26,7 +26,7 @@ MARKER, WEIGHTS = "complete.json", "weights.safetensors"
 
 
 @dataclass(frozen=True)
-class Upkeep:
+class StageIO:
     """What a stage does beside training; the weights that come out do not depend on it.
 
     name: what it is called where it is shown. points: folder of its checkpoints; None keeps none. minutes: between two
@@ -40,7 +40,7 @@ class Upkeep:
     trackers: tuple[str, ...] = ()
     logs: Path | None = None
 
-    def part(self, name: str) -> Upkeep:
+    def part(self, name: str) -> StageIO:
         """For one of several fine-tunings in a stage."""
         return replace(self, points=self.points and self.points / name)
 
