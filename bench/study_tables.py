@@ -44,7 +44,7 @@ class Row:
     @property
     def plain(self) -> str:
         """The label of what it is compared with."""
-        return "lora" if METHODS[self.first.method].learns == "lora" else "ft"
+        return METHODS[self.first.method].plain
 
     @cached_property
     def scores(self) -> dict[tuple[int, int], Scores]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from forgetlearn.config import preflight
 from forgetlearn.config.base import Settings, upgraded
-from forgetlearn.config.methods import METHODS, PAPER_METHODS, How, MethodName
+from forgetlearn.config.methods import METHODS, PAPER_METHODS, PLAIN_METHODS, How, MethodName
 from forgetlearn.config.schema import AUTO, Modules, Rows, RunConfig
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.evaluation import scoring
@@ -167,7 +167,7 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
             for coef in _coefs(method, variant.coefs or settings.coefs)
         ]
         in_all = n_epochs + config.forget.epochs
-        if "equal-steps" in settings.budgets and method in ("ft", "lora") and in_all not in epochs:
+        if "equal-steps" in settings.budgets and method in PLAIN_METHODS and in_all not in epochs:
             cells.append(Cell(method, None, in_all, seed, "equal-steps"))  # else the cell of so many epochs is that
     return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
 
@@ -402,7 +402,7 @@ class _Worker:
         forget_tuned(self.lm, tuned, config.forgetting, how, facts=facts)
 
     def _tune_on_old(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> dict[str, Tensor]:
-        """Return the tuned weights (all, or the adapter's), computed once for all processes; keep the last in memory."""
+        """Return the tuned weights (all, or the adapter's), computed once for all processes."""
         name = f"old-{how.replace(' ', '-')}-seed{config.seed}"
 
         def compute() -> tuple[dict[str, Tensor], StageLog]:

@@ -11,11 +11,16 @@ How = Literal["all weights", "lora", "one module", "bounded", "ascent"]
 
 @dataclass(frozen=True)
 class Method:
-    """With what a method forgets (None: it does not) and with what it learns."""
+    """How a method forgets (None if it does not) and how it learns."""
 
     forgets: How | None
     learns: How
     source: str = "Ni et al. 2023, arXiv:2311.08011"
+
+    @property
+    def plain(self) -> str:
+        """The plain method, which only learns, that learns most like this one: what it is compared with."""
+        return "lora" if self.learns == "lora" else "ft"
 
 
 METHODS: Mapping[str, Method] = {
@@ -29,6 +34,7 @@ METHODS: Mapping[str, Method] = {
     "ft-c": Method(None, "bounded", "Zhu et al. 2020, arXiv:2012.00363: within an L-infinity ball"),
     "ga": Method("ascent", "all weights", "Jang et al. 2023, arXiv:2210.01504: gradient ascent on the old answers"),
 }
+PLAIN_METHODS = tuple(name for name, method in METHODS.items() if method.plain == name)
 PAPER_METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 
 if TYPE_CHECKING:
