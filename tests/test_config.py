@@ -228,7 +228,7 @@ def test_unknown_name_far_from_all_lists_what_is_known():
 
 def test_setting_below_a_value():
     assert problems({"method": "ft", "method.name": "ft"}) == [
-        "method.name: 'method' is a single value ('ft'), it holds no settings."
+        "method.name: 'method' is a single value ('ft'), not a section of settings."
     ]
 
 
