@@ -27,7 +27,6 @@ from forgetlearn.cli.options import (
     OverwriteOption,
     ProcessesOption,
     ResumeOption,
-    SeedOption,
     takes,
 )
 from forgetlearn.cli.terminal import PlainLines, nested, print_facts, print_scores, print_table, say
@@ -48,6 +47,7 @@ app = typer.Typer(
 
 app.add_typer(weights.app)
 
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 TOGETHER = ("update", "evaluate")  # commands that several processes share
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from forgetlearn.cli.options import JsonOption, OutputOption, OverwriteOption, RunArgument, SeedOption
+from forgetlearn.cli.options import JsonOption, OutputOption, OverwriteOption, RunArgument
 from forgetlearn.cli.terminal import print_tallies, say
 from forgetlearn.errors import ConfigError, plain
 
@@ -33,6 +33,7 @@ DtypeOption = Annotated[StoredAs, typer.Option("--dtype", help="Precision of the
 RoundingOption = Annotated[
     Rounding, typer.Option("--rounding", help="stochastic keeps small changes in bfloat16, with a little noise.")
 ]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of stochastic rounding.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; unset: the cores, up to 4.")]
 BaseIdOption = Annotated[str | None, typer.Option("--base-model-id", help="The base's id on the hub, for the card.")]
 MergedOption = Annotated[bool, typer.Option("--merged", help="The merged weights instead of the adapter.")]

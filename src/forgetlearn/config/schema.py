@@ -290,7 +290,8 @@ class FactsSettings(Settings):
     aliases: str | None = Field(
         None,
         min_length=1,
-        description="Separator between several ways to write an answer, such as |. The first is taught, each counts as right.",
+        description="Separator between several ways to write an answer, such as a bar. The first is taught, all count "
+        "as right.",
     )
 
     @field_validator("old_from")
