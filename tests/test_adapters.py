@@ -199,7 +199,7 @@ WRONG_TARGETS = [
 @pytest.mark.parametrize(("targets", "tied", "message"), WRONG_TARGETS)
 def test_targets_are_checked_before_anything_begins(tiny_model, targets, tied, message):
     model = tiny_model(tied=tied)
-    with pytest.raises(ConfigError, match=rf"^forget\.lora\.target_modules .*{message}"):
+    with pytest.raises(ConfigError, match=rf"^lora\.target_modules .*{message}"):
         lora.check_targets(model, LoraSettings(target_modules=targets))
     with pytest.raises(ConfigError, match=rf"^lora\.target_modules .*{message}"):
         lora.attach(model, LoraSettings(target_modules=targets), FORGET, seed=0)

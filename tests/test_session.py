@@ -821,11 +821,11 @@ def test_a_config_that_contradicts_what_is_passed_in_is_refused(small_lab, facts
 
 
 @pytest.mark.parametrize("targets", ["[nothing]", "(q_proj", "[embed_tokens]"])
-@pytest.mark.parametrize("stage", ["forget", "learn"])
-def test_bad_target_modules_are_found_before_anything_is_written(small_lab, facts, config, tmp_path, stage, targets):
+@pytest.mark.parametrize("method", ["lora", "f-lora-ft"])  # whose learning, and whose forgetting, trains an adapter
+def test_bad_target_modules_are_found_before_anything_is_written(small_lab, facts, config, tmp_path, method, targets):
     value = [targets.strip("[]")] if targets.startswith("[") else targets
-    settings = config("f-lora", **{f"{stage}__lora__target_modules": value})
-    with pytest.raises(ConfigError, match=rf"{stage}\.lora\.target_modules"):
+    settings = config(method, lora__target_modules=value)
+    with pytest.raises(ConfigError, match=r"lora\.target_modules"):
         update(small_lab, facts, settings, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
