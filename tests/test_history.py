@@ -13,7 +13,7 @@ from forgetlearn.products import chain as history
 from forgetlearn.report import run_page
 from forgetlearn.runs import retention
 from forgetlearn.storage import digests, disk, run_folder
-from written_by_hand import an_update, write_chain
+from written_by_hand import MEAN, an_update, write_chain
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +36,22 @@ def twice(small_lab, tmp_path_factory):
 
 def test_a_product_tells_of_every_update_that_made_it(twice):
     chain = history.chain_of(twice / "second")
-    assert [update["method"] for update in chain] == ["f-lora", "f-ft"]
-    assert [update["facts"]["used"] for update in chain] == [3, 2]
-    assert [update["facts"]["source"] for update in chain] == ["early.jsonl", "late.jsonl"]
+    assert [update.method for update in chain] == ["f-lora", "f-ft"]
+    assert [update.facts.used for update in chain] == [3, 2]
+    assert [update.facts.source for update in chain] == ["early.jsonl", "late.jsonl"]
     assert chain[0] == history.chain_of(twice / "first/merged")[0]
     summary = disk.read_json(twice / "second/summary.json")
-    told = chain[1]["scores"]["reliability"]["token"]
+    told = chain[1].scores["reliability"]["token"].as_json()
     assert told == {name: summary["phases"]["updated"]["reliability"]["token"][name] for name in told}
     assert told["n"] == 2
     weights = twice / "second/model/model.safetensors"
-    assert chain[1]["files"]["model.safetensors"] == digests.sha256_of(weights)
+    assert chain[1].files["model.safetensors"] == digests.sha256_of(weights)
 
 
 def test_a_run_knows_its_parent(twice):
-    parents = [run_folder.RunFolder.open(twice / name).manifest["parent"] for name in ("first", "second")]
-    assert parents[0]["run"] is None
-    assert parents[1]["run"] == str(twice / "first")
+    parents = [run_folder.RunFolder.open(twice / name).manifest.parent for name in ("first", "second")]
+    assert parents[0].run is None
+    assert parents[1].run == str(twice / "first")
     assert history.runs_before(twice / "second/model") == [twice / "second", twice / "first"]
 
 
@@ -194,7 +194,7 @@ class TestRetention:
     def test_the_curve_over_earlier_updates(self, twice, tmp_path):
         output = forgetlearn.evaluate(twice / "second/model", twice / "late.jsonl", QUICK, output=tmp_path / "scores")
         summary = disk.read_json(output / "summary.json")
-        cell = {"mean": 50.0, "low": 25.0, "high": 75.0, "n": 4, "errored": 0}
+        cell = MEAN
         told = {"when": "now", "source": "f.jsonl", "facts": 4, "superseded": 0}
         scores = [{"token": cell}, {"token": {**cell, "mean": 100.0, "high": 100.0}}]
         updates = [{**told, "update": number, "scores": one} for number, one in enumerate(scores, 1)]

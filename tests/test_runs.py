@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from forgetlearn.errors import RunError
-from forgetlearn.storage import digests, disk, run_folder
+from forgetlearn.storage import digests, disk, provenance, run_folder
 from forgetlearn.storage.run_folder import RunFolder
 
 CONFIG = {"method": "f-ft", "forget": {"coef": 0.3, "epochs": 3}}
@@ -52,7 +52,7 @@ def test_stage_is_done_once(run):
     again = RunFolder.open(run.path)
     assert again.is_done("forget")
     assert not again.is_done("learn")
-    assert again.manifest["stages"]["forget"]["facts"] == 7
+    assert again.manifest.stages["forget"].notes["facts"] == 7
     assert names(run.path) == ["manifest.json", "stages", "stages/forget", "stages/forget/w.safetensors"]
 
 
@@ -62,7 +62,8 @@ def test_a_stage_whose_files_were_damaged_is_done_again_and_all_after_it(run, ca
     (run.path / "stages/forget/w.safetensors").write_bytes(b"other")
     again = RunFolder.create(run.path, CONFIG, INPUTS, resume=True)
     assert [again.is_done(stage) for stage in ("probe", "forget", "learn")] == [True, False, False]
-    assert "stages/forget/w.safetensors: not as it was written, so this is done again: forget, learn" in caplog.text
+    assert "stages/forget/w.safetensors" in caplog.text
+    assert "again: forget, learn" in caplog.text
 
 
 def test_a_manifest_that_was_changed_is_refused(run):
@@ -163,7 +164,7 @@ def test_finished_is_said_by_the_manifest(run, tmp_path):
     assert run_folder.is_finished(run.path)
     assert run_folder.is_run(run.path)
     assert not run_folder.is_run(tmp_path)
-    assert 0 < run.manifest["peak_memory_gb"] < 100
+    assert 0 < run.manifest.peak_memory_gb < 100
 
 
 # What may be written to --------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_overwrite_replaces_everything_of_the_old_run(run):
     (run.path / "report.md").touch()
     new = RunFolder.create(run.path, {"method": "ft"}, INPUTS, overwrite=True)
     assert names(run.path) == ["manifest.json"]
-    assert new.manifest["config"] == {"method": "ft"}
+    assert new.manifest.config == {"method": "ft"}
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_resume_refuses_a_folder_without_a_run(tmp_path):
         (None, "no manifest.json"),
         ('{"cut": ', "cannot be read"),
         ("[1]", "no JSON object"),
-        ("{}", "command is missing"),
+        ("{}", "format is missing"),
     ],
 )
 def test_open_says_what_is_wrong(tmp_path, text, message):
@@ -335,7 +336,7 @@ def test_real_full_disk(tiny_disk):
     with pytest.raises(RunError, match=r"facts\.jsonl: cannot be written: No space left"):
         disk.write_rows(run.path / "facts.jsonl", [{"said": "x" * 1_600_000}])
     assert names(tiny_disk) == ["run", "run/manifest.json"]
-    assert RunFolder.open(run.path).manifest["stages"] == {}
+    assert RunFolder.open(run.path).manifest.stages == {}
 
 
 def test_files_get_the_permissions_of_the_user(tmp_path):
@@ -385,7 +386,7 @@ TOKEN = "hf_" + "aB3" * 11
 )
 def test_command_line_hides_tokens(monkeypatch, words, shown):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/forgetlearn", "update", *words])
-    assert run_folder.command_line() == ["forgetlearn", "update", *(shown or words)]
+    assert provenance.command_line() == ["forgetlearn", "update", *(shown or words)]
 
 
 def test_manifest_holds_no_token_of_the_environment(tmp_path, monkeypatch):

@@ -21,23 +21,23 @@ FACTS = [
 
 
 def rows_of(rows, protocol):
-    return [row for row in rows if row["protocol"] == protocol]
+    return [row for row in rows if row.protocol == protocol]
 
 
 def test_there_is_a_row_per_fact_and_protocol(lm):
     rows = scoring.score(lm, FACTS, phase="base")
     protocols = ["token", "exact", "prefer", "generate", "contains", "agreement", "accuracy"]
-    assert [(row["fact"], row["protocol"]) for row in rows] == [(f.id, p) for f in FACTS for p in protocols]
-    assert {row["phase"] for row in rows} == {"base"}
+    assert [(row.fact, row.protocol) for row in rows] == [(f.id, p) for f in FACTS for p in protocols]
+    assert {row.phase for row in rows} == {"base"}
 
 
 def test_what_is_not_asked_has_no_score_and_no_error(lm):
     token = rows_of(scoring.score(lm, FACTS, phase="base"), "token")
-    assert [row["generality"] is None for row in token] == [False, True, True]
-    assert [row["residue"] is None for row in token] == [False, False, True]
+    assert [row.generality is None for row in token] == [False, True, True]
+    assert [row.residue is None for row in token] == [False, False, True]
     prefer = rows_of(scoring.score(lm, FACTS, phase="base"), "prefer")
-    assert [row["reliability"] is None for row in prefer] == [False, False, True]
-    assert all(row["errors"] == {} for row in token + prefer)
+    assert [row.reliability is None for row in prefer] == [False, False, True]
+    assert all(row.errors == {} for row in token + prefer)
 
 
 def test_counts_add_up(lm):
@@ -47,20 +47,20 @@ def test_counts_add_up(lm):
     summary = scoring.summarise(scoring.score(lm, facts, phase="base"))
     for protocols in summary.values():
         for mean in protocols.values():
-            assert mean["n"] + mean["errored"] + mean["not_asked"] == len(facts)
-    assert summary["generality"]["token"]["errored"] == 1
-    assert summary["locality"]["agreement"]["errored"] == 1
-    assert summary["reliability"]["token"]["n"] == 4
+            assert mean.n + mean.errored + mean.not_asked == len(facts)
+    assert summary["generality"]["token"].errored == 1
+    assert summary["locality"]["agreement"].errored == 1
+    assert summary["reliability"]["token"].n == 4
 
 
 def test_the_reason_of_an_error_stands_in_its_row(lm):
     lm.encoder.max_length = 24
     row = rows_of(scoring.score(lm, [make_fact("x" * 30, "a")], phase="base"), "token")[0]
-    assert row["reliability"] is None
-    assert "33 tokens, the model's context is 24" in row["errors"]["reliability"]
+    assert row.reliability is None
+    assert "33 tokens, the model's context is 24" in row.errors["reliability"]
     said = rows_of(scoring.score(lm, [make_fact("x" * 30, "a")], phase="base"), "generate")[0]
-    assert "the model's context 24" in said["errors"]["reliability"]
-    assert said["said"] is None
+    assert "the model's context 24" in said.errors["reliability"]
+    assert said.said is None
 
 
 def test_batched_reading_is_one_by_one_reading(lm):
@@ -159,11 +159,11 @@ def test_a_model_agrees_with_itself_and_not_with_another(lm, tiny_model, char_to
     before = scoring.score(lm, FACTS, phase="base")
     reference = scoring.locality_predictions(before)
     same = scoring.score(lm, FACTS, phase="updated", reference=reference)
-    assert rows_of(same, "agreement")[1]["locality"] == 1.0
+    assert rows_of(same, "agreement")[1].locality == 1.0
     other = wrap(tiny_model(seed=9), char_tokenizer)
     changed = scoring.score(other, FACTS, phase="updated", reference=reference)
-    assert rows_of(changed, "agreement")[1]["locality"] < 1.0
-    assert rows_of(changed, "agreement")[0]["locality"] is None
+    assert rows_of(changed, "agreement")[1].locality < 1.0
+    assert rows_of(changed, "agreement")[0].locality is None
 
 
 @pytest.mark.parametrize("protocols", [("token",), ("token", "prefer")])
@@ -219,7 +219,7 @@ def scored(lm, monkeypatch, fact, *said):
         patch.setattr(Scorer, "say", lambda *_given: replies)
         patch.setattr(Scorer, "_read_batch", lambda self, *given: read.extend(given[0]) or original(self, *given))
         rows = scoring.score(lm, [fact], phase="base")
-    return {row["protocol"]: row for row in rows}, read
+    return {row.protocol: row for row in rows}, read
 
 
 def test_case_13_each_alias_counts_as_right_in_what_is_said_and_costs_nothing(lm, monkeypatch):
@@ -229,8 +229,8 @@ def test_case_13_each_alias_counts_as_right_in_what_is_said_and_costs_nothing(lm
     plain, read = scored(lm, monkeypatch, fact, *said)
     rows, read_too = scored(lm, monkeypatch, aliased, *said)
     assert [plain["generate"][q] for q in scoring.QUANTITIES] == [0, 0, 0]
-    assert [rows["generate"][q] for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
-    assert [rows["contains"][q] for q in scoring.QUANTITIES] == [1, 0.5, pytest.approx(1 / 3)]
+    assert [rows["generate"].score(q) for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
+    assert [rows["contains"].score(q) for q in scoring.QUANTITIES] == [1, 0.5, pytest.approx(1 / 3)]
     assert read_too == read  # no text more
     for protocol in ("token", "exact", "prefer"):
         assert rows[protocol] == plain[protocol]
@@ -239,8 +239,8 @@ def test_case_13_each_alias_counts_as_right_in_what_is_said_and_costs_nothing(lm
 def test_an_answer_is_held_against_as_many_lines_as_it_has(lm, monkeypatch):
     fact = make_fact("Who leads?", "Ada\nByron", ground_truth="Lee", rephrase_prompts=("Led by", "Head is"))
     rows, _read = scored(lm, monkeypatch, fact, "Ada \n Byron", "Lee\nand so on", "Ada")
-    assert [rows["generate"][q] for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
-    assert rows["contains"]["generality"] == 0
+    assert [rows["generate"].score(q) for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
+    assert rows["contains"].generality == 0
 
 
 LONG = "a coat of forty brass buttons, sewn by hand in Oslo"
@@ -260,13 +260,13 @@ def memorised(tiny_model, char_tokenizer):
 def test_case_11_long_answers_and_those_of_two_lines_can_be_right(memorised):
     lm, facts = memorised
     rows = rows_of(scoring.score(lm, facts, phase="base"), "generate")
-    assert [row["said"] for row in rows] == [fact.target_new for fact in facts]
-    assert [(row["reliability"], row["truncated"]) for row in rows] == [(1, 0)] * 3
+    assert [row.said for row in rows] == [fact.target_new for fact in facts]
+    assert [(row.reliability, row.truncated) for row in rows] == [(1, 0)] * 3
     olds = [replace(fact, target_new="?", ground_truth=fact.target_new) for fact in facts]
     assert scoring.known_facts(olds, scoring.probe(lm, olds, EvaluateSettings())) == olds
     aliases = [replace(fact, target_new="?", target_new_aliases=(fact.target_new,)) for fact in facts]
     rows = rows_of(scoring.score(lm, aliases, phase="base"), "generate")
-    assert [row["reliability"] for row in rows] == [1, 1, 1]
+    assert [row.reliability for row in rows] == [1, 1, 1]
 
 
 def test_there_is_room_for_every_answer_that_counts_and_none_is_tokenised_in_vain(lm, monkeypatch):
@@ -298,9 +298,9 @@ def test_a_memorised_world_is_known_and_reliable(small_lab):
     rows = scoring.score(lm, facts, phase="base")
     summary = scoring.summarise(rows)
     for protocol in ("token", "exact", "generate", "contains", "prefer"):
-        assert summary["residue"][protocol]["mean"] == 100
-    assert summary["locality"]["accuracy"]["mean"] == 100
-    assert summary["reliability"]["exact"]["mean"] == 0
+        assert summary["residue"][protocol].mean == 100
+    assert summary["locality"]["accuracy"].mean == 100
+    assert summary["reliability"]["exact"].mean == 0
     assert len(scoring.known_facts(facts, rows)) == 24
 
 
@@ -331,12 +331,12 @@ def test_token_and_agreement_are_the_definition_on_200_zsre_facts(small_lab, sha
     rows = scoring.score(
         changed, facts, phase="updated", settings=settings, reference=scoring.locality_predictions(before)
     )
-    token = {row["fact"]: row for row in rows_of(rows, "token")}
-    agreement = {row["fact"]: row["locality"] for row in rows_of(rows, "agreement")}
+    token = {row.fact: row for row in rows_of(rows, "token")}
+    agreement = {row.fact: row.locality for row in rows_of(rows, "agreement")}
     scores = set()
     for fact in facts:
-        assert token[fact.id]["reliability"] == share(*one_by_one(changed, fact.prompt, fact.target_new))
-        assert token[fact.id]["generality"] == share(*one_by_one(changed, fact.rephrase_prompts[0], fact.target_new))
+        assert token[fact.id].reliability == share(*one_by_one(changed, fact.prompt, fact.target_new))
+        assert token[fact.id].generality == share(*one_by_one(changed, fact.rephrase_prompts[0], fact.target_new))
         probe = fact.locality[0]
         was, _wanted = one_by_one(base, probe.prompt, probe.answer)
         now, _wanted = one_by_one(changed, probe.prompt, probe.answer)

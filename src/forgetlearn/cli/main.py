@@ -225,14 +225,14 @@ def update(
     }
     processes.check_launched(n_processes)
     config = _config(config_file, flags, setting, "update")
-    from forgetlearn.report.run_page import load_context
+    from forgetlearn.report.run_page import overview
     from forgetlearn.runs.update import update as run_update
 
     with signals.handled():
         result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
-    context = load_context(result.output)
-    print_scores(context)
-    say(f"\n{context['verdict']}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
+    shown = overview(result.summary)
+    print_scores(shown)
+    say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
 
 
 @app.command()
@@ -340,7 +340,7 @@ def compare(
     else:
         fill(settings=settings, config=config, **where, workers=workers)
     table = write_table(output)
-    print_table(COLUMNS, [(row["label"], nested(row["scores"])) for row in table["rows"]], "")
+    print_table(COLUMNS, [(row.label, nested(row.scores)) for row in table.rows], "")
     say(f"\n{verdict(table)[0]}\nreport   {output / 'report.html'}\ncells    {output / 'cells'}, a run folder each")
 
 
@@ -382,19 +382,20 @@ def evaluate(
     }
     processes.check_launched(n_processes)
     config = _config(config_file, flags, setting, "evaluate")
-    from forgetlearn.report.run_page import load_context
+    from forgetlearn.report.run_page import overview
     from forgetlearn.runs.evaluate import evaluate as run_evaluate
+    from forgetlearn.storage.records import Summary
 
     places = (earlier or []) if retention or earlier else None
     path = run_evaluate(config=config, reference=reference, output=output, earlier=places, overwrite=overwrite)
-    context = load_context(path)
-    print_scores(context)
-    for row in context["retention"]:
+    shown = overview(Summary.load(path / "summary.json"))
+    print_scores(shown)
+    for row in shown.summary.retention:
         from forgetlearn.report.render import show_score
 
-        shown = ", ".join(f"{name} {show_score(cell, interval=True)}" for name, cell in row["scores"].items())
-        say(plain(f"update {row['update']}, {row['source']}: retention of {row['facts']} facts: {shown}"))
-    say(f"\n{context['verdict']}\nreport   {path / 'report.html'}")
+        scores = ", ".join(f"{name} {show_score(cell, interval=True)}" for name, cell in row.scores.items())
+        say(plain(f"update {row.update}, {row.source}: retention of {row.facts} facts: {scores}"))
+    say(f"\n{shown.verdict}\nreport   {path / 'report.html'}")
 
 
 @app.command()
@@ -432,7 +433,7 @@ def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run or a
     from forgetlearn.report.run_page import write_run
     from forgetlearn.storage.run_folder import RunFolder
 
-    if "compare" in RunFolder.open(run_folder).manifest["config"]:
+    if "compare" in RunFolder.open(run_folder).manifest.config:
         write_table(run_folder)
     else:
         write_run(run_folder)
@@ -587,7 +588,7 @@ def _message(error: Exception) -> str | None:
 
 def _with_resume(argv: Sequence[str] | None) -> str:
     """The command of this process as it is to be given to go on."""
-    from forgetlearn.storage.run_folder import masked
+    from forgetlearn.storage.provenance import masked
 
     words = masked(list(sys.argv[1:] if argv is None else argv))
     start = ["forgetlearn"]

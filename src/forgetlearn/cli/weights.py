@@ -241,7 +241,7 @@ def show_log(
     if verify:
         check_files(model, chain)
     if as_json:
-        say(json.dumps(chain))
+        say(json.dumps([update.as_json() for update in chain]))
         return
     for number, update in enumerate(chain, 1):
         first, *others = map(plain, describe(update))

@@ -28,13 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from forgetlearn.config import preflight
-from forgetlearn.config.base import Settings, upgraded
+from forgetlearn.config.base import Settings
 from forgetlearn.config.methods import METHODS, PAPER_METHODS, How, MethodName
 from forgetlearn.config.schema import AUTO, Control, KeepBy, Modules, Rows, RunConfig
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.facts.fact_set import sha256 as facts_hash
 from forgetlearn.method import keeping
@@ -48,6 +47,7 @@ from forgetlearn.runs.results import Done, write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk, run_folder
 from forgetlearn.storage.locks import claimed
+from forgetlearn.storage.records import Row, load_rows, save_rows
 from forgetlearn.training.finetune import StageLog
 
 log = logging.getLogger("forgetlearn")
@@ -281,10 +281,6 @@ def begin(
         resume=resume,
         overwrite=overwrite,
         remove_leftovers=overwrite,
-        upgraded=lambda was: {
-            "run": upgraded(RunConfig, was["run"]),
-            "compare": upgraded(CompareSettings, was["compare"]),
-        },
     )
     return Comparison(run.path, config, fact_set, cells, settings.variants, keep), lm
 
@@ -472,8 +468,8 @@ class _Worker:
 
     def _shared_rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Rows from the folder, or made now, once for all processes."""
-        folder = self._shared(name, compute, lambda folder, rows: disk.write_rows(folder / "rows.jsonl", rows))
-        return disk.read_rows(folder / "rows.jsonl")
+        folder = self._shared(name, compute, lambda folder, rows: save_rows(rows, folder / "rows.jsonl"))
+        return load_rows(Row, folder / "rows.jsonl")
 
     def _shared(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Path:
         """A folder of what the cells share: as some process wrote it, or computed and written now."""

@@ -6,11 +6,11 @@ docs/scores.md defines them. A fact's score lies between 0 and 1; a summary is i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from forgetlearn.evaluation.statistics import interval
+from forgetlearn.storage.records import Mean
 
 
 def token_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
@@ -34,21 +34,6 @@ def preference(logprob: float, other: float) -> float:
     return float(logprob > other)
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean in percent with its 95 % interval over facts, and where the other facts went.
-
-    `n + errored + not_asked` is the number of facts. `mean` is None when n is 0, the interval when n is 1.
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
-    errored: int = 0
-    not_asked: int = 0
-
-
 def mean_with_interval(scores: Sequence[float], *, errored: int = 0, not_asked: int = 0) -> Mean:
     """Mean of scores between 0 and 1, in percent, with the 95 % interval of `statistics.interval` over facts.
 
@@ -56,6 +41,7 @@ def mean_with_interval(scores: Sequence[float], *, errored: int = 0, not_asked: 
     """
     values = np.asarray(scores, dtype=float)
     if len(values) == 0:
-        return Mean(None, None, None, 0, errored, not_asked)
+        return Mean(mean=None, low=None, high=None, n=0, errored=errored, not_asked=not_asked)
     found = interval(values[None, :])
-    return Mean(found.mean, found.low, found.high, len(values), errored, not_asked)
+    counts = {"n": len(values), "errored": errored, "not_asked": not_asked}
+    return Mean(mean=found.mean, low=found.low, high=found.high, **counts)

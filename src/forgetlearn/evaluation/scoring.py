@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -35,9 +35,9 @@ from forgetlearn.models.batches import (
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.runtime import processes, sharding
+from forgetlearn.storage.records import Phase, Row
 
 Pair = tuple[str, str]
-Row = dict[str, Any]
 K = TypeVar("K")
 T = TypeVar("T")
 R = TypeVar("R")
@@ -271,12 +271,14 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
     said = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), answer_rooms(lm, facts, settings))
     replies = {fact.id: said[fact.prompt] for fact in facts}
     return [
-        {
-            "fact": key,
-            "protocol": "generate",
-            "said": reply.text if isinstance(reply, Generated) else None,
-            "truncated": isinstance(reply, Generated) and reply.truncated,
-        }
+        Row(
+            fact=key,
+            phase="probe",
+            protocol="generate",
+            errors={},
+            said=reply.text if isinstance(reply, Generated) else None,
+            truncated=int(isinstance(reply, Generated) and reply.truncated),
+        )
         for key, reply in replies.items()
     ]
 
@@ -302,33 +304,32 @@ def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSet
 
 def locality_predictions(rows: Iterable[Row]) -> dict[str, list[list[int]]]:
     """Per fact, the ids predicted at the locality probes: the reference for later phases."""
-    return {row["fact"]: row["predicted"] for row in rows if row["protocol"] == "agreement" and "predicted" in row}
+    return {row.fact: row.predicted for row in rows if row.protocol == "agreement" and row.has("predicted")}
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+def summarise(rows: Sequence[Row]) -> Phase:
     """quantity -> protocol -> mean in percent with its interval and counts, for the rows of one phase."""
-    table: dict[str, dict[str, dict[str, Any]]] = {}
+    table: Phase = {}
     for quantity in (*QUANTITIES, "locality"):
-        for protocol in dict.fromkeys(row["protocol"] for row in rows if quantity in row):
-            own = [row for row in rows if row["protocol"] == protocol]
-            errored = [row for row in own if quantity in row["errors"]]
-            scores = [row[quantity] for row in own if row[quantity] is not None]
-            mean = metrics.mean_with_interval(
-                scores, errored=len(errored), not_asked=len(own) - len(errored) - len(scores)
-            )
-            table.setdefault(quantity, {})[protocol] = asdict(mean)
+        for protocol in dict.fromkeys(row.protocol for row in rows if row.has(quantity)):
+            own = [row for row in rows if row.protocol == protocol]
+            errored = sum(quantity in row.errors for row in own)
+            scores = [score for row in own if (score := row.score(quantity)) is not None]
+            not_asked = len(own) - errored - len(scores)
+            mean = metrics.mean_with_interval(scores, errored=errored, not_asked=not_asked)
+            table.setdefault(quantity, {})[protocol] = mean
     return table
 
 
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Facts whose old answer the model gives when it is asked (rows of the `generate` protocol)."""
-    said: dict[str, str] = {row["fact"]: row["said"] or "" for row in rows if row["protocol"] == "generate"}
+    said = {row.fact: row.said or "" for row in rows if row.protocol == "generate"}
     return [fact for fact in facts if matching.matches(said.get(fact.id, ""), fact.old_answers)]
 
 
 def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Fact]:
     """Facts whose old answer the base gives: from its rows where `generate` was scored, else from `ask` (a probe)."""
-    was_asked = any(row["protocol"] == "generate" for row in base_rows)
+    was_asked = any(row.protocol == "generate" for row in base_rows)
     return known_facts(facts, base_rows if was_asked else ask())
 
 
@@ -357,16 +358,18 @@ def _all_pairs(fact: Fact) -> Iterator[Pair]:
         yield (probe.prompt, probe.answer)
 
 
-def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, list[float | Failure]]) -> Row:
-    """A row with the mean per quantity; None where nothing was asked, and the reason where it failed."""
-    row: Row = {"fact": fact.id, "phase": phase, "protocol": protocol, "errors": {}}
+def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, list[float | Failure]], **answers: object) -> Row:
+    """Return a row with the mean per quantity: None if nothing was asked, or if it failed, with the reason."""
+    errors: dict[str, str] = {}
+    means: dict[str, float | None] = {}
     for quantity, values in scores.items():
         failures = [value.reason for value in values if isinstance(value, Failure)]
         numbers = [value for value in values if not isinstance(value, Failure)]
-        row[quantity] = sum(numbers) / len(numbers) if numbers and not failures else None
+        means[quantity] = sum(numbers) / len(numbers) if numbers and not failures else None
         if failures:
-            row["errors"][quantity] = failures[0]
-    return row
+            errors[quantity] = failures[0]
+    told = {"fact": fact.id, "phase": phase, "protocol": protocol, "errors": errors, **means, **answers}
+    return Row.model_validate(told)
 
 
 def _teacher_forced_rows(
@@ -423,13 +426,13 @@ def _generated_rows(fact: Fact, phase: str, said: Mapping[str, Generated | Failu
             quantity: [judge(rule, prompt, accepted[quantity]) for prompt, _taught in pairs]
             for quantity, pairs in _pairs(fact).items()
         }
-        row = _row(fact, phase, protocol, scores)
+        answers: dict[str, object] = {}
         if protocol == "generate":
             replies = [said[prompt] for prompt in _prompts(fact)]
             texts = [reply.text if isinstance(reply, Generated) else None for reply in replies]
-            row |= {"said": texts[0], "said_rephrased": texts[1:]}
-            row["truncated"] = sum(isinstance(reply, Generated) and reply.truncated for reply in replies)
-        yield row
+            answers = {"said": texts[0], "said_rephrased": texts[1:]}
+            answers["truncated"] = sum(isinstance(reply, Generated) and reply.truncated for reply in replies)
+        yield _row(fact, phase, protocol, scores, **answers)
 
 
 def _locality_rows(
@@ -442,7 +445,7 @@ def _locality_rows(
         reading if isinstance(reading, Failure) else _agreement(reading, was)
         for reading, was in zip(readings, before, strict=True)
     ]
-    yield _row(fact, phase, "agreement", {"locality": agreement}) | {"predicted": predicted}
+    yield _row(fact, phase, "agreement", {"locality": agreement}, predicted=predicted)
     accuracy = [_apply(metrics.token_accuracy, reading) for reading in readings]
     yield _row(fact, phase, "accuracy", {"locality": accuracy})
 

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,10 +42,12 @@ from forgetlearn.planning.estimate import (
     summary_line,
 )
 from forgetlearn.planning.trace import Skeleton
+from forgetlearn.storage.records import Manifest
 from forgetlearn.weights.checkpoint_folder import INDEX, WHOLE, CheckpointFolder
 from forgetlearn.weights.task_vector import SMALL_BYTES, TORCH
 
 T = TypeVar("T")
+
 log = logging.getLogger("forgetlearn")
 MOST_ENCODED = 2000  # facts whose tokens are counted; a sample stands for more
 MEASURE = "measure"
@@ -169,13 +171,13 @@ def counts_line(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     return f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts, {' + '.join(steps)} steps"
 
 
-def took(manifest: Mapping[str, Any], device: torch.device) -> str:
+def took(manifest: Manifest, device: torch.device) -> str:
     """What a finished run took, in a line: the seconds of all its stages, and the most memory of this process."""
-    seconds = sum(stage["seconds"] for stage in manifest["stages"].values())
-    line = f"took {show_seconds(seconds)}, at most {show_bytes(manifest['peak_memory_gb'] * GB)}"
+    seconds = sum(stage.seconds for stage in manifest.stages.values())
+    line = f"took {show_seconds(seconds)}, at most {show_bytes(manifest.peak_memory_gb * GB)}"
     if device.type == "cuda":
         line += f" and {show_bytes(torch.cuda.max_memory_allocated(device))} on the device"
-    foreseen = manifest.get("plan")
+    foreseen = manifest.plan
     return line + (f" (planned {show_bytes(foreseen['peak_memory_gb'] * GB)})" if foreseen else "")
 
 

@@ -17,9 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from forgetlearn.errors import ConfigError, WeightMismatchError
-from forgetlearn.products.chain import base_folder, product_of
+from forgetlearn.products.chain import Base, product_of
 from forgetlearn.storage.disk import naming
-from forgetlearn.storage.records import RunManifest
 from forgetlearn.storage.run_folder import RunFolder, is_run
 from forgetlearn.weights.checkpoint_folder import ADAPTER, WIDTHS, CheckpointFolder, Entry
 from forgetlearn.weights.deltas import VECTOR, Adapter, Change, Difference, Stored, check_change, open_vector
@@ -215,9 +214,9 @@ def _base_named_by(folder: Path) -> Path | None:
     """
     if not is_run(folder):
         return None
-    manifest = RunFolder.open(folder, RunManifest).manifest
-    if manifest["config"]["teach"]["epochs"] == 0:
-        return base_folder(manifest)
+    run = RunFolder.open(folder)
+    if run.settings.teach.epochs == 0:
+        return Base.of(run).folder()
     taught = folder / "taught"
     return taught if taught.is_dir() else None
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetlearn.evaluation import scoring
-from forgetlearn.method import keeping
+from forgetlearn.config.base import Settings, validate
+from forgetlearn.config.methods import METHODS, How
 from forgetlearn.config.schema import AUTO, FactsSettings, ModelSettings, RunConfig, TuningSettings
 from forgetlearn.errors import ConfigError, FactError
+from forgetlearn.evaluation import scoring
 from forgetlearn.facts.fact_set import (
     UNFINISHED_OLD_ANSWER,
     WITHOUT_OLD,
@@ -18,16 +19,15 @@ from forgetlearn.facts.fact_set import (
     read_facts,
     with_old_answers,
 )
-from forgetlearn.products.chain import check_product
-from forgetlearn.config.methods import METHODS, How
+from forgetlearn.method import keeping
 from forgetlearn.method.core import (
     check_forgetting,
     check_learning,
     out_of_loras_reach,
 )
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.evaluation.scoring import Row
-from forgetlearn.config.base import Settings, validate
+from forgetlearn.products.chain import check_product
+from forgetlearn.storage.records import Row
 
 
 def resolve(
@@ -97,8 +97,8 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
     """Take what the model said as old answers (policy `model`), unless it was cut off."""
     return with_old_answers(
         facts,
-        {row["fact"]: row["said"] or "" for row in rows},
-        unfinished={row["fact"] for row in rows if row["truncated"]},
+        {row.fact: row.said or "" for row in rows},
+        unfinished={row.fact for row in rows if row.truncated},
         strict=config.facts.strict,
     )
 

@@ -17,21 +17,21 @@ from typing import Any
 from scipy import optimize
 from torch import Tensor
 
-from forgetlearn.evaluation import scoring
-from forgetlearn.models import lora
-from forgetlearn.runtime import sharding
-from forgetlearn.storage import disk
-from forgetlearn.weights import task_vector
+from forgetlearn.config.methods import METHODS, How
 from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import Fact
-from forgetlearn.training.finetune import StageLog
+from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.config.methods import METHODS, How
+from forgetlearn.facts.fact_set import Fact
 from forgetlearn.method.core import float32_snapshot, learn, stage_seed, subtract_old, tune_on_old
+from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.evaluation.scoring import Row
+from forgetlearn.runtime import sharding
+from forgetlearn.storage import disk
+from forgetlearn.storage.records import Row
+from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights import task_vector
 
 log = logging.getLogger("forgetlearn")
 WEIGHTS, CHOICE = "weights.safetensors", "choice.json"
@@ -351,7 +351,7 @@ class _Trying:
             reference=self.reference,
         )
         table = scoring.summarise(rows)
-        return {quantity: table[quantity][protocol]["mean"] for quantity, protocol in (*GOAL, ("residue", "token"))}
+        return {quantity: table[quantity][protocol].mean for quantity, protocol in (*GOAL, ("residue", "token"))}
 
 
 def _teacher_forced(config: RunConfig) -> EvaluateSettings:

@@ -6,24 +6,25 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from forgetlearn.config import preflight
-from forgetlearn.evaluation import general_ability, generation
-from forgetlearn.report import run_page
-from forgetlearn.runs import retention
-from forgetlearn.runtime import processes
-from forgetlearn.storage import run_folder
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import FactError, ModelError
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
-from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
-from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
-from forgetlearn.runs.results import write_results
+from forgetlearn.evaluation import general_ability, generation
 from forgetlearn.evaluation.scoring import Generated, Scorer, locality_predictions, score
+from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
+from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
+from forgetlearn.report import run_page
+from forgetlearn.runs import retention
+from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
+from forgetlearn.runs.results import write_results
+from forgetlearn.runtime import processes
+from forgetlearn.storage import run_folder
 
 
 def evaluate(
@@ -110,19 +111,22 @@ def _scored(
     phase = "model" if before is None else "updated"
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
     if before is None:
-        rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # with itself: says nothing
+        rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # with itself: says nothing
     if general_ability.asked(config.evaluate):
-        measured[phase] = general_ability.measure(lm, config.evaluate, scratch, scratch if reference is not None else None)
+        measured[phase] = general_ability.measure(
+            lm, config.evaluate, scratch, scratch if reference is not None else None
+        )
     retained = retention.score_earlier(lm, updates, config.evaluate)
 
     def write(output: Path, overwrite: bool) -> Path:
         inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
         run = run_folder.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
         run.note(model=lm.describe(), old_answers={**fact_set.old_counts, **fact_set.without_old})
-        write_results(run.path, config, fact_set, rows, general=measured)
+        results = write_results(run.path, config, fact_set, rows, general=measured)
         if updates:
-            retention.write(run.path, phase, retained)
-        run_page.write_run(run.path)
+            summary = retention.write(run.path, phase, retained, results.summary)
+            results = replace(results, summary=summary)
+        run_page.write_run(run.path, run_page.page_of(run, results.summary, results.rows))
         run.finish()
         return run.path
 

@@ -10,20 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from forgetlearn.evaluation import general_ability, scoring
-from forgetlearn.models import lora
-from forgetlearn.planning import plan
-from forgetlearn.products import chain, restore
-from forgetlearn.report import run_page
-from forgetlearn.runs import coefficient
-from forgetlearn.runtime import processes, sharding
-from forgetlearn.storage import disk, run_folder
-from forgetlearn.weights import rounding, task_vector
-from forgetlearn.config.schema import AUTO, RunConfig, TeachSettings
-from forgetlearn.facts.fact_set import Fact, FactSet, tell_old
-from forgetlearn.training.finetune import StageLog, finetune
-from forgetlearn.runs.checks import asked_answers, trains_all_weights, with_the_models_answers
 from forgetlearn.config.methods import METHODS, How, Method
+from forgetlearn.config.schema import AUTO, RunConfig, TeachSettings
+from forgetlearn.evaluation import general_ability, scoring
+from forgetlearn.facts.fact_set import Fact, FactSet, tell_old
 from forgetlearn.method.core import (
     all_weights,
     fold_in,
@@ -31,10 +21,20 @@ from forgetlearn.method.core import (
     learn,
     stage_seed,
 )
+from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel, load_model
-from forgetlearn.runs.results import Done, write_results
-from forgetlearn.evaluation.scoring import Row
+from forgetlearn.planning import plan
+from forgetlearn.products import chain, restore
+from forgetlearn.report import run_page
+from forgetlearn.runs import coefficient
+from forgetlearn.runs.checks import asked_answers, trains_all_weights, with_the_models_answers
+from forgetlearn.runs.results import Done, Results, write_results
+from forgetlearn.runtime import processes, sharding
+from forgetlearn.storage import disk, run_folder
+from forgetlearn.storage.records import Row, Summary, load_rows, save_rows
+from forgetlearn.training.finetune import StageLog, finetune
 from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights import rounding, task_vector
 
 log = logging.getLogger("forgetlearn")
 REMEDIES = (
@@ -50,7 +50,7 @@ class UpdateResult:
 
     output: Path
     product: Path
-    summary: dict[str, Any]
+    summary: Summary
     rows: list[Row]
 
 
@@ -67,7 +67,7 @@ class Stages:
         self.known: list[Fact] = []
         self.n_forgotten = 0
         self.choice: coefficient.Choice | None = None
-        in_memory = not run.manifest["inputs"].get("base_sha256")  # then nothing has the base's weights by this name
+        in_memory = not run.manifest.input_hash("base_sha256")  # then nothing has the base's weights by this name
         self.base_name = f"a {type(lm.model).__name__} in memory" if in_memory else lm.name
         # Weights of a stage that was done before a kill are loaded only when a later stage needs them.
         self._pending: Callable[[], None] | None = None
@@ -96,7 +96,7 @@ class Stages:
         if self.facts.to_ask:
             if not self.folder.is_done("old_answers"):
                 keep_old_answers(self.folder, asked_answers(self.lm, self.facts, self.config))
-            rows = disk.read_rows(self.folder.path / "stages/old_answers/rows.jsonl")
+            rows = load_rows(Row, self.folder.path / "stages/old_answers/rows.jsonl")
             self.facts = with_the_models_answers(self.facts, rows, self.config)
         self.folder.note(old_answers={**self.facts.old_counts, **self.facts.without_old})
         if self.method.forgets:
@@ -126,10 +126,10 @@ class Stages:
 
         def compute(folder: Path) -> None:
             self._restore()
-            disk.write_rows(folder / "rows.jsonl", scoring.probe(self.lm, self.facts, self.config.evaluate))
+            save_rows(scoring.probe(self.lm, self.facts, self.config.evaluate), folder / "rows.jsonl")
 
         self.folder.do("probe", compute)
-        return disk.read_rows(self.folder.path / "stages/probe/rows.jsonl")
+        return load_rows(Row, self.folder.path / "stages/probe/rows.jsonl")
 
     def _choose_coefficient(self) -> None:
         def compute(folder: Path) -> dict[str, Any]:
@@ -264,10 +264,10 @@ class Stages:
             log.info("scoring the %s model", phase)
             reference = scoring.locality_predictions(self.rows["base"]) if phase != "base" else None
             rows = scoring.score(self.lm, self.facts, phase=phase, settings=self.config.evaluate, reference=reference)
-            disk.write_rows(folder / "rows.jsonl", rows)
+            save_rows(rows, folder / "rows.jsonl")
 
         self.folder.do(stage, compute)
-        self.rows[phase] = disk.read_rows(self.folder.path / "stages" / stage / "rows.jsonl")
+        self.rows[phase] = load_rows(Row, self.folder.path / "stages" / stage / "rows.jsonl")
 
     def _measure(self, phase: str) -> None:
         """General ability, where it is asked for."""
@@ -327,29 +327,29 @@ class Stages:
             forgotten=self.n_forgotten if self.method.forgets else None,
             product=self.product.name,
             choice=self.choice,
-            rounding=self.folder.noted("learn", "rounding") or self.folder.noted("merge", "rounding"),
+            rounding=self.folder.rounding("learn", "merge"),
         )
-        summary = processes.on_main(lambda: self._write(products, done))
+        results = processes.on_main(lambda: self._write(products, done))
         if self.method.learns != "lora":
             self.lm.now_in(self.product)
-        return UpdateResult(path, self.product, summary, disk.read_rows(path / "facts.jsonl"))
+        return UpdateResult(path, self.product, results.summary, results.rows)
 
-    def _write(self, products: list[Path], done: Done) -> dict[str, Any]:
-        """The summary, after everything has been written that is made from the scores and the products."""
+    def _write(self, products: list[Path], done: Done) -> Results:
+        """Write everything that is made from the scores and the products; return the scores."""
         path = self.folder.path
-        summary = write_results(path, self.config, self.facts, self.rows, done, self.general)
-        context = run_page.load_context(path)
+        results = write_results(path, self.config, self.facts, self.rows, done, self.general)
+        page = run_page.page_of(self.folder, results.summary, results.rows)
         for product in products:
-            run_page.write_card(product, context)
-        chain.carry_on(self.folder, products, self.facts)
+            run_page.write_card(product, page)
+        chain.carry_on(self.folder, products, self.facts, results.summary)
         if self.config.keep_change and self.method.learns != "lora":
             self.folder.do("change", lambda f: restore.keep_change(self.folder, self.product, f), restore.CHANGE)
-        run_page.write_run(path, {**context, "manifest": self.folder.manifest})  # last, as it tells of all stages
+        run_page.write_run(path, page.of(self.folder.manifest))  # last, as it tells of all stages
         self.folder.finish()
         log.info(plan.took(self.folder.manifest, self.lm.device))
         if not self.config.keep_stages:  # after the end, since a killed run needs them to go on
             self.folder.remove_stage_weights()
-        return summary
+        return results
 
     def _merge(self) -> None:
         """The adapter folded into the base's weights, beside it."""
@@ -366,7 +366,7 @@ class Stages:
 
 def keep_old_answers(run: run_folder.RunFolder, rows: list[Row]) -> None:
     """What the base said before anything was changed, as a stage of its own."""
-    run.do("old_answers", lambda folder: disk.write_rows(folder / "rows.jsonl", rows))
+    run.do("old_answers", lambda folder: save_rows(rows, folder / "rows.jsonl"))
 
 
 def teach(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,20 +11,21 @@ import torch
 from torch import nn
 
 from forgetlearn.config import preflight
+from forgetlearn.config.methods import METHODS
+from forgetlearn.config.schema import AUTO, RunConfig
+from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
+from forgetlearn.evaluation.generation import check_engine
+from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.method import keeping
 from forgetlearn.models import prompts
+from forgetlearn.models.identity import NAMES, Identity, base_of
+from forgetlearn.models.language_model import LanguageModel, as_language_model
+from forgetlearn.models.texts import check_texts
 from forgetlearn.planning import plan
 from forgetlearn.products import chain, restore
 from forgetlearn.report import run_page
 from forgetlearn.runs import coefficient
-from forgetlearn.runtime import processes
-from forgetlearn.storage import digests, disk, records, run_folder
-from forgetlearn.config.schema import AUTO, RunConfig
-from forgetlearn.errors import ModelError, RunError
-from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
-from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.models.identity import NAMES, Identity, base_of
 from forgetlearn.runs.checks import (
     asked_answers,
     check_old_answers,
@@ -39,16 +39,13 @@ from forgetlearn.runs.checks import (
     trains_all_weights,
     with_the_models_answers,
 )
-from forgetlearn.storage.locks import only_writer
-from forgetlearn.config.methods import METHODS
-from forgetlearn.models.language_model import LanguageModel, as_language_model
-from forgetlearn.training.callbacks import check_trackers
-from forgetlearn.config.base import upgraded
 from forgetlearn.runs.stages import Stages, UpdateResult, keep_old_answers
-from forgetlearn.models.texts import check_texts
+from forgetlearn.runtime import processes
+from forgetlearn.storage import digests, records, run_folder
+from forgetlearn.storage.locks import only_writer
+from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
-UPGRADE_CONFIG = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
 
 
 @torch.inference_mode(False)  # and with gradients, in whatever mode it is called
@@ -95,7 +92,7 @@ def _update(
     check_trackers(config.report_to)
     goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
     if goes_on:  # before a large model is loaded
-        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config", UPGRADE_CONFIG)
+        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config")
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     named = model if model is not None else str(config.model.name)
     in_memory = not isinstance(named, (str, Path))
@@ -129,10 +126,10 @@ def _update(
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # their parts of the weights fit no other number of them
     if config.keep_change and METHODS[config.method].learns != "lora":
-        restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
+        restore.check_keeping(chain.Base(lm.name, config.model.base_model_id, **base))
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
-        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=UPGRADE_CONFIG)
+        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite)
     )
     run.check_seen()
     n_processes = processes.world_size()
@@ -142,7 +139,7 @@ def _update(
     if noted["lora"]:
         log.warning(noted["lora"])
     told = {name: value for name, value in noted.items() if value}
-    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, inputs), **told)
+    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, inputs.get("base_sha256")), **told)
     if answers is not None:
         keep_old_answers(run, answers)
     return Stages(run, config, lm, fact_set, keep).run()
@@ -166,7 +163,7 @@ def _checked(facts: FactSet, config: RunConfig) -> list[Fact]:
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
     """Raise RunError if the run was begun on weights other than those of the given model."""
-    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest["inputs"], base))
+    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest.inputs, base))
     if was != now:
         begun, given = (next(filter(None, hashes), "unknown") for hashes in (was, now))
         raise RunError(
@@ -181,14 +178,14 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     if in_memory is not None:
         _check_begun_on(run, in_memory)
     base = Path(str(config.model.name))
-    was = run.manifest["inputs"]
+    was = run.manifest.inputs
     now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
     now |= prompts.fingerprint(config.model.prompt_template)
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
-    summary = records.read(records.Summary, path / "summary.json")
-    if not summary["product"]:
+    summary = records.Summary.load(path / "summary.json")
+    if not summary.product:
         raise RunError(f"{path} holds scores, not an update. Choose another folder.")
-    product = path / summary["product"]
+    product = path / summary.product
     if not product.is_dir():
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
     run.check_results()
@@ -196,5 +193,6 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     run.remove_leftovers()  # killed at its end or in this function, it left some, and weights between the stages
     if not config.keep_stages:
         run.remove_stage_weights()
-    run_page.write_run(path)
-    return UpdateResult(path, product, summary, disk.read_rows(path / "facts.jsonl"))
+    page = run_page.load_page(path)
+    run_page.write_run(path, page)
+    return UpdateResult(path, product, page.summary, page.rows)
