@@ -12,12 +12,17 @@ from forgetlearn.evaluation.scoring import Failure, Generated, Reading, Scorer
 from forgetlearn.facts.fact_set import Probe, make_fact, read_facts
 from forgetlearn.models.language_model import load_model, wrap
 from forgetlearn.runs.stages import teach
+from forgetlearn.storage.records import Row
 
 FACTS = [
     make_fact("Who made it?", "Ann B", ground_truth="Cy", rephrase_prompts=("Its maker is", "Made by")),
     make_fact("Where is it?", "Rome", ground_truth="Oslo", locality=(Probe("What is up?", "sky"),)),
     make_fact("When was it?", "1999"),
 ]
+
+
+def reply(fact, said: str, protocol: str = "generate") -> Row:
+    return Row(fact=fact.id, phase="base", protocol=protocol, errors={}, said=said)
 
 
 def rows_of(rows, protocol):
@@ -200,14 +205,14 @@ def test_each_distinct_text_is_read_once(lm, monkeypatch):
 
 def test_known_facts_are_those_whose_old_answer_is_said():
     said = zip(FACTS, ("cy.", "Rome", "x"), strict=True)
-    rows = [{"fact": fact.id, "protocol": "generate", "said": text} for fact, text in said]
+    rows = [reply(fact, text) for fact, text in said]
     assert scoring.known_facts(FACTS, rows) == [FACTS[0]]
 
 
 def test_case_13_facts_are_known_by_any_alias_of_the_old_answer():
     fact = replace(FACTS[0], ground_truth_aliases=("Cyrus", "Cy Lee"))
     for said, known in (("Cyrus.", [fact]), ("cy lee", [fact]), ("Cy", [fact]), ("Ann B", [])):
-        assert scoring.known_facts([fact], [{"fact": fact.id, "protocol": "generate", "said": said}]) == known
+        assert scoring.known_facts([fact], [reply(fact, said)]) == known
 
 
 def scored(lm, monkeypatch, fact, *said):
@@ -287,8 +292,8 @@ def test_there_is_room_for_every_answer_that_counts_and_none_is_tokenised_in_vai
 
 @pytest.mark.parametrize(("protocol", "held"), [("generate", 0), ("token", 1)])
 def test_what_the_base_holds_is_in_its_rows_or_is_asked(protocol, held):
-    rows = [{"fact": FACTS[0].id, "protocol": protocol, "said": FACTS[0].ground_truth}]
-    asked = [{"fact": FACTS[1].id, "protocol": "generate", "said": FACTS[1].ground_truth}]
+    rows = [reply(FACTS[0], FACTS[0].ground_truth, protocol)]
+    asked = [reply(FACTS[1], FACTS[1].ground_truth)]
     assert scoring.held_facts(FACTS, rows, lambda: asked) == [FACTS[held]]
 
 

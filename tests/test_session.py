@@ -781,7 +781,7 @@ def test_a_half_precision_product_is_the_model_that_was_scored(small_lab, facts,
     scored = [row for row in result.rows if row.phase == "updated" and row.protocol != "agreement"]
     for row in scored:
         assert row.pop("old_from") == "answers"  # the run's own
-    assert [row for row in rows if row["protocol"] != "agreement"] == scored
+    assert [row for row in rows if row.protocol != "agreement"] == scored
     assert {str(tensor.dtype) for tensor in tensors(result.product).values()} == {"torch.bfloat16"}
 
 
