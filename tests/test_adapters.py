@@ -162,14 +162,14 @@ def test_a_folder_without_an_adapter_or_with_one_that_does_not_fit_is_refused(ti
 SAVE = """
 import sys
 from conftest import make_tiny_model
-from forgetlearn import adapters
+from forgetlearn.models import lora
 from forgetlearn.config.schema import LoraSettings
 folder = sys.argv[1]
 from pathlib import Path
-model = adapters.attach(make_tiny_model(), LoraSettings(), adapters.FORGET, seed=1)
-adapters.save(model, adapters.FORGET, Path(folder, "forget"), "base")
-adapters.compose(model, [adapters.FORGET])
-adapters.save(model, adapters.PRODUCT, Path(folder, "product"), "base")
+model = lora.attach(make_tiny_model(), LoraSettings(), lora.FORGET, seed=1)
+lora.save(model, lora.FORGET, Path(folder, "forget"), "base")
+lora.compose(model, [lora.FORGET])
+lora.save(model, lora.PRODUCT, Path(folder, "product"), "base")
 """
 
 
@@ -200,7 +200,7 @@ WRONG_TARGETS = [
 def test_targets_are_checked_before_anything_begins(tiny_model, targets, tied, message):
     model = tiny_model(tied=tied)
     with pytest.raises(ConfigError, match=rf"^forget\.lora\.target_modules .*{message}"):
-        lora.check_targets(model, LoraSettings(target_modules=targets), "forget")
+        lora.check_targets(model, LoraSettings(target_modules=targets))
     with pytest.raises(ConfigError, match=rf"^lora\.target_modules .*{message}"):
         lora.attach(model, LoraSettings(target_modules=targets), FORGET, seed=0)
 
@@ -217,7 +217,7 @@ def test_checking_leaves_the_model_as_it_is(tiny_model, family, targets):
     random_state = torch.get_rng_state()
     attributes = set(vars(model))
     with contextlib.suppress(ConfigError):
-        lora.check_targets(model, LoraSettings(target_modules=targets), "learn")
+        lora.check_targets(model, LoraSettings(target_modules=targets))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert set(vars(model)) == attributes
     assert dict(model.named_modules()) == modules

@@ -107,7 +107,8 @@ def show_difference(cell: Interval | None) -> str:
 def _show(cell: Interval | None, numbers: str, interval: bool) -> str:
     if cell is None or cell.mean is None:
         return "–"
-    ends = f" [{cell.low:{numbers}}, {cell.high:{numbers}}]" if interval and cell.low is not None else ""
+    whole = interval and cell.low is not None and cell.high is not None
+    ends = f" [{cell.low:{numbers}}, {cell.high:{numbers}}]" if whole else ""
     return f"{cell.mean:{numbers}}{ends}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -104,15 +104,6 @@ class RunPage:
     rows: list[Row]
     facts: list[FactLine]
 
-    @property
-    def summary(self) -> Summary:
-        """The run's summary."""
-        return self.overview.summary
-
-    def of(self, manifest: Manifest) -> RunPage:
-        """Return the page with a manifest that has changed since."""
-        return replace(self, manifest=manifest)
-
     def context(self) -> dict[str, object]:
         """Return what the templates name."""
         phases, table = self.overview.phases, self.overview.table
@@ -134,8 +125,8 @@ class RunPage:
             "filters": FILTERS,
             "counts": counts((fact.flags for fact in self.facts), FILTERS),
             "errors": _errors(self.rows),
-            "retention": self.summary.retention,
-            "asked_again": list(self.summary.phases[phases[-1]].get("retention", {})),
+            "retention": self.overview.summary.retention,
+            "asked_again": list(self.overview.summary.phases[phases[-1]].get("retention", {})),
         }
 
 
@@ -176,9 +167,9 @@ def write_run(path: Path, page: RunPage | None = None) -> None:
     disk.write_text(path / "report.md", render("report.md.j2", context))
     shown = {
         **context,
-        "panels": plots.plot_scores(page.summary, page.overview.phases),
+        "panels": plots.plot_scores(page.overview.summary, page.overview.phases),
         "losses": plots.plot_losses(path / "logs"),
-        "retained": plots.plot_retention(page.summary.retention),
+        "retained": plots.plot_retention(page.overview.summary.retention),
     }
     disk.write_text(path / "report.html", render_page("report.html.j2", shown))
 
@@ -366,7 +357,8 @@ def _general_cells(found: General) -> Iterator[tuple[str, str]]:
         interval = "" if low is None or high is None else f" [{math.exp(low):.4g}, {math.exp(high):.4g}]"
         yield f"perplexity, {text.tokens} tokens of {text.source}", f"{text.perplexity:.4g}{interval}"
         if text.kl is not None:
-            interval = "" if text.kl_low is None else f" [{max(0.0, text.kl_low):.3g}, {text.kl_high:.3g}]"
+            low, high = text.kl_low, text.kl_high
+            interval = "" if low is None or high is None else f" [{max(0.0, low):.3g}, {high:.3g}]"
             yield "KL from the model before, nats per token", f"{text.kl:.3g}{interval}"
     for task, values in found.tasks.items():
         for metric, score in values.items():

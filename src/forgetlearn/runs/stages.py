@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from forgetlearn.config.methods import METHODS, How, Method
-from forgetlearn.config.schema import AUTO, RunConfig, TeachSettings
+from forgetlearn.config.schema import AUTO, RunConfig, TrainSettings
 from forgetlearn.evaluation import general_ability, scoring
 from forgetlearn.facts.fact_set import Fact, FactSet, tell_old
 from forgetlearn.method.core import (
@@ -57,10 +57,8 @@ class UpdateResult:
 class Stages:
     """The stages of one update over one run folder."""
 
-    def __init__(
-        self, run: run_folder.RunFolder, config: RunConfig, lm: LanguageModel, facts: FactSet, keep: Sequence[Fact]
-    ) -> None:
-        self.folder, self.config, self.lm, self.facts, self.keep = run, config, lm, facts, keep
+    def __init__(self, run: run_folder.RunFolder, config: RunConfig, lm: LanguageModel, facts: FactSet) -> None:
+        self.folder, self.config, self.lm, self.facts = run, config, lm, facts
         self.method: Method = METHODS[config.method]
         self.rows: dict[str, list[Row]] = {}
         self.general: dict[str, Any] = {}  # what was measured, by phase
@@ -104,9 +102,9 @@ class Stages:
                 log.info(line)
 
     def _teach(self) -> None:
-        settings = self.config.teach
-        if settings.epochs == 0:
+        if self.config.teach.epochs == 0:
             return
+        settings = self.config.teaching
         taught = self.folder.path / "taught"
 
         def compute(folder: Path) -> dict[str, Any]:
@@ -167,7 +165,7 @@ class Stages:
 
         def compute(unfinished: Path) -> dict[str, Any]:
             self._restore()
-            facts, settings = self._forget_set(), self.config.forget
+            facts, settings = self._forget_set(), self.config.forgetting
             log.info("forgetting %d facts (%s)", len(facts), how)
             noted: dict[str, Any] = {"facts": len(facts)}
             if self.choice is not None:
@@ -179,7 +177,6 @@ class Stages:
                     settings,
                     how,
                     seed=self._seed("forget"),
-                    keep=self.keep,
                     stage_io=self._stage_io("forget"),
                 )
                 noted |= self._log_stage("forget", stage_log)
@@ -218,7 +215,7 @@ class Stages:
                 stage_log = learn(
                     self.lm,
                     list(self.facts),
-                    self.config.learn,
+                    self.config.learning,
                     self.method.learns,
                     seed=self._seed("learn"),
                     stage_io=self._stage_io("learn"),
@@ -344,7 +341,7 @@ class Stages:
         chain.carry_on(self.folder, products, self.facts, results.summary)
         if self.config.keep_change and self.method.learns != "lora":
             self.folder.do("change", lambda f: restore.keep_change(self.folder, self.product, f), restore.CHANGE)
-        run_page.write_run(path, page.of(self.folder.manifest))  # last, as it tells of all stages
+        run_page.write_run(path, replace(page, manifest=self.folder.manifest))  # last, as it tells of all stages
         self.folder.finish()
         log.info(plan.took(self.folder.manifest, self.lm.device))
         if not self.config.keep_stages:  # after the end, since a killed run needs them to go on
@@ -370,7 +367,7 @@ def keep_old_answers(run: run_folder.RunFolder, rows: list[Row]) -> None:
 
 
 def teach(
-    lm: LanguageModel, facts: list[Fact], settings: TeachSettings, *, seed: int, stage_io: StageIO | None = None
+    lm: LanguageModel, facts: list[Fact], settings: TrainSettings, *, seed: int, stage_io: StageIO | None = None
 ) -> StageLog:
     """Fine-tune all weights on the old answers, so that the base really holds them; `lm` is changed in place."""
     texts = [lm.encoder.encode(fact.prompt, fact.ground_truth or "", end=True) for fact in facts if fact.ground_truth]

@@ -16,8 +16,7 @@ from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
-from forgetlearn.method import keeping
+from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model
@@ -32,7 +31,6 @@ from forgetlearn.runs.checks import (
     check_quantization,
     check_stages,
     check_weights,
-    facts_to_keep,
     left_by_lora,
     read_config_facts,
     resolve,
@@ -99,12 +97,12 @@ def _update(
     if goes_on and processes.on_main(lambda: run_folder.is_finished(output)):
         base = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
         return processes.on_main(lambda: _finished(Path(output), config, fact_set, base))
-    keep = _checked(fact_set, config)
+    _check(fact_set, config)
     processes.on_main(lambda: check_weights(named))
     lm = as_language_model(named, tokenizer, config.model, all_weights=trains_all_weights(config))
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
-    check_texts(lm.encoder, [*fact_set, *keep])
+    check_texts(lm.encoder, fact_set)
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
     check_stages(config, lm)
@@ -120,7 +118,6 @@ def _update(
     inputs: dict[str, Any] = {
         "facts_sha256": fact_set.sha256(),
         **base,
-        **keeping.fingerprint(keep),
         **lm.encoder.fingerprint(),
     }
     if processes.world_size() > 1:
@@ -142,23 +139,21 @@ def _update(
     run.note(model=lm.describe(), parent=chain.parent_of(lm.name, inputs.get("base_sha256")), **told)
     if answers is not None:
         keep_old_answers(run, answers)
-    return Stages(run, config, lm, fact_set, keep).run()
+    return Stages(run, config, lm, fact_set).run()
 
 
-def _checked(facts: FactSet, config: RunConfig) -> list[Fact]:
-    """The facts to keep, after all that can be checked without the model."""
+def _check(facts: FactSet, config: RunConfig) -> None:
+    """Check all that can be checked without the model."""
     processes.check_enough_for(len(facts))
     check_old_answers(facts, config)
     general_ability.check(config.evaluate)
     check_quantization(config)
-    keep = facts_to_keep(facts, config)
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
     elif not METHODS[config.method].forgets:
-        for name in sorted({"coef", "modules", "rows", "control"} & config.forget.model_fields_set):
+        for name in sorted({"coef", "modules", "rows"} & config.forget.model_fields_set):
             given = getattr(config.forget, name)
             log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
-    return keep
 
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
@@ -195,4 +190,4 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
         run.remove_stage_weights()
     page = run_page.load_page(path)
     run_page.write_run(path, page)
-    return UpdateResult(path, product, page.summary, page.rows)
+    return UpdateResult(path, product, page.overview.summary, page.rows)

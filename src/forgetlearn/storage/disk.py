@@ -19,7 +19,7 @@ from forgetlearn.runtime import processes
 
 MOST_BYTES = 200
 UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
-DEEPEST = 100  # levels of lists and objects in each other; what goes over data by recursion has room for these
+DEEPEST = 100  # levels of lists and objects: recursion over data has room for these
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,10 +129,10 @@ def is_deep(data: object) -> bool:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its final name only when all went well; the same one in all processes.
+    """Yield a folder to write into, which gets its final name if all went well; the same one in all processes.
 
     Raises:
-        RunError: writing failed, of a full disk say; nothing is left behind.
+        RunError: writing failed, for example on a full disk; nothing is left behind.
     """
     if processes.world_size() > 1:
         with _shared_folder(final) as unfinished:
@@ -156,11 +156,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def _unfinished(final: Path) -> Path:
-    """Return a new name beside `final` for a file or folder that is still being written.
-
-    Whatever is created under it gets its mode from the system, which applies the umask: reading the umask would mean
-    setting it, for all threads at once.
-    """
+    """Return a new name beside `final` for a file or folder that is still being written."""
     return final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}")
 
 
@@ -172,7 +168,7 @@ def _beginning(final: Path) -> str:
 
 @contextmanager
 def _shared_folder(final: Path) -> Iterator[Path]:
-    """`atomic_folder` for several processes: process 0 makes it, and names it when all are done."""
+    """Do the same for several processes: process 0 creates the folder, and renames it when all are done."""
     with ExitStack() as stack:
         unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
         yield unfinished
@@ -182,7 +178,7 @@ def _shared_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turns what went wrong with the disk into an error that names the path."""
+    """Turn an error of the disk into a RunError that names the path."""
     try:
         yield
     except OSError as error:
@@ -196,16 +192,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _disk_error(message: str) -> str:
-    """What went wrong with the disk, out of an error that is no OSError; nothing if it is about something else."""
-    if told := re.search(r"\(os error (\d+)\)", message):  # safetensors and tokenizers, both in Rust
-        return os.strerror(int(told[1]))
+    """Return what went wrong with the disk, from an error that is no OSError; "" if it is about something else."""
+    if found := re.search(r"\(os error (\d+)\)", message):  # safetensors and tokenizers, both in Rust
+        return os.strerror(int(found[1]))
     if "inline_container" in message or "PytorchStreamWriter" in message:  # torch.save, which does not say why
         return "torch could not write all of it (a full disk?)"
     return "No space left on device" if "No space left" in message else ""
 
 
 def remove_unfinished(final: Path) -> None:
-    """Delete what a kill left of `atomic_folder(final)`; nobody else may be writing it."""
+    """Delete what a kill left of `atomic_folder(final)`; no other process may be writing it."""
     for left in final.parent.glob(f"{glob.escape(_beginning(final))}*"):
         shutil.rmtree(left, ignore_errors=True)
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from forgetlearn.errors import RunError, plain
 from forgetlearn.storage import disk
@@ -38,12 +38,6 @@ def _no_null(text: str) -> str:
 def _finite(data: dict[str, Any]) -> dict[str, Any]:
     json.dumps(data, allow_nan=False)
     return data
-
-
-def _hashes_are_text(inputs: dict[str, Any]) -> dict[str, Any]:
-    if odd := [name for name, value in inputs.items() if name.endswith("_sha256") and isinstance(value, int)]:
-        raise ValueError(f"{odd[0]} must be text or null")
-    return inputs
 
 
 Object = Annotated[dict[str, Any], AfterValidator(_finite)]
@@ -130,12 +124,6 @@ class Score(Record):
     high: Percent | None
     n: Count
     errored: Count
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if (self.low is None) != (self.high is None) or (self.mean is None and self.low is not None):
-            raise ValueError("mean, low and high must be numbers, or the interval null, or all three")
-        return self
 
 
 class Mean(Score):
@@ -319,7 +307,7 @@ class Manifest(Record):
     format: Count
     command: list[Text]
     config: Object
-    inputs: Annotated[dict[str, Text | Count | None], AfterValidator(_hashes_are_text)]
+    inputs: dict[str, Text | Count | None]
     versions: dict[str, Text]
     commit: Text | None
     machine: Text
@@ -339,40 +327,36 @@ class Manifest(Record):
         return found if isinstance(found, str) else None
 
 
-class ModelConfig(Record):
-    """The recorded settings that name the base."""
-
-    name: Text | None
-    base_model_id: Text | None
-
-
-class FactsConfig(Record):
-    """The recorded settings that name the source of the facts."""
-
-    source: Text | None
-
-
-class TeachConfig(Record):
-    """The recorded settings of teaching the old answers."""
-
-    epochs: Count
-
-
-class StageConfig(Record):
-    """The recorded settings of forgetting or learning that pages show."""
-
-    modules: Modules
-    rows: Text = "all"
-
-
 class Config(Record):
     """The recorded settings of a run that are read again."""
 
-    model: ModelConfig
-    facts: FactsConfig
-    teach: TeachConfig
-    forget: StageConfig
-    learn: StageConfig
+    class Model(Record):
+        """The base."""
+
+        name: Text | None
+        base_model_id: Text | None
+
+    class Facts(Record):
+        """The facts."""
+
+        source: Text | None
+
+    class Teach(Record):
+        """Teaching the old answers."""
+
+        epochs: Count
+
+    class Stage(Record):
+        """Forgetting or learning."""
+
+        modules: Modules
+        rows: Text = "all"
+
+    model: Model
+    facts: Facts
+    teach: Teach
+    forget: Stage
+    learn: Stage
 
 
 # A run's results ----------------------------------------------------------------------------------
@@ -389,7 +373,6 @@ class Choice(Record):
     """How the coefficient was chosen."""
 
     coef: Number
-    search: Text
     validation: list[Text]
     trials: list[Trial]
     why: Text
@@ -428,12 +411,6 @@ class OnText(Record):
     kl_low: Number | None
     kl_high: Number | None
     perplexity: float
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if (self.loss_low is None) != (self.loss_high is None) or (self.kl_low is None) != (self.kl_high is None):
-            raise ValueError("an interval must have both ends, or neither")
-        return self
 
 
 class TaskScore(Record):
