@@ -51,7 +51,7 @@ def test_norms_by_hand(folders):
     )
     assert found.by_kind()["norm"].as_dict()["rms"] == pytest.approx(1.5)
     assert found.total.as_dict()["relative"] is None
-    assert found.told["forgetlearn"] == "task vector"
+    assert found.metadata["forgetlearn"] == "task vector"
     with_base = inspect_change(folders / "one", base=folders / "b").by_kind()["norm"].as_dict()
     assert with_base["relative"] == pytest.approx(1.5)
     assert with_base["share_changed"] is None

@@ -215,7 +215,7 @@ def inspect(
     if as_json:
         say(json.dumps(found.as_dict()))
         return
-    for name, value in found.told.items():
+    for name, value in found.metadata.items():
         say(f"{name}: {value}")
     rows = [("all", found.total), *found.by_kind().items()]
     layers = sorted(found.by_layer().items(), key=lambda item: -1 if item[0] is None else item[0])

@@ -19,12 +19,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from forgetlearn.config.schema import ModelSettings
-from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_installed, plain, some
+from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_installed, plain, shown, some
 from forgetlearn.models import hub
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.weights import adapter_files
-from forgetlearn.weights.adapter_files import MOST_LAYERS, shown
+from forgetlearn.weights.adapter_files import MOST_LAYERS
 from forgetlearn.weights.checkpoint_folder import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
 from forgetlearn.weights.rounding import Array, Survival
 from forgetlearn.weights.task_vector import is_finite, rounded, sample

@@ -211,16 +211,13 @@ def keep_change(run: RunFolder, product: Path, folder: Path) -> dict[str, int]:
 
 
 def _parts(old: CheckpointFolder, new: CheckpointFolder) -> Iterator[Part]:
-    """What the change holds: what both have in the same form, then what one alone has."""
+    """Yield what the change holds: tensors that both have in the same form, and those of one side alone."""
+    forms = [{name: (entry.dtype, entry.shape) for name, entry in side.entries.items()} for side in (old, new)]
+    shared = {name for name in forms[0] if forms[0][name] == forms[1].get(name)}
     for name, before in old.entries.items():
-        after = new.entries.get(name)
-        if after is not None and (after.dtype, after.shape) == (before.dtype, before.shape):
-            yield _part("xor", before), before, after
-        else:
-            yield _part("base", before), before, None
+        yield _part("xor" if name in shared else "base", before), before, new.entries[name] if name in shared else None
     for name, after in new.entries.items():
-        before_too = old.entries.get(name)
-        if before_too is None or (after.dtype, after.shape) != (before_too.dtype, before_too.shape):
+        if name not in shared:
             yield _part("product", after), None, after
 
 
@@ -229,13 +226,13 @@ def _part(kind: str, entry: Entry) -> Entry:
 
 
 def _write_xor(file: BinaryIO, *sources: tuple[CheckpointFolder, Entry | None]) -> None:
-    """The exclusive or of the tensors' bytes; of one tensor alone its bytes."""
-    there = [(folder, entry) for folder, entry in sources if entry is not None]
-    n_bytes = there[0][1].n_bytes
+    """Write the exclusive or of the tensors' bytes; of one tensor alone its bytes."""
+    given = [(folder, entry) for folder, entry in sources if entry is not None]
+    n_bytes = given[0][1].n_bytes
     for start in range(0, n_bytes, BLOCK_BYTES):
         length = min(BLOCK_BYTES, n_bytes - start)
         found = np.zeros(length, np.uint8)
-        for folder, entry in there:
+        for folder, entry in given:
             found ^= np.frombuffer(folder.read_bytes(entry, start, length), np.uint8)
         file.write(found.data)
 
@@ -243,26 +240,26 @@ def _write_xor(file: BinaryIO, *sources: tuple[CheckpointFolder, Entry | None]) 
 def _rebuild(kept: Path, side: Side, other: Path, output: Path) -> None:
     """Write the base from the product, or the product from the base."""
     with closing(CheckpointFolder.of_file(kept / FILE)) as change, CheckpointFolder(other) as source:
-        told = change.metadata[FILE]
-        if told.get("forgetlearn") != "exact change":
+        metadata = change.metadata[FILE]
+        if metadata.get("forgetlearn") != "exact change":
             raise ModelError(f"{kept / FILE}: was not written by a run of forgetlearn.")
         other_side = "base" if side == "product" else "product"
-        if sha256_of(other) != told[f"{other_side}_sha256"]:
+        if sha256_of(other) != metadata[f"{other_side}_sha256"]:
             raise ModelError(
                 f"{other} is not the {other_side} that the change in {kept.parent} was kept for: another hash."
             )
-        headers: dict[str, str] = json.loads(told[f"{side}_headers"])
+        headers: dict[str, str] = json.loads(metadata[f"{side}_headers"])
         with atomic_folder(output) as unfinished:
             _copy_files(kept / side, unfinished, [])
             for name, header in headers.items():
                 _write_weights(unfinished / Path(name).name, header.encode(), side, change, source)
-            _verify(unfinished, told[f"{side}_sha256"])
+            _verify(unfinished, metadata[f"{side}_sha256"])
 
 
 def _write_weights(path: Path, header: bytes, side: Side, change: CheckpointFolder, source: CheckpointFolder) -> None:
-    """One file of weights: its header as it was, then its tensors in their order."""
-    told = json.loads(header)
-    end = max((entry["data_offsets"][1] for name, entry in told.items() if name != "__metadata__"), default=0)
+    """Write one file of weights: its header as it was, then its tensors in their order."""
+    entries = json.loads(header)
+    end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
     check_space(path, end)
     with path.open("xb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -275,7 +272,7 @@ def _write_weights(path: Path, header: bytes, side: Side, change: CheckpointFold
 
 
 def _copy_files(folder: Path, to: Path, left_out: list[str]) -> None:
-    """The files of a model that can be told from their names, and what tells of it: licence, card, chain."""
+    """Copy the files of a model, and those about it: licence, card, chain."""
     for path in [*model_files(folder), *licences(folder), folder / HISTORY, *sorted(folder.glob("*.md"))]:
         if path.is_file() and path.name not in left_out:
             copy_own(path, to)

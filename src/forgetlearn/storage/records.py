@@ -15,11 +15,10 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from forgetlearn.errors import RunError, plain
+from forgetlearn.errors import RunError, plain, shown
 from forgetlearn.storage import disk
 
 REMEDY = "Was it written by forgetlearn? Restore it from a backup."
-SHOWN = 60  # characters of a wrong value
 R = TypeVar("R", bound="Record")
 
 
@@ -469,7 +468,7 @@ def _problem(error: ValidationError, data: object, file: Path, inside: str = "")
     else:
         expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         expected = expected if first["type"] == "value_error" else f"expected {expected}"
-        problem = f"is {_shown(first['input'])}, {expected}" if field else expected
+        problem = f"is {shown(first['input'])}, {expected}" if field else expected
     return f"{file}: {row}{plain(field)[:200]} {problem}{more}. {REMEDY}".replace("  ", " ")
 
 
@@ -484,13 +483,3 @@ def _in_data(place: tuple[int | str, ...], data: object) -> list[int | str]:
             found.append(part)
             data = data[part] if part < len(data) else None
     return found
-
-
-def _shown(value: object) -> str:
-    """Format a value for a message, in one short line."""
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "a huge number"
-    if isinstance(value, (Mapping, list)):
-        return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)}"
-    text = "null" if value is None else repr(value)
-    return plain(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from forgetlearn.errors import ModelError, plain, some
+from forgetlearn.errors import ModelError, plain, shown, some
 from forgetlearn.runtime.patterns import Pattern, problem
 from forgetlearn.weights.checkpoint_folder import ADAPTER, FLOATS, CheckpointFolder, read_object
 
@@ -224,12 +224,6 @@ def _problems(error: ValidationError, kind: type[BaseModel], told: dict[str, Any
         value = f" = {shown(told[name])}" if name in told else ""
         said.append(f"{name}{value}: {'' if value else 'is missing, '}expected {kind.model_fields[name].description}")
     return some(said, 3)
-
-
-def shown(value: object) -> str:
-    """Format a config value for a message, in one short line."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of more than 20 digits"
-    return plain(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def open_adapter(folder: Path) -> AdapterFiles:

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, plain, some
+from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, plain, shown, some
 from forgetlearn.storage.run_folder import MANIFEST
-from forgetlearn.weights.adapter_files import CONFIG, WEIGHT, AdapterFiles, LoraAdapterConfig, open_adapter, shown
+from forgetlearn.weights.adapter_files import CONFIG, WEIGHT, AdapterFiles, LoraAdapterConfig, open_adapter
 from forgetlearn.weights.checkpoint_folder import (
     ADAPTER,
     FLOATS,
