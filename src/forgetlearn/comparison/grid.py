@@ -355,130 +355,78 @@ class _Worker:
     """One process that fills cells. It holds the base's weights and the last fine-tuning on old facts."""
 
     def __init__(self, comparison: Comparison, lm: LanguageModel) -> None:
-        self.comparison, self.lm = comparison, lm
-        self.path, self.config, self.facts = comparison.path, comparison.config, comparison.facts
-        self.variants = comparison.variants
-        self.forgetter = Forgetter(lm)
-        self._held: dict[str, tuple[str, dict[str, Tensor]]] = {}  # what `_shared_weights` gave last, by kind
-        self._base_rows: list[Row] = []
-        self._known: list[Fact] = []
+        self.comparison, self.lm, self.base = comparison, lm, HeldBase(lm)
+        self.shared = Shared(comparison.path / SHARED)
         for folder in (CELLS, SHARED):
-            with disk.naming(self.path / folder):
-                (self.path / folder).mkdir(exist_ok=True)
+            with disk.naming(comparison.path / folder):
+                (comparison.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
         """Fill every cell that no other process fills; return when all are done."""
-        self._base_rows = self._score_base()
-        self._known = scoring.held_facts(self.facts, self._base_rows, self._probe)
+        store = CellStore(self.shared, Recipe(self.comparison.config), "")
+        Pipeline(self.lm, self.comparison.facts.facts, self.comparison.config, store).prepare()  # the base's rows
         while open_cells := self.comparison.open_cells():
             if not self._fill_one(open_cells):
                 time.sleep(POLL_S)  # other processes have the rest; one may die and leave its cell
 
     def _fill_one(self, cells: Sequence[Cell]) -> bool:
         for cell in cells:
-            with claimed(self.path / CELLS / f".{cell.name}.lock") as is_ours:
+            folder = self.comparison.path / CELLS / cell.name
+            with claimed(folder.with_name(f".{cell.name}.lock")) as is_ours:
                 if is_ours and not self.comparison.is_done(cell):
                     log.info("%s (%d cells open)", cell.name, len(cells))
-                    disk.remove_unfinished(self.path / CELLS / cell.name)
-                    self._fill(cell)
+                    disk.remove_unfinished(folder)
+                    self._fill(cell, folder)
                     return True
         return False
 
-    def _fill(self, cell: Cell) -> None:
-        config = cell_config(self.config, cell, self.variants)
-        method = METHODS[cell.method]
-        rows: dict[str, list[Row]] = {"base": self._base_rows}
-        self.forgetter.reset()
-        to_forget = scoring.facts_to_forget(self.facts, self._known, config.forget)
-        if method.forgets and to_forget:
-            self._forget(config, method.forgets, to_forget)
-            if config.evaluate.every_phase:
-                rows["forgotten"] = self._score_forgotten(cell, config)
-        stage_log = learn(self.lm, self.facts, config.learn, method.learns, seed=stage_seed(cell.seed, "learn"))
-        rows["updated"] = self._score("updated", config)
-        forgotten = len(to_forget) if method.forgets else None
-        with disk.atomic_folder(self.path / CELLS / cell.name) as folder:
-            run = run_folder.RunFolder.create(folder, config.model_dump(mode="json"), {"comparison": str(self.path)})
+    def _fill(self, cell: Cell, path: Path) -> None:
+        config = cell_config(self.comparison.config, cell, self.comparison.variants)
+        store = CellStore(self.shared, Recipe(config), cell.variant)
+        pipeline = Pipeline(self.lm, self.comparison.facts.facts, config, store, base=self.base)
+        pipeline.prepare()
+        pipeline.update()
+        learned = store.logs["learn"]
+        assert learned is not None, "every method learns"
+        forgotten = len(pipeline.to_forget) if pipeline.recipe.method.forgets else None
+        with disk.atomic_folder(path) as folder:
+            inputs = {"comparison": str(self.comparison.path)}
+            run = run_folder.RunFolder.create(folder, config.model_dump(mode="json"), inputs)
             (folder / "logs").mkdir()
-            disk.write_rows(folder / "logs" / "learn.jsonl", stage_log.steps)
-            write_results(folder, config, self.facts, rows, Done(len(self._known), forgotten))
+            disk.write_rows(folder / "logs" / "learn.jsonl", learned.steps)
+            done = Done(len(pipeline.known), forgotten)
+            write_results(folder, config, self.comparison.facts, pipeline.rows, done)
             run.note(model=self.lm.describe())
             run.finish()
 
-    def _forget(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> None:
-        """The forgotten model, from the fine-tuning on old facts that every coefficient shares."""
-        if how == "ascent":  # depends on the coefficient from its first step
-            forget(self.lm, facts, config.forget, how, seed=stage_seed(config.seed, "forget"))
-            return
-        tuned = self._tune_on_old(config, how, facts)
-        kept, seed = self._kept(config, facts), stage_seed(config.seed, "forget")
-        forget_tuned(self.lm, tuned, config.forget, how, seed=seed, kept=kept, facts=facts)
 
-    def _tune_on_old(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> dict[str, Tensor]:
-        """Tuned weights (all, or the adapter's): from memory, from the folder, or made now, once for all processes."""
-        name = f"old-{how.replace(' ', '-')}-seed{config.seed}"
+class Shared:
+    """Folders that the cells share, each computed once by whichever process comes first."""
 
-        def compute() -> tuple[dict[str, Tensor], StageLog | None]:
-            return self.forgetter.tune(facts, config.forget, how, seed=stage_seed(config.seed, "forget"))
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tuned: tuple[str, StateDict] = ("", {})  # what `weights` returned last, by name
+        self.of_base: dict[str, list[Row]] = {}  # rows of the base, by step
 
-        return self._shared_weights(name, compute)
-
-    def _kept(self, config: RunConfig, facts: Sequence[Fact]) -> dict[str, Tensor] | None:
-        """What is known of the facts to keep, measured once for all coefficients and modules; None without any."""
-        settings = config.forget
-        if not settings.keep:
-            return None
-        keep = self.comparison.keep[settings.keep]
-        name = f"keep-{settings.keep_by}-{facts_hash(keep)[:8]}-seed{config.seed}"
-
-        def compute() -> tuple[dict[str, Tensor], None]:
-            base, seed = float32_snapshot(self.lm), stage_seed(config.seed, "forget")
-            measured = measure_keep(self.lm, facts, keep, settings, base, seed=seed)
-            self.forgetter.reset()
-            return measured, None
-
-        return self._shared_weights(name, compute)
-
-    def _shared_weights(
-        self, name: str, compute: Callable[[], tuple[dict[str, Tensor], StageLog | None]]
-    ) -> dict[str, Tensor]:
-        """Weights from memory, from the folder, or made now, once for all processes; the last of each kind stay."""
-
-        def write(folder: Path, made: tuple[dict[str, Tensor], StageLog | None]) -> None:
-            weights, stage_log = made
-            save_file(weights, folder / "weights.safetensors")
-            if stage_log is not None:
-                disk.write_rows(folder / "steps.jsonl", stage_log.steps)
-
-        kind = name.partition("-")[0]
-        if self._held.get(kind, ("",))[0] != name:
-            folder = self._shared(name, compute, write)
-            self._held[kind] = (name, load_file(folder / "weights.safetensors"))
-        return self._held[kind][1]
-
-    def _score_base(self) -> list[Row]:
-        return self._shared_rows(
-            "base", lambda: scoring.score(self.lm, self.facts, phase="base", settings=self.config.evaluate)
-        )
-
-    def _probe(self) -> list[Row]:
-        return self._shared_rows("probe", lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-
-    def _score_forgotten(self, cell: Cell, config: RunConfig) -> list[Row]:
-        """Rows of the forgotten model: methods that forget alike share it, and all epochs of learning."""
-        how = str(METHODS[cell.method].forgets).replace(" ", "-")
-        name = "-".join(filter(None, ["forgotten", how, cell.variant, f"coef{cell.coef}", f"seed{cell.seed}"]))
-        return self._shared_rows(name, lambda: self._score("forgotten", config))
-
-    def _shared_rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
-        """Rows from the folder, or made now, once for all processes."""
-        folder = self._shared(name, compute, lambda folder, rows: disk.write_rows(folder / "rows.jsonl", rows))
+    def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Return rows, which another process may have computed."""
+        folder = self._folder(name, compute, lambda folder, rows: disk.write_rows(folder / "rows.jsonl", rows))
         return disk.read_rows(folder / "rows.jsonl")
 
-    def _shared(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Path:
-        """A folder of what the cells share: as some process wrote it, or computed and written now."""
-        folder = self.path / SHARED / name
-        with claimed(self.path / SHARED / f".{name}.lock", waits=True):
+    def weights(self, name: str, compute: Callable[[], Tuned]) -> StateDict:
+        """Return the weights that fine-tuning on the old facts ends in; the last ones stay in memory."""
+
+        def write(folder: Path, made: Tuned) -> None:
+            save_file(made[0], folder / "weights.safetensors")
+            disk.write_rows(folder / "steps.jsonl", made[1].steps)
+
+        if self.tuned[0] != name:
+            self.tuned = (name, load_file(self._folder(name, compute, write) / "weights.safetensors"))
+        return self.tuned[1]
+
+    def _folder(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Path:
+        folder = self.path / name
+        with claimed(self.path / f".{name}.lock", waits=True):
             if not digests.is_whole(folder):
                 disk.remove_unfinished(folder)
                 made = compute()
@@ -487,9 +435,42 @@ class _Worker:
                     digests.write_hashes(unfinished)
         return folder
 
-    def _score(self, phase: str, config: RunConfig) -> list[Row]:
-        reference = scoring.locality_predictions(self._base_rows)
-        return scoring.score(self.lm, self.facts, phase=phase, settings=config.evaluate, reference=reference)
+
+class CellStore(Store):
+    """Where the steps of a cell are kept: those that depend on less than the cell are shared with other cells."""
+
+    def __init__(self, shared: Shared, recipe: Recipe, variant: str) -> None:
+        self.shared, self.recipe, self.variant = shared, recipe, variant
+        self.logs: dict[str, StageLog | None] = {}
+
+    def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Return rows: of the base for all cells, of the forgotten model for all that forget alike."""
+        if step == "score_updated":
+            return compute()
+        if step == "score_forgotten" and (stage := self.recipe.forget):
+            parts = ("forgotten", self._how(stage), self.variant, f"coef{stage.settings.number}", self._seed)
+            return self.shared.rows("-".join(filter(None, parts)), compute)
+        if step not in self.shared.of_base:
+            self.shared.of_base[step] = self.shared.rows(step.removeprefix("score_"), compute)
+        return self.shared.of_base[step]
+
+    def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
+        """Change the model, and keep the log."""
+        self.logs[stage.name] = compute(StageIO())
+
+    def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
+        """Return what every coefficient, and every variant, of a kind of stage and a seed starts from."""
+        stage = self.recipe.forget
+        assert stage is not None, "asked for when there is something to forget"
+        return self.shared.weights(f"old-{self._how(stage)}-{self._seed}", lambda: tune(StageIO()))
+
+    @staticmethod
+    def _how(stage: Stage[ForgetSettings]) -> str:
+        return stage.kind.name.replace(" ", "-")
+
+    @property
+    def _seed(self) -> str:
+        return f"seed{self.recipe.config.seed}"
 
 
 def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS) -> RunConfig:
