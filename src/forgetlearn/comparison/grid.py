@@ -25,36 +25,35 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from forgetlearn.config import preflight
 from forgetlearn.config.base import Settings, upgraded
-from forgetlearn.config.methods import METHODS, PAPER_METHODS, How, MethodName
-from forgetlearn.config.schema import AUTO, Control, KeepBy, Modules, Rows, RunConfig
+from forgetlearn.config.methods import METHODS, PAPER_METHODS, MethodName
+from forgetlearn.config.recipe import Recipe, Stage
+from forgetlearn.config.schema import AUTO, ForgetSettings, Modules, Rows, RunConfig, TrainSettings
 from forgetlearn.errors import ConfigError, some
-from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
-from forgetlearn.facts.fact_set import sha256 as facts_hash
-from forgetlearn.method import keeping
-from forgetlearn.method.core import float32_snapshot, forget, learn, measure_keep, stage_seed
+from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
 from forgetlearn.runs.checks import check_stages, check_weights, read_config_facts, resolve
-from forgetlearn.runs.coefficient import Forgetter, forget_tuned
+from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Train, Tuned
 from forgetlearn.runs.results import Done, write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk, run_folder
 from forgetlearn.storage.locks import claimed
 from forgetlearn.training.finetune import StageLog
+from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights.task_vector import StateDict
 
 log = logging.getLogger("forgetlearn")
 T = TypeVar("T")
 Budget = Literal["equal-epochs", "equal-steps"]
 Variants = Mapping[str, "VariantSettings"]
-WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.forgets == "all weights")
+WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.subtracts_from_base)
 NO_VARIANTS: Variants = MappingProxyType({})
 CELLS, SHARED = "cells", "shared"
 POLL_S = 0.5
@@ -73,10 +72,7 @@ class VariantSettings(Settings):
         (), description="Methods that it varies; unset: those of the comparison that forget with all weights."
     )
     modules: Modules = Field("all", description="As forget.modules.")
-    control: Control = Field("none", description="As forget.control.")
     rows: Rows = Field("all", description="As forget.rows.")
-    keep: str | None = Field(None, description="As forget.keep.")
-    keep_by: KeepBy = Field("projection", description="As forget.keep_by.")
     learn_modules: Modules = Field("all", description="As learn.modules.")
     learn_rows: Rows = Field("all", description="As learn.rows.")
     coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
@@ -190,7 +186,6 @@ class Comparison:
     facts: FactSet
     cells: list[Cell]
     variants: Variants = field(default_factory=dict)
-    keep: Mapping[str, Sequence[Fact]] = field(default_factory=dict)  # by file
 
     def is_done(self, cell: Cell) -> bool:
         """Whether somebody has done the cell."""
@@ -263,16 +258,10 @@ def begin(
     check_weights(named)
     lm = as_language_model(named, None, config.model)
     check_texts(lm.encoder, fact_set)
-    keep: dict[str, Sequence[Fact]] = {}
     for cell in {(cell.method, cell.variant): cell for cell in cells}.values():
-        own = cell_config(config, cell, settings.variants)
-        _check(lm, own, cell)
-        if own.forget.keep and METHODS[cell.method].forgets and own.forget.keep not in keep:
-            keep[own.forget.keep] = keeping.read_keep(own.forget, fact_set)
-            check_texts(lm.encoder, keep[own.forget.keep])
+        _check(lm, cell_config(config, cell, settings.variants), cell)
     in_memory = not isinstance(named, (str, Path))
-    inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory)}
-    inputs |= keeping.fingerprint([fact for facts in keep.values() for fact in facts]) | lm.encoder.fingerprint()
+    inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = run_folder.RunFolder.create(
         output,
@@ -286,7 +275,7 @@ def begin(
             "compare": upgraded(CompareSettings, was["compare"]),
         },
     )
-    return Comparison(run.path, config, fact_set, cells, settings.variants, keep), lm
+    return Comparison(run.path, config, fact_set, cells, settings.variants), lm
 
 
 def _check_rows(settings: CompareSettings, cells: Sequence[Cell]) -> None:
@@ -479,7 +468,7 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS)
     learning: dict[str, Any] = {"epochs": cell.epochs}
     if cell.variant:
         variant = variants[cell.variant]
-        forgetting |= {name: getattr(variant, name) for name in ("modules", "rows", "control", "keep", "keep_by")}
+        forgetting |= {name: getattr(variant, name) for name in ("modules", "rows")}
         learning |= variant.learning
     forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
     return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})
@@ -488,6 +477,6 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS)
 def _check(lm: LanguageModel, config: RunConfig, cell: Cell) -> None:
     """What would make a cell fail, found before the first one is begun."""
     try:
-        check_stages(config, lm)
+        check_stages(Recipe(config), lm)
     except ConfigError as error:
         raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error

@@ -25,7 +25,7 @@ class Kind:
         return self.subtracts and not self.adapter
 
 
-KINDS: Mapping[How, Kind] = {
+KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("all weights", subtracts=True, chooses_weights=True),

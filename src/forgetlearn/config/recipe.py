@@ -51,22 +51,23 @@ class Recipe:
         """Training all weights on the old answers first, so that the base holds them."""
         if self.config.teach.epochs == 0:
             return None
-        return self._stage("teach", "all weights", self.config.teaching)
+        return Stage("teach", KINDS["all weights"], self.config.teaching, self.seed("teach"))
 
     @cached_property
     def forget(self) -> Stage[ForgetSettings] | None:
         """Forgetting the old answers."""
         if self.method.forgets is None or self.config.forget.coef == 0:
             return None
-        return self._stage("forget", self.method.forgets, self.config.forgetting)
+        return Stage("forget", KINDS[self.method.forgets], self.config.forgetting, self.seed("forget"))
 
     @cached_property
     def learn(self) -> Stage[StageSettings]:
         """Learning the new answers."""
-        return self._stage("learn", self.method.learns, self.config.learning)
+        return Stage("learn", KINDS[self.method.learns], self.config.learning, self.seed("learn"))
 
-    def _stage(self, name: StageName, kind: str, settings: Settings) -> Stage[Settings]:
-        return Stage(name, KINDS[kind], settings, stage_seed(self.config.seed, name))
+    def seed(self, stage: StageName) -> int:
+        """Return the seed of a stage."""
+        return stage_seed(self.config.seed, stage)
 
     def __iter__(self) -> Iterator[Stage[TrainSettings]]:
         yield from (stage for stage in (self.teach, self.forget, self.learn) if stage is not None)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from forgetlearn.config.schema import EvaluateSettings, ForgetSettings
+from forgetlearn.config.schema import EvaluateSettings, ForgetSection
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.evaluation import metrics
 from forgetlearn.evaluation.generation import Generator, Room, end_ids, generator
@@ -332,7 +332,7 @@ def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[]
     return known_facts(facts, base_rows if was_asked else ask())
 
 
-def facts_to_forget(facts: Iterable[Fact], known: Iterable[Fact], settings: ForgetSettings) -> list[Fact]:
+def facts_to_forget(facts: Iterable[Fact], known: Iterable[Fact], settings: ForgetSection) -> list[Fact]:
     """Facts whose old answer is forgotten: those that the base gives it for, or all that have one."""
     return list(known) if settings.only_known else [fact for fact in facts if fact.ground_truth]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from forgetlearn.models.language_model import LanguageModel
 
 log = logging.getLogger("forgetlearn")
-FORMAT = 4  # part of the cache key: raise it when the same settings build another base
+FORMAT = 5  # part of the cache key: raise it when the same settings build another base
 EOS, PAD = "</s>", "<pad>"
 
 
@@ -50,8 +50,8 @@ class LabSettings(Settings):
     prompt_template: str = Field("plain", description="As model.prompt_template; update.yaml then names it too.")
 
 
-UPDATE_SETTINGS: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-4, "adam_beta2": 0.98}
-"""What suits a lab base in the stages of an update; written beside it as update.yaml."""
+STAGE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-4}  # suit a lab base, as does TRAIN_SETTINGS; for update.yaml
+TRAIN_SETTINGS = {"adam_beta2": 0.98}
 UPDATE_TEXTS = 1800  # facts x epochs of a stage: about what it takes until the new answers are learned
 
 
@@ -155,37 +155,24 @@ def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
 
 
 def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, folder: Path, device: str) -> None:
+    from forgetlearn.method.core import teach
     from forgetlearn.models.encoding import Encoder
-    from forgetlearn.models.language_model import parameter_count, pick_device, save_model, wrap
-    from forgetlearn.training.finetune import finetune
-    from forgetlearn.training.stage_checkpoints import StageIO
+    from forgetlearn.models.language_model import parameter_count, wrap
 
     pairs, contradictions = held_pairs(facts)
     tokenizer = train_tokenizer(_texts(vocabulary_from), settings)
     encoder = Encoder(tokenizer, settings.prompt_template)
+    longest = max(len(encoder.encode(prompt, answer, end=True).ids) for prompt, answer in pairs)
+    loading = ModelSettings.model_validate({"device": device, "prompt_template": settings.prompt_template})
+    lm = wrap(_new_model(settings, tokenizer, longest), tokenizer, loading)
     stage = StageSettings(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        adam_beta2=0.98,
-        max_packed_tokens=2048,
+        epochs=settings.epochs, batch_size=settings.batch_size, learning_rate=settings.learning_rate, adam_beta2=0.98
     )
-    texts = [encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
-    model = _new_model(settings, tokenizer, longest=max(len(text.ids) for text in texts))
-    stage_log = finetune(
-        model,
-        texts,
-        stage,
-        seed=settings.seed,
-        pad_id=tokenizer.pad_token_id,
-        device=pick_device(device),
-        stage_io=StageIO("building the lab base"),
-    )
-    save_model(model, tokenizer, folder)
+    stage_log = teach(lm, pairs, stage, seed=settings.seed)
+    lm.save(folder)
     write_facts(facts, folder / "facts.jsonl")
     disk.write_text(folder / "update.yaml", _update_yaml(facts.used, settings.prompt_template))
-    asked = {"device": device, "prompt_template": settings.prompt_template}
-    held = _share_held(wrap(model, tokenizer, ModelSettings.model_validate(asked)), facts)
+    held = _share_held(lm, facts)
     for what, share in held.items():
         if share is not None and share < 0.99:
             log.warning("the lab base holds only %.1f %% of the %s; raise epochs or size", 100 * share, what)
@@ -194,9 +181,9 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
         {
             "settings": settings.model_dump(),
             "facts": {"source": facts.source, "used": facts.used, "sha256": facts.sha256()},
-            "texts": len(texts),
+            "texts": len(pairs),
             "contradictions": contradictions,
-            "parameters": parameter_count(model),
+            "parameters": parameter_count(lm.model),
             "final_loss": stage_log.final_loss,
             "held": held,
             "versions": run_folder.versions(),
@@ -273,8 +260,9 @@ def _update_yaml(n_facts: int, prompt_template: str) -> str:
     """Settings for an update of all facts: fewer facts take more epochs."""
     import yaml
 
-    stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **UPDATE_SETTINGS}
-    settings: dict[str, Any] = {"forget": {**stage}, "learn": {**stage}, "teach": UPDATE_SETTINGS}
+    stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **STAGE_SETTINGS}
+    settings: dict[str, Any] = {"forget": {**stage}, "learn": {**stage}, "teach": STAGE_SETTINGS}
+    settings["train"] = TRAIN_SETTINGS
     if prompt_template != "plain":
         named = prompt_template in prompts.NAMED
         settings["model"] = {"prompt_template": prompt_template if named else str(Path(prompt_template).resolve())}

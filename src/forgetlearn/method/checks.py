@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+
 from torch import nn
 
 from forgetlearn.config.methods import KINDS, How
@@ -27,26 +28,24 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
     kind = KINDS[how]
     check_computing(settings, lm.device)
     factors = selection.factors(lm.model, settings.modules)
-    targets = lora.check_targets(lm.model, settings.lora, "forget") if kind.adapter else list(factors)
+    targets = lora.check_targets(lm.model, settings.lora) if kind.adapter else list(factors)
     if not any(name in factors for name in targets):
         raise ConfigError(
             f"forget.modules = {settings.modules!r}: the adapter changes none of these weights, but for example "
-            f"{targets[0]}. Name some that forget.lora.target_modules cover."
+            f"{targets[0]}. Name some that lora.target_modules cover."
         )
     if kind.adapter and settings.modules != module_names.ALL:
         matrices = {name for name, weight in lm.model.named_parameters() if weight.dim() > 1}
         if out_of_reach := [name for name in factors if name in matrices and name not in targets]:
             log.warning(
-                "forget.modules = %s: forget.lora.target_modules leave out %d of its matrices, which stay: %s",
+                "forget.modules = %s: lora.target_modules leaves out %d of its matrices, which stay: %s",
                 *(settings.modules, len(out_of_reach), some(out_of_reach)),
             )
     if settings.rows != "all":
         if lm.is_sharded:
-            raise ConfigError("forget.rows: needs whole matrices, and model.shard splits them.")
+            raise ConfigError(f"forget.rows = {settings.rows}: needs whole matrices, and model.shard splits them.")
         if not kind.subtracts_from_base:
-            raise ConfigError(
-                f"forget.rows = {settings.rows}: only forgetting with all weights (method f-ft) takes rows."
-            )
+            raise ConfigError(f"forget.rows = {settings.rows}: needs forgetting with all weights (method f-ft).")
         _check_vocabulary(lm, settings, "forget")
     if not kind.subtracts and settings.modules != module_names.ALL:
         raise ConfigError("forget.modules: this method subtracts nothing. Leave it at all.")
@@ -64,13 +63,13 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None
         check_rows(lm, settings, how)
     check_computing(settings, lm.device)
     if kind.adapter:
-        lora.check_targets(lm.model, settings.lora, "learn")
+        lora.check_targets(lm.model, settings.lora)
     if settings.modules == module_names.ALL:
         return
     if not kind.chooses_weights:
         raise ConfigError(
             f"learn.modules = {settings.modules!r}: only learning with all weights takes modules; "
-            "LoRA takes learn.lora.target_modules, and locft chooses its module."
+            "LoRA takes lora.target_modules, and locft chooses its module."
         )
     if isinstance(settings.modules, dict):
         raise ConfigError("learn.modules: a weight is trained or not, so give names without factors.")
@@ -89,14 +88,14 @@ def check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
     if not KINDS[how].chooses_weights:
         raise ConfigError(
             "learn.rows = facts: only learning with all weights takes rows (ft, f-ft, f-lora-ft, ft-c, ga). locft and "
-            "LoRA leave the embeddings and the head alone, unless learn.lora.target_modules name them."
+            "LoRA leave the embeddings and the head alone, unless lora.target_modules names them."
         )
     _check_vocabulary(lm, settings, "learn")
     if lm.is_sharded or settings.deepspeed:
         raise ConfigError("learn.rows = facts: needs whole matrices, and model.shard and DeepSpeed split them.")
     if settings.weight_decay:
         raise ConfigError(
-            f"learn.rows = facts: the rows of other tokens stay, and learn.weight_decay = {settings.weight_decay:g} "
+            f"learn.rows = facts: the rows of other tokens stay, and train.weight_decay = {settings.weight_decay:g} "
             "would shrink them. Set one of the two to its default."
         )
 
@@ -117,4 +116,4 @@ def out_of_loras_reach(model: nn.Module, settings: LoraSettings) -> str | None:
     """
     if settings.target_modules != ALL_LINEAR:
         return None
-    return selection.out_of_reach(model, lora.check_targets(model, settings, "learn"))
+    return selection.out_of_reach(model, lora.check_targets(model, settings))

@@ -92,7 +92,7 @@ def tune_on_old(
     stage_io: StageIO | None = None,
 ) -> StageLog:
     """Fine-tune on the old answers, as an adapter "forget" or all weights: the first half of forgetting."""
-    kind, olds = STAGE_KINDS[how], _old_pairs(facts)
+    kind, olds = STAGE_KINDS[how], old_pairs(facts)
     kind.ready(lm)
     lm.model = kind.prepare(lm.model, settings, lora.FORGET, seed)
     return _train(lm, olds, settings, kind, seed, replace(stage_io or StageIO(), name="forgetting"))
@@ -102,7 +102,7 @@ def subtract(
     lm: LanguageModel, base: StateDict | None, facts: Iterable[Fact], settings: ForgetSettings, how: How
 ) -> None:
     """Make the tuned model the forgotten one, `base - coef * (tuned - base)`: the second half of forgetting."""
-    tokens = tokens_of(lm, _old_pairs(facts), settings.rows) if settings.rows != "all" else set()
+    tokens = tokens_of(lm, old_pairs(facts), settings.rows) if settings.rows != "all" else set()
     STAGE_KINDS[how].subtract(lm, settings, base, tokens)
 
 
@@ -118,18 +118,13 @@ def forget_tuned(
 
 
 def teach(
-    lm: LanguageModel,
-    facts: Iterable[Fact],
-    settings: TrainSettings,
-    *,
-    seed: int = 0,
-    stage_io: StageIO | None = None,
+    lm: LanguageModel, pairs: Pairs, settings: TrainSettings, *, seed: int = 0, stage_io: StageIO | None = None
 ) -> StageLog:
-    """Fine-tune all weights on the old answers, so that the base really holds them; `lm` is changed in place."""
-    kind, olds = STAGE_KINDS["all weights"], _old_pairs(facts)
+    """Fine-tune all weights on these answers, so that the base really holds them; `lm` is changed in place."""
+    kind = STAGE_KINDS["all weights"]
     kind.ready(lm)
     kind.prepare(lm.model, settings, "", seed)
-    stage_log = _train(lm, olds, settings, kind, seed, replace(stage_io or StageIO(), name="teaching"))
+    stage_log = _train(lm, pairs, settings, kind, seed, replace(stage_io or StageIO(), name="teaching"))
     lm.to_own_dtypes(seed)
     return stage_log
 
@@ -160,7 +155,7 @@ def tokens_of(lm: LanguageModel, pairs: Pairs, rows: Rows) -> set[int]:
     return {token for text in texts for token in (text.ids if whole else text.answer_ids)}
 
 
-def _old_pairs(facts: Iterable[Fact]) -> Pairs:
+def old_pairs(facts: Iterable[Fact]) -> Pairs:
     """Return prompt and old answer of the facts that have one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What each kind of stage does to a model: a class per kind, in one table. `config.methods` says which method uses which.
+"""What each kind of stage does to a model: a class per kind, in one table. `config.methods` says which method uses it.
 
 A new kind is a row in `config.methods.KINDS` and a class here, or in a file of its own.
 """
@@ -75,7 +75,7 @@ class StageKind:
         forgotten = task_vector.subtracted(base, sharding.parts(lm.model), settings.number, factors)
         if settings.rows != "all":
             vocabulary = selection.groups(lm.model)["vocabulary"]
-            forgotten = selection.only_rows(base, forgotten, vocabulary, tokens, settings.rows)
+            forgotten = selection.only_rows(base, forgotten, vocabulary, tokens)
         task_vector.load_into(lm.model, forgotten)
 
     def finish(self, lm: LanguageModel, stage_log: StageLog, seed: int) -> StageLog:
@@ -103,7 +103,8 @@ class Adapter(StageKind):
     ) -> nn.Module:
         """Attach the adapter."""
         assert isinstance(settings, TuningSettings), "teaching trains no adapter"
-        return lora.attach(model, settings.lora, name, seed)
+        adapted: nn.Module = lora.attach(model, settings.lora, name, seed)
+        return adapted
 
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
         """Train at the learning rate of adapters."""

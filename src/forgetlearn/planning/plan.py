@@ -16,13 +16,13 @@ import torch
 from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from forgetlearn.config.methods import METHODS, How
-from forgetlearn.config.schema import AUTO, RunConfig, StageSettings, TrainSettings, TuningSettings
+from forgetlearn.config.methods import KINDS, METHODS
+from forgetlearn.config.recipe import Recipe, Stage
+from forgetlearn.config.schema import AUTO, RunConfig, TrainSettings, TuningSettings
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS
 from forgetlearn.facts.fact_set import Fact, FactSet
-from forgetlearn.method.core import out_of_loras_reach
-from forgetlearn.method.keeping import read_keep
+from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, SMALL_MODEL, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel, context_length, parameter_count, pick_device, read_outline
@@ -163,8 +163,8 @@ def counts_line(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     """Parameters, facts and steps in words."""
     nothing = Texts((), _held(facts)), Texts((), len(facts))
     steps = [
-        f"{passes * math.ceil(texts.number / settings.batch_size):,} to {name}"
-        for name, _how, settings, texts, passes, _before in _stages(config, *nothing)
+        f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} to {stage.name}"
+        for stage, texts, passes, _before in _stages(Recipe(config), *nothing)
     ]
     return f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts, {' + '.join(steps)} steps"
 
@@ -263,7 +263,7 @@ def speed_of(text: str, stages: Sequence[StagePlan], config: RunConfig, devices:
         ConfigError: it is none of them, or no stage has FLOPs to turn tokens into.
     """
     if text == MEASURE:
-        halves = config.learn.dtype == "bfloat16"
+        halves = config.train.dtype == "bfloat16"
         return measured_speed(torch.device(devices.kind), torch.bfloat16 if halves else torch.float32)
     plain = text.strip().lower().replace(" ", "")
     in_tokens = plain.endswith("tokens/s")
@@ -301,19 +301,17 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
     elif len(chosen) < len(facts):
         notes.append(f"tokens are those of {len(chosen):,} of the {len(facts):,} facts, scaled up")
     loads: list[Load] = []
-    for name, how, settings, texts, passes, frozen in _stages(config, old, new):
-        load, problem = _train_load(outline, name, how, settings, texts, passes, frozen)
-        if how == "lora" and isinstance(settings, TuningSettings):
-            left = out_of_loras_reach(outline.skeleton().model, [(how, settings)])
+    recipe = Recipe(config)
+    for stage, texts, passes, frozen in _stages(recipe, old, new):
+        load, problem = _train_load(outline, stage, texts, passes, frozen)
+        if stage.kind.adapter:
+            left = out_of_loras_reach(outline.skeleton().model, config.lora)
             notes += [left] if left else []
-        if (name, how) == ("forget", "all weights"):
+        if stage.name == "forget" and stage.kind.subtracts_from_base:
             load = _with_base(load, config)
-            if config.forget.keep:  # what it measured stays beside the weights
-                loads.append(_keep_load(load, config, facts, outline, encode))
-                load = replace(load, host_bytes=load.host_bytes + FLOAT32 * load.trained)
         loads.append(load)
         notes += [problem] if problem else []
-    if config.forget.only_known and METHODS[config.method].forgets and config.teach.epochs == 0:
+    if config.forget.only_known and recipe.method.forgets and recipe.teach is None:
         notes.append("forgetting takes only facts that the model holds (forget.only_known); all are reckoned with")
     if config.evaluate.engine == "vllm":
         notes.append("answers are reckoned as those of transformers; vLLM takes what is free of a GPU for a while")
@@ -324,37 +322,30 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
 
 
 def _stages(
-    config: RunConfig, old: Texts, new: Texts
-) -> Iterator[tuple[str, How, TrainSettings, Texts, int, list[TuningSettings]]]:
-    """Name, kind, settings, texts, passes and LoRA stages before, of what is trained."""
-    method = METHODS[config.method]
-    forgets = method.forgets is not None and config.forget.coef != 0 and old.number > 0
-    if config.teach.epochs and old.number > 0:
-        yield "teach", "all weights", config.teach, old, config.teach.epochs, []
-    if forgets and method.forgets is not None:
-        yield "forget", method.forgets, config.forget, old, config.forget.epochs, []
-    before: list[TuningSettings] = [config.forget] if forgets and method.forgets == "lora" else []
-    trials = config.forget.trials if forgets and config.forget.coef == AUTO and config.forget.search == "full" else 1
-    yield "learn", method.learns, config.learn, new, config.learn.epochs * trials, before
+    recipe: Recipe, old: Texts, new: Texts
+) -> Iterator[tuple[Stage[TrainSettings], Texts, int, list[TuningSettings]]]:
+    """Yield the stages that train, with their texts, passes over these, and the adapters of stages before."""
+    forget = recipe.forget if old.number else None
+    before = [forget.settings] if forget and forget.kind.adapter else []
+    trials = forget.settings.trials if forget and recipe.chooses_coefficient else 1
+    for stage in (recipe.teach, forget):
+        if stage and old.number:
+            yield stage, old, stage.settings.epochs, []
+    yield recipe.learn, new, recipe.learn.settings.epochs * trials, [*before] if recipe.learn.kind.adapter else []
 
 
 def _train_load(
-    outline: Outline,
-    name: str,
-    how: How,
-    settings: TrainSettings,
-    texts: Texts,
-    passes: int,
-    frozen: Sequence[TuningSettings],
+    outline: Outline, stage: Stage[TrainSettings], texts: Texts, passes: int, frozen: Sequence[TuningSettings]
 ) -> tuple[Load, str | None]:
     """The load of a stage, and what kept its step from being traced."""
-    skeleton = outline.skeleton(outline.dtype if how == "lora" else torch.float32)
-    trained = skeleton.prepare(how, settings, frozen)
+    settings, kind = stage.settings, stage.kind
+    skeleton = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
+    trained = skeleton.prepare(kind.name, settings, frozen)
     micro = settings.micro_batch_size or settings.batch_size
     step, problem = _traced(lambda: skeleton.train_step(texts.largest_batch(micro, passes), settings, pad_id=0))
     load = Load(
-        name=name,
-        how=how,
+        name=stage.name,
+        how=kind.name,
         texts=texts.number,
         tokens=texts.tokens,
         passes=passes,
@@ -362,7 +353,7 @@ def _train_load(
         micro_batch_size=micro,
         weights_bytes=skeleton.weights_bytes,
         trained=trained,
-        kept_bytes=FLOAT32 * trained if how == "bounded" else 0,
+        kept_bytes=FLOAT32 * trained if kind.bounded else 0,
         largest_layer_bytes=skeleton.largest_layer_bytes,
         step=step,
         states_bytes=skeleton.states_bytes(settings.optim),
@@ -379,50 +370,23 @@ def _with_base(load: Load, config: RunConfig) -> Load:
     return replace(load, base_bytes=load.weights_bytes)
 
 
-def _keep_load(forget: Load, config: RunConfig, facts: FactSet, outline: Outline, encode: _Encode) -> Load:
-    """Measuring the facts to keep: one more fine-tuning, or the gradient of each text, kept and forgotten."""
-    kept = read_keep(config.forget, facts)
-    texts = list(encode.pairs((fact.prompt, fact.ground_truth or "") for fact in kept))
-    tokens = sum(len(text.ids) for text in texts)
-    if config.forget.keep_by == "projection":
-        return replace(forget, name="keep", how="projection", texts=len(texts), tokens=tokens)
-    skeleton = outline.skeleton(torch.float32)
-    trained = skeleton.prepare("all weights", config.forget)
-    longest = max(texts, key=lambda text: len(text.ids))
-    step, _problem = _traced(lambda: skeleton.train_step([longest], StageSettings(batch_size=1), pad_id=0))
-    return replace(
-        forget,
-        name="keep",
-        how="fisher",
-        texts=forget.texts + len(texts),
-        tokens=forget.tokens + tokens,
-        passes=1,
-        batch_size=1,
-        micro_batch_size=1,
-        states_bytes=0,
-        host_bytes=forget.host_bytes + 2 * FLOAT32 * trained,  # the squares of both
-        step=step,
-    )
-
-
 def _score_load(
     outline: Outline, config: RunConfig, read: Texts, chosen: Sequence[Fact], n_facts: int, kind: str
 ) -> tuple[Load, str | None]:
     """Scoring in all phases, and the answers that are generated, as long as they may be."""
-    method, size = METHODS[config.method], config.evaluate.batch_size
-    forgets = method.forgets is not None and config.forget.coef != 0
-    phases = 2 + (forgets and config.evaluate.every_phase)
+    recipe, size = Recipe(config), config.evaluate.batch_size
+    phases = len(recipe.phases)
     asked = {prompt for fact in chosen for prompt in (fact.prompt, *fact.rephrase_prompts)}
     batches = math.ceil(len(asked) * n_facts / len(chosen) / size) if "generate" in config.evaluate.protocols else 0
     longest = config.evaluate.max_new_tokens
     rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.sample] or [longest]
-    skeleton = outline.skeleton(torch.float32 if method.learns != "lora" else None)
+    skeleton = outline.skeleton(None if recipe.method.makes_adapter else torch.float32)
     row = read.fullest_row(size, ROW_TOKENS.get(kind, GPU_ROW_TOKENS))
     step, problem = _traced(lambda: skeleton.read_step(row))
     if problem:  # a model that takes no such mask
         step, problem = _traced(lambda: skeleton.read_step(row, shared=False))
     answers = None
-    if batches or (forgets and config.forget.only_known):  # what is known is asked too
+    if batches or (recipe.forget and config.forget.only_known):  # what is known is asked too
         widest = max(text.n_prompt_tokens for text in read.sample)
         prompts = min(size, round(len(asked) * n_facts / len(chosen)))
         answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, max(rooms)))
@@ -544,9 +508,10 @@ def _disk(
     """Bytes that the run folder takes, by part; weights between stages and checkpoints go in the end."""
     learns = next(load for load in loads if load.name == "learn")
     forgets = next((load for load in loads if load.name == "forget"), None)
-    frozen = forgets.trained if forgets and forgets.how == "lora" else 0
+    adapter = METHODS[config.method].makes_adapter
+    frozen = forgets.trained if forgets and KINDS[forgets.how].adapter else 0
     disk: dict[str, float] = {"product": own_bytes}
-    if learns.how == "lora":
+    if adapter:
         disk["product"] = FLOAT32 * (learns.trained + frozen)
     if forgets:
         disk["between stages"] = FLOAT32 * (frozen or parameters)
@@ -556,9 +521,9 @@ def _disk(
     disk["checkpoints"] = 2 * max(FLOAT32 * load.trained + load.states_bytes for load in loads)
     if config.teach.epochs:
         disk["taught base"] = own_bytes
-    if config.save_merged and learns.how == "lora":
+    if config.save_merged and adapter:
         disk["merged"] = own_bytes
-    if config.keep_change and learns.how != "lora":
+    if config.keep_change and not adapter:
         disk["change"] = own_bytes
     return disk
 
@@ -583,11 +548,9 @@ def _advice(
 
 def _alternatives(config: RunConfig, devices: Devices) -> Iterator[tuple[str, RunConfig | None, Devices]]:
     """In words, the config (None: as it is) and the devices."""
-    own = {stage: getattr(config, stage) for stage in ("forget", "learn")}
-    if any((stage.micro_batch_size or stage.batch_size) > 1 for stage in own.values()):
-        one = {name: stage.model_copy(update={"micro_batch_size": 1}) for name, stage in own.items()}
-        words = "--set forget.micro_batch_size=1 --set learn.micro_batch_size=1"
-        yield words, config.model_copy(update=one), devices
+    if any((config.train.micro_batch_size or stage.batch_size) > 1 for stage in (config.forget, config.learn)):
+        train = config.train.model_copy(update={"micro_batch_size": 1})
+        yield "--set train.micro_batch_size=1", config.model_copy(update={"train": train}), devices
     lora = {"f-ft": "f-lora", "f-lora-ft": "f-lora", "ft": "lora"}.get(config.method)
     if lora and config.teach.epochs == 0:
         half = config.model.model_copy(update={"dtype": "bfloat16"})

@@ -91,14 +91,15 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
     )
 
 
-def check_old_answers(facts: FactSet, recipe: Recipe) -> None:
+def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     """Raise FactError if a stage needs old answers and no fact has one.
 
     Facts that the model has still to be asked about may get one, so they pass.
     """
+    recipe = Recipe(config)
     if not recipe.needs_old_answers or facts.to_ask or any(fact.ground_truth for fact in facts):
         return
-    reason = f"method {recipe.config.method} forgets" if recipe.method.forgets else "teach.epochs > 0 teaches"
+    reason = f"method {config.method} forgets" if recipe.method.forgets else "teach.epochs > 0 teaches"
     counts = ", ".join(f"{count} {why}" for why, count in facts.without_old.items())
     if "model" in facts.old_from:
         remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == UNFINISHED_OLD_ANSWER)

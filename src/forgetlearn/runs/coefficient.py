@@ -86,9 +86,13 @@ def read_choice(folder: Path) -> Choice:
 
 def read_learned(folder: Path, lm: LanguageModel) -> tuple[StateDict, StageLog]:
     """Return what the best trial learned, as `choose` wrote it, and its log."""
-    kept: dict[str, Any] = disk.read_json(folder / LEARNED_LOG)
-    stage_log = StageLog(**kept | {name: tuple(value) for name, value in kept.items() if isinstance(value, list)})
-    return sharding.load_parts(lm.model, folder / LEARNED), stage_log
+    return sharding.load_parts(lm.model, folder / LEARNED), read_stage_log(folder / LEARNED_LOG)
+
+
+def read_stage_log(file: Path) -> StageLog:
+    """Return a stage's log that was written as JSON."""
+    kept: dict[str, Any] = disk.read_json(file)
+    return StageLog(**kept | {name: tuple(value) for name, value in kept.items() if isinstance(value, list)})
 
 
 def check(facts: Sequence[Fact], config: RunConfig) -> None:
@@ -168,10 +172,10 @@ class Search:
         self.aside, self.base = set_aside(facts, config), HeldBase(lm)
         self.trials: dict[float, Trial] = {}
         self.tuned: StateDict = {}
-        self.pipeline = self._pipeline(lm, config, Store())
+        self.pipeline = self._pipeline(config, Store())
 
-    def _pipeline(self, lm: LanguageModel, config: RunConfig, store: Store) -> Pipeline:
-        pipeline = Pipeline(lm, self.facts, config, store, base=self.base, scored=self.aside)
+    def _pipeline(self, config: RunConfig, store: Store) -> Pipeline:
+        pipeline = Pipeline(self.base.lm, self.facts, config, store, base=self.base, scored=self.aside)
         pipeline.rows["base"], pipeline.known = self.base_rows, self.known
         return pipeline
 
@@ -198,22 +202,25 @@ class Search:
     def at(self, coef: float) -> Trial:
         """Return the trial at a coefficient; of the best so far, what it learned is kept."""
         if coef not in self.trials:
-            store = _TrialStore(self.tuned, self.stage_io.part(f"learn-{coef:g}"))
-            pipeline = self._pipeline(self.base.lm, _of_trials(self.config), store)
-            pipeline.set_coefficient(coef)
-            pipeline.update()
-            table = scoring.summarise(pipeline.rows["updated"])
-            scores = {quantity: table[quantity][protocol]["mean"] for quantity, protocol in (*GOAL, ("residue", "token"))}
-            self.trials[coef] = Trial(coef, scores)
+            self.trials[coef] = Trial(coef, self._scores(coef))
             if self.folder is not None and best(self.trials.values()).coef == coef:
-                self._keep(pipeline, store.logs["learn"], self.folder)
+                self._keep(self.folder)
         return self.trials[coef]
 
-    @staticmethod
-    def _keep(pipeline: Pipeline, stage_log: StageLog | None, folder: Path) -> None:
+    def _scores(self, coef: float) -> dict[str, float | None]:
+        self.last = _TrialStore(self.tuned, self.stage_io.part(f"learn-{coef:g}"))
+        pipeline = self._pipeline(_of_trials(self.config), self.last)
+        pipeline.set_coefficient(coef)
+        pipeline.update()
+        table = scoring.summarise(pipeline.rows["updated"])
+        return {quantity: table[quantity][protocol]["mean"] for quantity, protocol in (*GOAL, ("residue", "token"))}
+
+    def _keep(self, folder: Path) -> None:
+        """Write what the last trial learned, and its log."""
+        lm, stage_log = self.base.lm, self.last.logs["learn"]
         assert stage_log is not None, "each trial learns"
-        kind, model = pipeline.recipe.learn.kind, pipeline.lm.model
-        sharding.save_parts(STAGE_KINDS[kind.name].state(pipeline.lm, lora.PRODUCT), model, folder / LEARNED)
+        state = STAGE_KINDS[METHODS[self.config.method].learns].state(lm, lora.PRODUCT)
+        sharding.save_parts(state, lm.model, folder / LEARNED)
         disk.write_json(folder / LEARNED_LOG, asdict(replace(stage_log, seconds=())))
 
 
@@ -234,7 +241,7 @@ class _TrialStore(Store):
 
 
 def _of_trials(config: RunConfig) -> RunConfig:
-    """Return the config of the trials: scored without free answers, which take most of the time, and only at the end."""
+    """Return the config of the trials: scored at the end alone, and without free answers, which take most time."""
     scores = {"protocols": ("token",), "every_phase": False, "general": None, "tasks": ()}
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=scores)})
 

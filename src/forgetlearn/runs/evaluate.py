@@ -12,18 +12,18 @@ from typing import Any
 from torch import nn
 
 from forgetlearn.config import preflight
-from forgetlearn.evaluation import general_ability, generation
-from forgetlearn.report import run_page
-from forgetlearn.runs import retention
-from forgetlearn.runtime import processes
-from forgetlearn.storage import run_folder
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import FactError, ModelError
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
-from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
-from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
-from forgetlearn.runs.results import write_results
+from forgetlearn.evaluation import general_ability, generation
 from forgetlearn.evaluation.scoring import Generated, Scorer, locality_predictions, score
+from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
+from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
+from forgetlearn.report import run_page
+from forgetlearn.runs import retention
+from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
+from forgetlearn.runs.results import write_results
+from forgetlearn.runtime import processes
+from forgetlearn.storage import run_folder
 
 
 def evaluate(
@@ -112,7 +112,9 @@ def _scored(
     if before is None:
         rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # with itself: says nothing
     if general_ability.asked(config.evaluate):
-        measured[phase] = general_ability.measure(lm, config.evaluate, scratch, scratch if reference is not None else None)
+        measured[phase] = general_ability.measure(
+            lm, config.evaluate, scratch, scratch if reference is not None else None
+        )
     retained = retention.score_earlier(lm, updates, config.evaluate)
 
     def write(output: Path, overwrite: bool) -> Path:

@@ -18,7 +18,7 @@ from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.evaluation import general_ability, scoring
 from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts.fact_set import Fact
-from forgetlearn.method.core import forget, forget_tuned, learn, teach, tune_on_old
+from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
 from forgetlearn.method.kinds import STAGE_KINDS, to_own_form
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
@@ -154,7 +154,7 @@ class Pipeline:
         return {name: weight.cpu().clone() for name, weight in state.items()}, stage_log
 
     def _teach(self, stage: Stage[TrainSettings], stage_io: StageIO) -> StageLog:
-        return teach(self.lm, self.facts, stage.settings, seed=stage.seed, stage_io=stage_io)
+        return teach(self.lm, old_pairs(self.facts), stage.settings, seed=stage.seed, stage_io=stage_io)
 
     def _forget(
         self, stage: Stage[ForgetSettings], facts: Sequence[Fact], tuned: StateDict | None, stage_io: StageIO

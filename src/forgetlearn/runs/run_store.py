@@ -152,7 +152,7 @@ class RunStore(Store):
 
 
 def _tell_rounding(survival: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Log how much of the change survives the rounding of the product, with remedies if little; return manifest notes."""
+    """Log how much of the change survives the rounding of the product; return it for the manifest."""
     if survival is None:
         return {}
     log.info("%s", rounding.in_words(survival))

@@ -130,7 +130,7 @@ def _update(
     if fact_set.to_ask and not goes_on:
         answers = asked_answers(lm, fact_set, config)  # now, because no fact or no old answer may be left
         held = with_the_models_answers(fact_set, answers, config)
-        check_old_answers(held, recipe)
+        check_old_answers(held, config)
         check_texts(lm.encoder, held)
     inputs: dict[str, Any] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
     if processes.world_size() > 1:
@@ -139,7 +139,9 @@ def _update(
         restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
-        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=UPGRADE_CONFIG)
+        lambda: run_folder.RunFolder.create(
+            output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=UPGRADE_CONFIG
+        )
     )
     run.check_seen()
     n_processes = processes.world_size()
@@ -165,7 +167,7 @@ def _check(facts: FactSet, recipe: Recipe) -> None:
     """Check all that can be checked without the model."""
     config = recipe.config
     processes.check_enough_for(len(facts))
-    check_old_answers(facts, recipe)
+    check_old_answers(facts, config)
     general_ability.check(config.evaluate)
     check_quantization(recipe)
     if config.forget.coef == AUTO:

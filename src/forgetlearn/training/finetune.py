@@ -31,6 +31,7 @@ from forgetlearn.errors import ConfigError, ModelError, TrainingError, check_ins
 from forgetlearn.models import attention
 from forgetlearn.models.batches import (
     IGNORE,
+    MAX_PACKED_TOKENS,
     Layout,
     answer_logits,
     attention_by_text,
@@ -178,7 +179,7 @@ def _finetune(
                 model=model,
                 args=arguments,
                 train_dataset=list(texts),
-                data_collator=_Collator(layout, pad_id, settings.max_packed_tokens, is_by_text),
+                data_collator=_Collator(layout, pad_id, is_by_text),
                 callbacks=[steps] if variant.max_change is None else [steps, _Ball(model, variant.max_change)],
                 loss_sign=variant.loss_sign,
                 points=stage_io.points,
@@ -370,10 +371,10 @@ class _Ball(TrainerCallback):  # type: ignore[misc]
 class _Collator:
     """Encoded facts to one batch of tensors, in the layout of the stage."""
 
-    def __init__(self, layout: Layout, pad_id: int, max_packed_tokens: int, is_by_text: bool) -> None:
+    def __init__(self, layout: Layout, pad_id: int, is_by_text: bool) -> None:
         self.layout, self.pad_id, self.is_by_text = layout, pad_id, is_by_text
         # Text by text there is no mask, so a row may be of any length.
-        self.max_packed_tokens = sys.maxsize if is_by_text else max_packed_tokens
+        self.max_packed_tokens = sys.maxsize if is_by_text else MAX_PACKED_TOKENS
 
     def __call__(self, texts: list[Encoded]) -> dict[str, Any]:
         tokens = sum(len(text.ids) for text in texts)
