@@ -9,7 +9,8 @@ import pytest
 
 import forgetlearn
 from forgetlearn.cli.main import main
-from forgetlearn.comparison.grid import CompareSettings, Comparison, begin
+from forgetlearn.comparison.cells import CompareSettings
+from forgetlearn.comparison.grid import Comparison, begin
 from forgetlearn.comparison.slurm import Job, Jobs, fill_on_cluster
 from forgetlearn.comparison.table import write_table
 from forgetlearn.config.schema import load_config

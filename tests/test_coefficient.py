@@ -14,7 +14,8 @@ import torch
 
 import forgetlearn
 from forgetlearn.cli.main import main
-from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.comparison.cells import CompareSettings
+from forgetlearn.comparison.grid import fill
 from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import load_config

@@ -15,7 +15,8 @@ import pytest
 import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.comparison import grid
-from forgetlearn.comparison.grid import Cell, CompareSettings, VariantSettings, cells_of, fill
+from forgetlearn.comparison.cells import Cell, CompareSettings, VariantSettings, cells_of
+from forgetlearn.comparison.grid import fill
 from forgetlearn.comparison.table import write_table
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import RunConfig, load_config

@@ -318,7 +318,8 @@ def compare(
     """Compare methods, coefficients and seeds in one table, with intervals and paired differences."""
     reads = _reads(model, facts_file, old_from, limit, None, prompt_template, columns, aliases)
     config = _config(config_file, reads, setting, "compare")
-    from forgetlearn.comparison.grid import CompareSettings, fill
+    from forgetlearn.comparison.cells import CompareSettings
+    from forgetlearn.comparison.grid import fill
     from forgetlearn.comparison.slurm import Jobs, fill_on_cluster
     from forgetlearn.comparison.table import write_table
     from forgetlearn.report.comparison_page import verdict

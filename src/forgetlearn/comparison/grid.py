@@ -8,31 +8,26 @@ the system releases when its process dies.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import multiprocessing
 import os
 import pickle
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from forgetlearn.comparison.cells import Cell, CompareSettings, Variants, cell_config, cells_of, check_names
 from forgetlearn.config import preflight
-from forgetlearn.config.base import Settings, upgraded
-from forgetlearn.config.methods import METHODS, PAPER_METHODS, MethodName
 from forgetlearn.config.recipe import Recipe, Stage
-from forgetlearn.config.schema import AUTO, ForgetSettings, Modules, Rows, RunConfig, TrainSettings
-from forgetlearn.errors import ConfigError, some
+from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, TrainSettings
+from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
@@ -51,130 +46,8 @@ from forgetlearn.weights.task_vector import StateDict
 
 log = logging.getLogger("forgetlearn")
 T = TypeVar("T")
-Budget = Literal["equal-epochs", "equal-steps"]
-Variants = Mapping[str, "VariantSettings"]
-WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.subtracts_from_base)
-NO_VARIANTS: Variants = MappingProxyType({})
 CELLS, SHARED = "cells", "shared"
 POLL_S = 0.5
-
-
-def _above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
-    if any(value <= 0 for value in values):
-        raise ValueError("a coefficient must be above 0; without forgetting the method is ft or lora")
-    return values
-
-
-class VariantSettings(Settings):
-    """What differs in a variant; the fine-tuning on old facts is the same for all of them."""
-
-    methods: tuple[MethodName, ...] = Field(
-        (), description="Methods that it varies; unset: those of the comparison that forget with all weights."
-    )
-    modules: Modules = Field("all", description="As forget.modules.")
-    rows: Rows = Field("all", description="As forget.rows.")
-    learn_modules: Modules = Field("all", description="As learn.modules.")
-    learn_rows: Rows = Field("all", description="As learn.rows.")
-    coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
-
-    _forgets = field_validator("coefs")(_above_zero)
-
-    @property
-    def learning(self) -> dict[str, Any]:
-        """What differs in the learning, by the names of `learn`."""
-        return {"modules": self.learn_modules, "rows": self.learn_rows}
-
-
-class CompareSettings(Settings):
-    """What is compared."""
-
-    methods: tuple[MethodName, ...] = Field(PAPER_METHODS, min_length=1, description="docs/method.md describes them.")
-    coefs: tuple[float, ...] = Field((0.1, 0.3, 1.0), min_length=1, description="Coefficients of forgetting.")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Whole numbers.")
-    epochs: tuple[int, ...] = Field((), description="Epochs of learning; unset: those of the config.")
-    budgets: tuple[Budget, ...] = Field(
-        ("equal-epochs",),
-        min_length=1,
-        description="equal-epochs: as the paper compares; equal-steps: plain methods also get the steps of forgetting.",
-    )
-
-    variants: dict[str, VariantSettings] = Field({}, description="More rows: a name, and what differs.")
-
-    @field_validator("coefs", mode="before")
-    @classmethod
-    def _numbers(cls, values: Any) -> Any:
-        if isinstance(values, (list, tuple)) and AUTO in values:
-            raise ValueError(
-                "auto sets facts aside that it does not score, and a table scores all rows on the same facts. "
-                "Give numbers here; for auto run `forgetlearn update --coef auto`"
-            )
-        return values
-
-    @field_validator("methods", "coefs", "seeds", "epochs", "budgets")
-    @classmethod
-    def _no_repeats(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        repeated = sorted({str(value) for value in values if values.count(value) > 1})
-        if repeated:
-            raise ValueError(f"{', '.join(repeated)} stands there more than once")
-        return values
-
-    @field_validator("variants")
-    @classmethod
-    def _names_of_folders(cls, values: dict[str, VariantSettings]) -> dict[str, VariantSettings]:
-        bad = [name for name in values if not re.fullmatch(r"[A-Za-z0-9_.+]+", name)]
-        if bad:
-            raise ValueError(f"{some(bad)}: a variant's name is made of letters, digits, '_', '.' and '+'")
-        return values
-
-    _forgets = field_validator("coefs")(_above_zero)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One update of the comparison."""
-
-    method: MethodName
-    coef: float | None  # None: the method does not forget
-    epochs: int
-    seed: int
-    budget: Budget
-    variant: str = ""  # a name of CompareSettings.variants
-
-    @property
-    def label(self) -> str:
-        """The row of the table that the cell belongs to; its seeds share it."""
-        coef = "" if self.coef is None else f"-coef{self.coef:g}"
-        variant = f"-{self.variant}" if self.variant else ""
-        return f"{self.method}{variant}{coef}-{self.epochs}epochs" + (
-            "-equal-steps" if self.budget == "equal-steps" else ""
-        )
-
-    @property
-    def name(self) -> str:
-        """Its folder."""
-        return f"{self.label}-seed{self.seed}"
-
-
-def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
-    """All cells, ordered so that those with the same fine-tuning on old facts follow each other."""
-    cells = []
-    epochs = settings.epochs or (config.learn.epochs,)
-    for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
-        cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in _coefs(method, settings.coefs)]
-        cells += [
-            Cell(method, coef, n_epochs, seed, "equal-epochs", name)
-            for name, variant in settings.variants.items()
-            if method in (variant.methods or WITH_ALL_WEIGHTS)
-            for coef in _coefs(method, variant.coefs or settings.coefs)
-        ]
-        in_all = n_epochs + config.forget.epochs
-        if "equal-steps" in settings.budgets and method in ("ft", "lora") and in_all not in epochs:
-            cells.append(Cell(method, None, in_all, seed, "equal-steps"))  # else the cell of so many epochs is that
-    return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
-
-
-def _coefs(method: MethodName, coefs: tuple[float, ...]) -> Sequence[float | None]:
-    return coefs if METHODS[method].forgets else (None,)
 
 
 @dataclass(frozen=True)
@@ -251,15 +124,18 @@ def begin(
     if config.model.quantization != "none":
         raise ConfigError("model.quantization: compare sets the base's weights for every cell. Use update, or none.")
     cells = cells_of(settings, config)
-    _check_rows(settings, cells)
+    check_names(settings, cells)
     run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     named = model if model is not None else str(config.model.name)
     check_weights(named)
     lm = as_language_model(named, None, config.model)
     check_texts(lm.encoder, fact_set)
-    for cell in {(cell.method, cell.variant): cell for cell in cells}.values():
-        _check(lm, cell_config(config, cell, settings.variants), cell)
+    for cell in {(cell.method, cell.variant): cell for cell in cells}.values():  # before the first one is begun
+        try:
+            check_stages(Recipe(cell_config(config, cell, settings.variants)), lm)
+        except ConfigError as error:
+            raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
     in_memory = not isinstance(named, (str, Path))
     inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
@@ -270,30 +146,8 @@ def begin(
         resume=resume,
         overwrite=overwrite,
         remove_leftovers=overwrite,
-        upgraded=lambda was: {
-            "run": upgraded(RunConfig, was["run"]),
-            "compare": upgraded(CompareSettings, was["compare"]),
-        },
     )
     return Comparison(run.path, config, fact_set, cells, settings.variants), lm
-
-
-def _check_rows(settings: CompareSettings, cells: Sequence[Cell]) -> None:
-    """Raise ConfigError unless each cell has a folder of its own, and each variant a row for each of its methods."""
-    for name, variant in settings.variants.items():
-        wanted = variant.methods or WITH_ALL_WEIGHTS
-        missing = [method for method in wanted if method not in settings.methods]
-        if missing:
-            raise ConfigError(
-                f"variants.{name}: varies {some(missing)}, which is not compared here. "
-                f"Add it to --methods, or name the variant's methods out of {', '.join(settings.methods)}."
-            )
-    names = [cell.name for cell in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(
-            f"{some(twice)}: more than one row of the table would have this name. Give the variant another name, or "
-            "leave out the coefficient that repeats."
-        )
 
 
 def check_named(model: object, why: str) -> None:
@@ -460,23 +314,3 @@ class CellStore(Store):
     @property
     def _seed(self) -> str:
         return f"seed{self.recipe.config.seed}"
-
-
-def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS) -> RunConfig:
-    """The config of an update that does what the cell does."""
-    forgetting: dict[str, Any] = {} if cell.coef is None else {"coef": cell.coef}
-    learning: dict[str, Any] = {"epochs": cell.epochs}
-    if cell.variant:
-        variant = variants[cell.variant]
-        forgetting |= {name: getattr(variant, name) for name in ("modules", "rows")}
-        learning |= variant.learning
-    forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
-    return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})
-
-
-def _check(lm: LanguageModel, config: RunConfig, cell: Cell) -> None:
-    """What would make a cell fail, found before the first one is begun."""
-    try:
-        check_stages(Recipe(config), lm)
-    except ConfigError as error:
-        raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetlearn.comparison.grid import Cell, CompareSettings, Comparison, begin, check_named, help_fill
+from forgetlearn.comparison.cells import Cell, CompareSettings
+from forgetlearn.comparison.grid import Comparison, begin, check_named, help_fill
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError, RunError, missing_extra
 from forgetlearn.facts.fact_set import FactSet

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn.comparison.grid import CELLS, SHARED, Budget, Cell, CompareSettings, VariantSettings, cells_of
+from forgetlearn.comparison.cells import Budget, Cell, CompareSettings, VariantSettings, cells_of
+from forgetlearn.comparison.grid import CELLS, SHARED
 from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import RunConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from forgetlearn.config import preflight
-from forgetlearn.config.base import upgraded
 from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
@@ -49,7 +47,6 @@ from forgetlearn.storage.locks import only_writer
 from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
-UPGRADE_CONFIG = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def _update(
     check_trackers(config.report_to)
     goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
     if goes_on:  # before a large model is loaded
-        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config", UPGRADE_CONFIG)
+        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config")
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     named = model if model is not None else str(config.model.name)
     in_memory = not isinstance(named, (str, Path))
@@ -139,9 +136,7 @@ def _update(
         restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
-        lambda: run_folder.RunFolder.create(
-            output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=UPGRADE_CONFIG
-        )
+        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite)
     )
     run.check_seen()
     n_processes = processes.world_size()
