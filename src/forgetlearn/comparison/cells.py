@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -43,7 +43,7 @@ class VariantSettings(Settings):
     _forgets = field_validator("coefs")(_above_zero)
 
     @property
-    def learning(self) -> dict[str, Any]:
+    def learning(self) -> dict[str, object]:
         """What differs in the learning, by the names of `learn`."""
         return {"modules": self.learn_modules, "rows": self.learn_rows}
 
@@ -65,7 +65,7 @@ class CompareSettings(Settings):
 
     @field_validator("coefs", mode="before")
     @classmethod
-    def _numbers(cls, values: Any) -> Any:
+    def _numbers(cls, values: object) -> object:
         if isinstance(values, (list, tuple)) and AUTO in values:
             raise ValueError(
                 "auto sets facts aside that it does not score, and a table scores all rows on the same facts. "
@@ -75,7 +75,7 @@ class CompareSettings(Settings):
 
     @field_validator("methods", "coefs", "seeds", "epochs", "budgets")
     @classmethod
-    def _no_repeats(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _no_repeats(cls, values: tuple[object, ...]) -> tuple[object, ...]:
         repeated = sorted({str(value) for value in values if values.count(value) > 1})
         if repeated:
             raise ValueError(f"{', '.join(repeated)} stands there more than once")
@@ -160,8 +160,8 @@ def check_names(settings: CompareSettings, cells: Sequence[Cell]) -> None:
 
 def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS) -> RunConfig:
     """The config of an update that does what the cell does."""
-    forgetting: dict[str, Any] = {} if cell.coef is None else {"coef": cell.coef}
-    learning: dict[str, Any] = {"epochs": cell.epochs}
+    forgetting: dict[str, object] = {} if cell.coef is None else {"coef": cell.coef}
+    learning: dict[str, object] = {"epochs": cell.epochs}
     if cell.variant:
         variant = variants[cell.variant]
         forgetting |= {name: getattr(variant, name) for name in ("modules", "rows")}

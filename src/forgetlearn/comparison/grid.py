@@ -13,15 +13,14 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from forgetlearn.comparison.cells import Cell, CompareSettings, Variants, cell_config, cells_of, check_names
 from forgetlearn.config import preflight
@@ -34,7 +33,7 @@ from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
-from forgetlearn.runs.checks import check_stages, check_weights, read_config_facts, resolve
+from forgetlearn.runs.checks import GivenConfig, GivenModel, check_stages, check_weights, read_config_facts, resolve
 from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Train, Tuned
 from forgetlearn.runs.results import Done, write_results
 from forgetlearn.runtime import processes
@@ -71,10 +70,10 @@ class Comparison:
 
 @torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def fill(
-    model: LanguageModel | nn.Module | str | Path | None = None,
+    model: GivenModel = None,
     facts: GivenFacts = None,
     settings: CompareSettings | None = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
     resume: bool = False,
@@ -99,10 +98,10 @@ def fill(
 
 
 def begin(
-    model: LanguageModel | nn.Module | str | Path | None,
+    model: GivenModel,
     facts: GivenFacts,
     settings: CompareSettings | None,
-    config: RunConfig | Mapping[str, Any] | None,
+    config: GivenConfig,
     *,
     output: str | Path,
     resume: bool,

@@ -13,13 +13,13 @@ from typing import Any
 
 from forgetlearn.comparison.cells import Cell, CompareSettings
 from forgetlearn.comparison.grid import Comparison, begin, check_named, help_fill
-from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError, RunError, missing_extra
 from forgetlearn.facts.fact_set import FactSet
+from forgetlearn.runs.checks import GivenConfig
 
 log = logging.getLogger("forgetlearn")
 JOBS = "jobs"
-DEFAULTS: Mapping[str, Any] = {"name": "forgetlearn", "timeout_min": 240}  # submitit's own limit is 5 minutes
+DEFAULTS: Mapping[str, object] = {"name": "forgetlearn", "timeout_min": 240}  # submitit's own limit is 5 minutes
 POLL_S = 1.0
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
 
@@ -51,7 +51,7 @@ class Jobs:
     """
 
     n: int = 1
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, object] = field(default_factory=dict)
     cluster: str = "slurm"
 
 
@@ -60,7 +60,7 @@ def fill_on_cluster(
     model: str | Path | None = None,
     facts: FactSet | str | Path | None = None,
     settings: CompareSettings | None = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
     resume: bool = False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from forgetlearn.config.base import Settings, validate
 from forgetlearn.config.recipe import Recipe
@@ -17,11 +18,12 @@ from forgetlearn.method.checks import check_forgetting, check_learning, out_of_l
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import check_product
 
+GivenConfig = RunConfig | Mapping[str, object] | None
+GivenModel = LanguageModel | nn.Module | str | Path | None
 
-def resolve(
-    config: RunConfig | Mapping[str, Any] | None, model: object, facts: FactSet | str | Path | None
-) -> RunConfig:
-    """The config with what was passed in written into it.
+
+def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | None) -> RunConfig:
+    """Return the config with what was passed in written into it.
 
     Raises:
         ConfigError: no model is named, or the config contradicts a model or facts that are passed in.
@@ -43,7 +45,7 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     return settings
 
 
-AS_READ: dict[str, Any] = {"limit": None, "columns": {}, "aliases": None}  # of facts that are read already
+AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # of facts that are read already
 
 
 def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -205,6 +205,6 @@ class Pipeline:
         self._measured[phase] = self.store.files(f"general_{phase}", self.ready(write))
 
     @property
-    def general(self) -> dict[str, Any]:
+    def general(self) -> dict[str, object]:
         """General ability by phase, as it was measured."""
         return {phase: general_ability.found_in(folder) for phase, folder in self._measured.items()}

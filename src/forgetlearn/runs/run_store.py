@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -56,8 +55,8 @@ class RunStore(Store):
     def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> Callable[[], None] | None:
         """Change the model, and write what it became; if that was done before, return what loads it."""
 
-        def write(unfinished: Path) -> dict[str, Any]:
-            noted: dict[str, Any] = {} if n_facts is None else {"facts": n_facts}
+        def write(unfinished: Path) -> dict[str, object]:
+            noted: dict[str, object] = {} if n_facts is None else {"facts": n_facts}
             if stage_log := compute(self._stage_io(stage.name)):
                 noted |= self._log_stage(stage.name, stage_log)
             self._save(stage, unfinished)
@@ -100,7 +99,7 @@ class RunStore(Store):
     def choose(self, pipeline: Pipeline) -> float:
         """Return the coefficient of forgetting, searched for once."""
 
-        def search(folder: Path) -> dict[str, Any]:
+        def search(folder: Path) -> dict[str, object]:
             known, rows = pipeline.known, pipeline.rows["base"]
             stage_io = self._stage_io("coefficient")
             choice, stage_log = Search(self.lm, pipeline.facts, self.config, rows, known, folder, stage_io).run()
@@ -128,7 +127,7 @@ class RunStore(Store):
     def merge(self, pipeline: Pipeline) -> None:
         """Write the adapter folded into the base's weights, beside it."""
 
-        def compute(folder: Path) -> dict[str, Any]:
+        def compute(folder: Path) -> dict[str, object]:
             fold_in(self.lm, lora.PRODUCT)
             survival = self.lm.to_own_dtypes(self.recipe.learn.seed)
             self.lm.save(folder)
@@ -140,7 +139,7 @@ class RunStore(Store):
         config, logs = self.config, self.run.path / "logs"
         return StageIO(stage, self.run.points(stage), config.checkpoint_minutes, config.report_to, logs / "trackers")
 
-    def _log_stage(self, stage: str, stage_log: StageLog) -> dict[str, Any]:
+    def _log_stage(self, stage: str, stage_log: StageLog) -> dict[str, object]:
         """Write every step's numbers to the run folder; return the gist for the manifest."""
         logs = self.run.path / "logs"
         (logs / "seconds").mkdir(parents=True, exist_ok=True)
@@ -151,7 +150,7 @@ class RunStore(Store):
         return gist | _tell_rounding(stage_log.rounding)
 
 
-def _tell_rounding(survival: Mapping[str, Any] | None) -> dict[str, Any]:
+def _tell_rounding(survival: Mapping[str, float | int | None] | None) -> dict[str, object]:
     """Log how much of the change survives the rounding of the product; return it for the manifest."""
     if survival is None:
         return {}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from forgetlearn.config import preflight
 from forgetlearn.config.recipe import Recipe
@@ -28,6 +26,8 @@ from forgetlearn.products import chain, restore
 from forgetlearn.report import run_page
 from forgetlearn.runs import coefficient
 from forgetlearn.runs.checks import (
+    GivenConfig,
+    GivenModel,
     asked_answers,
     check_old_answers,
     check_quantization,
@@ -61,12 +61,12 @@ class UpdateResult:
 
 @torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def update(
-    model: LanguageModel | nn.Module | str | Path | None = None,
+    model: GivenModel = None,
     facts: GivenFacts = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> UpdateResult:
@@ -90,12 +90,12 @@ def update(
 
 
 def _update(
-    model: LanguageModel | nn.Module | str | Path | None,
+    model: GivenModel,
     facts: FactSet | str | Path | None,
     config: RunConfig,
     *,
     output: str | Path,
-    tokenizer: Any,
+    tokenizer: object,
     resume: bool,
     overwrite: bool,
 ) -> UpdateResult:
@@ -129,7 +129,7 @@ def _update(
         held = with_the_models_answers(fact_set, answers, config)
         check_old_answers(held, config)
         check_texts(lm.encoder, held)
-    inputs: dict[str, Any] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
+    inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # their parts of the weights fit no other number of them
     if config.keep_change and not recipe.method.makes_adapter:
