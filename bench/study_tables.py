@@ -45,7 +45,7 @@ class Row:
     @property
     def plain(self) -> str:
         """The label of what it is compared with."""
-        return "lora" if METHODS[self.first.method].makes_adapter else "ft"
+        return METHODS[self.first.method].plain
 
     @cached_property
     def scores(self) -> dict[tuple[int, int], Scores]:

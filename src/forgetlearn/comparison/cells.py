@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from forgetlearn.config.base import Settings
-from forgetlearn.config.methods import METHODS, PAPER_METHODS, MethodName
+from forgetlearn.config.methods import METHODS, PAPER_METHODS, PLAIN_METHODS, MethodName
 from forgetlearn.config.schema import AUTO, Modules, Rows, RunConfig
 from forgetlearn.errors import ConfigError, some
 
@@ -131,7 +131,7 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
             for coef in _coefs(method, variant.coefs or settings.coefs)
         ]
         in_all = n_epochs + config.forget.epochs
-        if "equal-steps" in settings.budgets and method in ("ft", "lora") and in_all not in epochs:
+        if "equal-steps" in settings.budgets and method in PLAIN_METHODS and in_all not in epochs:
             cells.append(Cell(method, None, in_all, seed, "equal-steps"))  # else the cell of so many epochs is that
     return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
 

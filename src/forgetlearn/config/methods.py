@@ -51,6 +51,11 @@ class Method:
         return KINDS[self.learns].adapter
 
     @property
+    def plain(self) -> str:
+        """The plain method, which only learns, that learns most like this one: what it is compared with."""
+        return "lora" if self.makes_adapter else "ft"
+
+    @property
     def subtracts(self) -> bool:
         """True if there is a coefficient of what forgetting subtracts."""
         return self.forgets is not None and KINDS[self.forgets].subtracts
@@ -72,6 +77,7 @@ METHODS: Mapping[str, Method] = {
     "ft-c": Method(None, "bounded", "Zhu et al. 2020, arXiv:2012.00363: within an L-infinity ball"),
     "ga": Method("ascent", "all weights", "Jang et al. 2023, arXiv:2210.01504: gradient ascent on the old answers"),
 }
+PLAIN_METHODS = tuple(name for name, method in METHODS.items() if method.plain == name)
 PAPER_METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 
 if TYPE_CHECKING:

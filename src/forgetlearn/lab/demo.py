@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn.config.base import validate
+from forgetlearn.config.methods import METHODS, PAPER_METHODS
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import RunError
 from forgetlearn.lab.build import LabSettings, build_lab, world_facts
@@ -16,7 +17,6 @@ from forgetlearn.report.render import COLUMNS, show_score
 from forgetlearn.storage import disk
 
 log = logging.getLogger("forgetlearn")
-DEMO_FACTS = 150
 COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
 
 
@@ -32,8 +32,8 @@ class DemoResult:
 def run_demo(
     output: str | Path,
     *,
-    methods: Iterable[str],
-    n_facts: int = DEMO_FACTS,
+    methods: Iterable[str] = PAPER_METHODS,
+    n_facts: int = 150,
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -44,7 +44,6 @@ def run_demo(
         ConfigError: the made-up world has no such number of facts.
         RunError: the output exists and neither `resume` nor `overwrite` is given.
     """
-    from forgetlearn.config.methods import METHODS
     from forgetlearn.runs.update import update
 
     settings = validate(LabSettings, {"n_facts": n_facts, "seed": seed})
