@@ -326,10 +326,10 @@ def test_by_itself_it_chooses_what_the_run_chose_and_leaves_the_base(chosen, sma
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"method": "ft"}, "method ft subtracts nothing"),
-        ({"method": "ga"}, "method ga subtracts nothing"),
-        ({"forget__validation": 0.01}, "of 10 facts it sets 0 aside, which leaves none to choose on"),
-        ({"forget__validation": 0.99}, "sets 10 aside, which leaves none to score"),
+        ({"method": "ft"}, r"forget\.coef = auto: method ft "),
+        ({"method": "ga"}, r"forget\.coef = auto: method ga "),
+        ({"forget__validation": 0.01}, r"forget\.validation = 0\.01.* 0 aside"),
+        ({"forget__validation": 0.99}, r"forget\.validation = 0\.99.* 10 aside"),
     ],
 )
 def test_it_is_refused_before_anything_is_written(small_lab, facts, config, tmp_path, more, message):
@@ -352,19 +352,19 @@ def test_where_nothing_is_known_it_only_learns_and_scores_all(small_lab, config,
     assert "there is nothing to forget" in caplog.text
     assert (result.summary["coef"], result.summary["choice"]) == (0.0, None)
     assert result.summary["facts"]["scored"] == 5
-    with pytest.raises(FactError, match="gives none of the old answers"):
+    with pytest.raises(FactError, match="old answers"):
         choose_coefficient(load_model(str(small_lab)), read_facts(path), config())
 
 
 def test_compare_takes_numbers(small_lab, facts, config, tmp_path):
     with pytest.raises(ConfigError, match=r"update --coef auto"):
         validate(CompareSettings, {"coefs": ["0.3", "auto"]})
-    with pytest.raises(ConfigError, match="Give numbers with --coefs"):
+    with pytest.raises(ConfigError, match=r"forget\.coef = auto"):
         fill(small_lab, facts, CompareSettings(coefs=(0.3,)), config(), output=tmp_path / "out")
 
 
 def test_a_step_by_step_forget_needs_a_number(small_lab, facts, config):
-    with pytest.raises(ConfigError, match="a number is needed"):
+    with pytest.raises(ConfigError, match=r"forget\.coef = auto"):
         forget(load_model(str(small_lab)), facts, config().forgetting, METHODS["f-ft"].forgets)
 
 

@@ -29,7 +29,7 @@ def _above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class VariantSettings(Settings):
-    """What differs in a variant; the fine-tuning on old facts is the same for all of them."""
+    """What a variant does differently; all variants share the fine-tuning on old facts."""
 
     methods: tuple[MethodName, ...] = Field(
         (), description="Methods that it varies; unset: those of the comparison that forget with all weights."
@@ -44,7 +44,7 @@ class VariantSettings(Settings):
 
     @property
     def learning(self) -> dict[str, object]:
-        """What differs in the learning, by the names of `learn`."""
+        """The settings of `learn` that the variant sets."""
         return {"modules": self.learn_modules, "rows": self.learn_rows}
 
 
@@ -78,7 +78,7 @@ class CompareSettings(Settings):
     def _no_repeats(cls, values: tuple[object, ...]) -> tuple[object, ...]:
         repeated = sorted({str(value) for value in values if values.count(value) > 1})
         if repeated:
-            raise ValueError(f"{', '.join(repeated)} stands there more than once")
+            raise ValueError(f"{', '.join(repeated)} is listed more than once")
         return values
 
     @field_validator("variants")
@@ -105,7 +105,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The row of the table that the cell belongs to; its seeds share it."""
+        """The name of its row in the table, which the cells of other seeds share."""
         coef = "" if self.coef is None else f"-coef{self.coef:g}"
         variant = f"-{self.variant}" if self.variant else ""
         return f"{self.method}{variant}{coef}-{self.epochs}epochs" + (
@@ -114,12 +114,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder."""
+        """The name of its folder."""
         return f"{self.label}-seed{self.seed}"
 
 
 def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
-    """All cells, ordered so that those with the same fine-tuning on old facts follow each other."""
+    """Return all cells, ordered so that those with the same fine-tuning on old facts follow each other."""
     cells = []
     epochs = settings.epochs or (config.learn.epochs,)
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
@@ -132,7 +132,7 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
         ]
         in_all = n_epochs + config.forget.epochs
         if "equal-steps" in settings.budgets and method in PLAIN_METHODS and in_all not in epochs:
-            cells.append(Cell(method, None, in_all, seed, "equal-steps"))  # else the cell of so many epochs is that
+            cells.append(Cell(method, None, in_all, seed, "equal-steps"))
     return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
 
 
@@ -159,7 +159,7 @@ def check_names(settings: CompareSettings, cells: Sequence[Cell]) -> None:
 
 
 def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS) -> RunConfig:
-    """The config of an update that does what the cell does."""
+    """Return the config of an update that does what the cell does."""
     forgetting: dict[str, object] = {} if cell.coef is None else {"coef": cell.coef}
     learning: dict[str, object] = {"epochs": cell.epochs}
     if cell.variant:

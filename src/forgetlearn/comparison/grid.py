@@ -60,11 +60,11 @@ class Comparison:
     variants: Variants = field(default_factory=dict)
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether somebody has done the cell."""
+        """Return True if some process has done the cell."""
         return run_folder.is_run(self.path / CELLS / cell.name)
 
     def open_cells(self) -> list[Cell]:
-        """The cells that nobody has done."""
+        """Return the cells that no process has done."""
         return [cell for cell in self.cells if not self.is_done(cell)]
 
 
@@ -80,13 +80,13 @@ def fill(
     overwrite: bool = False,
     workers: int = 1,
 ) -> list[Cell]:
-    """All cells of the comparison, each in `output/cells/`; what is done already is not done again.
+    """Fill all cells of a comparison, each in `output/cells/`; cells that are done stay as they are.
 
-    Several processes may call this with `resume=True` on one folder; `workers` starts that many here (the
-    model must then be named, since each loads its own).
+    Several processes may call this with `resume=True` on one folder; `workers` starts that many here (the model must
+    then be named, since each loads its own).
 
     Raises:
-        RunError: the folder was begun with other facts, another base or other settings.
+        RunError: the folder was started with other facts, another base or other settings.
     """
     if workers > 1:
         check_named(model, f"workers = {workers}")
@@ -107,7 +107,7 @@ def begin(
     resume: bool,
     overwrite: bool,
 ) -> tuple[Comparison, LanguageModel]:
-    """The comparison, whose folder is there now, and the base; see `fill`, which fills it."""
+    """Check everything, make the folder of the comparison, and return it and the base; `fill` fills it."""
     settings = settings or CompareSettings()
     facts = as_fact_set(facts)
     config = resolve(config, model, facts)
@@ -118,10 +118,10 @@ def begin(
             "Give numbers with --coefs; for auto run `forgetlearn update`."
         )
     if config.teach.epochs or "model" in config.facts.old_from:
-        raise ConfigError("compare takes a base that is taught already: teach.epochs must be 0, old_from not model.")
+        raise ConfigError("compare takes the base as it is: set teach.epochs to 0, and facts.old_from not to model.")
     check_engine(config.evaluate, changed_by="compare")
     if config.model.quantization != "none":
-        raise ConfigError("model.quantization: compare sets the base's weights for every cell. Use update, or none.")
+        raise ConfigError("model.quantization: compare restores the base's weights for each cell. Use update, or none.")
     cells = cells_of(settings, config)
     check_names(settings, cells)
     run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
@@ -139,22 +139,13 @@ def begin(
     inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = run_folder.RunFolder.create(
-        output,
-        whole,
-        inputs,
-        resume=resume,
-        overwrite=overwrite,
-        remove_leftovers=overwrite,
+        output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite
     )
     return Comparison(run.path, config, fact_set, cells, settings.variants), lm
 
 
 def check_named(model: object, why: str) -> None:
-    """Raise ConfigError unless processes that know its name can load the model.
-
-    Raises:
-        ConfigError: it is one in memory; `why` others are to load it.
-    """
+    """Raise ConfigError if the model is one in memory, which other processes cannot load; `why` they need to."""
     if model is not None and not isinstance(model, (str, Path)):
         raise ConfigError(f"{why}: each loads its own model, so give a folder or a hub id.")
 
