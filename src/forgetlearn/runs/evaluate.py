@@ -23,7 +23,8 @@ from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
 from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.runs.results import write_results
-from forgetlearn.evaluation.scoring import Generated, Scorer, locality_predictions, score
+from forgetlearn.evaluation.scorer import Generated, Scorer
+from forgetlearn.evaluation.scoring import locality_predictions, score
 
 
 def evaluate(
