@@ -26,8 +26,9 @@ from forgetlearn.models import modules as selection
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import LanguageModel, editable_module
 from forgetlearn.runtime import sharding
-from forgetlearn.training.finetune import StageLog, Variant, check_computing, finetune
+from forgetlearn.training.finetune import StageLog, check_computing, finetune
 from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.training.trainer import Variant
 from forgetlearn.weights import task_vector
 from forgetlearn.weights.adapter_files import ALL_LINEAR
 
