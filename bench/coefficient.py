@@ -41,7 +41,7 @@ from forgetlearn.storage import disk
 METHODS = ("f-ft", "f-lora", "f-lora-ft")
 GRID = (0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 3.0)
 FIXED = (0.3, 1.0)
-SEARCHES = ("cheap", "full")
+SEARCHES = ("auto",)
 ENDS = (LOWEST, HIGHEST)
 DRAWS = 200
 
@@ -98,7 +98,7 @@ def run_case(data: str, facts: FactSet, config: RunConfig, folder: Path) -> Case
     base = str(config.model.name)
     seconds = {"grid": timed(folder / "grid", lambda out: fill(base, facts, settings, config, output=out))}
     for search in SEARCHES:
-        forget = config.forget.model_copy(update={"coef": "auto", "search": search})
+        forget = config.forget.model_copy(update={"coef": "auto"})
         own = config.model_copy(update={"forget": forget})
         seconds[search] = timed(folder / search, lambda out, own=own: update(base, facts, own, output=out))
     summaries = {search: disk.read_json(folder / search / "run" / "summary.json") for search in SEARCHES}

@@ -91,8 +91,8 @@ def f_ft(args: argparse.Namespace, facts: list[Fact]) -> int:
     """Number of parameters of a model that has forgotten and learned."""
     config = load_config(None, {"method": "f-ft", "model.name": str(args.model), **SETTINGS})
     lm = load_model(config.model)
-    forget(lm, facts, config.forget, "all weights")
-    learn(lm, facts, config.learn, "all weights")
+    forget(lm, facts, config.forgetting, "all weights")
+    learn(lm, facts, config.learning, "all weights")
     return sum(weight.numel() for weight in lm.model.parameters())
 
 

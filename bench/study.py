@@ -22,9 +22,8 @@ import yaml
 from forgetlearn.comparison.grid import CompareSettings, fill
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import load_config
-from forgetlearn.facts.fact_set import Fact, FactSet, read_facts, write_facts
+from forgetlearn.facts.fact_set import FactSet, read_facts
 from forgetlearn.lab.build import LabSettings, build_lab
-from forgetlearn.method.keeping import asked_too
 from forgetlearn.storage import disk, run_folder
 from study_tables import Row, plot, read_rows, tables
 
@@ -40,7 +39,7 @@ is named after the first part of configs/study/study.yaml on that base and also 
 
 @dataclass(frozen=True)
 class Base:
-    """One lab base, the facts that it is updated with, and how many of the next ones it holds besides, to keep."""
+    """One lab base, and the facts that it is updated with."""
 
     file: str
     tied: bool
@@ -48,7 +47,6 @@ class Base:
     start: int
     limit: int
     seed: int
-    keep: int = 0
     lab: tuple[tuple[str, Any], ...] = ()  # settings of the base other than the usual ones
     device: str = "cpu"  # where it is built: on the CPU the same one on every machine
 
@@ -59,7 +57,7 @@ class Base:
     @property
     def same(self) -> tuple[Any, ...]:
         """What parts on one and the same base share."""
-        return self.file, self.tied, self.start, self.limit, self.seed, self.keep, self.lab
+        return self.file, self.tied, self.start, self.limit, self.seed, self.lab
 
 
 def main() -> None:
@@ -116,34 +114,22 @@ def rows_of(bases: list[Base], study: Mapping[str, Any], output: Path) -> dict[s
     return {next(iter(own)).name: rows for own in folders.values() if (rows := read_rows(own))}
 
 
-def lab_of(base: Base, data: Path) -> tuple[Path, FactSet, tuple[Fact, ...]]:
-    """The folder of the base, which is built where it is not there, the facts to update, and those to keep."""
+def lab_of(base: Base, data: Path) -> tuple[Path, FactSet]:
+    """The folder of the base, which is built if it does not exist, and the facts to update."""
     whole = read_facts(data / base.file)
-    first, last, end = base.start, base.start + base.limit, base.start + base.limit + base.keep
+    facts = replace(whole, facts=whole[base.start : base.start + base.limit])
     settings = LabSettings(seed=base.seed, tie_word_embeddings=base.tied, **dict(base.lab))
-    folder = build_lab(replace(whole, facts=whole[first:end]), settings, vocabulary_from=whole, device=base.device)
-    return folder, replace(whole, facts=whole[first:last]), whole[last:end]
+    return build_lab(facts, settings, vocabulary_from=whole, device=base.device), facts
 
 
 def compared(base: Base, study: Mapping[str, Any], data: Path, output: Path, workers: int) -> None:
     """Fill the comparison of one base."""
     part = study["parts"][base.part]
-    folder, facts, others = lab_of(base, data)
+    folder, facts = lab_of(base, data)
     config = load_config(folder / "update.yaml", study["update"] | part["update"])
     variants = part["variants"].get("tied" if base.tied else "untied", {})
-    if base.keep:
-        keep = output.with_suffix(".keep.jsonl")
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        both = asked_too(others, facts)  # ZsRE asks some questions of two facts
-        write_facts([fact for fact in others if fact not in both], keep)
-        variants = {name: _with_file(variant, keep) for name, variant in variants.items()}
     settings = validate(CompareSettings, part["compare"] | {"variants": variants})
     fill(folder, facts, settings, config, output=output, resume=output.exists(), workers=workers)
-
-
-def _with_file(variant: Mapping[str, Any], keep: Path) -> dict[str, Any]:
-    """A variant that keeps facts is given the file that they are in."""
-    return {**variant, "keep": str(keep)} if "keep_by" in variant else dict(variant)
 
 
 if __name__ == "__main__":

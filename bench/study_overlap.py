@@ -47,7 +47,7 @@ def main() -> None:
     print("\n".join(lines))
     for base in wanted:
         part = study["parts"][base.part]
-        folder, facts, _others = lab_of(base, args.data)
+        folder, facts = lab_of(base, args.data)
         epochs = {"learn.epochs": max(part["compare"]["epochs"])}
         config = load_config(folder / "update.yaml", study["update"] | part["update"] | epochs)
         seen = [dict(shares(folder, facts, config, int(seed))) for seed in args.seeds.split(",")]
@@ -62,10 +62,10 @@ def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterat
     """Per part of the model: how many numbers, both lengths over that of the base, cosine, new in units of old (5,)."""
     lm = load_model(folder)
     base = core.float32_snapshot(lm)
-    core.tune_on_old(lm, facts, config.forget, "all weights", seed=core.stage_seed(seed, "forget"))
+    core.tune_on_old(lm, facts, config.forgetting, "all weights", seed=core.stage_seed(seed, "forget"))
     old = task_vector.snapshot(lm.model)
     task_vector.load_into(lm.model, base)
-    core.learn(lm, facts, config.learn, "all weights", seed=core.stage_seed(seed, "learn"))
+    core.learn(lm, facts, config.learning, "all weights", seed=core.stage_seed(seed, "learn"))
     new = task_vector.snapshot(lm.model)
     old_texts = [(fact.prompt, fact.ground_truth or "") for fact in facts]
     told = core.tokens_of(lm, old_texts + [(fact.prompt, fact.target_new) for fact in facts], "facts")

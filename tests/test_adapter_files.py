@@ -300,7 +300,7 @@ def test_case_24_a_pattern_that_hangs_is_refused(base, make, field, monkeypatch)
             use(folder)
         assert time.monotonic() - start < 10
     with pytest.raises(ConfigError, match=r"lora\.target_modules = .*takes more than"):
-        adapters.check_targets(load(base).model, LoraSettings(target_modules=HANGS), "learn")
+        adapters.check_targets(load(base).model, LoraSettings(target_modules=HANGS))
 
 
 def test_a_pattern_is_tried_as_it_is_used():

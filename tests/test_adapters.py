@@ -200,7 +200,7 @@ WRONG_TARGETS = [
 def test_targets_are_checked_before_anything_begins(tiny_model, targets, tied, message):
     model = tiny_model(tied=tied)
     with pytest.raises(ConfigError, match=rf"^forget\.lora\.target_modules .*{message}"):
-        lora.check_targets(model, LoraSettings(target_modules=targets), "forget")
+        lora.check_targets(model, LoraSettings(target_modules=targets))
     with pytest.raises(ConfigError, match=rf"^lora\.target_modules .*{message}"):
         lora.attach(model, LoraSettings(target_modules=targets), FORGET, seed=0)
 
@@ -217,7 +217,7 @@ def test_checking_leaves_the_model_as_it_is(tiny_model, family, targets):
     random_state = torch.get_rng_state()
     attributes = set(vars(model))
     with contextlib.suppress(ConfigError):
-        lora.check_targets(model, LoraSettings(target_modules=targets), "learn")
+        lora.check_targets(model, LoraSettings(target_modules=targets))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert set(vars(model)) == attributes
     assert dict(model.named_modules()) == modules

@@ -332,11 +332,11 @@ def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_
 def test_case_20_dense_layers_and_shared_experts_are_adapted_though_named_as_experts(name, tmp_path):
     model = saved(make_architecture(name), tmp_path / "base")
     paths = linear_layers(model)
-    reached = adapters.check_targets(model, LoraSettings(), "learn")
+    reached = adapters.check_targets(model, LoraSettings())
     assert {path.removesuffix(".weight") for path in reached} == paths
     gates = {path for path in paths if path.endswith("gate_proj")}
     settings = LoraSettings(r=2, lora_dropout=0.1, target_modules=["gate_proj"])
-    assert {path.removesuffix(".weight") for path in adapters.check_targets(model, settings, "learn")} == gates
+    assert {path.removesuffix(".weight") for path in adapters.check_targets(model, settings)} == gates
     model = adapters.attach(model, settings, adapters.FORGET, seed=0)
     for path, weight in model.named_parameters():
         if "lora_B" in path:
@@ -366,5 +366,5 @@ def test_case_20_dense_layers_and_shared_experts_are_adapted_though_named_as_exp
 )
 def test_case_20_what_cannot_be_adapted_is_refused_with_what_works(name, targets, works):
     with pytest.raises(ConfigError, match=r"learn\.lora\.target_modules") as caught:
-        adapters.check_targets(make_architecture(name), LoraSettings(target_modules=targets), "learn")
+        adapters.check_targets(make_architecture(name), LoraSettings(target_modules=targets))
     assert works in str(caught.value)

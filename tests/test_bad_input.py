@@ -306,9 +306,7 @@ def test_settings_in_a_file(n, tmp_path):
 
 @tried
 def test_variants_of_a_comparison(n):
-    names = st.sampled_from(
-        ["methods", "modules", "moduls", "keep", "coefs", "learn_modules", "learn_rows", "rows", "control"]
-    )
+    names = st.sampled_from(["methods", "modules", "moduls", "coefs", "learn_modules", "learn_rows", "rows"])
     variants = st.dictionaries(words, st.dictionaries(names, yaml_values, max_size=2), max_size=2)
     asked = st.dictionaries(st.sampled_from([*CompareSettings.model_fields, "x"]), yaml_values | variants, max_size=3)
     try_all(n, lambda asked: settled(validate, CompareSettings, asked, "variants.yaml"), asked)
@@ -324,7 +322,7 @@ def test_a_problem_of_the_variants_names_their_file_and_the_nearest_setting(tmp_
     assert f"variants.low.moduls ({file}): there is no such setting. Did you mean 'variants.low.modules'?" in said
     assert f"variants.low.coefs = [0] ({file}): a coefficient must be above 0" in said
     assert "coefs = 'a': must be a valid number" in said  # a flag's, so no file is named
-    named_as_a_field = file_in(tmp_path, "w.yaml", b"keep: {coefs: [0]}")
+    named_as_a_field = file_in(tmp_path, "w.yaml", b"rows: {coefs: [0]}")
     assert "is ft or lora. Its own coefficients" in told(named_as_a_field)
     assert f"--variants {tmp_path / 'none.yaml'}: No such file" in told(tmp_path / "none.yaml")
 

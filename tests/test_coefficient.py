@@ -19,7 +19,7 @@ from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import make_fact, read_facts
+from forgetlearn.facts.fact_set import read_facts
 from forgetlearn.method.core import forget
 from forgetlearn.models.language_model import load_model
 from forgetlearn.runs import coefficient
@@ -52,21 +52,20 @@ def config(small_lab):
 
 @pytest.fixture(scope="module")
 def chosen(small_lab, facts, config, tmp_path_factory):
-    """Search -> the run that it was made in; each is made once."""
+    """Method -> the run that chose a coefficient for it; each is made once."""
     folder, done = tmp_path_factory.mktemp("runs"), {}
     own = coefficient.learn
 
-    def run(search):
-        if search not in done:
-            method = {"cheap": "f-ft", "full": "f-lora"}[search]
-            settings = config(forget__search=search, method=method)
-            epochs = run.learned[search] = []
+    def run(method):
+        if method not in done:
+            settings = config(method=method)
+            epochs = run.learned[method] = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(coefficient, "learn", lambda *a, **o: (epochs.append(a[2].epochs), own(*a, **o))[1])
-                done[search] = update(small_lab, facts, settings, output=folder / search)
-        return done[search]
+                done[method] = update(small_lab, facts, settings, output=folder / method)
+        return done[method]
 
-    run.learned = {}  # search -> the epochs of each trial
+    run.learned = {}  # method -> the epochs of each trial
     return run
 
 
@@ -88,7 +87,7 @@ def test_what_is_set_aside_depends_on_content_and_seed_not_on_the_order(facts, c
 
 @pytest.mark.parametrize("how", ["all weights", "lora"])
 def test_the_forgotten_model_of_a_coefficient_is_what_forget_makes(small_lab, facts, config, how):
-    settings = config().forget.model_copy(update={"coef": 0.7})
+    settings = config().forgetting.model_copy(update={"coef": 0.7})
     lm, straight = load_model(str(small_lab)), load_model(str(small_lab))
     base = snapshot(lm.model)
     forgetter = Forgetter(lm)
@@ -103,7 +102,7 @@ def test_the_forgotten_model_of_a_coefficient_is_what_forget_makes(small_lab, fa
     assert all(torch.equal(one[name], weight) for name, weight in two.items())
 
 
-# The two searches, on curves whose answer is known -----------------------------------------------
+# The search, on curves whose answer is known ------------------------------------------------------
 
 
 class Curve(coefficient._Trying):
@@ -116,25 +115,8 @@ class Curve(coefficient._Trying):
         return {"reliability": None, "generality": None, "residue": None, "locality": self.of(coef)}
 
 
-def test_cheap_takes_the_largest_coefficient_within_the_bound(config):
-    curve = Curve(config(forget__max_locality_loss=2.0), lambda coef: 100 - 4 * (coef > 0.62) - 90 * (coef > 1.3))
-    coef, why = coefficient._largest_within_bound(curve)
-    assert 0.62 * math.exp(-coefficient.TOLERANCE) <= coef <= 0.62
-    assert "costs 0.0 points" in why
-    assert "it costs 4.0" in why
-    looser = Curve(config(forget__max_locality_loss=5.0), curve.of)
-    assert 1.3 * math.exp(-coefficient.TOLERANCE) <= coefficient._largest_within_bound(looser)[0] <= 1.3
-
-
-def test_cheap_where_every_coefficient_costs_too_much_or_none_does(config):
-    assert coefficient._largest_within_bound(Curve(config(), lambda _coef: 100.0))[0] == HIGHEST
-    coef, why = coefficient._largest_within_bound(Curve(config(), lambda _coef: 0.0))
-    assert coef == LOWEST
-    assert why.endswith("costs 100.0 points of locality (at most 1 are allowed), and it is the smallest that is tried")
-
-
 @pytest.mark.parametrize("best", [0.1, 0.3, 0.6, 1.5])
-def test_full_comes_close_to_the_top_of_a_curve_when_more_trials_are_asked_for(config, best):
+def test_it_comes_close_to_the_top_of_a_curve_when_more_trials_are_asked_for(config, best):
     curve = Curve(config(forget__trials=7), lambda coef: 60 - 5 * math.log(coef / best) ** 2)
     coef, why = coefficient._best_after_learning(curve)
     assert coef == pytest.approx(best, rel=0.1)
@@ -157,9 +139,9 @@ def test_the_goal_is_the_mean_of_what_was_asked():
 # In a run ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("search", ["cheap", "full"])
-def test_the_facts_set_aside_are_updated_and_listed_but_not_scored(chosen, search):
-    result = chosen(search)
+@pytest.mark.parametrize("method", ["f-ft", "f-lora"])
+def test_the_facts_set_aside_are_updated_and_listed_but_not_scored(chosen, method):
+    result = chosen(method)
     aside = set(result.summary["choice"]["validation"])
     assert len(aside) == ASIDE
     counts = result.summary["facts"]
@@ -177,9 +159,9 @@ def test_the_facts_set_aside_are_updated_and_listed_but_not_scored(chosen, searc
     assert len(updated) == USED
 
 
-@pytest.mark.parametrize("search", ["cheap", "full"])
-def test_the_result_is_that_of_the_chosen_number(chosen, small_lab, facts, tmp_path, search):
-    result = chosen(search)
+@pytest.mark.parametrize("method", ["f-ft", "f-lora"])
+def test_the_result_is_that_of_the_chosen_number(chosen, small_lab, facts, tmp_path, method):
+    result = chosen(method)
     config = load_config(result.output / "config.yaml", {"forget.coef": result.summary["coef"]})
     assert load_config(result.output / "config.yaml").forget.coef == "auto"
     plain = update(small_lab, facts, config, output=tmp_path / "plain")
@@ -193,7 +175,7 @@ def test_the_result_is_that_of_the_chosen_number(chosen, small_lab, facts, tmp_p
 def test_what_the_best_trial_learned_is_the_product_to_the_bit(
     small_lab, facts, config, tmp_path, monkeypatch, method, resumed
 ):
-    settings, output = config(forget__search="full", method=method, evaluate__every_phase=False), tmp_path / "out"
+    settings, output = config(method=method, evaluate__every_phase=False), tmp_path / "out"
 
     def stop(*_args, **_options):
         raise KeyboardInterrupt
@@ -250,11 +232,11 @@ def test_the_best_trial_is_kept_wherever_it_is_tried(config, tmp_path):
         assert coefficient._best_after_learning(curve)[0] == curve.kept
 
 
-@pytest.mark.parametrize("search", ["cheap", "full"])
-def test_it_says_what_it_chose_and_why(chosen, search):
-    result = chosen(search)
+@pytest.mark.parametrize("method", ["f-ft", "f-lora"])
+def test_it_says_what_it_chose_and_why(chosen, method):
+    result = chosen(method)
     choice = result.summary["choice"]
-    assert choice["why"].startswith(f"coef {choice['coef']:g} was chosen ({search} search on {ASIDE} facts set aside)")
+    assert choice["why"].startswith(f"coef {choice['coef']:g} was chosen (on {ASIDE} facts set aside)")
     assert result.summary["coef"] == choice["coef"]
     stages = disk.read_json(result.output / "manifest.json")["stages"]
     assert (stages["coefficient"]["coef"], stages["coefficient"]["why"]) == (choice["coef"], choice["why"])
@@ -265,16 +247,15 @@ def test_it_says_what_it_chose_and_why(chosen, search):
     assert not list(result.output.rglob("stages/**/*.safetensors"))
 
 
-def test_cheap_trials_do_not_learn_and_full_ones_learn_as_the_update_does(chosen):
-    full = chosen("full").summary["choice"]["trials"]
-    assert chosen("cheap").summary["choice"]["trials"]
-    assert len(full) == 2
-    assert [trial["coef"] for trial in full] == sorted({trial["coef"] for trial in full})
-    assert chosen.learned == {"cheap": [], "full": [4] * len(full)}
+def test_trials_learn_as_the_update_does(chosen):
+    trials = chosen("f-lora").summary["choice"]["trials"]
+    assert len(trials) == 2
+    assert [trial["coef"] for trial in trials] == sorted({trial["coef"] for trial in trials})
+    assert chosen.learned["f-lora"] == [4] * len(trials)
 
 
 def test_killed_while_it_searches_it_ends_with_the_same_rows(chosen, small_lab, facts, config, tmp_path):
-    settings, output = config(method="f-ft", forget__search="cheap"), tmp_path / "out"
+    settings, output = config(method="f-ft"), tmp_path / "out"
     for wait in (0.5, 0.8):  # of the second or so that the stages up to the choice take
         child = os.fork()
         if child == 0:
@@ -284,15 +265,15 @@ def test_killed_while_it_searches_it_ends_with_the_same_rows(chosen, small_lab, 
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     resumed = update(small_lab, facts, settings, output=output, resume=True)
-    assert resumed.rows == chosen("cheap").rows
-    assert resumed.summary == chosen("cheap").summary
+    assert resumed.rows == chosen("f-ft").rows
+    assert resumed.summary == chosen("f-ft").summary
 
 
 def test_resumed_after_the_choice_nothing_is_tuned_or_searched_again(
     chosen, small_lab, facts, config, tmp_path, monkeypatch
 ):
-    settings, output = config(forget__search="full"), tmp_path / "out"
-    wanted = chosen("full").rows
+    settings, output = config(), tmp_path / "out"
+    wanted = chosen("f-lora").rows
 
     def stop(*_args, **_options):
         raise KeyboardInterrupt
@@ -309,7 +290,7 @@ def test_resumed_after_the_choice_nothing_is_tuned_or_searched_again(
 def test_killed_at_its_end_it_goes_on_and_leaves_no_stage_weights(
     chosen, small_lab, facts, config, tmp_path, monkeypatch, killed_in
 ):
-    settings, output = config(method="f-ft", forget__search="cheap"), tmp_path / "out"
+    settings, output = config(method="f-ft"), tmp_path / "out"
 
     def stop(*_args):
         raise KeyboardInterrupt
@@ -318,15 +299,15 @@ def test_killed_at_its_end_it_goes_on_and_leaves_no_stage_weights(
         patch.setattr(run_folder.RunFolder, killed_in, stop)
         with pytest.raises(KeyboardInterrupt):
             update(small_lab, facts, settings, output=output)
-    assert update(small_lab, facts, settings, output=output, resume=True).rows == chosen("cheap").rows
+    assert update(small_lab, facts, settings, output=output, resume=True).rows == chosen("f-ft").rows
     assert not list(output.rglob("stages/**/*.safetensors"))
 
 
 def test_by_itself_it_chooses_what_the_run_chose_and_leaves_the_base(chosen, small_lab, facts, config):
     lm = load_model(str(small_lab))
     base = snapshot(lm.model)
-    choice = forgetlearn.choose_coefficient(lm, facts, config(method="f-ft", forget__search="cheap"))
-    found = chosen("cheap").summary["choice"]
+    choice = forgetlearn.choose_coefficient(lm, facts, config(method="f-ft"))
+    found = chosen("f-ft").summary["choice"]
     assert (choice.coef, list(choice.validation), choice.why) == (found["coef"], found["validation"], found["why"])
     assert all(torch.equal(base[name], weight) for name, weight in snapshot(lm.model).items())
 
@@ -355,22 +336,16 @@ def test_a_share_is_between_0_and_1(config, share):
         config(forget__validation=share)
 
 
-def test_cheap_needs_probes(small_lab, config):
-    bare = [make_fact(f"Who is {name}?", "Ann", ground_truth="Bob") for name in "abcdef"]
-    with pytest.raises(FactError, match="none of the 2 facts set aside has an unrelated probe"):
-        choose_coefficient(load_model(str(small_lab)), bare, config(forget__search="cheap"))
-
-
 def test_where_nothing_is_known_it_only_learns_and_scores_all(small_lab, config, tmp_path, caplog):
     path = tmp_path / "facts.jsonl"
     lines = (f'{{"prompt": "Who is {n}?", "target_new": "Ann", "ground_truth": "Bob"}}\n' for n in "abcde")
     path.write_text("".join(lines))
-    result = update(small_lab, path, config(forget__search="full"), output=tmp_path / "out")
+    result = update(small_lab, path, config(), output=tmp_path / "out")
     assert "there is nothing to forget" in caplog.text
     assert (result.summary["coef"], result.summary["choice"]) == (0.0, None)
     assert result.summary["facts"]["scored"] == 5
     with pytest.raises(FactError, match="gives none of the old answers"):
-        choose_coefficient(load_model(str(small_lab)), read_facts(path), config(forget__search="full"))
+        choose_coefficient(load_model(str(small_lab)), read_facts(path), config())
 
 
 def test_compare_takes_numbers(small_lab, facts, config, tmp_path):
@@ -382,11 +357,11 @@ def test_compare_takes_numbers(small_lab, facts, config, tmp_path):
 
 def test_a_step_by_step_forget_needs_a_number(small_lab, facts, config):
     with pytest.raises(ConfigError, match="a number is needed"):
-        forget(load_model(str(small_lab)), facts, config().forget, METHODS["f-ft"].forgets)
+        forget(load_model(str(small_lab)), facts, config().forgetting, METHODS["f-ft"].forgets)
 
 
 def test_the_command(small_lab, tmp_path, capsys):
     words = f"update --model {small_lab} --facts {small_lab}/facts.jsonl --limit 6 --method f-lora --coef auto"
-    words += " --validation 0.5 --set forget.search=cheap --set forget.epochs=1 --set learn.epochs=1"
+    words += " --validation 0.5 --set forget.epochs=1 --set learn.epochs=1"
     assert main([*words.split(), "--output", str(tmp_path / "out")]) == 0
-    assert "was chosen (cheap search on 3 facts set aside)" in capsys.readouterr().out
+    assert "was chosen (on 3 facts set aside)" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from forgetlearn.comparison.table import write_table
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ConfigError, RunError
-from forgetlearn.facts.fact_set import read_facts, write_facts
+from forgetlearn.facts.fact_set import read_facts
 from forgetlearn.runs import coefficient
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk, locks, run_folder
@@ -382,10 +382,7 @@ def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_
 
 
 def test_variants_are_rows_of_their_own_and_share_the_tuned_weights(small_lab, facts, config, tmp_path):
-    keep = str(tmp_path / "keep.jsonl")
-    write_facts(read_facts(small_lab / "facts.jsonl")[6:12], tmp_path / "keep.jsonl")
-    variants = {"attn": {"modules": ["attention"], "coefs": [2]}, "noise": {"control": "random"}}
-    variants |= {"kept": {"keep": keep}, "kept_head": {"keep": keep, "modules": "head"}}
+    variants = {"attn": {"modules": ["attention"], "coefs": [2]}, "rows": {"rows": "answers"}}
     settings = validate(
         CompareSettings, {"methods": ["ft", "f-ft"], "coefs": [0.5], "seeds": [0], "variants": variants}
     )
@@ -396,14 +393,11 @@ def test_variants_are_rows_of_their_own_and_share_the_tuned_weights(small_lab, f
         ("ft", "", None),
         ("f-ft", "", 0.5),
         ("f-ft", "attn", 2.0),
-        ("f-ft", "kept", 0.5),
-        ("f-ft", "kept_head", 0.5),
-        ("f-ft", "noise", 0.5),
+        ("f-ft", "rows", 0.5),
     ]
     assert [path.name for path in (tmp_path / "out" / "shared").glob("old-*")] == ["old-all-weights-seed0"]
-    assert len(list((tmp_path / "out" / "shared").glob("keep-*"))) == 1
-    assert len(list((tmp_path / "out" / "shared").glob("forgotten-*"))) == 5  # each variant has a forgotten model
-    for name in ("attn-coef2", "kept-coef0.5"):
+    assert len(list((tmp_path / "out" / "shared").glob("forgotten-*"))) == 3  # each variant has a forgotten model
+    for name in ("attn-coef2", "rows-coef0.5"):
         cell = tmp_path / "out" / "cells" / f"f-ft-{name}-2epochs-seed0"
         alone = update(small_lab, facts, load_config(cell / "config.yaml"), output=tmp_path / name)
         assert rows_of(alone.output) == rows_of(cell)
@@ -445,14 +439,14 @@ def test_a_comparison_of_an_earlier_version_goes_on(small_lab, facts, config, tm
     cells = fill(small_lab, facts, settings, config, output=tmp_path / "out")
     made = {cell.name: (tmp_path / "out" / "cells" / cell.name / "manifest.json").stat().st_mtime_ns for cell in cells}
     run = run_folder.RunFolder.open(tmp_path / "out")
-    del run.manifest["config"]["run"]["learn"]["adam_epsilon"]
+    del run.manifest["config"]["run"]["train"]["adam_epsilon"]
     del run.manifest["config"]["compare"]["variants"]["low"]["learn_rows"]
     run.note()
     fill(small_lab, facts, settings, config, output=tmp_path / "out", resume=True)
     after = {cell.name: (tmp_path / "out" / "cells" / cell.name / "manifest.json").stat().st_mtime_ns for cell in cells}
     assert after == made
-    other = config.model_copy(update={"learn": config.learn.model_copy(update={"adam_epsilon": 1e-6})})
-    with pytest.raises(RunError, match=r"learn\.adam_epsilon = 1e-08, now it is 1e-06"):
+    other = config.model_copy(update={"train": config.train.model_copy(update={"adam_epsilon": 1e-6})})
+    with pytest.raises(RunError, match=r"train\.adam_epsilon = 1e-08, now it is 1e-06"):
         fill(small_lab, facts, settings, other, output=tmp_path / "out", resume=True)
 
 
@@ -472,7 +466,7 @@ def test_a_variant_that_matches_nothing_is_found_at_once(small_lab, facts, confi
         ({"methods": ["f-ft"], "variants": {"x": {"coefs": [2, 2]}}}, {}, "f-ft-x-coef2-2epochs-seed0: more than"),
         ({"methods": ["f-ft"], "coefs": [0.3, 0.30000001]}, {}, "f-ft-coef0.3-2epochs-seed0: more than one"),
         ({"methods": ["ft"], "variants": {"x": {}}}, {}, r"variants\.x: varies f-ft, which is not compared here"),
-        ({"methods": ["lora"]}, {"learn.lora.target_modules": ["nothing"]}, "target_modules"),
+        ({"methods": ["lora"]}, {"lora.target_modules": ["nothing"]}, "target_modules"),
     ],
 )
 def test_what_would_be_left_out_or_fail_later_is_found_at_once(small_lab, facts, tmp_path, settings, more, message):

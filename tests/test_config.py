@@ -12,7 +12,7 @@ import yaml
 import forgetlearn
 from forgetlearn.comparison.grid import CompareSettings
 from forgetlearn.config.base import describe, parse_assignments, validate
-from forgetlearn.config.schema import ForgetSettings, RunConfig, StageSettings, load_config
+from forgetlearn.config.schema import ForgetSettings, LoraSettings, RunConfig, StageSettings, TrainSettings, load_config
 from forgetlearn.errors import ConfigError
 from forgetlearn.storage import disk
 
@@ -43,7 +43,7 @@ def test_defaults_are_the_papers():
     config = load_config()
     assert (config.method, config.seed, config.forget.coef, config.forget.only_known) == ("f-lora", 0, 0.3, True)
     assert (config.learn.epochs, config.learn.learning_rate, config.teach.epochs) == (3, 5e-5, 0)
-    assert config.learn.lora_learning_rate == pytest.approx(5e-4)
+    assert config.learning.lora_learning_rate == pytest.approx(5e-4)
     assert config.evaluate.protocols == ("token", "exact", "generate", "prefer")
 
 
@@ -65,10 +65,31 @@ def test_rate_of_yaml_1_1_is_a_number(yaml_file):
 
 
 def test_anchors_do_not_share(yaml_file):
-    file = yaml_file("forget: &stage {epochs: 6, lora: {r: 4}}\nlearn: *stage\n")
-    config = load_config(file, {"forget.epochs": 1, "forget.lora.r": 2})
+    file = yaml_file("forget: &stage {epochs: 6, modules: {mlp: 2}}\nlearn: *stage\n")
+    config = load_config(file, {"forget.epochs": 1, "learn.modules.mlp": 3})
     assert (config.forget.epochs, config.learn.epochs) == (1, 6)
-    assert (config.forget.lora.r, config.learn.lora.r) == (2, 4)
+    assert (config.forget.modules, config.learn.modules) == ({"mlp": 2}, {"mlp": 3})
+
+
+def test_a_stage_has_its_own_settings_and_those_that_all_stages_share():
+    config = load_config(None, {"teach.epochs": 2, "train.adam_epsilon": 1e-6, "lora.r": 4, "forget.batch_size": 4})
+    shared = {stage.adam_epsilon for stage in (config.teaching, config.forgetting, config.learning)}
+    assert shared == {1e-6}
+    assert config.forgetting == ForgetSettings(adam_epsilon=1e-6, lora=LoraSettings(r=4), batch_size=4)
+    assert config.learning == StageSettings(adam_epsilon=1e-6, lora=LoraSettings(r=4))
+    assert config.teaching == TrainSettings(epochs=2, adam_epsilon=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("optim", "adamw_torch"), ("deepspeed", "zero.json"), ("warmup_ratio", 0)])
+def test_a_setting_that_stages_share_is_refused_in_a_stage_with_its_place(name, value):
+    for stage in ("teach", "forget", "learn"):
+        (problem,) = problems({f"{stage}.{name}": value})
+        assert problem.startswith(f"{stage}.{name}: ")
+        assert f"'train.{name}'" in problem
+
+
+def test_there_are_few_settings():
+    assert len(list(describe(RunConfig))) <= 75
 
 
 def test_what_is_written_is_read_back(yaml_file):
@@ -90,10 +111,10 @@ def test_sources_of_old_answers_are_a_list_or_a_text_with_commas(yaml_file):
 
 
 def test_assignments_are_yaml():
-    given = ["forget.epochs=6", "learn.lora.target_modules=[q_proj, v_proj]", "facts.limit=", "model.name=a=b"]
+    given = ["forget.epochs=6", "lora.target_modules=[q_proj, v_proj]", "facts.limit=", "model.name=a=b"]
     assert parse_assignments(given) == {
         "forget.epochs": 6,
-        "learn.lora.target_modules": ["q_proj", "v_proj"],
+        "lora.target_modules": ["q_proj", "v_proj"],
         "facts.limit": None,
         "model.name": "a=b",
     }
@@ -186,15 +207,17 @@ METHODS_IN_WORDS = "'ft', 'lora', 'f-ft', 'f-lora', 'f-lora-ft', 'locft', 'ft-c'
         ("forget.epoch", 3, "forget.epoch: there is no such setting. Did you mean 'forget.epochs'?"),
         ("forgt", {}, "forgt: there is no such setting. Did you mean 'forget'?"),
         ("coef", 1, "coef: there is no such setting. Did you mean 'forget.coef'?"),
-        ("learn.lora.alpha", 1, "learn.lora.alpha: there is no such setting. Did you mean 'learn.lora.lora_alpha'?"),
-        ("learn.batch_size", 6, "learn: micro_batch_size = 4 does not divide batch_size = 6."),
+        ("lora.alpha", 1, "lora.alpha: there is no such setting. Did you mean 'lora.lora_alpha'?"),
+        ("learn.lora", {}, "learn.lora: there is no such setting. Did you mean 'lora'?"),
+        ("learn.micro_batch_size", 1, "learn.micro_batch_size: there is no such setting. Did you mean 'train.micro_"),
+        ("learn.batch_size", 6, "config: train.micro_batch_size = 4 does not divide learn.batch_size = 6."),
         ("evaluate.protocols", [], "evaluate.protocols = []: must name at least 1 of token, exact, generate, prefer."),
         ("evaluate.protocols", ["tokens"], "evaluate.protocols = 'tokens': must be 'token', 'exact', 'generate' or"),
         ("forget", 3, "forget = 3: must be a valid dictionary"),
     ],
 )
 def test_message(name, value, message):
-    told = problems({"learn.micro_batch_size": 4 if name == "learn.batch_size" else None, name: value})
+    told = problems({"train.micro_batch_size": 4 if name == "learn.batch_size" else None, name: value})
     assert len(told) == 1
     assert told[0].startswith(message)
 
@@ -235,10 +258,11 @@ def test_other_kinds_of_settings_name_their_own():
         validate(StageSettings, {"epoch": 1})
 
 
-def test_teaching_trains_all_weights_so_it_takes_no_lora_settings():
-    with pytest.raises(ConfigError, match=r"teach\.lora.*there is no such setting"):
-        load_config(None, {"teach.lora.r": 4})
-    assert not any(name.startswith("teach.lora") for name, *_ in describe(RunConfig))
+def test_micro_batches_need_to_divide_only_the_batches_of_stages_that_run():
+    given = {"train.micro_batch_size": 6, "learn.batch_size": 12}
+    assert load_config(None, {**given, "method": "ft"}).learning.micro_batch_size == 6
+    assert "forget.batch_size" in problems({**given, "method": "f-ft"})[0]
+    assert "teach.batch_size" in problems({**given, "method": "ft", "teach.epochs": 1})[0]
 
 
 # What is told about settings ---------------------------------------------------------------------
@@ -249,7 +273,8 @@ def test_every_setting_is_described():
     assert rows["forget.coef"][0] == "0.3"
     assert rows["facts.limit"][0] == "null"
     assert all(text for _default, text in rows.values())
-    assert set(ForgetSettings.model_fields) - {"lora"} <= {name.removeprefix("forget.") for name in rows}
+    given = {name.removeprefix("forget.").removeprefix("train.") for name in rows}
+    assert set(ForgetSettings.model_fields) - {"lora"} <= given
 
 
 # The paper's configs ------------------------------------------------------------------------------
@@ -299,9 +324,9 @@ def test_a_paper_config_has_the_papers_settings(name):
         assert config.facts.old_from == (("pred",) if name.startswith("zsre") else ("answers",))
         assert config.model.prompt_template == "alpaca"
         assert not config.forget.only_known
-        for stage in (config.teach, config.forget, config.learn):
+        for stage in (config.teaching, config.forgetting, config.learning):
             assert (stage.epochs, stage.learning_rate, stage.batch_size, stage.micro_batch_size) == (3, rate, 16, 4)
-        for adapted in (config.forget, config.learn):
+        for adapted in (config.forgetting, config.learning):
             assert adapted.lora.target_modules == targets
             assert adapted.lora_learning_rate == rate
 
@@ -320,7 +345,7 @@ def test_the_old_answer_of_the_papers_zsre_is_pred(shared_data, tiny_model, char
     # Without the wrapper, which is long for a tokenizer of characters; rates for a model of 20,000 weights.
     places = {"model.prompt_template": "plain", "evaluate.protocols": ["token"]}
     for stage in ("forget", "learn"):
-        places |= {f"{stage}.epochs": 1, f"{stage}.learning_rate": 5e-3, f"{stage}.micro_batch_size": 16}
+        places |= {f"{stage}.epochs": 1, f"{stage}.learning_rate": 5e-3, "train.micro_batch_size": 16}
     means = {}
     for old in ("pred", "answers"):
         config = load_config(ROOT / "configs/paper/zsre-llama-2-7b.yaml", places)
@@ -330,8 +355,8 @@ def test_the_old_answer_of_the_papers_zsre_is_pred(shared_data, tiny_model, char
             assert [fact.ground_truth for fact in facts] == [record["pred"].strip() for record in records]
             assert [fact.target_new for fact in facts] == [record["alt"].strip() for record in records]
         lm = forgetlearn.wrap(tiny_model(), char_tokenizer, config.model)
-        forgetlearn.forget(lm, facts, config.forget, "all weights")
-        forgetlearn.learn(lm, facts, config.learn, "all weights")
+        forgetlearn.forget(lm, facts, config.forgetting, "all weights")
+        forgetlearn.learn(lm, facts, config.learning, "all weights")
         scores = forgetlearn.summarise(forgetlearn.score(lm, facts, phase="updated", settings=config.evaluate))
         means[old] = {name: scores[name]["token"]["mean"] for name in ("reliability", "generality", "residue")}
     assert config.facts.old_from == ("pred",)
@@ -343,7 +368,7 @@ def test_a_paper_config_runs_on_a_lab_base_in_the_place_of_its_model(small_lab, 
     """With another model, other facts, and the epochs and rates that suit a small base."""
     lab_like = {"teach.epochs": 6, "forget.epochs": 6, "learn.epochs": 40}
     lab_like |= {f"{stage}.learning_rate": 5e-3 for stage in ("teach", "forget", "learn")}
-    lab_like |= {f"{stage}.lora.learning_rate": 1e-2 for stage in ("forget", "learn")}
+    lab_like |= {"lora.learning_rate": 1e-2}
     places = {"model.name": str(small_lab), "facts.source": str(small_lab / "facts.jsonl"), "facts.limit": 6}
     places |= {"model.base_model_id": None, "facts.old_from": "answers", "model.prompt_template": "plain"}
     config = load_config(ROOT / f"configs/paper/{name}.yaml", {**lab_like, **places})

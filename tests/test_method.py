@@ -282,7 +282,7 @@ def test_only_the_named_modules_change_each_by_its_factor(world):
         assert factor or torch.equal(weight, base[name])
 
 
-@pytest.mark.parametrize("rows", ["answers", "others", "facts"])
+@pytest.mark.parametrize("rows", ["answers", "facts"])
 def test_of_the_vocabulary_only_the_rows_that_are_asked_for_forget(world, rows):
     lm, facts = world
     base, whole = snapshot(lm.model), copy.deepcopy(lm)
@@ -293,7 +293,7 @@ def test_of_the_vocabulary_only_the_rows_that_are_asked_for_forget(world, rows):
     vocabulary = set(selection.groups(lm.model)["vocabulary"])
     for name, weight in snapshot(lm.model).items():
         forgotten = snapshot(whole.model)[name]
-        changes = [name not in vocabulary or (token in tokens) == (rows != "others") for token in range(len(weight))]
+        changes = [name not in vocabulary or token in tokens for token in range(len(weight))]
         for row, old, new, changed in zip(weight, base[name], forgotten, changes, strict=True):
             assert torch.equal(row, new if changed else old), name
     assert vocabulary
@@ -311,7 +311,7 @@ def test_only_the_named_modules_of_an_adapter_forget(world):
 def test_matrices_that_the_adapter_leaves_out_are_named(world, caplog):
     for modules, told in (
         ("layers.0", ""),
-        (("mlp", "embeddings"), "leave out 1 of its matrices, which stay: model"),
+        (("mlp", "embeddings"), "leaves out 1 of its matrices, which stay: model"),
     ):
         check_forgetting(world[0], FORGET.model_copy(update={"modules": modules}), "lora")
         assert told in caplog.text if told else not caplog.text
@@ -322,8 +322,7 @@ def test_matrices_that_the_adapter_leaves_out_are_named(world, caplog):
     [
         ({"modules": "embeddings"}, "lora", "the adapter changes none of these weights, but for example model.layers"),
         ({"modules": "nothing*"}, "all weights", "matches nothing"),
-        ({"control": "random"}, "lora", "forgetting with all weights alone"),
-        ({"rows": "answers"}, "lora", "forget.rows = answers: is there for forgetting with all weights alone"),
+        ({"rows": "answers"}, "lora", r"forget\.rows"),
         ({"rows": "answers", "modules": "mlp"}, "all weights", "leave the embeddings and the head as they are"),
         ({"modules": "mlp"}, "ascent", "subtracts nothing"),
     ],
@@ -376,11 +375,11 @@ def test_the_bias_of_a_head_goes_with_its_rows(tiny_model, char_tokenizer):
     [
         ({"modules": "nothing"}, "all weights", "learn.modules: 'nothing' matches nothing"),
         ({"modules": {"mlp": 2.0}}, "all weights", "names without factors"),
-        ({"modules": "mlp"}, "lora", "LoRA takes learn.lora.target_modules"),
+        ({"modules": "mlp"}, "lora", r"learn\.modules"),
         ({"rows": "answers"}, "all weights", "learn.rows = answers: is there for forgetting"),
         ({"rows": "facts"}, "lora", "is there for learning with all weights"),
         ({"rows": "facts", "modules": "mlp"}, "all weights", "learn.modules = 'mlp' leave the embeddings and the head"),
-        ({"rows": "facts", "weight_decay": 0.1}, "bounded", "learn.weight_decay = 0.1 would shrink them"),
+        ({"rows": "facts", "weight_decay": 0.1}, "bounded", "train.weight_decay = 0.1 would shrink them"),
         ({"rows": "facts", "deepspeed": "zero.json"}, "all weights", "DeepSpeed split them"),
     ],
 )

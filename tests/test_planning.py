@@ -16,7 +16,6 @@ import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import StageSettings, load_config
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.facts.fact_set import write_facts
 from forgetlearn.models import lora
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.planning import plan as planning
@@ -196,27 +195,12 @@ class TestPlan:
 
     def test_lora_keeps_what_it_adds(self, small_lab):
         facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
-        plan = plan_update(config_of(small_lab, **{"method": "f-lora", "forget.lora.r": 2}), facts)
+        plan = plan_update(config_of(small_lab, **{"method": "f-lora", "lora.r": 2}), facts)
         forget, learn, _score = plan.stages
-        assert learn.trained == 4 * forget.trained
+        assert learn.trained == forget.trained
         product, between, points = 4 * (learn.trained + forget.trained), 4 * forget.trained, 24 * learn.trained
         assert plan.disk == {"product": product, "between stages": between, "checkpoints": points}
         assert plan.seconds is None
-
-    @pytest.mark.parametrize(("by", "steps"), [("projection", 3), ("fisher", 6 + 8)])
-    def test_measuring_the_facts_to_keep_is_a_stage(self, small_lab, tmp_path, by, steps):
-        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
-        others = list(forgetlearn.read_facts(small_lab / "facts.jsonl"))[6:14]
-        write_facts(others, tmp_path / "keep.jsonl")
-        changes = {"forget.keep": str(tmp_path / "keep.jsonl"), "forget.keep_by": by, "forget.epochs": 3}
-        plan = plan_update(config_of(small_lab, **changes), facts)
-        keep, forget, learn, _score = plan.stages
-        assert (keep.name, keep.how, keep.steps) == ("keep", by, steps)
-        base = vector = 4 * plan.parameters
-        assert forget.memory["kept"] == base + vector
-        assert keep.memory["kept"] == base + (2 * vector if by == "fisher" else 0)
-        assert (keep.memory["optimizer"] == 0) is (by == "fisher")
-        assert learn.memory["kept"] == 0
 
     def test_what_does_not_fit_is_told_what_would(self, small_lab, capsys):
         flags = ["--model", str(small_lab), "--facts", f"{small_lab}/facts.jsonl", "--method", "f-lora", "--json"]
@@ -288,7 +272,7 @@ class TestPlan:
         with pytest.raises(ModelError, match="there is no such folder"):
             plan_update(config_of(tmp_path / "none"), facts)
         with pytest.raises(ConfigError, match="target_modules"):
-            plan_update(config_of(small_lab, **{"method": "lora", "learn.lora.target_modules": ["nothing"]}), facts)
+            plan_update(config_of(small_lab, **{"method": "lora", "lora.target_modules": ["nothing"]}), facts)
 
 
 def test_update_begins_and_ends_with_a_line(small_lab, tmp_path, caplog, monkeypatch):

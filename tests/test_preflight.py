@@ -27,8 +27,7 @@ OTHER = {  # where no value can be made from the type
     "forget.coef": 0.5,
     "forget.modules": "mlp",
     "learn.modules": "mlp",
-    "forget.lora.target_modules": "q_proj",
-    "learn.lora.target_modules": "q_proj",
+    "lora.target_modules": "q_proj",
     "evaluate.protocols": ("token",),
     "evaluate.tasks": ("arc_easy",),
     "report_to": ("tensorboard",),
@@ -73,15 +72,13 @@ def files(small_lab, tmp_path_factory):
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("A text that has nothing to do with the facts. " * 8)
     facts = small_lab / "facts.jsonl"
-    keep = text.with_name("keep.jsonl")
-    keep.write_text(facts.read_text().splitlines()[-1] + "\n")
-    return facts, text, keep
+    return facts, text
 
 
 @pytest.fixture(scope="module")
 def reads(small_lab, files, tmp_path_factory):
     """`reads("compare")`: what the command reads of the settings, from small runs of it."""
-    file, text, keep = files
+    file, text = files
     found: dict[str, Reads] = {}
     now: list[Reads] = []
     plain = Settings.__getattribute__
@@ -99,17 +96,14 @@ def reads(small_lab, files, tmp_path_factory):
     def folder() -> Any:
         return tmp_path_factory.mktemp("run") / "out"
 
-    kept = {"method": "f-ft", "forget__keep": str(keep), "forget__control": "random", "forget__coef": 0.1}
     auto = {"method": "f-ft", "forget__coef": "auto", "forget__validation": 0.5, "facts__limit": 4}
     updates = [
         config(method="f-lora", evaluate__general=str(text), save_merged=True, facts__old_from="model"),
-        config(**kept, keep_change=True),
+        config(method="f-ft", forget__coef=0.1, keep_change=True),
         config(**auto, forget__only_known=True),
-        config(**auto, forget__search="cheap"),
         config(method="ft-c", teach__epochs=1),
     ]
-    variant = {"methods": ["f-ft"], "keep": str(keep), "control": "random"}
-    cells = {"methods": ["f-ft", "f-lora", "ft-c"], "coefs": [0.1], "seeds": [0], "variants": {"kept": variant}}
+    cells = {"methods": ["f-ft", "f-lora", "ft-c"], "coefs": [0.1], "seeds": [0]}
     scored = {"model.name": str(small_lab), "facts.source": str(file), "evaluate.general": str(text)}
 
     def run(command: str) -> None:
@@ -186,7 +180,7 @@ def test_case_3_a_config_in_python_or_in_a_file_is_held_to_the_same(small_lab, t
         (["evaluate", "--output", "out", "--set", "learn.epochs=7"], "learn.epochs"),
         (["ask", "Who?", "--set", "facts.limit=3"], "facts.limit"),
         (["compare", "--output", "out", "--set", "method=ga"], "method"),
-        (["compare", "--output", "out", "--set", "teach.dtype=bfloat16"], "teach.dtype"),
+        (["compare", "--output", "out", "--set", "teach.batch_size=4"], "teach.batch_size"),
     ],
 )
 def test_case_3_settings_of_another_command_are_refused_where_they_are_given(argv, name, small_lab, capsys):
@@ -195,13 +189,15 @@ def test_case_3_settings_of_another_command_are_refused_where_they_are_given(arg
 
 
 def test_a_config_that_commands_share_may_hold_more_and_that_is_said(caplog):
-    config = load_config(None, {"learn.epochs": 7, "learn.batch_size": 4, "learn.optim": "adafactor", "seed": 3})
+    config = load_config(
+        None, {"learn.epochs": 7, "learn.batch_size": 4, "learn.rows": "facts", "train.optim": "adafactor", "seed": 3}
+    )
     with caplog.at_level("INFO", "forgetlearn"):
         preflight.check("evaluate", config)
-    assert "evaluate does not use these settings of the config: seed, learn.*" in caplog.text
+    assert "evaluate does not use these settings of the config: seed, learn.*, train.optim" in caplog.text
 
 
 def test_what_has_no_effect_with_the_rest_is_said(caplog):
-    given = {"method": "ft", "forget.epochs": 9, "learn.lora.r": 4, "learn.epochs": 2}
+    given = {"method": "ft", "forget.epochs": 9, "lora.r": 4, "learn.epochs": 2}
     preflight.warn_of_idle(load_config(None, given), given)
-    assert [record.args[0] for record in caplog.records] == ["forget.epochs", "learn.lora.r"]
+    assert [record.args[0] for record in caplog.records] == ["forget.epochs", "lora.r"]

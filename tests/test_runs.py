@@ -380,7 +380,7 @@ TOKEN = "hf_" + "aB3" * 11
         (["--hub-token", "secret", "--seed", "1"], ["--hub-token", "***", "--seed", "1"]),
         (["--api-key=secret"], ["--api-key=***"]),
         (["--set", f"model.revision={TOKEN}"], ["--set", "model.revision=***"]),
-        (["--model", "hf_models/llama", "--set", "learn.max_packed_tokens=512"], None),
+        (["--model", "hf_models/llama", "--set", "evaluate.general_tokens=512"], None),
     ],
 )
 def test_command_line_hides_tokens(monkeypatch, words, shown):

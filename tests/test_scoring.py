@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from forgetlearn.config.schema import EvaluateSettings, ModelSettings, TeachSettings
+from forgetlearn.config.schema import EvaluateSettings, ModelSettings, TrainSettings
 from forgetlearn.errors import ModelError
 from forgetlearn.evaluation import scorer, scoring
 from forgetlearn.evaluation.generation import Room
@@ -250,7 +250,7 @@ def memorised(tiny_model, char_tokenizer):
     long, short = make_fact("What is it?", LONG), make_fact("Where is it?", "Rome")
     lm = wrap(tiny_model(hidden_size=64), char_tokenizer)
     held = [replace(fact, ground_truth=fact.target_new) for fact in (new, long, short)]
-    teach(lm, held, TeachSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
+    teach(lm, held, TrainSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
     return lm, [new, long, short]
 
 

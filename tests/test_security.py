@@ -226,7 +226,7 @@ def test_yaml_makes_plain_values_only(tmp_path):
         (f"token {HUB_TOKEN}.", "token ***."),
         ("https://me:pass@host/x?token=abc&n=1", "https://***@host/x?token=***&n=1"),
         ("--set WANDB_API_KEY=abc", "--set WANDB_API_KEY=***"),
-        ("learn.max_packed_tokens=512 evaluate.max_new_tokens=8", None),
+        ("evaluate.general_tokens=512 evaluate.max_new_tokens=8", None),
         (f"of the environment: {WANDB_KEY}", "of the environment: ***"),
         ("hf_models/llama https://host:80/x", None),
     ],

@@ -650,9 +650,7 @@ print(inside)
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", ["f-ft", "f-lora"])
 def test_killed_at_random_moments_resume_gives_the_same_bytes(small_lab, facts, config, tmp_path, method):
-    settings = config(
-        method, forget__epochs=6, learn__epochs=12, checkpoint_minutes=1e-9, learn__lora__lora_dropout=0.2
-    )
+    settings = config(method, forget__epochs=6, learn__epochs=12, checkpoint_minutes=1e-9, lora__lora_dropout=0.2)
     job = {"base": str(small_lab), "facts": str(facts), "config": settings.model_dump(mode="json")}
     job |= {"seed": 0, "runs": 10, "kills": 4}
     command = [sys.executable, "-c", WITH_CHILDREN + RANDOM_KILLS, str(tmp_path), json.dumps(job)]
@@ -716,10 +714,10 @@ def test_a_run_of_an_earlier_version_goes_on(small_lab, facts, config, tmp_path,
     """What that version did not know of is at its default; another value is another run."""
     (update if is_finished else begin)(small_lab, facts, config("ft"), output=tmp_path / "run")
     run = run_folder.RunFolder.open(tmp_path / "run")
-    del run.manifest["config"]["learn"]["adam_epsilon"], run.manifest["config"]["forget"]["rows"]
+    del run.manifest["config"]["train"]["adam_epsilon"], run.manifest["config"]["forget"]["rows"]
     run.note()
-    with pytest.raises(RunError, match=r"learn\.adam_epsilon = 1e-08, now it is 0\.001"):
-        update(small_lab, facts, config("ft", learn__adam_epsilon=1e-3), output=tmp_path / "run", resume=True)
+    with pytest.raises(RunError, match=r"train\.adam_epsilon = 1e-08, now it is 0\.001"):
+        update(small_lab, facts, config("ft", train__adam_epsilon=1e-3), output=tmp_path / "run", resume=True)
     assert update(small_lab, facts, config("ft"), output=tmp_path / "run", resume=True).product.is_dir()
 
 

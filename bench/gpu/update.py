@@ -127,7 +127,7 @@ class Bench:
         if chosen is None:
             return self.row(f"{how}: not measured", "no micro-batch fits this device")
         config, plan = chosen
-        settings = config.learn.model_copy(update={"epochs": 1})
+        settings = config.learning.model_copy(update={"epochs": 1})
         lm = self.model()
         batch = settings.batch_size
         learn(lm, facts.facts[:batch], settings, how)
@@ -159,7 +159,7 @@ class Bench:
         lm = self.model()
         base = float32_snapshot(lm)
         config = self.config("f-ft")
-        seconds = self.timed(lambda: subtract_old(lm, config.forget, base))
+        seconds = self.timed(lambda: subtract_old(lm, config.forgetting, base))
         moved = 3 * 4 * sum(weight.numel() for weight in base.values())
         self.row("subtraction between the stages", moved / seconds / GB, "GB/s")
 

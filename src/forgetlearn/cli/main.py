@@ -184,8 +184,6 @@ def update(
     method: Annotated[str | None, typer.Option("--method", help=HELP["method"])] = None,
     coef: Annotated[str | None, typer.Option("--coef", help=HELP["forget.coef"])] = None,
     modules: Annotated[str | None, typer.Option("--modules", help=HELP["forget.modules"])] = None,
-    keep: Annotated[str | None, typer.Option("--keep", help=HELP["forget.keep"])] = None,
-    keep_by: Annotated[str | None, typer.Option("--keep-by", help=HELP["forget.keep_by"])] = None,
     validation: Annotated[float | None, typer.Option("--validation", help=HELP["forget.validation"])] = None,
     seed: Annotated[int | None, typer.Option("--seed", help=HELP["seed"])] = None,
     old_from: OldFromOption = None,
@@ -196,7 +194,7 @@ def update(
     teach_old: Annotated[int | None, typer.Option("--teach-old", help=HELP["teach.epochs"])] = None,
     prompt_template: TemplateOption = None,
     shard: ShardOption = None,
-    deepspeed: Annotated[str | None, typer.Option("--deepspeed", help=HELP["learn.deepspeed"])] = None,
+    deepspeed: Annotated[str | None, typer.Option("--deepspeed", help=HELP["train.deepspeed"])] = None,
     general: GeneralOption = None,
     tasks: TasksOption = None,
     n_processes: ProcessesOption = None,
@@ -215,10 +213,8 @@ def update(
         "teach.epochs": teach_old,
         "forget.coef": coef,
         "forget.modules": parse(modules) if modules else None,
-        "forget.keep": keep,
-        "forget.keep_by": keep_by,
         "forget.validation": validation,
-        **dict.fromkeys(("forget.deepspeed", "learn.deepspeed", "teach.deepspeed"), deepspeed),
+        "train.deepspeed": deepspeed,
         "evaluate.general": general,
         "evaluate.tasks": _listed(tasks),
         "report_to": _listed(report_to),
@@ -302,9 +298,12 @@ def compare(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes that share the work; with --slurm: jobs.")
     ] = 1,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the work as Slurm jobs and wait for them.")] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Experimental: submit the work as Slurm jobs and wait for them.")
+    ] = False,
     slurm_setting: Annotated[
-        list[str] | None, typer.Option("--slurm-set", help="What submitit is to ask for: partition=gpu, mem_gb=32.")
+        list[str] | None,
+        typer.Option("--slurm-set", help="Experimental: what submitit is to ask for: partition=gpu, mem_gb=32."),
     ] = None,
     old_from: OldFromOption = None,
     limit: LimitOption = None,

@@ -30,15 +30,13 @@ from torch import Tensor, nn
 from forgetlearn.config import preflight
 from forgetlearn.config.base import Settings, upgraded
 from forgetlearn.config.methods import METHODS, PAPER_METHODS, How, MethodName
-from forgetlearn.config.schema import AUTO, Control, KeepBy, Modules, Rows, RunConfig
+from forgetlearn.config.schema import AUTO, Modules, Rows, RunConfig
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
-from forgetlearn.facts.fact_set import sha256 as facts_hash
-from forgetlearn.method import keeping
-from forgetlearn.method.core import float32_snapshot, forget, learn, measure_keep, stage_seed
+from forgetlearn.method.core import forget, learn, stage_seed
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
@@ -73,10 +71,7 @@ class VariantSettings(Settings):
         (), description="Methods that it varies; unset: those of the comparison that forget with all weights."
     )
     modules: Modules = Field("all", description="As forget.modules.")
-    control: Control = Field("none", description="As forget.control.")
     rows: Rows = Field("all", description="As forget.rows.")
-    keep: str | None = Field(None, description="As forget.keep.")
-    keep_by: KeepBy = Field("projection", description="As forget.keep_by.")
     learn_modules: Modules = Field("all", description="As learn.modules.")
     learn_rows: Rows = Field("all", description="As learn.rows.")
     coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
@@ -190,7 +185,6 @@ class Comparison:
     facts: FactSet
     cells: list[Cell]
     variants: Variants = field(default_factory=dict)
-    keep: Mapping[str, Sequence[Fact]] = field(default_factory=dict)  # by file
 
     def is_done(self, cell: Cell) -> bool:
         """Whether somebody has done the cell."""
@@ -263,16 +257,10 @@ def begin(
     check_weights(named)
     lm = as_language_model(named, None, config.model)
     check_texts(lm.encoder, fact_set)
-    keep: dict[str, Sequence[Fact]] = {}
     for cell in {(cell.method, cell.variant): cell for cell in cells}.values():
-        own = cell_config(config, cell, settings.variants)
-        _check(lm, own, cell)
-        if own.forget.keep and METHODS[cell.method].forgets and own.forget.keep not in keep:
-            keep[own.forget.keep] = keeping.read_keep(own.forget, fact_set)
-            check_texts(lm.encoder, keep[own.forget.keep])
+        _check(lm, cell_config(config, cell, settings.variants), cell)
     in_memory = not isinstance(named, (str, Path))
-    inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory)}
-    inputs |= keeping.fingerprint([fact for facts in keep.values() for fact in facts]) | lm.encoder.fingerprint()
+    inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = run_folder.RunFolder.create(
         output,
@@ -286,7 +274,7 @@ def begin(
             "compare": upgraded(CompareSettings, was["compare"]),
         },
     )
-    return Comparison(run.path, config, fact_set, cells, settings.variants, keep), lm
+    return Comparison(run.path, config, fact_set, cells, settings.variants), lm
 
 
 def _check_rows(settings: CompareSettings, cells: Sequence[Cell]) -> None:
@@ -359,7 +347,7 @@ class _Worker:
         self.path, self.config, self.facts = comparison.path, comparison.config, comparison.facts
         self.variants = comparison.variants
         self.forgetter = Forgetter(lm)
-        self._held: dict[str, tuple[str, dict[str, Tensor]]] = {}  # what `_shared_weights` gave last, by kind
+        self._tuned: tuple[str, dict[str, Tensor]] = ("", {})  # what `_tune_on_old` returned last, with its name
         self._base_rows: list[Row] = []
         self._known: list[Fact] = []
         for folder in (CELLS, SHARED):
@@ -394,7 +382,7 @@ class _Worker:
             self._forget(config, method.forgets, to_forget)
             if config.evaluate.every_phase:
                 rows["forgotten"] = self._score_forgotten(cell, config)
-        stage_log = learn(self.lm, self.facts, config.learn, method.learns, seed=stage_seed(cell.seed, "learn"))
+        stage_log = learn(self.lm, self.facts, config.learning, method.learns, seed=stage_seed(cell.seed, "learn"))
         rows["updated"] = self._score("updated", config)
         forgotten = len(to_forget) if method.forgets else None
         with disk.atomic_folder(self.path / CELLS / cell.name) as folder:
@@ -408,53 +396,26 @@ class _Worker:
     def _forget(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> None:
         """The forgotten model, from the fine-tuning on old facts that every coefficient shares."""
         if how == "ascent":  # depends on the coefficient from its first step
-            forget(self.lm, facts, config.forget, how, seed=stage_seed(config.seed, "forget"))
+            forget(self.lm, facts, config.forgetting, how, seed=stage_seed(config.seed, "forget"))
             return
         tuned = self._tune_on_old(config, how, facts)
-        kept, seed = self._kept(config, facts), stage_seed(config.seed, "forget")
-        forget_tuned(self.lm, tuned, config.forget, how, seed=seed, kept=kept, facts=facts)
+        forget_tuned(self.lm, tuned, config.forgetting, how, facts=facts)
 
     def _tune_on_old(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> dict[str, Tensor]:
-        """Tuned weights (all, or the adapter's): from memory, from the folder, or made now, once for all processes."""
+        """Return the tuned weights (all, or the adapter's), computed once for all processes; keep the last in memory."""
         name = f"old-{how.replace(' ', '-')}-seed{config.seed}"
 
-        def compute() -> tuple[dict[str, Tensor], StageLog | None]:
-            return self.forgetter.tune(facts, config.forget, how, seed=stage_seed(config.seed, "forget"))
+        def compute() -> tuple[dict[str, Tensor], StageLog]:
+            return self.forgetter.tune(facts, config.forgetting, how, seed=stage_seed(config.seed, "forget"))
 
-        return self._shared_weights(name, compute)
-
-    def _kept(self, config: RunConfig, facts: Sequence[Fact]) -> dict[str, Tensor] | None:
-        """What is known of the facts to keep, measured once for all coefficients and modules; None without any."""
-        settings = config.forget
-        if not settings.keep:
-            return None
-        keep = self.comparison.keep[settings.keep]
-        name = f"keep-{settings.keep_by}-{facts_hash(keep)[:8]}-seed{config.seed}"
-
-        def compute() -> tuple[dict[str, Tensor], None]:
-            base, seed = float32_snapshot(self.lm), stage_seed(config.seed, "forget")
-            measured = measure_keep(self.lm, facts, keep, settings, base, seed=seed)
-            self.forgetter.reset()
-            return measured, None
-
-        return self._shared_weights(name, compute)
-
-    def _shared_weights(
-        self, name: str, compute: Callable[[], tuple[dict[str, Tensor], StageLog | None]]
-    ) -> dict[str, Tensor]:
-        """Weights from memory, from the folder, or made now, once for all processes; the last of each kind stay."""
-
-        def write(folder: Path, made: tuple[dict[str, Tensor], StageLog | None]) -> None:
+        def write(folder: Path, made: tuple[dict[str, Tensor], StageLog]) -> None:
             weights, stage_log = made
             save_file(weights, folder / "weights.safetensors")
-            if stage_log is not None:
-                disk.write_rows(folder / "steps.jsonl", stage_log.steps)
+            disk.write_rows(folder / "steps.jsonl", stage_log.steps)
 
-        kind = name.partition("-")[0]
-        if self._held.get(kind, ("",))[0] != name:
-            folder = self._shared(name, compute, write)
-            self._held[kind] = (name, load_file(folder / "weights.safetensors"))
-        return self._held[kind][1]
+        if self._tuned[0] != name:
+            self._tuned = (name, load_file(self._shared(name, compute, write) / "weights.safetensors"))
+        return self._tuned[1]
 
     def _score_base(self) -> list[Row]:
         return self._shared_rows(
@@ -498,7 +459,7 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS)
     learning: dict[str, Any] = {"epochs": cell.epochs}
     if cell.variant:
         variant = variants[cell.variant]
-        forgetting |= {name: getattr(variant, name) for name in ("modules", "rows", "control", "keep", "keep_by")}
+        forgetting |= {name: getattr(variant, name) for name in ("modules", "rows")}
         learning |= variant.learning
     forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
     return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})

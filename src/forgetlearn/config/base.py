@@ -189,12 +189,14 @@ def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
     known = [name for name, *_ in describe(kind)]
     siblings = list(_place(kind, loc)[0].model_fields)
     wanted = str(loc[-1])
+    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == wanted]
+    if wanted in kind.model_fields:
+        elsewhere = [wanted]
+    if elsewhere:
+        return f" Did you mean {' or '.join(repr(name) for name in elsewhere)}?"
     near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
     if near:
         return f" Did you mean '{'.'.join([*map(str, loc[:-1]), near[0]])}'?"
-    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == wanted]
-    if elsewhere:
-        return f" Did you mean {' or '.join(repr(name) for name in elsewhere)}?"
     return f" Known here: {', '.join(siblings)}."
 
 

@@ -18,7 +18,7 @@ from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
 Command = Literal["update", "plan", "compare", "evaluate", "ask"]
-SAID_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows", "control")}  # where it does not forget
+SAID_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # where it does not forget
 NAMES = tuple(name for name, *_ in describe(RunConfig))
 
 
@@ -61,7 +61,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         ),
         Unused(("method", "seed", "forget.coef"), "give --methods, --seeds and --coefs"),
         Unused(
-            ("forget.validation", "forget.search", "forget.trials", "forget.max_locality_loss"),
+            ("forget.validation", "forget.trials"),
             "no coefficient is searched for; update --coef auto does",
         ),
         Unused(("teach",), "the base is taken as it is"),
@@ -79,6 +79,8 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
                 "teach",
                 "forget",
                 "learn",
+                "train",
+                "lora",
                 "checkpoint_minutes",
                 "keep_stages",
                 "evaluate.every_phase",
@@ -90,7 +92,18 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
     "ask": (
         Unused(("save_merged", "keep_change", "report_to"), NO_TRAINING, always=True),
         Unused(
-            ("method", "seed", "teach", "forget", "learn", "checkpoint_minutes", "keep_stages", "model.base_model_id"),
+            (
+                "method",
+                "seed",
+                "teach",
+                "forget",
+                "learn",
+                "train",
+                "lora",
+                "checkpoint_minutes",
+                "keep_stages",
+                "model.base_model_id",
+            ),
             NO_TRAINING,
         ),
         Unused(("facts", "model.shard"), "the prompts on the command line are asked, by one process"),
@@ -140,19 +153,16 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         why = "forget.coef is 0" if method.forgets else f"{config.method} does not forget"
         yield "forget", why
     elif config.forget.coef != AUTO:
-        for name in ("validation", "search", "trials", "max_locality_loss"):
+        for name in ("validation", "trials"):
             yield f"forget.{name}", "it is for forget.coef = auto"
-    if method.forgets != "lora":
-        yield "forget.lora", f"{config.method} does not forget with LoRA"
+    if method.learns != "lora" and (method.forgets != "lora" or not forgets):
+        yield "lora", f"{config.method} trains no adapter"
     if method.learns != "lora":
-        yield "learn.lora", f"{config.method} does not learn with LoRA"
         yield "save_merged", f"the product of {config.method} is a whole model"
     else:
         yield "keep_change", f"the product of {config.method} is an adapter"
     if config.method != "ft-c":
         yield "learn.max_change", "it is for method ft-c"
-    if not config.forget.keep:
-        yield "forget.keep_by", "forget.keep names no facts"
     if config.teach.epochs == 0:
         yield "teach", "teach.epochs is 0"
     if config.evaluate.general is None:

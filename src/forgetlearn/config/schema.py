@@ -21,9 +21,7 @@ Protocol = Literal["token", "exact", "generate", "prefer"]
 Optimiser = Literal[
     "adamw_torch_fused", "adamw_torch", "adafactor", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"
 ]
-Control = Literal["none", "random", "row-norms", "directions", "reinforce", "centred"]
-KeepBy = Literal["projection", "fisher"]
-Rows = Literal["all", "facts", "answers", "others"]
+Rows = Literal["all", "facts", "answers"]
 OldFrom = Literal["answers", "pred", "model"]
 Policies = Annotated[  # in a file a list, or one text with commas; written as that text
     tuple[OldFrom, ...],
@@ -57,7 +55,7 @@ LARGEST_BATCH = 2**31 - 1  # what torch's samplers take
 
 
 class LoraSettings(Settings):
-    """Low-rank adaptation, spelled as peft spells it."""
+    """Low-rank adaptation in every stage that trains an adapter, spelled as peft spells it."""
 
     r: int = Field(8, ge=1, description="Rank of the adapter.")
     lora_alpha: float = Field(16, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
@@ -78,14 +76,14 @@ class LoraSettings(Settings):
     )
 
 
-class TrainSettings(Settings):
-    """Fine-tuning, of all weights or of an adapter."""
+class OptimisationSettings(Settings):
+    """Fine-tuning, in every stage alike."""
 
-    epochs: int = Field(3, ge=1, description="Passes over the facts.")
-    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate where all weights are trained.")
-    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
     micro_batch_size: int | None = Field(
-        None, ge=1, le=LARGEST_BATCH, description="Facts per forward pass; must divide batch_size. Unset: batch_size."
+        None,
+        ge=1,
+        le=LARGEST_BATCH,
+        description="Facts per forward pass; must divide each stage's batch_size. Unset: the whole batch.",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate changes over the stage."
@@ -118,27 +116,33 @@ class TrainSettings(Settings):
     activation_checkpointing: bool = Field(
         False, description="Compute activations twice instead of keeping them: less memory, about a third more time."
     )
-    max_packed_tokens: int = Field(
-        1024,
-        ge=1,
-        description="A batch with more tokens is padded instead of packed into one row, where attention needs a mask "
-        "over the whole row (docs/how.md).",
-    )
     deepspeed: str | None = Field(
-        None, description="DeepSpeed's config file (JSON, ZeRO stage 1 or 2), for several processes (docs/scaling.md)."
+        None,
+        description="Experimental: DeepSpeed's config file (JSON, ZeRO stage 1 or 2), for several processes "
+        "(docs/scaling.md).",
     )
 
-    @model_validator(mode="after")
-    def _micro_batch_divides(self) -> TrainSettings:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size = {self.micro_batch_size} does not divide batch_size = {self.batch_size}"
-            )
-        return self
+
+class StageSection(Settings):
+    """What each stage of fine-tuning sets for itself."""
+
+    epochs: int = Field(3, ge=1, description="Passes over the facts.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate where all weights are trained.")
+    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
 
 
-class TuningSettings(TrainSettings):
-    """What forgetting and learning share: fine-tuning with all weights or with LoRA."""
+class TeachSection(StageSection):
+    """Fine-tuning of all weights on the old answers before anything else, so that the base really holds them."""
+
+    epochs: int = Field(
+        0,
+        ge=0,
+        description="Passes over the old answers before all else, so that the base holds them; 0 leaves it as it is.",
+    )
+
+
+class LearnSection(StageSection):
+    """The learning stage: fine-tuning on the new answers."""
 
     modules: Modules = Field(
         "all",
@@ -149,23 +153,12 @@ class TuningSettings(TrainSettings):
         description="Rows of the vocabulary's matrices (embeddings, head) that learning with all weights trains: all, "
         "or facts, the tokens of prompts and of old and new answers. The other rows then stay, to the bit.",
     )
-    lora: LoraSettings = Field(default_factory=LoraSettings, description="Used where the stage is done with LoRA.")
-
-    @property
-    def lora_learning_rate(self) -> float:
-        """Peak learning rate of this stage when it is done with LoRA."""
-        return self.lora.learning_rate or LORA_RATE_FACTOR * self.learning_rate
-
-
-class StageSettings(TuningSettings):
-    """The learning stage, or any one stage of fine-tuning."""
-
     max_change: float = Field(
         5e-4, gt=0, description="Method ft-c: no weight leaves this distance from where the stage began."
     )
 
 
-class ForgetSettings(TuningSettings):
+class ForgetSection(StageSection):
     """The forgetting stage: fine-tuning on the old answers, and how much of it is subtracted."""
 
     coef: Coefficient = Field(
@@ -176,19 +169,8 @@ class ForgetSettings(TuningSettings):
     validation: float = Field(
         0.2, gt=0, lt=1, description="With coef auto: share of the facts that choose it; they are not scored."
     )
-    search: Literal["cheap", "full"] = Field(
-        "full",
-        description="With coef auto: full learns at each coefficient that it tries; cheap takes the largest within "
-        "max_locality_loss, without learning.",
-    )
     trials: int = Field(
-        2, ge=2, description="With search full: how many coefficients are tried; first both ends, then between them."
-    )
-    max_locality_loss: float = Field(
-        1.0,
-        gt=0,
-        lt=100,
-        description="With search cheap: most points of locality (agreement) that forgetting may cost, before learning.",
+        2, ge=2, description="With coef auto: how many coefficients are tried; first both ends, then between them."
     )
     only_known: bool = Field(True, description="Forget only facts whose old answer the model gives when it is asked.")
     modules: Modules = Field(
@@ -199,24 +181,8 @@ class ForgetSettings(TuningSettings):
     rows: Rows = Field(
         "all",
         description="Rows of the vocabulary's matrices (embeddings, head) that the subtraction changes (all weights "
-        "only): answers are the tokens of the old answers that are forgotten, others are all tokens but these, facts "
-        "are the tokens of prompts and old answers.",
-    )
-    control: Control = Field(
-        "none",
-        description="For experiments: replace the change by one that is not, or not all of, forgetting "
-        "(all weights only): random direction, row-norms or directions only, reinforce (added instead of subtracted), "
-        "or centred (without what all rows of a matrix share).",
-    )
-    keep: str | None = Field(
-        None,
-        description="File of facts to keep (all weights only): what forgetting would take from them is left out of the "
-        "subtraction. What is kept is their old answers, in a file without any their new ones.",
-    )
-    keep_by: KeepBy = Field(
-        "projection",
-        description="How facts are kept: projection removes from each tensor's change what it shares with fine-tuning "
-        "on the facts to keep; fisher scales each number by F_forget / (F_forget + F_keep), mean squared gradients.",
+        "only): answers are the tokens of the old answers that are forgotten, facts the tokens of prompts and old "
+        "answers.",
     )
 
     @property
@@ -231,14 +197,37 @@ class ForgetSettings(TuningSettings):
         return float(self.coef)
 
 
-class TeachSettings(TrainSettings):
-    """Fine-tuning of all weights on the old answers before anything else, so that the base really holds them."""
+class TrainSettings(StageSection, OptimisationSettings):
+    """All settings of one stage of fine-tuning: its own, and those that every stage shares."""
 
-    epochs: int = Field(
-        0,
-        ge=0,
-        description="Passes over the old answers before all else, so that the base holds them; 0 leaves it as it is.",
-    )
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> TrainSettings:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size = {self.micro_batch_size} does not divide batch_size = {self.batch_size}"
+            )
+        return self
+
+
+class TuningSettings(TrainSettings):
+    """All settings of a stage that trains all weights or an adapter: forgetting and learning."""
+
+    modules: Modules = "all"
+    rows: Rows = "all"
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+
+    @property
+    def lora_learning_rate(self) -> float:
+        """Peak learning rate of this stage when it trains an adapter."""
+        return self.lora.learning_rate or LORA_RATE_FACTOR * self.learning_rate
+
+
+class StageSettings(LearnSection, TuningSettings):
+    """All settings of the learning stage."""
+
+
+class ForgetSettings(ForgetSection, TuningSettings):
+    """All settings of the forgetting stage."""
 
 
 class ModelSettings(Settings):
@@ -255,14 +244,14 @@ class ModelSettings(Settings):
     )
     quantization: Literal["none", "4bit"] = Field(
         "none",
-        description="Hold the base in 4 bits (NF4) while adapters are trained (QLoRA); methods lora and f-lora alone; "
-        "needs forgetlearn[qlora].",
+        description="Experimental: hold the base in 4 bits (NF4) while adapters are trained (QLoRA); only methods lora "
+        "and f-lora; needs forgetlearn[qlora].",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
     shard: bool = Field(
         False,
-        description="Split every weight over all processes (FSDP2), for a model that is too large for one device; "
-        "needs torchrun (docs/scaling.md).",
+        description="Experimental: split every weight over all processes (FSDP2), for a model that is too large for "
+        "one device; needs torchrun (docs/scaling.md).",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings.")
     prompt_template: str = Field(
@@ -351,7 +340,8 @@ class EvaluateSettings(Settings):
     )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="What generates free answers; vllm (the extra `vllm`): of a model in a folder or on the hub.",
+        description="What generates free answers; vllm (experimental, the extra `vllm`) takes a model in a folder or "
+        "on the hub.",
     )
     every_phase: bool = Field(
         True, description="Score after forgetting too (where the method forgets), not only before and after the update."
@@ -376,9 +366,11 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
     model: ModelSettings = Field(default_factory=ModelSettings)
     facts: FactsSettings = Field(default_factory=FactsSettings)
-    teach: TeachSettings = Field(default_factory=TeachSettings)
-    forget: ForgetSettings = Field(default_factory=ForgetSettings)
-    learn: StageSettings = Field(default_factory=StageSettings)
+    teach: TeachSection = Field(default_factory=TeachSection)
+    forget: ForgetSection = Field(default_factory=ForgetSection)
+    learn: LearnSection = Field(default_factory=LearnSection)
+    train: OptimisationSettings = Field(default_factory=OptimisationSettings)
+    lora: LoraSettings = Field(default_factory=LoraSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     save_merged: bool = Field(
         False,
@@ -399,6 +391,36 @@ class RunConfig(Settings):
         (), description="Trackers that follow update's training, as transformers names them: tensorboard, wandb, ..."
     )
     keep_stages: bool = Field(False, description="Keep the weights between the stages when the run is done.")
+
+    @property
+    def teaching(self) -> TrainSettings:
+        """All settings of the teaching stage, for the training engine."""
+        return TrainSettings(**{**dict(self.train), **dict(self.teach)})
+
+    @property
+    def forgetting(self) -> ForgetSettings:
+        """All settings of the forgetting stage, for the training engine."""
+        return ForgetSettings(**{**dict(self.train), **dict(self.forget), "lora": self.lora})
+
+    @property
+    def learning(self) -> StageSettings:
+        """All settings of the learning stage, for the training engine."""
+        return StageSettings(**{**dict(self.train), **dict(self.learn), "lora": self.lora})
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> RunConfig:
+        method, size = METHODS[self.method], self.train.micro_batch_size
+        runs = {
+            "teach": self.teach if self.teach.epochs else None,
+            "forget": self.forget if method.forgets and self.forget.coef != 0 else None,
+            "learn": self.learn,
+        }
+        for name, stage in runs.items():
+            if stage and size and stage.batch_size % size:
+                raise ValueError(
+                    f"train.micro_batch_size = {size} does not divide {name}.batch_size = {stage.batch_size}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> RunConfig:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from forgetlearn.config.schema import EvaluateSettings, ForgetSettings
+from forgetlearn.config.schema import EvaluateSettings, ForgetSection
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Pair, Reading, Scorer
 from forgetlearn.evaluation.statistics import mean_with_interval
@@ -118,7 +118,7 @@ def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[]
     return known_facts(facts, base_rows if was_asked else ask())
 
 
-def facts_to_forget(facts: Iterable[Fact], known: Iterable[Fact], settings: ForgetSettings) -> list[Fact]:
+def facts_to_forget(facts: Iterable[Fact], known: Iterable[Fact], settings: ForgetSection) -> list[Fact]:
     """Return the facts whose old answer is forgotten: those for which the base gives it, or all that have one."""
     return list(known) if settings.only_known else [fact for fact in facts if fact.ground_truth]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from forgetlearn.models.language_model import LanguageModel
 
 log = logging.getLogger("forgetlearn")
-FORMAT = 4  # part of the cache key: raise it when the same settings build another base
+FORMAT = 5  # part of the cache key: raise it when the same settings build another base
 EOS, PAD = "</s>", "<pad>"
 
 
@@ -50,8 +50,8 @@ class LabSettings(Settings):
     prompt_template: str = Field("plain", description="As model.prompt_template; update.yaml then names it too.")
 
 
-UPDATE_SETTINGS: dict[str, Any] = {"batch_size": 8, "learning_rate": 5e-4, "adam_beta2": 0.98}
-"""What suits a lab base in the stages of an update; written beside it as update.yaml."""
+STAGE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-4}  # suit a lab base, as does TRAIN_SETTINGS; for update.yaml
+TRAIN_SETTINGS = {"adam_beta2": 0.98}
 UPDATE_TEXTS = 1800  # facts x epochs of a stage: about what it takes until the new answers are learned
 
 
@@ -168,7 +168,6 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         adam_beta2=0.98,
-        max_packed_tokens=2048,
     )
     texts = [encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
     model = _new_model(settings, tokenizer, longest=max(len(text.ids) for text in texts))
@@ -272,8 +271,9 @@ def _update_yaml(n_facts: int, prompt_template: str) -> str:
     """Settings for an update of all facts: fewer facts take more epochs."""
     import yaml
 
-    stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **UPDATE_SETTINGS}
-    settings: dict[str, Any] = {"forget": {**stage}, "learn": {**stage}, "teach": UPDATE_SETTINGS}
+    stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **STAGE_SETTINGS}
+    settings: dict[str, Any] = {"forget": {**stage}, "learn": {**stage}, "teach": STAGE_SETTINGS}
+    settings["train"] = TRAIN_SETTINGS
     if prompt_template != "plain":
         named = prompt_template in prompts.NAMED
         settings["model"] = {"prompt_template": prompt_template if named else str(Path(prompt_template).resolve())}

@@ -10,7 +10,7 @@ Source: Ni et al., "Forgetting before Learning", ACL 2024, arXiv:2311.08011.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from forgetlearn.config.methods import How
 from forgetlearn.config.schema import ForgetSettings, Modules, Rows, StageSettings, TuningSettings
 from forgetlearn.errors import ConfigError, FactError, some
 from forgetlearn.facts.fact_set import Fact
-from forgetlearn.method import keeping
-from forgetlearn.method.controls import controlled
 from forgetlearn.models import lora, module_names
 from forgetlearn.models import modules as selection
 from forgetlearn.models.encoding import Encoded
@@ -50,7 +48,6 @@ def forget(
     how: How = "lora",
     *,
     seed: int = 0,
-    keep: Sequence[Fact] = (),
     stage_io: StageIO | None = None,
 ) -> StageLog:
     """Fine-tune on the old answers, subtract `coef` times what that added; `lm` is changed in place.
@@ -58,44 +55,19 @@ def forget(
     With all weights `lm.model` is then the forgotten model, in float32. With LoRA the base keeps its
     weights and `lm.model` carries a frozen adapter "forget" with -coef folded in.
 
-    Of what is subtracted the facts in `keep` are spared, as `settings.keep_by` says (`keeping.read_keep` reads them).
     Facts without an old answer have nothing to forget, and are passed over.
 
     Raises:
         FactError: no fact has an old answer.
-        ConfigError: facts to keep, and not with all weights.
     """
-    if keep:
-        _check_keep(how)
     if how == "ascent":  # nothing is subtracted: `coef` scales the rate, since Adam does not see the scale of a loss
         slower = settings.model_copy(update={"learning_rate": settings.number * settings.learning_rate})
         return tune_on_old(lm, facts, slower, how, seed=seed, stage_io=stage_io)
     facts = list(facts)
     base = None if how == "lora" else _base_to_subtract_from(lm, stage_io)
-    kept = None if base is None or not keep else measure_keep(lm, facts, keep, settings, base, seed=seed)
     stage_log = tune_on_old(lm, facts, settings, how, seed=seed, stage_io=stage_io)
-    subtract_old(lm, settings, base, seed=seed, kept=kept, facts=facts)
+    subtract_old(lm, settings, base, facts=facts)
     return stage_log
-
-
-def measure_keep(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    keep: Sequence[Fact],
-    settings: ForgetSettings,
-    base: task_vector.StateDict,
-    *,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """What `keeping.spared` has to know of the facts to keep; the weights of `lm`, those of `base`, stay."""
-    if settings.keep_by == "fisher":
-        all_weights(lm)
-        wanted, kept = (keeping.squared_gradients(lm.model, _old_texts(lm, part), lm.device) for part in (facts, keep))
-        return keeping.fisher_weights(wanted, kept)
-    tune_on_old(lm, keep, settings, "all weights", seed=seed)
-    vector = task_vector.TaskVector.between(base, task_vector.snapshot(lm.model))
-    task_vector.load_into(lm.model, base)
-    return dict(vector.deltas)
 
 
 def float32_snapshot(lm: LanguageModel) -> dict[str, Tensor]:
@@ -136,15 +108,12 @@ def subtract_old(
     base: task_vector.StateDict | None,
     tuned: task_vector.StateDict | None = None,
     *,
-    seed: int = 0,
-    kept: task_vector.StateDict | None = None,
     facts: Iterable[Fact] = (),
 ) -> None:
     """The second half: `base - coef * (tuned - base)`, or the adapter "forget" times -coef where `base` is None.
 
     `tuned` are the weights of `lm` unless they are given; `settings.modules` says which weights change, `settings.rows`
-    which of their rows, by the tokens of the old answers of `facts`, and `kept` (of `measure_keep`) what of the change
-    is left out.
+    which of their rows, by the tokens of the old answers of `facts`.
     """
     factors = selection.factors(lm.model, settings.modules)
     if base is None:
@@ -156,10 +125,8 @@ def subtract_old(
     if settings.rows != "all":
         tokens = tokens_of(lm, _old_pairs(facts), settings.rows)
         vocabulary = selection.groups(lm.model)["vocabulary"]
-        forgotten = selection.only_rows(base, forgotten, vocabulary, tokens, settings.rows)
-    if kept is not None:
-        forgotten = keeping.spared(base, forgotten, kept, settings.keep_by)
-    task_vector.load_into(lm.model, controlled(base, forgotten, settings.control, seed))
+        forgotten = selection.only_rows(base, forgotten, vocabulary, tokens)
+    task_vector.load_into(lm.model, forgotten)
 
 
 def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> None:
@@ -167,36 +134,29 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
 
     Raises:
         ConfigError: the device has no such dtype; `modules` match nothing, or nothing that is trained; LoRA cannot be
-            put where it is asked for; a control, rows or facts to keep where there are none.
+            put where it is asked for; rows where there are none.
     """
     check_computing(settings, lm.device)
     factors = selection.factors(lm.model, settings.modules)
-    targets = lora.check_targets(lm.model, settings.lora, "forget") if how == "lora" else list(factors)
+    targets = lora.check_targets(lm.model, settings.lora) if how == "lora" else list(factors)
     if not any(name in factors for name in targets):
         raise ConfigError(
             f"forget.modules = {settings.modules!r}: the adapter changes none of these weights, but for example "
-            f"{targets[0]}. Name some that forget.lora.target_modules cover."
+            f"{targets[0]}. Name some that lora.target_modules cover."
         )
     if how == "lora" and settings.modules != module_names.ALL:
         matrices = {name for name, weight in lm.model.named_parameters() if weight.dim() > 1}
         if out_of_reach := [name for name in factors if name in matrices and name not in targets]:
             log.warning(
-                "forget.modules = %s: forget.lora.target_modules leave out %d of its matrices, which stay: %s",
+                "forget.modules = %s: lora.target_modules leaves out %d of its matrices, which stay: %s",
                 *(settings.modules, len(out_of_reach), some(out_of_reach)),
             )
-    if lm.is_sharded and (settings.control != "none" or settings.rows != "all" or settings.keep):
-        raise ConfigError(
-            "forget.control, forget.rows, forget.keep: they look at whole matrices, and model.shard splits them."
-        )
-    for name, plain in (("control", "none"), ("rows", "all")):
-        if how != "all weights" and getattr(settings, name) != plain:
-            raise ConfigError(
-                f"forget.{name} = {getattr(settings, name)}: is there for forgetting with all weights alone (f-ft)."
-            )
     if settings.rows != "all":
+        if lm.is_sharded:
+            raise ConfigError(f"forget.rows = {settings.rows}: needs whole matrices, and model.shard splits them.")
+        if how != "all weights":
+            raise ConfigError(f"forget.rows = {settings.rows}: needs forgetting with all weights (method f-ft).")
         _check_vocabulary(lm, settings, "forget")
-    if settings.keep:
-        _check_keep(how)
     if how == "ascent" and settings.modules != module_names.ALL:
         raise ConfigError("forget.modules: gradient ascent (ga) subtracts nothing. Leave it at all.")
 
@@ -208,16 +168,8 @@ def out_of_loras_reach(model: nn.Module, stages: Iterable[tuple[How | None, Tuni
     """
     for how, settings in stages:
         if how == "lora" and settings.lora.target_modules == ALL_LINEAR:
-            return selection.out_of_reach(model, lora.check_targets(model, settings.lora, "learn"))
+            return selection.out_of_reach(model, lora.check_targets(model, settings.lora))
     return None
-
-
-def _check_keep(how: How) -> None:
-    if how != "all weights":
-        raise ConfigError(
-            "forget.keep: is there for forgetting with all weights alone (f-ft). An adapter's change without what the "
-            "facts to keep need is no adapter of its rank, and gradient ascent subtracts nothing."
-        )
 
 
 def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
@@ -231,13 +183,13 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None
         _check_rows(lm, settings, how)
     check_computing(settings, lm.device)
     if how == "lora":
-        lora.check_targets(lm.model, settings.lora, "learn")
+        lora.check_targets(lm.model, settings.lora)
     if settings.modules == module_names.ALL:
         return
     if how not in ("all weights", "bounded"):
         raise ConfigError(
             f"learn.modules = {settings.modules!r}: is there for learning with all weights; "
-            "LoRA takes learn.lora.target_modules, and locft chooses its module."
+            "LoRA takes lora.target_modules, and locft chooses its module."
         )
     if isinstance(settings.modules, dict):
         raise ConfigError("learn.modules: a weight is trained or not, so it takes names without factors.")
@@ -259,14 +211,14 @@ def _check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
     if how not in ("all weights", "bounded"):
         raise ConfigError(
             "learn.rows = facts: is there for learning with all weights (ft, f-ft, f-lora-ft, ft-c, ga). locft and "
-            "LoRA leave the embeddings and the head alone, unless learn.lora.target_modules name them."
+            "LoRA leave the embeddings and the head alone, unless lora.target_modules names them."
         )
     _check_vocabulary(lm, settings, "learn")
     if lm.is_sharded or settings.deepspeed:
         raise ConfigError("learn.rows = facts: looks at whole matrices, and model.shard and DeepSpeed split them.")
     if settings.weight_decay:
         raise ConfigError(
-            f"learn.rows = facts: the rows of other tokens stay, and learn.weight_decay = {settings.weight_decay:g} "
+            f"learn.rows = facts: the rows of other tokens stay, and train.weight_decay = {settings.weight_decay:g} "
             "would shrink them. Set one of the two to its default."
         )
 

@@ -34,6 +34,7 @@ IGNORE = -100
 ROW_TOKENS = {"cpu": 512}
 GPU_ROW_TOKENS = 2048
 ROUNDED_TO = 32  # tokens: oneDNN keeps what it prepares for each length of row that it meets, 0.2 MB a product
+MAX_PACKED_TOKENS = 1024  # of a row whose attention needs a mask over the whole row, which is quadratic in it
 LONG = 1.5  # times the median length
 SMALL_MODEL = 20_000_000  # parameters
 # Two layouts sum in another order. Root mean square of what that does to the logits, as a share of their
@@ -184,7 +185,7 @@ def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
     return Batch(inputs, positions, torch.tensor(labels, dtype=torch.long))
 
 
-def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_tokens: int) -> Batch:
+def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_tokens: int = MAX_PACKED_TOKENS) -> Batch:
     """A batch in the wanted layout; a packed row that would be too long is padded instead.
 
     Without flash attention the mask of a packed row is quadratic in its length.

@@ -69,23 +69,20 @@ def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> Pe
     return adapted
 
 
-def check_targets(model: nn.Module, settings: LoraSettings, stage: str) -> list[str]:
+def check_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Names of the weights that the stage's adapter will change; the model is left alone: an outline of it is tried.
 
     Raises:
-        ConfigError: as `attach`, with the stage's name before the setting.
+        ConfigError: as `attach`.
     """
-    try:
-        with torch.random.fork_rng(devices=[]):  # peft draws the first A
-            # small: the rank matches nothing
-            adapted = _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)
-            if settings.target_modules != ALL_LINEAR and (lost := _not_loaded(adapted, LEARN)):
-                raise NotAdaptable(
-                    f"lora.target_modules = {settings.target_modules!r}: peft would not load {some(lost)} of the "
-                    f"finished adapter. {_what_works(model)}"
-                )
-    except ConfigError as error:
-        raise ConfigError(f"{stage}.{error}") from error
+    with torch.random.fork_rng(devices=[]):  # peft draws the first A
+        # small: the rank matches nothing
+        adapted = _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)
+        if settings.target_modules != ALL_LINEAR and (lost := _not_loaded(adapted, LEARN)):
+            raise NotAdaptable(
+                f"lora.target_modules = {settings.target_modules!r}: peft would not load {some(lost)} of the "
+                f"finished adapter. {_what_works(model)}"
+            )
     return [f"{path}.weight" for path, _layer in _layers(adapted)]
 
 

@@ -89,16 +89,16 @@ def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
 
 
 def only_rows(
-    base: StateDict, forgotten: Iterable[tuple[str, Tensor]], names: Collection[str], tokens: Iterable[int], rows: Rows
+    base: StateDict, forgotten: Iterable[tuple[str, Tensor]], names: Collection[str], tokens: Iterable[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """`forgotten`, name by name; of the matrices `names` only the rows of `tokens`, or with `rows` others all but them.
+    """`forgotten`, name by name; of the matrices `names` only the rows of `tokens`.
 
     The rest of their rows are those of `base`, to the bit.
     """
     chosen = sorted(set(tokens))
     for name, moved in forgotten:
         if name in names:
-            moved = torch.where(_mask(moved, chosen, rows), moved, base[name].to(moved.device, moved.dtype))
+            moved = torch.where(_mask(moved, chosen), moved, base[name].to(moved.device, moved.dtype))
         yield name, moved
 
 
@@ -112,16 +112,16 @@ def only_rows_train(model: nn.Module, tokens: Iterable[int], rows: Rows) -> Iter
     with ExitStack() as stack:
         for name, weight in model.named_parameters():
             if rows != "all" and name in names and weight.requires_grad:
-                mask = _mask(weight, chosen, rows)
+                mask = _mask(weight, chosen)
                 hook = weight.register_hook(lambda gradient, mask=mask: gradient * mask)
                 stack.callback(hook.remove)
         yield
 
 
-def _mask(matrix: Tensor, chosen: list[int], rows: Rows) -> Tensor:
-    """Which rows of a matrix (V, D) or bias (V,) are meant: those of `chosen` tokens, or with `others` all but them."""
-    mask = torch.full((len(matrix),), rows == "others", device=matrix.device)
-    mask[chosen] = rows != "others"
+def _mask(matrix: Tensor, chosen: list[int]) -> Tensor:
+    """A mask over the rows of a matrix (V, D) or bias (V,): true for `chosen` tokens."""
+    mask = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
+    mask[chosen] = True
     return mask.view(-1, *[1] * (matrix.dim() - 1))
 
 

@@ -17,12 +17,11 @@ from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from forgetlearn.config.methods import METHODS, How
-from forgetlearn.config.schema import AUTO, RunConfig, StageSettings, TrainSettings, TuningSettings
+from forgetlearn.config.schema import AUTO, RunConfig, TrainSettings, TuningSettings
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS
 from forgetlearn.facts.fact_set import Fact, FactSet
 from forgetlearn.method.core import out_of_loras_reach
-from forgetlearn.method.keeping import read_keep
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, SMALL_MODEL, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel, context_length, parameter_count, pick_device, read_outline
@@ -263,7 +262,7 @@ def speed_of(text: str, stages: Sequence[StagePlan], config: RunConfig, devices:
         ConfigError: it is none of them, or no stage has FLOPs to turn tokens into.
     """
     if text == MEASURE:
-        halves = config.learn.dtype == "bfloat16"
+        halves = config.train.dtype == "bfloat16"
         return measured_speed(torch.device(devices.kind), torch.bfloat16 if halves else torch.float32)
     plain = text.strip().lower().replace(" ", "")
     in_tokens = plain.endswith("tokens/s")
@@ -308,9 +307,6 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
             notes += [left] if left else []
         if (name, how) == ("forget", "all weights"):
             load = _with_base(load, config)
-            if config.forget.keep:  # what it measured stays beside the weights
-                loads.append(_keep_load(load, config, facts, outline, encode))
-                load = replace(load, host_bytes=load.host_bytes + FLOAT32 * load.trained)
         loads.append(load)
         notes += [problem] if problem else []
     if config.forget.only_known and METHODS[config.method].forgets and config.teach.epochs == 0:
@@ -330,12 +326,12 @@ def _stages(
     method = METHODS[config.method]
     forgets = method.forgets is not None and config.forget.coef != 0 and old.number > 0
     if config.teach.epochs and old.number > 0:
-        yield "teach", "all weights", config.teach, old, config.teach.epochs, []
+        yield "teach", "all weights", config.teaching, old, config.teach.epochs, []
     if forgets and method.forgets is not None:
-        yield "forget", method.forgets, config.forget, old, config.forget.epochs, []
-    before: list[TuningSettings] = [config.forget] if forgets and method.forgets == "lora" else []
-    trials = config.forget.trials if forgets and config.forget.coef == AUTO and config.forget.search == "full" else 1
-    yield "learn", method.learns, config.learn, new, config.learn.epochs * trials, before
+        yield "forget", method.forgets, config.forgetting, old, config.forget.epochs, []
+    before: list[TuningSettings] = [config.forgetting] if forgets and method.forgets == "lora" else []
+    trials = config.forget.trials if forgets and config.forget.coef == AUTO else 1
+    yield "learn", method.learns, config.learning, new, config.learn.epochs * trials, before
 
 
 def _train_load(
@@ -377,32 +373,6 @@ def _with_base(load: Load, config: RunConfig) -> Load:
     if in_memory:
         return replace(load, host_bytes=load.weights_bytes)
     return replace(load, base_bytes=load.weights_bytes)
-
-
-def _keep_load(forget: Load, config: RunConfig, facts: FactSet, outline: Outline, encode: _Encode) -> Load:
-    """Measuring the facts to keep: one more fine-tuning, or the gradient of each text, kept and forgotten."""
-    kept = read_keep(config.forget, facts)
-    texts = list(encode.pairs((fact.prompt, fact.ground_truth or "") for fact in kept))
-    tokens = sum(len(text.ids) for text in texts)
-    if config.forget.keep_by == "projection":
-        return replace(forget, name="keep", how="projection", texts=len(texts), tokens=tokens)
-    skeleton = outline.skeleton(torch.float32)
-    trained = skeleton.prepare("all weights", config.forget)
-    longest = max(texts, key=lambda text: len(text.ids))
-    step, _problem = _traced(lambda: skeleton.train_step([longest], StageSettings(batch_size=1), pad_id=0))
-    return replace(
-        forget,
-        name="keep",
-        how="fisher",
-        texts=forget.texts + len(texts),
-        tokens=forget.tokens + tokens,
-        passes=1,
-        batch_size=1,
-        micro_batch_size=1,
-        states_bytes=0,
-        host_bytes=forget.host_bytes + 2 * FLOAT32 * trained,  # the squares of both
-        step=step,
-    )
 
 
 def _score_load(
@@ -583,11 +553,9 @@ def _advice(
 
 def _alternatives(config: RunConfig, devices: Devices) -> Iterator[tuple[str, RunConfig | None, Devices]]:
     """In words, the config (None: as it is) and the devices."""
-    own = {stage: getattr(config, stage) for stage in ("forget", "learn")}
-    if any((stage.micro_batch_size or stage.batch_size) > 1 for stage in own.values()):
-        one = {name: stage.model_copy(update={"micro_batch_size": 1}) for name, stage in own.items()}
-        words = "--set forget.micro_batch_size=1 --set learn.micro_batch_size=1"
-        yield words, config.model_copy(update=one), devices
+    if any((config.train.micro_batch_size or stage.batch_size) > 1 for stage in (config.forget, config.learn)):
+        train = config.train.model_copy(update={"micro_batch_size": 1})
+        yield "--set train.micro_batch_size=1", config.model_copy(update={"train": train}), devices
     lora = {"f-ft": "f-lora", "f-lora-ft": "f-lora", "ft": "lora"}.get(config.method)
     if lora and config.teach.epochs == 0:
         half = config.model.model_copy(update={"dtype": "bfloat16"})

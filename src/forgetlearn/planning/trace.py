@@ -99,7 +99,7 @@ class Skeleton:
     @staticmethod
     def loss(model: nn.Module, texts: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> Tensor:
         """The loss of one micro-batch, as `finetune` computes it."""
-        batch = lay_out(texts, "packed", pad_id, settings.max_packed_tokens)
+        batch = lay_out(texts, "packed", pad_id)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             logits = answer_logits(model, batch.inputs, batch.positions).flatten(0, 1)
             return functional.cross_entropy(logits.float(), batch.labels.flatten(), reduction="sum")

@@ -6,28 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forgetlearn.evaluation import scoring
-from forgetlearn.method import keeping
+from forgetlearn.config.base import Settings, validate
+from forgetlearn.config.methods import METHODS, How
 from forgetlearn.config.schema import AUTO, FactsSettings, ModelSettings, RunConfig, TuningSettings
 from forgetlearn.errors import ConfigError, FactError
+from forgetlearn.evaluation import scoring
+from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts.fact_set import (
     UNFINISHED_OLD_ANSWER,
     WITHOUT_OLD,
-    Fact,
     FactSet,
     read_facts,
     with_old_answers,
 )
-from forgetlearn.products.chain import check_product
-from forgetlearn.config.methods import METHODS, How
 from forgetlearn.method.core import (
     check_forgetting,
     check_learning,
     out_of_loras_reach,
 )
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.evaluation.scoring import Row
-from forgetlearn.config.base import Settings, validate
+from forgetlearn.products.chain import check_product
 
 
 def resolve(
@@ -131,17 +129,17 @@ def check_stages(config: RunConfig, lm: LanguageModel) -> None:
         ConfigError: the dtype, the modules or what LoRA is to adapt cannot be had.
     """
     method = METHODS[config.method]
-    check_learning(lm, config.learn, method.learns)
+    check_learning(lm, config.learning, method.learns)
     if config.forget.coef != 0 and method.forgets:
-        check_forgetting(lm, config.forget, method.forgets)
+        check_forgetting(lm, config.forgetting, method.forgets)
 
 
 def left_by_lora(config: RunConfig, lm: LanguageModel) -> str | None:
     """Return `method.out_of_loras_reach` for the stages of an update with this config."""
     method = METHODS[config.method]
-    stages: list[tuple[How | None, TuningSettings]] = [(method.learns, config.learn)]
+    stages: list[tuple[How | None, TuningSettings]] = [(method.learns, config.learning)]
     if config.forget.coef != 0:
-        stages.append((method.forgets, config.forget))
+        stages.append((method.forgets, config.forgetting))
     return out_of_loras_reach(lm.model, stages)
 
 
@@ -163,24 +161,6 @@ def check_quantization(config: RunConfig) -> None:
         raise ConfigError(f"{place}: forget.coef = auto sets the base's weights again. Give a number.")
     if config.model.shard:
         raise ConfigError(f"{place}: a model that is split over processes (model.shard) cannot be quantised.")
-
-
-def facts_to_keep(facts: FactSet, config: RunConfig) -> list[Fact]:
-    """See `keeping.read_keep`.
-
-    Raises:
-        ConfigError: the method does not forget, or its coefficient is still to be chosen.
-    """
-    if not config.forget.keep:
-        return []
-    if not METHODS[config.method].forgets:
-        raise ConfigError(
-            f"forget.keep = {config.forget.keep}: {config.method} does not forget, and learning does not spare these "
-            "facts. Choose f-ft, or leave it out."
-        )
-    if config.forget.coef == AUTO:
-        raise ConfigError("forget.keep: with forget.coef = auto it is not taken into account. Give a number.")
-    return keeping.read_keep(config.forget, facts)
 
 
 def check_weights(*models: object) -> None:

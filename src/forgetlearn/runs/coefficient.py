@@ -1,4 +1,4 @@
-"""Choosing how much to forget: `coef: auto`. From the forgotten model alone (cheap), or by learning too (full).
+"""Choosing how much to forget: `coef: auto`, by learning at each coefficient that is tried.
 
 It is chosen on facts set aside, which the result is then not scored on. Fine-tuning on the old answers is done
 once and serves every coefficient that is tried.
@@ -17,21 +17,21 @@ from typing import Any
 from scipy import optimize
 from torch import Tensor
 
-from forgetlearn.evaluation import scoring
-from forgetlearn.models import lora
-from forgetlearn.runtime import sharding
-from forgetlearn.storage import disk
-from forgetlearn.weights import task_vector
+from forgetlearn.config.methods import METHODS, How
 from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import Fact
-from forgetlearn.training.finetune import StageLog
+from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.config.methods import METHODS, How
-from forgetlearn.method.core import float32_snapshot, learn, stage_seed, subtract_old, tune_on_old
-from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.evaluation.scoring import Row
+from forgetlearn.facts.fact_set import Fact
+from forgetlearn.method.core import float32_snapshot, learn, stage_seed, subtract_old, tune_on_old
+from forgetlearn.models import lora
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.runtime import sharding
+from forgetlearn.storage import disk
+from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights import task_vector
 
 log = logging.getLogger("forgetlearn")
 WEIGHTS, CHOICE = "weights.safetensors", "choice.json"
@@ -68,7 +68,6 @@ class Choice:
     """The coefficient that was chosen, on which facts (their ids), from which trials, and why."""
 
     coef: float
-    search: str
     validation: tuple[str, ...]
     trials: tuple[Trial, ...]
     why: str
@@ -109,20 +108,18 @@ def forget_tuned(
     settings: ForgetSettings,
     how: How,
     *,
-    seed: int = 0,
-    kept: Mapping[str, Tensor] | None = None,
     facts: Iterable[Fact] = (),
 ) -> None:
     """Make the base the forgotten model, from what `Forgetter.tune` gave and the coefficient of the settings.
 
-    `kept` is what `method.measure_keep` gave, where there are facts to keep; `facts` are those that are forgotten.
+    `facts` are those that are forgotten.
     """
     if how == "lora":
         lm.model = lora.attach(lm.model, settings.lora, lora.FORGET, seed=0)
         lora.set_weights(lm.model, tuned)
         subtract_old(lm, settings, None)
     else:
-        subtract_old(lm, settings, float32_snapshot(lm), tuned, seed=seed, kept=kept, facts=facts)
+        subtract_old(lm, settings, float32_snapshot(lm), tuned, facts=facts)
 
 
 def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConfig) -> Choice:
@@ -161,7 +158,7 @@ def choose(
     forgetter, how = Forgetter(lm), _subtracts(config)
     log.info("fine-tuning on %d old answers, once for every coefficient that is tried", len(to_forget))
     stage_io, seed = stage_io or StageIO(), stage_seed(config.seed, "forget")
-    tuned, stage_log = forgetter.tune(to_forget, config.forget, how, seed=seed, stage_io=stage_io.part("old"))
+    tuned, stage_log = forgetter.tune(to_forget, config.forgetting, how, seed=seed, stage_io=stage_io.part("old"))
     choice = search(forgetter, tuned, facts, base_rows, config, folder, stage_io)
     if folder is not None:
         sharding.save_parts(tuned, lm.model, folder / WEIGHTS)
@@ -173,14 +170,13 @@ def read_choice(folder: Path) -> Choice:
     """What `choose` wrote."""
     data = disk.read_json(folder / CHOICE)
     trials = tuple(Trial(**trial) for trial in data["trials"])
-    return Choice(data["coef"], data["search"], tuple(data["validation"]), trials, data["why"])
+    return Choice(data["coef"], tuple(data["validation"]), trials, data["why"])
 
 
 def forget_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> None:
     """Make the base the forgotten model of the coefficient that `choose` wrote; nothing is fine-tuned again."""
-    settings = config.forget.model_copy(update={"coef": read_choice(folder).coef})
-    tuned, seed = sharding.load_parts(lm.model, folder / WEIGHTS), stage_seed(config.seed, "forget")
-    forget_tuned(lm, tuned, settings, _subtracts(config), seed=seed)
+    settings = config.forgetting.model_copy(update={"coef": read_choice(folder).coef})
+    forget_tuned(lm, sharding.load_parts(lm.model, folder / WEIGHTS), settings, _subtracts(config))
 
 
 def learn_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> StageLog | None:
@@ -192,7 +188,7 @@ def learn_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> Stage
         return None
     learned = sharding.load_parts(lm.model, folder / LEARNED)
     if METHODS[config.method].learns == "lora":
-        lm.model = lora.attach(lm.model, config.learn.lora, lora.LEARN, seed=0)
+        lm.model = lora.attach(lm.model, config.lora, lora.LEARN, seed=0)
         lora.compose(lm.model, lora.names(lm.model))
         lora.set_weights(lm.model, learned)
     else:
@@ -219,18 +215,12 @@ def check(facts: Sequence[Fact], config: RunConfig) -> None:
 
     Raises:
         ConfigError: the method subtracts nothing, `rows` are named, or the share set aside leaves no fact on one side.
-        FactError: no fact set aside has an unrelated probe, and the search needs one.
     """
     check_engine(config.evaluate, changed_by="choosing a coefficient")
     _subtracts(config)
     if config.forget.rows != "all":
         raise ConfigError(f"forget.rows = {config.forget.rows}: not with forget.coef = auto. Give a number.")
-    aside = set_aside(facts, config)
-    if config.forget.search == "cheap" and not any(fact.locality for fact in aside):
-        raise FactError(
-            f"forget.coef = auto, forget.search = cheap: none of the {len(aside)} facts set aside has an unrelated "
-            "probe to measure locality with. Give locality_prompt, or --set forget.search=full."
-        )
+    set_aside(facts, config)
 
 
 def _subtracts(config: RunConfig) -> How:
@@ -279,20 +269,19 @@ def search(
     """
     trying = _Trying(forgetter, tuned, facts, base_rows, config, folder, stage_io or StageIO())
     aside = trying.aside
-    cheap = config.forget.search == "cheap"
     try:
-        coef, why = _largest_within_bound(trying) if cheap else _best_after_learning(trying)
+        coef, why = _best_after_learning(trying)
     finally:
         forgetter.reset()
-    why = f"coef {coef:g} was chosen ({config.forget.search} search on {len(aside)} facts set aside): {why}."
+    why = f"coef {coef:g} was chosen (on {len(aside)} facts set aside): {why}."
     trials = tuple(sorted(trying.trials.values(), key=lambda trial: trial.coef))
-    return Choice(coef, config.forget.search, tuple(fact.id for fact in aside), trials, why)
+    return Choice(coef, tuple(fact.id for fact in aside), trials, why)
 
 
 class _Trying:
     """What the model is at a coefficient, on the facts set aside; each coefficient is tried once.
 
-    The full search learns all facts, as the update would: fewer facts, or fewer epochs, cost other coefficients other
+    Each trial learns all facts, as the update would: fewer facts, or fewer epochs, cost other coefficients other
     scores (docs/experiments.md). So what the best trial learned is the product, and is kept in `folder`.
     """
 
@@ -336,13 +325,12 @@ class _Trying:
     def _scores(self, coef: float) -> dict[str, float | None]:
         config, lm = self.config, self.forgetter.lm
         self.forgetter.reset()
-        settings = config.forget.model_copy(update={"coef": coef})
-        forget_tuned(lm, self.tuned, settings, _subtracts(config), seed=stage_seed(config.seed, "forget"))
-        if config.forget.search == "full":
-            learns, seed = METHODS[config.method].learns, stage_seed(config.seed, "learn")
-            self.learned = learn(
-                lm, self.facts, config.learn, learns, seed=seed, stage_io=self.stage_io.part(f"learn-{coef:g}")
-            )
+        settings = config.forgetting.model_copy(update={"coef": coef})
+        forget_tuned(lm, self.tuned, settings, _subtracts(config))
+        learns, seed = METHODS[config.method].learns, stage_seed(config.seed, "learn")
+        self.learned = learn(
+            lm, self.facts, config.learning, learns, seed=seed, stage_io=self.stage_io.part(f"learn-{coef:g}")
+        )
         rows = scoring.score(
             lm,
             self.aside,
@@ -357,28 +345,6 @@ class _Trying:
 def _teacher_forced(config: RunConfig) -> EvaluateSettings:
     """Scoring without free answers, which take most of the time."""
     return config.evaluate.model_copy(update={"protocols": ("token",)})
-
-
-def _largest_within_bound(trying: _Trying) -> tuple[float, str]:
-    """The largest coefficient of forgetting whose loss of locality stays within the bound, by halving."""
-    bound = trying.config.forget.max_locality_loss
-
-    def excess(log_coef: float) -> float:
-        kept = trying.at(log_coef).scores["locality"]
-        if kept is None:
-            raise FactError("forget.coef = auto: no unrelated probe of the facts set aside could be scored.")
-        return 100 - kept - bound
-
-    low, high = math.log(LOWEST), math.log(HIGHEST)
-    if excess(high) > 0 and excess(low) <= 0:
-        optimize.bisect(excess, low, high, xtol=TOLERANCE)
-    lost = {coef: 100 - float(trial.scores["locality"] or 0) for coef, trial in trying.trials.items()}
-    over = min((coef for coef in lost if lost[coef] > bound), default=math.inf)
-    coef = max((coef for coef in lost if coef < over), default=LOWEST)
-    why = f"there forgetting alone costs {lost[coef]:.1f} points of locality (at most {bound:g} are allowed)"
-    if lost[coef] > bound:
-        return coef, f"{why}, and it is the smallest that is tried"
-    return coef, why + (f", at {over:g} it costs {lost[over]:.1f}" if over < math.inf else ", and no more is tried")
 
 
 def _best_after_learning(trying: _Trying) -> tuple[float, str]:

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from forgetlearn.evaluation import general_ability, scoring
-from forgetlearn.models import lora
-from forgetlearn.planning import plan
-from forgetlearn.products import chain, restore
-from forgetlearn.report import run_page
-from forgetlearn.runs import coefficient
-from forgetlearn.runtime import processes, sharding
-from forgetlearn.storage import disk, run_folder
-from forgetlearn.weights import rounding, task_vector
-from forgetlearn.config.schema import AUTO, RunConfig, TeachSettings
-from forgetlearn.facts.fact_set import Fact, FactSet, tell_old
-from forgetlearn.training.finetune import StageLog, finetune
-from forgetlearn.runs.checks import asked_answers, trains_all_weights, with_the_models_answers
 from forgetlearn.config.methods import METHODS, How, Method
+from forgetlearn.config.schema import AUTO, RunConfig, TrainSettings
+from forgetlearn.evaluation import general_ability, scoring
+from forgetlearn.evaluation.scoring import Row
+from forgetlearn.facts.fact_set import Fact, FactSet, tell_old
 from forgetlearn.method.core import (
     all_weights,
     fold_in,
@@ -31,10 +22,19 @@ from forgetlearn.method.core import (
     learn,
     stage_seed,
 )
+from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel, load_model
+from forgetlearn.planning import plan
+from forgetlearn.products import chain, restore
+from forgetlearn.report import run_page
+from forgetlearn.runs import coefficient
+from forgetlearn.runs.checks import asked_answers, trains_all_weights, with_the_models_answers
 from forgetlearn.runs.results import Done, write_results
-from forgetlearn.evaluation.scoring import Row
+from forgetlearn.runtime import processes, sharding
+from forgetlearn.storage import disk, run_folder
+from forgetlearn.training.finetune import StageLog, finetune
 from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights import rounding, task_vector
 
 log = logging.getLogger("forgetlearn")
 REMEDIES = (
@@ -57,10 +57,8 @@ class UpdateResult:
 class Stages:
     """The stages of one update over one run folder."""
 
-    def __init__(
-        self, run: run_folder.RunFolder, config: RunConfig, lm: LanguageModel, facts: FactSet, keep: Sequence[Fact]
-    ) -> None:
-        self.folder, self.config, self.lm, self.facts, self.keep = run, config, lm, facts, keep
+    def __init__(self, run: run_folder.RunFolder, config: RunConfig, lm: LanguageModel, facts: FactSet) -> None:
+        self.folder, self.config, self.lm, self.facts = run, config, lm, facts
         self.method: Method = METHODS[config.method]
         self.rows: dict[str, list[Row]] = {}
         self.general: dict[str, Any] = {}  # what was measured, by phase
@@ -104,9 +102,9 @@ class Stages:
                 log.info(line)
 
     def _teach(self) -> None:
-        settings = self.config.teach
-        if settings.epochs == 0:
+        if self.config.teach.epochs == 0:
             return
+        settings = self.config.teaching
         taught = self.folder.path / "taught"
 
         def compute(folder: Path) -> dict[str, Any]:
@@ -167,7 +165,7 @@ class Stages:
 
         def compute(unfinished: Path) -> dict[str, Any]:
             self._restore()
-            facts, settings = self._forget_set(), self.config.forget
+            facts, settings = self._forget_set(), self.config.forgetting
             log.info("forgetting %d facts (%s)", len(facts), how)
             noted: dict[str, Any] = {"facts": len(facts)}
             if self.choice is not None:
@@ -179,7 +177,6 @@ class Stages:
                     settings,
                     how,
                     seed=self._seed("forget"),
-                    keep=self.keep,
                     stage_io=self._stage_io("forget"),
                 )
                 noted |= self._log_stage("forget", stage_log)
@@ -218,7 +215,7 @@ class Stages:
                 stage_log = learn(
                     self.lm,
                     list(self.facts),
-                    self.config.learn,
+                    self.config.learning,
                     self.method.learns,
                     seed=self._seed("learn"),
                     stage_io=self._stage_io("learn"),
@@ -370,7 +367,7 @@ def keep_old_answers(run: run_folder.RunFolder, rows: list[Row]) -> None:
 
 
 def teach(
-    lm: LanguageModel, facts: list[Fact], settings: TeachSettings, *, seed: int, stage_io: StageIO | None = None
+    lm: LanguageModel, facts: list[Fact], settings: TrainSettings, *, seed: int, stage_io: StageIO | None = None
 ) -> StageLog:
     """Fine-tune all weights on the old answers, so that the base really holds them; `lm` is changed in place."""
     texts = [lm.encoder.encode(fact.prompt, fact.ground_truth or "", end=True) for fact in facts if fact.ground_truth]

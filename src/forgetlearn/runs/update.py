@@ -12,40 +12,38 @@ import torch
 from torch import nn
 
 from forgetlearn.config import preflight
+from forgetlearn.config.base import upgraded
+from forgetlearn.config.methods import METHODS
+from forgetlearn.config.schema import AUTO, RunConfig
+from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
-from forgetlearn.method import keeping
+from forgetlearn.evaluation.generation import check_engine
+from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models import prompts
+from forgetlearn.models.identity import NAMES, Identity, base_of
+from forgetlearn.models.language_model import LanguageModel, as_language_model
+from forgetlearn.models.texts import check_texts
 from forgetlearn.planning import plan
 from forgetlearn.products import chain, restore
 from forgetlearn.report import run_page
 from forgetlearn.runs import coefficient
-from forgetlearn.runtime import processes
-from forgetlearn.storage import digests, disk, records, run_folder
-from forgetlearn.config.schema import AUTO, RunConfig
-from forgetlearn.errors import ModelError, RunError
-from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
-from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.models.identity import NAMES, Identity, base_of
 from forgetlearn.runs.checks import (
     asked_answers,
     check_old_answers,
     check_quantization,
     check_stages,
     check_weights,
-    facts_to_keep,
     left_by_lora,
     read_config_facts,
     resolve,
     trains_all_weights,
     with_the_models_answers,
 )
-from forgetlearn.storage.locks import only_writer
-from forgetlearn.config.methods import METHODS
-from forgetlearn.models.language_model import LanguageModel, as_language_model
-from forgetlearn.training.callbacks import check_trackers
-from forgetlearn.config.base import upgraded
 from forgetlearn.runs.stages import Stages, UpdateResult, keep_old_answers
-from forgetlearn.models.texts import check_texts
+from forgetlearn.runtime import processes
+from forgetlearn.storage import digests, disk, records, run_folder
+from forgetlearn.storage.locks import only_writer
+from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
 UPGRADE_CONFIG = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
@@ -102,12 +100,12 @@ def _update(
     if goes_on and processes.on_main(lambda: run_folder.is_finished(output)):
         base = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
         return processes.on_main(lambda: _finished(Path(output), config, fact_set, base))
-    keep = _checked(fact_set, config)
+    _check(fact_set, config)
     processes.on_main(lambda: check_weights(named))
     lm = as_language_model(named, tokenizer, config.model, all_weights=trains_all_weights(config))
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
-    check_texts(lm.encoder, [*fact_set, *keep])
+    check_texts(lm.encoder, fact_set)
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
     check_stages(config, lm)
@@ -123,7 +121,6 @@ def _update(
     inputs: dict[str, Any] = {
         "facts_sha256": fact_set.sha256(),
         **base,
-        **keeping.fingerprint(keep),
         **lm.encoder.fingerprint(),
     }
     if processes.world_size() > 1:
@@ -132,7 +129,9 @@ def _update(
         restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
-        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=UPGRADE_CONFIG)
+        lambda: run_folder.RunFolder.create(
+            output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=UPGRADE_CONFIG
+        )
     )
     run.check_seen()
     n_processes = processes.world_size()
@@ -145,23 +144,21 @@ def _update(
     run.note(model=lm.describe(), parent=chain.parent_of(lm.name, inputs), **told)
     if answers is not None:
         keep_old_answers(run, answers)
-    return Stages(run, config, lm, fact_set, keep).run()
+    return Stages(run, config, lm, fact_set).run()
 
 
-def _checked(facts: FactSet, config: RunConfig) -> list[Fact]:
-    """The facts to keep, after all that can be checked without the model."""
+def _check(facts: FactSet, config: RunConfig) -> None:
+    """Check all that can be checked without the model."""
     processes.check_enough_for(len(facts))
     check_old_answers(facts, config)
     general_ability.check(config.evaluate)
     check_quantization(config)
-    keep = facts_to_keep(facts, config)
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
     elif not METHODS[config.method].forgets:
-        for name in sorted({"coef", "modules", "rows", "control"} & config.forget.model_fields_set):
+        for name in sorted({"coef", "modules", "rows"} & config.forget.model_fields_set):
             given = getattr(config.forget, name)
             log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
-    return keep
 
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:

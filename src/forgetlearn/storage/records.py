@@ -267,7 +267,6 @@ class Choice(Record):
     """How the coefficient was chosen."""
 
     coef: Number
-    search: Text
     validation: list[Text]
     trials: list[Trial]
     why: Text

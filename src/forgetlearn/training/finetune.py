@@ -146,7 +146,7 @@ class _Stage:
                     model=model,
                     args=arguments,
                     train_dataset=list(texts),
-                    data_collator=Collator(layout, self.pad_id, settings.max_packed_tokens, is_by_text),
+                    data_collator=Collator(layout, self.pad_id, is_by_text),
                     callbacks=[steps, watch, *([] if bound is None else [Ball(model, bound)])],
                     loss_sign=self.variant.loss_sign,
                     points=stage_io.points,

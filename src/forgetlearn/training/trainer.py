@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from forgetlearn.errors import ModelError
 from forgetlearn.models import attention
-from forgetlearn.models.batches import IGNORE, Layout, answer_logits, by_text, lay_out
+from forgetlearn.models.batches import IGNORE, MAX_PACKED_TOKENS, Layout, answer_logits, by_text, lay_out
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.runtime import processes, signals
 from forgetlearn.training import stage_checkpoints
@@ -56,7 +56,6 @@ class Collator:
 
     layout: Layout
     pad_id: int
-    max_packed_tokens: int
     is_by_text: bool
 
     def __call__(self, texts: list[Encoded]) -> dict[str, Any]:
@@ -64,7 +63,7 @@ class Collator:
         own = own_part(texts)
         groups = [[text] for text in own] if self.layout == "single" else [own]
         # Text by text there is no mask, so a row may be of any length.
-        longest = sys.maxsize if self.is_by_text else self.max_packed_tokens
+        longest = sys.maxsize if self.is_by_text else MAX_PACKED_TOKENS
         batches = [lay_out(group, self.layout, self.pad_id, longest) for group in groups]
         if self.is_by_text:
             batches = [by_text(batch) for batch in batches]
