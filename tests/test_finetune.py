@@ -109,7 +109,7 @@ def test_packed_padded_and_single_train_the_same_weights(lm, monkeypatch):
     assert 0 < distance(packed, padded) < 1e-4
     assert distance(packed, single) < 1e-4
     monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "packed")
-    monkeypatch.setattr("forgetlearn.training.finetune.MAX_PACKED_TOKENS", 1)
+    monkeypatch.setattr("forgetlearn.training.trainer.MAX_PACKED_TOKENS", 1)
     too_long, _log = trained(lm)
     assert distance(too_long, packed) < 1e-4
 
