@@ -71,7 +71,7 @@ def test_the_sign_is_forgetting_not_learning(world):
     lm, facts = world
 
     def old_logprob():
-        from forgetlearn.evaluation.scoring import Scorer
+        from forgetlearn.evaluation.scorer import Scorer
 
         read = Scorer(lm).read((fact.prompt, fact.ground_truth) for fact in facts)
         return sum(reading.logprob for reading in read.values())

@@ -242,7 +242,7 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[dic
         entry: dict[str, Any] = {"method": method, "variant": variant, "coef": coef, "against": against}
         entry |= {"at_equal_reliability": asdict(equal) if equal else None, "area": None}
         if equal is not None and equal.low < equal.high:
-            entry["area"] = _area(curve, equal), _area(plain, equal)
+            entry["area"] = [asdict(statistics.mean_locality(each, equal.low, equal.high)) for each in (curve, plain)]
         found.append(entry)
     return found
 
@@ -257,13 +257,3 @@ def _curve(groups: Sequence[_Group]) -> statistics.Curve | None:
             return None
         points.append(np.array([100 * np.nanmean(group.scores[column], axis=1) for group in ordered]).T)
     return statistics.Curve(*points)
-
-
-def _area(curve: statistics.Curve, shared: statistics.AtEqualReliability) -> dict[str, Any]:
-    """Mean locality over the shared range of reliabilities, over seeds."""
-    reliability, locality = np.asarray(curve.reliability), np.asarray(curve.locality)
-    areas = [
-        statistics.area_under_curve(own, place, shared.low, shared.high)
-        for own, place in zip(reliability, locality, strict=True)
-    ]
-    return asdict(statistics.mean_over_seeds([np.nan if area is None else area for area in areas]))

@@ -240,8 +240,7 @@ def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:
 
 def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
     """Return the shares of old answers and of locality answers that the base gives exactly, token for token."""
-    from forgetlearn.evaluation.metrics import exact_match
-    from forgetlearn.evaluation.scoring import Reading, Scorer
+    from forgetlearn.evaluation.scorer import Reading, Scorer
 
     old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     probes = [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]
@@ -249,7 +248,7 @@ def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
 
     def share(pairs: list[tuple[str, str]]) -> float | None:
         readings = [read[pair] for pair in pairs]
-        hits = [exact_match(r.predicted, r.wanted) if isinstance(r, Reading) else 0.0 for r in readings]
+        hits = [isinstance(r, Reading) and r.predicted == r.wanted for r in readings]
         return sum(hits) / len(hits) if hits else None
 
     return {"old answers": share(old), "locality answers": share(probes)}

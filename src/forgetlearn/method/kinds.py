@@ -17,7 +17,8 @@ from forgetlearn.models import lora, module_names
 from forgetlearn.models import modules as selection
 from forgetlearn.models.language_model import LanguageModel, editable_module
 from forgetlearn.runtime import processes, sharding
-from forgetlearn.training.finetune import StageLog, Variant
+from forgetlearn.training.finetune import StageLog
+from forgetlearn.training.trainer import Variant
 from forgetlearn.weights import task_vector
 from forgetlearn.weights.task_vector import StateDict
 
