@@ -11,7 +11,7 @@ from forgetlearn.comparison import grid
 from forgetlearn.config.schema import EvaluateSettings, RunConfig
 from forgetlearn.errors import ConfigError, MissingExtraError, ModelError
 from forgetlearn.evaluation import generation
-from forgetlearn.evaluation.scoring import Scorer
+from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.models.language_model import ModelSettings
 from forgetlearn.runs import evaluate
 from forgetlearn.runs.update import update

@@ -24,7 +24,8 @@ from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runtime import processes
 from forgetlearn.storage import disk, run_folder
-from forgetlearn.training.finetune import facts_at_once, own_part
+from forgetlearn.training.finetune import facts_at_once
+from forgetlearn.training.trainer import own_part
 
 TOLERANCE = 1e-5
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
