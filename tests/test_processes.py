@@ -152,7 +152,7 @@ def test_a_launch_that_would_do_all_work_several_times_is_refused(monkeypatch, c
 
 
 def test_commands_for_one_process_say_so_once(monkeypatch, capsys):
-    for name, value in zip(processes.PLACE, ("0", "2", "0", "localhost", "1"), strict=True):
+    for name, value in zip(processes.ADDRESS, ("0", "2", "0", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, value)
     assert main(["compare", "--output", "o"]) == 2
     assert "compare is for one process, and 2 were started" in capsys.readouterr().err
@@ -284,7 +284,7 @@ def test_killed_inside_a_stage_two_processes_go_on_to_the_same_bits(update, meth
         killed_after_a_checkpoint(points, 2, *words, "--set=checkpoint_minutes=1e-9", "--resume")
         assert stage not in disk.read_json(tmp_path / "run/manifest.json")["stages"]
     told = forgetlearn(2, *words, "--resume")
-    assert "learning: going on from step" in told
+    assert "learning: resuming at step" in told
     assert largest_difference(weights_of(done), weights_of(tmp_path / "run")) == 0
     assert disk.read_rows(tmp_path / "run/facts.jsonl") == disk.read_rows(done / "facts.jsonl")
 
