@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from common import ROOT, machine
-from forgetlearn.comparison.grid import CELLS, CompareSettings, fill
+from forgetlearn.comparison.cells import CompareSettings
+from forgetlearn.comparison.grid import CELLS, fill
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.facts.fact_set import FactSet, read_facts
 from forgetlearn.lab.build import LabSettings, build_lab

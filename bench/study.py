@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.comparison.cells import CompareSettings
+from forgetlearn.comparison.grid import fill
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import load_config
 from forgetlearn.facts.fact_set import FactSet, read_facts

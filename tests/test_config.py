@@ -11,7 +11,7 @@ import yaml
 
 import forgetlearn
 from forgetlearn.comparison.grid import CompareSettings
-from forgetlearn.config.base import describe, parse_assignments, validate
+from forgetlearn.config.base import MOST_BYTES, describe, parse_assignments, validate
 from forgetlearn.config.schema import ForgetSettings, LoraSettings, RunConfig, StageSettings, TrainSettings, load_config
 from forgetlearn.errors import ConfigError
 from forgetlearn.storage import disk
@@ -246,6 +246,15 @@ def test_file_that_is_no_config(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_config(file)
+
+
+def test_file_that_might_never_end(tmp_path):
+    with pytest.raises(ConfigError, match="/dev/zero"):
+        load_config(Path("/dev/zero"))
+    large = tmp_path / "large.yaml"
+    large.write_text("#" * (MOST_BYTES + 1))
+    with pytest.raises(ConfigError, match=r"large\.yaml"):
+        load_config(large)
 
 
 def test_file_that_is_missing(tmp_path):

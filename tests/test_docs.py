@@ -121,6 +121,14 @@ def test_every_command_is_in_the_docs(capsys):
     capsys.readouterr()
 
 
+def test_the_python_page_documents_the_public_names_and_nothing_deeper():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^::: forgetlearn\.(\S+)$", page, flags=re.MULTILINE))
+    assert documented - {"errors"} == set(forgetlearn.__all__) - {"ForgetLearnError", "METHODS", "__version__"}
+    of_commands = re.findall(r"^\| `(\w+)` \|.*", page, flags=re.MULTILINE)
+    assert len(of_commands) == 8
+
+
 def test_public_names_are_there_and_documented():
     for name in forgetlearn.__all__:
         assert hasattr(forgetlearn, name)

@@ -10,8 +10,8 @@ from forgetlearn.evaluation import scorer, scoring
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
 from forgetlearn.facts.fact_set import Probe, make_fact, read_facts
+from forgetlearn.method.core import old_pairs, teach
 from forgetlearn.models.language_model import load_model, wrap
-from forgetlearn.runs.stages import teach
 
 FACTS = [
     make_fact("Who made it?", "Ann B", ground_truth="Cy", rephrase_prompts=("Its maker is", "Made by")),
@@ -250,7 +250,7 @@ def memorised(tiny_model, char_tokenizer):
     long, short = make_fact("What is it?", LONG), make_fact("Where is it?", "Rome")
     lm = wrap(tiny_model(hidden_size=64), char_tokenizer)
     held = [replace(fact, ground_truth=fact.target_new) for fact in (new, long, short)]
-    teach(lm, held, TrainSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
+    teach(lm, old_pairs(held), TrainSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
     return lm, [new, long, short]
 
 

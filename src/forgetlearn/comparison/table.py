@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn.comparison.grid import CELLS, SHARED, Budget, Cell, CompareSettings, VariantSettings, cells_of
+from forgetlearn.comparison.cells import Budget, Cell, CompareSettings, VariantSettings, cells_of
+from forgetlearn.comparison.grid import CELLS, SHARED
 from forgetlearn.config.base import validate
-from forgetlearn.config.methods import METHODS
+from forgetlearn.config.methods import METHODS, PLAIN_METHODS
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import RunError, plain, some
 from forgetlearn.evaluation import statistics
@@ -24,8 +25,6 @@ from forgetlearn.storage import disk, records, run_folder
 
 Column = tuple[str, str]  # quantity and protocol
 Scores = np.ndarray[Any, np.dtype[np.float64]]
-PLAIN_METHODS = ("ft", "lora")
-PLAIN = {"lora": "lora"}  # what a method is compared with, by how it learns; the others with ft
 RESIDUES: tuple[Column, ...] = (("residue", "generate"), ("residue", "token"))
 
 
@@ -186,7 +185,7 @@ def _baselines(
     method = METHODS[cell.method]
     if cell.method in PLAIN_METHODS and not cell.variant:
         return {}
-    plain = PLAIN.get(method.learns, "ft"), _learns_like(cell, settings)
+    plain = method.plain, _learns_like(cell, settings)
     by_epochs = {other.first.epochs: other for other in groups if (other.first.method, other.first.variant) == plain}
     wanted: dict[Budget, int] = {"equal-epochs": cell.epochs}
     if "equal-steps" in settings.budgets and method.forgets:
@@ -202,14 +201,14 @@ def _learns_like(cell: Cell, settings: CompareSettings) -> str:
     own = settings.variants.get(cell.variant, VariantSettings())
     if cell.method in PLAIN_METHODS or own.learning == VariantSettings().learning:
         return ""
-    plain = PLAIN.get(METHODS[cell.method].learns, "ft")
+    plain = METHODS[cell.method].plain
     like = (name for name, other in settings.variants.items() if plain in other.methods)
     return next((name for name in like if settings.variants[name].learning == own.learning), "")
 
 
 def _unpaired(settings: CompareSettings) -> list[dict[str, str]]:
     """Methods that have nothing to be paired with, since the plain one is not among those compared."""
-    wanted = {method: PLAIN.get(METHODS[method].learns, "ft") for method in settings.methods}
+    wanted = {method: METHODS[method].plain for method in settings.methods}
     return [{"method": method, "plain": plain} for method, plain in wanted.items() if plain not in settings.methods]
 
 
@@ -233,7 +232,7 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[dic
     found = []
     for (method, variant, coef), curve in curves.items():
         how = METHODS[method]
-        against = PLAIN.get(how.learns, "ft")
+        against = how.plain
         like = _learns_like(lines[method, variant, coef][0].first, settings)
         plain = curves.get((against, like, None)) if variant or method not in PLAIN_METHODS else None
         against = " ".join(filter(None, (against, like)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
@@ -23,14 +23,19 @@ Optimiser = Literal[
 ]
 Rows = Literal["all", "facts", "answers"]
 OldFrom = Literal["answers", "pred", "model"]
+
+
+def _split(value: object) -> object:
+    """Return the names in a text that separates them by commas; any other value as it is."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 Policies = Annotated[  # in a file a list, or one text with commas; written as that text
     tuple[OldFrom, ...],
-    BeforeValidator(
-        lambda value: [name.strip() for name in value.split(",")] if isinstance(value, str) else value,
-        json_schema_input_type=str | tuple[OldFrom, ...],
-    ),
+    BeforeValidator(_split, json_schema_input_type=str | tuple[OldFrom, ...]),
     PlainSerializer(",".join, return_type=str),
 ]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split, json_schema_input_type=str | tuple[str, ...])]
 AUTO = "auto"
 Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
     Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
@@ -233,7 +238,9 @@ class ForgetSettings(ForgetSection, TuningSettings):
 class ModelSettings(Settings):
     """The model that is updated, and how it is loaded."""
 
-    name: str | None = Field(None, description="Folder or hub id of a causal language model.")
+    name: str | None = Field(
+        None, description="Folder or hub id of a causal language model; evaluate and ask also take an adapter's folder."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights in memory and in the product; auto: that of the checkpoint."
@@ -352,8 +359,8 @@ class EvaluateSettings(Settings):
     general_tokens: int = Field(
         4096, ge=2, description="Tokens of that text that are read; each takes 4 bytes a vocabulary entry on the disk."
     )
-    tasks: tuple[str, ...] = Field(
-        (), description="Tasks of lm-evaluation-harness, by name, before and after (the extra `lm-eval`)."
+    tasks: Names = Field(
+        (), description="Tasks of lm-evaluation-harness, separated by commas, before and after (the extra `lm-eval`)."
     )
     task_limit: int | None = Field(None, ge=1, description="Most examples of each task; unset: all.")
     task_folder: str | None = Field(None, description="Folder with tasks of your own (YAML), beside the harness's.")
@@ -387,8 +394,8 @@ class RunConfig(Settings):
         description="Minutes between checkpoints inside a stage of fine-tuning, from which --resume goes on; 0: only "
         "after Ctrl-C or SIGTERM. At most a twentieth of the time goes to them.",
     )
-    report_to: tuple[str, ...] = Field(
-        (), description="Trackers that follow update's training, as transformers names them: tensorboard, wandb, ..."
+    report_to: Names = Field(
+        (), description="Trackers that follow update's training, as transformers names them: tensorboard,wandb,..."
     )
     keep_stages: bool = Field(False, description="Keep the weights between the stages when the run is done.")
 
@@ -457,7 +464,7 @@ def load_config(file: Path | None = None, overrides: Mapping[str, object] | None
     return validate(RunConfig, data, where=str(file) if file else None, elsewhere=frozenset(overrides or {}))
 
 
-def _assign(data: dict[str, Any], dotted: str, value: object) -> None:
+def _assign(data: dict[str, object], dotted: str, value: object) -> None:
     """Set `a.b.c` in nested dictionaries, in place."""
     *parents, last = dotted.split(".")
     for parent in parents:

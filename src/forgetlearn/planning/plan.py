@@ -16,12 +16,13 @@ import torch
 from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 
-from forgetlearn.config.methods import METHODS, How
+from forgetlearn.config.methods import KINDS, METHODS
+from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import AUTO, RunConfig, TrainSettings, TuningSettings
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS
 from forgetlearn.facts.fact_set import Fact, FactSet
-from forgetlearn.method.core import out_of_loras_reach
+from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, SMALL_MODEL, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel, context_length, parameter_count, pick_device, read_outline
@@ -162,8 +163,8 @@ def counts_line(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     """Parameters, facts and steps in words."""
     nothing = Texts((), _held(facts)), Texts((), len(facts))
     steps = [
-        f"{passes * math.ceil(texts.number / settings.batch_size):,} to {name}"
-        for name, _how, settings, texts, passes, _before in _stages(config, *nothing)
+        f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} to {stage.name}"
+        for stage, texts, passes, _before in _stages(Recipe(config), *nothing)
     ]
     return f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts, {' + '.join(steps)} steps"
 
@@ -300,16 +301,17 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
     elif len(chosen) < len(facts):
         notes.append(f"tokens are those of {len(chosen):,} of the {len(facts):,} facts, scaled up")
     loads: list[Load] = []
-    for name, how, settings, texts, passes, frozen in _stages(config, old, new):
-        load, problem = _train_load(outline, name, how, settings, texts, passes, frozen)
-        if how == "lora" and isinstance(settings, TuningSettings):
-            left = out_of_loras_reach(outline.skeleton().model, [(how, settings)])
+    recipe = Recipe(config)
+    for stage, texts, passes, frozen in _stages(recipe, old, new):
+        load, problem = _train_load(outline, stage, texts, passes, frozen)
+        if stage.kind.adapter:
+            left = out_of_loras_reach(outline.skeleton().model, config.lora)
             notes += [left] if left else []
-        if (name, how) == ("forget", "all weights"):
+        if stage.name == "forget" and stage.kind.subtracts_from_base:
             load = _with_base(load, config)
         loads.append(load)
         notes += [problem] if problem else []
-    if config.forget.only_known and METHODS[config.method].forgets and config.teach.epochs == 0:
+    if config.forget.only_known and recipe.method.forgets and recipe.teach is None:
         notes.append("forgetting takes only facts that the model holds (forget.only_known); all are reckoned with")
     if config.evaluate.engine == "vllm":
         notes.append("answers are reckoned as those of transformers; vLLM takes what is free of a GPU for a while")
@@ -320,37 +322,30 @@ def _loads(outline: Outline, config: RunConfig, facts: FactSet, kind: str) -> tu
 
 
 def _stages(
-    config: RunConfig, old: Texts, new: Texts
-) -> Iterator[tuple[str, How, TrainSettings, Texts, int, list[TuningSettings]]]:
-    """Name, kind, settings, texts, passes and LoRA stages before, of what is trained."""
-    method = METHODS[config.method]
-    forgets = method.forgets is not None and config.forget.coef != 0 and old.number > 0
-    if config.teach.epochs and old.number > 0:
-        yield "teach", "all weights", config.teaching, old, config.teach.epochs, []
-    if forgets and method.forgets is not None:
-        yield "forget", method.forgets, config.forgetting, old, config.forget.epochs, []
-    before: list[TuningSettings] = [config.forgetting] if forgets and method.forgets == "lora" else []
-    trials = config.forget.trials if forgets and config.forget.coef == AUTO else 1
-    yield "learn", method.learns, config.learning, new, config.learn.epochs * trials, before
+    recipe: Recipe, old: Texts, new: Texts
+) -> Iterator[tuple[Stage[TrainSettings], Texts, int, list[TuningSettings]]]:
+    """Yield the stages that train, with their texts, passes over these, and the adapters of stages before."""
+    forget = recipe.forget if old.number else None
+    before = [forget.settings] if forget and forget.kind.adapter else []
+    trials = forget.settings.trials if forget and recipe.chooses_coefficient else 1
+    for stage in (recipe.teach, forget):
+        if stage and old.number:
+            yield stage, old, stage.settings.epochs, []
+    yield recipe.learn, new, recipe.learn.settings.epochs * trials, [*before] if recipe.learn.kind.adapter else []
 
 
 def _train_load(
-    outline: Outline,
-    name: str,
-    how: How,
-    settings: TrainSettings,
-    texts: Texts,
-    passes: int,
-    frozen: Sequence[TuningSettings],
+    outline: Outline, stage: Stage[TrainSettings], texts: Texts, passes: int, frozen: Sequence[TuningSettings]
 ) -> tuple[Load, str | None]:
     """The load of a stage, and what kept its step from being traced."""
-    skeleton = outline.skeleton(outline.dtype if how == "lora" else torch.float32)
-    trained = skeleton.prepare(how, settings, frozen)
+    settings, kind = stage.settings, stage.kind
+    skeleton = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
+    trained = skeleton.prepare(kind.name, settings, frozen)
     micro = settings.micro_batch_size or settings.batch_size
     step, problem = _traced(lambda: skeleton.train_step(texts.largest_batch(micro, passes), settings, pad_id=0))
     load = Load(
-        name=name,
-        how=how,
+        name=stage.name,
+        how=kind.name,
         texts=texts.number,
         tokens=texts.tokens,
         passes=passes,
@@ -358,7 +353,7 @@ def _train_load(
         micro_batch_size=micro,
         weights_bytes=skeleton.weights_bytes,
         trained=trained,
-        kept_bytes=FLOAT32 * trained if how == "bounded" else 0,
+        kept_bytes=FLOAT32 * trained if kind.bounded else 0,
         largest_layer_bytes=skeleton.largest_layer_bytes,
         step=step,
         states_bytes=skeleton.states_bytes(settings.optim),
@@ -379,20 +374,19 @@ def _score_load(
     outline: Outline, config: RunConfig, read: Texts, chosen: Sequence[Fact], n_facts: int, kind: str
 ) -> tuple[Load, str | None]:
     """Scoring in all phases, and the answers that are generated, as long as they may be."""
-    method, size = METHODS[config.method], config.evaluate.batch_size
-    forgets = method.forgets is not None and config.forget.coef != 0
-    phases = 2 + (forgets and config.evaluate.every_phase)
+    recipe, size = Recipe(config), config.evaluate.batch_size
+    phases = len(recipe.phases)
     asked = {prompt for fact in chosen for prompt in (fact.prompt, *fact.rephrase_prompts)}
     batches = math.ceil(len(asked) * n_facts / len(chosen) / size) if "generate" in config.evaluate.protocols else 0
     longest = config.evaluate.max_new_tokens
     rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.sample] or [longest]
-    skeleton = outline.skeleton(torch.float32 if method.learns != "lora" else None)
+    skeleton = outline.skeleton(None if recipe.method.makes_adapter else torch.float32)
     row = read.fullest_row(size, ROW_TOKENS.get(kind, GPU_ROW_TOKENS))
     step, problem = _traced(lambda: skeleton.read_step(row))
     if problem:  # a model that takes no such mask
         step, problem = _traced(lambda: skeleton.read_step(row, shared=False))
     answers = None
-    if batches or (forgets and config.forget.only_known):  # what is known is asked too
+    if batches or (recipe.forget and config.forget.only_known):  # what is known is asked too
         widest = max(text.n_prompt_tokens for text in read.sample)
         prompts = min(size, round(len(asked) * n_facts / len(chosen)))
         answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, max(rooms)))
@@ -514,9 +508,10 @@ def _disk(
     """Bytes that the run folder takes, by part; weights between stages and checkpoints go in the end."""
     learns = next(load for load in loads if load.name == "learn")
     forgets = next((load for load in loads if load.name == "forget"), None)
-    frozen = forgets.trained if forgets and forgets.how == "lora" else 0
+    adapter = METHODS[config.method].makes_adapter
+    frozen = forgets.trained if forgets and KINDS[forgets.how].adapter else 0
     disk: dict[str, float] = {"product": own_bytes}
-    if learns.how == "lora":
+    if adapter:
         disk["product"] = FLOAT32 * (learns.trained + frozen)
     if forgets:
         disk["between stages"] = FLOAT32 * (frozen or parameters)
@@ -526,9 +521,9 @@ def _disk(
     disk["checkpoints"] = 2 * max(FLOAT32 * load.trained + load.states_bytes for load in loads)
     if config.teach.epochs:
         disk["taught base"] = own_bytes
-    if config.save_merged and learns.how == "lora":
+    if config.save_merged and adapter:
         disk["merged"] = own_bytes
-    if config.keep_change and learns.how != "lora":
+    if config.keep_change and not adapter:
         disk["change"] = own_bytes
     return disk
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from forgetlearn.config.methods import How
 from forgetlearn.config.schema import TrainSettings, TuningSettings
-from forgetlearn.method.core import train_only
+from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora, module_names
 from forgetlearn.models.batches import ROUNDED_TO, answer_logits, lay_out, pad_left, share
 from forgetlearn.models.encoding import Encoded
@@ -64,14 +64,11 @@ class Skeleton:
         Raises:
             ConfigError: the settings name something that the model has not.
         """
-        if how == "lora":
-            assert isinstance(settings, TuningSettings)
-            with torch.random.fork_rng(devices=[]):
-                for number, before in enumerate(frozen):
-                    self.model = lora.attach(self.model, before.lora, f"{lora.FORGET}{number}", 0)
-                self.model = lora.attach(self.model, settings.lora, lora.LEARN, 0)
-        else:
-            train_only(self.model, how, settings.modules if isinstance(settings, TuningSettings) else module_names.ALL)
+        modules = settings.modules if isinstance(settings, TuningSettings) else module_names.ALL
+        with torch.random.fork_rng(devices=[]):
+            for number, before in enumerate(frozen):
+                self.model = lora.attach(self.model, before.lora, f"{lora.FORGET}{number}", 0)
+            self.model = STAGE_KINDS[how].prepare(self.model, settings, lora.LEARN, 0, modules)
         return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def states_bytes(self, optim: str) -> int:

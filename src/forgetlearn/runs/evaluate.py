@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from forgetlearn.config import preflight
-from forgetlearn.evaluation import general_ability, generation
-from forgetlearn.report import run_page
-from forgetlearn.runs import retention
-from forgetlearn.runtime import processes
-from forgetlearn.storage import run_folder
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import FactError, ModelError
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
-from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
-from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
-from forgetlearn.runs.results import write_results
+from forgetlearn.evaluation import general_ability, generation
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.evaluation.scoring import locality_predictions, score
+from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
+from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
+from forgetlearn.report import run_page
+from forgetlearn.runs import retention
+from forgetlearn.runs.checks import (
+    GivenConfig,
+    GivenModel,
+    asked_answers,
+    check_weights,
+    read_config_facts,
+    resolve,
+    with_the_models_answers,
+)
+from forgetlearn.runs.results import write_results
+from forgetlearn.runtime import processes
+from forgetlearn.storage import run_folder
 
 
 def evaluate(
-    model: LanguageModel | nn.Module | str | Path | None = None,
+    model: GivenModel = None,
     facts: GivenFacts = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
     reference: LanguageModel | str | Path | None = None,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     earlier: Sequence[str | Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -78,11 +83,11 @@ def _scratch() -> Iterator[Path]:
 
 
 def _scored(
-    model: LanguageModel | nn.Module | str | Path | None,
+    model: GivenModel,
     fact_set: FactSet,
     config: RunConfig,
     reference: LanguageModel | str | Path | None,
-    tokenizer: Any,
+    tokenizer: object,
     earlier: Sequence[str | Path] | None,
     scratch: Path,
 ) -> Callable[[Path, bool], Path]:
@@ -92,7 +97,7 @@ def _scored(
         updates = retention.earlier_updates(str(config.model.name), fact_set, earlier)
     general_ability.check(config.evaluate)
     rows, before, vocabulary = {}, None, None
-    measured: dict[str, Any] = {}
+    measured: dict[str, object] = {}
     if reference is not None:
         base = as_language_model(reference, None, config.model)
         general_ability.check_embedded(base, config.evaluate)
@@ -113,7 +118,9 @@ def _scored(
     if before is None:
         rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # with itself: says nothing
     if general_ability.asked(config.evaluate):
-        measured[phase] = general_ability.measure(lm, config.evaluate, scratch, scratch if reference is not None else None)
+        measured[phase] = general_ability.measure(
+            lm, config.evaluate, scratch, scratch if reference is not None else None
+        )
     retained = retention.score_earlier(lm, updates, config.evaluate)
 
     def write(output: Path, overwrite: bool) -> Path:
@@ -137,7 +144,7 @@ def _with_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> F
 def ask(
     prompts: Iterable[str],
     model: LanguageModel | str | Path | None = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
 ) -> dict[str, str]:
     """Prompt to the model's greedy answer.
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forgetlearn.evaluation import scoring
-from forgetlearn.report import run_page
-from forgetlearn.storage import disk
-from forgetlearn.runs.coefficient import Choice
-from forgetlearn.config.schema import AUTO, RunConfig
-from forgetlearn.facts.fact_set import FactSet, write_facts
 from forgetlearn.config.methods import METHODS
+from forgetlearn.config.schema import AUTO, RunConfig
+from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.scoring import Row
+from forgetlearn.facts.fact_set import FactSet, write_facts
+from forgetlearn.report import run_page
+from forgetlearn.runs.coefficient import Choice
+from forgetlearn.storage import disk
 
 
 @dataclass(frozen=True)

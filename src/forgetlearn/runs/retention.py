@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forgetlearn.storage import disk
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import FactError, RunError
-from forgetlearn.facts.fact_set import Fact, FactSet
-from forgetlearn.products.chain import Update, chain_of, find_facts, runs_before
-from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.evaluation.scoring import Row, score, summarise
+from forgetlearn.facts.fact_set import Fact, FactSet
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.products.chain import Update, chain_of, find_facts, runs_before
+from forgetlearn.storage import disk
 
 log = logging.getLogger("forgetlearn")
 
