@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -212,7 +213,7 @@ def _metrics(result: Mapping[str, object]) -> dict[str, dict[str, float | None]]
     return found
 
 
-def _harness() -> tuple[Any, Any, Any]:
+def _harness() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
         from lm_eval import evaluator, tasks
         from lm_eval.models import huggingface

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import ConfigError, ModelError, missing_extra
+from forgetlearn.models import attention
 from forgetlearn.models.batches import computing
 from forgetlearn.models.language_model import LanguageModel, adapter_base
 from forgetlearn.runtime import processes, sharding
@@ -99,8 +102,8 @@ class TransformersGenerator:
         config = GenerationConfig(
             max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=self.ends, pad_token_id=lm.pad_id
         )
-        model: Any = lm.model
-        out = model.generate(
+        generate = getattr(lm.model, "generate")  # noqa: B009 (nn.Module has none)
+        out = generate(
             input_ids=ids.to(lm.device),
             attention_mask=mask.to(lm.device),
             generation_config=config,
@@ -176,7 +179,7 @@ class VllmGenerator:
         return ids + self.ends[:1] if stopped else ids
 
 
-def _vllm() -> tuple[Any, Any]:
+def _vllm() -> tuple[ModuleType, ModuleType]:
     """Import vLLM and its module of LoRA requests."""
     try:
         import vllm
@@ -217,7 +220,7 @@ class _Full(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, decode: Callable[[Iterable[int]], str], width: int, rooms: Sequence[Room]) -> None:
         self.decode, self.width, self.rooms = decode, width, rooms
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         full = [
             len(ids) >= room.tokens or self.decode(ids).lstrip().count("\n") >= room.lines
             for ids, room in zip(input_ids[:, self.width :].tolist(), self.rooms, strict=True)
@@ -226,9 +229,9 @@ class _Full(StoppingCriteria):  # type: ignore[misc]
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
+def _plain_generation(model: nn.Module) -> Iterator[None]:
     """Set the model's own generation settings aside: a repetition penalty in them would change greedy answers."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = attention.plain(model)
     if not hasattr(inner, "generation_config"):
         raise ModelError("The model cannot generate.")
     own, inner.generation_config = inner.generation_config, GenerationConfig()

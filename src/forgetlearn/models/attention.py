@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -95,7 +94,7 @@ def implementation(model: nn.Module) -> str | None:
     return getattr(getattr(plain(model), "config", None), "_attn_implementation", None)
 
 
-def plain(model: nn.Module) -> Any:
+def plain(model: nn.Module) -> PreTrainedModel:
     """Return the causal language model itself, without any wrapper."""
-    inner: Any = getattr(model, "module", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = getattr(model, "module", model)
+    return getattr(inner, "get_base_model", lambda: inner)()

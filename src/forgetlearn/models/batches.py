@@ -11,13 +11,13 @@ Shapes: B batch, T tokens, K answer positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, takewhile
 from statistics import median
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -234,7 +234,7 @@ def forward_parameters(model: nn.Module) -> frozenset[str]:
 
 
 @cache
-def _parameters(forward: Any) -> frozenset[str]:
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 

@@ -226,7 +226,9 @@ def speed_of(text: str, planned: Sequence[StagePlan], config: RunConfig, devices
 # In the log of an update ----------------------------------------------------------------------------------
 
 
-def foresee(lm: LanguageModel, facts: FactSet, config: RunConfig, n_processes: int = 1) -> tuple[str, dict[str, Any]]:
+def foresee(
+    lm: LanguageModel, facts: FactSet, config: RunConfig, n_processes: int = 1
+) -> tuple[str, dict[str, float | None]]:
     """Return a line about an update of a model in memory, and its figures for the manifest.
 
     Memory and time are planned for a model of some size only: tracing a small one takes longer than they matter.

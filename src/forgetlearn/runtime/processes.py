@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from forgetlearn.errors import ConfigError, ForgetLearnError
 
@@ -190,8 +190,11 @@ def _first_to_fail() -> bool:
 
 
 def _joined() -> bool:
-    distributed: Any = sys.modules.get("torch.distributed")
-    return bool(distributed and distributed.is_available() and distributed.is_initialized())
+    if "torch.distributed" not in sys.modules:
+        return False
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def world_size() -> int:
@@ -234,7 +237,7 @@ def gather(own: T) -> list[T]:
         return [own]
     from torch import distributed
 
-    found: list[Any] = [None] * world_size()
+    found = [own] * world_size()
     distributed.all_gather_object(found, own)
     return found
 
@@ -263,17 +266,16 @@ def on_main(compute: Callable[[], T]) -> T:
     """Call `compute` in rank 0 alone, and return its result, or raise its error, in all processes."""
     if world_size() == 1:
         return compute()
-    answer: Any = None
-    failure: Exception | None = None
+    outcome: tuple[T | None, Exception | None] = (None, None)
     if is_main():
         token = _alone.set(True)
         try:
-            answer = compute()
+            outcome = compute(), None
         except (ForgetLearnError, OSError) as error:
-            failure = error
+            outcome = None, error
         finally:
             _alone.reset(token)
-    answer, failure = gather((answer, failure))[0]
+    answer, failure = gather(outcome)[0]
     if failure is not None:
         raise failure
-    return answer  # type: ignore[no-any-return]
+    return cast(T, answer)

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.runtime import processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def loading_options() -> dict[str, object]:
@@ -132,7 +135,9 @@ def without_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     return made
 
 
-def save_whole(model: nn.Module, tokenizer: Any, dtypes: Mapping[str, torch.dtype], folder: Path) -> None:
+def save_whole(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtypes: Mapping[str, torch.dtype], folder: Path
+) -> None:
     """Write a split model as one process would, in its own dtypes: rank 0 gathers the weights in main memory."""
     from transformers.distributed import gather_full_state_dict
 
