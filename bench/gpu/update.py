@@ -37,7 +37,8 @@ from forgetlearn.method.core import learn, subtract
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.language_model import LanguageModel, wrap
 from forgetlearn.planning.estimate import GB, Plan
-from forgetlearn.planning.plan import EFFICIENCY, Outline, devices_here, measured_speed, plan_update
+from forgetlearn.planning.outline import Outline
+from forgetlearn.planning.plan import EFFICIENCY, devices_here, measured_speed, plan_update
 from forgetlearn.runs.update import update
 from forgetlearn.weights.task_vector import snapshot
 

@@ -398,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("Interrupted. Finished stages are kept; go on with --resume.", err=True)
         return code
     except signals.Interrupted as stop:
-        if processes.launched_as() == 0:
+        if processes.launched_rank() == 0:
             say(f"Interrupted. What was done is kept. Go on with:\n  {_with_resume(argv)}", err=True)
         return stop.exit_code
     except Exception as error:

@@ -116,9 +116,7 @@ def interval(scores: ArrayLike) -> Estimate:
         design); Owen, "The pigeonhole bootstrap", 2007 (why crossed facts and seeds are not nested).
     """
     parts = _parts(_matrix(scores, 0.0, 1.0))
-    low, high = _ends(parts, 0.0, 1.0)
-    if low is not None and not parts.constant:
-        low, high = _on_logit(parts.mean, _half_width(parts))
+    low, high = _ends(parts, 0.0, 1.0, on_logit=True)
     return Estimate(100 * parts.mean, _percent(low), _percent(high), *parts.counts)
 
 
@@ -325,7 +323,7 @@ def _half_width(parts: _Parts) -> float:
     return float(optimize.brentq(beyond, quantile * spread.min(), quantile * spread.max(), rtol=1e-10))
 
 
-def _ends(parts: _Parts, lowest: float, highest: float) -> tuple[float | None, float | None]:
+def _ends(parts: _Parts, lowest: float, highest: float, *, on_logit: bool = False) -> tuple[float | None, float | None]:
     """Return both ends of the interval around the mean, within the range of scores; None for one fact."""
     _, facts, _ = parts.counts
     if facts == 1:
@@ -334,6 +332,8 @@ def _ends(parts: _Parts, lowest: float, highest: float) -> tuple[float | None, f
         otherwise = 1 - ((1 - CONFIDENCE) / 2) ** (1 / facts)
         return parts.mean - otherwise * (parts.mean - lowest), parts.mean + otherwise * (highest - parts.mean)
     half = _half_width(parts)
+    if on_logit:
+        return _on_logit(parts.mean, half)
     return max(lowest, parts.mean - half), min(highest, parts.mean + half)
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,15 @@ class Ball(TrainerCallback):  # type: ignore[misc]
             weight.clamp_(start - self.radius, start + self.radius)
 
 
+class StepBatch(TypedDict):
+    """The facts of one forward pass of all processes; `parts` are the inputs of this one's, with `positions`."""
+
+    parts: list[dict[str, Tensor]]
+    tokens: int  # of all processes
+    labels: Tensor
+    shift_labels: Tensor  # Trainer counts the scored tokens over an optimiser step from these, as they are
+
+
 @dataclass(frozen=True)
 class Collator:
     """Makes one batch of tensors of encoded facts, in the layout of the stage."""
@@ -58,7 +67,7 @@ class Collator:
     pad_id: int
     is_by_text: bool
 
-    def __call__(self, texts: list[Encoded]) -> dict[str, Any]:
+    def __call__(self, texts: list[Encoded]) -> StepBatch:
         """Return the batch in parts, one for each forward pass, with the labels of all."""
         own = own_part(texts)
         groups = [[text] for text in own] if self.layout == "single" else [own]
@@ -70,9 +79,8 @@ class Collator:
         labels = torch.cat([batch.labels.flatten() for batch in batches])
         return {
             "parts": [{**batch.inputs, "positions": batch.positions} for batch in batches],
-            "tokens": sum(len(text.ids) for text in texts),  # of all processes
+            "tokens": sum(len(text.ids) for text in texts),
             "labels": labels,
-            # Trainer counts the scored tokens over an optimiser step from `shift_labels`, as they are.
             "shift_labels": labels,
         }
 
@@ -95,7 +103,7 @@ class FactTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, loss_sign: int, points: Path | None, **options: Any) -> None:
+    def __init__(self, *, loss_sign: int, points: Path | None, **options: object) -> None:
         super().__init__(**options)
         self.loss_sign, self.points = loss_sign, points
         self.step_tokens, self.step_began = 0, time.perf_counter()
@@ -115,7 +123,7 @@ class FactTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: StepBatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
