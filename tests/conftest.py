@@ -51,6 +51,21 @@ def _one_thread_and_own_cache(tmp_path_factory):
         os.environ["FORGETLEARN_CACHE"] = before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _reports_without_plots(request):
+    """Leave the drawing out of reports: it takes a third of a small update. A module with DRAWS = True has it."""
+    if getattr(request.module, "DRAWS", False):
+        yield
+        return
+
+    def savefig(_figure, file, **_options):
+        file.write('<svg viewBox="0 0 1 1"><g></g></svg>')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """`shared_data("zsre.json")`: a file of ../shared/data; skips the test where it is not there."""

@@ -162,8 +162,8 @@ def test_a_folder_without_an_adapter_or_with_one_that_does_not_fit_is_refused(ti
 SAVE = """
 import sys
 from conftest import make_tiny_model
-from forgetlearn import adapters
 from forgetlearn.config.schema import LoraSettings
+from forgetlearn.models import lora as adapters
 folder = sys.argv[1]
 from pathlib import Path
 model = adapters.attach(make_tiny_model(), LoraSettings(), adapters.FORGET, seed=1)

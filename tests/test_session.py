@@ -473,7 +473,9 @@ WITH_CHILDREN = """
 import gc, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from forgetlearn import digests, disk, plots, progress, runs
+from forgetlearn.report import plots
+from forgetlearn.storage import run_folder as runs
+from forgetlearn.training import callbacks as progress
 from forgetlearn.runs.update import update
 
 torch.set_num_threads(1)
