@@ -22,7 +22,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special, stats
+from scipy import optimize, special  # not stats, whose import takes a second
 
 Floats = NDArray[np.float64]
 
@@ -182,7 +182,7 @@ def mean_over_seeds(values: ArrayLike, *, differences: bool = False) -> OverSeed
     mean, n = float(finite.mean()), len(finite)
     if n == 1 or np.ptp(finite) < 100 * ROUNDING:
         return OverSeeds(mean, None, None, n)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * finite.std(ddof=1) / np.sqrt(n))
+    half = float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2) * finite.std(ddof=1) / np.sqrt(n))
     if differences:
         return OverSeeds(mean, max(-100.0, mean - half), min(100.0, mean + half), n)
     low, high = _on_logit(mean / 100, half / 100)
@@ -200,7 +200,7 @@ def mean_of(values: ArrayLike, weights: ArrayLike) -> tuple[float, float | None,
     if n == 1:
         return mean, None, None
     error = float(np.sqrt(n / (n - 1) * (shares**2 @ (given - mean) ** 2)))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    half = float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
     return mean, mean - half, mean + half
 
 
@@ -344,8 +344,8 @@ def _parts(values: Floats) -> _Parts:
 def _chi_squares(seeds: int, facts: int) -> tuple[Floats, Floats]:
     """Pairs of a chi-square for seeds and one for facts, each over its degrees of freedom, evenly spread."""
     levels = (np.arange(STRATA) + 0.5) / STRATA
-    of_facts = stats.chi2.ppf(levels, facts - 1) / (facts - 1)
-    of_seeds = stats.chi2.ppf(levels, seeds - 1) / (seeds - 1)
+    of_facts = 2 * special.gammaincinv((facts - 1) / 2, levels) / (facts - 1)
+    of_seeds = 2 * special.gammaincinv((seeds - 1) / 2, levels) / (seeds - 1)
     return of_seeds, np.random.default_rng(0).permutation(of_facts)
 
 
@@ -356,7 +356,7 @@ def _half_width(parts: _Parts) -> float:
     """
     seeds, facts, _ = parts.counts
     if parts.of_seeds == 0:
-        return float(stats.t.ppf((1 + CONFIDENCE) / 2, facts - 1) * np.sqrt(parts.of_facts))
+        return float(special.stdtrit(facts - 1, (1 + CONFIDENCE) / 2) * np.sqrt(parts.of_facts))
     for_seeds, for_facts = _chi_squares(seeds, facts)
     spread = np.sqrt(parts.of_seeds / for_seeds + parts.of_facts / for_facts)
 
