@@ -474,12 +474,12 @@ import gc, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 from forgetlearn.report import plots
-from forgetlearn.storage import run_folder as runs
-from forgetlearn.training import callbacks as progress
 from forgetlearn.runs.update import update
+from forgetlearn.storage import digests, disk, run_folder
+from forgetlearn.training import callbacks
 
 torch.set_num_threads(1)
-runs._commit = lambda: None  # somebody may commit in between
+run_folder._commit = lambda: None  # somebody may commit in between
 plots.plot_scores = plots.plot_losses = lambda *_: None  # they take their time, and are made of what is compared
 
 def go_on(job, output):
@@ -492,7 +492,7 @@ def go_on(job, output):
         os._exit(1)
 """
 KILLER = """
-save = runs.RunFolder._save
+save = run_folder.RunFolder._save
 
 def run_in_child(job, output, kill=None):
     '''Wait status of an update in a process that kills itself before or after the nth save of the manifest.'''
@@ -507,7 +507,7 @@ def run_in_child(job, output, kill=None):
                 os.kill(os.getpid(), signal.SIGKILL)
             if moment == "before":
                 save(run)
-    runs.RunFolder._save = counted
+    run_folder.RunFolder._save = counted
     go_on(job, output)
 
 root, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -515,7 +515,7 @@ found = {}
 for name, job in jobs.items():
     whole = root / name / "whole" / "run"
     update(job["base"], job["facts"], job["config"], output=whole)  # here, so that the children need no imports
-    n_saves = len(runs.RunFolder.open(whole).manifest["stages"]) + 2
+    n_saves = len(run_folder.RunFolder.open(whole).manifest["stages"]) + 2
     gc.freeze()  # a child that collects the parent's objects spends most of its time on that
     kills = [(n, job["moment"]) for n in range(1, n_saves + 1)]
     found[name] = [
@@ -622,7 +622,7 @@ def test_interrupted_inside_each_stage_and_resumed_the_bytes_are_the_same(
 
 
 RANDOM_KILLS = """
-progress.TIMES_AS_LONG = 0  # a checkpoint after every step
+callbacks.TIMES_AS_LONG = 0  # a checkpoint after every step
 root, job = Path(sys.argv[1]), json.loads(sys.argv[2])
 begin = time.perf_counter()
 update(job["base"], job["facts"], job["config"], output=root / "whole" / "run")
