@@ -35,7 +35,7 @@ def text(node: ast.expr) -> str:
             return "".join(expression(v.value) if isinstance(v, ast.FormattedValue) else text(v) for v in values)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return text(left) + text(right)
-        case ast.IfExp(test=test, body=body, orelse=orelse):
+        case ast.IfExp(body=body, orelse=orelse):
             return f"[{text(body)}] or [{text(orelse)}]"
     return expression(node)
 
