@@ -4,6 +4,7 @@ After a change to a message: `python tests/test_messages.py --write`, then read 
 """
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ def messages(file: Path) -> Iterator[tuple[str, str]]:
                 yield name, filled(call)
 
 
+@functools.cache
 def listing() -> str:
     """Return the text of messages.txt: modules in the order of their names, messages in the order of their lines."""
     parts = []
