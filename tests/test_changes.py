@@ -9,8 +9,7 @@ from forgetlearn.errors import ModelError, WeightMismatchError
 from forgetlearn.storage import digests
 from forgetlearn.weights import streaming
 from forgetlearn.weights.checkpoint_folder import CheckpointFolder
-from forgetlearn.weights.deltas import open_change
-from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
+from forgetlearn.weights.folder_arithmetic import open_change, save_vector, subtract_folders
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 
@@ -177,4 +176,4 @@ def test_integers_on_one_side_are_refused(tmp_path, side):
         dtype = torch.int8 if name == side else torch.float32
         save_file({"w": torch.ones(4, 4, dtype=dtype)}, tmp_path / name / "model.safetensors")
     with pytest.raises(WeightMismatchError, match=rf"w .*Is {side} quantised"):
-        open_change(CheckpointFolder(tmp_path / "base"), tmp_path / "tuned", None, None)
+        open_change(CheckpointFolder(tmp_path / "base"), {"tuned": tmp_path / "tuned"})

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from forgetlearn.cli.main import main
 from forgetlearn.errors import ModelError
-from forgetlearn.models.language_model import check_finite, wrap
+from forgetlearn.models.language_model import wrap
+from forgetlearn.models.loading import check_finite
 from forgetlearn.products.inspect import inspect_change
 from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
 from forgetlearn.weights.task_vector import is_finite, subtract

@@ -21,10 +21,10 @@ from forgetlearn.models.language_model import (
     context_length,
     load_model,
     parameter_count,
-    pick_device,
     save_model,
     wrap,
 )
+from forgetlearn.models.loading import pick_device
 from hub_server import commit, serve
 
 

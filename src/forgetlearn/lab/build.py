@@ -156,7 +156,8 @@ def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
 
 def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, folder: Path, device: str) -> None:
     from forgetlearn.models.encoding import Encoder
-    from forgetlearn.models.language_model import parameter_count, pick_device, save_model, wrap
+    from forgetlearn.models.language_model import parameter_count, save_model, wrap
+    from forgetlearn.models.loading import pick_device
     from forgetlearn.training.finetune import finetune
     from forgetlearn.training.stage_checkpoints import StageIO
 

@@ -25,7 +25,8 @@ from forgetlearn.method.core import out_of_loras_reach
 from forgetlearn.method.keeping import read_keep
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, SMALL_MODEL, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder
-from forgetlearn.models.language_model import LanguageModel, context_length, parameter_count, pick_device, read_outline
+from forgetlearn.models.language_model import LanguageModel, context_length, parameter_count
+from forgetlearn.models.loading import pick_device, read_outline
 from forgetlearn.models.texts import check_texts
 from forgetlearn.planning.estimate import (
     FLOAT32,
