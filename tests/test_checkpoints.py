@@ -133,11 +133,11 @@ def sharded(folder, index):
     [
         ({"weight_map": {"a": ONE, "c": THREE}}, "00003"),
         ({"weight_map": {"a": ONE, "c": "../c.safetensors"}}, "c.safetensors"),
-        ({"weight_map": {"a": ONE, "c": ONE}}, "names c, not in"),
-        ({"weight_map": {"a": ONE, "x": TWO}}, "names x, not in"),
-        ({"weight_map": {}}, "no weight_map"),
-        ({"weight_map": {"a": 1}}, "no weight_map"),
-        ([], "no JSON object"),
+        ({"weight_map": {"a": ONE, "c": ONE}}, "names c"),
+        ({"weight_map": {"a": ONE, "x": TWO}}, "names x"),
+        ({"weight_map": {}}, "weight_map"),
+        ({"weight_map": {"a": 1}}, "weight_map"),
+        ([], "index.json"),
     ],
 )
 def test_an_index_that_lies_is_refused(tmp_path, index, message):
@@ -146,25 +146,25 @@ def test_an_index_that_lies_is_refused(tmp_path, index, message):
 
 
 def test_pickles_and_places_without_a_model_are_refused(tmp_path):
-    with pytest.raises(ModelError, match="no such folder"):
+    with pytest.raises(ModelError, match="nowhere"):
         CheckpointFolder(tmp_path / "nowhere")
     torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="Pickled weights are not read"):
+    with pytest.raises(ModelError, match="save_pretrained"):
         CheckpointFolder(tmp_path)
-    with pytest.raises(ModelError, match="is a file"):
+    with pytest.raises(ModelError, match="pytorch_model"):
         CheckpointFolder(tmp_path / "pytorch_model.bin")
 
 
 def test_a_quantised_checkpoint_is_refused(folder, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("beside")
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    with pytest.raises(ModelError, match="quantised"):
+    with pytest.raises(ModelError, match="quantization_config"):
         subtract_folders(folder, tmp_path / "o", 0.3, tuned=tmp_path / "t")
 
 
 def test_quantised_weights_are_told_apart_from_damage(tmp_path):
     save_file(TENSORS | {"a": TENSORS["a"].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"a is stored as F8_E4M3\. Quantised"):
+    with pytest.raises(ModelError, match="a is stored as F8_E4M3"):
         CheckpointFolder(tmp_path)
     assert CheckpointFolder(tmp_path, any_dtype=True).dtypes()["a"] == "F8_E4M3"
 
@@ -172,7 +172,7 @@ def test_quantised_weights_are_told_apart_from_damage(tmp_path):
 def test_whole_numbers_for_weights_are_refused(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("int8")
     save_file(TENSORS | {"a": torch.ones(2, 3, dtype=torch.int8)}, other / "model.safetensors")
-    with pytest.raises(WeightMismatchError, match=r"1 of 3 tensors .* a \(F32 in base, I8 in tuned\)\. Is tuned"):
+    with pytest.raises(WeightMismatchError, match=r"a \(F32 in base, I8 in tuned\)"):
         subtract_folders(folder, other.parent / "o", 0.3, tuned=other)
 
 
@@ -180,7 +180,7 @@ def test_other_architectures_are_told_apart_before_anything_is_written(tmp_path,
     tiny_model("llama").save_pretrained(tmp_path / "llama")
     tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
     tiny_model("llama", intermediate_size=96).save_pretrained(tmp_path / "wider")
-    with pytest.raises(WeightMismatchError, match="same architecture"):
+    with pytest.raises(WeightMismatchError, match="only in base"):
         subtract_folders(tmp_path / "llama", tmp_path / "o", 0.3, tuned=tmp_path / "gpt2")
     with pytest.raises(WeightMismatchError, match="differ in shape"):
         subtract_folders(tmp_path / "llama", tmp_path / "o", 0.3, tuned=tmp_path / "wider")

@@ -169,7 +169,7 @@ def _why_not(base: nn.Module, path: str, module: nn.Module) -> str | None:
 
 @functools.cache
 def _weights_read(mro: tuple[type, ...]) -> frozenset[str]:
-    """Return the names of modules whose weights the code of a class (given with its bases) reads directly, instead of calling them.
+    """Return the modules whose weights the code of a class and its bases reads directly, instead of calling them.
 
     Kernels of state-space models take weights, and so does torch's own attention. Only the code tells: which path runs
     depends on the device.
