@@ -60,7 +60,7 @@ def adapter_base(settings: ModelSettings) -> str | None:
         return None
     base = read_adapter_config(folder).base_model_name_or_path
     if not base:
-        raise ModelError(f"{folder / CONFIG}: no base_model_name_or_path. Set it to the base's folder or hub id.")
+        raise ModelError(f"{folder / CONFIG}: names no base_model_name_or_path. Set it to the base's folder or hub id.")
     return base
 
 

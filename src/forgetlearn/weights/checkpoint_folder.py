@@ -49,7 +49,7 @@ class Entry:
 
 
 class CheckpointFolder:
-    """The tensors of a folder of safetensors files; only the headers are read at first, and the files stay open.
+    """The tensors of a folder of safetensors files. Only the headers are read at first; the files stay open.
 
     The files are those that transformers reads: `model.safetensors`, else those of the index; a folder with neither
     may hold one other file of weights. `file` reads that file alone, whatever else is in the folder. `any_dtype` also
@@ -62,7 +62,6 @@ class CheckpointFolder:
 
     def __init__(self, folder: str | Path, *, file: str | None = None, any_dtype: bool = False) -> None:
         self._open_files: dict[str, int] = {}
-        self._firsts: dict[str, bytes] = {}
         self.folder = Path(folder)
         self.files, index = weight_files(self.folder) if file is None else ([file], {})
         self.entries: dict[str, Entry] = {}
@@ -71,7 +70,16 @@ class CheckpointFolder:
             self.metadata[name], entries = read_header(self.folder / name)
             self._open_files[name] = os.open(self.folder / name, os.O_RDONLY)
             for entry in entries:
-                self._check_entry(entry, any_dtype=any_dtype)
+                if (twice := self.entries.get(entry.name)) is not None:  # libraries disagree about which of them counts
+                    raise ModelError(
+                        f"{self.folder}: {entry.name} is in two shards, {twice.file} and {name}. Are the shards of "
+                        "another model among them? Download the model again."
+                    )
+                if entry.dtype not in WIDTHS and not any_dtype:
+                    raise ModelError(
+                        f"{self.folder / name}: {entry.name} is stored as {entry.dtype}. Quantised weights cannot be "
+                        "moved: use the checkpoint in bfloat16, float16 or float32 that this one was made from."
+                    )
                 self.entries[entry.name] = entry
         if index:
             self._check_index(index)
@@ -80,19 +88,6 @@ class CheckpointFolder:
     def of_file(cls, path: Path) -> Self:
         """Open one file, whatever else is in its folder."""
         return cls(path.parent, file=path.name)
-
-    def _check_entry(self, entry: Entry, *, any_dtype: bool) -> None:
-        if entry.name in self.entries:  # libraries disagree about which of the two counts
-            both = f"{self.entries[entry.name].file} and {entry.file}"
-            raise ModelError(
-                f"{self.folder}: {entry.name} is in two shards, {both}. Are the shards of another model among them? "
-                "Download the model again."
-            )
-        if entry.dtype not in WIDTHS and not any_dtype:
-            raise ModelError(
-                f"{self.folder / entry.file}: {entry.name} is stored as {entry.dtype}. Quantised weights cannot be "
-                "moved: use the checkpoint in bfloat16, float16 or float32 that this one was made from."
-            )
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         problem = ""
@@ -128,23 +123,19 @@ class CheckpointFolder:
             return ()
         kind = (entry.dtype, entry.shape)
         alike = [e for e in self.entries.values() if (e.dtype, e.shape) == kind and e is not entry]
-        alike = [other for other in alike if self._first_bytes(other) == self._first_bytes(entry)]
         return tuple(other.name for other in alike if self._same_bits(entry, other))
-
-    def _first_bytes(self, entry: Entry) -> bytes:
-        if entry.name not in self._firsts:
-            self._firsts[entry.name] = bytes(self.read_bytes(entry, 0, min(256, entry.n_bytes)))
-        return self._firsts[entry.name]
 
     def _same_bits(self, one: Entry, two: Entry) -> bool:
         """Return True if two tensors are equal and more than a constant: two fresh matrices of zeros are not tied."""
-        varied, width = False, WIDTHS[one.dtype]
-        for start in range(0, one.n_bytes, BLOCK_BYTES):
-            length = min(BLOCK_BYTES, one.n_bytes - start)
+        start, varied, width = 0, False, WIDTHS[one.dtype]
+        first = self.read_bytes(one, 0, min(width, one.n_bytes))
+        while start < one.n_bytes:
+            length = min(BLOCK_BYTES if start else 256, one.n_bytes - start)  # most matrices differ at once
             left = self.read_bytes(one, start, length)
             if left != self.read_bytes(two, start, length):
                 return False
-            varied = varied or left != left[:width] * (length // width)
+            varied = varied or left != first * (length // width)
+            start += length
         return varied
 
     def config(self) -> dict[str, object]:
@@ -226,30 +217,23 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
         return [WHOLE], {}
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
-        return _indexed(folder, found)
+        index = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+            raise ModelError(f"{folder / INDEX}: has no weight_map from names to files.")
+        names = sorted(set(index.values()))
+        if missing := [name for name in names if name not in found]:
+            raise ModelError(f"{folder}: {INDEX} names {some(missing)}, which are missing. Is the download complete?")
+        return names, index
     names = [name for name in found if name != ADAPTER]
-    if len(names) > 1:
-        raise ModelError(
-            f"{folder}: {len(names)} .safetensors files and no index: {some(names)}. It is unclear which of them hold "
-            "the model: save it with save_pretrained."
-        )
-    if not names and found:
-        raise ModelError(f"{folder}: holds an adapter, not a whole model. Pass it as --adapter, or merge it first.")
-    if not names:
-        raise ModelError(
-            f"{folder}: holds no .safetensors file. Pickled weights are not read: save with save_pretrained."
-        )
-    return names, {}
-
-
-def _indexed(folder: Path, found: list[str]) -> tuple[list[str], dict[str, str]]:
-    index = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
-        raise ModelError(f"{folder / INDEX}: has no weight_map from names to files.")
-    names = sorted(set(index.values()))
-    if missing := [name for name in names if name not in found]:
-        raise ModelError(f"{folder}: {INDEX} names {some(missing)}, which are missing. Is the download complete?")
-    return names, index
+    if len(names) == 1:
+        return names, {}
+    if names:
+        problem = f"{len(names)} .safetensors files and no index: {some(names)}. Save the model with save_pretrained."
+    elif found:
+        problem = "holds an adapter, not a whole model. Pass it as --adapter, or merge it first."
+    else:
+        problem = "holds no .safetensors file. Pickled weights are not read: save with save_pretrained."
+    raise ModelError(f"{folder}: {problem}")
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[Entry]]:
@@ -303,23 +287,20 @@ def read_object(path: Path) -> dict[str, Any]:
         ModelError: it is no JSON object, is larger than 50 MB, or nests deeper than 100 levels: libraries that process
             it afterwards would take minutes, or end in a RecursionError.
     """
-    too_deep = f"{path}: nests lists and objects deeper than {DEEPEST} levels. Is it damaged?"
     if not path.is_file():
         raise ModelError(f"{path}: {'is no file' if os.path.lexists(path) else 'there is no such file'}.")
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise ModelError(f"{path}: {size:,} bytes, expected at most {MOST_JSON_BYTES:,}. Is it another file?")
     try:
-        if (size := path.stat().st_size) > MOST_JSON_BYTES:
-            raise ModelError(f"{path}: {size:,} bytes, expected at most {MOST_JSON_BYTES:,}. Is it another file?")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ModelError:
-        raise
+        if is_deep(found):
+            raise RecursionError
     except RecursionError:
-        raise ModelError(too_deep) from None
+        raise ModelError(f"{path}: nests lists and objects deeper than {DEEPEST} levels. Is it damaged?") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path}: holds no JSON object.")
-    if is_deep(found):
-        raise ModelError(too_deep)
     return found
 
 

@@ -141,8 +141,12 @@ def _write(
         refuse_quantised(weights)
         with closing(open_change(weights, given)) as change:
             _check_numbers(weights, numbers)
-            if not any_base:
-                _check_made_on(base, change, *given.values())
+            if not any_base and change.made_on is not None and not is_recorded(Path(base), change.made_on):
+                raise ModelError(
+                    f"{next(iter(given.values()))} was made on another base than {base}: the SHA-256 of its files (of "
+                    "a base from the hub, its commit) is not the one that was recorded. Pass --any-base to move this "
+                    "base all the same."
+                )
             work = Work(weights, change, _coefs(weights, change, coef, factors), numbers)
             check_space(output, sum(e.n_entries * WIDTHS[numbers.stored(e)] for e in weights.entries.values()))
             remove_unfinished(output)
@@ -235,15 +239,6 @@ def _with_dtype(config: dict[str, object], dtype: str) -> dict[str, object]:
     """Return a config with every dtype in it replaced, also in nested configs."""
     changed = {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in config.items()}
     return changed | {name: dtype for name in ("dtype", "torch_dtype") if isinstance(config.get(name), str)}
-
-
-def _check_made_on(base: str | Path, change: Change, source: str | Path) -> None:
-    """Raise ModelError if the change records that it was made on another base."""
-    if change.made_on is not None and not is_recorded(Path(base), change.made_on):
-        raise ModelError(
-            f"{source} was made on another base than {base}: the SHA-256 of its files (of a base from the hub, its "
-            "commit) is not the one that was recorded. Pass --any-base to move this base all the same."
-        )
 
 
 def _check_numbers(base: CheckpointFolder, numbers: Numbers) -> None:
