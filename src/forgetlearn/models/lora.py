@@ -25,10 +25,14 @@ from forgetlearn.models.lora_layers import (
     adapted_layers,
     add_adapter,
     base_of,
+    check_layers,
+    have_plain_weights,
+    not_loaded,
     paths_by_weight,
     quiet,
+    targets_for,
+    what_works,
 )
-from forgetlearn.models.lora_targets import check_layers, have_plain_weights, not_loaded, targets_for, what_works
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.weights.adapter_files import ALL_LINEAR, CONFIG, WEIGHT, AdapterFiles, open_adapter
 from forgetlearn.weights.checkpoint_folder import ADAPTER

@@ -17,7 +17,6 @@ import numpy as np
 from forgetlearn.errors import ModelError, WeightMismatchError, plain, some
 from forgetlearn.storage.run_folder import MANIFEST
 from forgetlearn.weights.adapter_files import CONFIG, WEIGHT, AdapterFiles, LoraAdapterConfig, open_adapter, shown
-from forgetlearn.weights.agreement import Shape
 from forgetlearn.weights.checkpoint_folder import ADAPTER, FLOATS, CheckpointFolder, Entry, read_object
 from forgetlearn.weights.deltas import Change, read_wide
 from forgetlearn.weights.rounding import Array, Scratch
@@ -125,7 +124,8 @@ class Adapter(Change):
                 f"{self.folder}: adapts {path}, whose weight is also {some(twins)} in {base.folder}: with tied weights "
                 "peft computes an adapter in two ways that disagree. Train it without that module."
             )
-        shape, rank, r_in, r_out = base.entries[name].shape, self.config.rank(path), *self._factor_shapes(path)
+        r_in, r_out = (self._factor(path, letter).shape for letter in "AB")
+        shape, rank = base.entries[name].shape, self.config.rank(path)
         straight, transposed = (r_out[0], r_in[1]), (r_in[1], r_out[0])
         if len({r_in[0], r_out[1], rank}) > 1 or shape not in (straight, transposed):
             raise WeightMismatchError(
@@ -143,9 +143,6 @@ class Adapter(Change):
 
     def _factor(self, path: str, letter: str) -> Entry:
         return self.source.entries[f"base_model.model.{path}.lora_{letter}.weight"]
-
-    def _factor_shapes(self, path: str) -> tuple[Shape, Shape]:
-        return self._factor(path, "A").shape, self._factor(path, "B").shape
 
     def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
         """Compute some rows of the product, or a part of one row."""
