@@ -1,4 +1,4 @@
-"""Read the model hub: whether it answers, a model's files at a commit, and plain words for what fails."""
+"""Read the model hub: whether it can be reached, a model's files at a commit, and plain words for what fails."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROBLEMS: tuple[tuple[type[Exception], bool, str], ...] = (
 
 
 @functools.cache
-def answers() -> bool:
+def is_reachable() -> bool:
     """Return True if the hub can be reached; tried once in a process.
 
     The hub's client itself tries six times for each file, which takes 23 s before it reports a mistyped name.
@@ -94,7 +94,7 @@ def snapshot(name: str, revision: str | None) -> Path:
                 revision=revision,
                 allow_patterns=wanted,
                 ignore_patterns=["*/*.safetensors"],  # other forms of the same weights
-                local_files_only=not answers(),
+                local_files_only=not is_reachable(),
             )
         )
     except Exception as error:

@@ -58,7 +58,7 @@ class LanguageModel:
         usable = pad is not None and (rows is None or pad < rows)
         return int(pad if usable else self.tokenizer.eos_token_id)
 
-    def now_in(self, folder: Path) -> None:
+    def saved_in(self, folder: Path) -> None:
         """Record that the weights in memory were saved in a folder, which becomes the model's name."""
         self.name = str(folder)
         config: PreTrainedConfig = self.model.config
@@ -104,7 +104,7 @@ class LanguageModel:
             own = rounded(weight.data, self.dtypes[name], (seed, name) if is_random else None)
             if name in self._before and weight.dtype != own.dtype:
                 before = self._before[name]
-                survival.look(before, sample(weight) - before, sample(own))
+                survival.count(before, sample(weight) - before, sample(own))
             weight.data = own
         self._before.clear()
         return survival.as_dict() if survival.wanted else None

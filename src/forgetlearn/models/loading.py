@@ -221,7 +221,7 @@ def _source_options(settings: ModelSettings, name: str) -> dict[str, object]:
     options: dict[str, object] = {"trust_remote_code": settings.trust_remote_code}
     if Path(name).is_dir():
         return options
-    return {**options, "revision": settings.revision, "local_files_only": not hub.answers()}
+    return {**options, "revision": settings.revision, "local_files_only": not hub.is_reachable()}
 
 
 def _check_loaded(name: str, info: Mapping[str, Any]) -> None:

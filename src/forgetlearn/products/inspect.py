@@ -185,7 +185,7 @@ class _Look:
             stored, after = scratch.array("stored", n * width, np.uint8), scratch.array("after", n, wide(entry.dtype))
             narrow(np.add(numbers, change, out=after), entry.dtype, stored, scratch)
             widen(stored, entry.dtype, after)
-            tally.survival.look(numbers, change, after)
+            tally.survival.count(numbers, change, after)
 
 
 def _dot(one: Array, two: Array) -> float:

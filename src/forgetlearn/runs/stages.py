@@ -331,7 +331,7 @@ class Stages:
         )
         summary = processes.on_main(lambda: self._write(products, done))
         if self.method.learns != "lora":
-            self.lm.now_in(self.product)
+            self.lm.saved_in(self.product)
         return UpdateResult(path, self.product, summary, disk.read_rows(path / "facts.jsonl"))
 
     def _write(self, products: list[Path], done: Done) -> dict[str, Any]:

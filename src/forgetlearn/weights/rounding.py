@@ -123,7 +123,7 @@ class Survival(Sums):
     along: float = 0.0
     squared: float = 0.0
 
-    def look(self, before: Array, change: Array, after: Array) -> None:
+    def count(self, before: Array, change: Array, after: Array) -> None:
         """Count numbers before, their intended change, and numbers after; overwrites the last two arrays."""
         self.seen += before.size
         self.wanted += int(np.count_nonzero(change))

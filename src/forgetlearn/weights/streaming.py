@@ -211,7 +211,7 @@ def _count(
         narrow(before, result[1], rounded, scratch)
         widen(rounded, result[1], before)
     widen(*result, after)
-    survival.look(before, np.negative(wanted, out=wanted), after)
+    survival.count(before, np.negative(wanted, out=wanted), after)
 
 
 def pieces_of(shape: Shape) -> Iterator[tuple[int, int]]:
