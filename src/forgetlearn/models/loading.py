@@ -39,11 +39,7 @@ log = logging.getLogger("forgetlearn")
 
 
 def pick_device(wanted: str) -> torch.device:
-    """Return the device to compute on; `auto` takes an accelerator if there is one.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
+    """Return the device to compute on, for `auto` an accelerator if there is one; or raise ConfigError."""
     if wanted == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -98,11 +94,7 @@ def read_config(settings: ModelSettings, name: str) -> PreTrainedConfig:
 
 
 def load_base(settings: ModelSettings, name: str) -> PreTrainedModel:
-    """Load a causal language model, and check all of its weights.
-
-    Raises:
-        ModelError: see `language_model.load_model`.
-    """
+    """Load a causal language model, and check all of its weights; for errors see `language_model.load_model`."""
     _check_folder(name)
     # Otherwise transformers asks a service on the hub to convert pickles, and sends it the user's token.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -142,11 +134,7 @@ def load_base(settings: ModelSettings, name: str) -> PreTrainedModel:
 
 
 def load_tokenizer(settings: ModelSettings, name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or hub id, and try it on a text.
-
-    Raises:
-        ModelError: there is none, or its files hold what tokenizers cannot use.
-    """
+    """Load the tokenizer of a folder or hub id, and try it on a text."""
     for file in filter(Path.is_file, (Path(name) / file for file in TOKENIZER_FILES)):
         length = read_object(file).get("model_max_length")
         if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or not length > 0):
@@ -201,11 +189,7 @@ def _loading_problem(name: str, error: Exception, what: str) -> str:
 
 
 def _in_four_bits(settings: ModelSettings) -> dict[str, object]:
-    """Return the options to load a base in 4 bits, as QLoRA has it: NF4, the scales quantised too.
-
-    Raises:
-        MissingExtraError: bitsandbytes is not installed.
-    """
+    """Return the options to load a base in 4 bits, as QLoRA has it: NF4, the scales quantised too."""
     check_installed("bitsandbytes", "model.quantization = 4bit", "qlora")
     device = pick_device(settings.device)
     config = BitsAndBytesConfig(

@@ -47,11 +47,7 @@ class NotAdaptable(ConfigError):
 
 
 def targets_for(model: nn.Module, chosen: str | list[str]) -> tuple[str | list[str], list[str]]:
-    """Return what peft needs to adapt the chosen modules: its target modules, and paths to be named by their weights.
-
-    Raises:
-        ConfigError: the pattern is invalid, or `all-linear` finds nothing.
-    """
+    """Return what peft needs to adapt the chosen modules: its target modules, and paths to name by their weights."""
     if isinstance(chosen, str) and chosen != ALL_LINEAR:
         pattern = Pattern("lora.target_modules", chosen, chosen)
         if reason := problem([pattern], [path for path, _module in model.named_modules()]):
@@ -75,11 +71,7 @@ def what_works(model: nn.Module) -> str:
 
 
 def check_layers(model: PeftModel, name: str) -> None:
-    """Refuse what peft computes differently merged and unmerged: subtracting it would be silently wrong.
-
-    Raises:
-        ConfigError: the adapter changes an embedding, a tied weight, or what is no plain linear layer.
-    """
+    """Refuse what peft computes differently merged and unmerged: subtracting it would be silently wrong."""
     base = base_of(model)
     owners: dict[int, list[str]] = {}
     for path, parameter in base.named_parameters(remove_duplicate=False):

@@ -29,11 +29,7 @@ def factors(model: nn.Module, modules: Modules, setting: str = "forget.modules")
 
 
 def groups_of_folder(folder: Path) -> dict[str, list[str]]:
-    """Return `groups` for the model of a folder; reads its config and no weights.
-
-    Raises:
-        ModelError: transformers makes no causal language model of that config.
-    """
+    """Return `groups` for the model of a folder; reads its config and no weights."""
     try:
         return groups(skeleton(folder))
     except ModelError as error:

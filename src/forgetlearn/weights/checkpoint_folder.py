@@ -205,11 +205,7 @@ class CheckpointFolder:
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the files that hold the model of a folder, and the index (empty if there is none).
-
-    Raises:
-        ModelError: see `CheckpointFolder`.
-    """
+    """Return the names of the files that hold a folder's model, and the index (empty if there is none)."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "there is no such folder"
         raise ModelError(f"{folder}: {what}. Give the folder of a saved model (a hub model has to be downloaded).")

@@ -113,11 +113,7 @@ def check_change(name: str, base: Array, change: Array) -> None:
 
 
 def open_vector(vector: str | Path) -> CheckpointFolder:
-    """Open a saved vector's folder or file; its metadata describe where it came from.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Open a saved vector's folder or file; its metadata record where it came from."""
     folder = Path(vector)
     file = folder if folder.suffix == ".safetensors" else folder / VECTOR
     if not file.is_file():

@@ -277,10 +277,7 @@ def check_space(output: Path, n_bytes: int) -> None:
 def save_vector(
     base: str | Path, tuned: str | Path, output: str | Path, *, overwrite: bool = False, threads: int | None = None
 ) -> Written:
-    """Write `tuned - base` in float32 as `vector.safetensors`, whose metadata record what it was made from.
-
-    Raises: as `subtract_folders`.
-    """
+    """Write `tuned - base` in float32 as `vector.safetensors` with its origin as metadata; see `subtract_folders`."""
     began = time.perf_counter()
     output = Path(output)
     check_places(output, [base, tuned], overwrite)

@@ -31,11 +31,7 @@ def weightless(
 
 
 def skeleton(folder: Path) -> nn.Module:
-    """Build the model of a folder's config without weights.
-
-    Raises:
-        ModelError: transformers makes no causal language model of that config.
-    """
+    """Build the model of a folder's config without weights; raise ModelError if transformers cannot."""
     try:
         return weightless(AutoConfig.from_pretrained(folder))
     except Exception as error:  # of a config that anybody may have written
@@ -92,11 +88,7 @@ class Structure:
         return bool(own) and self._module(own[-1].removesuffix(WEIGHT)) is not None
 
     def is_transposed(self, path: str) -> bool:
-        """Return True if a module stores its matrix as (in, out), as in GPT-2.
-
-        Raises:
-            WeightMismatchError: the model has no such module.
-        """
+        """Return True if a module stores its matrix as (in, out), as in GPT-2; raise an error if there is none."""
         if (module := self._module(path)) is None:
             raise WeightMismatchError(
                 f"{self.folder}: its config makes a model without {path}, which the adapter changes. "

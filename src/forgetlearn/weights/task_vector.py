@@ -155,11 +155,7 @@ class TaskVector:
 
     @classmethod
     def between(cls, base: StateDict | str | Path, tuned: StateDict | str | Path) -> TaskVector:
-        """Return `tuned - base`, for two state dicts, checkpoint folders, or one of each; tied tensors once.
-
-        Raises:
-            WeightMismatchError: see `subtracted`.
-        """
+        """Return `tuned - base` for two state dicts, folders, or one of each; tied tensors once; see `subtracted`."""
         left, right = open_weights(base), open_weights(tuned)
         deltas, ties = {}, left.tied()
         for name, partner in _checked_partners(left, right).items():
@@ -296,11 +292,7 @@ def snapshot_on_disk(model: torch.nn.Module, folder: Path | None) -> dict[str, T
 
 @torch.no_grad()
 def load_into(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
-    """Copy weights into the model's parameters of the same names (this process's parts of them), one at a time.
-
-    Raises:
-        WeightMismatchError: the names are not those of the model, or two shapes differ.
-    """
+    """Copy weights one at a time into the model's parameters (this process's parts); all must fit by name and shape."""
     parameters = sharding.parts(model)
     loaded = set()
     for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
