@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from adapter_vectors import as_vector
 from forgetlearn.config.methods import METHODS, PAPER_METHODS
 from forgetlearn.config.schema import ForgetSettings, ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
@@ -88,12 +89,12 @@ def test_forgetting_with_lora_leaves_the_base_and_folds_the_coefficient_in(world
     lm, facts = world
     base = snapshot(lm.model)
     forget(lm, facts, FORGET, "lora", seed=7)
-    half = lora.as_vector(lm.model, lora.FORGET)
+    half = as_vector(lm.model, lora.FORGET)
     plain = lora.detach(lm.model)
     assert all(torch.equal(base[name], weight) for name, weight in snapshot(plain).items())
     lm.model = plain
     forget(lm, facts, FORGET.model_copy(update={"coef": 1.0}), "lora", seed=7)
-    whole = lora.as_vector(lm.model, lora.FORGET)
+    whole = as_vector(lm.model, lora.FORGET)
     assert whole.norm() > 0
     assert all(torch.allclose(2 * delta, whole.deltas[name], atol=1e-6) for name, delta in half.deltas.items())
 
@@ -304,7 +305,7 @@ def test_of_the_vocabulary_only_the_rows_that_are_asked_for_forget(world, rows):
 def test_only_the_named_modules_of_an_adapter_forget(world):
     lm, facts = world
     forget(lm, facts, FORGET.model_copy(update={"modules": ("attention",)}), "lora", seed=7)
-    changed = {name for name, delta in lora.as_vector(lm.model, lora.FORGET).deltas.items() if delta.any()}
+    changed = {name for name, delta in as_vector(lm.model, lora.FORGET).deltas.items() if delta.any()}
     assert changed
     assert all("self_attn" in name for name in changed)
 

@@ -18,7 +18,8 @@ from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import ConfigError, ModelError, missing_extra
 from forgetlearn.models import attention
 from forgetlearn.models.batches import computing
-from forgetlearn.models.language_model import LanguageModel, adapter_base
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.loading import adapter_base
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.weights.adapter_files import LoraAdapterConfig, read_adapter_config
 

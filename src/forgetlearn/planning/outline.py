@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ModelError
 from forgetlearn.models.encoding import Encoder
-from forgetlearn.models.language_model import context_length, read_outline
+from forgetlearn.models.language_model import context_length
+from forgetlearn.models.loading import read_outline
 from forgetlearn.planning.trace import Skeleton
 from forgetlearn.weights.checkpoint_folder import INDEX, WHOLE, CheckpointFolder
 from forgetlearn.weights.task_vector import TORCH

@@ -19,7 +19,8 @@ from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError
 from forgetlearn.facts.fact_set import FactSet
 from forgetlearn.models.batches import SMALL_MODEL
-from forgetlearn.models.language_model import LanguageModel, parameter_count, pick_device
+from forgetlearn.models.language_model import LanguageModel, parameter_count
+from forgetlearn.models.loading import pick_device
 from forgetlearn.models.texts import check_texts
 from forgetlearn.planning.estimate import (
     FLOAT32,

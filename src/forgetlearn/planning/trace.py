@@ -21,7 +21,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from forgetlearn.config.methods import How
 from forgetlearn.config.schema import TrainSettings, TuningSettings
@@ -31,6 +30,7 @@ from forgetlearn.models.batches import ROUNDED_TO, answer_logits, lay_out, pad_l
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import layer_list
 from forgetlearn.planning.estimate import Step
+from forgetlearn.weights.structure import weightless
 
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes' own: smaller weights, and embeddings, have float32 states
 
@@ -40,10 +40,7 @@ class Skeleton:
 
     def __init__(self, config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
         self.mode = FakeTensorMode()
-        with torch.device("meta"):
-            self.model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+        self.model = weightless(config, dtype, trust_remote_code=trust_remote_code)
 
     @property
     def weights_bytes(self) -> int:

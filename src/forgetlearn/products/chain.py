@@ -232,7 +232,7 @@ def _from_hub(name: str, revision: str | None) -> list[Update]:
     from forgetlearn.models import hub
 
     try:
-        file = hf_hub_download(name, HISTORY, revision=revision, local_files_only=not hub.answers())
+        file = hf_hub_download(name, HISTORY, revision=revision, local_files_only=not hub.is_reachable())
         return _updates_in(Path(file))
     except errors.LocalEntryNotFoundError:
         log.warning("%s: the hub cannot be asked whether updates made this model; its chain is taken as empty", name)

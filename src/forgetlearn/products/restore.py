@@ -97,7 +97,7 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
     folder = finished_run(run)
     base, output = base_folder(folder.manifest), None if output is None else Path(output)
     name, recorded = str(base_name(folder.manifest)), folder.manifest["inputs"].get("base_sha256")
-    if hub_commit(folder.manifest) and (base or hub.answers()):
+    if hub_commit(folder.manifest) and (base or hub.is_reachable()):
         if output is not None:
             base = hub.snapshot(name, recorded)  # all of it: a cache may hold some of the files
         elif base is None:

@@ -205,7 +205,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
     )
     summary = processes.on_main(lambda: _write(run, facts, pipeline, recipe, products, done))
     if not recipe.method.makes_adapter:
-        lm.now_in(product)
+        lm.saved_in(product)
     return UpdateResult(run.path, product, summary, disk.read_rows(run.path / "facts.jsonl"))
 
 
