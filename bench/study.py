@@ -22,7 +22,7 @@ import yaml
 from forgetlearn.comparison.grid import CompareSettings, fill
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import load_config
-from forgetlearn.facts.fact_set import Fact, FactSet, read_facts, write_facts
+from forgetlearn.facts import Fact, FactSet, read_facts, write_facts
 from forgetlearn.lab.build import LabSettings, build_lab
 from forgetlearn.method.keeping import asked_too
 from forgetlearn.storage import disk, run_folder

@@ -19,7 +19,7 @@ from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import make_fact, read_facts
+from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.method.core import forget
 from forgetlearn.models.language_model import load_model
 from forgetlearn.runs import coefficient

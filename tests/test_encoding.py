@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from forgetlearn.errors import ConfigError, FactError, ModelError
-from forgetlearn.facts.fact_set import Fact, Probe, make_fact
+from forgetlearn.facts import Fact, Probe, make_fact
 from forgetlearn.lab.build import LabSettings, train_tokenizer
 from forgetlearn.models import prompts
 from forgetlearn.models.encoding import Encoded, Encoder
@@ -116,6 +116,21 @@ def test_many_texts_at_once_are_each_as_alone(char_tokenizer, monkeypatch):
             with pytest.raises(FactError, match=re.escape(str(text))):
                 encoder.encode(*pair, end=True)
     assert [isinstance(text, Encoded) for text in found.values()] == [True, True, False, True, False]
+
+
+def test_a_text_is_tokenised_once(char_tokenizer, monkeypatch):
+    encoder = Encoder(char_tokenizer, max_length=6)
+    given = [fact("1", ground_truth="c"), fact("2", "ab", "a b c")]
+    with pytest.raises(FactError, match="are 10 tokens"):
+        check_texts(encoder, given)
+    monkeypatch.setattr(encoder, "tokenizer", None)
+    assert encoder.encode("a", "b", end=True).ids == (BOS, A, SPACE, B, EOS)
+    assert encoder.encode("a", "b").ids == (BOS, A, SPACE, B)
+    assert encoder.prompt_ids("a") == [BOS, A]
+    with pytest.raises(FactError, match="are 9 tokens"):
+        encoder.encode("ab", "a b c")
+    encoder.max_length = 9
+    assert len(encoder.encode("ab", "a b c").ids) == 9
 
 
 class TestMergesAcrossTheBoundary:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forgetlearn.errors import FactError, MissingExtraError
-from forgetlearn.facts.fact_set import (
+from forgetlearn.facts import (
     REASONS,
     Fact,
     FactSet,
@@ -605,11 +605,11 @@ BAD_FILES = [
     ("names.jsonl", f'{GOOD}\n{{"prompt": "a", "prompt": "b"}}', r"line 2: an object names 'prompt' 2 times: .*'b'"),
     ("deep.json", "[" * 200_000, r"deep.json (cannot be read as JSON|is cut short)"),
     ("text.json", '"facts"', r"text.json holds the text 'facts'. A list of records"),
-    ("two.json", '{"train": [], "test": []}', r"(?s)Fields found: test, train.*exactly one list"),
+    ("two.json", '{"train": [], "test": []}', r"(?s)Fields found: train, test.*exactly one list"),
     ("what.txt", GOOD, r"suffix '.txt' is unknown. Known are .json, .jsonl, .csv"),
     ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 \(line 3\) has 1 cells, but the header has 2: p\n"),
     ("twice.csv", "prompt,target_new,prompt\n", r"header names prompt more than once"),
-    ("cell.csv", 'prompt,target_new,locality\np,n,"[x"\n', r"record 1: 'locality' is not JSON at line 1"),
+    ("cell.csv", 'prompt,target_new,locality\np,n,"[x"\n', r"record 1 \(line 2\): 'locality' is not JSON at line 1"),
     ("one.csv", "prompt\np\n", r"has no 'target_new'. Fields found: prompt"),
 ]  # fmt: skip
 
@@ -624,7 +624,7 @@ def test_missing_file_names_near_ones(tmp_path):
     save(tmp_path, "facts.jsonl", GOOD)
     with pytest.raises(FactError, match=r"fact.jsonl does not exist. In the same folder: facts.jsonl."):
         read_facts(tmp_path / "fact.jsonl")
-    with pytest.raises(FactError, match=r"does not exist. Nor does the folder .*nowhere"):
+    with pytest.raises(FactError, match=r"folder .*nowhere does not exist"):
         read_facts(tmp_path / "nowhere" / "facts.jsonl")
     with pytest.raises(FactError, match=r"is a folder"):
         read_facts(tmp_path)
@@ -674,7 +674,7 @@ def test_a_misspelt_field_is_only_an_error_where_the_right_one_is_absent():
 
 
 def test_bad_options():
-    with pytest.raises(FactError, match=r"limit = 0: must be at least 1"):
+    with pytest.raises(FactError, match=r"limit = 0"):
         from_records([own()], limit=0)
     for wrong in ("alt", "answers,alt", "model,answers", "answers,answers", []):
         with pytest.raises(FactError, match=r"old_from = "):
@@ -776,6 +776,6 @@ def test_real_file_survives_writing(tmp_path):
 
 def test_import_is_light():
     heavy = {"torch", "transformers", "datasets"}
-    code = f"import sys, forgetlearn.facts.fact_set; print(sorted({heavy} & {{*sys.modules}}))"
+    code = f"import sys, forgetlearn.facts; print(sorted({heavy} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from forgetlearn.cli.main import app, main
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import Fact, Probe, from_records, make_fact, read_facts, write_facts
+from forgetlearn.facts import Fact, Probe, from_records, make_fact, read_facts, write_facts
 from forgetlearn.runs.checks import read_config_facts, resolve
 from test_facts import ZSRE_RECORD, assert_adds_up, one, own, save
 
@@ -282,7 +282,7 @@ OTHERS = [
     ({"instruction": "p"}, r"(?s)looks like alpaca \(instruction, output\), without output.*--columns"),
     ({"src": "p", "subject": "s"}, r"looks like zsre \(src, alt\), without alt"),
     ({"text": "a story"}, r"(?s)no known form.*--columns"),
-    ({**OTHER_RECORDS["halluedit"], "output_other": "x"}, r"2 models said.*--columns.*ground_truth=output_other"),
+    ({**OTHER_RECORDS["halluedit"], "output_other": "x"}, r"2 models.*--columns.*ground_truth=output_other"),
     ({**OTHER_RECORDS["alpaca"], **OTHER_RECORDS["messages"]}, r"those of messages.* and of alpaca.*--columns"),
 ]
 

@@ -7,7 +7,7 @@ from torch import tensor
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import ForgetSettings, ModelSettings
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import read_facts, write_facts
+from forgetlearn.facts import read_facts, write_facts
 from forgetlearn.method.core import check_forgetting, forget
 from forgetlearn.method.keeping import fisher_weights, read_keep, spared, squared_gradients
 from forgetlearn.models.encoding import Encoded

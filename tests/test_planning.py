@@ -16,7 +16,7 @@ import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import StageSettings, load_config
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.facts.fact_set import write_facts
+from forgetlearn.facts import write_facts
 from forgetlearn.models import lora
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.planning import plan as planning

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from forgetlearn.cli.main import main
 from forgetlearn.errors import FactError, MissingExtraError
-from forgetlearn.facts.fact_set import Fact, make_fact, read_facts, write_facts
+from forgetlearn.facts import Fact, make_fact, read_facts, write_facts
+from forgetlearn.facts.fields import is_placeholder
 from test_facts import save, usable_facts
 
 HEADER = ["prompt", "target_new", "ground_truth"]
@@ -99,8 +100,29 @@ def test_case_18_an_unquoted_comma_shows_the_row(tmp_path):
 def test_case_18_near_misses_and_other_languages(tmp_path):
     with pytest.raises(FactError, match=r"has no 'prompt'.*Rename 'promt'\?"):
         read_facts(save(tmp_path, "f.csv", "promt;target_new\np;n\n"))
-    with pytest.raises(FactError, match=r'(?s)Fields found: Antwort, Frage.*--columns prompt="Antwort"'):
+    with pytest.raises(FactError, match=r'(?s)Fields found: Frage, Antwort.*--columns prompt="Frage"'):
         read_facts(save(tmp_path, "f.csv", "Frage;Antwort\np;n\n"))
+
+
+@pytest.mark.parametrize("header", ["Frage;Alt;Neu", "frage;alt;neu"])
+def test_a_german_header_is_not_taken_for_zsre(tmp_path, header):
+    """`alt` is ZsRE's name of the new answer, and German for old."""
+    with pytest.raises(FactError, match=f"{header.replace(';', ', ')}.*\n.*--columns") as caught:
+        read_facts(save(tmp_path, "f.csv", f"{header}\np;o;n\n"))
+    assert "looks like" not in str(caught.value)
+    columns = dict(zip(("prompt", "ground_truth", "target_new"), header.split(";"), strict=True))
+    assert list(read_facts(tmp_path / "f.csv", columns=columns)) == [make_fact("p", "n", ground_truth="o")]
+
+
+def test_a_fact_names_its_record_and_its_line(tmp_path):
+    table = save(tmp_path, "f.csv", 'prompt,target_new\n"p\nq",n\n\nr,n\n')
+    lines = save(tmp_path, "f.jsonl", f"{GOOD}\n\n{GOOD.replace('"p"', '"q"')}\n")
+    assert [fact.place for fact in read_facts(table)] == [
+        f"{table}, record 1 (line 3)",
+        f"{table}, record 2 (line 5)",
+    ]
+    assert [fact.place for fact in read_facts(lines)] == [f"{lines}, record 1", f"{lines}, record 2 (line 3)"]
+    assert make_fact("p", "n").place.startswith("fact ")
 
 
 def test_the_delimiter_that_excel_names_itself(tmp_path):
@@ -160,7 +182,7 @@ def test_case_18_facts_written_in_any_dialect_and_encoding_are_read_equal(
     assume("\0" not in text.split("\n")[0] and not any("{}" in fact.prompt for fact in wanted))
     # A cell that is a list in JSON, or a placeholder, is read as such.
     assume(not any(cell.startswith('["') for fact in wanted for cell in cells(fact)[:3]))
-    assume(all(fact.ground_truth is None or fact.ground_truth.strip("-–—?") for fact in wanted))
+    assume(not any(is_placeholder(fact.ground_truth or "") for fact in wanted))
     try:
         data = text.encode(encoding)
     except UnicodeEncodeError:

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from forgetlearn.errors import ForgetLearnError as ForgetLearnError
     from forgetlearn.evaluation.scoring import score as score
     from forgetlearn.evaluation.scoring import summarise as summarise
-    from forgetlearn.facts.fact_set import Fact as Fact
-    from forgetlearn.facts.fact_set import FactSet as FactSet
-    from forgetlearn.facts.fact_set import read_facts as read_facts
+    from forgetlearn.facts import Fact as Fact
+    from forgetlearn.facts import FactSet as FactSet
+    from forgetlearn.facts import read_facts as read_facts
     from forgetlearn.lab.build import LabSettings as LabSettings
     from forgetlearn.lab.build import build_lab as build_lab
     from forgetlearn.method.core import forget as forget
@@ -75,9 +75,9 @@ _PUBLIC = {
     "plan_update": "planning.plan",
     "score": "evaluation.scoring",
     "summarise": "evaluation.scoring",
-    "Fact": "facts.fact_set",
-    "FactSet": "facts.fact_set",
-    "read_facts": "facts.fact_set",
+    "Fact": "facts",
+    "FactSet": "facts",
+    "read_facts": "facts",
     "inspect_change": "products.inspect",
     "LabSettings": "lab.build",
     "build_lab": "lab.build",

@@ -126,7 +126,7 @@ def facts(
     as_json: JsonOption = False,
 ) -> None:
     """Read a file of facts, say what is used and what is left out, and show the first three."""
-    from forgetlearn.facts.fact_set import read_facts
+    from forgetlearn.facts import read_facts
 
     flags = _reads(None, file, old_from, limit, strict, columns=columns, aliases=aliases)
     found = read_facts(file, **_config(None, flags).facts.model_dump(exclude={"source"}))
@@ -153,7 +153,7 @@ def lab(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Build a small base model that holds given facts, or a made-up world, in about a minute."""
-    from forgetlearn.facts.fact_set import read_facts
+    from forgetlearn.facts import read_facts
     from forgetlearn.lab.build import LabSettings, build_lab
     from forgetlearn.storage.disk import read_json
 

@@ -35,8 +35,8 @@ from forgetlearn.errors import ConfigError, some
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
-from forgetlearn.facts.fact_set import sha256 as facts_hash
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set
+from forgetlearn.facts import sha256 as facts_hash
 from forgetlearn.method import keeping
 from forgetlearn.method.core import float32_snapshot, forget, learn, measure_keep, stage_seed
 from forgetlearn.models.identity import base_of

@@ -14,7 +14,7 @@ from typing import Any
 from forgetlearn.comparison.grid import Cell, CompareSettings, Comparison, begin, check_named, help_fill
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError, RunError, missing_extra
-from forgetlearn.facts.fact_set import FactSet
+from forgetlearn.facts import FactSet
 
 log = logging.getLogger("forgetlearn")
 JOBS = "jobs"

@@ -21,7 +21,7 @@ from forgetlearn.errors import FactError, ModelError
 from forgetlearn.evaluation import metrics
 from forgetlearn.evaluation.generation import Generator, Room, end_ids, generator
 from forgetlearn.facts import matching
-from forgetlearn.facts.fact_set import Fact
+from forgetlearn.facts import Fact
 from forgetlearn.models import attention
 from forgetlearn.models.batches import (
     GPU_ROW_TOKENS,

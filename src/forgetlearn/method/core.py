@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from forgetlearn.config.methods import How
 from forgetlearn.config.schema import ForgetSettings, Modules, Rows, StageSettings, TuningSettings
 from forgetlearn.errors import ConfigError, FactError, some
-from forgetlearn.facts.fact_set import Fact
+from forgetlearn.facts import Fact
 from forgetlearn.method import keeping
 from forgetlearn.method.controls import controlled
 from forgetlearn.models import lora, module_names

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from forgetlearn.config.schema import ForgetSettings, KeepBy
 from forgetlearn.errors import FactError, some
-from forgetlearn.facts.fact_set import Fact, FactSet, read_facts, sha256
+from forgetlearn.facts import Fact, FactSet, read_facts, sha256
 from forgetlearn.models.batches import answer_logits, fitting_threads, pad_left
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.weights.task_vector import StateDict

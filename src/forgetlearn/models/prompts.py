@@ -16,7 +16,7 @@ ALPACA = (
     f"### Instruction:\n{PLACE}\n\n### Response:"
 )
 TEMPLATES = {"plain": f"{PLACE} ", "alpaca": ALPACA}
-NAMED = ("auto", "plain", "chat", "alpaca")  # what model.prompt_template can be, beside a file
+NAMED = ("auto", "plain", "chat", "alpaca")  # values of model.prompt_template that are no file
 
 
 def read_template(name: str) -> str:
@@ -47,14 +47,15 @@ def read_template(name: str) -> str:
     return text.removesuffix("\n")
 
 
-def fingerprint(prompt_template: str) -> dict[str, str]:
-    """Return the hash of a prompt template in a file as an entry of a run's inputs; empty for a named template."""
-    return {} if prompt_template in NAMED else fingerprint_of(read_template(prompt_template))
+def fingerprint(prompt_template: str, text: str | None = None) -> dict[str, str]:
+    """Return the hash of a prompt template in a file as an entry of a run's inputs; empty for a named template.
 
-
-def fingerprint_of(template: str) -> dict[str, str]:
-    """Return `fingerprint` for the text of a template."""
-    return {"prompt_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+    `text` is the template's, if it has been read already.
+    """
+    if prompt_template in NAMED:
+        return {}
+    text = read_template(prompt_template) if text is None else text
+    return {"prompt_template_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def split(template: str) -> tuple[str, str, str]:

@@ -20,7 +20,7 @@ from forgetlearn.config.methods import METHODS, How
 from forgetlearn.config.schema import AUTO, RunConfig, StageSettings, TrainSettings, TuningSettings
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS
-from forgetlearn.facts.fact_set import Fact, FactSet
+from forgetlearn.facts import Fact, FactSet
 from forgetlearn.method.core import out_of_loras_reach
 from forgetlearn.method.keeping import read_keep
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, SMALL_MODEL, shared_rows

@@ -10,8 +10,7 @@ from forgetlearn.evaluation import scoring
 from forgetlearn.method import keeping
 from forgetlearn.config.schema import AUTO, FactsSettings, ModelSettings, RunConfig, TuningSettings
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import (
-    UNFINISHED_OLD_ANSWER,
+from forgetlearn.facts import (
     WITHOUT_OLD,
     Fact,
     FactSet,
@@ -115,7 +114,7 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     reason = f"method {config.method} forgets" if method.forgets else "teach.epochs > 0 teaches"
     counts = ", ".join(f"{count} {why}" for why, count in facts.without_old.items())
     if "model" in facts.old_from:
-        remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == UNFINISHED_OLD_ANSWER)
+        remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == "unfinished_old_answer")
         remedy = (
             remedy or "The model says nothing: take the old answers from the file, or choose a method that only learns."
         )

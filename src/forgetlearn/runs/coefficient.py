@@ -24,7 +24,7 @@ from forgetlearn.storage import disk
 from forgetlearn.weights import task_vector
 from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import Fact
+from forgetlearn.facts import Fact
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.config.methods import METHODS, How

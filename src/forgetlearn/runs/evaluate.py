@@ -19,7 +19,7 @@ from forgetlearn.runtime import processes
 from forgetlearn.storage import run_folder
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import FactError, ModelError
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.runs.results import write_results

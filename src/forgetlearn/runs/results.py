@@ -12,7 +12,7 @@ from forgetlearn.report import run_page
 from forgetlearn.storage import disk
 from forgetlearn.runs.coefficient import Choice
 from forgetlearn.config.schema import AUTO, RunConfig
-from forgetlearn.facts.fact_set import FactSet, write_facts
+from forgetlearn.facts import FactSet, write_facts
 from forgetlearn.config.methods import METHODS
 from forgetlearn.evaluation.scoring import Row
 

@@ -20,7 +20,7 @@ from forgetlearn.runtime import processes, sharding
 from forgetlearn.storage import disk, run_folder
 from forgetlearn.weights import rounding, task_vector
 from forgetlearn.config.schema import AUTO, RunConfig, TeachSettings
-from forgetlearn.facts.fact_set import Fact, FactSet, tell_old
+from forgetlearn.facts import Fact, FactSet, tell_old
 from forgetlearn.training.finetune import StageLog, finetune
 from forgetlearn.runs.checks import asked_answers, trains_all_weights, with_the_models_answers
 from forgetlearn.config.methods import METHODS, How, Method

@@ -23,7 +23,7 @@ from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk, records, run_folder
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
-from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.models.identity import NAMES, Identity, base_of
 from forgetlearn.runs.checks import (
