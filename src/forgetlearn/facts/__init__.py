@@ -1,7 +1,8 @@
-"""Facts: a source is read to records, a record to a draft by its form, and a draft is used as a fact or left out.
+"""Facts, from a file to what a model is taught: source -> records -> form -> drafts -> facts.
 
-`files` and `tables` read records, `names` and `forms` recognise their form, `readers` and `fields` make drafts,
-`selection` makes facts of them; `fact` and `fact_set` say what comes out.
+`files` and `tables` read the records of a source. `names` and `forms` recognise the form that all records share, and
+`readers` (with `fields`) make a draft of each record: texts as they are in it. `selection` strips and checks drafts,
+finds old answers and aliases, and gives a `FactSet`: the facts that can be used and the account of the rest.
 """
 
 from forgetlearn.facts.fact import Fact as Fact

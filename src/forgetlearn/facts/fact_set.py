@@ -95,7 +95,7 @@ class FactSet:
 
     @property
     def used(self) -> int:
-        """The number of usable facts."""
+        """Return the number of usable facts."""
         return len(self.facts)
 
     @property
@@ -142,7 +142,7 @@ def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
     """Return facts in memory (a list, a generator) as a FactSet; a FactSet, a source or None as it is.
 
     Raises:
-        FactError: there are no facts, an item is not a Fact, or a fact occurs twice.
+        FactError: the list is empty, an item is not a Fact, or a fact occurs twice.
     """
     if facts is None or isinstance(facts, (FactSet, str, Path)):
         return facts

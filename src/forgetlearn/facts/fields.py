@@ -61,7 +61,7 @@ def as_text(value: object, place: str) -> str:
         raise FactError(f"{place} is {kind(value)}. Text is expected.")
     text = str(value)
     if has_half_a_pair(text):
-        raise FactError(f"{place} holds half of a surrogate pair, which is no character. Write the whole character.")
+        raise FactError(f"{place} contains half of a surrogate pair. Write the whole character.")
     return text
 
 
@@ -156,13 +156,13 @@ def loads(text: str, source: str, first_line: int | None = None) -> object:
     """Parse a JSON text; NaN becomes null. `first_line` is the text's line in its file, for messages.
 
     Raises:
-        FactError: the text is no JSON, is cut short, is nested too deep or names a field twice in one object.
+        FactError: the text is not JSON, is cut short, is nested too deep or names a field twice in one object.
     """
     where = f"{source}, line {first_line}" if first_line else source
 
     def constant(name: str) -> None:
         if name != "NaN":
-            raise FactError(f"{where}: {name} is no JSON value. Write null, or a number.")
+            raise FactError(f"{where}: {name} is not a JSON value. Write null, or a number.")
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)

@@ -61,7 +61,7 @@ def _load_hub(source: str) -> Source:
     except Exception as error:  # whatever the library raises, over the network and for any data set
         reason = " ".join(str(error).split())[:300]
         raise FactError(
-            f"{source} is no path here and could not be loaded from the hub: {type(error).__name__}: {reason}"
+            f"{source} is not a path here, and could not be loaded from the hub: {type(error).__name__}: {reason}"
         ) from error
 
 

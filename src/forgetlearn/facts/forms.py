@@ -153,7 +153,7 @@ def form_of(record: Record) -> Form | None:
     if len(fitting) > 1:
         raise FactError(
             f"its fields are those of {' and of '.join(form.shown for form in fitting)}. Take the fields of one out, "
-            "or say what is what: --columns prompt=...,target_new=..."
+            "or say which field is which: --columns prompt=...,target_new=..."
         )
     return fitting[0] if fitting else None
 
@@ -270,24 +270,17 @@ def _size(value: object) -> int:
 
 
 # Common data sets that are no files of facts, or only with --columns.
-LOOKS_LIKE = (
+LOOKS_LIKE = {
     (
-        ("chosen", "rejected"),
-        "pairs of preference",
-        "If the chosen text is the new answer and the rejected one the old: "
-        "--columns prompt=prompt,target_new=chosen,ground_truth=rejected.",
-    ),
-    (
-        ("subject", "relation", "object"),
-        "triples",
-        "A fact needs a prompt: add the field prompt, with the question or the beginning of the sentence.",
-    ),
-    (
-        ("question", "context", "answers"),
-        "questions on a text, as in SQuAD",
-        "A fact is known without a text: give prompt and target_new.",
-    ),
-)
+        "chosen",
+        "rejected",
+    ): "pairs of preference. {}\nIf the chosen text is the new answer and the rejected one "
+    "the old: --columns prompt=prompt,target_new=chosen,ground_truth=rejected.",
+    ("subject", "relation", "object"): "triples. {}\nA fact needs a prompt: add the field prompt, with the question or "
+    "the beginning of the sentence.",
+    ("question", "context", "answers"): "questions on a text, as in SQuAD. {}\nA fact is known without a text: "
+    "give prompt and target_new.",
+}
 
 
 def no_form(read: Record, record: Record, where: str) -> str:
@@ -297,9 +290,9 @@ def no_form(read: Record, record: Record, where: str) -> str:
     """
     names = list(record)
     shown = f"Fields found: {some(names, 12) or 'none'}."
-    for likeness, what, remedy in LOOKS_LIKE:
+    for likeness, what in LOOKS_LIKE.items():
         if all(name in read for name in likeness):
-            return f"{where} looks like {what}. {shown}\n{remedy}"
+            return f"{where} looks like {what.format(shown)}"
     for have, missing in (("target_new", "prompt"), ("prompt", "target_new")):
         if have in read and missing not in read:
             near = difflib.get_close_matches(missing, names, 1, 0.7)
@@ -308,11 +301,10 @@ def no_form(read: Record, record: Record, where: str) -> str:
     example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new=...'
     lacks = {form: [name for name in form.needs if name not in read] for form in (*FORMS, *OTHERS)}
     # The first field must be there: with only the second one (`alt`, also German for old) the form is a guess.
-    alike = [form for form, absent in lacks.items() if form.needs and form.needs[0] in read]
-    alike = [form for form in alike if 2 * len(lacks[form]) <= len(form.needs)]
+    alike = [form for form in lacks if form.needs and form.needs[0] in read and 2 * len(lacks[form]) <= len(form.needs)]
     alike.sort(key=lambda form: len(lacks[form]) / len(form.needs))
     if alike:
         like = " or ".join(f"{form.shown}, without {some(lacks[form]) or 'the rest'}" for form in alike[:2])
-        return f"{where} looks like {like}. {shown}\nComplete it, or say what is what: {example}"
+        return f"{where} looks like {like}. {shown}\nComplete it, or say which field is which: {example}"
     forms = "; ".join(form.shown for form in (*FORMS, *OTHERS))
-    return f"{where} is of no known form. {shown}\nSay what is what: {example}\nKnown forms: {forms}."
+    return f"{where} is of no known form. {shown}\nSay which field is which: {example}\nKnown forms: {forms}."

@@ -32,12 +32,12 @@ def fold(name: str) -> str:
 
 
 def check_columns(columns: Iterable[str]) -> None:
-    """Raise FactError if a name that `--columns` assigns is no field of a fact."""
+    """Raise FactError if `--columns` assigns to a name that is not a field of a fact."""
     for own in columns:
         if own not in OWN and not NUMBERED.fullmatch(own):
             near = difflib.get_close_matches(own, sorted(OWN), 1)
             hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(sorted(OWN))}."
-            raise FactError(f"facts.columns: '{own}' is no field of a fact. {hint}")
+            raise FactError(f"facts.columns: '{own}' is not a field of a fact. {hint}")
 
 
 def check_columns_found(columns: Mapping[str, str], source: str, names: Iterable[str]) -> None:
@@ -70,7 +70,7 @@ def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[
     taken = set(given.values())
     if clash := [own for own in given if own in there and own not in taken]:
         raise FactError(
-            f"facts.columns says {clash[0]} = '{given[clash[0]]}', and there is a field '{clash[0]}' too. "
+            f"facts.columns says {clash[0]} = '{given[clash[0]]}', but the field '{clash[0]}' exists too. "
             f"Name that one as well, or take it out."
         )
     found = dict(given)

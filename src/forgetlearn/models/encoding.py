@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from forgetlearn.errors import FactError, ModelError
@@ -97,7 +97,7 @@ class Encoder:
             # Special tokens are added by hand: a tokenizer that also appends EOS (add_eos_token) would
             # otherwise put one between prompt and answer.
             first = _leading_specials(tokenizer)
-            if self._tokenize(self._before)[: len(first)] != first:  # a template in a file may write them itself
+            if self._tokenize(self._before)[0][: len(first)] != first:  # a template in a file may write them itself
                 self._first_ids = first
         self._unknown, self._special = _special_ids(tokenizer)
         self._prompts: dict[str, list[int]] = {}
@@ -145,8 +145,8 @@ class Encoder:
         """Return the ids of prompt and answer; `end=True` adds the token that ends an answer (training wants it).
 
         Raises:
-            FactError: the prompt or the answer is empty, the two cannot be told apart in token ids, they are longer
-                than the model's context, or the tokenizer has no token for any part of one of them.
+            FactError: the prompt or the answer is empty, the tokenizer merges the two, they are longer than the
+                model's context, or the tokenizer has no token for any part of one of them.
             TextError: one of them holds a special token, or one that the model has no embedding for.
         """
         found = self.encode_all([(prompt, answer)], end=end)[prompt, answer]
@@ -162,38 +162,39 @@ class Encoder:
         new = [pair for pair in pairs if pair not in self._texts]
         for start in range(0, len(new), AT_ONCE):
             self._texts |= self._encoded(new[start : start + AT_ONCE])
-        return {pair: self._ended(pair[0], self._texts[pair], self.end_ids if end else []) for pair in pairs}
+        end_ids = tuple(self.end_ids) if end else ()
+        return {pair: self._ended(pair[0], self._texts[pair], end_ids) for pair in pairs}
 
-    def _ended(self, prompt: str, text: Encoded | FactError, end_ids: list[int]) -> Encoded | FactError:
+    def _ended(self, prompt: str, text: Encoded | FactError, end_ids: tuple[int, ...]) -> Encoded | FactError:
         """Return a text with its end token, or the error if it is longer than the model's context."""
         if isinstance(text, FactError):
             return text
-        ids = (*text.ids, *end_ids)
+        ids = text.ids + end_ids
         if self.max_length and len(ids) > self.max_length:
             return FactError(
                 f"prompt and answer are {len(ids)} tokens, the model's context is {self.max_length} "
                 f"(prompt {prompt[:60]!r}...). Shorten the prompt, or leave the fact out."
             )
-        return replace(text, ids=ids) if end_ids else text
+        return Encoded(ids, text.n_prompt_tokens) if end_ids else text
 
     def _encoded(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Encoded | FactError]:
-        """Tokenise prompts and answers, all in one call of the tokenizer."""
+        """Tokenise distinct prompts and answers in one call, and find the boundary in each text."""
         whole_ones = [(prompt, answer) for prompt, answer in pairs if prompt.strip() and answer.strip()]
         texts = {prompt: self.prompt_text(prompt) for prompt, _answer in whole_ones}
         unseen = [prompt for prompt in texts if prompt not in self._prompts]
         wholes = [texts[prompt] + self._joint + answer.strip() for prompt, answer in whole_ones]
-        ids = iter(self._tokenize_all([*(texts[prompt] for prompt in unseen), *wholes]))
+        ids = iter(self._tokenize(*(texts[prompt] for prompt in unseen), *wholes))
         self._prompts |= {prompt: self._first_ids + next(ids) for prompt in unseen}
         whole_ids = {pair: self._first_ids + next(ids) for pair in whole_ones}
         found: dict[tuple[str, str], Encoded | FactError] = {}
         for prompt, answer in pairs:
             try:
-                found[prompt, answer] = self._told_apart(prompt, answer.strip(), whole_ids.get((prompt, answer), []))
+                found[prompt, answer] = self._separated(prompt, answer.strip(), whole_ids.get((prompt, answer), []))
             except FactError as error:
                 found[prompt, answer] = error.with_traceback(None)
         return found
 
-    def _told_apart(self, prompt: str, answer: str, whole: list[int]) -> Encoded:
+    def _separated(self, prompt: str, answer: str, whole: list[int]) -> Encoded:
         """Return the ids of prompt and answer, given those of the whole text; see `encode`."""
         if not prompt.strip() or not answer:
             raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
@@ -256,7 +257,7 @@ class Encoder:
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if prompt not in self._prompts:
-            self._prompts[prompt] = self._first_ids + self._tokenize(self.prompt_text(prompt))
+            self._prompts[prompt] = self._first_ids + self._tokenize(self.prompt_text(prompt))[0]
         return self._prompts[prompt]
 
     def _answer_ids(self, prompt: str, answer: str, before: list[int], whole: list[int]) -> list[int]:
@@ -265,7 +266,7 @@ class Encoder:
         # The last token of the prompt merged with the first of the answer. Tokenised apart they say the
         # same text, and at generation the model does see the prompt's own tokens.
         for part in (self._joint + answer, answer):
-            ids = self._tokenize(part)
+            (ids,) = self._tokenize(part)
             if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
                 return ids
         raise FactError(
@@ -273,12 +274,8 @@ class Encoder:
             f"(prompt {prompt!r}, answer {answer!r}). End the prompt with a whole word."
         )
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _tokenize_all(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    def _tokenize(self, *texts: str) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return ids
 
     def _tokenizer_text(self, ids: Sequence[int]) -> str:
@@ -330,7 +327,7 @@ class Encoder:
             raise _bad_chat_template("drops or alters the assistant's answer, so it cannot tell how one ends")
         between = before[len(asked) :] if before.startswith(asked) else ""
         opening = between.rstrip(" ")
-        end = self._tokenize(after.lstrip())[:1]
+        end = self._tokenize(after.lstrip())[0][:1]
         if not set(end) <= {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}:
             end = []
         return opening, between[len(opening) :], end or [int(self.tokenizer.eos_token_id)]
