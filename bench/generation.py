@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.evaluation.scorer import Generated, Scorer
-from forgetlearn.facts.fact_set import Fact, read_facts
+from forgetlearn.facts import Fact, read_facts
 from forgetlearn.models.language_model import LanguageModel, wrap
 from forgetlearn.training.finetune import finetune
 

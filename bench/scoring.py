@@ -25,7 +25,7 @@ from torch import nn
 from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.evaluation.scoring import locality_predictions, score
-from forgetlearn.facts.fact_set import Fact, read_facts
+from forgetlearn.facts import Fact, read_facts
 from forgetlearn.models import attention
 from forgetlearn.models.attention import places
 from forgetlearn.models.batches import ROW_TOKENS, answer_logits, by_text, computing, pack, share, shared_rows

@@ -21,7 +21,7 @@ from torch import Tensor
 from forgetlearn import load_model
 from forgetlearn.config.recipe import stage_seed
 from forgetlearn.config.schema import RunConfig, load_config
-from forgetlearn.facts.fact_set import FactSet
+from forgetlearn.facts import FactSet
 from forgetlearn.method import core
 from forgetlearn.models import modules
 from forgetlearn.storage import disk

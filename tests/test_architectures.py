@@ -16,7 +16,7 @@ from conftest import QUICK
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import ForgetSettings, LoraSettings, StageSettings
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.facts.fact_set import make_fact
+from forgetlearn.facts import make_fact
 from forgetlearn.method import checks, core, kinds
 from forgetlearn.models import lora as adapters
 from forgetlearn.models.language_model import wrap

@@ -23,7 +23,7 @@ from forgetlearn.comparison.grid import CompareSettings
 from forgetlearn.config.base import describe, parse_assignments, validate
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ForgetLearnError
-from forgetlearn.facts.fact_set import FactSet, from_records, read_facts
+from forgetlearn.facts import FactSet, from_records, read_facts
 from test_facts import (
     FLAT_RECORD,
     KNOWEDIT_BIO_RECORD,

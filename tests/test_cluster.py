@@ -15,7 +15,7 @@ from forgetlearn.comparison.slurm import Job, Jobs, fill_on_cluster
 from forgetlearn.comparison.table import write_table
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, RunError
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.storage import run_folder
 
 SETTINGS = CompareSettings(methods=("ft",), seeds=(0, 1))

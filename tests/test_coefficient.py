@@ -20,7 +20,7 @@ from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.method.core import forget, forget_tuned, tune_on_old
 from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora

@@ -21,7 +21,7 @@ from forgetlearn.comparison.table import write_table
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ConfigError, RunError
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.runs import pipeline
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk, locks, run_folder

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError, RunError
-from forgetlearn.facts.fact_set import from_records, read_facts
+from forgetlearn.facts import from_records, read_facts
 from forgetlearn.lab.build import LabSettings, build_lab, cache_folder, held_pairs, train_tokenizer
 
 TINY = LabSettings(

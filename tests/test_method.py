@@ -10,7 +10,7 @@ from forgetlearn.config.methods import METHODS, PAPER_METHODS
 from forgetlearn.config.schema import ForgetSettings, ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation.scoring import score, summarise
-from forgetlearn.facts.fact_set import make_fact, read_facts
+from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.method.checks import check_forgetting, check_learning
 from forgetlearn.method.core import forget, learn
 from forgetlearn.models import lora

@@ -18,7 +18,7 @@ from forgetlearn.cli.main import main
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.scoring import score
-from forgetlearn.facts.fact_set import Fact, Probe
+from forgetlearn.facts import Fact, Probe
 from forgetlearn.method.core import learn
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import wrap

@@ -9,7 +9,7 @@ from forgetlearn.errors import ModelError
 from forgetlearn.evaluation import scorer, scoring
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
-from forgetlearn.facts.fact_set import Probe, make_fact, read_facts
+from forgetlearn.facts import Probe, make_fact, read_facts
 from forgetlearn.method.core import old_pairs, teach
 from forgetlearn.models.language_model import load_model, wrap
 

@@ -21,7 +21,7 @@ from forgetlearn.cli.main import main
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError, RunError
 from forgetlearn.evaluation import generation, scoring
-from forgetlearn.facts.fact_set import make_fact
+from forgetlearn.facts import make_fact
 from forgetlearn.products import chain
 from forgetlearn.runs.update import update
 from forgetlearn.runtime import signals

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import machine, tokenizer_of
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.evaluation.scoring import score
-from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.method.core import learn, subtract
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.language_model import LanguageModel, wrap

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from forgetlearn.errors import ForgetLearnError as ForgetLearnError
     from forgetlearn.evaluation.scoring import score as score
     from forgetlearn.evaluation.scoring import summarise as summarise
-    from forgetlearn.facts.fact_set import Fact as Fact
-    from forgetlearn.facts.fact_set import FactSet as FactSet
-    from forgetlearn.facts.fact_set import read_facts as read_facts
+    from forgetlearn.facts import Fact as Fact
+    from forgetlearn.facts import FactSet as FactSet
+    from forgetlearn.facts import read_facts as read_facts
     from forgetlearn.lab.build import LabSettings as LabSettings
     from forgetlearn.lab.build import build_lab as build_lab
     from forgetlearn.lab.demo import run_demo as demo

@@ -92,7 +92,7 @@ def facts(
     given: Given, file: Annotated[str, typer.Argument(help=HELP["facts.source"])], as_json: JsonOption = False
 ) -> None:
     """Read a file of facts, list what is used and what is left out, and show the first three."""
-    from forgetlearn.facts.fact_set import read_facts
+    from forgetlearn.facts import read_facts
 
     found = read_facts(file, **load_config(None, given.values).facts.model_dump(exclude={"source"}))
     if as_json:
@@ -117,7 +117,7 @@ def lab(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Build a small base model that holds given facts, or a made-up world, in about a minute."""
-    from forgetlearn.facts.fact_set import read_facts
+    from forgetlearn.facts import read_facts
     from forgetlearn.lab.build import LabSettings, build_lab
     from forgetlearn.storage.disk import read_json
 

@@ -15,7 +15,7 @@ import typer
 from forgetlearn.errors import plain, some, without_secrets
 
 if TYPE_CHECKING:
-    from forgetlearn.facts.fact_set import FactSet
+    from forgetlearn.facts import FactSet
     from forgetlearn.products.inspect import Tally
 
 
@@ -65,7 +65,7 @@ def _answers(answers: Sequence[str]) -> str:
 
 def _account(found: FactSet) -> list[str]:
     """Describe how a source was read, what was left out or reinterpreted, and what is missing."""
-    from forgetlearn.facts.fact_set import NOTES, REASONS, tell_old
+    from forgetlearn.facts import NOTES, REASONS, tell_old
 
     lines = [f"read as {found.read_as}"] if found.read_as else []
     for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):

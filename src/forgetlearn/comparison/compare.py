@@ -12,7 +12,7 @@ from forgetlearn.comparison.cells import CompareSettings
 from forgetlearn.comparison.grid import fill
 from forgetlearn.comparison.table import write_table
 from forgetlearn.config.schema import RunConfig
-from forgetlearn.facts.fact_set import GivenFacts
+from forgetlearn.facts import GivenFacts
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.report.run_page import write_run
 from forgetlearn.storage.run_folder import RunFolder

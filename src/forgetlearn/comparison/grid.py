@@ -29,7 +29,7 @@ from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, TrainSett
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts

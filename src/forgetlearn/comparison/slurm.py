@@ -14,7 +14,7 @@ from typing import Any
 from forgetlearn.comparison.cells import Cell, CompareSettings
 from forgetlearn.comparison.grid import Comparison, begin, check_named, help_fill
 from forgetlearn.errors import ConfigError, RunError, missing_extra
-from forgetlearn.facts.fact_set import FactSet
+from forgetlearn.facts import FactSet
 from forgetlearn.runs.checks import GivenConfig
 
 log = logging.getLogger("forgetlearn")

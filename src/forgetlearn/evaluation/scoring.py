@@ -15,8 +15,7 @@ from forgetlearn.config.schema import EvaluateSettings, ForgetSection
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Pair, Reading, Scorer
 from forgetlearn.evaluation.statistics import mean_with_interval
-from forgetlearn.facts import matching
-from forgetlearn.facts.fact_set import Fact
+from forgetlearn.facts import Fact, matching
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import LanguageModel
 

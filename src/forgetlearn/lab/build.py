@@ -19,7 +19,7 @@ from pydantic import Field
 from forgetlearn.config.base import Settings
 from forgetlearn.config.schema import ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import FactSet, from_records, write_facts
+from forgetlearn.facts import FactSet, from_records, write_facts
 from forgetlearn.lab.world import made_up_world
 from forgetlearn.models import prompts
 from forgetlearn.storage import disk, run_folder

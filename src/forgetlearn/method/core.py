@@ -17,7 +17,7 @@ from dataclasses import replace
 from forgetlearn.config.methods import How
 from forgetlearn.config.schema import ForgetSettings, Rows, StageSettings, TrainSettings
 from forgetlearn.errors import FactError
-from forgetlearn.facts.fact_set import Fact
+from forgetlearn.facts import Fact
 from forgetlearn.method.checks import check_rows
 from forgetlearn.method.kinds import STAGE_KINDS, StageKind
 from forgetlearn.models import lora

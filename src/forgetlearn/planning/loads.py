@@ -14,7 +14,7 @@ from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import TrainSettings, TuningSettings
 from forgetlearn.errors import ForgetLearnError
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS
-from forgetlearn.facts.fact_set import Fact, FactSet
+from forgetlearn.facts import Fact, FactSet
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder

@@ -17,7 +17,7 @@ from forgetlearn.config.methods import KINDS, METHODS
 from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError
-from forgetlearn.facts.fact_set import FactSet
+from forgetlearn.facts import FactSet
 from forgetlearn.models.batches import SMALL_MODEL
 from forgetlearn.models.language_model import LanguageModel, parameter_count
 from forgetlearn.models.loading import pick_device

@@ -14,7 +14,7 @@ from typing import Any
 
 from forgetlearn._version import __version__
 from forgetlearn.errors import RunError, some
-from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.facts.files import is_hub_id
 from forgetlearn.storage import records
 from forgetlearn.storage.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, model_files, sha256_of

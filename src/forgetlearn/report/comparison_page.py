@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn.evaluation import statistics
-from forgetlearn.facts.fact_set import as_written
+from forgetlearn.facts import as_written
 from forgetlearn.report import plots, render, run_page
 from forgetlearn.report.plots import Panel, Point, Style
 from forgetlearn.report.render import COLUMNS

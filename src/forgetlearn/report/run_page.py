@@ -14,8 +14,7 @@ from typing import Any
 import yaml
 
 from forgetlearn.errors import RunError
-from forgetlearn.facts import matching
-from forgetlearn.facts.fact_set import as_written, tell_old
+from forgetlearn.facts import as_written, matching, tell_old
 from forgetlearn.report import plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.storage import disk, records, run_folder

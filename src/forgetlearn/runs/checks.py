@@ -13,7 +13,7 @@ from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import UNFINISHED_OLD_ANSWER, WITHOUT_OLD, FactSet, read_facts, with_old_answers
+from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
 from forgetlearn.method.checks import check_forgetting, check_learning, out_of_loras_reach
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import check_product
@@ -108,7 +108,7 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     reason = f"method {config.method} forgets" if recipe.method.forgets else "teach.epochs > 0 teaches"
     counts = ", ".join(f"{count} {why}" for why, count in facts.without_old.items())
     if "model" in facts.old_from:
-        remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == UNFINISHED_OLD_ANSWER)
+        remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == "unfinished_old_answer")
         remedy = (
             remedy or "The model says nothing: take the old answers from the file, or choose a method that only learns."
         )

@@ -22,7 +22,7 @@ from forgetlearn.config.schema import RunConfig, TrainSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.facts.fact_set import Fact
+from forgetlearn.facts import Fact
 from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel

@@ -14,7 +14,7 @@ from forgetlearn.errors import FactError, ModelError
 from forgetlearn.evaluation import general_ability, generation
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.evaluation.scoring import locality_predictions, score
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.report import run_page
 from forgetlearn.runs import retention

@@ -17,7 +17,7 @@ from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.evaluation import general_ability, scoring
 from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import Fact
+from forgetlearn.facts import Fact
 from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
 from forgetlearn.method.kinds import STAGE_KINDS, to_own_form
 from forgetlearn.models import lora

@@ -16,7 +16,7 @@ from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set, tell_old
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, tell_old
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model
