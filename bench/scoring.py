@@ -60,8 +60,8 @@ def main() -> None:
         rows = score(lm, asked, phase="updated", settings=settings, reference=reference)
         found: dict[str, dict[str, float]] = {fact.id: {} for fact in asked}
         for row in rows:
-            if row["protocol"] in ("token", "agreement"):
-                found[row["fact"]] |= {quantity: row[quantity] for quantity in QUANTITIES if quantity in row}
+            if row.protocol in ("token", "agreement"):
+                found[row.fact] |= {quantity: row.score(quantity) for quantity in QUANTITIES if row.has(quantity)}
         return {key: tuple(values[quantity] for quantity in QUANTITIES) for key, values in found.items()}
 
     expected = one_by_one()

@@ -35,8 +35,8 @@ def config(small_lab):
 def test_two_jobs_do_each_cell_once(small_lab, facts, config, tmp_path):
     jobs = Jobs(2, {"timeout_min": 3, "partition": "gpu"}, "local")
     cells = fill_on_cluster(jobs, small_lab, facts, SETTINGS, config, output=tmp_path / "out")
-    (row,) = write_table(tmp_path / "out")["rows"]
-    assert row["label"] == "ft-1epochs"
+    (row,) = write_table(tmp_path / "out").rows
+    assert row.label == "ft-1epochs"
     logs = [log.read_text() for log in (tmp_path / "out" / "jobs").glob("*.err")]
     assert len(logs) == 2
     assert [sum(f"{cell.name} (" in log for log in logs) for cell in cells] == [1, 1]

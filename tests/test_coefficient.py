@@ -150,32 +150,32 @@ def test_the_goal_is_the_mean_of_what_was_asked():
 @pytest.mark.parametrize("method", ["f-ft", "f-lora"])
 def test_the_facts_set_aside_are_updated_and_listed_but_not_scored(chosen, method):
     result = chosen(method)
-    aside = set(result.summary["choice"]["validation"])
+    aside = set(result.summary.choice.validation)
     assert len(aside) == ASIDE
-    counts = result.summary["facts"]
+    counts = result.summary.facts
     assert (counts["used"], counts["scored"], counts["set_aside"]) == (USED, USED - ASIDE, ASIDE)
     rows = disk.read_rows(result.output / "facts.jsonl")
     assert {row["fact"] for row in rows if row.get("split") == "validation"} == aside
     assert set(Counter(row["fact"] for row in rows).values()) == {21}  # 3 phases x 7 protocols
-    for phase in result.summary["phases"].values():
+    for phase in result.summary.phases.values():
         for cells in phase.values():
-            assert all(cell["n"] + cell["errored"] + cell["not_asked"] == USED - ASIDE for cell in cells.values())
+            assert all(cell.n + cell.errored + cell.not_asked == USED - ASIDE for cell in cells.values())
     updated = [row["reliability"] for row in rows if row["phase"] == "updated" and row["protocol"] == "token"]
     scored = [row for row in rows if "split" not in row and row["phase"] == "updated" and row["protocol"] == "token"]
     mean = 100 * sum(row["reliability"] for row in scored) / len(scored)
-    assert result.summary["phases"]["updated"]["reliability"]["token"]["mean"] == pytest.approx(mean)
+    assert result.summary.phases["updated"]["reliability"]["token"].mean == pytest.approx(mean)
     assert len(updated) == USED
 
 
 @pytest.mark.parametrize("method", ["f-ft", "f-lora"])
 def test_the_result_is_that_of_the_chosen_number(chosen, small_lab, facts, tmp_path, method):
     result = chosen(method)
-    config = load_config(result.output / "config.yaml", {"forget.coef": result.summary["coef"]})
+    config = load_config(result.output / "config.yaml", {"forget.coef": result.summary.coef})
     assert load_config(result.output / "config.yaml").forget.coef == "auto"
     plain = update(small_lab, facts, config, output=tmp_path / "plain")
-    unmarked = [{name: value for name, value in row.items() if name != "split"} for row in result.rows]
+    unmarked = [row.model_copy(update={"split": None}) for row in result.rows]
     assert unmarked == plain.rows
-    assert plain.summary["choice"] is None
+    assert plain.summary.choice is None
     assert (plain.output / "logs/forget.jsonl").read_text() == (result.output / "logs/forget.jsonl").read_text()
 
 
@@ -201,7 +201,7 @@ def test_what_the_best_trial_learned_is_the_product_to_the_bit(
     plain = update(
         small_lab,
         facts,
-        load_config(output / "config.yaml", {"forget.coef": result.summary["coef"]}),
+        load_config(output / "config.yaml", {"forget.coef": result.summary.coef}),
         output=tmp_path / "plain",
     )
     (weights,) = result.product.glob("*.safetensors")
@@ -243,22 +243,22 @@ def test_the_best_trial_is_kept_wherever_it_is_tried(tmp_path):
 @pytest.mark.parametrize("method", ["f-ft", "f-lora"])
 def test_it_says_what_it_chose_and_why(chosen, method):
     result = chosen(method)
-    choice = result.summary["choice"]
-    assert choice["why"].startswith(f"coef {choice['coef']:g} was chosen (on {ASIDE} facts set aside)")
-    assert result.summary["coef"] == choice["coef"]
+    choice = result.summary.choice
+    assert choice.why.startswith(f"coef {choice.coef:g} was chosen (on {ASIDE} facts set aside)")
+    assert result.summary.coef == choice.coef
     stages = disk.read_json(result.output / "manifest.json")["stages"]
-    assert (stages["coefficient"]["coef"], stages["coefficient"]["why"]) == (choice["coef"], choice["why"])
+    assert (stages["coefficient"]["coef"], stages["coefficient"]["why"]) == (choice.coef, choice.why)
     for page in ("report.md", "report.html"):
         text = (result.output / page).read_text()
-        assert choice["why"] in text
+        assert choice.why in text
         assert f"over {USED - ASIDE} facts" in text
     assert not list(result.output.rglob("stages/**/*.safetensors"))
 
 
 def test_trials_learn_as_the_update_does(chosen):
-    trials = chosen("f-lora").summary["choice"]["trials"]
+    trials = chosen("f-lora").summary.choice.trials
     assert len(trials) == 2
-    assert [trial["coef"] for trial in trials] == sorted({trial["coef"] for trial in trials})
+    assert [trial.coef for trial in trials] == sorted({trial.coef for trial in trials})
     assert chosen.learned["f-lora"] == [4] * len(trials)
 
 
@@ -315,8 +315,8 @@ def test_by_itself_it_chooses_what_the_run_chose_and_leaves_the_base(chosen, sma
     lm = load_model(str(small_lab))
     base = snapshot(lm.model)
     choice = forgetlearn.choose_coefficient(lm, facts, config(method="f-ft"))
-    found = chosen("f-ft").summary["choice"]
-    assert (choice.coef, list(choice.validation), choice.why) == (found["coef"], found["validation"], found["why"])
+    found = chosen("f-ft").summary.choice
+    assert (choice.coef, list(choice.validation), choice.why) == (found.coef, found.validation, found.why)
     assert all(torch.equal(base[name], weight) for name, weight in snapshot(lm.model).items())
 
 
@@ -350,8 +350,8 @@ def test_where_nothing_is_known_it_only_learns_and_scores_all(small_lab, config,
     path.write_text("".join(lines))
     result = update(small_lab, path, config(), output=tmp_path / "out")
     assert "there is nothing to forget" in caplog.text
-    assert (result.summary["coef"], result.summary["choice"]) == (0.0, None)
-    assert result.summary["facts"]["scored"] == 5
+    assert (result.summary.coef, result.summary.choice) == (0.0, None)
+    assert result.summary.facts.scored == 5
     with pytest.raises(FactError, match="old answers"):
         choose_coefficient(load_model(str(small_lab)), read_facts(path), config())
 

@@ -244,34 +244,33 @@ def test_a_base_that_is_to_be_taught_is_refused(small_lab, facts, config, tmp_pa
 
 def test_the_table_has_a_row_per_group_and_pairs_each_with_its_baselines(filled):
     output, _cells, _done = filled
-    data = write_table(output)
-    rows = {row["label"]: row for row in data["rows"]}
+    rows = {row.label: row for row in write_table(output).rows}
     assert list(rows)[:4] == ["ft-2epochs", "ft-4epochs-equal-steps", "lora-2epochs", "lora-4epochs-equal-steps"]
     assert len(rows) == 2 + 2 + 3 * 2
-    assert rows["ft-2epochs"]["against"] == {}
-    against = rows["f-lora-coef2-2epochs"]["against"]
-    assert {budget: entry["label"] for budget, entry in against.items()} == {
+    assert rows["ft-2epochs"].against == {}
+    against = rows["f-lora-coef2-2epochs"].against
+    assert {budget: entry.label for budget, entry in against.items()} == {
         "equal-epochs": "lora-2epochs",
         "equal-steps": "lora-4epochs-equal-steps",
     }
-    assert rows["f-lora-ft-coef0.5-2epochs"]["against"]["equal-epochs"]["label"] == "ft-2epochs"
+    assert rows["f-lora-ft-coef0.5-2epochs"].against["equal-epochs"].label == "ft-2epochs"
     for label, row in rows.items():
-        for budget, entry in row["against"].items():
-            for column, difference in entry["differences"].items():
-                ours, baseline = row["scores"][column], rows[entry["label"]]["scores"][column]
-                assert difference["mean"] == pytest.approx(ours["mean"] - baseline["mean"], abs=1e-9), (label, budget)
+        for budget, entry in row.against.items():
+            for column, difference in entry.differences.items():
+                ours, baseline = row.scores[column], rows[entry.label].scores[column]
+                assert difference.mean == pytest.approx(ours.mean - baseline.mean, abs=1e-9), (label, budget)
 
 
 def test_the_means_of_the_table_are_those_of_the_cells(filled):
     output, _cells, _done = filled
-    rows = {row["label"]: row for row in write_table(output)["rows"]}
+    rows = {row.label: row for row in write_table(output).rows}
     means = [
         disk.read_json(output / "cells" / f"f-ft-coef2-2epochs-seed{seed}" / "summary.json")["phases"]["updated"]
         for seed in (0, 1)
     ]
     for quantity, protocol in (("reliability", "token"), ("locality", "agreement"), ("residue", "generate")):
         expected = sum(mean[quantity][protocol]["mean"] for mean in means) / 2
-        assert rows["f-ft-coef2-2epochs"]["scores"][f"{quantity}.{protocol}"]["mean"] == pytest.approx(expected)
+        assert rows["f-ft-coef2-2epochs"].scores[f"{quantity}.{protocol}"].mean == pytest.approx(expected)
     page = (output / "compare.md").read_text()
     assert "| f-ft-coef2-2epochs |" in page
     assert "f-ft-coef2-2epochs | ft-2epochs (equal-epochs)" in page
@@ -280,9 +279,9 @@ def test_the_means_of_the_table_are_those_of_the_cells(filled):
 def test_curves_at_equal_reliability(small_lab, facts, config, tmp_path):
     settings = CompareSettings(methods=("ft", "f-ft"), coefs=(1.0,), seeds=(0, 1), epochs=(1, 20))
     fill(small_lab, facts, settings, config, output=tmp_path / "out")
-    (curve,) = write_table(tmp_path / "out")["curves"]
-    assert (curve["method"], curve["coef"], curve["against"]) == ("f-ft", 1.0, "ft")
-    assert curve["at_equal_reliability"]["low"] < curve["at_equal_reliability"]["high"]
+    (curve,) = write_table(tmp_path / "out").curves
+    assert (curve.method, curve.coef, curve.against) == ("f-ft", 1.0, "ft")
+    assert curve.at_equal_reliability.low < curve.at_equal_reliability.high
     assert "## At equal reliability" in (tmp_path / "out" / "compare.md").read_text()
 
 
@@ -314,7 +313,7 @@ def test_the_command(small_lab, tmp_path, capsys):
 def test_two_workers_fill_one_table(small_lab, facts, config, tmp_path):
     settings = CompareSettings(methods=("ft", "f-lora"), coefs=(1.0,), seeds=(0, 1))
     fill(small_lab, small_lab / "facts.jsonl", settings, config, output=tmp_path / "out", workers=2)
-    assert len(write_table(tmp_path / "out")["rows"]) == 2
+    assert len(write_table(tmp_path / "out").rows) == 2
     with pytest.raises(ConfigError, match="workers = 2"):
         fill(forgetlearn.load_model(small_lab), facts, settings, output=tmp_path / "other", workers=2)
 
@@ -390,8 +389,8 @@ def test_variants_are_rows_of_their_own_and_share_the_tuned_weights(small_lab, f
     )
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"protocols": ("token",)})})
     fill(small_lab, facts, settings, config, output=tmp_path / "out")
-    rows = write_table(tmp_path / "out")["rows"]
-    assert [(row["method"], row["variant"], row["coef"]) for row in rows] == [
+    rows = write_table(tmp_path / "out").rows
+    assert [(row.method, row.variant, row.coef) for row in rows] == [
         ("ft", "", None),
         ("f-ft", "", 0.5),
         ("f-ft", "attn", 2.0),
@@ -417,11 +416,7 @@ def test_a_variant_that_learns_otherwise_is_held_against_what_learns_like_it(sma
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"protocols": ("token",)})})
     fill(small_lab, facts, validate(CompareSettings, asked), config, output=tmp_path / "out")
     table = write_table(tmp_path / "out")
-    against = {
-        (row["method"], row["variant"]): row["against"]["equal-epochs"]["name"]
-        for row in table["rows"]
-        if row["against"]
-    }
+    against = {(row.method, row.variant): row.against["equal-epochs"].name for row in table.rows if row.against}
     assert against == {
         ("ft", "held"): "ft",
         ("f-ft", ""): "ft",

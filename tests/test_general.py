@@ -84,7 +84,7 @@ def test_update_measures_before_and_after(small_lab, text_file, tmp_path):
     config = {"method": "f-ft", **QUICK, "evaluate": {**QUICK["evaluate"], "general": str(text_file)}}
     facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=2)
     result = forgetlearn.update(small_lab, facts, config, output=tmp_path / "run")
-    base, updated = (result.summary["general"][phase]["text"] for phase in ("base", "updated"))
+    base, updated = (result.summary.general[phase].text.as_json() for phase in ("base", "updated"))
     assert base["kl"] is None
     assert updated["kl"] > 0
     assert updated["source"] == "text.txt"

@@ -176,8 +176,8 @@ def test_enough_learning_is_complete(world):
     lm, facts = world
     learn(lm, facts, StageSettings(epochs=60, learning_rate=2e-3), "all weights", seed=0)
     summary = summarise(score(lm, facts, phase="updated"))
-    assert summary["reliability"]["generate"]["mean"] == 100
-    assert summary["residue"]["generate"]["mean"] < 60
+    assert summary["reliability"]["generate"].mean == 100
+    assert summary["residue"]["generate"].mean < 60
 
 
 @pytest.mark.parametrize("how", ["lora", "all weights"])

@@ -23,9 +23,10 @@ from forgetlearn.method.core import learn
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runtime import processes
-from forgetlearn.storage import disk, run_folder
+from forgetlearn.storage import disk
 from forgetlearn.training.finetune import facts_at_once
 from forgetlearn.training.trainer import own_part
+from written_by_hand import change_manifest, forget_stages
 
 TOLERANCE = 1e-5
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -294,12 +295,8 @@ def test_killed_inside_a_stage_two_processes_go_on_to_the_same_bits(update, meth
 def test_an_update_goes_on_after_a_stage_with_as_many_processes(update, shard):
     done = update(2, "f-ft", *shard, "--set=keep_stages=true")
     before = weights_of(done)
-    manifest = disk.read_json(done / "manifest.json")
-    for stage in ("learn", "score_updated"):
-        del manifest["stages"][stage]
-    del manifest["finished"]
-    run_folder.RunFolder(done, manifest).note()  # with its new hash
-    command = [*manifest["command"][1:], "--resume"]
+    change_manifest(done, forget_stages("learn", "score_updated"))
+    command = [*disk.read_json(done / "manifest.json")["command"][1:], "--resume"]
     fewer = forgetlearn(1, *command, code=2)
     assert ("there is one process" if shard else "inputs.processes = 2, now it is None") in fewer
     forgetlearn(2, *command)

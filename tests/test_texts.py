@@ -120,9 +120,9 @@ def test_a_prompt_template_is_the_same_in_every_stage_and_command(alpaca_lab, tm
         result = forgetlearn.update(
             alpaca_lab, alpaca_lab / "facts.jsonl", settings, output=tmp_path / f"run{len(found)}"
         )
-        residue = result.summary["phases"]["base"]["residue"]
-        assert residue["token"]["mean"] == residue["generate"]["mean"] == 100
-        assert result.summary["facts"]["forgotten"] == 2
+        residue = result.summary.phases["base"]["residue"]
+        assert residue["token"].mean == residue["generate"].mean == 100
+        assert result.summary.facts.forgotten == 2
         assert f"asked in prompt template {name}" in (result.output / "report.md").read_text()
         fact = forgetlearn.read_facts(alpaca_lab / "facts.jsonl")[0]
         assert main(["ask", fact.prompt, "--model", str(alpaca_lab), "--prompt-template", name]) == 0

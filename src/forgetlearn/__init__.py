@@ -7,7 +7,7 @@ One complete run, on a small model that is built here from a made-up world:
 >>> facts = forgetlearn.read_facts(base / "facts.jsonl", limit=10)
 >>> config = {"method": "f-lora", "forget": {"only_known": False}}
 >>> result = forgetlearn.update(base, facts, config, output="runs/first")
->>> sorted(result.summary["phases"])
+>>> sorted(result.summary.phases)
 ['base', 'forgotten', 'updated']
 
 `result.product` is a folder that `AutoModelForCausalLM.from_pretrained` or `PeftModel.from_pretrained`
@@ -18,7 +18,7 @@ model and tokenizer in memory, `forgetlearn.wrap(model, tokenizer)` stands in fo
 >>> log = forgetlearn.forget(lm, facts, forgetlearn.ForgetSettings(coef=0.3), "all weights")
 >>> log = forgetlearn.learn(lm, facts, forgetlearn.StageSettings(epochs=1), "all weights")
 >>> rows = forgetlearn.score(lm, facts, phase="updated")
->>> forgetlearn.summarise(rows)["reliability"]["token"]["n"]
+>>> forgetlearn.summarise(rows)["reliability"]["token"].n
 10
 """
 

@@ -28,7 +28,6 @@ from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
@@ -39,6 +38,7 @@ from forgetlearn.runs.results import Done, write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk, run_folder
 from forgetlearn.storage.locks import claimed
+from forgetlearn.storage.records import Row, load_rows, save_rows
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict
@@ -245,8 +245,8 @@ class Shared:
 
     def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return rows, which another process may have computed."""
-        folder = self._folder(name, compute, lambda folder, rows: disk.write_rows(folder / "rows.jsonl", rows))
-        return disk.read_rows(folder / "rows.jsonl")
+        folder = self._folder(name, compute, lambda folder, rows: save_rows(rows, folder / "rows.jsonl"))
+        return load_rows(Row, folder / "rows.jsonl")
 
     def weights(self, name: str, compute: Callable[[], Tuned]) -> StateDict:
         """Return the weights that fine-tuning on the old facts ends in; the last ones stay in memory."""

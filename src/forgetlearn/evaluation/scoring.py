@@ -8,8 +8,7 @@ A protocol is an entry of PROTOCOLS.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from forgetlearn.config.schema import EvaluateSettings, ForgetSection
 from forgetlearn.evaluation.generation import Room
@@ -18,8 +17,8 @@ from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, matching
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.storage.records import Phase, Row
 
-Row = dict[str, Any]
 QUANTITIES = ("reliability", "generality", "residue")
 MARGIN_TOKENS = 8  # beyond an answer's own tokens: for its end, and for a model that splits it into more of them
 
@@ -50,7 +49,8 @@ def score(
         questions = _questions(fact)
         for protocol in (name for name in PROTOCOLS if name in protocols):
             scores = {name: [_judge(protocol, asked, read, said) for asked in own] for name, own in questions.items()}
-            rows.append(_row(fact, phase, protocol, scores) | (_texts(fact, said) if protocol == "generate" else {}))
+            texts = _texts(fact, said) if protocol == "generate" else {}
+            rows.append(_row(fact, phase, protocol, scores, **texts))
         rows += _locality_rows(fact, phase, read, (reference or {}).get(fact.id))
     return rows
 
@@ -63,7 +63,9 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
     for fact in facts:
         reply = said[fact.prompt]
         text, truncated = (reply.text, reply.truncated) if isinstance(reply, Generated) else (None, False)
-        rows.append({"fact": fact.id, "protocol": "generate", "said": text, "truncated": truncated})
+        rows.append(
+            Row(fact=fact.id, phase="probe", protocol="generate", errors={}, said=text, truncated=int(truncated))
+        )
     return rows
 
 
@@ -88,32 +90,32 @@ def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSet
 
 def locality_predictions(rows: Iterable[Row]) -> dict[str, list[list[int]]]:
     """Return, per fact, the ids predicted at the locality probes: the reference for later phases."""
-    return {row["fact"]: row["predicted"] for row in rows if row["protocol"] == "agreement" and "predicted" in row}
+    return {row.fact: row.predicted for row in rows if row.protocol == "agreement" and row.has("predicted")}
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+def summarise(rows: Sequence[Row]) -> Phase:
     """Return quantity -> protocol -> mean in percent with its interval and counts, for the rows of one phase."""
-    table: dict[str, dict[str, dict[str, Any]]] = {}
+    table: Phase = {}
     for quantity in (*QUANTITIES, "locality"):
-        for protocol in dict.fromkeys(row["protocol"] for row in rows if quantity in row):
-            own = [row for row in rows if row["protocol"] == protocol]
-            errored = [row for row in own if quantity in row["errors"]]
-            scores = [row[quantity] for row in own if row[quantity] is not None]
-            not_asked = len(own) - len(errored) - len(scores)
-            mean = mean_with_interval(scores, errored=len(errored), not_asked=not_asked)
-            table.setdefault(quantity, {})[protocol] = asdict(mean)
+        for protocol in dict.fromkeys(row.protocol for row in rows if row.has(quantity)):
+            own = [row for row in rows if row.protocol == protocol]
+            errored = sum(quantity in row.errors for row in own)
+            scores = [score for row in own if (score := row.score(quantity)) is not None]
+            not_asked = len(own) - errored - len(scores)
+            mean = mean_with_interval(scores, errored=errored, not_asked=not_asked)
+            table.setdefault(quantity, {})[protocol] = mean
     return table
 
 
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Return the facts whose old answer the model gives when it is asked (rows of the `generate` protocol)."""
-    said: dict[str, str] = {row["fact"]: row["said"] or "" for row in rows if row["protocol"] == "generate"}
+    said = {row.fact: row.said or "" for row in rows if row.protocol == "generate"}
     return [fact for fact in facts if matching.matches(said.get(fact.id, ""), fact.old_answers)]
 
 
 def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Fact]:
     """Return the facts whose old answer the base gives, by its rows if `generate` was scored, else by `ask`."""
-    was_asked = any(row["protocol"] == "generate" for row in base_rows)
+    was_asked = any(row.protocol == "generate" for row in base_rows)
     return known_facts(facts, base_rows if was_asked else ask())
 
 
@@ -195,19 +197,22 @@ def _judge(protocol: str, asked: _Question, read: Readings, said: Replies) -> Sc
 # Rows ------------------------------------------------------------------------------------------------------
 
 
-def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, Sequence[Score]]) -> Row:
-    """Return a row with the mean per quantity: None where nothing was asked, and the reason where it failed."""
-    row: Row = {"fact": fact.id, "phase": phase, "protocol": protocol, "errors": {}}
+def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, Sequence[Score]], **answers: object) -> Row:
+    """Return a row with the mean per quantity: None if nothing was asked, or if it failed, with the reason."""
+    errors: dict[str, str] = {}
+    means: dict[str, float | None] = {}
     for quantity, values in scores.items():
         failures = [value.reason for value in values if isinstance(value, Failure)]
         numbers = [value for value in values if isinstance(value, float)]
-        row[quantity] = sum(numbers) / len(numbers) if numbers and not failures else None
+        means[quantity] = sum(numbers) / len(numbers) if numbers and not failures else None
         if failures:
-            row["errors"][quantity] = failures[0]
-    return row
+            errors[quantity] = failures[0]
+    return Row.model_validate(
+        {"fact": fact.id, "phase": phase, "protocol": protocol, "errors": errors, **means, **answers}
+    )
 
 
-def _texts(fact: Fact, said: Replies) -> Row:
+def _texts(fact: Fact, said: Replies) -> dict[str, object]:
     replies = [said[prompt] for prompt in _prompts(fact)]
     texts = [reply.text if isinstance(reply, Generated) else None for reply in replies]
     truncated = sum(isinstance(reply, Generated) and reply.truncated for reply in replies)
@@ -220,7 +225,7 @@ def _locality_rows(fact: Fact, phase: str, read: Readings, reference: list[list[
     before = predicted if reference is None else reference
     agreement = [_accuracy(reading, was) for reading, was in zip(readings, before, strict=True)]
     accuracy = [_accuracy(reading, reading.wanted if isinstance(reading, Reading) else ()) for reading in readings]
-    yield _row(fact, phase, "agreement", {"locality": agreement}) | {"predicted": predicted}
+    yield _row(fact, phase, "agreement", {"locality": agreement}, predicted=predicted)
     yield _row(fact, phase, "accuracy", {"locality": accuracy})
 
 

@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special  # not stats, whose import takes 0.7 s
 
+from forgetlearn.storage.records import Mean
+
 Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
@@ -52,21 +54,6 @@ class Difference(Estimate):
     """Ours minus the baseline in percentage points. Positive: ours is higher."""
 
     p_value: float
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean in percent over the facts of one run, with its 95 % interval, and the number of facts without a score.
-
-    `n + errored + not_asked` is the number of facts. `mean` is None when n is 0, the interval when n is 1.
-    """
-
-    mean: float | None
-    low: float | None
-    high: float | None
-    n: int
-    errored: int = 0
-    not_asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,9 +110,10 @@ def interval(scores: ArrayLike) -> Estimate:
 def mean_with_interval(scores: Sequence[float], *, errored: int = 0, not_asked: int = 0) -> Mean:
     """Return the mean of the scores (0 to 1) of one run, in percent, with `interval` over facts."""
     if not scores:
-        return Mean(None, None, None, 0, errored, not_asked)
+        return Mean(mean=None, low=None, high=None, n=0, errored=errored, not_asked=not_asked)
     found = interval([scores])
-    return Mean(found.mean, found.low, found.high, len(scores), errored, not_asked)
+    counts = {"n": len(scores), "errored": errored, "not_asked": not_asked}
+    return Mean(mean=found.mean, low=found.low, high=found.high, **counts)
 
 
 def paired_difference(

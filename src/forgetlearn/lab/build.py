@@ -22,7 +22,7 @@ from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.facts import FactSet, from_records, write_facts
 from forgetlearn.lab.world import made_up_world
 from forgetlearn.models import prompts
-from forgetlearn.storage import disk, run_folder
+from forgetlearn.storage import disk, provenance, run_folder
 from forgetlearn.storage.locks import claimed
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
             "parameters": parameter_count(lm.model),
             "final_loss": stage_log.final_loss,
             "held": held,
-            "versions": run_folder.versions(),
+            "versions": provenance.versions(),
         },
     )
 
@@ -277,7 +277,7 @@ def _key(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, device
         "facts": facts.sha256(),
         **prompts.fingerprint(settings.prompt_template),
         "vocabulary_from": vocabulary_from.sha256(),
-        "versions": {name: run_folder.versions()[name] for name in ("torch", "transformers", "tokenizers")},
+        "versions": {name: provenance.versions()[name] for name in ("torch", "transformers", "tokenizers")},
     }
     if device != "cpu":
         parts["device"] = device

@@ -67,7 +67,7 @@ def run_demo(
             changes["forget.coef"] = COEF
         config = load_config(base / "update.yaml", changes)
         result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
-        phases = result.summary["phases"]
+        phases = result.summary.phases
         rows = rows or [("original", phases["base"])]
         rows.append((method, phases["updated"]))
     table = comparison_table(rows)

@@ -25,10 +25,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from forgetlearn.config.schema import ModelSettings
-from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_installed, plain, some
+from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_installed, plain, shown, some
 from forgetlearn.models import hub
 from forgetlearn.runtime import sharding
-from forgetlearn.weights.adapter_files import CONFIG, MOST_LAYERS, read_adapter_config, shown
+from forgetlearn.weights.adapter_files import CONFIG, MOST_LAYERS, read_adapter_config
 from forgetlearn.weights.checkpoint_folder import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
 from forgetlearn.weights.task_vector import is_finite
 

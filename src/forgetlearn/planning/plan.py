@@ -6,9 +6,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import psutil
 import torch
@@ -38,6 +37,7 @@ from forgetlearn.planning.estimate import (
 )
 from forgetlearn.planning.loads import Texts, loads_of, stages
 from forgetlearn.planning.outline import Outline, outline_of
+from forgetlearn.storage.records import Manifest
 
 log = logging.getLogger("forgetlearn")
 MEASURE = "measure"
@@ -258,11 +258,11 @@ def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     return f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts, {' + '.join(steps)} steps"
 
 
-def took(manifest: Mapping[str, Any], device: torch.device) -> str:
+def took(manifest: Manifest, device: torch.device) -> str:
     """Return what a finished run took, in a line: seconds of all its stages, and the most memory of this process."""
-    seconds = sum(stage["seconds"] for stage in manifest["stages"].values())
-    line = f"took {show_seconds(seconds)}, at most {show_bytes(manifest['peak_memory_gb'] * GB)}"
+    seconds = sum(stage.seconds for stage in manifest.stages.values())
+    line = f"took {show_seconds(seconds)}, at most {show_bytes(manifest.peak_memory_gb * GB)}"
     if device.type == "cuda":
         line += f" and {show_bytes(torch.cuda.max_memory_allocated(device))} on the device"
-    foreseen = manifest.get("plan")
+    foreseen = manifest.plan
     return line + (f" (planned {show_bytes(foreseen['peak_memory_gb'] * GB)})" if foreseen else "")

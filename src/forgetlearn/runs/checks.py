@@ -12,11 +12,11 @@ from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
-from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
 from forgetlearn.method.checks import check_forgetting, check_learning, out_of_loras_reach
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import check_product
+from forgetlearn.storage.records import Row
 
 GivenConfig = RunConfig | Mapping[str, object] | None
 GivenModel = LanguageModel | nn.Module | str | Path | None
@@ -91,8 +91,8 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
     """Take the model's answers as old answers (policy `model`), except those that were cut off."""
     return with_old_answers(
         facts,
-        {row["fact"]: row["said"] or "" for row in rows},
-        unfinished={row["fact"] for row in rows if row["truncated"]},
+        {row.fact: row.said or "" for row in rows},
+        unfinished={row.fact for row in rows if row.truncated},
         strict=config.facts.strict,
     )
 

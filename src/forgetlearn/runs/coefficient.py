@@ -29,6 +29,7 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Train, Tuned
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
+from forgetlearn.storage.records import Row
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict
@@ -162,7 +163,7 @@ class Search:
         lm: LanguageModel,
         facts: Sequence[Fact],
         config: RunConfig,
-        base_rows: list[scoring.Row],
+        base_rows: list[Row],
         known: list[Fact],
         folder: Path | None = None,
         stage_io: StageIO | None = None,
@@ -213,7 +214,7 @@ class Search:
         pipeline.set_coefficient(coef)
         pipeline.update()
         table = scoring.summarise(pipeline.rows["updated"])
-        return {quantity: table[quantity][protocol]["mean"] for quantity, protocol in (*GOAL, ("residue", "token"))}
+        return {quantity: table[quantity][protocol].mean for quantity, protocol in (*GOAL, ("residue", "token"))}
 
     def _keep(self, folder: Path) -> None:
         """Write what the last trial learned, and its log."""

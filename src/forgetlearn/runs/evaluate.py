@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from forgetlearn.config import preflight
@@ -116,7 +117,7 @@ def _scored(
     phase = "model" if before is None else "updated"
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
     if before is None:
-        rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # of the model with itself
+        rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # with itself: says nothing
     if general_ability.asked(config.evaluate):
         measured[phase] = general_ability.measure(
             lm, config.evaluate, scratch, scratch if reference is not None else None
@@ -127,10 +128,11 @@ def _scored(
         inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
         run = run_folder.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
         run.note(model=lm.describe(), old_answers={**fact_set.old_counts, **fact_set.without_old})
-        write_results(run.path, config, fact_set, rows, general=measured)
+        results = write_results(run.path, config, fact_set, rows, general=measured)
         if updates:
-            retention.write(run.path, phase, retained)
-        run_page.write_run(run.path)
+            summary = retention.write(run.path, phase, retained, results.summary)
+            results = replace(results, summary=summary)
+        run_page.write_run(run.path, run_page.page_of(run, results.summary, results.rows))
         run.finish()
         return run.path
 

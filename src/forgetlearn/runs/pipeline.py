@@ -16,12 +16,12 @@ from torch import Tensor
 from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.evaluation import general_ability, scoring
-from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts import Fact
 from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
 from forgetlearn.method.kinds import STAGE_KINDS, to_own_form
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.storage.records import Row
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict, load_into, snapshot

@@ -11,7 +11,6 @@ from torch import nn
 
 from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
-from forgetlearn.evaluation.scoring import Row
 from forgetlearn.method.kinds import STAGE_KINDS, fold_in
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel, load_model
@@ -19,6 +18,7 @@ from forgetlearn.runs.coefficient import WEIGHTS, Choice, Search, read_choice, r
 from forgetlearn.runs.pipeline import Pipeline, Store, Train, Tuned
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
+from forgetlearn.storage.records import Row, load_rows, save_rows
 from forgetlearn.storage.run_folder import RunFolder
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
@@ -44,8 +44,8 @@ class RunStore(Store):
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return the rows of a step, as they were written."""
-        folder = self.files(step, lambda folder: disk.write_rows(folder / "rows.jsonl", compute()))
-        return disk.read_rows(folder / "rows.jsonl")
+        folder = self.files(step, lambda folder: save_rows(compute(), folder / "rows.jsonl"))
+        return load_rows(Row, folder / "rows.jsonl")
 
     def files(self, step: str, write: Callable[[Path], None]) -> Path:
         """Return the folder `stages/<step>`, after the step was done."""

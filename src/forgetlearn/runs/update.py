@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,6 @@ from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.evaluation.scoring import Row
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, tell_old
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
@@ -39,11 +37,12 @@ from forgetlearn.runs.checks import (
     with_the_models_answers,
 )
 from forgetlearn.runs.pipeline import Pipeline
-from forgetlearn.runs.results import Done, write_results
+from forgetlearn.runs.results import Done, Results, write_results
 from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
-from forgetlearn.storage import digests, disk, records, run_folder
+from forgetlearn.storage import digests, records, run_folder
 from forgetlearn.storage.locks import only_writer
+from forgetlearn.storage.records import Row, Summary, load_rows, save_rows
 from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
@@ -55,7 +54,7 @@ class UpdateResult:
 
     output: Path
     product: Path
-    summary: dict[str, Any]
+    summary: Summary
     rows: list[Row]
 
 
@@ -133,7 +132,7 @@ def _update(
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # their parts of the weights fit no other number of them
     if config.keep_change and not recipe.method.makes_adapter:
-        restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
+        restore.check_keeping(chain.Base(lm.name, config.model.base_model_id, **base))
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
         lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite)
@@ -146,7 +145,7 @@ def _update(
     if noted["lora"]:
         log.warning(noted["lora"])
     told = {name: value for name, value in noted.items() if value}
-    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, inputs), **told)
+    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, base.get("base_sha256")), **told)
     fact_set = _with_old_answers(run, lm, fact_set, config, answers)
     base_name = lm.name if inputs.get("base_sha256") else f"a {type(lm.model).__name__} in memory"
     store = RunStore(run, config, lm, base_name)
@@ -179,9 +178,9 @@ def _with_old_answers(
     """Take what the model itself says as old answers (policy `model`); `rows` is what it said, if it was asked now."""
     if facts.to_ask:
         if not run.is_done("old_answers"):
-            rows = rows or asked_answers(lm, facts, config)
-            run.do("old_answers", lambda folder: disk.write_rows(folder / "rows.jsonl", rows))
-        facts = with_the_models_answers(facts, disk.read_rows(run.path / "stages/old_answers/rows.jsonl"), config)
+            asked = rows or asked_answers(lm, facts, config)
+            run.do("old_answers", lambda folder: save_rows(asked, folder / "rows.jsonl"))
+        facts = with_the_models_answers(facts, load_rows(Row, run.path / "stages/old_answers/rows.jsonl"), config)
     run.note(old_answers={**facts.old_counts, **facts.without_old})
     if Recipe(config).method.forgets:
         for line in tell_old(facts.old_counts, facts.without_old):
@@ -201,37 +200,37 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         forgotten=len(pipeline.to_forget) if recipe.method.forgets else None,
         product=product.name,
         choice=store.choice,
-        rounding=run.noted("learn", "rounding") or run.noted("merge", "rounding"),
+        rounding=run.rounding("learn", "merge"),
     )
-    summary = processes.on_main(lambda: _write(run, facts, pipeline, recipe, products, done))
+    results = processes.on_main(lambda: _write(run, facts, pipeline, recipe, products, done))
     if not recipe.method.makes_adapter:
         lm.saved_in(product)
-    return UpdateResult(run.path, product, summary, disk.read_rows(run.path / "facts.jsonl"))
+    return UpdateResult(run.path, product, results.summary, results.rows)
 
 
 def _write(
     run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, recipe: Recipe, products: list[Path], done: Done
-) -> dict[str, Any]:
-    """Return the summary, after writing everything that is made from the scores and the products."""
+) -> Results:
+    """Write everything that is made from the scores and the products; return the scores."""
     path, config = run.path, recipe.config
-    summary = write_results(path, config, facts, pipeline.rows, done, pipeline.general)
-    context = run_page.load_context(path)
+    results = write_results(path, config, facts, pipeline.rows, done, pipeline.general)
+    page = run_page.page_of(run, results.summary, results.rows)
     for product in products:
-        run_page.write_card(product, context)
-    chain.carry_on(run, products, facts)
+        run_page.write_card(product, page)
+    chain.carry_on(run, products, facts, results.summary)
     if config.keep_change and not recipe.method.makes_adapter:
         run.do("change", lambda folder: restore.keep_change(run, products[0], folder), restore.CHANGE)
-    run_page.write_run(path, {**context, "manifest": run.manifest})  # last, as it tells of all stages
+    run_page.write_run(path, replace(page, manifest=run.manifest))  # last, as it tells of all stages
     run.finish()
     log.info(plan.took(run.manifest, pipeline.lm.device))
     if not config.keep_stages:  # after the end, since a killed run needs them to go on
         run.remove_stage_weights()
-    return summary
+    return results
 
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
     """Raise RunError if the run was begun on weights other than those of the given model."""
-    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest["inputs"], base))
+    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest.inputs, base))
     if was != now:
         begun, given = (next(filter(None, hashes), "unknown") for hashes in (was, now))
         raise RunError(
@@ -246,14 +245,14 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     if in_memory is not None:
         _check_begun_on(run, in_memory)
     base = Path(str(config.model.name))
-    was = run.manifest["inputs"]
+    was = run.manifest.inputs
     now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
     now |= prompts.fingerprint(config.model.prompt_template)
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
-    summary = records.read(records.Summary, path / "summary.json")
-    if not summary["product"]:
+    summary = records.Summary.load(path / "summary.json")
+    if not summary.product:
         raise RunError(f"{path} holds scores, not an update. Choose another folder.")
-    product = path / summary["product"]
+    product = path / summary.product
     if not product.is_dir():
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
     run.check_results()
@@ -261,5 +260,6 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     run.remove_leftovers()  # killed at its end or in this function, it left some, and weights between the stages
     if not config.keep_stages:
         run.remove_stage_weights()
-    run_page.write_run(path)
-    return UpdateResult(path, product, summary, disk.read_rows(path / "facts.jsonl"))
+    page = run_page.load_page(path)
+    run_page.write_run(path, page)
+    return UpdateResult(path, product, page.overview.summary, page.rows)

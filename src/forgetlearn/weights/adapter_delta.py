@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forgetlearn.errors import ModelError, WeightMismatchError, plain, some
+from forgetlearn.errors import ModelError, WeightMismatchError, plain, shown, some
 from forgetlearn.storage.run_folder import MANIFEST
-from forgetlearn.weights.adapter_files import CONFIG, WEIGHT, AdapterFiles, LoraAdapterConfig, open_adapter, shown
+from forgetlearn.weights.adapter_files import CONFIG, WEIGHT, AdapterFiles, LoraAdapterConfig, open_adapter
 from forgetlearn.weights.checkpoint_folder import ADAPTER, FLOATS, CheckpointFolder, Entry, read_object
 from forgetlearn.weights.deltas import Change, read_wide
 from forgetlearn.weights.rounding import Array, Scratch

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from forgetlearn.errors import ModelError, plain, some
+from forgetlearn.errors import ModelError, plain, shown, some
 from forgetlearn.runtime.patterns import Pattern, problem
 from forgetlearn.weights.checkpoint_folder import ADAPTER, FLOATS, CheckpointFolder, read_object
 
@@ -213,12 +213,6 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         if not is_lora and isinstance(value, (int, float)) and abs(value) > MOST_NUMBER:
             raise ModelError(f"{file}: {name} = {shown(value)}: expected at most {MOST_NUMBER:,}.")
     return config
-
-
-def shown(value: object) -> str:
-    """Format a config value for a message, in one short line."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of more than 20 digits"
-    return plain(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def open_adapter(folder: Path) -> AdapterFiles:

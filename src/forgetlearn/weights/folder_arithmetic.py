@@ -18,7 +18,8 @@ from pathlib import Path
 from forgetlearn.errors import ConfigError, ModelError, RunError, some
 from forgetlearn.storage.digests import copy_own, is_recorded, licences, model_files, sha256_of
 from forgetlearn.storage.disk import atomic_folder, naming, read_json, remove_unfinished, write_json
-from forgetlearn.storage.run_folder import ARITHMETIC, MANIFEST, check_output, command_line, versions
+from forgetlearn.storage.provenance import command_line, versions
+from forgetlearn.storage.run_folder import ARITHMETIC, MANIFEST, check_output
 from forgetlearn.weights.adapter_delta import Adapter
 from forgetlearn.weights.agreement import check_coef
 from forgetlearn.weights.checkpoint_folder import INDEX, WHOLE, WIDTHS, CheckpointFolder, header_bytes, read_object
