@@ -101,8 +101,8 @@ def _executor(folder: Path, jobs: Jobs) -> Any:
         )
     except RuntimeError as error:
         raise ConfigError(
-            f"Cannot submit jobs from this machine: {error}\nRun this on a machine of the cluster, or leave out --slurm: "
-            "--workers shares the work among processes of this machine."
+            f"Cannot submit jobs from this machine: {error}\nRun this on a machine of the cluster, or leave out "
+            "--slurm: --workers shares the work among processes of this machine."
         ) from None
     except (NameError, AssertionError, ValueError) as error:
         raise ConfigError(
@@ -124,7 +124,8 @@ def _wait(jobs: Sequence[Any], comparison: Comparison) -> None:
     if n_open:
         reason = f"; the first that failed reports: {_reason(failed[0])}" if failed else ""
         raise RunError(
-            f"{comparison.path}: {n_open} of {len(comparison.cells)} cells are unfinished and no job is running{reason}\n"
+            f"{comparison.path}: {n_open} of {len(comparison.cells)} cells are unfinished, and no job is running"
+            f"{reason}\n"
             f"The jobs' logs are in {comparison.path / JOBS}. Continue with --resume."
         )
     if failed:
