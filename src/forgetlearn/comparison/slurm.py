@@ -124,8 +124,9 @@ def _wait(jobs: Sequence[Any], comparison: Comparison) -> None:
     if n_open:
         reason = f"; the first that failed reports: {_reason(failed[0])}" if failed else ""
         raise RunError(
-            f"{comparison.path}: {n_open} of {len(comparison.cells)} cells are unfinished and no job is running"
-            f"{reason}\nThe jobs' logs are in {comparison.path / JOBS}. Continue with --resume."
+            f"{comparison.path}: {n_open} of {len(comparison.cells)} cells are unfinished, and no job is running"
+            f"{reason}\n"
+            f"The jobs' logs are in {comparison.path / JOBS}. Continue with --resume."
         )
     if failed:
         log.warning("%d of %d jobs failed; the other jobs did their cells", len(failed), len(jobs))
