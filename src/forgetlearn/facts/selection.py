@@ -43,11 +43,14 @@ def read_facts(
         FactError: the source cannot be read or is of no known form, a record is wrong, the policy does
             not fit the form, or no fact is left.
     """
-    return _select(read_source(source, columns or {}), str(source), old_from, limit, strict, columns or {}, aliases)
+    found = read_source(source, columns or {})
+    return from_records(
+        found, source=str(source), old_from=old_from, limit=limit, strict=strict, columns=columns, aliases=aliases
+    )
 
 
 def from_records(
-    records: Sequence[object],
+    records: Sequence[object] | Source,
     *,
     source: str = "records",
     old_from: str | Sequence[str] = "answers",
@@ -61,23 +64,12 @@ def from_records(
     Raises:
         FactError: as `read_facts`.
     """
-    return _select(Source(records), source, old_from, limit, strict, columns or {}, aliases)
-
-
-def _select(
-    found: Source,
-    source: str,
-    old_from: str | Sequence[str],
-    limit: int | None,
-    strict: bool,
-    columns: Mapping[str, str],
-    aliases: str | None,
-) -> FactSet:
+    found = records if isinstance(records, Source) else Source(records)
     try:
         policies = validate(FactsSettings, {"old_from": old_from, "limit": limit}).old_from
     except ConfigError as error:
         raise FactError(str(error)) from None
-    reading = read_records(found.records, source, columns, found.lines)
+    reading = read_records(found.records, source, columns or {}, found.lines)
     if policies == ("pred",) and reading.form.name != "zsre":
         raise FactError(
             f"{source} is of the form {reading.form.name}, which has no 'pred'. Only the form zsre has: "
