@@ -162,14 +162,14 @@ def test_a_folder_without_an_adapter_or_with_one_that_does_not_fit_is_refused(ti
 SAVE = """
 import sys
 from conftest import make_tiny_model
-from forgetlearn import adapters
+from forgetlearn.models import lora
 from forgetlearn.config.schema import LoraSettings
 folder = sys.argv[1]
 from pathlib import Path
-model = adapters.attach(make_tiny_model(), LoraSettings(), adapters.FORGET, seed=1)
-adapters.save(model, adapters.FORGET, Path(folder, "forget"), "base")
-adapters.compose(model, [adapters.FORGET])
-adapters.save(model, adapters.PRODUCT, Path(folder, "product"), "base")
+model = lora.attach(make_tiny_model(), LoraSettings(), lora.FORGET, seed=1)
+lora.save(model, lora.FORGET, Path(folder, "forget"), "base")
+lora.compose(model, [lora.FORGET])
+lora.save(model, lora.PRODUCT, Path(folder, "product"), "base")
 """
 
 

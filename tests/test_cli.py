@@ -558,7 +558,7 @@ def test_interrupt(told, monkeypatch, updated):
     def interrupt(_path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("forgetlearn.report.run_page.write_run", interrupt)
+    monkeypatch.setattr("forgetlearn.comparison.compare.write_run", interrupt)
     code, _out, err = told("report", updated)
     assert code == 130
     assert "--resume" in err

@@ -331,7 +331,8 @@ CHILD = (
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_case_28_a_helper_ends_with_its_parent_however_that_dies(signum, tmp_path):
     script = (
-        "import pickle, sys, time, multiprocessing as m\n"
+        "import pickle, signal, sys, time, multiprocessing as m\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup would have it ignored
         "from forgetlearn.runtime.processes import run_tied\n"
         "if __name__ == '__main__':\n"
         f"    write = pickle.dumps((exec, ({CHILD.format(path=str(tmp_path / 'pid'))!r},)))\n"

@@ -13,6 +13,7 @@ from forgetlearn.comparison.table import write_table
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.report import comparison_page, plots, render
 
+DRAWS = True  # looks at plots
 SETTINGS = CompareSettings(
     methods=("ft", "f-ft", "f-lora"),
     coefs=(0.3, 1.0),

@@ -254,7 +254,7 @@ def test_an_update_by_two_processes_is_that_of_one(update, method, shard):
     ("method", "flags"),
     [
         ("f-ft", ("--coef=auto",)),
-        ("f-lora", ("--coef=auto", "--set=forget.search=full")),
+        ("f-lora", ("--coef=auto",)),
         ("f-ft", ("--teach-old=2",)),
         ("f-ft", ("--old-from=model",)),
         ("ga", ("--coef=0.05",)),

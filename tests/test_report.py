@@ -15,6 +15,7 @@ from forgetlearn.errors import RunError
 from forgetlearn.report import plots, run_page
 from forgetlearn.storage import disk, run_folder
 
+DRAWS = True  # looks at plots
 NASTY = "<script>alert(\"x\")</script> & 'q' | `c` *b* [l](http://evil.example) \x1b[31mred\x07 \u202egnp"
 CELL = {"mean": 78.44, "low": 75.1, "high": 81.5, "n": 2, "errored": 0, "not_asked": 0}
 NOTHING = {"mean": None, "low": None, "high": None, "n": 0, "errored": 2, "not_asked": 0}

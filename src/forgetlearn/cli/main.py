@@ -27,7 +27,6 @@ from forgetlearn.cli.options import (
     OverwriteOption,
     ProcessesOption,
     ResumeOption,
-    SeedOption,
     takes,
 )
 from forgetlearn.cli.terminal import PlainLines, nested, print_facts, print_scores, print_table, say
@@ -48,6 +47,7 @@ app = typer.Typer(
 
 app.add_typer(weights.app)
 
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 TOGETHER = ("update", "evaluate")  # commands that several processes share
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -81,7 +81,7 @@ def _common(
 
 
 class _State:
-    """What the edge of the command needs after a command has failed."""
+    """Flags that are needed after a command has failed."""
 
     debug = False
 
@@ -91,7 +91,7 @@ class _State:
 def facts(
     given: Given, file: Annotated[str, typer.Argument(help=HELP["facts.source"])], as_json: JsonOption = False
 ) -> None:
-    """Read a file of facts, say what is used and what is left out, and show the first three."""
+    """Read a file of facts, list what is used and what is left out, and show the first three."""
     from forgetlearn.facts.fact_set import read_facts
 
     found = read_facts(file, **load_config(None, given.values).facts.model_dump(exclude={"source"}))
@@ -184,7 +184,7 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what an update would take: memory, steps, time, disk, and whether it fits. Nothing is trained."""
+    """Estimate what an update would take: memory, steps, time, disk, and whether it fits. Nothing is trained."""
     config = given.config("plan")
     from forgetlearn.planning.estimate import plan_lines
     from forgetlearn.planning.plan import MEASURE, devices_here, plan_update
@@ -325,7 +325,7 @@ def ask(
 
 @app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run or a comparison.")]) -> None:
-    """Make the pages of a run or a comparison again from its folder, without the model."""
+    """Write the pages of a run or a comparison again from its folder, without the model."""
     from forgetlearn.comparison.compare import write_report
 
     write_report(run_folder)
@@ -373,7 +373,7 @@ def settings(
         say(line)
 
 
-# Bars and warnings of the libraries that nobody asked for.
+# No progress bars and warnings of the libraries.
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -385,17 +385,17 @@ FEW_PRODUCTS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it went well, 2 for anything that the user can put right."""
+    """Run the command; return 0 on success and 2 for anything that the user can fix."""
     for name, value in (QUIET | FEW_PRODUCTS).items():  # the libraries read these when they are imported
         os.environ.setdefault(name, value)
     try:
         with warnings.catch_warnings(), processes.main_speaks():
-            warnings.simplefilter("ignore", FutureWarning)  # for those who maintain the libraries
+            warnings.simplefilter("ignore", FutureWarning)  # meant for the libraries' maintainers
             app(args=list(argv) if argv is not None else None, prog_name="forgetlearn")
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 0
         if code == INTERRUPTED:
-            say("Interrupted. Stages that are done are kept; go on with --resume.", err=True)
+            say("Interrupted. Finished stages are kept; go on with --resume.", err=True)
         return code
     except signals.Interrupted as stop:
         if processes.launched_rank() == 0:
@@ -426,7 +426,7 @@ def _message(error: Exception) -> str | None:
 
 
 def _with_resume(argv: Sequence[str] | None) -> str:
-    """The command of this process as it is to be given to go on."""
+    """Return the command of this process with --resume."""
     from forgetlearn.storage.run_folder import masked
 
     words = masked(list(sys.argv[1:] if argv is None else argv))

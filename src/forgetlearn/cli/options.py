@@ -57,7 +57,6 @@ OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what forgetlearn wrote there.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 ProcessesOption = Annotated[
     int | None,
@@ -93,19 +92,19 @@ def takes(*names: str, files: bool = True) -> Callable[[Command], Command]:
     flags = {
         name.replace(".", "__"): Annotated[_type_of(name), typer.Option(FLAGS[name], help=HELP[name])] for name in names
     }
-    shared = {"config_file": ConfigOption, "setting": SetOption} if files else {}
+    shared = {"from_file": ConfigOption, "assigned": SetOption} if files else {}
 
     def decorate(command: Command) -> Command:
         _given, *own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [*_optional(flags), *(each.replace(kind=KEYWORD_ONLY) for each in own), *_optional(shared)]
 
         @functools.wraps(command)
-        def run(config_file: Path | None = None, setting: list[str] | None = None, **values: object) -> None:
+        def run(from_file: Path | None = None, assigned: list[str] | None = None, **values: object) -> None:
             given = {name: values.pop(name.replace(".", "__")) for name in names}
             given = {name: value for name, value in given.items() if value is not None}
             if modules := given.get("forget.modules"):
                 given["forget.modules"] = parse(str(modules))
-            command(Given({**given, **parse_assignments(setting or [])}, config_file), **values)
+            command(Given({**given, **parse_assignments(assigned or [])}, from_file), **values)
 
         vars(run)["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -119,7 +118,7 @@ def _optional(options: Mapping[str, object]) -> list[inspect.Parameter]:
 
 
 def _type_of(name: str) -> object:
-    """The type of a setting's flag: that of the setting if it is a single number or a switch, else text."""
+    """Return the type of a setting's flag: that of the setting if it is a single number or a switch, else text."""
     _section, field = locate(RunConfig, tuple(name.split(".")))
     types = {field.annotation, *get_args(field.annotation)} if field else set()
     return next((number | None for number in (bool, int, float) if number in types), str | None)

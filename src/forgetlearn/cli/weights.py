@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from forgetlearn.cli.options import JsonOption, OutputOption, OverwriteOption, RunArgument, SeedOption
+from forgetlearn.cli.options import JsonOption, OutputOption, OverwriteOption, RunArgument
 from forgetlearn.cli.terminal import print_tallies, say
 from forgetlearn.errors import ConfigError, plain
 
@@ -33,6 +33,7 @@ DtypeOption = Annotated[StoredAs, typer.Option("--dtype", help="Precision of the
 RoundingOption = Annotated[
     Rounding, typer.Option("--rounding", help="stochastic keeps small changes in bfloat16, with a little noise.")
 ]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of stochastic rounding.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; unset: the cores, up to 4.")]
 BaseIdOption = Annotated[str | None, typer.Option("--base-model-id", help="The base's id on the hub, for the card.")]
 MergedOption = Annotated[bool, typer.Option("--merged", help="The merged weights instead of the adapter.")]
@@ -42,7 +43,7 @@ MergedOption = Annotated[bool, typer.Option("--merged", help="The merged weights
 def subtract(
     base: BaseOption,
     output: OutputOption,
-    coef: Annotated[float, typer.Option("--coef", help="How much of the change is subtracted: 0.3, say.")],
+    coef: Annotated[float, typer.Option("--coef", help="How much of the change is subtracted, for example 0.3.")],
     tuned: Annotated[
         Path | None, typer.Option("--tuned", help="Subtract what fine-tuning added: its model's folder.")
     ] = None,
@@ -145,7 +146,7 @@ def undo(
         typer.Option("--output", help="Folder to write the base to; unset: it only says where the base is."),
     ] = None,
 ) -> None:
-    """Give back the exact base of a run, verified by its hash, or say why not."""
+    """Restore the exact base of a run, verified by its hash, or explain why it cannot be restored."""
     _few_threads()
     from forgetlearn.products.restore import undo_run
 
@@ -174,9 +175,7 @@ def push(
     base_model_id: BaseIdOption = None,
     merged: MergedOption = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch to write to; made if it is not there.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to write to; created if missing.")] = None,
 ) -> None:
     """Publish a run's product on the hub, with the token of HF_TOKEN or `hf auth login`."""
     from forgetlearn.products import publish
@@ -239,13 +238,13 @@ def show_log(
         first, *others = map(plain, describe(update))
         say("\n".join([f"{number:>2}  {first}", *(f"    {line}" for line in others)]))
     if not chain:
-        say(f"{model}: no update of forgetlearn made this model, as far as it tells.")
+        say(f"{model}: no update of forgetlearn is recorded for this model.")
     elif verify:
         say("verified: the files are those that the last update wrote")
 
 
 def _factors(base: Path, modules: str) -> dict[str, float]:
-    """The factor of each weight that a flag names; parts such as `mlp` take the model's structure, and so torch."""
+    """Return the factor of each weight that a flag names; parts such as `mlp` need the model's structure, so torch."""
     from forgetlearn.models import module_names
     from forgetlearn.weights.checkpoint_folder import CheckpointFolder
 
@@ -259,10 +258,10 @@ def _factors(base: Path, modules: str) -> dict[str, float]:
 
 
 def _folder_of(base: str, revision: str | None = None) -> Path:
-    """The folder of a base, downloaded into the hub's cache where it is named by a hub id.
+    """Return the folder of a base, downloaded into the hub's cache if it is named by a hub id.
 
     Raises:
-        ConfigError: a revision of what is not on the hub.
+        ConfigError: a revision is given for a path.
     """
     if Path(base).exists() or base.count("/") != 1:  # the hub's client takes a while to import
         if revision is not None:
@@ -274,7 +273,7 @@ def _folder_of(base: str, revision: str | None = None) -> Path:
 
 
 def _few_threads() -> None:
-    """Before numpy is imported: the products of factors are small, and the pieces are shared out already."""
+    """Use one BLAS thread (call this before numpy is imported): pieces of the weights already run in parallel."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 

@@ -118,7 +118,9 @@ def begin(
             "Give numbers with --coefs; for auto run `forgetlearn update`."
         )
     if config.teach.epochs or "model" in config.facts.old_from:
-        raise ConfigError("compare takes the base as it is: set teach.epochs to 0, and facts.old_from not to model.")
+        raise ConfigError(
+            "compare needs a base that holds its facts: set teach.epochs = 0, and do not use old_from = model."
+        )
     check_engine(config.evaluate, changed_by="compare")
     if config.model.quantization != "none":
         raise ConfigError("model.quantization: compare restores the base's weights for each cell. Use update, or none.")
@@ -176,7 +178,7 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
             helper.terminate()
     failed = [helper.exitcode for helper in helpers if helper.exitcode]
     if failed:
-        log.warning("%d of %d workers failed; their cells were done here", len(failed), len(helpers))
+        log.warning("%d of %d workers failed; this process did their cells", len(failed), len(helpers))
 
 
 def _help(comparison: Comparison, n_threads: int) -> None:

@@ -101,7 +101,7 @@ def _executor(folder: Path, jobs: Jobs) -> Any:
         )
     except RuntimeError as error:
         raise ConfigError(
-            f"No jobs can be submitted here: {error}\nRun this on a machine of the cluster, or leave out --slurm: "
+            f"Cannot submit jobs from this machine: {error}\nRun this on a machine of the cluster, or leave out --slurm: "
             "--workers shares the work among processes of this machine."
         ) from None
     except (NameError, AssertionError, ValueError) as error:
@@ -124,11 +124,11 @@ def _wait(jobs: Sequence[Any], comparison: Comparison) -> None:
     if n_open:
         reason = f"; the first that failed reports: {_reason(failed[0])}" if failed else ""
         raise RunError(
-            f"{comparison.path}: {n_open} of {len(comparison.cells)} cells are open and no job is left{reason}\n"
+            f"{comparison.path}: {n_open} of {len(comparison.cells)} cells are unfinished and no job is running{reason}\n"
             f"The jobs' logs are in {comparison.path / JOBS}. Continue with --resume."
         )
     if failed:
-        log.warning("%d of %d jobs failed; their cells were done by the others", len(failed), len(jobs))
+        log.warning("%d of %d jobs failed; the other jobs did their cells", len(failed), len(jobs))
 
 
 def _reason(error: Exception) -> str:

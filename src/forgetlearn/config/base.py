@@ -6,12 +6,11 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from forgetlearn.config import safe_yaml
 from forgetlearn.errors import ConfigError
@@ -155,7 +154,7 @@ def upgraded(kind: type[Settings], recorded: Mapping[str, object]) -> dict[str, 
         return dict(recorded)
 
 
-def _problem(kind: type[Settings], item: ErrorDetails, where: str | None, elsewhere: frozenset[str]) -> str:
+def _problem(kind: type[Settings], item: Mapping[str, Any], where: str | None, elsewhere: frozenset[str]) -> str:
     """Return one line for one of pydantic's errors; it names the file unless a flag gave the value."""
     loc = tuple(part for part in item["loc"] if part not in TAGS)
     in_list = bool(loc) and isinstance(loc[-1], int)  # the value shows which item it is
@@ -177,7 +176,7 @@ def _problem(kind: type[Settings], item: ErrorDetails, where: str | None, elsewh
     return f"{name}{shown}{suffix}: {expected}.{near}{' ' + description if description else ''}"
 
 
-def _nearest_choice(item: ErrorDetails) -> str:
+def _nearest_choice(item: Mapping[str, Any]) -> str:
     choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
     near = difflib.get_close_matches(str(item["input"]), choices, n=1)
     return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,7 +1,6 @@
-"""Every setting of a run: documented, frozen models; a file and flags become one validated config.
+"""All settings of a run as documented, frozen models; a file and flags become one validated config.
 
-The descriptions here are the only ones: the command's help, the JSON schema and docs/commands.md are
-made from them.
+The descriptions here are the only ones: the command's help, the JSON schema and docs/commands.md use them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Policies = Annotated[  # in a file a list, or one text with commas; written as t
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split, json_schema_input_type=str | tuple[str, ...])]
 AUTO = "auto"
-Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
+Coefficient = Annotated[  # distinguished by a function, so that a problem is reported once
     Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
     Discriminator(lambda value: AUTO if value == AUTO else "a number"),
 ]
@@ -264,7 +263,7 @@ class ModelSettings(Settings):
     prompt_template: str = Field(
         "auto",
         description="How prompts are put to the model, in training and scoring alike: plain, chat (the tokenizer's "
-        "template), alpaca, or a text file with {prompt} in it; auto: chat where there is a template, else plain.",
+        "template), alpaca, or a text file with {prompt} in it; auto: chat if there is a template, else plain.",
     )
     base_model_id: str | None = Field(
         None, description="Hub id of the base for the model card, when name is a local folder."
@@ -291,7 +290,8 @@ class FactsSettings(Settings):
     aliases: str | None = Field(
         None,
         min_length=1,
-        description="What divides the ways to write an answer: a bar, say. The first is taught, each counts as right.",
+        description="Separator between several ways to write an answer, such as a bar. The first is taught, all count "
+        "as right.",
     )
 
     @field_validator("old_from")
@@ -402,17 +402,17 @@ class RunConfig(Settings):
     @property
     def teaching(self) -> TrainSettings:
         """All settings of the teaching stage, for the training engine."""
-        return TrainSettings(**{**dict(self.train), **dict(self.teach)})
+        return validate(TrainSettings, {**dict(self.train), **dict(self.teach)})
 
     @property
     def forgetting(self) -> ForgetSettings:
         """All settings of the forgetting stage, for the training engine."""
-        return ForgetSettings(**{**dict(self.train), **dict(self.forget), "lora": self.lora})
+        return validate(ForgetSettings, {**dict(self.train), **dict(self.forget), "lora": self.lora})
 
     @property
     def learning(self) -> StageSettings:
         """All settings of the learning stage, for the training engine."""
-        return StageSettings(**{**dict(self.train), **dict(self.learn), "lora": self.lora})
+        return validate(StageSettings, {**dict(self.train), **dict(self.learn), "lora": self.lora})
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> RunConfig:
@@ -441,7 +441,7 @@ class RunConfig(Settings):
 
 
 def _texts(data: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values of all texts in nested settings."""
+    """Yield dotted names and values of all texts in nested settings."""
     if isinstance(data, str):
         yield name, data
     elif isinstance(data, Mapping):
@@ -453,10 +453,10 @@ def _texts(data: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def load_config(file: Path | None = None, overrides: Mapping[str, object] | None = None) -> RunConfig:
-    """The validated config: defaults, then the YAML file, then overrides by dotted name.
+    """Return the validated config: defaults, then the YAML file, then overrides by dotted name.
 
     Raises:
-        ConfigError: with every problem that was found, one a line.
+        ConfigError: all problems, one a line.
     """
     data = read_yaml(file) if file else {}
     for dotted, value in (overrides or {}).items():
@@ -472,6 +472,6 @@ def _assign(data: dict[str, object], dotted: str, value: object) -> None:
         if inner is None:
             inner = data[parent] = {}
         elif not isinstance(inner, dict):
-            raise ConfigError(f"{dotted}: '{parent}' is a single value ({inner!r}), it holds no settings.")
+            raise ConfigError(f"{dotted}: '{parent}' is a single value ({inner!r}), not a section of settings.")
         data = inner
     data[last] = value

@@ -135,7 +135,7 @@ def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
         if pairs.setdefault(prompt, answer) != answer:
             contradictions += 1
     if not any(fact.ground_truth for fact in facts):
-        raise FactError(f"{facts.source}: no fact has an old answer, so there is nothing for a lab base to hold.")
+        raise FactError(f"{facts.source}: no fact has an old answer, so a lab base would have nothing to learn.")
     return list(pairs.items()), contradictions
 
 

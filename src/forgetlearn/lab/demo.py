@@ -54,7 +54,7 @@ def run_demo(
         if not (resume or overwrite):
             raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
         if not marker.is_file():
-            raise RunError(f"{output} was not written by the demo. Choose another folder.")
+            raise RunError(f"{output} was not created by `forgetlearn demo`. Choose another folder.")
     with disk.naming(output):
         output.mkdir(parents=True, exist_ok=True)
     disk.write_json(marker, {"n_facts": n_facts, "seed": seed})

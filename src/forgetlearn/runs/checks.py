@@ -1,4 +1,4 @@
-"""What an update reads: the config with what was passed in, its facts, and the checks before anything is written."""
+"""What a command works on: the config merged with its arguments, the facts, and checks before anything is written."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     return settings
 
 
-AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # of facts that are read already
+AS_READ: dict[str, object] = {
+    "limit": None,
+    "columns": {},
+    "aliases": None,
+}  # facts that are passed in were read already
 
 
 def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:
@@ -63,7 +67,7 @@ def _no_contradiction(part: str, asked: Settings, given: Settings, why: str) -> 
 
 
 def read_config_facts(config: RunConfig) -> FactSet:
-    """The facts that the config names."""
+    """Read the facts that the config names."""
     settings = config.facts
     if not settings.source:
         raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV, TSV, XLSX).")
@@ -84,7 +88,7 @@ def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[
 
 
 def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) -> FactSet:
-    """Take what the model said as old answers (policy `model`), unless it was cut off."""
+    """Take the model's answers as old answers (policy `model`), except those that were cut off."""
     return with_old_answers(
         facts,
         {row["fact"]: row["said"] or "" for row in rows},
@@ -147,7 +151,7 @@ def check_weights(*models: object) -> None:
     """Raise RunError if models that are products on this disk have other weights than their last updates wrote.
 
     Raises:
-        RunError: which files are others; what is made of them would say nothing of it.
+        RunError: with the names of the files that differ.
     """
     for named in models:
         if isinstance(named, (str, Path)) and Path(named).is_dir():

@@ -1,4 +1,4 @@
-"""Scoring and asking a model that is there already: `evaluate` writes a run folder, `ask` prints answers."""
+"""Scoring and asking an existing model: `evaluate` writes a run folder, `ask` returns answers."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def evaluate(
     earlier: Sequence[str | Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """The folder with scores and a report of a model, or of an adapter on its base, on facts.
+    """Score a model, or an adapter on its base, on facts; write scores and a report to a folder, and return it.
 
-    With `reference` (the model before) its scores stand beside, and locality is agreement with it. Under the
-    policy `model` the old answers are what the reference says, or without one what the model says.
+    `reference`, the model before the update, is scored too, and locality is agreement with it. Under the policy
+    `model` the old answers are what the reference says, or without one what the model says.
 
-    With `earlier` (places where facts may be, or none) the facts of the model's earlier updates are scored too:
+    With `earlier` (places to look for facts, or none) the facts of the model's earlier updates are scored too:
     retention.
 
     Raises:
@@ -73,7 +73,7 @@ def evaluate(
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder that all processes share, while it is needed."""
+    """Make a temporary folder that all processes share."""
     folder = processes.on_main(lambda: tempfile.mkdtemp(prefix="forgetlearn-"))
     try:
         yield Path(folder)
@@ -91,7 +91,7 @@ def _scored(
     earlier: Sequence[str | Path] | None,
     scratch: Path,
 ) -> Callable[[Path, bool], Path]:
-    """What writes the run folder, given its path and whether one there is replaced, after all has been scored."""
+    """Score everything, then return what writes the run folder, given its path and `overwrite`."""
     updates = []
     if earlier is not None:
         updates = retention.earlier_updates(str(config.model.name), fact_set, earlier)
@@ -116,7 +116,7 @@ def _scored(
     phase = "model" if before is None else "updated"
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
     if before is None:
-        rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # with itself: says nothing
+        rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # of the model with itself
     if general_ability.asked(config.evaluate):
         measured[phase] = general_ability.measure(
             lm, config.evaluate, scratch, scratch if reference is not None else None
@@ -146,7 +146,7 @@ def ask(
     model: LanguageModel | str | Path | None = None,
     config: GivenConfig = None,
 ) -> dict[str, str]:
-    """Prompt to the model's greedy answer.
+    """Return the model's greedy answer to each prompt.
 
     Raises:
         ModelError: the model cannot be loaded.

@@ -116,8 +116,6 @@ class Pipeline:
         self._score("base")
         self._measure("base")
         self.known = scoring.held_facts(self.facts, self.rows["base"], self._probe)
-        if self.recipe.forget and not self.to_forget:
-            log.warning("The model gives none of the old answers, so there is nothing to forget; it only learns.")
 
     @property
     def to_forget(self) -> list[Fact]:
@@ -132,6 +130,8 @@ class Pipeline:
             self._train(stage, len(facts), lambda stage_io: self._forget(stage, facts, tuned, stage_io))
             if "forgotten" in self.recipe.phases:
                 self._score("forgotten")
+        elif stage:
+            log.warning("The model gives none of the old answers, so there is nothing to forget; it only learns.")
         self._train(self.recipe.learn, len(self.facts), self._learn)
         self._score("updated")
         self._measure("updated")

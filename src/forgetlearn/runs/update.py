@@ -99,7 +99,7 @@ def _update(
     resume: bool,
     overwrite: bool,
 ) -> UpdateResult:
-    """`update`, with the config that was resolved, in a folder that is this process's own, or of several together."""
+    """Do what `update` does, with a resolved config, in a folder that is locked for this process or this group."""
     check_trackers(config.report_to)
     goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
     if goes_on:  # before a large model is loaded
