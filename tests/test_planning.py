@@ -32,7 +32,7 @@ from forgetlearn.planning.estimate import (
 )
 from forgetlearn.planning.outline import outline_of
 from forgetlearn.planning.plan import plan_update
-from forgetlearn.planning.trace import Skeleton, seen
+from forgetlearn.planning.trace import Skeleton, measure
 from forgetlearn.training.finetune import finetune
 from forgetlearn.weights.checkpoint_folder import Entry, header_bytes
 from hub_server import serve
@@ -107,7 +107,7 @@ class TestTrace:
         own = [weight for weight in real.parameters() if weight.requires_grad]
         assert trained == sum(weight.numel() for weight in own)
         assert skeleton.weights_bytes == 4 * sum(weight.numel() for weight in real.parameters())
-        there = seen(real, lambda: skeleton.loss(real, TEXTS, STAGE, 0).backward(), 28)
+        there = measure(real, lambda: skeleton.loss(real, TEXTS, STAGE, 0).backward(), 28)
         assert all(weight.grad is not None for weight in own)
         found = skeleton.train_step(TEXTS, STAGE, 0)
         assert found.peak_bytes > 4 * trained

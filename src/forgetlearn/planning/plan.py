@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import psutil
 import torch
+from torch.utils.benchmark import Timer
 
 from forgetlearn.config.methods import KINDS, METHODS
 from forgetlearn.config.recipe import Recipe
@@ -164,12 +164,12 @@ def measured_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.
     """Time the device's matrix products, its copies and its smallest operation, each for a moment."""
     side = 4096 if device.type == "cuda" else 768
     one, two = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = _seconds_of(lambda: one @ two, device, seconds)
+    product = _seconds_of(lambda: one @ two, seconds)
     block = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(block)
-    copy = _seconds_of(lambda: target.copy_(block), device, seconds)
+    copy = _seconds_of(lambda: target.copy_(block), seconds)
     small = torch.ones(8, device=device)
-    operation = _seconds_of(lambda: small + small, device, seconds / 3)
+    operation = _seconds_of(lambda: small + small, seconds / 3)
     rate = 2 * side**3 / product
     bandwidth = 2 * block.numel() * block.itemsize / copy
     source = (
@@ -179,24 +179,10 @@ def measured_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.
     return Speed(EFFICIENCY * rate, bandwidth, operation, source)
 
 
-def _seconds_of(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return the seconds of one call, the median of several rounds."""
-    rounds: list[float] = []
-    run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rounds) < 3:
-        _wait(device)
-        start = time.perf_counter()
-        for _ in range(4):
-            run()
-        _wait(device)
-        rounds.append((time.perf_counter() - start) / 4)
-    return sorted(rounds)[len(rounds) // 2]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _seconds_of(run: Callable[[], object], seconds: float) -> float:
+    """Return the seconds of one call, the median over about as many seconds as given."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=seconds).median)
 
 
 def speed_of(text: str, planned: Sequence[StagePlan], config: RunConfig, devices: Devices) -> Speed:
