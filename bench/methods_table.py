@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from forgetlearn.config.schema import load_config
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.lab.build import LabSettings, build_lab
 from forgetlearn.report.render import COLUMNS
 from forgetlearn.runs.update import update

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn.comparison.grid import CELLS, Cell, CompareSettings, cells_of
+from forgetlearn.comparison.cells import Cell, CompareSettings, cells_of
+from forgetlearn.comparison.grid import CELLS
 from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import RunConfig
@@ -44,7 +45,7 @@ class Row:
     @property
     def plain(self) -> str:
         """The label of what it is compared with."""
-        return "lora" if METHODS[self.first.method].learns == "lora" else "ft"
+        return METHODS[self.first.method].plain
 
     @cached_property
     def scores(self) -> dict[tuple[int, int], Scores]:

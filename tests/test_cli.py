@@ -137,12 +137,42 @@ def test_version(told):
 def test_help_and_facts_do_without_heavy_imports(lab_facts):
     code = (
         "import sys; from forgetlearn.cli.main import main\n"
-        f"assert main(['--help']) == main(['facts', {str(lab_facts)!r}]) == main(['settings']) == 0\n"
+        "assert main(['--help']) == main(['subtract', '--help']) == main(['settings']) == 0\n"
+        "assert 'rich' not in sys.modules\n"  # as slow to import as all else that --help needs
+        f"assert main(['facts', {str(lab_facts)!r}]) == 0\n"
         "heavy = {'torch', 'transformers', 'peft', 'matplotlib', 'numpy', 'scipy'} & set(sys.modules)\n"
         "print(sorted(heavy), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["lab", "--old-from", "pred", "--columns", "prompt=Q"], ["facts.old_from", "facts.columns"]),
+        (["lab", "--facts", "FACTS", "--set", "n_facts=3"], ["n_facts"]),
+        (["compare", "--epochs", "1,2", "--set", "learn.epochs=4"], ["learn.epochs", "--epochs"]),
+        (["compare", "--slurm-set", "partition=gpu"], ["--slurm"]),
+    ],
+)
+def test_what_a_command_would_ignore_is_refused(told, lab_facts, tmp_path, argv, named):
+    argv = [str(lab_facts) if word == "FACTS" else word for word in argv]
+    code, _out, err = told(*argv, "--output", str(tmp_path / "out"))
+    assert code == 2
+    assert [name for name in named if name not in err] == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("update", "--shard"), ("update", "--deepspeed"), ("ask", "--engine"), ("compare", "--slurm")],
+)
+def test_what_never_ran_on_its_real_counterpart_is_called_experimental(told, command, flag):
+    code, out, _err = told(command, "--help")
+    assert code == 0
+    text = " ".join(out.split())
+    assert "xperimental" in text[text.index(f" {flag} ") :][:150]
 
 
 def test_settings(told):
@@ -427,7 +457,7 @@ BAD_MODELS = {
     "no weights": (LLAMA, [], "no weights"),
     "no config": (None, ["model.safetensors"], "no config.json"),
     "remote code": (REMOTE, ["model.safetensors"], "model.trust_remote_code=true"),
-    "damaged": (LLAMA, ["model.safetensors"], "it is cut short"),
+    "damaged": (LLAMA, ["model.safetensors"], "model.safetensors"),
 }
 
 
@@ -528,7 +558,7 @@ def test_interrupt(told, monkeypatch, updated):
     def interrupt(_path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("forgetlearn.report.run_page.write_run", interrupt)
+    monkeypatch.setattr("forgetlearn.comparison.compare.write_run", interrupt)
     code, _out, err = told("report", updated)
     assert code == 130
     assert "--resume" in err

@@ -17,6 +17,7 @@ from forgetlearn.report.comparison_page import CellAnswers
 from forgetlearn.report.table import Table, TableRow
 from forgetlearn.storage.records import Input, Row
 
+DRAWS = True  # looks at plots
 SETTINGS = CompareSettings(
     methods=("ft", "f-ft", "f-lora"),
     coefs=(0.3, 1.0),

@@ -10,6 +10,7 @@ from forgetlearn.products.inspect import inspect_change, place_of
 from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
 from written_by_hand import a_manifest, a_summary, write_run
 
+DRAWS = True  # looks at plots
 WEIGHTS = "model.safetensors"
 NAMES = ["embed.weight", "layers.0.mlp.up.weight", "layers.1.mlp.up.weight", "layers.1.norm.weight"]
 

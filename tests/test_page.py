@@ -24,6 +24,7 @@ from written_by_hand import fact_counts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt install chromium)")
+DRAWS = True  # looks at plots
 NASTY = '<script>document.title = "run"</script> & \'q\' "r"'
 PHASES = ("base", "forgotten", "updated")
 # said by the updated model, its scores (reliability, generality, locality, residue), what is shown of them

@@ -17,6 +17,7 @@ from forgetlearn.storage import disk, run_folder
 from forgetlearn.storage.records import Input, Row
 from written_by_hand import change_manifest, fact_counts, seal
 
+DRAWS = True  # looks at plots
 NASTY = "<script>alert(\"x\")</script> & 'q' | `c` *b* [l](http://evil.example) \x1b[31mred\x07 \u202egnp"
 CELL = {"mean": 78.44, "low": 75.1, "high": 81.5, "n": 2, "errored": 0, "not_asked": 0}
 NOTHING = {"mean": None, "low": None, "high": None, "n": 0, "errored": 2, "not_asked": 0}

@@ -6,12 +6,12 @@ import torch
 
 from forgetlearn.config.schema import EvaluateSettings, ModelSettings, TrainSettings
 from forgetlearn.errors import ModelError
-from forgetlearn.evaluation import scoring
+from forgetlearn.evaluation import scorer, scoring
 from forgetlearn.evaluation.generation import Room
-from forgetlearn.evaluation.scoring import Failure, Generated, Reading, Scorer
-from forgetlearn.facts.fact_set import Probe, make_fact, read_facts
+from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
+from forgetlearn.facts import Probe, make_fact, read_facts
+from forgetlearn.method.core import old_pairs, teach
 from forgetlearn.models.language_model import load_model, wrap
-from forgetlearn.runs.stages import teach
 from forgetlearn.storage.records import Row
 
 FACTS = [
@@ -106,12 +106,9 @@ def test_batches_are_halved_where_memory_runs_out(lm, monkeypatch, caplog):
     found = Scorer(lm, EvaluateSettings(batch_size=12)).read(pairs)
     assert [found[pair].predicted for pair in pairs] == [plain[pair].predicted for pair in pairs]
     assert tried == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3]
-    assert [record.message for record in caplog.records] == [
-        "scoring: out of memory with 12 texts at once; going on with 6.",
-        "scoring: out of memory with 6 texts at once; going on with 3.",
-    ]
+    assert [record.args for record in caplog.records] == [("scoring", 12, 6), ("scoring", 6, 3)]
     monkeypatch.setattr(Scorer, "_read_batch", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(ModelError, match="cpu has too little memory for 1 texts at once"):
+    with pytest.raises(ModelError, match=r"evaluate\.batch_size"):
         Scorer(lm).read(pairs[:2])
 
 
@@ -175,18 +172,18 @@ def test_a_model_agrees_with_itself_and_not_with_another(lm, tiny_model, char_to
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
 @torch.no_grad()
 def test_logits_that_are_not_finite_are_counted_not_scored(lm, protocols, damage):
-    scorer = Scorer(lm, EvaluateSettings(protocols=protocols))
-    reading = scorer._read_batch([lm.encoder.encode("a", "b")])[0]
+    asking = Scorer(lm, EvaluateSettings(protocols=protocols))
+    reading = asking._read_batch([lm.encoder.encode("a", "b")])[0]
     assert isinstance(reading, Reading)
     assert (reading.logprob is None) == (protocols == ("token",))
     lm.model.lm_head.weight[5] = damage
-    assert isinstance(scorer._read_batch([lm.encoder.encode("a", "b")])[0], Failure)
+    assert isinstance(asking._read_batch([lm.encoder.encode("a", "b")])[0], Failure)
 
 
 def test_texts_are_read_with_attention_text_by_text_and_the_model_is_left_as_it_was(lm, monkeypatch):
     layouts = []
-    original = scoring.read_logits
-    monkeypatch.setattr(scoring, "read_logits", lambda *args: layouts.append(args[2]) or original(*args))
+    original = scorer.read_logits
+    monkeypatch.setattr(scorer, "read_logits", lambda *args: layouts.append(args[2]) or original(*args))
     scoring.score(lm, FACTS, phase="base", settings=EvaluateSettings(protocols=("token",)))
     assert layouts == ["shared_by_text"]
     assert lm.model.config._attn_implementation == "sdpa"
@@ -258,7 +255,7 @@ def memorised(tiny_model, char_tokenizer):
     long, short = make_fact("What is it?", LONG), make_fact("Where is it?", "Rome")
     lm = wrap(tiny_model(hidden_size=64), char_tokenizer)
     held = [replace(fact, ground_truth=fact.target_new) for fact in (new, long, short)]
-    teach(lm, held, TrainSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
+    teach(lm, old_pairs(held), TrainSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
     return lm, [new, long, short]
 
 

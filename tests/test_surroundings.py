@@ -11,7 +11,7 @@ import forgetlearn
 from conftest import QUICK
 from forgetlearn.cli.main import main
 from forgetlearn.errors import FactError
-from forgetlearn.facts.fact_set import as_fact_set, read_facts
+from forgetlearn.facts import as_fact_set, read_facts
 from forgetlearn.storage import disk
 
 LATIN = os.fsdecode(b"caf\xe9")  # not UTF-8

@@ -30,74 +30,138 @@ from typing import TYPE_CHECKING
 from forgetlearn._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from forgetlearn.comparison.cells import CompareSettings as CompareSettings
+    from forgetlearn.comparison.compare import compare as compare
+    from forgetlearn.comparison.compare import write_report as write_report
     from forgetlearn.config.methods import METHODS as METHODS
     from forgetlearn.config.schema import ForgetSettings as ForgetSettings
     from forgetlearn.config.schema import RunConfig as RunConfig
     from forgetlearn.config.schema import StageSettings as StageSettings
+    from forgetlearn.config.schema import TrainSettings as TrainSettings
     from forgetlearn.config.schema import load_config as load_config
     from forgetlearn.errors import ForgetLearnError as ForgetLearnError
     from forgetlearn.evaluation.scoring import score as score
     from forgetlearn.evaluation.scoring import summarise as summarise
-    from forgetlearn.facts.fact_set import Fact as Fact
-    from forgetlearn.facts.fact_set import FactSet as FactSet
-    from forgetlearn.facts.fact_set import read_facts as read_facts
+    from forgetlearn.facts import Fact as Fact
+    from forgetlearn.facts import FactSet as FactSet
+    from forgetlearn.facts import read_facts as read_facts
     from forgetlearn.lab.build import LabSettings as LabSettings
     from forgetlearn.lab.build import build_lab as build_lab
+    from forgetlearn.lab.demo import run_demo as demo
     from forgetlearn.method.core import forget as forget
     from forgetlearn.method.core import learn as learn
     from forgetlearn.models.language_model import LanguageModel as LanguageModel
     from forgetlearn.models.language_model import load_model as load_model
     from forgetlearn.models.language_model import wrap as wrap
-    from forgetlearn.planning.plan import plan_update as plan_update
-    from forgetlearn.products.inspect import inspect_change as inspect_change
+    from forgetlearn.planning.plan import plan_update as plan
+    from forgetlearn.products.chain import chain_of as log
+    from forgetlearn.products.inspect import inspect_change as inspect
+    from forgetlearn.products.publish import push as push
+    from forgetlearn.products.publish import save as save
+    from forgetlearn.products.restore import apply_run as apply_run
+    from forgetlearn.products.restore import undo_run as undo
     from forgetlearn.runs.coefficient import choose_coefficient as choose_coefficient
     from forgetlearn.runs.evaluate import ask as ask
     from forgetlearn.runs.evaluate import evaluate as evaluate
     from forgetlearn.runs.update import update as update
     from forgetlearn.weights.folder_arithmetic import apply_vector as apply_vector
     from forgetlearn.weights.folder_arithmetic import save_vector as save_vector
-    from forgetlearn.weights.folder_arithmetic import subtract_folders as subtract_folders
+    from forgetlearn.weights.folder_arithmetic import subtract_folders as subtract
+    from forgetlearn.weights.streaming import Numbers as Numbers
     from forgetlearn.weights.task_vector import TaskVector as TaskVector
 
-# Public names and the modules they live in; loaded on first use, so that `import forgetlearn` is instant.
+# Public name -> where it is; loaded on first use, so that `import forgetlearn` is instant.
 _PUBLIC = {
-    "apply_vector": "weights.folder_arithmetic",
-    "save_vector": "weights.folder_arithmetic",
-    "subtract_folders": "weights.folder_arithmetic",
-    "ask": "runs.evaluate",
-    "evaluate": "runs.evaluate",
-    "choose_coefficient": "runs.coefficient",
-    "ForgetSettings": "config.schema",
-    "RunConfig": "config.schema",
-    "StageSettings": "config.schema",
-    "load_config": "config.schema",
-    "ForgetLearnError": "errors",
-    "plan_update": "planning.plan",
-    "score": "evaluation.scoring",
-    "summarise": "evaluation.scoring",
-    "Fact": "facts.fact_set",
-    "FactSet": "facts.fact_set",
-    "read_facts": "facts.fact_set",
-    "inspect_change": "products.inspect",
-    "LabSettings": "lab.build",
-    "build_lab": "lab.build",
-    "LanguageModel": "models.language_model",
-    "load_model": "models.language_model",
-    "wrap": "models.language_model",
-    "update": "runs.update",
-    "TaskVector": "weights.task_vector",
-    "METHODS": "config.methods",
-    "forget": "method.core",
-    "learn": "method.core",
+    "compare": "comparison.compare.compare",
+    "write_report": "comparison.compare.write_report",
+    "CompareSettings": "comparison.cells.CompareSettings",
+    "METHODS": "config.methods.METHODS",
+    "ForgetSettings": "config.schema.ForgetSettings",
+    "RunConfig": "config.schema.RunConfig",
+    "StageSettings": "config.schema.StageSettings",
+    "TrainSettings": "config.schema.TrainSettings",
+    "load_config": "config.schema.load_config",
+    "ForgetLearnError": "errors.ForgetLearnError",
+    "score": "evaluation.scoring.score",
+    "summarise": "evaluation.scoring.summarise",
+    "Fact": "facts.fact_set.Fact",
+    "FactSet": "facts.fact_set.FactSet",
+    "read_facts": "facts.fact_set.read_facts",
+    "LabSettings": "lab.build.LabSettings",
+    "build_lab": "lab.build.build_lab",
+    "demo": "lab.demo.run_demo",
+    "forget": "method.core.forget",
+    "learn": "method.core.learn",
+    "LanguageModel": "models.language_model.LanguageModel",
+    "load_model": "models.language_model.load_model",
+    "wrap": "models.language_model.wrap",
+    "plan": "planning.plan.plan_update",
+    "log": "products.chain.chain_of",
+    "inspect": "products.inspect.inspect_change",
+    "push": "products.publish.push",
+    "save": "products.publish.save",
+    "apply_run": "products.restore.apply_run",
+    "undo": "products.restore.undo_run",
+    "choose_coefficient": "runs.coefficient.choose_coefficient",
+    "ask": "runs.evaluate.ask",
+    "evaluate": "runs.evaluate.evaluate",
+    "update": "runs.update.update",
+    "apply_vector": "weights.folder_arithmetic.apply_vector",
+    "save_vector": "weights.folder_arithmetic.save_vector",
+    "subtract": "weights.folder_arithmetic.subtract_folders",
+    "Numbers": "weights.streaming.Numbers",
+    "TaskVector": "weights.task_vector.TaskVector",
 }
 
-__all__ = sorted([*_PUBLIC, "__version__"])
+__all__ = [
+    "METHODS",
+    "CompareSettings",
+    "Fact",
+    "FactSet",
+    "ForgetLearnError",
+    "ForgetSettings",
+    "LabSettings",
+    "LanguageModel",
+    "Numbers",
+    "RunConfig",
+    "StageSettings",
+    "TaskVector",
+    "TrainSettings",
+    "__version__",
+    "apply_run",
+    "apply_vector",
+    "ask",
+    "build_lab",
+    "choose_coefficient",
+    "compare",
+    "demo",
+    "evaluate",
+    "forget",
+    "inspect",
+    "learn",
+    "load_config",
+    "load_model",
+    "log",
+    "plan",
+    "push",
+    "read_facts",
+    "save",
+    "save_vector",
+    "score",
+    "subtract",
+    "summarise",
+    "undo",
+    "update",
+    "wrap",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'forgetlearn' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"forgetlearn.{_PUBLIC[name]}"), name)
+    module, _dot, attribute = _PUBLIC[name].rpartition(".")
+    return getattr(importlib.import_module(f"forgetlearn.{module}"), attribute)
 
 
 def __dir__() -> list[str]:

@@ -32,7 +32,7 @@ from faults.structure import (
     seal_run,
 )
 from forgetlearn.comparison.grid import CELLS, CompareSettings
-from forgetlearn.models import language_model
+from forgetlearn.models import language_model, loading
 from forgetlearn.products import chain
 from forgetlearn.report import plots, render
 from forgetlearn.storage import disk, run_folder
@@ -181,7 +181,7 @@ def files_of_models() -> list[Target]:
     config = Reader("config of an adapter", lambda root: adapter_files.read_adapter_config(root / "lora/adapter"))
     model = Reader("load", lambda root: language_model.load_model(root / "base"))
     outline = Reader(
-        "outline", lambda root: language_model.read_outline(language_model.ModelSettings(name=str(root / "base")))
+        "outline", lambda root: loading.read_outline(language_model.ModelSettings(name=str(root / "base")))
     )
     return [
         Target(

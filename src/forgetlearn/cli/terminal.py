@@ -1,4 +1,4 @@
-"""What the command prints, and how: nothing from outside steers the terminal.
+"""Print to the terminal, so that no text from outside can control it.
 
 Heavy imports sit inside the functions, and torch is not among them.
 """
@@ -15,16 +15,13 @@ import typer
 from forgetlearn.errors import plain, some, without_secrets
 
 if TYPE_CHECKING:
-    from forgetlearn.facts.fact_set import FactSet
+    from forgetlearn.facts import FactSet
     from forgetlearn.products.inspect import Tally
     from forgetlearn.report.run_page import Overview
 
 
 def say(text: object, *, err: bool = False) -> None:
-    """Print lines; whatever stands in them, names and answers from outside too, nothing steers the terminal.
-
-    What the terminal's encoding cannot show is escaped as well; errors are printed without tokens.
-    """
+    """Print lines, with control characters and what the terminal's encoding lacks escaped; errors without secrets."""
     stream = sys.stderr if err else sys.stdout
     shown = "\n".join(map(plain, (without_secrets(str(text)) if err else str(text)).split("\n")))
     encoding = stream.encoding or "utf-8"
@@ -32,20 +29,20 @@ def say(text: object, *, err: bool = False) -> None:
 
 
 class PlainLines(logging.Formatter):
-    """The log's lines; names and texts from outside stand in them too."""
+    """Log lines, which contain names and texts from outside too."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message without tokens, line by line without anything that steers the terminal."""
+        """Return the message without secrets, with control characters escaped."""
         return "\n".join(map(plain, without_secrets(super().format(record)).split("\n")))
 
 
 def print_facts(found: FactSet) -> None:
-    """What was read and what was left out, then the first three facts."""
-    there = f"{found.records} record{'s' * (found.records != 1)}"
+    """Print what was read and what was left out, then the first three facts."""
+    records = f"{found.records} record{'s' * (found.records != 1)}"
     if found.records != found.in_source:
-        there += f" with {found.in_source} facts"
+        records += f" with {found.in_source} facts"
     say(
-        f"{found.source}: reader {found.reader}, --old-from {','.join(found.old_from)}; {there}, "
+        f"{found.source}: reader {found.reader}, --old-from {','.join(found.old_from)}; {records}, "
         f"{found.read} read, {found.used} used"
         + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
     )
@@ -69,7 +66,7 @@ def _answers(answers: Sequence[str]) -> str:
 
 def _account(found: FactSet) -> list[str]:
     """Describe how a source was read, what was left out or reinterpreted, and what is missing."""
-    from forgetlearn.facts.fact_set import NOTES, REASONS, tell_old
+    from forgetlearn.facts import NOTES, REASONS, tell_old
 
     lines = [f"read as {found.read_as}"] if found.read_as else []
     for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
@@ -81,21 +78,13 @@ def _account(found: FactSet) -> list[str]:
     if found.ignored_fields:
         unread = [f"{name} ({count})" for name, count in found.ignored_fields.items()]
         lines.append(f"fields that are not read (number of values): {some(unread, 30)}")
-    return lines + [f"no fact has {what}: {missing}" for what, missing in _not_there(found)]
-
-
-def _not_there(found: FactSet) -> list[tuple[str, str]]:
-    """What no fact has, and what follows from that for an update."""
-    asked = (
-        (
-            "an old answer",
-            not found.to_ask and not any(fact.ground_truth for fact in found),
-            "only ft and lora, which forget nothing, can run",
-        ),
-        ("another phrasing", not any(fact.rephrase_prompts for fact in found), "generality will not be scored"),
-        ("a locality prompt", not any(fact.locality for fact in found), "locality will not be scored"),
-    )
-    return [(what, follows) for what, missing, follows in asked if missing]
+    if not found.to_ask and not any(fact.ground_truth for fact in found):
+        lines.append("no fact has an old answer: only ft and lora, which forget nothing, can run")
+    if not any(fact.rephrase_prompts for fact in found):
+        lines.append("no fact has another phrasing: generality will not be scored")
+    if not any(fact.locality for fact in found):
+        lines.append("no fact has a locality prompt: locality will not be scored")
+    return lines
 
 
 def print_scores(found: Overview) -> None:
@@ -111,7 +100,7 @@ def print_scores(found: Overview) -> None:
 
 
 def nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """`{"reliability.token": cell}` as quantity -> protocol -> cell."""
+    """Return `{"reliability.token": cell}` as quantity -> protocol -> cell."""
     found: dict[str, dict[str, Any]] = {}
     for name, cell in scores.items():
         quantity, protocol = name.split(".")
@@ -120,7 +109,7 @@ def nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], first: str) -> None:
-    """Plain lines in columns: readable on a terminal, in a log and by `awk`."""
+    """Print plain lines in columns: readable on a terminal, in a log and by `awk`."""
     from forgetlearn.report.render import show_score
 
     widths = [max(len(quantity), len(protocol)) for quantity, protocol in columns]
@@ -135,7 +124,7 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, An
 
 
 def print_tallies(rows: list[tuple[str, Tally]]) -> None:
-    """Lines in columns; a column that has nothing to say is left out."""
+    """Print lines in columns, without the columns that are empty."""
     shown = [(name, tally.as_dict()) for name, tally in rows]
     columns = ["tensors", "numbers", "norm", "rms", "relative", "cosine", "share_changed", "share_survived"]
     columns = [column for column in columns if any(told[column] is not None for _name, told in shown)]

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from forgetlearn.cli.options import JsonOption, OutputOption, OverwriteOption, RunArgument
 from forgetlearn.cli.terminal import print_tallies, say
 from forgetlearn.errors import ConfigError, plain
-from forgetlearn.storage.run_folder import is_run
 
 if TYPE_CHECKING:
     from forgetlearn.weights.folder_arithmetic import Written
@@ -24,42 +23,27 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class StoredAs(StrEnum):
-    """Precision of the result."""
-
-    keep = "keep"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Rounding(StrEnum):
-    """How sums become numbers of that precision."""
-
-    nearest = "nearest"
-    stochastic = "stochastic"
-
-
+StoredAs = Literal["keep", "float32", "bfloat16"]
+Rounding = Literal["nearest", "stochastic"]
 BaseOption = Annotated[str, typer.Option("--base", help="Folder or hub id of the base model; it is only read.")]
 RevisionOption = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a base that is on the hub.")
 ]
-OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what forgetlearn wrote there.")]
 DtypeOption = Annotated[StoredAs, typer.Option("--dtype", help="Precision of the result; keep: the base's.")]
 RoundingOption = Annotated[
     Rounding, typer.Option("--rounding", help="stochastic keeps small changes in bfloat16, with a little noise.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of stochastic rounding.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; unset: the cores, up to 4.")]
-AnyBaseOption = Annotated[bool, typer.Option("--any-base", help="Accept a base that the adapter was not trained on.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BaseIdOption = Annotated[str | None, typer.Option("--base-model-id", help="The base's id on the hub, for the card.")]
+MergedOption = Annotated[bool, typer.Option("--merged", help="The merged weights instead of the adapter.")]
 
 
 @app.command()
 def subtract(
     base: BaseOption,
     output: OutputOption,
-    coef: Annotated[float, typer.Option("--coef", help="How much of the change is subtracted: 0.3, say.")],
+    coef: Annotated[float, typer.Option("--coef", help="How much of the change is subtracted, for example 0.3.")],
     tuned: Annotated[
         Path | None, typer.Option("--tuned", help="Subtract what fine-tuning added: its model's folder.")
     ] = None,
@@ -70,11 +54,13 @@ def subtract(
     modules: Annotated[
         str | None, typer.Option("--modules", help="Which weights, as in forget.modules: mlp,layers.0-3 or head=0.5.")
     ] = None,
-    dtype: DtypeOption = StoredAs.keep,
-    rounding: RoundingOption = Rounding.nearest,
+    dtype: DtypeOption = "keep",
+    rounding: RoundingOption = "nearest",
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
-    any_base: AnyBaseOption = False,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Accept a base that the adapter was not trained on.")
+    ] = False,
     revision: RevisionOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -83,10 +69,19 @@ def subtract(
     numbers = _numbers(dtype, rounding, seed, threads)
     from forgetlearn.weights.folder_arithmetic import subtract_folders
 
-    sources: dict[str, Any] = {"tuned": tuned, "adapter": adapter, "vector": vector}
     folder = _folder_of(base, revision)
-    sources["factors"] = _factors(folder, modules) if modules else None
-    written = subtract_folders(folder, output, coef, **sources, numbers=numbers, any_base=any_base, overwrite=overwrite)
+    written = subtract_folders(
+        folder,
+        output,
+        coef,
+        tuned=tuned,
+        adapter=adapter,
+        vector=vector,
+        factors=_factors(folder, modules) if modules else None,
+        numbers=numbers,
+        any_base=any_base,
+        overwrite=overwrite,
+    )
     _say(written, as_json)
 
 
@@ -114,8 +109,8 @@ def apply(
     output: OutputOption,
     merge: Annotated[bool, typer.Option("--merge", help="Of a run's adapter: add it to the base's weights.")] = False,
     factor: Annotated[float, typer.Option("--factor", help="base + factor * vector; negative subtracts.")] = 1.0,
-    dtype: DtypeOption = StoredAs.keep,
-    rounding: RoundingOption = Rounding.nearest,
+    dtype: DtypeOption = "keep",
+    rounding: RoundingOption = "nearest",
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     revision: RevisionOption = None,
@@ -124,8 +119,10 @@ def apply(
 ) -> None:
     """Write base + factor * vector, or the product of a run again from its base."""
     numbers = _numbers(dtype, rounding, seed, threads)
+    from forgetlearn.storage.run_folder import is_run
+
     if is_run(what):
-        if factor != 1 or ((dtype, rounding) != (StoredAs.keep, Rounding.nearest) and not merge):
+        if factor != 1 or ((dtype, rounding) != ("keep", "nearest") and not merge):
             raise ConfigError("--factor is for vectors; --dtype and --rounding are for vectors and --merge.")
         if revision is not None:
             raise ConfigError("--revision is for vectors: of a run's base the commit is taken that the run recorded.")
@@ -143,26 +140,22 @@ def apply(
 
 @app.command()
 def undo(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run: RunArgument,
     output: Annotated[
         Path | None,
         typer.Option("--output", help="Folder to write the base to; unset: it only says where the base is."),
     ] = None,
 ) -> None:
-    """Give back the exact base of a run, verified by its hash, or say why not."""
+    """Restore the exact base of a run, verified by its hash, or explain why it cannot be restored."""
     _few_threads()
     from forgetlearn.products.restore import undo_run
 
     say(undo_run(run, output))
 
 
-BaseIdOption = Annotated[str | None, typer.Option("--base-model-id", help="The base's id on the hub, for the card.")]
-MergedOption = Annotated[bool, typer.Option("--merged", help="The merged weights instead of the adapter.")]
-
-
 @app.command()
 def save(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run: RunArgument,
     output: OutputOption,
     base_model_id: BaseIdOption = None,
     merged: MergedOption = False,
@@ -177,14 +170,12 @@ def save(
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run: RunArgument,
     to: Annotated[str, typer.Option("--to", help="USER/NAME on the hub.")],
     base_model_id: BaseIdOption = None,
     merged: MergedOption = False,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch to write to; made if it is not there.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to write to; created if missing.")] = None,
 ) -> None:
     """Publish a run's product on the hub, with the token of HF_TOKEN or `hf auth login`."""
     from forgetlearn.products import publish
@@ -247,13 +238,13 @@ def show_log(
         first, *others = map(plain, describe(update))
         say("\n".join([f"{number:>2}  {first}", *(f"    {line}" for line in others)]))
     if not chain:
-        say(f"{model}: no update of forgetlearn made this model, as far as it tells.")
+        say(f"{model}: no update of forgetlearn is recorded for this model.")
     elif verify:
         say("verified: the files are those that the last update wrote")
 
 
 def _factors(base: Path, modules: str) -> dict[str, float]:
-    """The factor of each weight that a flag names; parts such as `mlp` take the model's structure, and so torch."""
+    """Return the factor of each weight that a flag names; parts such as `mlp` need the model's structure, so torch."""
     from forgetlearn.models import module_names
     from forgetlearn.weights.checkpoint_folder import CheckpointFolder
 
@@ -267,10 +258,10 @@ def _factors(base: Path, modules: str) -> dict[str, float]:
 
 
 def _folder_of(base: str, revision: str | None = None) -> Path:
-    """The folder of a base, downloaded into the hub's cache where it is named by a hub id.
+    """Return the folder of a base, downloaded into the hub's cache if it is named by a hub id.
 
     Raises:
-        ConfigError: a revision of what is not on the hub.
+        ConfigError: a revision is given for a path.
     """
     if Path(base).exists() or base.count("/") != 1:  # the hub's client takes a while to import
         if revision is not None:
@@ -282,7 +273,7 @@ def _folder_of(base: str, revision: str | None = None) -> Path:
 
 
 def _few_threads() -> None:
-    """Before numpy is imported: the products of factors are small, and the pieces are shared out already."""
+    """Use one BLAS thread (call this before numpy is imported): pieces of the weights already run in parallel."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
@@ -290,22 +281,16 @@ def _numbers(dtype: StoredAs, rounding: Rounding, seed: int, threads: int | None
     _few_threads()
     from forgetlearn.weights.streaming import Numbers
 
-    return Numbers(dtype.value, rounding.value, seed, threads)
+    return Numbers(dtype, rounding, seed, threads)
 
 
 def _say(written: Written, as_json: bool) -> None:
     survival = written.survival
     if as_json:
-        told: dict[str, Any] = {
-            "output": str(written.output),
-            "tensors": written.tensors,
-            "moved": written.moved,
-            "parameters": written.parameters,
-            **survival.as_dict(),
-            "seconds": round(written.seconds, 3),
-            "seconds_to_sync": round(written.seconds_to_sync, 3),
-        }
-        say(json.dumps(told))
+        names = ("tensors", "moved", "parameters")
+        counts = {"output": str(written.output), **{name: getattr(written, name) for name in names}}
+        seconds = {name: round(getattr(written, name), 3) for name in ("seconds", "seconds_to_sync")}
+        say(json.dumps({**counts, **survival.as_dict(), **seconds}))
         return
     say(f"{written.counts()}; {written.seconds:.1f} s, and {written.seconds_to_sync:.1f} s until it was on the disk")
     from forgetlearn.weights.rounding import in_words

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from forgetlearn.comparison.grid import CELLS, SHARED, Budget, Cell, CompareSettings, VariantSettings, cells_of
+from forgetlearn.comparison.cells import Budget, Cell, CompareSettings, VariantSettings, cells_of
+from forgetlearn.comparison.grid import CELLS, SHARED
 from forgetlearn.config.base import validate
-from forgetlearn.config.methods import METHODS
+from forgetlearn.config.methods import METHODS, PLAIN_METHODS
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import RunError, plain, some
 from forgetlearn.evaluation import statistics
@@ -26,8 +27,6 @@ from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder, is_
 
 Column = tuple[str, str]  # quantity and protocol
 Scores = dict[str, dict[Column, list[float]]]  # phase -> column -> the score of each fact, in the order of the facts
-PLAIN_METHODS = ("ft", "lora")
-PLAIN = {"lora": "lora"}  # what a method is compared with, by how it learns; the others with ft
 RESIDUES: tuple[Column, ...] = (("residue", "generate"), ("residue", "token"))
 
 
@@ -197,7 +196,7 @@ def _baselines(
     method = METHODS[cell.method]
     if cell.method in PLAIN_METHODS and not cell.variant:
         return {}
-    plain = PLAIN.get(method.learns, "ft"), _learns_like(cell, settings)
+    plain = method.plain, _learns_like(cell, settings)
     by_epochs = {other.first.epochs: other for other in groups if (other.first.method, other.first.variant) == plain}
     wanted: dict[Budget, int] = {"equal-epochs": cell.epochs}
     if "equal-steps" in settings.budgets and method.forgets:
@@ -213,14 +212,14 @@ def _learns_like(cell: Cell, settings: CompareSettings) -> str:
     own = settings.variants.get(cell.variant, VariantSettings())
     if cell.method in PLAIN_METHODS or own.learning == VariantSettings().learning:
         return ""
-    plain = PLAIN.get(METHODS[cell.method].learns, "ft")
+    plain = METHODS[cell.method].plain
     like = (name for name, other in settings.variants.items() if plain in other.methods)
     return next((name for name in like if settings.variants[name].learning == own.learning), "")
 
 
 def _unpaired(settings: CompareSettings) -> list[Unpaired]:
     """Return the methods that have nothing to be paired with: the plain one is not compared."""
-    wanted = {method: PLAIN.get(METHODS[method].learns, "ft") for method in settings.methods}
+    wanted = {method: METHODS[method].plain for method in settings.methods}
     return [Unpaired(method=method, plain=plain) for method, plain in wanted.items() if plain not in settings.methods]
 
 
@@ -243,7 +242,7 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[Equ
     found = []
     for (method, variant, coef), curve in curves.items():
         how = METHODS[method]
-        against = PLAIN.get(how.learns, "ft")
+        against = how.plain
         like = _learns_like(lines[method, variant, coef][0].first, settings)
         plain = curves.get((against, like, None)) if variant or method not in PLAIN_METHODS else None
         against = " ".join(filter(None, (against, like)))
@@ -256,7 +255,9 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[Equ
             coef=coef,
             against=against,
             at_equal_reliability=equal,
-            area=[_area(curve, equal), _area(plain, equal)] if equal and equal.low < equal.high else None,
+            area=[statistics.mean_locality(each, equal.low, equal.high) for each in (curve, plain)]
+            if equal and equal.low < equal.high
+            else None,
         )
         found.append(entry)
     return found
@@ -272,13 +273,3 @@ def _curve(groups: Sequence[_Group]) -> statistics.Curve | None:
             return None
         points.append(np.array([100 * np.nanmean(group.scores[column], axis=1) for group in ordered]).T)
     return statistics.Curve(*points)
-
-
-def _area(curve: statistics.Curve, shared: statistics.AtEqualReliability) -> statistics.OverSeeds:
-    """Return the mean locality over the shared range of reliabilities, over seeds."""
-    reliability, locality = np.asarray(curve.reliability), np.asarray(curve.locality)
-    areas = [
-        statistics.area_under_curve(own, place, shared.low, shared.high)
-        for own, place in zip(reliability, locality, strict=True)
-    ]
-    return statistics.mean_over_seeds([np.nan if area is None else area for area in areas])

@@ -1,4 +1,4 @@
-"""Settings of whatever kind: read from YAML and flags, validated with a word about each that is wrong, described."""
+"""The base of all settings: reading from YAML and flags, validation that names each problem, descriptions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from forgetlearn.config import safe_yaml
 from forgetlearn.errors import ConfigError
 
 TAGS = ("a number", "one name", "several names", "names and factors")  # forms of one setting: no part of its name
+MOST_BYTES = 1 << 22  # of a file of settings
 
 
 class Settings(BaseModel):
-    """What all settings share: they do not change, and a key that is not known is an error."""
+    """Settings that do not change; an unknown name is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
@@ -31,13 +32,12 @@ class Settings(BaseModel):
         if isinstance(value, bool) and {int, float} & types:
             raise ValueError("must be a number")
         if {int, float} & types and str not in types:
-            many = isinstance(value, (list, tuple))
-            return [_number(item) for item in value] if many else _number(value)  # type: ignore[attr-defined]
+            return [_number(item) for item in value] if isinstance(value, (list, tuple)) else _number(value)
         return value
 
 
 def _number(value: object) -> object:
-    """Return the number in a text, say from a flag; pydantic itself would also accept `010` and `1_0`."""
+    """Return the number in a text, for example of a flag; pydantic itself would also accept `010` and `1_0`."""
     if not isinstance(value, str):
         return value
     found = safe_yaml.number(value.strip())
@@ -47,57 +47,60 @@ def _number(value: object) -> object:
 
 
 def _plain_types(annotation: object) -> set[object]:
-    """The types that an annotation is made of."""
+    """Return all types in an annotation."""
     return {annotation}.union(*(_plain_types(part) for part in get_args(annotation)))
 
 
 S = TypeVar("S", bound=Settings)
 
 
-def read_yaml(file: Path, given_as: str = "config") -> dict[str, Any]:
-    """Names and values of a YAML file; `given_as` is what a message calls it.
+def read_yaml(file: Path, given_as: str = "config") -> dict[str, object]:
+    """Return the names and values of a YAML file; `given_as` is what a message calls it.
 
     Raises:
-        ConfigError: it is not there, not YAML in UTF-8, or holds something else.
+        ConfigError: the file does not exist, is not YAML in UTF-8, is too large, or holds something else.
     """
     try:
+        if file.exists() and not file.is_file():  # a pipe or a device might never end
+            raise ConfigError(f"{given_as} {file}: is not a regular file. Give an existing YAML file.")
+        if file.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{given_as} {file}: has more than {MOST_BYTES:,} bytes, so it holds no settings.")
         data = safe_yaml.load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{given_as} {file}: {error.strerror or error}. Give an existing YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{given_as} {file}: cannot be read as YAML in UTF-8: {reason}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
+    if not isinstance(data, dict | None):
         raise ConfigError(f"{given_as} {file}: expected names and values, found a {type(data).__name__}.")
-    separate: dict[str, Any] = _unshared(data)
-    return separate
+    return _unshared(data or {})
 
 
 def validate(
-    kind: type[S], data: Mapping[str, Any], where: str | None = None, elsewhere: frozenset[str] = frozenset()
+    kind: type[S], data: Mapping[str, object], where: str | None = None, elsewhere: frozenset[str] = frozenset()
 ) -> S:
-    """`data` as settings of this kind; all problems at once. `where` it is from is named, but for names `elsewhere`.
+    """Return `data` as settings of this kind.
+
+    Messages name the file that the data come from (`where`), except for the names that flags gave (`elsewhere`).
 
     Raises:
-        ConfigError: which setting, its value, what was expected, and the nearest known name.
+        ConfigError: all problems, one a line: which setting, its value, what was expected, the nearest known name.
     """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         items = error.errors()
         places = [item["loc"] for item in items]
-        # A list whose items are wrong is also said to be empty: the items are the problem.
+        # pydantic also calls a list empty if its items are wrong: the items are the problem.
         inner = [item for item in items if not any(_is_inside(place, item["loc"]) for place in places)]
         raise ConfigError("\n".join(_problem(kind, item, where, elsewhere) for item in inner)) from None
 
 
 def parse_assignments(assignments: list[str], flag: str = "--set") -> dict[str, object]:
-    """`["forget.epochs=6"]` as `{"forget.epochs": 6}`; values are read as YAML.
+    """Return `["forget.epochs=6"]` as `{"forget.epochs": 6}`; values are read as YAML.
 
     Raises:
-        ConfigError: there is no `=`, or the value is not YAML.
+        ConfigError: an assignment has no `=`, or its value is not YAML.
     """
     parsed: dict[str, object] = {}
     for assignment in assignments:
@@ -113,7 +116,7 @@ def parse_assignments(assignments: list[str], flag: str = "--set") -> dict[str, 
 
 
 def describe(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Rows of dotted name, type, default and description of every setting, for help and documentation."""
+    """Yield dotted name, type, default and description of every setting, for help and documentation."""
     for name, field in kind.model_fields.items():
         inner = _inner_settings(field.annotation)
         if inner is not None:
@@ -127,9 +130,9 @@ def describe(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, str,
             yield prefix + name, type_name, shown.replace("\n...", "").strip(), field.description or ""
 
 
-def _unshared(data: Any) -> Any:
-    """A copy in which a YAML anchor and its aliases are separate, so that one can be set alone."""
-    return {name: _unshared(value) for name, value in data.items()} if isinstance(data, dict) else data
+def _unshared(data: Mapping[str, object]) -> dict[str, object]:
+    """Return a copy in which a YAML anchor and its aliases are separate, so that one can be set alone."""
+    return {name: _unshared(value) if isinstance(value, dict) else value for name, value in data.items()}
 
 
 def _inner_settings(annotation: object) -> type[Settings] | None:
@@ -140,10 +143,10 @@ def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
     return len(place) > len(outer) and place[: len(outer)] == outer
 
 
-def upgraded(kind: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version recorded, with those that came since at their defaults.
+def upgraded(kind: type[Settings], recorded: Mapping[str, object]) -> dict[str, object]:
+    """Return settings that an earlier version recorded, with newer ones at their defaults.
 
-    As they were recorded where this version cannot read them.
+    If this version cannot read them, they come back as they were recorded.
     """
     try:
         return validate(kind, recorded).model_dump(mode="json")
@@ -151,16 +154,16 @@ def upgraded(kind: type[Settings], recorded: Mapping[str, Any]) -> dict[str, Any
         return dict(recorded)
 
 
-def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: frozenset[str]) -> str:
-    """One line for one of pydantic's errors; the file is named unless a flag gave the value."""
+def _problem(kind: type[Settings], item: Mapping[str, Any], where: str | None, elsewhere: frozenset[str]) -> str:
+    """Return one line for one of pydantic's errors; it names the file unless a flag gave the value."""
     loc = tuple(part for part in item["loc"] if part not in TAGS)
-    in_list = bool(loc) and isinstance(loc[-1], int)  # which item it is, its value says
+    in_list = bool(loc) and isinstance(loc[-1], int)  # the value shows which item it is
     name = ".".join(str(part) for part in (loc[:-1] if in_list else loc)) or "config"
     is_flag = any(name == given or name.startswith(f"{given}.") for given in elsewhere)
     suffix = f" ({where})" if where and not is_flag else ""
     if item["type"] == "extra_forbidden":
         return f"{name}{suffix}: there is no such setting.{_nearest(kind, loc)}"
-    field = _place(kind, loc)[1]
+    field = locate(kind, loc)[1]
     description = field.description if field else ""
     message = (
         item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to parse")[0]
@@ -173,21 +176,21 @@ def _problem(kind: type[Settings], item: Any, where: str | None, elsewhere: froz
     return f"{name}{shown}{suffix}: {expected}.{near}{' ' + description if description else ''}"
 
 
-def _nearest_choice(item: Any) -> str:
+def _nearest_choice(item: Mapping[str, Any]) -> str:
     choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
     near = difflib.get_close_matches(str(item["input"]), choices, n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def _known_items(field: FieldInfo | None) -> str:
-    """What the list there can hold, where that is a choice."""
+    """Return the items that a list can hold, if they are a fixed choice."""
     item, *_ = get_args(field.annotation) if field else (None,)
     return f" of {', '.join(get_args(item))}" if get_args(item) else ""
 
 
 def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
     known = [name for name, *_ in describe(kind)]
-    siblings = list(_place(kind, loc)[0].model_fields)
+    siblings = list(locate(kind, loc)[0].model_fields)
     wanted = str(loc[-1])
     elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == wanted]
     if wanted in kind.model_fields:
@@ -200,10 +203,10 @@ def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
     return f" Known here: {', '.join(siblings)}."
 
 
-def _place(kind: type[Settings], loc: tuple[int | str, ...]) -> tuple[type[Settings], FieldInfo | None]:
-    """The innermost settings that a place lies in, and the field there that it is or lies in, if there is one.
+def locate(kind: type[Settings], loc: tuple[int | str, ...]) -> tuple[type[Settings], FieldInfo | None]:
+    """Return the innermost settings that contain a place, and the field at or around it (None if unknown).
 
-    Where the settings have names of the user's own, as variants have, the name is passed over.
+    A name that users choose themselves, such as that of a variant, is passed over.
     """
     field, parts = None, iter(map(str, loc))
     for part in parts:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from forgetlearn.config.base import describe
-from forgetlearn.config.methods import METHODS
-from forgetlearn.config.schema import AUTO, RunConfig
+from forgetlearn.config.base import Settings
+from forgetlearn.config.recipe import Recipe
+from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
 Command = Literal["update", "plan", "compare", "evaluate", "ask"]
-SAID_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # where it does not forget
-NAMES = tuple(name for name, *_ in describe(RunConfig))
+WARNED_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # where it does not forget
 
 
 @dataclass(frozen=True)
@@ -37,33 +36,27 @@ class Unused:
 
     def covers(self, name: str) -> bool:
         """Return True if the setting is one of these."""
-        return any(name == own or name.startswith(f"{own}.") for own in self.names)
+        return _is_within(name, self.names)
 
 
+PRODUCTS = ("save_merged", "keep_change", "report_to")
+TRAINING = (
+    *("method", "seed", "teach", "forget", "learn", "train", "lora"),
+    *("checkpoint_minutes", "keep_stages", "model.base_model_id"),
+)
+GENERAL = tuple(f"evaluate.{name}" for name in ("general", "general_tokens", "tasks", "task_limit", "task_folder"))
 NO_TRAINING = "nothing is trained or written but answers and scores; update trains"
 UNUSED: Mapping[Command, tuple[Unused, ...]] = {
     "update": (),
     "plan": (),  # takes whatever an update takes
     "compare": (
         Unused(
-            (
-                "evaluate.general",
-                "evaluate.general_tokens",
-                "evaluate.tasks",
-                "evaluate.task_limit",
-                "evaluate.task_folder",
-                "report_to",
-                "save_merged",
-                "keep_change",
-            ),
+            (*GENERAL, *PRODUCTS),
             "a cell keeps scores on facts, no model. Leave them out; an update of the method you choose takes them",
             always=True,
         ),
         Unused(("method", "seed", "forget.coef"), "give --methods, --seeds and --coefs"),
-        Unused(
-            ("forget.validation", "forget.trials"),
-            "no coefficient is searched for; update --coef auto does",
-        ),
+        Unused(("forget.validation", "forget.trials"), "no coefficient is searched for; update --coef auto does"),
         Unused(("teach",), "the base is taken as it is"),
         Unused(
             ("checkpoint_minutes", "keep_stages", "model.base_model_id", "model.shard"),
@@ -71,52 +64,15 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         ),
     ),
     "evaluate": (
-        Unused(("save_merged", "keep_change", "report_to"), NO_TRAINING, always=True),
-        Unused(
-            (
-                "method",
-                "seed",
-                "teach",
-                "forget",
-                "learn",
-                "train",
-                "lora",
-                "checkpoint_minutes",
-                "keep_stages",
-                "evaluate.every_phase",
-                "model.base_model_id",
-            ),
-            NO_TRAINING,
-        ),
+        Unused(PRODUCTS, NO_TRAINING, always=True),
+        Unused((*TRAINING, "evaluate.every_phase"), NO_TRAINING),
     ),
     "ask": (
-        Unused(("save_merged", "keep_change", "report_to"), NO_TRAINING, always=True),
-        Unused(
-            (
-                "method",
-                "seed",
-                "teach",
-                "forget",
-                "learn",
-                "train",
-                "lora",
-                "checkpoint_minutes",
-                "keep_stages",
-                "model.base_model_id",
-            ),
-            NO_TRAINING,
-        ),
+        Unused(PRODUCTS, NO_TRAINING, always=True),
+        Unused(TRAINING, NO_TRAINING),
         Unused(("facts", "model.shard"), "the prompts on the command line are asked, by one process"),
         Unused(
-            (
-                "evaluate.protocols",
-                "evaluate.every_phase",
-                "evaluate.general",
-                "evaluate.general_tokens",
-                "evaluate.tasks",
-                "evaluate.task_limit",
-                "evaluate.task_folder",
-            ),
+            ("evaluate.protocols", "evaluate.every_phase", *GENERAL),
             "answers are printed, not scored; evaluate scores",
         ),
     ),
@@ -135,7 +91,7 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
     changed, problems, passed_over = _changed(config), [], []
     for row in UNUSED[command]:
         names = [name for name in changed if row.covers(name)]
-        refused = names if row.always else [name for name in names if _is_given(name, given or ())]
+        refused = names if row.always else [name for name in names if _is_within(name, given or ())]
         if refused:
             problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
         passed_over += [name for name in names if name not in refused and not row.always]
@@ -147,23 +103,22 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
 
 def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the settings that have no effect on an update with this config, by name or section, and why."""
-    method = METHODS[config.method]
-    forgets = method.forgets is not None and config.forget.coef != 0
-    if not forgets:
-        why = "forget.coef is 0" if method.forgets else f"{config.method} does not forget"
+    recipe = Recipe(config)
+    if not recipe.forget:
+        why = "forget.coef is 0" if recipe.method.forgets else f"{config.method} does not forget"
         yield "forget", why
-    elif config.forget.coef != AUTO:
+    elif not recipe.chooses_coefficient:
         for name in ("validation", "trials"):
             yield f"forget.{name}", "it is for forget.coef = auto"
-    if method.learns != "lora" and (method.forgets != "lora" or not forgets):
+    if not any(stage.kind.adapter for stage in recipe):
         yield "lora", f"{config.method} trains no adapter"
-    if method.learns != "lora":
+    if not recipe.method.makes_adapter:
         yield "save_merged", f"the product of {config.method} is a whole model"
     else:
         yield "keep_change", f"the product of {config.method} is an adapter"
-    if config.method != "ft-c":
+    if not recipe.learn.kind.bounded:
         yield "learn.max_change", "it is for method ft-c"
-    if config.teach.epochs == 0:
+    if not recipe.teach:
         yield "teach", "teach.epochs is 0"
     if config.evaluate.general is None:
         yield "evaluate.general_tokens", "evaluate.general names no text"
@@ -171,39 +126,38 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "evaluate.task_limit", "evaluate.tasks names none"
         yield "evaluate.task_folder", "evaluate.tasks names none"
     asks = "generate" in config.evaluate.protocols or "model" in config.facts.old_from
-    if not asks and not (forgets and config.forget.only_known):
+    if not asks and not (recipe.forget and config.forget.only_known):
         yield "evaluate.max_new_tokens", "nothing is generated"
 
 
 def warn_of_idle(config: RunConfig, given: Collection[str]) -> None:
     """Warn about each setting given for this command that has no effect with the rest of the config."""
-    said, changed = set(SAID_BY_UPDATE), _changed(config)
+    warned, changed = set(WARNED_BY_UPDATE), _changed(config)
     for idle_name, why in idle(config):
         for name, value in changed.items():
-            if Unused((idle_name,), why).covers(name) and _is_given(name, given) and name not in said:
-                said.add(name)
+            if _is_within(name, [idle_name]) and _is_within(name, given) and name not in warned:
+                warned.add(name)
                 log.warning("%s = %s has no effect: %s", name, value, why)
 
 
-def _is_given(name: str, given: Collection[str]) -> bool:
-    return any(name == own or name.startswith(f"{own}.") for own in given)
+def _is_within(name: str, settings: Collection[str]) -> bool:
+    """Return True if a setting is one of these, or in a section that is."""
+    return any(name == own or name.startswith(f"{own}.") for own in settings)
 
 
-def _changed(config: RunConfig) -> dict[str, Any]:
+def _changed(config: RunConfig) -> dict[str, object]:
     """Return the settings that differ from their defaults, by dotted name, with their values."""
-    values, defaults = _flat(config), _flat(RunConfig())
-    return {name: value for name, value in values.items() if value != defaults[name]}
+    defaults = dict(_flat(RunConfig()))
+    return {name: value for name, value in _flat(config) if value != defaults[name]}
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """Return the value of every setting, by dotted name."""
-    found, dumped = {}, config.model_dump()
-    for name in NAMES:
-        value: Any = dumped
-        for part in name.split("."):
-            value = value[part]
-        found[name] = value
-    return found
+def _flat(settings: Settings, section: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted name and the value of every setting."""
+    for name, value in settings:
+        if isinstance(value, Settings):
+            yield from _flat(value, f"{section}{name}.")
+        else:
+            yield section + name, value
 
 
 def _by_section(names: Collection[str]) -> list[str]:

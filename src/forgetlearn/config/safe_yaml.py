@@ -7,18 +7,15 @@ false, and all else is text. PyYAML reads YAML 1.1, where `010` is 8, `1:30` is 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
 
 MOST_VALUES = 10_000  # with every alias written out; a file of settings has less than a hundred
-
-
 INTEGER = r"[-+]?(?:0|[1-9][0-9]*)"
 FLOAT = rf"(?:{INTEGER}(?:\.[0-9]*)?|[-+]?\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 PLAIN_NUMBER = re.compile(FLOAT)
-# Tag, pattern and first characters of each kind of plain word that is no text.
+# Tag, pattern and first characters of each kind of plain word that is not text.
 WORDS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -29,11 +26,11 @@ WORDS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which by itself takes the last of two equal names and expands any number of aliases."""
+    """PyYAML's safe loader, which by itself accepts repeated names and expands any number of aliases."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.sizes: dict[yaml.Node, int] = {}  # of the nodes that are complete
+        self.sizes: dict[yaml.Node, int] = {}  # of complete nodes
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)
@@ -41,15 +38,15 @@ class _Loader(yaml.SafeLoader):
         if node is None or (is_alias and node in self.sizes):
             return node
         if is_alias:
-            raise ComposerError(None, None, "an alias stands inside what it names", node.start_mark)
+            raise ComposerError(None, None, "an alias refers to a value that contains it", node.start_mark)
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         names = [name.value for name, _value in pairs if isinstance(name, yaml.ScalarNode)]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ComposerError(None, None, f"'{twice[0]}' stands there twice", node.start_mark)
+            raise ComposerError(None, None, f"'{twice[0]}' is repeated", node.start_mark)
         inner = [part for pair in pairs for part in pair] if pairs else node.value
         self.sizes[node] = 1 + (sum(self.sizes[part] for part in inner) if isinstance(inner, list) else 0)
         if self.sizes[node] > MOST_VALUES:
-            raise ComposerError(None, None, f"its aliases make more than {MOST_VALUES:,} values", node.start_mark)
+            raise ComposerError(None, None, f"its aliases expand to more than {MOST_VALUES:,} values", node.start_mark)
         return node
 
 
@@ -65,11 +62,11 @@ def number(text: str) -> int | float | None:
     return int(text) if re.fullmatch(INTEGER, text) else float(text)
 
 
-def load(text: str) -> Any:
-    """What the YAML says, made of plain values alone.
+def load(text: str) -> object:
+    """Return the content of a YAML text, made of plain values only.
 
     Raises:
-        yaml.YAMLError: it is not YAML, has another tag, a name twice, or aliases that make too much of it.
+        yaml.YAMLError: it is not YAML, has a tag or a repeated name, or its aliases expand too far.
     """
     try:
         return yaml.load(text, _Loader)
@@ -79,5 +76,5 @@ def load(text: str) -> Any:
         raise yaml.YAMLError(f"{error.problem or error.context}{place}") from error
     except RecursionError as error:
         raise yaml.YAMLError("its brackets are nested too deep") from error
-    except (ValueError, OverflowError) as error:  # a date that is none, say
+    except (ValueError, OverflowError) as error:  # for example an impossible date
         raise yaml.YAMLError(str(error)) from error

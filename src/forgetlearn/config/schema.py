@@ -1,7 +1,6 @@
-"""Every setting of a run: documented, frozen models; a file and flags become one validated config.
+"""All settings of a run as documented, frozen models; a file and flags become one validated config.
 
-The descriptions here are the only ones: the command's help, the JSON schema and docs/commands.md are
-made from them.
+The descriptions here are the only ones: the command's help, the JSON schema and docs/commands.md use them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
@@ -23,16 +22,21 @@ Optimiser = Literal[
 ]
 Rows = Literal["all", "facts", "answers"]
 OldFrom = Literal["answers", "pred", "model"]
+
+
+def _split(value: object) -> object:
+    """Return the names in a text that separates them by commas; any other value as it is."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 Policies = Annotated[  # in a file a list, or one text with commas; written as that text
     tuple[OldFrom, ...],
-    BeforeValidator(
-        lambda value: [name.strip() for name in value.split(",")] if isinstance(value, str) else value,
-        json_schema_input_type=str | tuple[OldFrom, ...],
-    ),
+    BeforeValidator(_split, json_schema_input_type=str | tuple[OldFrom, ...]),
     PlainSerializer(",".join, return_type=str),
 ]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split, json_schema_input_type=str | tuple[str, ...])]
 AUTO = "auto"
-Coefficient = Annotated[  # told apart by a function, so that what is wrong is said once
+Coefficient = Annotated[  # distinguished by a function, so that a problem is reported once
     Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
     Discriminator(lambda value: AUTO if value == AUTO else "a number"),
 ]
@@ -233,7 +237,9 @@ class ForgetSettings(ForgetSection, TuningSettings):
 class ModelSettings(Settings):
     """The model that is updated, and how it is loaded."""
 
-    name: str | None = Field(None, description="Folder or hub id of a causal language model.")
+    name: str | None = Field(
+        None, description="Folder or hub id of a causal language model; evaluate and ask also take an adapter's folder."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights in memory and in the product; auto: that of the checkpoint."
@@ -257,7 +263,7 @@ class ModelSettings(Settings):
     prompt_template: str = Field(
         "auto",
         description="How prompts are put to the model, in training and scoring alike: plain, chat (the tokenizer's "
-        "template), alpaca, or a text file with {prompt} in it; auto: chat where there is a template, else plain.",
+        "template), alpaca, or a text file with {prompt} in it; auto: chat if there is a template, else plain.",
     )
     base_model_id: str | None = Field(
         None, description="Hub id of the base for the model card, when name is a local folder."
@@ -284,7 +290,8 @@ class FactsSettings(Settings):
     aliases: str | None = Field(
         None,
         min_length=1,
-        description="What divides the ways to write an answer: a bar, say. The first is taught, each counts as right.",
+        description="Separator between several ways to write an answer, such as a bar. The first is taught, all count "
+        "as right.",
     )
 
     @field_validator("old_from")
@@ -352,8 +359,8 @@ class EvaluateSettings(Settings):
     general_tokens: int = Field(
         4096, ge=2, description="Tokens of that text that are read; each takes 4 bytes a vocabulary entry on the disk."
     )
-    tasks: tuple[str, ...] = Field(
-        (), description="Tasks of lm-evaluation-harness, by name, before and after (the extra `lm-eval`)."
+    tasks: Names = Field(
+        (), description="Tasks of lm-evaluation-harness, separated by commas, before and after (the extra `lm-eval`)."
     )
     task_limit: int | None = Field(None, ge=1, description="Most examples of each task; unset: all.")
     task_folder: str | None = Field(None, description="Folder with tasks of your own (YAML), beside the harness's.")
@@ -387,25 +394,25 @@ class RunConfig(Settings):
         description="Minutes between checkpoints inside a stage of fine-tuning, from which --resume goes on; 0: only "
         "after Ctrl-C or SIGTERM. At most a twentieth of the time goes to them.",
     )
-    report_to: tuple[str, ...] = Field(
-        (), description="Trackers that follow update's training, as transformers names them: tensorboard, wandb, ..."
+    report_to: Names = Field(
+        (), description="Trackers that follow update's training, as transformers names them: tensorboard,wandb,..."
     )
     keep_stages: bool = Field(False, description="Keep the weights between the stages when the run is done.")
 
     @property
     def teaching(self) -> TrainSettings:
         """All settings of the teaching stage, for the training engine."""
-        return TrainSettings(**{**dict(self.train), **dict(self.teach)})
+        return validate(TrainSettings, {**dict(self.train), **dict(self.teach)})
 
     @property
     def forgetting(self) -> ForgetSettings:
         """All settings of the forgetting stage, for the training engine."""
-        return ForgetSettings(**{**dict(self.train), **dict(self.forget), "lora": self.lora})
+        return validate(ForgetSettings, {**dict(self.train), **dict(self.forget), "lora": self.lora})
 
     @property
     def learning(self) -> StageSettings:
         """All settings of the learning stage, for the training engine."""
-        return StageSettings(**{**dict(self.train), **dict(self.learn), "lora": self.lora})
+        return validate(StageSettings, {**dict(self.train), **dict(self.learn), "lora": self.lora})
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> RunConfig:
@@ -434,7 +441,7 @@ class RunConfig(Settings):
 
 
 def _texts(data: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values of all texts in nested settings."""
+    """Yield dotted names and values of all texts in nested settings."""
     if isinstance(data, str):
         yield name, data
     elif isinstance(data, Mapping):
@@ -446,10 +453,10 @@ def _texts(data: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def load_config(file: Path | None = None, overrides: Mapping[str, object] | None = None) -> RunConfig:
-    """The validated config: defaults, then the YAML file, then overrides by dotted name.
+    """Return the validated config: defaults, then the YAML file, then overrides by dotted name.
 
     Raises:
-        ConfigError: with every problem that was found, one a line.
+        ConfigError: all problems, one a line.
     """
     data = read_yaml(file) if file else {}
     for dotted, value in (overrides or {}).items():
@@ -457,7 +464,7 @@ def load_config(file: Path | None = None, overrides: Mapping[str, object] | None
     return validate(RunConfig, data, where=str(file) if file else None, elsewhere=frozenset(overrides or {}))
 
 
-def _assign(data: dict[str, Any], dotted: str, value: object) -> None:
+def _assign(data: dict[str, object], dotted: str, value: object) -> None:
     """Set `a.b.c` in nested dictionaries, in place."""
     *parents, last = dotted.split(".")
     for parent in parents:
@@ -465,6 +472,6 @@ def _assign(data: dict[str, Any], dotted: str, value: object) -> None:
         if inner is None:
             inner = data[parent] = {}
         elif not isinstance(inner, dict):
-            raise ConfigError(f"{dotted}: '{parent}' is a single value ({inner!r}), it holds no settings.")
+            raise ConfigError(f"{dotted}: '{parent}' is a single value ({inner!r}), not a section of settings.")
         data = inner
     data[last] = value

@@ -1,4 +1,4 @@
-"""The main job on the embedded default: every method on a made-up world, in one table."""
+"""The demo: every method of the paper on a made-up world, in one table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetlearn.config.base import validate
+from forgetlearn.config.methods import METHODS, PAPER_METHODS
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import RunError
 from forgetlearn.lab.build import LabSettings, build_lab, world_facts
@@ -16,13 +17,12 @@ from forgetlearn.report.render import COLUMNS, show_score
 from forgetlearn.storage import disk
 
 log = logging.getLogger("forgetlearn")
-DEMO_FACTS = 150
 COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table, its rows, and where everything lies."""
+    """The folder of the demo, and its table."""
 
     output: Path
     rows: tuple[tuple[str, dict[str, Any]], ...]  # name of the row, scores of its phase
@@ -32,8 +32,8 @@ class DemoResult:
 def run_demo(
     output: str | Path,
     *,
-    methods: Iterable[str],
-    n_facts: int = DEMO_FACTS,
+    methods: Iterable[str] = PAPER_METHODS,
+    n_facts: int = 150,
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -41,20 +41,20 @@ def run_demo(
     """Build a base that holds a made-up world, update it with each method, and compare.
 
     Raises:
-        ConfigError: the made-up world has no such number of facts.
+        ConfigError: the world cannot have this number of facts.
         RunError: the output exists and neither `resume` nor `overwrite` is given.
     """
-    from forgetlearn.config.methods import METHODS
     from forgetlearn.runs.update import update
 
     settings = validate(LabSettings, {"n_facts": n_facts, "seed": seed})
     facts = world_facts(settings)
     output = Path(output)
     marker = output / "demo.json"
-    if output.exists() and any(output.iterdir()) and not (resume or overwrite):
-        raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
-    if output.exists() and any(output.iterdir()) and not marker.is_file():
-        raise RunError(f"{output} was not written by the demo. Choose another folder.")
+    if output.exists() and any(output.iterdir()):
+        if not (resume or overwrite):
+            raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
+        if not marker.is_file():
+            raise RunError(f"{output} was not created by `forgetlearn demo`. Choose another folder.")
     with disk.naming(output):
         output.mkdir(parents=True, exist_ok=True)
     disk.write_json(marker, {"n_facts": n_facts, "seed": seed})
@@ -76,7 +76,7 @@ def run_demo(
 
 
 def comparison_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
-    """Markdown: a line per method, a column per quantity with its protocol, percent."""
+    """Return a Markdown table: a line per method, a column per quantity with its protocol, in percent."""
     head = " | ".join(f"{quantity} ({protocol})" for quantity, protocol in COLUMNS)
     lines = [f"| | {head} |", "|---|" + "---:|" * len(COLUMNS)]
     for name, phase in rows:

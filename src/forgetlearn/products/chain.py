@@ -14,7 +14,7 @@ from pathlib import Path
 
 from forgetlearn._version import __version__
 from forgetlearn.errors import RunError, some
-from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.facts.files import is_hub_id
 from forgetlearn.storage.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, is_recorded, model_files, sha256_of
 from forgetlearn.storage.disk import read_json, write_text
@@ -227,7 +227,7 @@ def _from_hub(name: str, revision: str | None) -> list[Update]:
     from forgetlearn.models import hub
 
     try:
-        file = hf_hub_download(name, HISTORY, revision=revision, local_files_only=not hub.answers())
+        file = hf_hub_download(name, HISTORY, revision=revision, local_files_only=not hub.is_reachable())
         return _updates_in(Path(file))
     except errors.LocalEntryNotFoundError:
         log.warning("%s: the hub cannot be asked whether updates made this model; its chain is taken as empty", name)

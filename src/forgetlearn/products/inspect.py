@@ -20,8 +20,9 @@ from forgetlearn.errors import ConfigError, WeightMismatchError
 from forgetlearn.products.chain import Base, product_of
 from forgetlearn.storage.disk import naming
 from forgetlearn.storage.run_folder import RunFolder, is_run
+from forgetlearn.weights.adapter_delta import Adapter
 from forgetlearn.weights.checkpoint_folder import ADAPTER, WIDTHS, CheckpointFolder, Entry
-from forgetlearn.weights.deltas import VECTOR, Adapter, Change, Difference, Stored, check_change, open_vector
+from forgetlearn.weights.deltas import VECTOR, Change, Difference, SavedVector, check_change, open_vector
 from forgetlearn.weights.rounding import Array, Scratch, Sums, Survival, narrow, wide, widen
 from forgetlearn.weights.streaming import pieces_of, usual_threads
 
@@ -181,7 +182,7 @@ class _Look:
             stored, after = scratch.array("stored", n * width, np.uint8), scratch.array("after", n, wide(entry.dtype))
             narrow(np.add(numbers, change, out=after), entry.dtype, stored, scratch)
             widen(stored, entry.dtype, after)
-            tally.survival.look(numbers, change, after)
+            tally.survival.count(numbers, change, after)
 
 
 def _dot(one: Array, two: Array) -> float:
@@ -221,7 +222,7 @@ def _base_named_by(folder: Path) -> Path | None:
 
 def _open(base: CheckpointFolder, what: str | Path) -> Change:
     if vector := _vector_in(Path(what)):
-        return Stored(base, vector)
+        return SavedVector(base, vector)
     product = product_of(Path(what))
     return Adapter(base, product) if (product / ADAPTER).is_file() else Difference(base, product)
 

@@ -96,7 +96,7 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
     folder = finished_run(run)
     base, output = Base.of(folder), None if output is None else Path(output)
     place, name, recorded = base.folder(), str(base.name), base.base_sha256
-    if base.commit and (place or hub.answers()):
+    if base.commit and (place or hub.is_reachable()):
         if output is not None:
             place = hub.snapshot(name, recorded)  # all of it: a cache may hold some of the files
         elif place is None:

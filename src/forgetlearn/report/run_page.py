@@ -14,8 +14,7 @@ from pathlib import Path
 import yaml
 
 from forgetlearn.errors import RunError
-from forgetlearn.facts import matching
-from forgetlearn.facts.fact_set import tell_old
+from forgetlearn.facts import matching, tell_old
 from forgetlearn.report import plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.storage import disk

@@ -10,7 +10,7 @@ from typing import Any
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.evaluation import scoring
-from forgetlearn.facts.fact_set import FactSet, write_facts
+from forgetlearn.facts import FactSet, write_facts
 from forgetlearn.report import run_page
 from forgetlearn.runs.coefficient import Choice
 from forgetlearn.storage import disk, records

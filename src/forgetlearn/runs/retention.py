@@ -13,7 +13,7 @@ from pathlib import Path
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import FactError, RunError
 from forgetlearn.evaluation.scoring import score, summarise
-from forgetlearn.facts.fact_set import Fact, FactSet
+from forgetlearn.facts import Fact, FactSet
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import chain_of, find_facts, runs_before
 from forgetlearn.storage import records

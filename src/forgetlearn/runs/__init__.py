@@ -1,0 +1,1 @@
+"""One update or evaluation over its run folder."""
