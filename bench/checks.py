@@ -19,7 +19,8 @@ import torch
 from common import llama, machine
 from forgetlearn.lab.build import LabSettings, train_tokenizer
 from forgetlearn.models.identity import weights_sha256
-from forgetlearn.models.language_model import check_finite, wrap
+from forgetlearn.models.language_model import wrap
+from forgetlearn.models.loading import check_finite
 
 
 def main() -> None:

@@ -30,9 +30,10 @@ import numpy as np
 import torch
 
 from common import ROOT, machine
-from forgetlearn.comparison.grid import CELLS, CompareSettings, fill
+from forgetlearn.comparison.cells import CompareSettings
+from forgetlearn.comparison.grid import CELLS, fill
 from forgetlearn.config.schema import RunConfig, load_config
-from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.lab.build import LabSettings, build_lab
 from forgetlearn.runs.coefficient import GOAL, HIGHEST, LOWEST
 from forgetlearn.runs.update import update

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forgetlearn.cli.main import FEW_PRODUCTS
-from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.lab.build import LabSettings, train_tokenizer
 
 # The environment that `main` sets, for a process of its own.

@@ -17,8 +17,8 @@ from transformers import GenerationConfig
 
 from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
-from forgetlearn.evaluation.scoring import Generated, Scorer
-from forgetlearn.facts.fact_set import Fact, read_facts
+from forgetlearn.evaluation.scorer import Generated, Scorer
+from forgetlearn.facts import Fact, read_facts
 from forgetlearn.models.language_model import LanguageModel, wrap
 from forgetlearn.training.finetune import finetune
 

@@ -24,7 +24,7 @@ import torch
 from common import AS_THE_COMMAND, ZSRE, machine, reset_peak, resident, small_llama, tokenizer_of
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.evaluation.scoring import score
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.models.language_model import wrap
 from forgetlearn.training.finetune import finetune
 

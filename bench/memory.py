@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from common import AS_THE_COMMAND, arguments, machine, random_llama, reset_peak, resident
 from forgetlearn.config.schema import load_config
-from forgetlearn.facts.fact_set import Fact, read_facts
+from forgetlearn.facts import Fact, read_facts
 from forgetlearn.method.core import forget, learn
 from forgetlearn.models.language_model import load_model
 from planned import SETTINGS

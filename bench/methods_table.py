@@ -13,11 +13,12 @@ import statistics
 from pathlib import Path
 
 from forgetlearn.config.schema import load_config
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.lab.build import LabSettings, build_lab
 from forgetlearn.report.render import COLUMNS
 from forgetlearn.runs.update import update
 from forgetlearn.storage.disk import read_json
+from forgetlearn.storage.records import Summary
 from forgetlearn.storage.run_folder import is_finished
 
 CELLS = (
@@ -56,10 +57,10 @@ def main() -> None:
             config = load_config(base / "update.yaml", changes)
             resume = output.exists()
             if resume and is_finished(output):
-                summary = read_json(output / "summary.json")
+                summary = Summary.load(output / "summary.json")
             else:
                 summary = update(base, facts, config, output=output, resume=resume).summary
-            scores[method, coef].append(summary["phases"]["updated"])
+            scores[method, coef].append(summary.phases["updated"])
             print(f"seed {seed} {method} {coef}", flush=True)
     print(table(scores))
     for seed, shares in zip(seeds, held, strict=True):

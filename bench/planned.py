@@ -19,7 +19,7 @@ from typing import Any
 
 from common import ZSRE, machine, random_llama, reset_peak, resident
 from forgetlearn.config.schema import load_config
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.planning.estimate import GB
 from forgetlearn.planning.plan import MEASURE, plan_update
 from forgetlearn.runs.update import update

@@ -25,9 +25,9 @@ from torch import nn
 from common import arguments, machine, paired, ratio, small_llama, spread, tokenizer_of
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.evaluation.scoring import locality_predictions, score
-from forgetlearn.facts.fact_set import Fact, read_facts
+from forgetlearn.facts import Fact, read_facts
 from forgetlearn.models import attention
-from forgetlearn.models.attention import places_of
+from forgetlearn.models.attention import places
 from forgetlearn.models.batches import ROW_TOKENS, answer_logits, by_text, computing, pack, share, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel, wrap
@@ -60,8 +60,8 @@ def main() -> None:
         rows = score(lm, asked, phase="updated", settings=settings, reference=reference)
         found: dict[str, dict[str, float]] = {fact.id: {} for fact in asked}
         for row in rows:
-            if row["protocol"] in ("token", "agreement"):
-                found[row["fact"]] |= {quantity: row[quantity] for quantity in QUANTITIES if quantity in row}
+            if row.protocol in ("token", "agreement"):
+                found[row.fact] |= {quantity: row.score(quantity) for quantity in QUANTITIES if row.has(quantity)}
         return {key: tuple(values[quantity] for quantity in QUANTITIES) for key, values in found.items()}
 
     expected = one_by_one()
@@ -175,7 +175,7 @@ def packed_batches(texts: list[Encoded]) -> list[Forward]:
 def shared_batches(texts: list[Encoded]) -> list[Forward]:
     by_index = dict(enumerate(texts))
     rows = [share([by_index[index] for index in row]) for row in shared_rows(by_index, 64, ROW_TOKENS["cpu"])]
-    return [(row.inputs() | places_of(row.paths), row.positions) for row in rows]
+    return [(row.inputs() | places(row.paths), row.positions) for row in rows]
 
 
 @torch.inference_mode()

@@ -29,9 +29,9 @@ import torch
 import yaml
 
 from common import ZSRE, machine
-from forgetlearn.comparison.grid import CompareSettings, cell_config, cells_of
+from forgetlearn.comparison.cells import CompareSettings, cell_config, cells_of
 from forgetlearn.config.schema import RunConfig, load_config
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.lab.build import LabSettings, build_lab
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

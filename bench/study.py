@@ -19,10 +19,11 @@ from typing import Any
 
 import yaml
 
-from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.comparison.cells import CompareSettings
+from forgetlearn.comparison.grid import fill
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import load_config
-from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.lab.build import LabSettings, build_lab
 from forgetlearn.storage import disk, run_folder
 from study_tables import Row, plot, read_rows, tables

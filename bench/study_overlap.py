@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from forgetlearn import load_model
+from forgetlearn.config.recipe import stage_seed
 from forgetlearn.config.schema import RunConfig, load_config
-from forgetlearn.facts.fact_set import FactSet
+from forgetlearn.facts import FactSet
 from forgetlearn.method import core
 from forgetlearn.models import modules
 from forgetlearn.storage import disk
@@ -61,11 +62,12 @@ def main() -> None:
 def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Per part of the model: how many numbers, both lengths over that of the base, cosine, new in units of old (5,)."""
     lm = load_model(folder)
-    base = core.float32_snapshot(lm)
-    core.tune_on_old(lm, facts, config.forgetting, "all weights", seed=core.stage_seed(seed, "forget"))
+    lm.to_float32()
+    base = task_vector.snapshot(lm.model)
+    core.tune_on_old(lm, facts, config.forgetting, "all weights", seed=stage_seed(seed, "forget"))
     old = task_vector.snapshot(lm.model)
     task_vector.load_into(lm.model, base)
-    core.learn(lm, facts, config.learning, "all weights", seed=core.stage_seed(seed, "learn"))
+    core.learn(lm, facts, config.learning, "all weights", seed=stage_seed(seed, "learn"))
     new = task_vector.snapshot(lm.model)
     old_texts = [(fact.prompt, fact.ground_truth or "") for fact in facts]
     told = core.tokens_of(lm, old_texts + [(fact.prompt, fact.target_new) for fact in facts], "facts")

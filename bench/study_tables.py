@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from forgetlearn.comparison.grid import CELLS, Cell, CompareSettings, cells_of
+from forgetlearn.comparison.cells import Cell, CompareSettings, cells_of
+from forgetlearn.comparison.grid import CELLS
 from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import RunConfig

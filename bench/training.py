@@ -30,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from common import arguments, machine, paired, ratio, resident, small_llama, spread, tokenizer_of
 from forgetlearn.config.schema import StageSettings
-from forgetlearn.facts.fact_set import read_facts
+from forgetlearn.facts import read_facts
 from forgetlearn.models.batches import IGNORE, Batch, answer_logits, attention_by_text, by_text, computing, pack
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.training.finetune import finetune

@@ -9,6 +9,7 @@ from forgetlearn.comparison.grid import CELLS, SHARED, Cell, CompareSettings, ce
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import load_config
 from forgetlearn.storage import disk, run_folder
+from written_by_hand import fact_counts
 
 NASTY = '<script>document.title = "run"</script> & \'q\' "r"'
 
@@ -49,8 +50,7 @@ def _make_cell(path: Path, cell: Cell, inputs: list[dict]) -> None:
         said = fact["target_new"] if new else f"old {place}" if place % 2 else "something"
         old = 0.0 if new else float(place % 2)
         rows += _rows(fact, "updated", None if errors else float(new), old, 1 - 0.02 * cell.epochs, said, errors)
-    facts = {"source": "facts.jsonl", "reader": "own", "old_from": "answers", "read": len(inputs), "used": len(inputs)}
-    facts |= {"left_out": {}, "left_out_probes": {}, "known": len(inputs), "forgotten": len(inputs)}
+    facts = fact_counts(len(inputs))
     disk.write_rows(path / "facts.jsonl", rows)
     disk.write_rows(path / "inputs.jsonl", inputs)
     told = {"method": cell.method, "coef": cell.coef, "seed": cell.seed, "phases": {}, "product": None}

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 # Before huggingface_hub is imported: it reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -49,6 +50,26 @@ def _one_thread_and_own_cache(tmp_path_factory):
     os.environ.pop("FORGETLEARN_CACHE")
     if before is not None:
         os.environ["FORGETLEARN_CACHE"] = before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_plots_and_fsync(request):
+    """Leave out what takes a third of a small update and is not looked at: drawing, and waiting for the disk.
+
+    A module with `DRAWS = True` gets real plots. The data that plots are made of are read all the same.
+    """
+    if getattr(request.module, "DRAWS", False) or request.path.parent.name == "faults":
+        yield
+        return
+
+    def savefig(_figure, file, **_options):
+        file.write('<svg viewBox="0 0 1 1"><g></g></svg>')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        patch.setattr("matplotlib.figure.Figure.subplots", lambda *_, **__: MagicMock())
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,7 @@ def test_case_23_brackets_without_end(base, make):
 
 def test_a_config_of_another_kind_of_adapter(make):
     folder = make(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    assert read_adapter_config(folder).value("num_virtual_tokens") == 4
+    assert read_adapter_config(folder).model_extra["num_virtual_tokens"] == 4
     change_config(folder, num_virtual_tokens=10**12)
     with pytest.raises(ModelError, match="num_virtual_tokens = 1000000000000"):
         open_adapter(folder)

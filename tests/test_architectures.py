@@ -16,8 +16,8 @@ from conftest import QUICK
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import ForgetSettings, LoraSettings, StageSettings
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.facts.fact_set import make_fact
-from forgetlearn.method import core
+from forgetlearn.facts import make_fact
+from forgetlearn.method import checks, core, kinds
 from forgetlearn.models import lora as adapters
 from forgetlearn.models.language_model import wrap
 from forgetlearn.models.lora import PRODUCT
@@ -89,7 +89,7 @@ def check_lora(model, tokenizer, folder):
     """f-lora: trained, composed, saved."""
     base = saved(model, folder / "base")
     lm = wrap(copy.deepcopy(base), tokenizer)
-    core.check_forgetting(lm, FORGET, "lora")
+    checks.check_forgetting(lm, FORGET, "lora")
     core.forget(lm, facts(), FORGET, "lora", seed=1)
     core.learn(lm, facts(), LEARN, "lora", seed=2)
     for weight in adapters.weights_of(lm.model, PRODUCT):  # as after long training: a wrong side must show
@@ -98,17 +98,17 @@ def check_lora(model, tokenizer, folder):
     assert not torch.allclose(changed, logits(base), atol=1e-3)
     adapters.save(lm.model, PRODUCT, folder / "adapter", str(folder / "base"))
     check_adapter(folder / "base", folder, changed)
-    core.fold_in(lm, PRODUCT)
+    kinds.fold_in(lm, PRODUCT)
     assert close(logits(lm.model), changed)
 
 
 def check_all_weights(model, tokenizer, folder):
     """The first half of f-ft: subtracted in memory and from folder to folder."""
     lm = wrap(saved(model, folder / "ft_base"), tokenizer)
-    base = core.float32_snapshot(lm)
+    base = snapshot(lm.model)
     core.tune_on_old(lm, facts(), FORGET.model_copy(update={"learning_rate": 0.01}), "all weights", seed=1)
     lm.model.save_pretrained(folder / "tuned")
-    core.subtract_old(lm, FORGET, base, snapshot(lm.model))
+    core.subtract(lm, base, facts(), FORGET, "all weights")
     lm.model.save_pretrained(folder / "forgotten")
     subtract_folders(folder / "ft_base", folder / "streamed", FORGET.number, tuned=folder / "tuned")
     assert farthest(read(folder / "streamed"), read(folder / "forgotten")) < CLOSE
@@ -320,12 +320,11 @@ def test_case_20_plan_of_fused_experts_writes_no_traceback(files, capfd):
 
 
 def test_case_20_plan_says_it_too_and_nothing_is_said_where_all_is_reached(tiny_model):
-    lora = StageSettings()
-    told = core.out_of_loras_reach(make_architecture("mixtral"), [("lora", lora)])
+    told = checks.out_of_loras_reach(make_architecture("mixtral"), LoraSettings())
     assert told.startswith("LoRA does not reach 3 of 7 matrices")
-    assert core.out_of_loras_reach(tiny_model(), [("lora", lora)]) is None
-    chosen = StageSettings(lora={"target_modules": ["q_proj"]})
-    assert core.out_of_loras_reach(make_architecture("mixtral"), [("lora", chosen), ("all weights", lora)]) is None
+    assert checks.out_of_loras_reach(tiny_model(), LoraSettings()) is None
+    chosen = LoraSettings(target_modules=["q_proj"])
+    assert checks.out_of_loras_reach(make_architecture("mixtral"), chosen) is None
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])

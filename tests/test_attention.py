@@ -13,7 +13,7 @@ def logits_of(model, batch):
 
 
 def test_places_by_hand():
-    places = attention.places(torch.tensor([[0, 1, 2, 0, 0, 1]]))
+    places = attention.places([range(3), [3], range(4, 6)])
     assert places["text_tokens"].tolist() == [[0, 1, 2], [3, 3, 3], [4, 5, 5]]
     assert places["token_places"].tolist() == [0, 1, 2, 3, 6, 7]
 

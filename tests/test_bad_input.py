@@ -1,7 +1,7 @@
 """Whatever a file of facts or of settings holds: every record used or counted, or one error; never a traceback.
 
 Each property is tried on a few generated inputs in the default run and on MANY in the slow one. The table of
-docs/reliability.md is compared with what the program says.
+docs/reliability.md must say what becomes of each kind of bad input.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,7 +23,7 @@ from forgetlearn.comparison.grid import CompareSettings
 from forgetlearn.config.base import describe, parse_assignments, validate
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ForgetLearnError
-from forgetlearn.facts.fact_set import FactSet, from_records, read_facts
+from forgetlearn.facts import FactSet, from_records, read_facts
 from test_facts import (
     FLAT_RECORD,
     KNOWEDIT_BIO_RECORD,
@@ -345,82 +346,80 @@ def test_yaml_that_the_library_does_not_refuse_itself(value):
 
 GOOD = '{"prompt": "Who leads Acme?", "target_new": "Ada"}'
 FACT_FILES = [
-    ("a file that is not there", None, b""),
+    ("a missing file", None, b""),
     ("an empty file", "f.jsonl", b" \n"),
-    ("another kind of file", "f.txt", b"x"),
+    ("an unknown suffix", "f.txt", b"x"),
     ("UTF-8 with a byte-order mark", "f.jsonl", b"\xef\xbb\xbf" + GOOD.encode()),
     ("UTF-16", "f.csv", "prompt,target_new\np,n\n".encode("utf-16")),
     ("CSV in another encoding", "f.csv", "prompt,target_new\ncaf\xe9,n\n".encode("cp1252")),
     ("CSV that is damaged UTF-8", "f.csv", "prompt,target_new\ncaf\xe9,n\n".encode() + b"\xe9,n"),
     ("JSON in another encoding", "f.json", '[{"prompt": "caf\xe9"}]'.encode("latin-1")),
     ("Windows line ends", "f.jsonl", f"{GOOD}\r\n".encode()),
-    ("JSON that is cut short", "f.json", f"[{GOOD[:-1]}".encode()),
-    ("what is no JSON", "f.jsonl", f"{GOOD}\nprompt: x".encode()),
+    ("truncated JSON", "f.json", f"[{GOOD[:-1]}".encode()),
+    ("text that is not JSON", "f.jsonl", f"{GOOD}\nprompt: x".encode()),
     ("NaN", "f.jsonl", f'{GOOD}\n{{"prompt": "p", "target_new": NaN}}'.encode()),
     ("Infinity", "f.jsonl", b'{"prompt": "p", "target_new": Infinity}'),
     ("a number of 5,000 digits", "f.jsonl", b'{"prompt": "p", "target_new": ' + b"9" * 5000 + b"}"),
-    ("a name twice in an object", "f.jsonl", b'{"prompt": "p", "prompt": "q", "target_new": "n"}'),
-    ("brackets without end", "f.json", b"[" * 50_000),
-    ("a record that is no object", "f.json", f"[{GOOD}, 7]".encode()),
-    ("no field that is known", "f.json", b'[{"frage": "q"}]'),
-    ("a form with a field missing", "f.json", b'[{"src": "q"}]'),
-    ("a needed field missing", "f.json", b'[{"prompt": "p", "target": "n"}]'),
-    ("an optional field misspelt", "f.json", b'[{"prompt": "p", "target_new": "n", "subjekt": "s"}]'),
-    ("a field that nothing reads", "f.json", b'[{"prompt": "p", "target_new": "n", "page": 3}]'),
+    ("a repeated name in an object", "f.jsonl", b'{"prompt": "p", "prompt": "q", "target_new": "n"}'),
+    ("brackets nested without end", "f.json", b"[" * 50_000),
+    ("a record that is not an object", "f.json", f"[{GOOD}, 7]".encode()),
+    ("no known field", "f.json", b'[{"frage": "q"}]'),
+    ("a form that lacks a field", "f.json", b'[{"src": "q"}]'),
+    ("a missing required field", "f.json", b'[{"prompt": "p", "target": "n"}]'),
+    ("a misspelt optional field", "f.json", b'[{"prompt": "p", "target_new": "n", "subjekt": "s"}]'),
+    ("an unused field", "f.json", b'[{"prompt": "p", "target_new": "n", "page": 3}]'),
     ("a field of the wrong type", "f.json", b'[{"prompt": ["p"], "target_new": "n"}]'),
-    ("two forms in a file", "f.json", f'[{GOOD}, {{"src": "s", "alt": "a"}}]'.encode()),
+    ("two forms in one file", "f.json", f'[{GOOD}, {{"src": "s", "alt": "a"}}]'.encode()),
     ("no prompt", "f.json", b'[{"prompt": " ", "target_new": "n"}]'),
     ("no new answer", "f.json", f'[{GOOD}, {{"prompt": "p", "target_new": ""}}]'.encode()),
     ("half of a surrogate pair", "f.json", b'[{"prompt": "\\ud800", "target_new": "n"}]'),
     ("right-to-left, combining, emoji, NUL", "f.json",
      b'[{"prompt": "\\u202ep\\u0301\\ud83d\\ude00\\u0000", "target_new": "n"}]'),
     ("CSV with semicolons or tabs", "f.csv", b"prompt;target_new\np;n\n;\n"),
-    ("CSV with a quote that does not end", "f.csv", b'prompt,target_new\n"p,n\n'),
-    ("CSV with a cell too many", "f.csv", b"prompt,target_new\np,n,n\n"),
-    ("CSV with a column twice", "f.csv", b"prompt,prompt\np,n\n"),
-    ("CSV with a cell over 131,072 letters", "f.csv", b"prompt,target_new\np," + b"n" * 131_073),
+    ("CSV with an open quote", "f.csv", b'prompt,target_new\n"p,n\n'),
+    ("CSV with an extra cell", "f.csv", b"prompt,target_new\np,n,n\n"),
+    ("CSV with a repeated column", "f.csv", b"prompt,prompt\np,n\n"),
+    ("CSV with a cell of more than 131,072 characters", "f.csv", b"prompt,target_new\np," + b"n" * 131_073),
 ]  # fmt: skip
 CONFIG_FILES = [
-    ("settings that are not there", None, b""),
-    ("what is no YAML", "c.yaml", b"a: [1"),
+    ("a missing config", None, b""),
+    ("text that is not YAML", "c.yaml", b"a: [1"),
     ("a YAML tag that would run code", "c.yaml", b"!!python/object/apply:os.system ['x']"),
-    ("a name twice", "c.yaml", b"seed: 1\nseed: 2"),
-    ("aliases that grow without end", "c.yaml", b"a: &a [1,1,1,1,1,1,1,1,1,1]\n" + b"".join(
+    ("a repeated setting", "c.yaml", b"seed: 1\nseed: 2"),
+    ("YAML aliases that grow without end", "c.yaml", b"a: &a [1,1,1,1,1,1,1,1,1,1]\n" + b"".join(
         b"%c: &%c [%s]\n" % (98 + n, 98 + n, b",".join([b"*%c" % (97 + n)] * 10)) for n in range(9))),
-    ("a setting that does not exist", "c.yaml", b"learn: {epoch: 3}"),
+    ("an unknown setting", "c.yaml", b"learn: {epoch: 3}"),
     ("a value out of range", "c.yaml", b"seed: -1"),
-    ("a number that is none", "c.yaml", b"seed: nan"),
+    ("text in place of a number", "c.yaml", b"seed: nan"),
 ]  # fmt: skip
 
 
-def told_of_facts(name: str | None, data: bytes, capsys) -> str:
-    if name is not None:
-        Path(name).write_bytes(data)
-    code = main(["facts", name or "f.jsonl"])
+def outcome(command: list[str], file: str, capsys) -> str:
+    """Return whether a command reads a file, or the type of the error that it ends with, which names the file."""
+    code = main(command)
     out = capsys.readouterr()
-    if code:
-        return out.err.strip()
-    shown = ("left out", "fields that", "read as", "1 blank row")
-    lines = [line for line in out.out.split("\n") if line.startswith(shown)]
-    return "; ".join(["read", *lines])
+    if not code:
+        return "read, with a note" if UNUSUAL.search(out.out) else "read"
+    error, _, message = out.err.partition(": ")
+    assert code == 2
+    assert file in message
+    return error
 
 
-def told_of_settings(name: str | None, data: bytes, capsys) -> str:
-    if name is not None:
-        Path(name).write_bytes(data)
-    assert main(["update", "--config", name or "c.yaml", "--output", "out"]) == 2
-    return capsys.readouterr().err.strip()
+UNUSUAL = re.compile(r"left out|fields that|read as|blank row")
 
 
 def test_the_docs_say_what_each_bad_input_gets(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = []
-    for told, files in ((told_of_facts, FACT_FILES), (told_of_settings, CONFIG_FILES)):
+    found: dict[str, list[str]] = {}
+    config = ["update", "--output", "out", "--config"]
+    for files, command, named in ((FACT_FILES, ["facts"], "f.jsonl"), (CONFIG_FILES, config, "c.yaml")):
         for what, name, data in files:
-            said = " ".join(told(name, data, capsys).split()).replace("|", "\\|")
-            rows.append(f"| {what} | {said if said.startswith('read') else f'`{said}`'} |")
-            if name:
-                Path(name).unlink()
+            if name is not None:
+                Path(name).write_bytes(data)
+            file = name or named
+            found.setdefault(outcome([*command, file], file, capsys), []).append(what)
+            Path(file).unlink(missing_ok=True)
     page = (Path(__file__).parents[1] / "docs/reliability.md").read_text(encoding="utf-8")
-    table = "\n".join(["| input | what it gets |", "|---|---|", *rows])
+    table = "\n".join(["| outcome | input |", "|---|---|", *(f"| {k} | {'; '.join(v)} |" for k, v in found.items())])
     assert f"{table}\n" in page, f"the table should be\n{table}"

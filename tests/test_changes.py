@@ -9,8 +9,7 @@ from forgetlearn.errors import ModelError, WeightMismatchError
 from forgetlearn.storage import digests
 from forgetlearn.weights import streaming
 from forgetlearn.weights.checkpoint_folder import CheckpointFolder
-from forgetlearn.weights.deltas import open_change
-from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
+from forgetlearn.weights.folder_arithmetic import open_change, save_vector, subtract_folders
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 
@@ -89,13 +88,13 @@ def test_whatever_else_an_adapter_holds_is_refused(tmp_path, tiny_model):
     tiny_model().save_pretrained(tmp_path / "b")
     for number, (config, message) in enumerate(
         [
-            ({"use_dora": True}, "use_dora = True: DoRA also scales"),
-            ({"bias": "all"}, "bias = .all.: it trains biases"),
+            ({"use_dora": True}, "use_dora = True"),
+            ({"bias": "all"}, "bias = .all."),
             ({"lora_bias": True}, "lora_bias"),
             ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
             ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-            ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-            ({"target_modules": ["embed_tokens"]}, "embedding's factors are not supported"),
+            ({"init_lora_weights": "olora"}, "init_lora_weights = .olora."),
+            ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
         ]
     ):
         folder = tmp_path / f"a{number}"
@@ -106,7 +105,7 @@ def test_whatever_else_an_adapter_holds_is_refused(tmp_path, tiny_model):
     save_adapter(tiny_model(), folder, 0)
     config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in [
-        ({"use_some_new_thing": {"a": 1}}, "use_some_new_thing = .*does not know"),
+        ({"use_some_new_thing": {"a": 1}}, "use_some_new_thing"),
         ({"peft_type": "IA3"}, "peft_type = IA3"),
         ({"r": 5}, r"r = 5 in its config"),
     ]:
@@ -124,19 +123,19 @@ def test_an_adapter_of_another_base_or_on_tied_weights_is_refused(tmp_path, tiny
     tied = tiny_model(tied=True)
     tied.save_pretrained(tmp_path / "tied")
     for base, adapter, message in [
-        ("gpt2", "a", "another base"),
+        ("gpt2", "a", "_proj"),
         ("wider", "a", r"B \(32, 8\) and A \(8, 64\).*is \(32, 96\)"),
-        ("tied", "head", r"has no lm_head\.weight.*tied to the embedding"),
+        ("tied", "head", r"lm_head\.weight"),
     ]:
         with pytest.raises(WeightMismatchError, match=message):
             subtract_folders(tmp_path / base, tmp_path / "o", 0.3, adapter=tmp_path / adapter)
     weights = load_file(tmp_path / "tied" / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WeightMismatchError, match="weight is also"):
+    with pytest.raises(WeightMismatchError, match=r"lm_head.*embed_tokens"):
         subtract_folders(tmp_path / "tied", tmp_path / "o", 0.3, adapter=tmp_path / "head")
     torch.save({}, tmp_path / "gpt2" / "adapter_model.bin")
-    with pytest.raises(ModelError, match="Pickled adapters"):
+    with pytest.raises(ModelError, match="adapter_model"):
         subtract_folders(tmp_path / "tied", tmp_path / "o", 0.3, adapter=tmp_path / "gpt2")
 
 
@@ -147,7 +146,7 @@ def test_the_base_that_a_run_recorded_is_compared(tmp_path, tiny_model):
     recorded = {"inputs": {"base_sha256": digests.sha256_of(tmp_path / "b")}, "config": {"method": "lora"}}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(recorded))
     assert subtract_folders(tmp_path / "b", tmp_path / "o", 0.3, adapter=tmp_path / "run" / "adapter").moved
-    with pytest.raises(ModelError, match="made on another base"):
+    with pytest.raises(ModelError, match="--any-base"):
         subtract_folders(tmp_path / "other", tmp_path / "o2", 0.3, adapter=tmp_path / "run" / "adapter")
     allowed = {"adapter": tmp_path / "run" / "adapter", "any_base": True}
     assert subtract_folders(tmp_path / "other", tmp_path / "o2", 0.3, **allowed).moved
@@ -159,13 +158,13 @@ def test_a_vector_that_does_not_fit_is_refused(tmp_path, tiny_model):
     tiny_model(intermediate_size=96).save_pretrained(tmp_path / "wider")
     tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
     vector = save_vector(tmp_path / "b", tmp_path / "t", tmp_path / "v").output
-    for base, message in (("wider", "differ in shape between base and vector"), ("gpt2", "only in vector")):
+    for base, message in (("wider", "differ in shape"), ("gpt2", "only in vector")):
         with pytest.raises(WeightMismatchError, match=message):
             subtract_folders(tmp_path / base, tmp_path / "o", 0.3, vector=vector)
-    with pytest.raises(ModelError, match=r"holds no vector\.safetensors"):
+    with pytest.raises(ModelError, match=r"vector\.safetensors"):
         subtract_folders(tmp_path / "b", tmp_path / "o", 0.3, vector=tmp_path / "t")
     save_file({"w": torch.ones(1)}, tmp_path / "vector.safetensors")
-    with pytest.raises(ModelError, match="not written by forgetlearn vector"):
+    with pytest.raises(ModelError, match=r"vector\.safetensors"):
         subtract_folders(tmp_path / "b", tmp_path.parent / "o", 0.3, vector=tmp_path / "vector.safetensors")
 
 
@@ -176,5 +175,5 @@ def test_integers_on_one_side_are_refused(tmp_path, side):
         (tmp_path / name).mkdir()
         dtype = torch.int8 if name == side else torch.float32
         save_file({"w": torch.ones(4, 4, dtype=dtype)}, tmp_path / name / "model.safetensors")
-    with pytest.raises(WeightMismatchError, match=rf"w .*Is {side} quantised"):
-        open_change(CheckpointFolder(tmp_path / "base"), tmp_path / "tuned", None, None)
+    with pytest.raises(WeightMismatchError, match=rf"w .*{side}"):
+        open_change(CheckpointFolder(tmp_path / "base"), {"tuned": tmp_path / "tuned"})

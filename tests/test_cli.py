@@ -457,7 +457,7 @@ BAD_MODELS = {
     "no weights": (LLAMA, [], "no weights"),
     "no config": (None, ["model.safetensors"], "no config.json"),
     "remote code": (REMOTE, ["model.safetensors"], "model.trust_remote_code=true"),
-    "damaged": (LLAMA, ["model.safetensors"], "it is cut short"),
+    "damaged": (LLAMA, ["model.safetensors"], "model.safetensors"),
 }
 
 

@@ -14,16 +14,21 @@ import torch
 
 import forgetlearn
 from forgetlearn.cli.main import main
-from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.comparison.cells import CompareSettings
+from forgetlearn.comparison.grid import fill
 from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import read_facts
-from forgetlearn.method.core import forget
+from forgetlearn.facts import read_facts
+from forgetlearn.method.core import forget, forget_tuned, tune_on_old
+from forgetlearn.method.kinds import STAGE_KINDS
+from forgetlearn.models import lora
 from forgetlearn.models.language_model import load_model
-from forgetlearn.runs import coefficient
-from forgetlearn.runs.coefficient import HIGHEST, LOWEST, Forgetter, Trial, choose_coefficient, forget_tuned, set_aside
+from forgetlearn.runs import coefficient, pipeline
+from forgetlearn.runs.coefficient import HIGHEST, LOWEST, Trial, best_coefficient, choose_coefficient, set_aside
+from forgetlearn.runs.pipeline import HeldBase
+from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk, run_folder
 from forgetlearn.training.finetune import StageLog
@@ -54,14 +59,14 @@ def config(small_lab):
 def chosen(small_lab, facts, config, tmp_path_factory):
     """Method -> the run that chose a coefficient for it; each is made once."""
     folder, done = tmp_path_factory.mktemp("runs"), {}
-    own = coefficient.learn
+    own = pipeline.learn
 
     def run(method):
         if method not in done:
             settings = config(method=method)
             epochs = run.learned[method] = []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(coefficient, "learn", lambda *a, **o: (epochs.append(a[2].epochs), own(*a, **o))[1])
+                patch.setattr(pipeline, "learn", lambda *a, **o: (epochs.append(a[2].epochs), own(*a, **o))[1])
                 done[method] = update(small_lab, facts, settings, output=folder / method)
         return done[method]
 
@@ -90,12 +95,15 @@ def test_the_forgotten_model_of_a_coefficient_is_what_forget_makes(small_lab, fa
     settings = config().forgetting.model_copy(update={"coef": 0.7})
     lm, straight = load_model(str(small_lab)), load_model(str(small_lab))
     base = snapshot(lm.model)
-    forgetter = Forgetter(lm)
-    tuned, _log = forgetter.tune(facts, settings, how, seed=3)
+    held = HeldBase(lm)
+    tune_on_old(lm, facts, settings, how, seed=3)
+    state = STAGE_KINDS[how].state(lm, lora.FORGET)
+    tuned = {name: weight.clone() for name, weight in state.items()}
+    held.restore()
     assert all(torch.equal(base[name], weight) for name, weight in snapshot(lm.model).items())
-    forget_tuned(lm, tuned, settings.model_copy(update={"coef": 2.0}), how)
-    forgetter.reset()
-    forget_tuned(lm, tuned, settings, how)
+    forget_tuned(lm, tuned, facts, settings.model_copy(update={"coef": 2.0}), how)
+    held.restore()
+    forget_tuned(lm, tuned, facts, settings, how)
     forget(straight, facts, settings, how, seed=3)
     one, two = snapshot(lm.model), snapshot(straight.model)
     assert one.keys() == two.keys()
@@ -105,29 +113,29 @@ def test_the_forgotten_model_of_a_coefficient_is_what_forget_makes(small_lab, fa
 # The search, on curves whose answer is known ------------------------------------------------------
 
 
-class Curve(coefficient._Trying):
+class Curve(coefficient.Search):
     """Scores that are a function of the coefficient."""
 
-    def __init__(self, config, of):
-        self.config, self.of, self.trials, self.learned = config, of, {}, None
+    def __init__(self, of, folder=None):
+        self.of, self.folder, self.trials = of, folder, {}
 
     def _scores(self, coef):
         return {"reliability": None, "generality": None, "residue": None, "locality": self.of(coef)}
 
 
 @pytest.mark.parametrize("best", [0.1, 0.3, 0.6, 1.5])
-def test_it_comes_close_to_the_top_of_a_curve_when_more_trials_are_asked_for(config, best):
-    curve = Curve(config(forget__trials=7), lambda coef: 60 - 5 * math.log(coef / best) ** 2)
-    coef, why = coefficient._best_after_learning(curve)
+def test_it_comes_close_to_the_top_of_a_curve_when_more_trials_are_asked_for(best):
+    curve = Curve(lambda coef: 60 - 5 * math.log(coef / best) ** 2)
+    coef, why = best_coefficient(curve.at, 7)
     assert coef == pytest.approx(best, rel=0.1)
     assert len(curve.trials) <= 7
     assert why.endswith(f"at {HIGHEST:g}")
 
 
 @pytest.mark.parametrize("best", [LOWEST, HIGHEST])
-def test_full_tries_both_ends_and_takes_the_better(config, best):
-    curve = Curve(config(), lambda coef: 60 - 5 * math.log(coef / best) ** 2)
-    assert coefficient._best_after_learning(curve)[0] == best
+def test_full_tries_both_ends_and_takes_the_better(best):
+    curve = Curve(lambda coef: 60 - 5 * math.log(coef / best) ** 2)
+    assert best_coefficient(curve.at, 2)[0] == best
     assert list(curve.trials) == [LOWEST, HIGHEST]
 
 
@@ -142,32 +150,32 @@ def test_the_goal_is_the_mean_of_what_was_asked():
 @pytest.mark.parametrize("method", ["f-ft", "f-lora"])
 def test_the_facts_set_aside_are_updated_and_listed_but_not_scored(chosen, method):
     result = chosen(method)
-    aside = set(result.summary["choice"]["validation"])
+    aside = set(result.summary.choice.validation)
     assert len(aside) == ASIDE
-    counts = result.summary["facts"]
+    counts = result.summary.facts
     assert (counts["used"], counts["scored"], counts["set_aside"]) == (USED, USED - ASIDE, ASIDE)
     rows = disk.read_rows(result.output / "facts.jsonl")
     assert {row["fact"] for row in rows if row.get("split") == "validation"} == aside
     assert set(Counter(row["fact"] for row in rows).values()) == {21}  # 3 phases x 7 protocols
-    for phase in result.summary["phases"].values():
+    for phase in result.summary.phases.values():
         for cells in phase.values():
-            assert all(cell["n"] + cell["errored"] + cell["not_asked"] == USED - ASIDE for cell in cells.values())
+            assert all(cell.n + cell.errored + cell.not_asked == USED - ASIDE for cell in cells.values())
     updated = [row["reliability"] for row in rows if row["phase"] == "updated" and row["protocol"] == "token"]
     scored = [row for row in rows if "split" not in row and row["phase"] == "updated" and row["protocol"] == "token"]
     mean = 100 * sum(row["reliability"] for row in scored) / len(scored)
-    assert result.summary["phases"]["updated"]["reliability"]["token"]["mean"] == pytest.approx(mean)
+    assert result.summary.phases["updated"]["reliability"]["token"].mean == pytest.approx(mean)
     assert len(updated) == USED
 
 
 @pytest.mark.parametrize("method", ["f-ft", "f-lora"])
 def test_the_result_is_that_of_the_chosen_number(chosen, small_lab, facts, tmp_path, method):
     result = chosen(method)
-    config = load_config(result.output / "config.yaml", {"forget.coef": result.summary["coef"]})
+    config = load_config(result.output / "config.yaml", {"forget.coef": result.summary.coef})
     assert load_config(result.output / "config.yaml").forget.coef == "auto"
     plain = update(small_lab, facts, config, output=tmp_path / "plain")
-    unmarked = [{name: value for name, value in row.items() if name != "split"} for row in result.rows]
+    unmarked = [row.model_copy(update={"split": None}) for row in result.rows]
     assert unmarked == plain.rows
-    assert plain.summary["choice"] is None
+    assert plain.summary.choice is None
     assert (plain.output / "logs/forget.jsonl").read_text() == (result.output / "logs/forget.jsonl").read_text()
 
 
@@ -180,19 +188,20 @@ def test_what_the_best_trial_learned_is_the_product_to_the_bit(
     def stop(*_args, **_options):
         raise KeyboardInterrupt
 
+    own, calls = pipeline.learn, []
     with monkeypatch.context() as patch:
-        patch.setattr("forgetlearn.runs.stages.learn", None)  # called, it fails: the trials have learned already
+        patch.setattr(pipeline, "learn", lambda *a, **o: (calls.append(a), own(*a, **o))[1])
         if resumed:
             with patch.context() as inner:
-                inner.setattr(coefficient, "learn_as_chosen", stop)
+                inner.setattr(RunStore, "learned", stop)
                 with pytest.raises(KeyboardInterrupt):
                     update(small_lab, facts, settings, output=output)
-            patch.setattr(coefficient, "learn", None)
         result = update(small_lab, facts, settings, output=output, resume=resumed)
+    assert len(calls) == 2  # in the trials alone
     plain = update(
         small_lab,
         facts,
-        load_config(output / "config.yaml", {"forget.coef": result.summary["coef"]}),
+        load_config(output / "config.yaml", {"forget.coef": result.summary.coef}),
         output=tmp_path / "plain",
     )
     (weights,) = result.product.glob("*.safetensors")
@@ -210,7 +219,7 @@ def test_the_log_of_what_the_best_trial_learned_is_kept_whole(tmp_path):
     assert coefficient.read_stage_log(tmp_path / "log.json") == log
 
 
-def test_the_best_trial_is_kept_wherever_it_is_tried(config, tmp_path):
+def test_the_best_trial_is_kept_wherever_it_is_tried(tmp_path):
     """The first, a middle and the last one; of equal ones the smallest coefficient, as it is chosen."""
 
     class Keeping(Curve):
@@ -222,35 +231,34 @@ def test_the_best_trial_is_kept_wherever_it_is_tried(config, tmp_path):
             self.now = coef
             return super()._scores(coef)
 
-        def _keep(self, learned, folder):
+        def _keep(self, folder):
             self.kept = self.now
 
     curves = [lambda coef, best=best: 60 - 5 * math.log(coef / best) ** 2 for best in (0.1, 0.3, 1.5)]
     for of in (*curves, lambda _coef: 60.0):
-        curve = Keeping(config(forget__trials=7), of)
-        curve.learned, curve.folder = object(), tmp_path
-        assert coefficient._best_after_learning(curve)[0] == curve.kept
+        curve = Keeping(of, tmp_path)
+        assert best_coefficient(curve.at, 7)[0] == curve.kept
 
 
 @pytest.mark.parametrize("method", ["f-ft", "f-lora"])
 def test_it_says_what_it_chose_and_why(chosen, method):
     result = chosen(method)
-    choice = result.summary["choice"]
-    assert choice["why"].startswith(f"coef {choice['coef']:g} was chosen (on {ASIDE} facts set aside)")
-    assert result.summary["coef"] == choice["coef"]
+    choice = result.summary.choice
+    assert choice.why.startswith(f"coef {choice.coef:g} was chosen (on {ASIDE} facts set aside)")
+    assert result.summary.coef == choice.coef
     stages = disk.read_json(result.output / "manifest.json")["stages"]
-    assert (stages["coefficient"]["coef"], stages["coefficient"]["why"]) == (choice["coef"], choice["why"])
+    assert (stages["coefficient"]["coef"], stages["coefficient"]["why"]) == (choice.coef, choice.why)
     for page in ("report.md", "report.html"):
         text = (result.output / page).read_text()
-        assert choice["why"] in text
+        assert choice.why in text
         assert f"over {USED - ASIDE} facts" in text
     assert not list(result.output.rglob("stages/**/*.safetensors"))
 
 
 def test_trials_learn_as_the_update_does(chosen):
-    trials = chosen("f-lora").summary["choice"]["trials"]
+    trials = chosen("f-lora").summary.choice.trials
     assert len(trials) == 2
-    assert [trial["coef"] for trial in trials] == sorted({trial["coef"] for trial in trials})
+    assert [trial.coef for trial in trials] == sorted({trial.coef for trial in trials})
     assert chosen.learned["f-lora"] == [4] * len(trials)
 
 
@@ -279,10 +287,10 @@ def test_resumed_after_the_choice_nothing_is_tuned_or_searched_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(coefficient, "forget_as_chosen", stop)
+        patch.setattr(RunStore, "tuned", stop)
         with pytest.raises(KeyboardInterrupt):
             update(small_lab, facts, settings, output=output)
-    monkeypatch.setattr(coefficient, "choose", None)  # called, it fails
+    monkeypatch.setattr(coefficient.Search, "run", None)  # called, it fails
     assert update(small_lab, facts, settings, output=output, resume=True).rows == wanted
 
 
@@ -307,8 +315,8 @@ def test_by_itself_it_chooses_what_the_run_chose_and_leaves_the_base(chosen, sma
     lm = load_model(str(small_lab))
     base = snapshot(lm.model)
     choice = forgetlearn.choose_coefficient(lm, facts, config(method="f-ft"))
-    found = chosen("f-ft").summary["choice"]
-    assert (choice.coef, list(choice.validation), choice.why) == (found["coef"], found["validation"], found["why"])
+    found = chosen("f-ft").summary.choice
+    assert (choice.coef, list(choice.validation), choice.why) == (found.coef, found.validation, found.why)
     assert all(torch.equal(base[name], weight) for name, weight in snapshot(lm.model).items())
 
 
@@ -318,10 +326,10 @@ def test_by_itself_it_chooses_what_the_run_chose_and_leaves_the_base(chosen, sma
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"method": "ft"}, "method ft subtracts nothing"),
-        ({"method": "ga"}, "method ga subtracts nothing"),
-        ({"forget__validation": 0.01}, "of 10 facts it sets 0 aside, which leaves none to choose on"),
-        ({"forget__validation": 0.99}, "sets 10 aside, which leaves none to score"),
+        ({"method": "ft"}, r"forget\.coef = auto: method ft "),
+        ({"method": "ga"}, r"forget\.coef = auto: method ga "),
+        ({"forget__validation": 0.01}, r"forget\.validation = 0\.01.* 0 aside"),
+        ({"forget__validation": 0.99}, r"forget\.validation = 0\.99.* 10 aside"),
     ],
 )
 def test_it_is_refused_before_anything_is_written(small_lab, facts, config, tmp_path, more, message):
@@ -342,21 +350,21 @@ def test_where_nothing_is_known_it_only_learns_and_scores_all(small_lab, config,
     path.write_text("".join(lines))
     result = update(small_lab, path, config(), output=tmp_path / "out")
     assert "there is nothing to forget" in caplog.text
-    assert (result.summary["coef"], result.summary["choice"]) == (0.0, None)
-    assert result.summary["facts"]["scored"] == 5
-    with pytest.raises(FactError, match="gives none of the old answers"):
+    assert (result.summary.coef, result.summary.choice) == (0.0, None)
+    assert result.summary.facts.scored == 5
+    with pytest.raises(FactError, match="old answers"):
         choose_coefficient(load_model(str(small_lab)), read_facts(path), config())
 
 
 def test_compare_takes_numbers(small_lab, facts, config, tmp_path):
     with pytest.raises(ConfigError, match=r"update --coef auto"):
         validate(CompareSettings, {"coefs": ["0.3", "auto"]})
-    with pytest.raises(ConfigError, match="Give numbers with --coefs"):
+    with pytest.raises(ConfigError, match=r"forget\.coef = auto"):
         fill(small_lab, facts, CompareSettings(coefs=(0.3,)), config(), output=tmp_path / "out")
 
 
 def test_a_step_by_step_forget_needs_a_number(small_lab, facts, config):
-    with pytest.raises(ConfigError, match="a number is needed"):
+    with pytest.raises(ConfigError, match=r"forget\.coef = auto"):
         forget(load_model(str(small_lab)), facts, config().forgetting, METHODS["f-ft"].forgets)
 
 

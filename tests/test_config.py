@@ -372,7 +372,7 @@ def test_the_old_answer_of_the_papers_zsre_is_pred(shared_data, tiny_model, char
         forgetlearn.forget(lm, facts, config.forgetting, "all weights")
         forgetlearn.learn(lm, facts, config.learning, "all weights")
         scores = forgetlearn.summarise(forgetlearn.score(lm, facts, phase="updated", settings=config.evaluate))
-        means[old] = {name: scores[name]["token"]["mean"] for name in ("reliability", "generality", "residue")}
+        means[old] = {name: scores[name]["token"].mean for name in ("reliability", "generality", "residue")}
     assert config.facts.old_from == ("pred",)
     assert all(means["pred"][name] != means["answers"][name] for name in means["pred"])
 
@@ -387,9 +387,9 @@ def test_a_paper_config_runs_on_a_lab_base_in_the_place_of_its_model(small_lab, 
     places |= {"model.base_model_id": None, "facts.old_from": "answers", "model.prompt_template": "plain"}
     config = load_config(ROOT / f"configs/paper/{name}.yaml", {**lab_like, **places})
     result = forgetlearn.update(config=config, output=tmp_path / "run")
-    facts = result.summary["facts"]
-    assert facts["used"] == 6
-    assert facts["known"] > 0
+    facts = result.summary.facts
+    assert facts.used == 6
+    assert facts.known > 0
     stages = disk.read_json(result.output / "manifest.json")["stages"]
     assert stages["forget"]["facts"] == stages["learn"]["facts"] == 6
-    assert result.summary["phases"]["updated"]["reliability"]["token"]["mean"] > 50
+    assert result.summary.phases["updated"]["reliability"]["token"].mean > 50

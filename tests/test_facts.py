@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forgetlearn.errors import FactError, MissingExtraError
-from forgetlearn.facts.fact_set import (
+from forgetlearn.facts import (
     REASONS,
     Fact,
     FactSet,
@@ -575,9 +575,9 @@ def test_what_a_model_says_without_an_end_is_no_answer():
 
 def test_model_answers_must_be_there_for_every_fact():
     facts = from_records([own(1), own(2)], old_from="model")
-    with pytest.raises(FactError, match=f"no answer was given for 1 facts: {facts[1].id}"):
+    with pytest.raises(FactError, match=facts[1].id):
         with_old_answers(facts, {facts[0].id: "Rome"})
-    with pytest.raises(FactError, match=r"no fact is left of 2 records.\n2 old_equals_new \(record 1, 2\)"):
+    with pytest.raises(FactError, match=r"2 records.*\n2 old_equals_new \(record 1, 2\)"):
         with_old_answers(facts, {facts[0].id: "new 1", facts[1].id: "new 2"})
     with pytest.raises(FactError, match=r"1 old_equals_new \(record 1\)"):
         with_old_answers(facts, {facts[0].id: "new 1", facts[1].id: ""}, strict=True)
@@ -587,30 +587,30 @@ def test_model_answers_must_be_there_for_every_fact():
 
 GOOD = json.dumps(own())
 BAD_FILES = [
-    ("empty.jsonl", "", r"empty.jsonl is empty"),
-    ("blank.csv", " \n", r"blank.csv is empty"),
-    ("none.json", "[]", r"none.json holds no record"),
-    ("header.csv", "prompt,target_new\n", r"holds no record"),
-    ("latin.json", b'[{"prompt": "caf\xe9"}]', r"latin.json is not UTF-8 at byte 16"),
-    ("utf16.csv", "prompt".encode("utf-16")[:-1], r"is UTF-16-LE, as its first bytes say, and broken at byte 12"),
-    ("none16.csv", "prompt,a".encode("utf-16-le"), r"NUL in its first line. Is it UTF-16 without"),
-    ("mixed.csv", b"prompt,target_new\nZ\xc3\xbcrich?,caf\xe9\n", r"mixed.csv is not UTF-8 at byte 30"),
-    ("no1252.csv", b"prompt,target_new\nZ\x81rich?,a\n", r"neither UTF-8 nor cp1252 at byte 19"),
-    ("bad.json", '[\n {"prompt" "x"}]', r"bad.json is not JSON at line 2, column 12: Expecting ':'"),
-    ("bad.jsonl", f"{GOOD}\n\nprompt: x\n", r"bad.jsonl is not JSON at line 3, column 1"),
-    ("cut.json", f"[{GOOD}, {GOOD[:30]}", r"cut.json is cut short: .*line 1"),
-    ("cut.jsonl", f"{GOOD}\n{GOOD[:-1]}", r"cut.jsonl is cut short: .*line 2"),
-    ("cut.csv", 'prompt,target_new\n"Who', r"cut.csv is not CSV at line 2: unexpected end"),
-    ("inf.json", f"[{GOOD[:-1]}, \"subject\": Infinity}}]", r"inf.json: Infinity is no JSON value. Write null"),
-    ("names.jsonl", f'{GOOD}\n{{"prompt": "a", "prompt": "b"}}', r"line 2: an object names 'prompt' 2 times: .*'b'"),
-    ("deep.json", "[" * 200_000, r"deep.json (cannot be read as JSON|is cut short)"),
-    ("text.json", '"facts"', r"text.json holds the text 'facts'. A list of records"),
-    ("two.json", '{"train": [], "test": []}', r"(?s)Fields found: test, train.*exactly one list"),
-    ("what.txt", GOOD, r"suffix '.txt' is unknown. Known are .json, .jsonl, .csv"),
-    ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 \(line 3\) has 1 cells, but the header has 2: p\n"),
-    ("twice.csv", "prompt,target_new,prompt\n", r"header names prompt more than once"),
-    ("cell.csv", 'prompt,target_new,locality\np,n,"[x"\n', r"record 1: 'locality' is not JSON at line 1"),
-    ("one.csv", "prompt\np\n", r"has no 'target_new'. Fields found: prompt"),
+    ("empty.jsonl", "", r"empty.jsonl"),
+    ("blank.csv", " \n", r"blank.csv"),
+    ("none.json", "[]", r"none.json"),
+    ("header.csv", "prompt,target_new\n", r"header.csv"),
+    ("latin.json", b'[{"prompt": "caf\xe9"}]', r"latin.json.*UTF-8 at byte 16"),
+    ("utf16.csv", "prompt".encode("utf-16")[:-1], r"UTF-16-LE.*byte 12"),
+    ("none16.csv", "prompt,a".encode("utf-16-le"), r"NUL.*UTF-16"),
+    ("mixed.csv", b"prompt,target_new\nZ\xc3\xbcrich?,caf\xe9\n", r"mixed.csv.*UTF-8 at byte 30"),
+    ("no1252.csv", b"prompt,target_new\nZ\x81rich?,a\n", r"UTF-8.*cp1252 at byte 19"),
+    ("bad.json", '[\n {"prompt" "x"}]', r"bad.json.*line 2, column 12"),
+    ("bad.jsonl", f"{GOOD}\n\nprompt: x\n", r"bad.jsonl.*line 3, column 1"),
+    ("cut.json", f"[{GOOD}, {GOOD[:30]}", r"cut.json.*cut short.*line 1"),
+    ("cut.jsonl", f"{GOOD}\n{GOOD[:-1]}", r"cut.jsonl.*cut short.*line 2"),
+    ("cut.csv", 'prompt,target_new\n"Who', r"cut.csv.*line 2"),
+    ("inf.json", f"[{GOOD[:-1]}, \"subject\": Infinity}}]", r"inf.json: Infinity"),
+    ("names.jsonl", f'{GOOD}\n{{"prompt": "a", "prompt": "b"}}', r"line 2: .*'prompt'.*'b'"),
+    ("deep.json", "[" * 200_000, r"deep.json"),
+    ("text.json", '"facts"', r"text.json.*'facts'"),
+    ("two.json", '{"train": [], "test": []}', r"(?s)train, test.*one list"),
+    ("what.txt", GOOD, r"'.txt'.*\.json, \.jsonl, \.csv"),
+    ("short.csv", "prompt,target_new\np,n\np\n", r"record 2 \(line 3\) .*: p\n"),
+    ("twice.csv", "prompt,target_new,prompt\n", r"twice.csv.*header.*prompt"),
+    ("cell.csv", 'prompt,target_new,locality\np,n,"[x"\n', r"record 1 \(line 2\): 'locality'"),
+    ("one.csv", "prompt\np\n", r"'target_new'.*: prompt"),
 ]  # fmt: skip
 
 
@@ -622,41 +622,41 @@ def test_bad_file(tmp_path, name, content, message):
 
 def test_missing_file_names_near_ones(tmp_path):
     save(tmp_path, "facts.jsonl", GOOD)
-    with pytest.raises(FactError, match=r"fact.jsonl does not exist. In the same folder: facts.jsonl."):
+    with pytest.raises(FactError, match=r"fact.jsonl.*: facts.jsonl"):
         read_facts(tmp_path / "fact.jsonl")
-    with pytest.raises(FactError, match=r"does not exist. Nor does the folder .*nowhere"):
+    with pytest.raises(FactError, match=r"folder .*nowhere does not exist"):
         read_facts(tmp_path / "nowhere" / "facts.jsonl")
-    with pytest.raises(FactError, match=r"is a folder"):
+    with pytest.raises(FactError, match=r"folder"):
         read_facts(tmp_path)
 
 
 BAD_RECORDS = [
-    ([own(), {**own(2), "\ud800": 1}], r"record 2: a field is named '.ud800'. A name is text"),
-    ([own(), 7], r"r, record 2 is 7 \(int\). Each record must be an object"),
+    ([own(), {**own(2), "\ud800": 1}], r"record 2: .*'.ud800'"),
+    ([own(), 7], r"r, record 2 is 7 \(int\)"),
     ([own(), ["p", "n"]], r"record 2 is a list"),
-    ([{"frage": "q", "wort": "a"}], r"(?s)no known form.*found: frage, wort.*--columns.*zsre \(src, alt\)"),
-    ([{"prompt": "p", "target": "n"}], r"record 1 has no 'target_new'. Fields .* Rename 'target'\?"),
-    ([own(), {"target_new": "n"}], r"record 2 has no 'prompt'"),
-    ([own(), own(prompt="  ")], r"record 2 has no prompt"),
-    ([own(prompt=None)], r"record 1 has no prompt"),
-    ([own(), ZSRE_RECORD], r"record 2 is of the form zsre .*record 1 of the form own"),
-    ([own(), KNOWEDIT_ZSRE_RECORD], r"record 2 is of the form knowedit"),
-    ([own(target_new=True)], r"record 1: 'target_new' is True \(bool\). Text is expected"),
+    ([{"frage": "q", "wort": "a"}], r"(?s)frage, wort.*--columns.*zsre \(src, alt\)"),
+    ([{"prompt": "p", "target": "n"}], r"record 1 .*'target_new'.*'target'"),
+    ([own(), {"target_new": "n"}], r"record 2 .*'prompt'"),
+    ([own(), own(prompt="  ")], r"record 2 .*prompt"),
+    ([own(prompt=None)], r"record 1 .*prompt"),
+    ([own(), ZSRE_RECORD], r"record 2 .*zsre .*record 1 .*own"),
+    ([own(), KNOWEDIT_ZSRE_RECORD], r"record 2 .*knowedit"),
+    ([own(target_new=True)], r"record 1: 'target_new' is True \(bool\)"),
     ([own(target_new=float("inf"))], r"'target_new' is inf"),
     ([own(target_new=["n", {}])], r"'target_new', item 2 is an object"),
     ([own(subject={"a": 1})], r"'subject' is an object"),
-    ([own(prompt="\ud800")], r"'prompt' holds half of a surrogate pair"),
+    ([own(prompt="\ud800")], r"'prompt' .*surrogate"),
     ([own(rephrase_prompts=["r", None, 1, {}])], r"'rephrase_prompts', item 4 is an object"),
-    ([own(rephrase_promt="r")], r"unknown field 'rephrase_promt'. Did you mean 'rephrase_prompt'\?"),
+    ([own(rephrase_promt="r")], r"'rephrase_promt'.*'rephrase_prompt'"),
     ([own(locality_prompt=["a", "b"], locality_ground_truth=["x"])], r"2 in 'locality_prompt' and 1 in"),
     ([own(locality_prompt="a")], r"1 in 'locality_prompt' and 0 in 'locality_ground_truth'"),
-    ([own(locality=["p", "a"])], r"'locality' holds the text 'p'. Each probe is"),
-    ([own(locality="p")], r"'locality' is the text 'p'. A list is expected"),
-    ([{**NESTED_RECORD, "requested_rewrite": "x"}], r"'requested_rewrite' is the text 'x'. An object"),
-    ([{"requested_rewrite": {"prompt": "No place", "subject": "s"}}], r"_rewrite.prompt' has no \{\}"),
-    ([{"requested_rewrite": {"prompt": "{} is"}}], r"'requested_rewrite.subject' is empty"),
+    ([own(locality=["p", "a"])], r"'locality' holds the text 'p'"),
+    ([own(locality="p")], r"'locality' is the text 'p'"),
+    ([{**NESTED_RECORD, "requested_rewrite": "x"}], r"'requested_rewrite' is the text 'x'"),
+    ([{"requested_rewrite": {"prompt": "No place", "subject": "s"}}], r"_rewrite.prompt' .*\{\}"),
+    ([{"requested_rewrite": {"prompt": "{} is"}}], r"'requested_rewrite.subject'"),
     ([{**KNOWEDIT_BIO_RECORD, "locality": {"Group": "x"}}], r"'locality.Group' is the text 'x'"),
-    ([own(ground_truth="new 1")], r"no fact is left of 1 records.\n1 old_equals_new \(record 1\)"),
+    ([own(ground_truth="new 1")], r"1 records.*\n1 old_equals_new \(record 1\)"),
 ]  # fmt: skip
 
 
@@ -668,18 +668,18 @@ def test_bad_record(records, message):
 
 def test_a_misspelt_field_is_only_an_error_where_the_right_one_is_absent():
     record = {"prompt": "p", "target_new": "n", "ground_thruth": "o"}
-    with pytest.raises(FactError, match=r"Did you mean 'ground_truth'\?"):
+    with pytest.raises(FactError, match=r"'ground_truth'"):
         from_records([record])
     assert from_records([{**record, "ground_truth": "o"}]).ignored_fields == {"ground_thruth": 1}
 
 
 def test_bad_options():
-    with pytest.raises(FactError, match=r"limit = 0: must be at least 1"):
+    with pytest.raises(FactError, match=r"limit = 0"):
         from_records([own()], limit=0)
     for wrong in ("alt", "answers,alt", "model,answers", "answers,answers", []):
         with pytest.raises(FactError, match=r"old_from = "):
             from_records([own()], old_from=wrong)
-    with pytest.raises(FactError, match=r"of the form own, which has no 'pred'. Only the form zsre has"):
+    with pytest.raises(FactError, match=r"own.*'pred'.*zsre"):
         from_records([own()], old_from="pred")
     assert from_records([own()], old_from="pred,answers")[0].ground_truth == "old 1"
 
@@ -704,7 +704,7 @@ def test_a_hub_data_set_is_asked_for_its_split(monkeypatch, tmp_path, source, sp
 def test_a_path_that_exists_is_no_hub_id(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("some/facts").mkdir(parents=True)
-    with pytest.raises(FactError, match=r"some/facts is a folder"):
+    with pytest.raises(FactError, match=r"some/facts"):
         read_facts("some/facts")
 
 
@@ -715,10 +715,10 @@ def test_a_hub_error_is_one_line(monkeypatch, tmp_path):
         raise ConnectionError("no\nroute")
 
     fake_datasets(monkeypatch, load)
-    with pytest.raises(FactError, match=r"^some/facts is no path here and .*: ConnectionError: no route$"):
+    with pytest.raises(FactError, match=r"^some/facts .*ConnectionError: no route$"):
         read_facts("some/facts")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r"^some/facts, a data set.*pip install 'forgetlearn\[hub\]'"):
+    with pytest.raises(MissingExtraError, match=r"^some/facts.*pip install 'forgetlearn\[hub\]'"):
         read_facts("some/facts")
 
 
@@ -776,6 +776,6 @@ def test_real_file_survives_writing(tmp_path):
 
 def test_import_is_light():
     heavy = {"torch", "transformers", "datasets"}
-    code = f"import sys, forgetlearn.facts.fact_set; print(sorted({heavy} & {{*sys.modules}}))"
+    code = f"import sys, forgetlearn.facts; print(sorted({heavy} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

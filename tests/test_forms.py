@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from forgetlearn.cli.main import app, main
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import Fact, Probe, from_records, make_fact, read_facts, write_facts
+from forgetlearn.facts import Fact, Probe, from_records, make_fact, read_facts, write_facts
 from forgetlearn.runs.checks import read_config_facts, resolve
 from test_facts import ZSRE_RECORD, assert_adds_up, one, own, save
 
@@ -226,7 +226,7 @@ def test_case_17_each_edit_of_mquake_is_a_fact_of_its_own():
     assert facts.noted == {"shared_alias": 2}
     assert [item.record for item in facts.left_out_records] == [3, 4]
     broken = {**MQUAKE_RECORD, "requested_rewrite": [*MQUAKE_RECORD["requested_rewrite"], {"prompt": "{} is"}]}
-    with pytest.raises(FactError, match=r"record 1: 'requested_rewrite\[3\].subject' is empty"):
+    with pytest.raises(FactError, match=r"record 1: 'requested_rewrite\[3\].subject'"):
         from_records([broken])
 
 
@@ -269,21 +269,21 @@ def test_case_17_near_own_names():
     record = {"prompt": "p", "target_new": "n", "ground_truth": "o", "target_old": "x", "question": "y"}
     facts = from_records([record])
     assert (facts[0].ground_truth, facts.ignored_fields) == ("o", {"target_old": 1, "question": 1})
-    with pytest.raises(FactError, match=r"old_answer, target_old could all be 'ground_truth'.*--columns"):
+    with pytest.raises(FactError, match=r"old_answer, target_old.*'ground_truth'.*--columns"):
         from_records([{"prompt": "p", "target_new": "n", "target_old": "o", "old_answer": "x"}])
-    with pytest.raises(FactError, match=r"Prompt, PROMPT are all read as 'prompt'"):
+    with pytest.raises(FactError, match=r"Prompt, PROMPT.*'prompt'"):
         from_records([{"Prompt": "p", "PROMPT": "q", "target_new": "n"}])
 
 
 OTHERS = [
-    ({"prompt": "p", "chosen": "a", "rejected": "b"}, r"(?s)pairs of preference.*--columns.*ground_truth=rejected"),
-    ({"subject": "s", "relation": "r", "object": "o"}, r"(?s)triples.*add the field prompt"),
-    ({"context": "c", "question": "q", "answers": []}, r"(?s)SQuAD.*prompt and target_new"),
-    ({"instruction": "p"}, r"(?s)looks like alpaca \(instruction, output\), without output.*--columns"),
-    ({"src": "p", "subject": "s"}, r"looks like zsre \(src, alt\), without alt"),
-    ({"text": "a story"}, r"(?s)no known form.*--columns"),
-    ({**OTHER_RECORDS["halluedit"], "output_other": "x"}, r"2 models said.*--columns.*ground_truth=output_other"),
-    ({**OTHER_RECORDS["alpaca"], **OTHER_RECORDS["messages"]}, r"those of messages.* and of alpaca.*--columns"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b"}, r"(?s)preference.*--columns.*ground_truth=rejected"),
+    ({"subject": "s", "relation": "r", "object": "o"}, r"(?s)triples.*prompt"),
+    ({"context": "c", "question": "q", "answers": []}, r"(?s)SQuAD.*target_new"),
+    ({"instruction": "p"}, r"(?s)alpaca \(instruction, output\), without output.*--columns"),
+    ({"src": "p", "subject": "s"}, r"zsre \(src, alt\), without alt"),
+    ({"text": "a story"}, r"(?s): text.*--columns"),
+    ({**OTHER_RECORDS["halluedit"], "output_other": "x"}, r"2 models.*--columns.*ground_truth=output_other"),
+    ({**OTHER_RECORDS["alpaca"], **OTHER_RECORDS["messages"]}, r"messages.*alpaca.*--columns"),
 ]
 
 
@@ -306,7 +306,7 @@ def test_case_12_the_subject_is_put_into_the_prompt():
     fact = one({"prompt": "{} plays the sport of", "subject": "Lee Doe", "target_new": "football"})
     assert fact.prompt == "Lee Doe plays the sport of"
     assert fact.id == one({"prompt": fact.prompt, "subject": "Lee Doe", "target_new": "football"}).id
-    with pytest.raises(FactError, match=r"record 1: 'subject' is empty, and the prompt has a \{\}"):
+    with pytest.raises(FactError, match=r"record 1: 'subject'.*\{\}"):
         from_records([{"prompt": "{} plays the sport of", "target_new": "football"}])
 
 
@@ -384,7 +384,7 @@ def test_facts_with_aliases_and_mixed_old_answers_survive_writing(tmp_path, name
 
 def test_case_25_a_number_of_many_digits():
     assert one(own(target_new=10**309)).target_new == "1" + "0" * 309
-    with pytest.raises(FactError, match=r"record 1: 'target_new' is a number of thousands of digits"):
+    with pytest.raises(FactError, match=r"record 1: 'target_new'.*digits"):
         from_records([own(target_new=10**5000)])
 
 
@@ -406,7 +406,7 @@ def test_case_18_columns_name_the_fields(tmp_path, capsys):
     assert main(["facts", str(path)]) == 2
     assert "--columns" in capsys.readouterr().err
     assert main(["facts", str(path), "--columns", "prompt=Frege,target_new=Antwort alt"]) == 2
-    assert "Did you mean 'Frage'?" in capsys.readouterr().err
+    assert "'Frage'" in capsys.readouterr().err
 
 
 def test_case_18_columns_can_exchange_two_fields_and_choose_among_several():
@@ -417,9 +417,9 @@ def test_case_18_columns_can_exchange_two_fields_and_choose_among_several():
         columns={"prompt": "question", "ground_truth": "answer", "target_new": "perturbed_answer"},
     )
     assert (tofu.new_answers, tofu.ground_truth) == (("It is Sam Roe.", "It is Bo Li."), "It is Ada Byron.")
-    with pytest.raises(FactError, match=r"target_new = 'subject', and there is a field 'target_new' too"):
+    with pytest.raises(FactError, match=r"target_new = 'subject'.*'target_new'"):
         from_records([own(subject="s")], columns={"target_new": "subject"})
-    with pytest.raises(FactError, match=r"facts.columns: 'promt' is no field of a fact. Did you mean 'prompt'\?"):
+    with pytest.raises(FactError, match=r"facts.columns: 'promt'.*'prompt'"):
         from_records([own()], columns={"promt": "subject"})
 
 
@@ -455,7 +455,7 @@ def test_columns_reach_an_update_and_contradict_facts_that_are_read_already(tmp_
     )
     facts = read_config_facts(config)
     assert list(facts) == [make_fact("Who?", "Ada", target_new_aliases=["A"])]
-    with pytest.raises(ConfigError, match=r"facts\.aliases = '\|', but the facts that are passed in"):
+    with pytest.raises(ConfigError, match=r"facts\.aliases = '\|'"):
         resolve(config, "model", facts)
 
 

@@ -14,7 +14,7 @@ from forgetlearn.models.batches import (
     _mask,
     answer_logits,
     choose_layout,
-    fitting_threads,
+    computing,
     forward_parameters,
     lay_out,
     pack,
@@ -221,7 +221,7 @@ class TestChooseLayout:
 def test_a_small_model_computes_with_one_thread_and_the_number_comes_back(tiny_model):
     torch.set_num_threads(2)
     try:
-        with fitting_threads(tiny_model(), torch.device("cpu")):
+        with computing(tiny_model(), torch.device("cpu")):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
     finally:

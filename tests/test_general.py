@@ -84,7 +84,7 @@ def test_update_measures_before_and_after(small_lab, text_file, tmp_path):
     config = {"method": "f-ft", **QUICK, "evaluate": {**QUICK["evaluate"], "general": str(text_file)}}
     facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=2)
     result = forgetlearn.update(small_lab, facts, config, output=tmp_path / "run")
-    base, updated = (result.summary["general"][phase]["text"] for phase in ("base", "updated"))
+    base, updated = (result.summary.general[phase].text.as_json() for phase in ("base", "updated"))
     assert base["kl"] is None
     assert updated["kl"] > 0
     assert updated["source"] == "text.txt"
@@ -101,9 +101,7 @@ def test_update_measures_before_and_after(small_lab, text_file, tmp_path):
     assert found["updated"]["text"]["kl"] == pytest.approx(updated["kl"], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("written", "says"), [(None, "No such file"), (b"", "is empty"), (b"a \xff", "is not UTF-8 at byte 2")]
-)
+@pytest.mark.parametrize(("written", "says"), [(None, "No such file"), (b"", "empty"), (b"a \xff", "byte 2")])
 def test_a_text_that_cannot_be_used(written, says, small_lab, tmp_path, capsys):
     file = tmp_path / "text.txt"
     if written is not None:
@@ -118,7 +116,7 @@ def test_another_text_than_before_is_refused(lm, text_file, tmp_path):
     asked = settings(general=str(text_file), general_tokens=50)
     general_ability.measure(lm, asked, tmp_path)
     text_file.write_text(TEXT.upper())
-    with pytest.raises(FactError, match="is not the text that was read before"):
+    with pytest.raises(FactError, match=r"evaluate\.general = .*text\.txt"):
         general_ability.measure(lm, asked, tmp_path, before=tmp_path)
 
 
@@ -145,7 +143,7 @@ def test_tasks_are_the_harnesss_own_numbers(lm, monkeypatch):
     found = general_ability.score_tasks(lm, settings(tasks=("arc",), task_limit=7))
     assert found == {"arc": {"acc": {"value": 0.5, "stderr": 0.1}, "acc (strict)": {"value": 0.25, "stderr": None}}}
     assert (asked["tasks"], asked["limit"]) == (["arc"], 7)
-    with pytest.raises(FactError, match="knows no task 'ark'"):
+    with pytest.raises(FactError, match=r"evaluate\.tasks: .*'ark'"):
         general_ability.score_tasks(lm, settings(tasks=("ark",)))
 
 

@@ -11,7 +11,7 @@ from forgetlearn.comparison import grid
 from forgetlearn.config.schema import EvaluateSettings, RunConfig
 from forgetlearn.errors import ConfigError, MissingExtraError, ModelError
 from forgetlearn.evaluation import generation
-from forgetlearn.evaluation.scoring import Scorer
+from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.models.language_model import ModelSettings
 from forgetlearn.runs import evaluate
 from forgetlearn.runs.update import update
@@ -114,28 +114,28 @@ def test_an_adapter_goes_by_a_lora_request_on_its_base(named, vllm, tmp_path):
     assert (options["model"], options["enable_lora"], options["max_lora_rank"]) == ("the/base", True, 32)
     config["rank_pattern"] = {"q_proj": 600}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ModelError, match="rank is 600, vLLM takes 512"):
+    with pytest.raises(ModelError, match=r"600.* 512"):
         Scorer(named, VLLM).say(["Hello"])
 
 
 def test_a_model_in_memory_is_refused(lm, vllm):
-    with pytest.raises(ModelError, match="the model is in memory"):
+    with pytest.raises(ModelError, match=r"evaluate\.engine = vllm"):
         Scorer(lm, VLLM).say(["Hello"])
-    with pytest.raises(ConfigError, match="a model that is passed in is in memory"):
+    with pytest.raises(ConfigError, match=r"evaluate\.engine = vllm.*passed in"):
         evaluate.ask(["Hello"], lm, {"evaluate": {"engine": "vllm"}})
 
 
 @pytest.mark.parametrize(("command", "name"), [(update, "update"), (grid.fill, "compare")])
 def test_commands_that_change_weights_refuse_it(command, name, vllm, tmp_path):
     config = RunConfig(evaluate=VLLM, model=ModelSettings(name="some/model"))
-    with pytest.raises(ConfigError, match=f"evaluate.engine = vllm: {name} changes weights in memory"):
+    with pytest.raises(ConfigError, match=f"evaluate.engine = vllm: {name}"):
         command(config=config, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_several_processes_are_refused(vllm, monkeypatch):
     monkeypatch.setattr(generation.processes, "launched", lambda: 2)
-    with pytest.raises(ConfigError, match="it is for one process"):
+    with pytest.raises(ConfigError, match=r"evaluate\.engine = vllm.*torchrun"):
         generation.check_engine(VLLM)
 
 

@@ -16,6 +16,7 @@ from forgetlearn.models.language_model import wrap
 from forgetlearn.products import chain
 from forgetlearn.products.restore import apply_run, undo_run
 from forgetlearn.storage import digests, disk, run_folder
+from written_by_hand import change_manifest, forget_stages
 
 FT = {"method": "ft", **QUICK}
 FACTS = ("early", "late")
@@ -39,7 +40,7 @@ def change(lm) -> None:
 
 
 def inputs_of(run):
-    return run_folder.RunFolder.open(run).manifest["inputs"]
+    return run_folder.RunFolder.open(run).manifest.inputs
 
 
 def in_memory(lm):
@@ -140,7 +141,7 @@ def test_case_4_the_chain_of_the_folder_is_not_that_of_changed_weights(folder):
     change(lm)
     forgetlearn.update(lm, folder / "late.jsonl", FT, output=folder / "second")
     assert len(chain.chain_of(folder / "second")) == 1
-    assert run_folder.RunFolder.open(folder / "second").manifest["parent"]["run"] is None
+    assert run_folder.RunFolder.open(folder / "second").manifest.parent.run is None
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -148,9 +149,7 @@ def test_case_4_a_resume_with_other_weights_is_refused(folder, finished):
     lm = forgetlearn.load_model(folder / "base")
     forgetlearn.update(lm, folder / "early.jsonl", FT, output=folder / "run")
     if not finished:
-        run = run_folder.RunFolder.open(folder / "run")
-        del run.manifest["finished"], run.manifest["stages"]["score_updated"]
-        run.note()
+        change_manifest(folder / "run", forget_stages("score_updated"))
     before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
     other = forgetlearn.load_model(folder / "base")
     change(other)
@@ -164,9 +163,7 @@ def test_case_4_a_resume_with_other_weights_is_refused(folder, finished):
 
 def test_case_4_a_run_in_memory_goes_on_with_the_same_weights(folder, lm, tiny_model, char_tokenizer):
     forgetlearn.update(lm, folder / "early.jsonl", FT, output=folder / "run")
-    run = run_folder.RunFolder.open(folder / "run")
-    del run.manifest["finished"], run.manifest["stages"]["score_updated"]
-    run.note()
+    change_manifest(folder / "run", forget_stages("score_updated"))
     again = wrap(tiny_model(), char_tokenizer)
     forgetlearn.update(again, folder / "early.jsonl", FT, output=folder / "run", resume=True)
     other = wrap(tiny_model(seed=1), char_tokenizer)

@@ -10,6 +10,7 @@ from forgetlearn.products.inspect import inspect_change, place_of
 from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
 from written_by_hand import a_manifest, a_summary, write_run
 
+DRAWS = True  # looks at plots
 WEIGHTS = "model.safetensors"
 NAMES = ["embed.weight", "layers.0.mlp.up.weight", "layers.1.mlp.up.weight", "layers.1.norm.weight"]
 
@@ -51,7 +52,7 @@ def test_norms_by_hand(folders):
     )
     assert found.by_kind()["norm"].as_dict()["rms"] == pytest.approx(1.5)
     assert found.total.as_dict()["relative"] is None
-    assert found.told["forgetlearn"] == "task vector"
+    assert found.metadata["forgetlearn"] == "task vector"
     with_base = inspect_change(folders / "one", base=folders / "b").by_kind()["norm"].as_dict()
     assert with_base["relative"] == pytest.approx(1.5)
     assert with_base["share_changed"] is None
@@ -94,7 +95,7 @@ def test_a_run_is_inspected_by_its_product(folders):
 def test_a_run_that_taught_first_is_inspected_from_the_taught_model(folders):
     run = run_of(folders, teach_epochs=2)
     (folders / "one").rename(run / "model")
-    with pytest.raises(ConfigError, match="--base is needed"):
+    with pytest.raises(ConfigError, match="--base"):
         inspect_change(run)  # the taught model is gone, and the base it was made from is another
     (folders / "two").rename(run / "taught")
     from_base = inspect_change(run, base=folders / "b").total.as_dict()["norm"]
@@ -107,11 +108,11 @@ def run_of(folders, teach_epochs):
 
 
 def test_what_cannot_be_inspected_is_refused(folders, tmp_path):
-    with pytest.raises(ConfigError, match="--base is needed"):
+    with pytest.raises(ConfigError, match="--base"):
         inspect_change(folders / "one")
-    with pytest.raises(ConfigError, match="--coef needs --base"):
+    with pytest.raises(ConfigError, match=r"--coef .*--base"):
         inspect_change(folders / "v-one", coef=0.3)
-    with pytest.raises(ConfigError, match="finite"):
+    with pytest.raises(ConfigError, match="coef = nan"):
         inspect_change(folders / "v-one", base=folders / "b", coef=float("nan"))
     write(tmp_path / "strange", {"x": torch.ones(2)})
     write(tmp_path / "stranger", {"x": torch.zeros(2)})
@@ -121,9 +122,9 @@ def test_what_cannot_be_inspected_is_refused(folders, tmp_path):
     for part in ("part", "part2"):
         write(tmp_path / f"{part}-tuned", {name: w + 1 for name, w in load_file(tmp_path / part / WEIGHTS).items()})
         save_vector(tmp_path / part, tmp_path / f"{part}-tuned", tmp_path / f"v-{part}")
-    with pytest.raises(WeightMismatchError, match="move no tensor in common"):
+    with pytest.raises(WeightMismatchError, match=r"v-part .*v-part2"):
         inspect_change(tmp_path / "v-part", other=tmp_path / "v-part2", base=folders / "b")
-    with pytest.raises(WeightMismatchError, match="only in vector"):
+    with pytest.raises(WeightMismatchError, match="x"):
         inspect_change(folders / "v-one", other=tmp_path / "v-strange")
 
 
@@ -142,4 +143,4 @@ def test_the_command(folders, capsys):
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["total"]["share_changed"] == 1
     assert main(["inspect", str(folders / "one")]) == 2
-    assert "--base is needed" in capsys.readouterr().err
+    assert "--base" in capsys.readouterr().err

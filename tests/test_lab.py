@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError, RunError
-from forgetlearn.facts.fact_set import from_records, read_facts
+from forgetlearn.facts import from_records, read_facts
 from forgetlearn.lab.build import LabSettings, build_lab, cache_folder, held_pairs, train_tokenizer
 
 TINY = LabSettings(
@@ -71,7 +71,7 @@ def test_an_output_that_holds_what_is_read_is_not_replaced(tmp_path):
     own = read_facts(base / "facts.jsonl")
     other = facts_of(("A?", "a", {}))
     for facts, vocabulary in ((own, None), (other, own)):
-        with pytest.raises(RunError, match=r"base holds .*facts\.jsonl, which this run reads"):
+        with pytest.raises(RunError, match=r"facts\.jsonl"):
             build_lab(facts, TINY, vocabulary_from=vocabulary, output=base, overwrite=True)
     assert read_facts(base / "facts.jsonl").facts == own.facts
 
@@ -100,7 +100,7 @@ def test_any_text_can_be_written_by_the_tokenizer():
 
 
 def test_facts_without_old_answers_and_impossible_sizes_are_refused():
-    with pytest.raises(FactError, match="nothing for a lab base to hold"):
+    with pytest.raises(FactError, match="old answer"):
         held_pairs(from_records([{"prompt": "A?", "target_new": "b"}]))
-    with pytest.raises(ConfigError, match="hidden_size = 18 must be a multiple"):
+    with pytest.raises(ConfigError, match="hidden_size = 18"):
         build_lab(settings=TINY.model_copy(update={"hidden_size": 18}))

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from forgetlearn.evaluation import metrics, statistics
+from forgetlearn.evaluation import scoring, statistics
+from forgetlearn.evaluation.scorer import Reading
 from forgetlearn.facts import matching
 
 
@@ -11,14 +12,13 @@ from forgetlearn.facts import matching
     [((1, 2, 3, 4), (1, 2, 3, 4), 1.0, 1.0), ((1, 2, 9, 9), (1, 2, 3, 4), 0.5, 0.0), ((9,), (1,), 0.0, 0.0)],
 )
 def test_token_and_exact_by_hand(predicted, wanted, token, exact):
-    assert metrics.token_accuracy(predicted, wanted) == token
-    assert metrics.exact_match(predicted, wanted) == exact
+    assert scoring.token_accuracy(predicted, wanted) == token
+    assert scoring.READING_RULES["exact"](predicted, wanted) == exact
 
 
-@pytest.mark.parametrize(("predicted", "wanted"), [((), ()), ((1,), (1, 2))])
-def test_scores_of_nothing_or_of_unequal_lengths_are_refused(predicted, wanted):
-    with pytest.raises(ValueError, match="predictions for"):
-        metrics.token_accuracy(predicted, wanted)
+def test_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="longer"):
+        scoring.token_accuracy((1,), (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -39,21 +39,23 @@ def test_texts_are_compared_as_squad_does(said, answer, same, contained):
     assert matching.contains(said, answer) == contained
 
 
-def test_preference_is_strict():
-    assert metrics.preference(-1.0, -2.0) == 1
-    assert metrics.preference(-1.0, -1.0) == 0
+@pytest.mark.parametrize(("other", "preferred"), [(-2.0, 1), (-1.0, 0)])
+def test_preference_is_strict(other, preferred):
+    readings = {("?", answer): Reading((1,), (1,), logprob) for answer, logprob in (("new", -1.0), ("old", other))}
+    asked = scoring._Question("?", ("new",), ("old",))
+    assert scoring._judge("prefer", asked, readings, {}) == preferred
 
 
 def test_a_mean_carries_its_counts_and_its_interval():
-    mean = metrics.mean_with_interval([1.0, 0.0, 1.0, 1.0], errored=2, not_asked=3)
+    mean = statistics.mean_with_interval([1.0, 0.0, 1.0, 1.0], errored=2, not_asked=3)
     assert (mean.mean, mean.n, mean.errored, mean.not_asked) == (75.0, 4, 2, 3)
     assert mean.low < 75.0 < mean.high
-    assert metrics.mean_with_interval([1.0, 0.0, 1.0, 1.0]) == metrics.mean_with_interval([1.0, 0.0, 1.0, 1.0])
+    assert statistics.mean_with_interval([1.0, 0.0, 1.0, 1.0]) == statistics.mean_with_interval([1.0, 0.0, 1.0, 1.0])
 
 
 def test_the_interval_is_the_one_of_the_normal_distribution_for_many_facts():
     scores = [float(index % 4 == 0) for index in range(2000)]
-    mean = metrics.mean_with_interval(scores)
+    mean = statistics.mean_with_interval(scores)
     half = 1.96 * 100 * math.sqrt(0.25 * 0.75 / 2000)
     assert mean.high - mean.mean == pytest.approx(half, rel=0.15)
     assert mean.mean - mean.low == pytest.approx(half, rel=0.15)
@@ -65,7 +67,7 @@ def test_the_interval_is_the_one_of_the_normal_distribution_for_many_facts():
     [(1.0, 60, 94.03705, 100), (1.0, 10, 69.15029, 100), (0.0, 60, 0, 5.96295), (0.5, 60, 47.01853, 52.98147)],
 )
 def test_case_8_equal_scores_leave_room_for_facts_that_score_otherwise(score, n, low, high):
-    mean = metrics.mean_with_interval([score] * n)
+    mean = statistics.mean_with_interval([score] * n)
     assert (mean.mean, mean.n) == (100 * score, n)
     assert (mean.low, mean.high) == pytest.approx((low, high), abs=1e-4)
 
@@ -74,19 +76,19 @@ def test_case_8_equal_scores_leave_room_for_facts_that_score_otherwise(score, n,
     "scores", [[1.0] * 60, [1.0] * 59 + [0.0], [0.0, 0.25, 0.5, 1.0] * 15, [0.75] * 12, [1.0, 1 / 3] * 4]
 )
 def test_case_8_a_run_and_a_comparison_have_one_interval_for_the_same_scores(scores):
-    mean, found = metrics.mean_with_interval(scores), statistics.interval([scores])
+    mean, found = statistics.mean_with_interval(scores), statistics.interval([scores])
     assert (mean.mean, mean.low, mean.high, mean.n) == (found.mean, found.low, found.high, found.n_facts)
     assert mean.low < mean.mean <= mean.high <= 100
 
 
 def test_case_8_shares_that_vary_have_a_t_interval_on_the_logit():
-    mean = metrics.mean_with_interval([0.0, 0.5, 1.0])  # mean 1/2, standard error sqrt(1/4 / 3), t(2) = 4.302653
+    mean = statistics.mean_with_interval([0.0, 0.5, 1.0])  # mean 1/2, standard error sqrt(1/4 / 3), t(2) = 4.302653
     half = 4.302653 * math.sqrt(0.25 / 3) / 0.25
     ends = [100 / (1 + math.exp(half)), 100 / (1 + math.exp(-half))]
     assert [mean.low, mean.high] == pytest.approx(ends, abs=1e-3)
 
 
 def test_no_score_has_no_mean_and_one_score_no_interval():
-    assert metrics.mean_with_interval([]).mean is None
-    one = metrics.mean_with_interval([1.0])
+    assert statistics.mean_with_interval([]).mean is None
+    one = statistics.mean_with_interval([1.0])
     assert (one.mean, one.low, one.n) == (100.0, None, 1)

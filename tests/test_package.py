@@ -28,7 +28,7 @@ def pins(name):
 
 def bounds():
     for line in PROJECT["dependencies"]:
-        name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups()
+        name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<[\d.]+)?", line).groups()
         yield name.lower().replace("_", "-"), bound
 
 

@@ -20,9 +20,11 @@ from forgetlearn.config.schema import load_config
 from forgetlearn.evaluation import statistics
 from forgetlearn.report import run_page
 from forgetlearn.storage import disk, run_folder
+from written_by_hand import fact_counts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt install chromium)")
+DRAWS = True  # looks at plots
 NASTY = '<script>document.title = "run"</script> & \'q\' "r"'
 PHASES = ("base", "forgotten", "updated")
 # said by the updated model, its scores (reliability, generality, locality, residue), what is shown of them
@@ -78,9 +80,7 @@ def _summary(count: int) -> dict:
     cell = {"mean": 78.4, "low": 75.1, "high": 81.5, "n": count, "errored": 0, "not_asked": 0}
     scores = {quantity: {"token": cell, "generate": cell} for quantity in ("reliability", "generality", "residue")}
     scores["locality"] = {"agreement": cell}
-    facts = {"source": "facts.jsonl", "reader": "own", "old_from": "answers", "read": count, "used": count}
-    facts |= {"known": count, "forgotten": count, "left_out": {}, "left_out_probes": {}}
-    head = {"method": "f-ft", "coef": 0.3, "seed": 0, "facts": facts, "product": "model"}
+    head = {"method": "f-ft", "coef": 0.3, "seed": 0, "facts": fact_counts(count), "product": "model"}
     return head | {"phases": dict.fromkeys(PHASES, scores)}
 
 

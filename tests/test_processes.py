@@ -18,13 +18,15 @@ from forgetlearn.cli.main import main
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.scoring import score
-from forgetlearn.facts.fact_set import Fact, Probe
+from forgetlearn.facts import Fact, Probe
 from forgetlearn.method.core import learn
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runtime import processes
-from forgetlearn.storage import disk, run_folder
-from forgetlearn.training.finetune import facts_at_once, own_part
+from forgetlearn.storage import disk
+from forgetlearn.training.finetune import facts_at_once
+from forgetlearn.training.trainer import own_part
+from written_by_hand import change_manifest, forget_stages
 
 TOLERANCE = 1e-5
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -138,9 +140,9 @@ def test_a_process_without_a_fact_gets_a_text_without_answer(two):
 @pytest.mark.parametrize(
     ("environment", "problem"),
     [
-        ({"WORLD_SIZE": "2"}, "not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: the processes cannot find"),
-        ({"WORLD_SIZE": "two"}, "'two' in the environment: not a number"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "4 processes were started that do not know of each other"),
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two'"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS = 4"),
     ],
 )
 def test_a_launch_that_would_do_all_work_several_times_is_refused(monkeypatch, capsys, environment, problem):
@@ -151,7 +153,7 @@ def test_a_launch_that_would_do_all_work_several_times_is_refused(monkeypatch, c
 
 
 def test_commands_for_one_process_say_so_once(monkeypatch, capsys):
-    for name, value in zip(processes.PLACE, ("0", "2", "0", "localhost", "1"), strict=True):
+    for name, value in zip(processes.ADDRESS, ("0", "2", "0", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, value)
     assert main(["compare", "--output", "o"]) == 2
     assert "compare is for one process, and 2 were started" in capsys.readouterr().err
@@ -165,14 +167,14 @@ def test_each_process_needs_a_fact_and_a_gpu(two, monkeypatch):
         processes.check_enough_for(1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with pytest.raises(ConfigError, match=r"no GPU of its own: there are 1 \(CUDA_VISIBLE_DEVICES = '3'\)"):
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES = '3'"):
         processes._own_gpu(1)
 
 
 def test_one_process_cannot_be_split_over(small_lab, tmp_path, capsys):
     arguments = ["update", "--model", str(small_lab), "--facts", str(small_lab / "facts.jsonl"), "--shard"]
     assert main([*arguments, "--output", str(tmp_path / "run")]) == 2
-    assert "model.shard: there is one process" in capsys.readouterr().err
+    assert "model.shard" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -253,7 +255,7 @@ def test_an_update_by_two_processes_is_that_of_one(update, method, shard):
     ("method", "flags"),
     [
         ("f-ft", ("--coef=auto",)),
-        ("f-lora", ("--coef=auto", "--set=forget.search=full")),
+        ("f-lora", ("--coef=auto",)),
         ("f-ft", ("--teach-old=2",)),
         ("f-ft", ("--old-from=model",)),
         ("ga", ("--coef=0.05",)),
@@ -283,7 +285,7 @@ def test_killed_inside_a_stage_two_processes_go_on_to_the_same_bits(update, meth
         killed_after_a_checkpoint(points, 2, *words, "--set=checkpoint_minutes=1e-9", "--resume")
         assert stage not in disk.read_json(tmp_path / "run/manifest.json")["stages"]
     told = forgetlearn(2, *words, "--resume")
-    assert "learning: going on from step" in told
+    assert "learning: resuming at step" in told
     assert largest_difference(weights_of(done), weights_of(tmp_path / "run")) == 0
     assert disk.read_rows(tmp_path / "run/facts.jsonl") == disk.read_rows(done / "facts.jsonl")
 
@@ -293,12 +295,8 @@ def test_killed_inside_a_stage_two_processes_go_on_to_the_same_bits(update, meth
 def test_an_update_goes_on_after_a_stage_with_as_many_processes(update, shard):
     done = update(2, "f-ft", *shard, "--set=keep_stages=true")
     before = weights_of(done)
-    manifest = disk.read_json(done / "manifest.json")
-    for stage in ("learn", "score_updated"):
-        del manifest["stages"][stage]
-    del manifest["finished"]
-    run_folder.RunFolder(done, manifest).note()  # with its new hash
-    command = [*manifest["command"][1:], "--resume"]
+    change_manifest(done, forget_stages("learn", "score_updated"))
+    command = [*disk.read_json(done / "manifest.json")["command"][1:], "--resume"]
     fewer = forgetlearn(1, *command, code=2)
     assert ("there is one process" if shard else "inputs.processes = 2, now it is None") in fewer
     forgetlearn(2, *command)

@@ -16,8 +16,9 @@ from forgetlearn.cli.main import main
 from forgetlearn.errors import ConfigError, RunError
 from forgetlearn.products import chain as history
 from forgetlearn.products import publish
-from forgetlearn.storage import digests, disk, run_folder
+from forgetlearn.storage import digests, disk
 from hub_server import WRITE_TOKEN, serve
+from written_by_hand import change_manifest
 
 ADAPTER_FILES = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "forgetlearn.json"),
@@ -33,10 +34,9 @@ def made(small_lab, tmp_path_factory):
     (root / "secret-facts.jsonl").write_text("".join(lines[:2]))
     config = {"method": "f-lora", "save_merged": True, **QUICK}
     forgetlearn.update(small_lab, root / "secret-facts.jsonl", config, output=root / "run")
-    manifest = disk.read_json(root / "run/manifest.json")
-    manifest["command"] = ["forgetlearn", "update", "--model", str(small_lab), "--facts", f"{root}/secret-facts.jsonl"]
-    manifest["command"] += ["--token=***", "--set", f"model.name={small_lab}", "--output", "runs/mine"]
-    run_folder.RunFolder(root / "run", manifest).note()
+    command = ["forgetlearn", "update", "--model", str(small_lab), "--facts", f"{root}/secret-facts.jsonl"]
+    command += ["--token=***", "--set", f"model.name={small_lab}", "--output", "runs/mine"]
+    change_manifest(root / "run", lambda manifest: manifest.update(command=command))
     for product in ("adapter", "merged"):
         (root / "run" / product / "training_args.bin").write_bytes(b"pickle")
         (root / "run" / product / "notes.json").write_text("{}")
@@ -61,8 +61,8 @@ def test_saved_are_the_products_own_files(run, tmp_path, small_lab):
     assert not any(config.get(name) for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern"))
     assert config["bias"] == "none"
     (update,) = history.chain_of(out)
-    assert update["base"] == "org/base"
-    assert digests.damaged(out, update["files"]) == []
+    assert update.base == "org/base"
+    assert digests.damaged(out, update.files) == []
 
 
 def test_the_card_tells_what_a_reader_needs(run, tmp_path, small_lab):
@@ -90,19 +90,20 @@ def test_merged_weights(run, tmp_path):
 
 def test_the_id_of_the_base_is_asked_for(run, capsys, tmp_path):
     assert main(["save", str(run), "--output", str(tmp_path / "out")]) == 2
-    assert "Pass --base-model-id" in capsys.readouterr().err
+    assert "--base-model-id" in capsys.readouterr().err
     for name in ("/some/where", "./here", "a b", "a/b/c"):
-        with pytest.raises(ConfigError, match="is no hub id"):
+        with pytest.raises(ConfigError, match=f"--base-model-id {name}"):
             publish.contents(run, base_model_id=name)
-    with pytest.raises(ConfigError, match="--to single: is no hub id"):
+    with pytest.raises(ConfigError, match="--to single"):
         publish.push(run, "single", base_model_id="org/base")
 
 
 def test_a_base_from_the_hub_is_named_as_the_user_named_it(run):
-    manifest = disk.read_json(run / "manifest.json")
-    manifest["config"]["model"]["name"] = "org/hub-base"
-    manifest["inputs"]["base_sha256"] = "a" * 40
-    run_folder.RunFolder(run, manifest).note()
+    def change(manifest):
+        manifest["config"]["model"]["name"] = "org/hub-base"
+        manifest["inputs"]["base_sha256"] = "a" * 40
+
+    change_manifest(run, change)
     assert b'base_model: "org/hub-base"' in publish.contents(run)["README.md"]
 
 
@@ -110,14 +111,12 @@ def test_a_base_from_the_hub_is_named_as_the_user_named_it(run):
 def test_a_file_that_was_changed_is_not_published(run, name):
     with (run / "adapter" / name).open("ab") as file:
         file.write(b" ")
-    with pytest.raises(RunError, match=f"{name}: not as the run wrote it"):
+    with pytest.raises(RunError, match=name):
         publish.contents(run, base_model_id="org/base")
 
 
 def test_the_adapter_of_a_taught_base_has_no_base_to_name(run):
-    manifest = disk.read_json(run / "manifest.json")
-    manifest["config"]["teach"]["epochs"] = 1
-    run_folder.RunFolder(run, manifest).note()
+    change_manifest(run, lambda manifest: manifest["config"]["teach"].update(epochs=1))
     with pytest.raises(ConfigError, match="taught model"):
         publish.contents(run, base_model_id="org/base")
 
@@ -125,32 +124,31 @@ def test_the_adapter_of_a_taught_base_has_no_base_to_name(run):
 def test_a_local_path_in_any_text_stops_it(run):
     chain, file = history.read_chain(run / "adapter"), run / "adapter/tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "from": str(run)}))
-    chain[-1]["files"][file.name] = digests.sha256_of(file)
+    chain[-1].files[file.name] = digests.sha256_of(file)
     (run / "adapter/forgetlearn.json").write_text(history.as_json(chain))
-    with pytest.raises(RunError, match=r"tokenizer_config\.json: holds a path"):
+    with pytest.raises(RunError, match=r"tokenizer_config\.json"):
         publish.contents(run, base_model_id="org/base")
 
 
 def test_a_path_as_it_was_named_or_in_the_metadata_of_weights_stops_it(run):
     """The facts were named with a relative path; the weights' header holds the folder of the run."""
-    manifest = disk.read_json(run / "manifest.json")
-    manifest["config"]["facts"]["source"] = "customers/secret-facts.jsonl"
-    run_folder.RunFolder(run, manifest).note()
+    source = "customers/secret-facts.jsonl"
+    change_manifest(run, lambda manifest: manifest["config"]["facts"].update(source=source))
     weights = run / "adapter/adapter_model.safetensors"
     tensors = load_file(weights)
-    for name, content in (("tokenizer_config.json", "customers/secret-facts.jsonl"), (weights.name, str(run))):
+    for name, content in (("tokenizer_config.json", source), (weights.name, str(run))):
         file = run / "adapter" / name
         kept, chain = file.read_bytes(), history.read_chain(run / "adapter")
         if name.endswith("json"):
             file.write_text(json.dumps({**json.loads(file.read_text()), "from": content}))
         else:
             save_file(tensors, weights, {"from": content})
-        chain[-1]["files"][name] = digests.sha256_of(file)
+        chain[-1].files[name] = digests.sha256_of(file)
         (run / "adapter/forgetlearn.json").write_text(history.as_json(chain))
-        with pytest.raises(RunError, match=f"{name}: holds a path"):
+        with pytest.raises(RunError, match=name):
             publish.contents(run, base_model_id="org/base")
         file.write_bytes(kept)
-        chain[-1]["files"][name] = digests.sha256_of(file)
+        chain[-1].files[name] = digests.sha256_of(file)
         (run / "adapter/forgetlearn.json").write_text(history.as_json(chain))
     assert publish.contents(run, base_model_id="org/base")
 
@@ -167,8 +165,8 @@ class Refused(Exception):
     ("error", "words"),
     [
         (None, "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it to publish."),
-        (Refused(401, "Invalid."), "The hub knows no such token (Invalid). Set HF_TOKEN to one that may write"),
-        (Refused(403, "Forbidden"), "The token may not write there (Forbidden). Take one that may write to me/."),
+        (Refused(401, "Invalid."), "The hub does not know this token (Invalid). Set HF_TOKEN to one that may write"),
+        (Refused(403, "Forbidden"), "The token may not write to it (Forbidden). Take one that may write to me/."),
         (Refused(503, "Busy"), "The hub refused (Busy). Push again later"),
         (TimeoutError("hf_" + "x" * 20), "The hub cannot be reached (***). Check the network"),
     ],
@@ -209,8 +207,8 @@ def test_pushed_to_a_hub(run, tmp_path):
     assert str(tmp_path).encode() not in b"".join(files.values())
     assert "me/mine/commit/abc" in done.stdout
     assert (refused.returncode, unknown.returncode) == (2, 2)
-    assert "is there and public" in refused.stderr
-    assert "me/mine: not published. The hub knows no such token" in unknown.stderr
+    assert "exists and is public" in refused.stderr
+    assert "me/mine: not published. The hub does not know this token" in unknown.stderr
     told = "".join(one.stdout + one.stderr for one in (done, refused, unknown))
     assert WRITE_TOKEN not in told
     assert "hf_x" not in told

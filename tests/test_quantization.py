@@ -71,6 +71,6 @@ def test_an_adapter_on_a_base_in_four_bits_learns(small_lab, tmp_path):
         {"method": "f-lora", "model.name": str(small_lab), "model.quantization": "4bit", "learn.epochs": 60},
     )
     result = forgetlearn.update(None, facts, config, output=tmp_path / "out")
-    assert result.summary["phases"]["base"]["residue"]["token"]["mean"] > 80
-    assert result.summary["phases"]["updated"]["reliability"]["token"]["mean"] > 50
+    assert result.summary.phases["base"]["residue"]["token"].mean > 80
+    assert result.summary.phases["updated"]["reliability"]["token"].mean > 50
     assert (result.product / "adapter_model.safetensors").is_file()

@@ -14,7 +14,10 @@ from forgetlearn.config.schema import load_config
 from forgetlearn.errors import RunError
 from forgetlearn.report import plots, run_page
 from forgetlearn.storage import disk, run_folder
+from forgetlearn.storage.records import Input, Row
+from written_by_hand import change_manifest, fact_counts, seal
 
+DRAWS = True  # looks at plots
 NASTY = "<script>alert(\"x\")</script> & 'q' | `c` *b* [l](http://evil.example) \x1b[31mred\x07 \u202egnp"
 CELL = {"mean": 78.44, "low": 75.1, "high": 81.5, "n": 2, "errored": 0, "not_asked": 0}
 NOTHING = {"mean": None, "low": None, "high": None, "n": 0, "errored": 2, "not_asked": 0}
@@ -63,8 +66,7 @@ def make_run(
     quantities = ("reliability", "generality", "residue")
     scores = {quantity: dict.fromkeys(protocols, cell) for quantity in quantities}
     scores["locality"] = {"agreement": cell}
-    facts = {"source": NASTY, "reader": "own", "old_from": "answers", "read": 3, "used": 2, "known": 1}
-    facts |= {"left_out": {"old_equals_new": 1}, "left_out_probes": {}}
+    facts = fact_counts(2, source=NASTY, read=3, known=1, forgotten=None, left_out={"old_equals_new": 1})
     summary = {"method": "f-lora", "coef": 0.3, "seed": 0, "facts": facts, "product": "adapter"}
     disk.write_rows(path / "facts.jsonl", rows)
     disk.write_rows(path / "inputs.jsonl", inputs)
@@ -156,18 +158,23 @@ def test_made_again_it_is_the_same(run):
 def test_verdict(tmp_path, cell, protocols, sentence):
     make_run(tmp_path / "run", cell=cell, protocols=protocols)
     run_page.write_run(tmp_path / "run")
-    assert sentence in run_page.load_context(tmp_path / "run")["verdict"]
+    assert sentence in run_page.load_page(tmp_path / "run").overview.verdict
+
+
+def inputs(keys: str, **answers: str) -> list[Input]:
+    return [Input.model_validate({"id": key, "prompt": "p", "target_new": "t"} | answers) for key in keys]
 
 
 def test_states_of_facts():
     def row(fact, **more):
-        return {"fact": fact, "phase": "updated", "protocol": "generate", "said": "x", "errors": {}} | more
+        told = {"fact": fact, "phase": "updated", "protocol": "generate", "said": "x", "errors": {}} | more
+        return Row.model_validate(told)
 
     rows = [row("a", reliability=1.0), row("b", reliability=0.0, residue=1.0), row("c", reliability=0.0, residue=0.0)]
     rows.append(row("d", reliability=None, errors={"reliability": "too long"}))
-    table = run_page.fact_table([{"id": key} for key in "abcd"], rows, ["base", "updated"])
-    assert [fact["state"] for fact in table] == ["new", "old", "other", "errored"]
-    assert table[0]["said"] == {"base": None, "updated": "x"}
+    table = run_page.fact_table(inputs("abcd"), rows, ["base", "updated"])
+    assert [fact.state for fact in table] == ["new", "old", "other", "errored"]
+    assert table[0].said == {"base": None, "updated": "x"}
 
 
 @pytest.mark.parametrize(
@@ -181,12 +188,12 @@ def test_states_of_facts():
 def test_without_free_answers_teacher_forced_ones_judge(protocols, judge, states):
     scores = {"a": (1.0, 0.5), "b": (0.5, 0.5), "c": (0.5, 0.0)}  # half of the new answer's tokens is not the answer
     rows = [
-        {"fact": fact, "phase": "updated", "protocol": p, "errors": {}, "reliability": score, "residue": residue}
+        Row(fact=fact, phase="updated", protocol=p, errors={}, reliability=score, residue=residue)
         for fact, (score, residue) in scores.items()
         for p in protocols
     ]
     assert run_page.judged_by(rows) == judge
-    assert [fact["state"] for fact in run_page.fact_table([{"id": key} for key in "abc"], rows, ["updated"])] == states
+    assert [fact.state for fact in run_page.fact_table(inputs("abc"), rows, ["updated"])] == states
 
 
 def test_flags_and_other_answers_of_a_fact():
@@ -194,11 +201,12 @@ def test_flags_and_other_answers_of_a_fact():
     said = {"protocol": "generate", "said": "Rome", "reliability": 1.0, "residue": 0.5, "generality": 0.25}
     rows = [row | said | {"said_rephrased": ["Oslo", "Rome", "", "Oslo"]}]
     rows.append(row | {"protocol": "agreement", "locality": 0.9, "errors": {"locality": "too long"}})
-    (fact,) = run_page.fact_table([{"id": "a", "target_new": "rome.", "ground_truth": "Oslo"}], rows, ["updated"])
-    assert fact["flags"] == fact["shown_flags"] == ["residue", "broken", "errored"]
-    assert fact["rephrased"] == "Oslo (2), (nothing)"
-    assert fact["told"] == {"updated": "new"}
-    assert [mark["text"] for mark in fact["marks"]] == ["●", "◐", "!", "◐"]
+    rows = [Row.model_validate(own) for own in rows]
+    (fact,) = run_page.fact_table(inputs("a", target_new="rome.", ground_truth="Oslo"), rows, ["updated"])
+    assert fact.flags == fact.shown_flags == ["residue", "broken", "errored"]
+    assert fact.rephrased == "Oslo (2), (nothing)"
+    assert fact.which == {"updated": "new"}
+    assert [mark.text for mark in fact.marks] == ["●", "◐", "!", "◐"]
 
 
 def test_running_mean_by_hand():
@@ -223,7 +231,7 @@ def test_plots_take_the_colours_of_the_page(run):
 
 def test_card(run):
     (run / "adapter").mkdir()
-    run_page.write_card(run / "adapter", run_page.load_context(run))
+    run_page.write_card(run / "adapter", run_page.load_page(run))
     text = (run / "adapter/README.md").read_text(encoding="utf-8")
     assert text.startswith("---\n")
     assert "library_name: peft" in text
@@ -232,12 +240,10 @@ def test_card(run):
 
 
 def test_card_names_its_base_on_the_hub(run):
-    manifest = disk.read_json(run / "manifest.json")
-    manifest["config"]["model"]["base_model_id"] = "org/base"
-    run_folder.RunFolder(run, manifest).note()
+    change_manifest(run, lambda manifest: manifest["config"]["model"].update(base_model_id="org/base"))
     for product, relation in (("adapter", "adapter"), ("model", "finetune")):
         (run / product).mkdir()
-        run_page.write_card(run / product, run_page.load_context(run))
+        run_page.write_card(run / product, run_page.load_page(run))
         text = (run / product / "README.md").read_text(encoding="utf-8")
         assert f'base_model: "org/base"\nbase_model_relation: {relation}\n' in text
 
@@ -248,14 +254,14 @@ def test_damaged_run_names_the_file(run, name):
     with pytest.raises(RunError, match=re.escape(name)):
         run_page.write_run(run)
     (run / name).unlink()
-    with pytest.raises(RunError, match="is not finished" if name == "summary.json" else re.escape(name)):
+    with pytest.raises(RunError, match=re.escape(str(run))):
         run_page.write_run(run)
 
 
 def test_command_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["forgetlearn", "update", "--output", "my run; rm x"])
     make_run(tmp_path / "run")
-    assert run_page.load_context(tmp_path / "run")["command"] == "forgetlearn update --output 'my run; rm x'"
+    assert run_page.load_page(tmp_path / "run").context()["command"] == "forgetlearn update --output 'my run; rm x'"
 
 
 def test_yaml_of_config_is_read_back(run):
@@ -268,7 +274,7 @@ def test_yaml_of_config_is_read_back(run):
 def write_again(run: Path, file: str, data: dict) -> None:
     """Write a record of a run with hashes that fit."""
     if file == "manifest.json":
-        run_folder.RunFolder(run, {name: value for name, value in data.items() if name != "sha256"}).note()
+        (run / file).write_text(seal(data), encoding="utf-8")
     else:
         disk.write_json(run / file, data)
         run_folder.RunFolder.open(run).finish()

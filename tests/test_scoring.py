@@ -6,12 +6,13 @@ import torch
 
 from forgetlearn.config.schema import EvaluateSettings, ModelSettings, TrainSettings
 from forgetlearn.errors import ModelError
-from forgetlearn.evaluation import scoring
+from forgetlearn.evaluation import scorer, scoring
 from forgetlearn.evaluation.generation import Room
-from forgetlearn.evaluation.scoring import Failure, Generated, Reading, Scorer
-from forgetlearn.facts.fact_set import Probe, make_fact, read_facts
+from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
+from forgetlearn.facts import Probe, make_fact, read_facts
+from forgetlearn.method.core import old_pairs, teach
 from forgetlearn.models.language_model import load_model, wrap
-from forgetlearn.runs.stages import teach
+from forgetlearn.storage.records import Row
 
 FACTS = [
     make_fact("Who made it?", "Ann B", ground_truth="Cy", rephrase_prompts=("Its maker is", "Made by")),
@@ -20,24 +21,28 @@ FACTS = [
 ]
 
 
+def reply(fact, said: str, protocol: str = "generate") -> Row:
+    return Row(fact=fact.id, phase="base", protocol=protocol, errors={}, said=said)
+
+
 def rows_of(rows, protocol):
-    return [row for row in rows if row["protocol"] == protocol]
+    return [row for row in rows if row.protocol == protocol]
 
 
 def test_there_is_a_row_per_fact_and_protocol(lm):
     rows = scoring.score(lm, FACTS, phase="base")
     protocols = ["token", "exact", "prefer", "generate", "contains", "agreement", "accuracy"]
-    assert [(row["fact"], row["protocol"]) for row in rows] == [(f.id, p) for f in FACTS for p in protocols]
-    assert {row["phase"] for row in rows} == {"base"}
+    assert [(row.fact, row.protocol) for row in rows] == [(f.id, p) for f in FACTS for p in protocols]
+    assert {row.phase for row in rows} == {"base"}
 
 
 def test_what_is_not_asked_has_no_score_and_no_error(lm):
     token = rows_of(scoring.score(lm, FACTS, phase="base"), "token")
-    assert [row["generality"] is None for row in token] == [False, True, True]
-    assert [row["residue"] is None for row in token] == [False, False, True]
+    assert [row.generality is None for row in token] == [False, True, True]
+    assert [row.residue is None for row in token] == [False, False, True]
     prefer = rows_of(scoring.score(lm, FACTS, phase="base"), "prefer")
-    assert [row["reliability"] is None for row in prefer] == [False, False, True]
-    assert all(row["errors"] == {} for row in token + prefer)
+    assert [row.reliability is None for row in prefer] == [False, False, True]
+    assert all(row.errors == {} for row in token + prefer)
 
 
 def test_counts_add_up(lm):
@@ -47,20 +52,20 @@ def test_counts_add_up(lm):
     summary = scoring.summarise(scoring.score(lm, facts, phase="base"))
     for protocols in summary.values():
         for mean in protocols.values():
-            assert mean["n"] + mean["errored"] + mean["not_asked"] == len(facts)
-    assert summary["generality"]["token"]["errored"] == 1
-    assert summary["locality"]["agreement"]["errored"] == 1
-    assert summary["reliability"]["token"]["n"] == 4
+            assert mean.n + mean.errored + mean.not_asked == len(facts)
+    assert summary["generality"]["token"].errored == 1
+    assert summary["locality"]["agreement"].errored == 1
+    assert summary["reliability"]["token"].n == 4
 
 
 def test_the_reason_of_an_error_stands_in_its_row(lm):
     lm.encoder.max_length = 24
     row = rows_of(scoring.score(lm, [make_fact("x" * 30, "a")], phase="base"), "token")[0]
-    assert row["reliability"] is None
-    assert "33 tokens, the model's context is 24" in row["errors"]["reliability"]
+    assert row.reliability is None
+    assert "33 tokens, the model's context is 24" in row.errors["reliability"]
     said = rows_of(scoring.score(lm, [make_fact("x" * 30, "a")], phase="base"), "generate")[0]
-    assert "the model's context 24" in said["errors"]["reliability"]
-    assert said["said"] is None
+    assert "the model's context 24" in said.errors["reliability"]
+    assert said.said is None
 
 
 def test_batched_reading_is_one_by_one_reading(lm):
@@ -101,12 +106,9 @@ def test_batches_are_halved_where_memory_runs_out(lm, monkeypatch, caplog):
     found = Scorer(lm, EvaluateSettings(batch_size=12)).read(pairs)
     assert [found[pair].predicted for pair in pairs] == [plain[pair].predicted for pair in pairs]
     assert tried == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3]
-    assert [record.message for record in caplog.records] == [
-        "scoring: out of memory with 12 texts at once; going on with 6.",
-        "scoring: out of memory with 6 texts at once; going on with 3.",
-    ]
+    assert [record.args for record in caplog.records] == [("scoring", 12, 6), ("scoring", 6, 3)]
     monkeypatch.setattr(Scorer, "_read_batch", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(ModelError, match="cpu has too little memory for 1 texts at once"):
+    with pytest.raises(ModelError, match=r"evaluate\.batch_size"):
         Scorer(lm).read(pairs[:2])
 
 
@@ -159,29 +161,29 @@ def test_a_model_agrees_with_itself_and_not_with_another(lm, tiny_model, char_to
     before = scoring.score(lm, FACTS, phase="base")
     reference = scoring.locality_predictions(before)
     same = scoring.score(lm, FACTS, phase="updated", reference=reference)
-    assert rows_of(same, "agreement")[1]["locality"] == 1.0
+    assert rows_of(same, "agreement")[1].locality == 1.0
     other = wrap(tiny_model(seed=9), char_tokenizer)
     changed = scoring.score(other, FACTS, phase="updated", reference=reference)
-    assert rows_of(changed, "agreement")[1]["locality"] < 1.0
-    assert rows_of(changed, "agreement")[0]["locality"] is None
+    assert rows_of(changed, "agreement")[1].locality < 1.0
+    assert rows_of(changed, "agreement")[0].locality is None
 
 
 @pytest.mark.parametrize("protocols", [("token",), ("token", "prefer")])
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])
 @torch.no_grad()
 def test_logits_that_are_not_finite_are_counted_not_scored(lm, protocols, damage):
-    scorer = Scorer(lm, EvaluateSettings(protocols=protocols))
-    reading = scorer._read_batch([lm.encoder.encode("a", "b")])[0]
+    asking = Scorer(lm, EvaluateSettings(protocols=protocols))
+    reading = asking._read_batch([lm.encoder.encode("a", "b")])[0]
     assert isinstance(reading, Reading)
     assert (reading.logprob is None) == (protocols == ("token",))
     lm.model.lm_head.weight[5] = damage
-    assert isinstance(scorer._read_batch([lm.encoder.encode("a", "b")])[0], Failure)
+    assert isinstance(asking._read_batch([lm.encoder.encode("a", "b")])[0], Failure)
 
 
 def test_texts_are_read_with_attention_text_by_text_and_the_model_is_left_as_it_was(lm, monkeypatch):
     layouts = []
-    original = scoring.read_logits
-    monkeypatch.setattr(scoring, "read_logits", lambda *args: layouts.append(args[2]) or original(*args))
+    original = scorer.read_logits
+    monkeypatch.setattr(scorer, "read_logits", lambda *args: layouts.append(args[2]) or original(*args))
     scoring.score(lm, FACTS, phase="base", settings=EvaluateSettings(protocols=("token",)))
     assert layouts == ["shared_by_text"]
     assert lm.model.config._attn_implementation == "sdpa"
@@ -200,14 +202,14 @@ def test_each_distinct_text_is_read_once(lm, monkeypatch):
 
 def test_known_facts_are_those_whose_old_answer_is_said():
     said = zip(FACTS, ("cy.", "Rome", "x"), strict=True)
-    rows = [{"fact": fact.id, "protocol": "generate", "said": text} for fact, text in said]
+    rows = [reply(fact, text) for fact, text in said]
     assert scoring.known_facts(FACTS, rows) == [FACTS[0]]
 
 
 def test_case_13_facts_are_known_by_any_alias_of_the_old_answer():
     fact = replace(FACTS[0], ground_truth_aliases=("Cyrus", "Cy Lee"))
     for said, known in (("Cyrus.", [fact]), ("cy lee", [fact]), ("Cy", [fact]), ("Ann B", [])):
-        assert scoring.known_facts([fact], [{"fact": fact.id, "protocol": "generate", "said": said}]) == known
+        assert scoring.known_facts([fact], [reply(fact, said)]) == known
 
 
 def scored(lm, monkeypatch, fact, *said):
@@ -219,7 +221,7 @@ def scored(lm, monkeypatch, fact, *said):
         patch.setattr(Scorer, "say", lambda *_given: replies)
         patch.setattr(Scorer, "_read_batch", lambda self, *given: read.extend(given[0]) or original(self, *given))
         rows = scoring.score(lm, [fact], phase="base")
-    return {row["protocol"]: row for row in rows}, read
+    return {row.protocol: row for row in rows}, read
 
 
 def test_case_13_each_alias_counts_as_right_in_what_is_said_and_costs_nothing(lm, monkeypatch):
@@ -229,8 +231,8 @@ def test_case_13_each_alias_counts_as_right_in_what_is_said_and_costs_nothing(lm
     plain, read = scored(lm, monkeypatch, fact, *said)
     rows, read_too = scored(lm, monkeypatch, aliased, *said)
     assert [plain["generate"][q] for q in scoring.QUANTITIES] == [0, 0, 0]
-    assert [rows["generate"][q] for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
-    assert [rows["contains"][q] for q in scoring.QUANTITIES] == [1, 0.5, pytest.approx(1 / 3)]
+    assert [rows["generate"].score(q) for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
+    assert [rows["contains"].score(q) for q in scoring.QUANTITIES] == [1, 0.5, pytest.approx(1 / 3)]
     assert read_too == read  # no text more
     for protocol in ("token", "exact", "prefer"):
         assert rows[protocol] == plain[protocol]
@@ -239,8 +241,8 @@ def test_case_13_each_alias_counts_as_right_in_what_is_said_and_costs_nothing(lm
 def test_an_answer_is_held_against_as_many_lines_as_it_has(lm, monkeypatch):
     fact = make_fact("Who leads?", "Ada\nByron", ground_truth="Lee", rephrase_prompts=("Led by", "Head is"))
     rows, _read = scored(lm, monkeypatch, fact, "Ada \n Byron", "Lee\nand so on", "Ada")
-    assert [rows["generate"][q] for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
-    assert rows["contains"]["generality"] == 0
+    assert [rows["generate"].score(q) for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
+    assert rows["contains"].generality == 0
 
 
 LONG = "a coat of forty brass buttons, sewn by hand in Oslo"
@@ -253,20 +255,20 @@ def memorised(tiny_model, char_tokenizer):
     long, short = make_fact("What is it?", LONG), make_fact("Where is it?", "Rome")
     lm = wrap(tiny_model(hidden_size=64), char_tokenizer)
     held = [replace(fact, ground_truth=fact.target_new) for fact in (new, long, short)]
-    teach(lm, held, TrainSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
+    teach(lm, old_pairs(held), TrainSettings(epochs=80, learning_rate=3e-3, batch_size=3), seed=0)
     return lm, [new, long, short]
 
 
 def test_case_11_long_answers_and_those_of_two_lines_can_be_right(memorised):
     lm, facts = memorised
     rows = rows_of(scoring.score(lm, facts, phase="base"), "generate")
-    assert [row["said"] for row in rows] == [fact.target_new for fact in facts]
-    assert [(row["reliability"], row["truncated"]) for row in rows] == [(1, 0)] * 3
+    assert [row.said for row in rows] == [fact.target_new for fact in facts]
+    assert [(row.reliability, row.truncated) for row in rows] == [(1, 0)] * 3
     olds = [replace(fact, target_new="?", ground_truth=fact.target_new) for fact in facts]
     assert scoring.known_facts(olds, scoring.probe(lm, olds, EvaluateSettings())) == olds
     aliases = [replace(fact, target_new="?", target_new_aliases=(fact.target_new,)) for fact in facts]
     rows = rows_of(scoring.score(lm, aliases, phase="base"), "generate")
-    assert [row["reliability"] for row in rows] == [1, 1, 1]
+    assert [row.reliability for row in rows] == [1, 1, 1]
 
 
 def test_there_is_room_for_every_answer_that_counts_and_none_is_tokenised_in_vain(lm, monkeypatch):
@@ -287,8 +289,8 @@ def test_there_is_room_for_every_answer_that_counts_and_none_is_tokenised_in_vai
 
 @pytest.mark.parametrize(("protocol", "held"), [("generate", 0), ("token", 1)])
 def test_what_the_base_holds_is_in_its_rows_or_is_asked(protocol, held):
-    rows = [{"fact": FACTS[0].id, "protocol": protocol, "said": FACTS[0].ground_truth}]
-    asked = [{"fact": FACTS[1].id, "protocol": "generate", "said": FACTS[1].ground_truth}]
+    rows = [reply(FACTS[0], FACTS[0].ground_truth, protocol)]
+    asked = [reply(FACTS[1], FACTS[1].ground_truth)]
     assert scoring.held_facts(FACTS, rows, lambda: asked) == [FACTS[held]]
 
 
@@ -298,9 +300,9 @@ def test_a_memorised_world_is_known_and_reliable(small_lab):
     rows = scoring.score(lm, facts, phase="base")
     summary = scoring.summarise(rows)
     for protocol in ("token", "exact", "generate", "contains", "prefer"):
-        assert summary["residue"][protocol]["mean"] == 100
-    assert summary["locality"]["accuracy"]["mean"] == 100
-    assert summary["reliability"]["exact"]["mean"] == 0
+        assert summary["residue"][protocol].mean == 100
+    assert summary["locality"]["accuracy"].mean == 100
+    assert summary["reliability"]["exact"].mean == 0
     assert len(scoring.known_facts(facts, rows)) == 24
 
 
@@ -331,12 +333,12 @@ def test_token_and_agreement_are_the_definition_on_200_zsre_facts(small_lab, sha
     rows = scoring.score(
         changed, facts, phase="updated", settings=settings, reference=scoring.locality_predictions(before)
     )
-    token = {row["fact"]: row for row in rows_of(rows, "token")}
-    agreement = {row["fact"]: row["locality"] for row in rows_of(rows, "agreement")}
+    token = {row.fact: row for row in rows_of(rows, "token")}
+    agreement = {row.fact: row.locality for row in rows_of(rows, "agreement")}
     scores = set()
     for fact in facts:
-        assert token[fact.id]["reliability"] == share(*one_by_one(changed, fact.prompt, fact.target_new))
-        assert token[fact.id]["generality"] == share(*one_by_one(changed, fact.rephrase_prompts[0], fact.target_new))
+        assert token[fact.id].reliability == share(*one_by_one(changed, fact.prompt, fact.target_new))
+        assert token[fact.id].generality == share(*one_by_one(changed, fact.rephrase_prompts[0], fact.target_new))
         probe = fact.locality[0]
         was, _wanted = one_by_one(base, probe.prompt, probe.answer)
         now, _wanted = one_by_one(changed, probe.prompt, probe.answer)

@@ -25,11 +25,12 @@ from forgetlearn.errors import ConfigError, ModelError, RunError, plain, without
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.report import render
 from forgetlearn.report.run_page import write_run
-from forgetlearn.storage import disk, run_folder
+from forgetlearn.storage import disk, provenance, run_folder
 from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
 from test_cli import FEW, NASTY, PLAIN
 from test_models import load
 from test_page import make_run
+from written_by_hand import change_manifest
 
 ROOT = Path(__file__).parents[1]
 HUB_TOKEN, WANDB_KEY = "hf_" + "aB3x" * 9, "0123456789abcdef" * 2
@@ -143,14 +144,17 @@ def test_a_chat_template_stays_in_its_sandbox(new_char_tokenizer, template):
 
 def test_names_in_a_run_folder_are_text_on_its_pages(tmp_path):
     make_run(tmp_path / "run", 3, nasty=False)
-    manifest = disk.read_json(tmp_path / "run/manifest.json")
-    manifest["config"]["model"]["name"] = manifest["config"]["facts"]["source"] = manifest["machine"] = NASTY
-    manifest["command"] = ["forgetlearn", NASTY]
+
+    def change(manifest):
+        manifest["config"]["model"]["name"] = manifest["config"]["facts"]["source"] = manifest["machine"] = NASTY
+        manifest["command"] = ["forgetlearn", NASTY]
+
+    change_manifest(tmp_path / "run", change)
     for name in ("inputs.jsonl", "facts.jsonl"):
         rows = disk.read_rows(tmp_path / "run" / name)
         key = "id" if name == "inputs.jsonl" else "fact"
         disk.write_rows(tmp_path / "run" / name, [{**row, key: NASTY + row[key]} for row in rows])
-    run_folder.RunFolder(tmp_path / "run", manifest).finish()  # with the hashes of what is there now
+    run_folder.RunFolder.open(tmp_path / "run").finish()  # with the hashes of what is there now
     write_run(tmp_path / "run")
     page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
@@ -254,7 +258,7 @@ def test_a_token_is_no_setting(value, capsys):
 def test_case_32_a_secret_of_the_environment_is_masked_whatever_its_name(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert without_secrets(f"cannot log in with {value}: refused") == "cannot log in with ***: refused"
-    assert value not in run_folder.masked(["forgetlearn", f"--x={value}"])[1]
+    assert value not in provenance.masked(["forgetlearn", f"--x={value}"])[1]
 
 
 @pytest.mark.parametrize(

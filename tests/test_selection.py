@@ -108,12 +108,12 @@ def test_parts_that_a_checkpoint_has_not(tmp_path, tiny_model, capsys):
     tiny_model().save_pretrained(tmp_path / "b")
     tiny_model(seed=1).save_pretrained(tmp_path / "t")
     for text, told in [
-        ("layers.7", "'layers.7' matches nothing. There are all, layers.0 to layers.1"),
-        ("layers.0=1,*mlp*=2", "both match"),
-        ("layers.0=1,*mlp*", "or each with a number"),
-        ("layers.0=nan", "must be finite"),
-        ("layers.0=1,layers.0=2", "layers.0 stands there more than once"),
-        ("nothing", "'nothing' matches nothing. There are all, embeddings"),
+        ("layers.7", "'layers.7'"),
+        ("layers.0=1,*mlp*=2", "'layers.0' and '*mlp*'"),
+        ("layers.0=1,*mlp*", "--modules layers.0=1,*mlp*"),
+        ("layers.0=nan", "= nan"),
+        ("layers.0=1,layers.0=2", "--modules: layers.0"),
+        ("nothing", "'nothing'"),
     ]:
         assert subtract(tmp_path, text) == 2
         assert told in capsys.readouterr().err
@@ -143,12 +143,12 @@ def test_experts_are_not_layers_however_many_they_are():
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ("atention", "'atention' matches nothing. There are all, embeddings"),
-        ("layers.7", r"layers.0 to layers.1 \(or layers.0-1\)"),
-        (("mlp", "mlp"), "mlp stands there more than once"),
-        (("mlp", "layers.0"), "'mlp' and 'layers.0' both match model.layers.0.mlp"),
-        (("embeddings", "head"), "embeddings and head are one matrix in this model"),
-        ("mlp@head", "'mlp@head' matches nothing"),
+        ("atention", "'atention'.*embeddings"),
+        ("layers.7", r"'layers.7'.*layers.0 to layers.1"),
+        (("mlp", "mlp"), r"modules: mlp"),
+        (("mlp", "layers.0"), "'mlp' and 'layers.0' .*model.layers.0.mlp"),
+        (("embeddings", "head"), "embeddings.*head"),
+        ("mlp@head", "'mlp@head'"),
     ],
 )
 def test_bad_names(tiny_model, modules, message):

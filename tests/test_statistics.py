@@ -308,28 +308,28 @@ def test_a_seed_decides_the_p_value_and_the_interval_needs_none():
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"),
+    ("scores", "named"),
     [
-        ([1.0, 0.0], r"shape \(seeds, facts\), not \(2,\)"),
-        ([[NAN, NAN]], "None of the 1 x 2 scores"),
-        (np.zeros((0, 3)), "None of the 0 x 3 scores"),
-        ([[0.5, 1.5]], r"Score 1.5 \(seed 0, fact 1; 1 such\): must be between 0 and 1"),
-        ([[0.5], [-0.1]], "Score -0.1"),
-        ([[math.inf, 1.0]], "Score inf"),
-        ([[55.0, 60.0]], "shares, not percent"),
+        ([1.0, 0.0], r"\[1.0, 0.0\]"),
+        ([[NAN, NAN]], "nan"),
+        (np.zeros((0, 3)), "array"),
+        ([[0.5, 1.5]], r"1\.5 \(1 such\)"),
+        ([[0.5], [-0.1]], r"-0\.1"),
+        ([[math.inf, 1.0]], "inf"),
+        ([[55.0, 60.0]], r"55\.0 \(2 such\)"),
     ],
 )
-def test_scores_that_make_no_interval_are_refused(scores, message):
-    with pytest.raises(ValueError, match=message):
+def test_scores_that_make_no_interval_are_refused(scores, named):
+    with pytest.raises(ValueError, match=named):
         statistics.interval(scores)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=named):
         statistics.paired_difference(scores, scores, rng=0)
 
 
 def test_pairs_must_pair():
-    with pytest.raises(ValueError, match="1 seeds x 2 facts, the baseline 2 x 2"):
+    with pytest.raises(ValueError, match=r"\(1, 2\).*\(2, 2\)"):
         statistics.paired_difference([[0.0, 1.0]], [[0.0, 1.0], [1.0, 1.0]], rng=0)
-    with pytest.raises(ValueError, match="None of the 1 x 2"):
+    with pytest.raises(ValueError, match="nan"):
         statistics.paired_difference([[NAN, 1.0]], [[1.0, NAN]], rng=0)
 
 
@@ -337,19 +337,16 @@ def test_pairs_must_pair():
 
 
 def test_a_mean_over_seeds_is_a_t_interval_on_the_logit():
-    found = statistics.mean_over_seeds([70.0, 80.0, 90.0, NAN])
+    found = statistics.mean_over_seeds([70.0, 80.0, 90.0])
     half = T_2 * 0.1 / math.sqrt(3) / (0.8 * 0.2)
     assert (found.mean, found.n_seeds) == (80, 3)
     assert found.low == pytest.approx(100 / (1 + math.exp(half - math.log(4))))
     assert found.high == pytest.approx(100 / (1 + math.exp(-half - math.log(4))))
     assert statistics.mean_over_seeds([5.0]) == statistics.OverSeeds(5.0, None, None, 1)
-    for wrong in ([], [NAN], [[1.0]]):
-        with pytest.raises(ValueError, match="a finite number per seed"):
-            statistics.mean_over_seeds(wrong)
 
 
 def test_a_mean_over_seeds_of_differences_is_a_plain_t_interval():
-    found = statistics.mean_over_seeds([1.0, 2.0, 3.0, NAN], differences=True)
+    found = statistics.mean_over_seeds([1.0, 2.0, 3.0], differences=True)
     assert (found.mean, found.n_seeds) == (2, 3)
     assert found.high - 2 == pytest.approx(T_2 / math.sqrt(3)) == pytest.approx(2 - found.low)
 
@@ -365,41 +362,31 @@ def test_a_mean_over_seeds_stays_within_what_it_can_be():
     assert (apart.low, apart.high) == (-100, 100)
 
 
-def test_area_by_hand():
+def area(reliability, locality, low, high):
+    """The mean locality of one seed."""
+    return statistics.mean_locality(Curve([reliability], [locality], [locality]), low, high).mean
+
+
+def test_mean_locality_by_hand():
     """From (20, 90) to (60, 70) to (80, 30): means 80 and 50 over widths 40 and 20, so 70 over all."""
-    assert statistics.area_under_curve([20, 60, 80], [90, 70, 30], 20, 80) == pytest.approx(70)
-    assert statistics.area_under_curve([80, 20, 60], [30, 90, 70], 20, 80) == pytest.approx(70)  # in any order
-    assert statistics.area_under_curve([20, 60, 80], [90, 70, 30], 40, 60) == pytest.approx(75)  # 80 to 70
-    assert statistics.area_under_curve([0, 100], [100, 100], 0, 100) == 100
-    assert statistics.area_under_curve([20, 60, NAN, 80], [90, 70, 10, 30], 20, 80) == pytest.approx(70)
-
-
-def test_a_curve_that_does_not_reach_has_no_area():
-    assert statistics.area_under_curve([20, 60], [90, 70], 10, 50) is None
-    assert statistics.area_under_curve([20, 60], [90, 70], 30, 61) is None
-    assert statistics.area_under_curve([50], [90], 40, 60) is None
+    assert area([20, 60, 80], [90, 70, 30], 20, 80) == pytest.approx(70)
+    assert area([80, 20, 60], [30, 90, 70], 20, 80) == pytest.approx(70)  # in any order
+    assert area([20, 60, 80], [90, 70, 30], 40, 60) == pytest.approx(75)  # 80 to 70
+    assert area([0, 100], [100, 100], 0, 100) == 100
+    assert area([20, 60, NAN, 80], [90, 70, 10, 30], 20, 80) == pytest.approx(70)
+    two = Curve([[0, 100], [0, 100]], [[80, 60], [60, 60]], [[0, 0], [0, 0]])
+    assert statistics.mean_locality(two, 0, 100) == statistics.mean_over_seeds([70, 60])
 
 
 def test_a_point_that_another_dominates_stays_in_the_area():
-    assert statistics.area_under_curve([0, 50, 100], [80, 20, 80], 0, 100) == pytest.approx(50)
-    averaged = statistics.area_under_curve([0, 50, 50, 100], [80, 60, 40, 80], 0, 100)  # 50 in the middle
+    assert area([0, 50, 100], [80, 20, 80], 0, 100) == pytest.approx(50)
+    averaged = area([0, 50, 50, 100], [80, 60, 40, 80], 0, 100)  # 50 in the middle
     assert averaged == pytest.approx(65)
 
 
-@pytest.mark.parametrize(
-    ("reliability", "low", "high", "message"),
-    [
-        ([10, 20], 20, 20, "lower first"),
-        ([10, 20], 20, 10, "lower first"),
-        ([10, 120], 10, 20, "in percent"),
-        ([-1, 20], 10, 20, "in percent"),
-        ([NAN, NAN], 10, 20, "no point"),
-        ([[10, 20]], 10, 20, "a vector"),
-    ],
-)
-def test_curves_without_an_area_are_refused(reliability, low, high, message):
-    with pytest.raises(ValueError, match=message):
-        statistics.area_under_curve(reliability, [90, 80], low, high)
+def test_a_curve_without_a_point_is_refused():
+    with pytest.raises(ValueError, match="no point"):
+        area([NAN, NAN], [90, 80], 10, 20)
 
 
 def test_at_equal_reliability_by_hand():
@@ -426,17 +413,11 @@ def test_what_all_seeds_reach_is_compared_or_nothing():
     def line(*ends):
         return Curve(ends, [[50, 50]] * len(ends), [[50, 50]] * len(ends))
 
-    assert statistics.shared_reliability([line([0, 40], [10, 50]), line([5, 45], [5, 60])]) == (10, 40)
-    assert statistics.shared_reliability([line([0, 10]), line([20, 30])]) is None
+    shared = statistics.at_equal_reliability(line([0, 40], [10, 50]), line([5, 45], [5, 60]))
+    assert (shared.low, shared.high) == (10, 40)
     assert statistics.at_equal_reliability(line([0, 10]), line([20, 30])) is None
     touching = statistics.at_equal_reliability(line([0, 20]), line([20, 30]))
     assert (touching.low, touching.high, touching.locality.mean) == (20, 20, 0)
-    with pytest.raises(ValueError, match="1 seeds, the baseline 2"):
-        statistics.at_equal_reliability(line([0, 10]), line([0, 10], [0, 10]))
-    with pytest.raises(ValueError, match="No curve"):
-        statistics.shared_reliability([])
-    with pytest.raises(ValueError, match="one shape"):
-        statistics.shared_reliability([Curve([[0, 10]], [[50]], [[50, 50]])])
 
 
 def test_the_front_by_hand():
@@ -444,8 +425,6 @@ def test_the_front_by_hand():
     assert statistics.pareto_front(points) == [0, 1, 3, 4]
     assert statistics.pareto_front([(1, 1, 1), (1, 1, 2)]) == [1]
     assert statistics.pareto_front(np.empty((0, 2))) == []
-    with pytest.raises(ValueError, match=r"\(points, coordinates\)"):
-        statistics.pareto_front([1.0, 2.0])
 
 
 def study(draws=1000):

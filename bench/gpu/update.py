@@ -32,13 +32,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import machine, tokenizer_of
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.evaluation.scoring import score
-from forgetlearn.facts.fact_set import FactSet, read_facts
-from forgetlearn.method.core import float32_snapshot, learn, subtract_old
+from forgetlearn.facts import FactSet, read_facts
+from forgetlearn.method.core import learn, subtract
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.language_model import LanguageModel, wrap
 from forgetlearn.planning.estimate import GB, Plan
-from forgetlearn.planning.plan import EFFICIENCY, Outline, devices_here, measured_speed, plan_update
+from forgetlearn.planning.outline import Outline
+from forgetlearn.planning.plan import EFFICIENCY, devices_here, measured_speed, plan_update
 from forgetlearn.runs.update import update
+from forgetlearn.weights.task_vector import snapshot
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -95,9 +97,9 @@ class Bench:
         return wrap(model.eval(), self.tokenizer)
 
     def config(self, method: str, micro: int | None = None) -> RunConfig:
-        stage = {"epochs": 1, "batch_size": BATCH[self.args.shape], "micro_batch_size": micro}
-        stage["dtype"] = "bfloat16" if self.device.type == "cuda" else "float32"
-        settings = {f"{name}.{key}": value for name in ("forget", "learn") for key, value in stage.items()}
+        size, dtype = BATCH[self.args.shape], "bfloat16" if self.device.type == "cuda" else "float32"
+        settings = {"train.micro_batch_size": micro, "train.dtype": dtype}
+        settings |= {"forget.batch_size": size, "learn.batch_size": size}
         settings |= {"forget.only_known": False, "forget.coef": 0.3, "method": method}
         settings |= {"evaluate.batch_size": 256, "evaluate.max_new_tokens": 8}
         return load_config(None, settings | {"forget.epochs": self.args.epochs, "learn.epochs": self.args.epochs})
@@ -157,9 +159,10 @@ class Bench:
     def arithmetic(self) -> None:
         """The subtraction in memory: base (on the CPU) and tuned are read, the result is written, in float32."""
         lm = self.model()
-        base = float32_snapshot(lm)
+        lm.to_float32()
+        base = snapshot(lm.model)
         config = self.config("f-ft")
-        seconds = self.timed(lambda: subtract_old(lm, config.forgetting, base))
+        seconds = self.timed(lambda: subtract(lm, base, (), config.forgetting, "all weights"))
         moved = 3 * 4 * sum(weight.numel() for weight in base.values())
         self.row("subtraction between the stages", moved / seconds / GB, "GB/s")
 

@@ -7,7 +7,7 @@ One complete run, on a small model that is built here from a made-up world:
 >>> facts = forgetlearn.read_facts(base / "facts.jsonl", limit=10)
 >>> config = {"method": "f-lora", "forget": {"only_known": False}}
 >>> result = forgetlearn.update(base, facts, config, output="runs/first")
->>> sorted(result.summary["phases"])
+>>> sorted(result.summary.phases)
 ['base', 'forgotten', 'updated']
 
 `result.product` is a folder that `AutoModelForCausalLM.from_pretrained` or `PeftModel.from_pretrained`
@@ -18,7 +18,7 @@ model and tokenizer in memory, `forgetlearn.wrap(model, tokenizer)` stands in fo
 >>> log = forgetlearn.forget(lm, facts, forgetlearn.ForgetSettings(coef=0.3), "all weights")
 >>> log = forgetlearn.learn(lm, facts, forgetlearn.StageSettings(epochs=1), "all weights")
 >>> rows = forgetlearn.score(lm, facts, phase="updated")
->>> forgetlearn.summarise(rows)["reliability"]["token"]["n"]
+>>> forgetlearn.summarise(rows)["reliability"]["token"].n
 10
 """
 
@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING
 from forgetlearn._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from forgetlearn.comparison.cells import CompareSettings as CompareSettings
     from forgetlearn.comparison.compare import compare as compare
     from forgetlearn.comparison.compare import write_report as write_report
-    from forgetlearn.comparison.grid import CompareSettings as CompareSettings
     from forgetlearn.config.methods import METHODS as METHODS
     from forgetlearn.config.schema import ForgetSettings as ForgetSettings
     from forgetlearn.config.schema import RunConfig as RunConfig
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from forgetlearn.errors import ForgetLearnError as ForgetLearnError
     from forgetlearn.evaluation.scoring import score as score
     from forgetlearn.evaluation.scoring import summarise as summarise
-    from forgetlearn.facts.fact_set import Fact as Fact
-    from forgetlearn.facts.fact_set import FactSet as FactSet
-    from forgetlearn.facts.fact_set import read_facts as read_facts
+    from forgetlearn.facts import Fact as Fact
+    from forgetlearn.facts import FactSet as FactSet
+    from forgetlearn.facts import read_facts as read_facts
     from forgetlearn.lab.build import LabSettings as LabSettings
     from forgetlearn.lab.build import build_lab as build_lab
     from forgetlearn.lab.demo import run_demo as demo
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "compare": "comparison.compare.compare",
     "write_report": "comparison.compare.write_report",
-    "CompareSettings": "comparison.grid.CompareSettings",
+    "CompareSettings": "comparison.cells.CompareSettings",
     "METHODS": "config.methods.METHODS",
     "ForgetSettings": "config.schema.ForgetSettings",
     "RunConfig": "config.schema.RunConfig",

@@ -85,6 +85,14 @@ def plain(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def shown(value: object, most: int = 60) -> str:
+    """Format a value from a JSON file for a message, in one short line."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number of more than 20 digits"
+    text = "null" if value is None else repr(value)
+    return plain(text if len(text) <= most else f"{text[:most]}…")
+
+
 def without_secrets(text: str) -> str:
     """The text with `***` in place of anything that looks like a token or password, or is one of the environment's."""
     for name, value in os.environ.items():

@@ -23,7 +23,7 @@ from typing import Any
 
 from forgetlearn.errors import ForgetLearnError
 from forgetlearn.report import plots
-from forgetlearn.storage import digests, run_folder
+from forgetlearn.storage import digests, provenance, run_folder
 from forgetlearn.training import callbacks
 
 OK, REFUSED, CRASHED = 0, 2, 3
@@ -140,7 +140,7 @@ def begin(act: Callable[[], object], log: Path) -> int:
 
 def quick() -> None:
     """Leave out of this process what takes time and is made of other results; a checkpoint after every step."""
-    run_folder._commit = lambda: None
+    provenance.commit = lambda: None
     plots.plot_scores = plots.plot_losses = lambda *_: None
     callbacks.TIMES_AS_LONG = 0
 

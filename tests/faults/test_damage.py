@@ -33,7 +33,7 @@ def killed_after_stage(job, stage: str, log) -> None:
     def act() -> None:
         def save(run):
             own(run)
-            if stage in run.manifest["stages"]:
+            if stage in run.manifest.stages:
                 raise KeyboardInterrupt
 
         run_folder.RunFolder._save = save

@@ -32,12 +32,12 @@ from faults.structure import (
     seal_run,
 )
 from forgetlearn.comparison.grid import CELLS, CompareSettings
-from forgetlearn.models import language_model
+from forgetlearn.models import language_model, loading
 from forgetlearn.products import chain
 from forgetlearn.report import plots, render
 from forgetlearn.storage import disk, run_folder
 from forgetlearn.weights import adapter_files
-from written_by_hand import MEAN, SCORE
+from written_by_hand import MEAN
 
 FEW, MANY = 100, 20_000
 CELL = f"compared/{CELLS}/f-ft-coef0.5-3epochs-seed0"
@@ -110,7 +110,7 @@ def _fill_in(run: Path) -> None:
         "tasks": {"arc": {"acc": {"value": 0.5, "stderr": 0.1}, "f1": {"value": 0.5, "stderr": None}}},
     }
     summary["general"] = {"base": general, "updated": general}
-    told = {"when": "now", "source": "f.jsonl", "facts": 4, "superseded": 0, "scores": {"token": SCORE}}
+    told = {"when": "now", "source": "f.jsonl", "facts": 4, "superseded": 0, "scores": {"token": MEAN}}
     summary["retention"] = [{"update": 1, **told}, {"update": 2, **told}]
     summary["phases"]["updated"]["retention"] = {"token": MEAN}
     disk.write_json(run / "summary.json", summary)
@@ -181,7 +181,7 @@ def files_of_models() -> list[Target]:
     config = Reader("config of an adapter", lambda root: adapter_files.read_adapter_config(root / "lora/adapter"))
     model = Reader("load", lambda root: language_model.load_model(root / "base"))
     outline = Reader(
-        "outline", lambda root: language_model.read_outline(language_model.ModelSettings(name=str(root / "base")))
+        "outline", lambda root: loading.read_outline(language_model.ModelSettings(name=str(root / "base")))
     )
     return [
         Target(

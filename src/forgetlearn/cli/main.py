@@ -92,7 +92,7 @@ def facts(
     given: Given, file: Annotated[str, typer.Argument(help=HELP["facts.source"])], as_json: JsonOption = False
 ) -> None:
     """Read a file of facts, list what is used and what is left out, and show the first three."""
-    from forgetlearn.facts.fact_set import read_facts
+    from forgetlearn.facts import read_facts
 
     found = read_facts(file, **load_config(None, given.values).facts.model_dump(exclude={"source"}))
     if as_json:
@@ -117,7 +117,7 @@ def lab(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Build a small base model that holds given facts, or a made-up world, in about a minute."""
-    from forgetlearn.facts.fact_set import read_facts
+    from forgetlearn.facts import read_facts
     from forgetlearn.lab.build import LabSettings, build_lab
     from forgetlearn.storage.disk import read_json
 
@@ -160,14 +160,14 @@ def update(
     """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
     processes.check_launched(n_processes)
     config = given.config("update")
-    from forgetlearn.report.run_page import load_context
+    from forgetlearn.report.run_page import overview
     from forgetlearn.runs.update import update as run_update
 
     with signals.handled():
         result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
-    context = load_context(result.output)
-    print_scores(context)
-    say(f"\n{context['verdict']}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
+    shown = overview(result.summary)
+    print_scores(shown)
+    say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
 
 
 @app.command()
@@ -238,7 +238,8 @@ def compare(
         raise ConfigError("learn.epochs: not used by compare with --epochs. Leave one of them out.")
     if slurm_setting and not slurm:
         raise ConfigError("--slurm-set is for jobs: pass --slurm too.")
-    from forgetlearn.comparison.grid import CompareSettings, fill
+    from forgetlearn.comparison.cells import CompareSettings
+    from forgetlearn.comparison.grid import fill
     from forgetlearn.comparison.slurm import Jobs, fill_on_cluster
     from forgetlearn.comparison.table import write_table
     from forgetlearn.report.comparison_page import verdict
@@ -258,7 +259,7 @@ def compare(
     else:
         fill(settings=settings, config=config, output=output, resume=resume, overwrite=overwrite, workers=workers)
     table = write_table(output)
-    print_table(COLUMNS, [(row["label"], nested(row["scores"])) for row in table["rows"]], "")
+    print_table(COLUMNS, [(row.label, nested(row.scores)) for row in table.rows], "")
     say(f"\n{verdict(table)[0]}\nreport   {output / 'report.html'}\ncells    {output / 'cells'}, a run folder each")
 
 
@@ -283,18 +284,20 @@ def evaluate(
     """Score a model or an adapter on facts; with --reference also what changed against another model."""
     processes.check_launched(n_processes)
     config = given.config("evaluate")
-    from forgetlearn.report.render import show_score
-    from forgetlearn.report.run_page import load_context
+    from forgetlearn.report.run_page import overview
     from forgetlearn.runs.evaluate import evaluate as run_evaluate
+    from forgetlearn.storage.records import Summary
 
     places = (earlier or []) if retention or earlier else None
     path = run_evaluate(config=config, reference=reference, output=output, earlier=places, overwrite=overwrite)
-    context = load_context(path)
-    print_scores(context)
-    for row in context["retention"]:
-        shown = ", ".join(f"{name} {show_score(cell, interval=True)}" for name, cell in row["scores"].items())
-        say(plain(f"update {row['update']}, {row['source']}: retention of {row['facts']} facts: {shown}"))
-    say(f"\n{context['verdict']}\nreport   {path / 'report.html'}")
+    shown = overview(Summary.load(path / "summary.json"))
+    print_scores(shown)
+    for row in shown.summary.retention:
+        from forgetlearn.report.render import show_score
+
+        scores = ", ".join(f"{name} {show_score(cell, interval=True)}" for name, cell in row.scores.items())
+        say(plain(f"update {row.update}, {row.source}: retention of {row.facts} facts: {scores}"))
+    say(f"\n{shown.verdict}\nreport   {path / 'report.html'}")
 
 
 @app.command()
@@ -397,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("Interrupted. Finished stages are kept; go on with --resume.", err=True)
         return code
     except signals.Interrupted as stop:
-        if processes.launched_as() == 0:
+        if processes.launched_rank() == 0:
             say(f"Interrupted. What was done is kept. Go on with:\n  {_with_resume(argv)}", err=True)
         return stop.exit_code
     except Exception as error:
@@ -426,7 +429,7 @@ def _message(error: Exception) -> str | None:
 
 def _with_resume(argv: Sequence[str] | None) -> str:
     """Return the command of this process with --resume."""
-    from forgetlearn.storage.run_folder import masked
+    from forgetlearn.storage.provenance import masked
 
     words = masked(list(sys.argv[1:] if argv is None else argv))
     start = ["forgetlearn"]

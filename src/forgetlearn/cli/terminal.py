@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,8 +15,9 @@ import typer
 from forgetlearn.errors import plain, some, without_secrets
 
 if TYPE_CHECKING:
-    from forgetlearn.facts.fact_set import FactSet
+    from forgetlearn.facts import FactSet
     from forgetlearn.products.inspect import Tally
+    from forgetlearn.report.run_page import Overview
 
 
 def say(text: object, *, err: bool = False) -> None:
@@ -65,7 +66,7 @@ def _answers(answers: Sequence[str]) -> str:
 
 def _account(found: FactSet) -> list[str]:
     """Describe how a source was read, what was left out or reinterpreted, and what is missing."""
-    from forgetlearn.facts.fact_set import NOTES, REASONS, tell_old
+    from forgetlearn.facts import NOTES, REASONS, tell_old
 
     lines = [f"read as {found.read_as}"] if found.read_as else []
     for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
@@ -86,15 +87,16 @@ def _account(found: FactSet) -> list[str]:
     return lines
 
 
-def print_scores(context: Mapping[str, Any]) -> None:
-    """What a report's context holds, for a terminal."""
-    for line in context["account"]:
+def print_scores(found: Overview) -> None:
+    """Print what the summary of a run says."""
+    from forgetlearn.report.render import COLUMNS
+
+    for line in found.account:
         say(plain(line))
-    phases = [(phase, context["summary"]["phases"][phase]) for phase in context["phases"]]
-    print_table(context["columns"], phases, "phase")
-    for name, cells in context["general"]:
-        told = (f"{phase} {cell}" for phase, cell in zip(context["measured"], cells, strict=True) if cell)
-        say(plain(f"{name}: {', '.join(told)}"))
+    print_table(COLUMNS, [(phase, found.summary.phases[phase]) for phase in found.phases], "phase")
+    for name, cells in found.general:
+        shown = (f"{phase} {cell}" for phase, cell in zip(found.measured, cells, strict=True) if cell)
+        say(plain(f"{name}: {', '.join(shown)}"))
 
 
 def nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:

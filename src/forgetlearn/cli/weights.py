@@ -206,7 +206,7 @@ def inspect(
     if as_json:
         say(json.dumps(found.as_dict()))
         return
-    for name, value in found.told.items():
+    for name, value in found.metadata.items():
         say(f"{name}: {value}")
     rows = [("all", found.total), *found.by_kind().items()]
     layers = sorted(found.by_layer().items(), key=lambda item: -1 if item[0] is None else item[0])
@@ -232,7 +232,7 @@ def show_log(
     if verify:
         check_files(model, chain)
     if as_json:
-        say(json.dumps(chain))
+        say(json.dumps([update.as_json() for update in chain]))
         return
     for number, update in enumerate(chain, 1):
         first, *others = map(plain, describe(update))

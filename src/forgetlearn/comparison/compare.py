@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.comparison.cells import CompareSettings
+from forgetlearn.comparison.grid import fill
 from forgetlearn.comparison.table import write_table
 from forgetlearn.config.schema import RunConfig
-from forgetlearn.facts.fact_set import GivenFacts
+from forgetlearn.facts import GivenFacts
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.report.run_page import write_run
+from forgetlearn.report.table import Table
 from forgetlearn.storage.run_folder import RunFolder
 
 
@@ -27,7 +29,7 @@ def compare(
     resume: bool = False,
     overwrite: bool = False,
     workers: int = 1,
-) -> dict[str, Any]:
+) -> Table:
     """Compare methods, coefficients, epochs and seeds on one base, and return the table, as `compare.json` has it.
 
     Each cell is a run folder in `output/cells/`; cells that are done already are not done again. `workers` processes
@@ -48,7 +50,7 @@ def write_report(folder: str | Path) -> None:
         RunError: the folder holds neither, or a cell of the comparison is not done.
     """
     folder = Path(folder)
-    if "compare" in RunFolder.open(folder).manifest["config"]:
+    if "compare" in RunFolder.open(folder).manifest.config:
         write_table(folder)
     else:
         write_run(folder)

@@ -8,172 +8,45 @@ the system releases when its process dies.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import multiprocessing
 import os
 import pickle
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import torch
-from pydantic import Field, field_validator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
+from forgetlearn.comparison.cells import Cell, CompareSettings, Variants, cell_config, cells_of, check_names
 from forgetlearn.config import preflight
-from forgetlearn.config.base import Settings, upgraded
-from forgetlearn.config.methods import METHODS, PAPER_METHODS, PLAIN_METHODS, How, MethodName
-from forgetlearn.config.schema import AUTO, Modules, Rows, RunConfig
-from forgetlearn.errors import ConfigError, some
-from forgetlearn.evaluation import scoring
+from forgetlearn.config.recipe import Recipe, Stage
+from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, TrainSettings
+from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import Fact, FactSet, GivenFacts, as_fact_set
-from forgetlearn.method.core import forget, learn, stage_seed
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
-from forgetlearn.runs.checks import check_stages, check_weights, read_config_facts, resolve
-from forgetlearn.runs.coefficient import Forgetter, forget_tuned
+from forgetlearn.runs.checks import GivenConfig, GivenModel, check_stages, check_weights, read_config_facts, resolve
+from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Train, Tuned
 from forgetlearn.runs.results import Done, write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk, run_folder
 from forgetlearn.storage.locks import claimed
+from forgetlearn.storage.records import Row, load_rows, save_rows
 from forgetlearn.training.finetune import StageLog
+from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights.task_vector import StateDict
 
 log = logging.getLogger("forgetlearn")
 T = TypeVar("T")
-Budget = Literal["equal-epochs", "equal-steps"]
-Variants = Mapping[str, "VariantSettings"]
-WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.forgets == "all weights")
-NO_VARIANTS: Variants = MappingProxyType({})
 CELLS, SHARED = "cells", "shared"
 POLL_S = 0.5
-
-
-def _above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
-    if any(value <= 0 for value in values):
-        raise ValueError("a coefficient must be above 0; without forgetting the method is ft or lora")
-    return values
-
-
-class VariantSettings(Settings):
-    """What differs in a variant; the fine-tuning on old facts is the same for all of them."""
-
-    methods: tuple[MethodName, ...] = Field(
-        (), description="Methods that it varies; unset: those of the comparison that forget with all weights."
-    )
-    modules: Modules = Field("all", description="As forget.modules.")
-    rows: Rows = Field("all", description="As forget.rows.")
-    learn_modules: Modules = Field("all", description="As learn.modules.")
-    learn_rows: Rows = Field("all", description="As learn.rows.")
-    coefs: tuple[float, ...] = Field((), description="Its own coefficients; unset: those of the comparison.")
-
-    _forgets = field_validator("coefs")(_above_zero)
-
-    @property
-    def learning(self) -> dict[str, Any]:
-        """What differs in the learning, by the names of `learn`."""
-        return {"modules": self.learn_modules, "rows": self.learn_rows}
-
-
-class CompareSettings(Settings):
-    """What is compared."""
-
-    methods: tuple[MethodName, ...] = Field(PAPER_METHODS, min_length=1, description="docs/method.md describes them.")
-    coefs: tuple[float, ...] = Field((0.1, 0.3, 1.0), min_length=1, description="Coefficients of forgetting.")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Whole numbers.")
-    epochs: tuple[int, ...] = Field((), description="Epochs of learning; unset: those of the config.")
-    budgets: tuple[Budget, ...] = Field(
-        ("equal-epochs",),
-        min_length=1,
-        description="equal-epochs: as the paper compares; equal-steps: plain methods also get the steps of forgetting.",
-    )
-
-    variants: dict[str, VariantSettings] = Field({}, description="More rows: a name, and what differs.")
-
-    @field_validator("coefs", mode="before")
-    @classmethod
-    def _numbers(cls, values: Any) -> Any:
-        if isinstance(values, (list, tuple)) and AUTO in values:
-            raise ValueError(
-                "auto sets facts aside that it does not score, and a table scores all rows on the same facts. "
-                "Give numbers here; for auto run `forgetlearn update --coef auto`"
-            )
-        return values
-
-    @field_validator("methods", "coefs", "seeds", "epochs", "budgets")
-    @classmethod
-    def _no_repeats(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        repeated = sorted({str(value) for value in values if values.count(value) > 1})
-        if repeated:
-            raise ValueError(f"{', '.join(repeated)} stands there more than once")
-        return values
-
-    @field_validator("variants")
-    @classmethod
-    def _names_of_folders(cls, values: dict[str, VariantSettings]) -> dict[str, VariantSettings]:
-        bad = [name for name in values if not re.fullmatch(r"[A-Za-z0-9_.+]+", name)]
-        if bad:
-            raise ValueError(f"{some(bad)}: a variant's name is made of letters, digits, '_', '.' and '+'")
-        return values
-
-    _forgets = field_validator("coefs")(_above_zero)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One update of the comparison."""
-
-    method: MethodName
-    coef: float | None  # None: the method does not forget
-    epochs: int
-    seed: int
-    budget: Budget
-    variant: str = ""  # a name of CompareSettings.variants
-
-    @property
-    def label(self) -> str:
-        """The row of the table that the cell belongs to; its seeds share it."""
-        coef = "" if self.coef is None else f"-coef{self.coef:g}"
-        variant = f"-{self.variant}" if self.variant else ""
-        return f"{self.method}{variant}{coef}-{self.epochs}epochs" + (
-            "-equal-steps" if self.budget == "equal-steps" else ""
-        )
-
-    @property
-    def name(self) -> str:
-        """Its folder."""
-        return f"{self.label}-seed{self.seed}"
-
-
-def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
-    """All cells, ordered so that those with the same fine-tuning on old facts follow each other."""
-    cells = []
-    epochs = settings.epochs or (config.learn.epochs,)
-    for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
-        cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in _coefs(method, settings.coefs)]
-        cells += [
-            Cell(method, coef, n_epochs, seed, "equal-epochs", name)
-            for name, variant in settings.variants.items()
-            if method in (variant.methods or WITH_ALL_WEIGHTS)
-            for coef in _coefs(method, variant.coefs or settings.coefs)
-        ]
-        in_all = n_epochs + config.forget.epochs
-        if "equal-steps" in settings.budgets and method in PLAIN_METHODS and in_all not in epochs:
-            cells.append(Cell(method, None, in_all, seed, "equal-steps"))  # else the cell of so many epochs is that
-    return sorted(cells, key=lambda cell: (cell.seed, METHODS[cell.method].forgets or "", cell.coef or 0))
-
-
-def _coefs(method: MethodName, coefs: tuple[float, ...]) -> Sequence[float | None]:
-    return coefs if METHODS[method].forgets else (None,)
 
 
 @dataclass(frozen=True)
@@ -187,33 +60,33 @@ class Comparison:
     variants: Variants = field(default_factory=dict)
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether somebody has done the cell."""
+        """Return True if some process has done the cell."""
         return run_folder.is_run(self.path / CELLS / cell.name)
 
     def open_cells(self) -> list[Cell]:
-        """The cells that nobody has done."""
+        """Return the cells that no process has done."""
         return [cell for cell in self.cells if not self.is_done(cell)]
 
 
 @torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def fill(
-    model: LanguageModel | nn.Module | str | Path | None = None,
+    model: GivenModel = None,
     facts: GivenFacts = None,
     settings: CompareSettings | None = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
     resume: bool = False,
     overwrite: bool = False,
     workers: int = 1,
 ) -> list[Cell]:
-    """All cells of the comparison, each in `output/cells/`; what is done already is not done again.
+    """Fill all cells of a comparison, each in `output/cells/`; cells that are done stay as they are.
 
-    Several processes may call this with `resume=True` on one folder; `workers` starts that many here (the
-    model must then be named, since each loads its own).
+    Several processes may call this with `resume=True` on one folder; `workers` starts that many here (the model must
+    then be named, since each loads its own).
 
     Raises:
-        RunError: the folder was begun with other facts, another base or other settings.
+        RunError: the folder was started with other facts, another base or other settings.
     """
     if workers > 1:
         check_named(model, f"workers = {workers}")
@@ -225,16 +98,16 @@ def fill(
 
 
 def begin(
-    model: LanguageModel | nn.Module | str | Path | None,
+    model: GivenModel,
     facts: GivenFacts,
     settings: CompareSettings | None,
-    config: RunConfig | Mapping[str, Any] | None,
+    config: GivenConfig,
     *,
     output: str | Path,
     resume: bool,
     overwrite: bool,
 ) -> tuple[Comparison, LanguageModel]:
-    """The comparison, whose folder is there now, and the base; see `fill`, which fills it."""
+    """Check everything, make the folder of the comparison, and return it and the base; `fill` fills it."""
     settings = settings or CompareSettings()
     facts = as_fact_set(facts)
     config = resolve(config, model, facts)
@@ -245,62 +118,36 @@ def begin(
             "Give numbers with --coefs; for auto run `forgetlearn update`."
         )
     if config.teach.epochs or "model" in config.facts.old_from:
-        raise ConfigError("compare takes a base that is taught already: teach.epochs must be 0, old_from not model.")
+        raise ConfigError(
+            "compare needs a base that holds its facts: set teach.epochs = 0, and do not use old_from = model."
+        )
     check_engine(config.evaluate, changed_by="compare")
     if config.model.quantization != "none":
-        raise ConfigError("model.quantization: compare sets the base's weights for every cell. Use update, or none.")
+        raise ConfigError("model.quantization: compare restores the base's weights for each cell. Use update, or none.")
     cells = cells_of(settings, config)
-    _check_rows(settings, cells)
+    check_names(settings, cells)
     run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     named = model if model is not None else str(config.model.name)
     check_weights(named)
     lm = as_language_model(named, None, config.model)
     check_texts(lm.encoder, fact_set)
-    for cell in {(cell.method, cell.variant): cell for cell in cells}.values():
-        _check(lm, cell_config(config, cell, settings.variants), cell)
+    for cell in {(cell.method, cell.variant): cell for cell in cells}.values():  # before the first one is begun
+        try:
+            check_stages(Recipe(cell_config(config, cell, settings.variants)), lm)
+        except ConfigError as error:
+            raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
     in_memory = not isinstance(named, (str, Path))
     inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = run_folder.RunFolder.create(
-        output,
-        whole,
-        inputs,
-        resume=resume,
-        overwrite=overwrite,
-        remove_leftovers=overwrite,
-        upgraded=lambda was: {
-            "run": upgraded(RunConfig, was["run"]),
-            "compare": upgraded(CompareSettings, was["compare"]),
-        },
+        output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite
     )
     return Comparison(run.path, config, fact_set, cells, settings.variants), lm
 
 
-def _check_rows(settings: CompareSettings, cells: Sequence[Cell]) -> None:
-    """Raise ConfigError unless each cell has a folder of its own, and each variant a row for each of its methods."""
-    for name, variant in settings.variants.items():
-        wanted = variant.methods or WITH_ALL_WEIGHTS
-        missing = [method for method in wanted if method not in settings.methods]
-        if missing:
-            raise ConfigError(
-                f"variants.{name}: varies {some(missing)}, which is not compared here. "
-                f"Add it to --methods, or name the variant's methods out of {', '.join(settings.methods)}."
-            )
-    names = [cell.name for cell in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(
-            f"{some(twice)}: more than one row of the table would have this name. Give the variant another name, or "
-            "leave out the coefficient that repeats."
-        )
-
-
 def check_named(model: object, why: str) -> None:
-    """Raise ConfigError unless processes that know its name can load the model.
-
-    Raises:
-        ConfigError: it is one in memory; `why` others are to load it.
-    """
+    """Raise ConfigError if the model is one in memory, which other processes cannot load; `why` they need to."""
     if model is not None and not isinstance(model, (str, Path)):
         raise ConfigError(f"{why}: each loads its own model, so give a folder or a hub id.")
 
@@ -331,7 +178,7 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
             helper.terminate()
     failed = [helper.exitcode for helper in helpers if helper.exitcode]
     if failed:
-        log.warning("%d of %d workers failed; their cells were done here", len(failed), len(helpers))
+        log.warning("%d of %d workers failed; this process did their cells", len(failed), len(helpers))
 
 
 def _help(comparison: Comparison, n_threads: int) -> None:
@@ -343,103 +190,78 @@ class _Worker:
     """One process that fills cells. It holds the base's weights and the last fine-tuning on old facts."""
 
     def __init__(self, comparison: Comparison, lm: LanguageModel) -> None:
-        self.comparison, self.lm = comparison, lm
-        self.path, self.config, self.facts = comparison.path, comparison.config, comparison.facts
-        self.variants = comparison.variants
-        self.forgetter = Forgetter(lm)
-        self._tuned: tuple[str, dict[str, Tensor]] = ("", {})  # what `_tune_on_old` returned last, with its name
-        self._base_rows: list[Row] = []
-        self._known: list[Fact] = []
+        self.comparison, self.lm, self.base = comparison, lm, HeldBase(lm)
+        self.shared = Shared(comparison.path / SHARED)
         for folder in (CELLS, SHARED):
-            with disk.naming(self.path / folder):
-                (self.path / folder).mkdir(exist_ok=True)
+            with disk.naming(comparison.path / folder):
+                (comparison.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
         """Fill every cell that no other process fills; return when all are done."""
-        self._base_rows = self._score_base()
-        self._known = scoring.held_facts(self.facts, self._base_rows, self._probe)
+        store = CellStore(self.shared, Recipe(self.comparison.config), "")
+        Pipeline(self.lm, self.comparison.facts.facts, self.comparison.config, store).prepare()  # the base's rows
         while open_cells := self.comparison.open_cells():
             if not self._fill_one(open_cells):
                 time.sleep(POLL_S)  # other processes have the rest; one may die and leave its cell
 
     def _fill_one(self, cells: Sequence[Cell]) -> bool:
         for cell in cells:
-            with claimed(self.path / CELLS / f".{cell.name}.lock") as is_ours:
+            folder = self.comparison.path / CELLS / cell.name
+            with claimed(folder.with_name(f".{cell.name}.lock")) as is_ours:
                 if is_ours and not self.comparison.is_done(cell):
                     log.info("%s (%d cells open)", cell.name, len(cells))
-                    disk.remove_unfinished(self.path / CELLS / cell.name)
-                    self._fill(cell)
+                    disk.remove_unfinished(folder)
+                    self._fill(cell, folder)
                     return True
         return False
 
-    def _fill(self, cell: Cell) -> None:
-        config = cell_config(self.config, cell, self.variants)
-        method = METHODS[cell.method]
-        rows: dict[str, list[Row]] = {"base": self._base_rows}
-        self.forgetter.reset()
-        to_forget = scoring.facts_to_forget(self.facts, self._known, config.forget)
-        if method.forgets and to_forget:
-            self._forget(config, method.forgets, to_forget)
-            if config.evaluate.every_phase:
-                rows["forgotten"] = self._score_forgotten(cell, config)
-        stage_log = learn(self.lm, self.facts, config.learning, method.learns, seed=stage_seed(cell.seed, "learn"))
-        rows["updated"] = self._score("updated", config)
-        forgotten = len(to_forget) if method.forgets else None
-        with disk.atomic_folder(self.path / CELLS / cell.name) as folder:
-            run = run_folder.RunFolder.create(folder, config.model_dump(mode="json"), {"comparison": str(self.path)})
+    def _fill(self, cell: Cell, path: Path) -> None:
+        config = cell_config(self.comparison.config, cell, self.comparison.variants)
+        store = CellStore(self.shared, Recipe(config), cell.variant)
+        pipeline = Pipeline(self.lm, self.comparison.facts.facts, config, store, base=self.base)
+        pipeline.prepare()
+        pipeline.update()
+        learned = store.logs["learn"]
+        assert learned is not None, "every method learns"
+        forgotten = len(pipeline.to_forget) if pipeline.recipe.method.forgets else None
+        with disk.atomic_folder(path) as folder:
+            inputs = {"comparison": str(self.comparison.path)}
+            run = run_folder.RunFolder.create(folder, config.model_dump(mode="json"), inputs)
             (folder / "logs").mkdir()
-            disk.write_rows(folder / "logs" / "learn.jsonl", stage_log.steps)
-            write_results(folder, config, self.facts, rows, Done(len(self._known), forgotten))
+            disk.write_rows(folder / "logs" / "learn.jsonl", learned.steps)
+            done = Done(len(pipeline.known), forgotten)
+            write_results(folder, config, self.comparison.facts, pipeline.rows, done)
             run.note(model=self.lm.describe())
             run.finish()
 
-    def _forget(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> None:
-        """The forgotten model, from the fine-tuning on old facts that every coefficient shares."""
-        if how == "ascent":  # depends on the coefficient from its first step
-            forget(self.lm, facts, config.forgetting, how, seed=stage_seed(config.seed, "forget"))
-            return
-        tuned = self._tune_on_old(config, how, facts)
-        forget_tuned(self.lm, tuned, config.forgetting, how, facts=facts)
 
-    def _tune_on_old(self, config: RunConfig, how: How, facts: Sequence[Fact]) -> dict[str, Tensor]:
-        """Return the tuned weights (all, or the adapter's), computed once for all processes."""
-        name = f"old-{how.replace(' ', '-')}-seed{config.seed}"
+class Shared:
+    """Folders that the cells share, each computed once by whichever process comes first."""
 
-        def compute() -> tuple[dict[str, Tensor], StageLog]:
-            return self.forgetter.tune(facts, config.forgetting, how, seed=stage_seed(config.seed, "forget"))
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tuned: tuple[str, StateDict] = ("", {})  # what `weights` returned last, by name
+        self.of_base: dict[str, list[Row]] = {}  # rows of the base, by step
 
-        def write(folder: Path, made: tuple[dict[str, Tensor], StageLog]) -> None:
-            weights, stage_log = made
-            save_file(weights, folder / "weights.safetensors")
-            disk.write_rows(folder / "steps.jsonl", stage_log.steps)
+    def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Return rows, which another process may have computed."""
+        folder = self._folder(name, compute, lambda folder, rows: save_rows(rows, folder / "rows.jsonl"))
+        return load_rows(Row, folder / "rows.jsonl")
 
-        if self._tuned[0] != name:
-            self._tuned = (name, load_file(self._shared(name, compute, write) / "weights.safetensors"))
-        return self._tuned[1]
+    def weights(self, name: str, compute: Callable[[], Tuned]) -> StateDict:
+        """Return the weights that fine-tuning on the old facts ends in; the last ones stay in memory."""
 
-    def _score_base(self) -> list[Row]:
-        return self._shared_rows(
-            "base", lambda: scoring.score(self.lm, self.facts, phase="base", settings=self.config.evaluate)
-        )
+        def write(folder: Path, made: Tuned) -> None:
+            save_file(made[0], folder / "weights.safetensors")
+            disk.write_rows(folder / "steps.jsonl", made[1].steps)
 
-    def _probe(self) -> list[Row]:
-        return self._shared_rows("probe", lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
+        if self.tuned[0] != name:
+            self.tuned = (name, load_file(self._folder(name, compute, write) / "weights.safetensors"))
+        return self.tuned[1]
 
-    def _score_forgotten(self, cell: Cell, config: RunConfig) -> list[Row]:
-        """Rows of the forgotten model: methods that forget alike share it, and all epochs of learning."""
-        how = str(METHODS[cell.method].forgets).replace(" ", "-")
-        name = "-".join(filter(None, ["forgotten", how, cell.variant, f"coef{cell.coef}", f"seed{cell.seed}"]))
-        return self._shared_rows(name, lambda: self._score("forgotten", config))
-
-    def _shared_rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
-        """Rows from the folder, or made now, once for all processes."""
-        folder = self._shared(name, compute, lambda folder, rows: disk.write_rows(folder / "rows.jsonl", rows))
-        return disk.read_rows(folder / "rows.jsonl")
-
-    def _shared(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Path:
-        """A folder of what the cells share: as some process wrote it, or computed and written now."""
-        folder = self.path / SHARED / name
-        with claimed(self.path / SHARED / f".{name}.lock", waits=True):
+    def _folder(self, name: str, compute: Callable[[], T], write: Callable[[Path, T], None]) -> Path:
+        folder = self.path / name
+        with claimed(self.path / f".{name}.lock", waits=True):
             if not digests.is_whole(folder):
                 disk.remove_unfinished(folder)
                 made = compute()
@@ -448,26 +270,39 @@ class _Worker:
                     digests.write_hashes(unfinished)
         return folder
 
-    def _score(self, phase: str, config: RunConfig) -> list[Row]:
-        reference = scoring.locality_predictions(self._base_rows)
-        return scoring.score(self.lm, self.facts, phase=phase, settings=config.evaluate, reference=reference)
 
+class CellStore(Store):
+    """Where the steps of a cell are kept: those that depend on less than the cell are shared with other cells."""
 
-def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS) -> RunConfig:
-    """The config of an update that does what the cell does."""
-    forgetting: dict[str, Any] = {} if cell.coef is None else {"coef": cell.coef}
-    learning: dict[str, Any] = {"epochs": cell.epochs}
-    if cell.variant:
-        variant = variants[cell.variant]
-        forgetting |= {name: getattr(variant, name) for name in ("modules", "rows")}
-        learning |= variant.learning
-    forget, learn = config.forget.model_copy(update=forgetting), config.learn.model_copy(update=learning)
-    return config.model_copy(update={"method": cell.method, "seed": cell.seed, "forget": forget, "learn": learn})
+    def __init__(self, shared: Shared, recipe: Recipe, variant: str) -> None:
+        self.shared, self.recipe, self.variant = shared, recipe, variant
+        self.logs: dict[str, StageLog | None] = {}
 
+    def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Return rows: of the base for all cells, of the forgotten model for all that forget alike."""
+        if step == "score_updated":
+            return compute()
+        if step == "score_forgotten" and (stage := self.recipe.forget):
+            parts = ("forgotten", self._how(stage), self.variant, f"coef{stage.settings.number}", self._seed)
+            return self.shared.rows("-".join(filter(None, parts)), compute)
+        if step not in self.shared.of_base:
+            self.shared.of_base[step] = self.shared.rows(step.removeprefix("score_"), compute)
+        return self.shared.of_base[step]
 
-def _check(lm: LanguageModel, config: RunConfig, cell: Cell) -> None:
-    """What would make a cell fail, found before the first one is begun."""
-    try:
-        check_stages(config, lm)
-    except ConfigError as error:
-        raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
+    def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
+        """Change the model, and keep the log."""
+        self.logs[stage.name] = compute(StageIO())
+
+    def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
+        """Return what every coefficient, and every variant, of a kind of stage and a seed starts from."""
+        stage = self.recipe.forget
+        assert stage is not None, "asked for when there is something to forget"
+        return self.shared.weights(f"old-{self._how(stage)}-{self._seed}", lambda: tune(StageIO()))
+
+    @staticmethod
+    def _how(stage: Stage[ForgetSettings]) -> str:
+        return stage.kind.name.replace(" ", "-")
+
+    @property
+    def _seed(self) -> str:
+        return f"seed{self.recipe.config.seed}"

@@ -11,21 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetlearn.comparison.grid import Cell, CompareSettings, Comparison, begin, check_named, help_fill
-from forgetlearn.config.schema import RunConfig
+from forgetlearn.comparison.cells import Cell, CompareSettings
+from forgetlearn.comparison.grid import Comparison, begin, check_named, help_fill
 from forgetlearn.errors import ConfigError, RunError, missing_extra
-from forgetlearn.facts.fact_set import FactSet
+from forgetlearn.facts import FactSet
+from forgetlearn.runs.checks import GivenConfig
 
 log = logging.getLogger("forgetlearn")
 JOBS = "jobs"
-DEFAULTS: Mapping[str, Any] = {"name": "forgetlearn", "timeout_min": 240}  # submitit's own limit is 5 minutes
+DEFAULTS: Mapping[str, object] = {"name": "forgetlearn", "timeout_min": 240}  # submitit's own limit is 5 minutes
 POLL_S = 1.0
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job does. Cells that are done stay done, so one that is preempted or out of time may begin again."""
+    """What a job does. Cells that are done stay done, so a job that is preempted or out of time can be repeated."""
 
     comparison: Comparison
 
@@ -35,7 +36,7 @@ class Job:
         help_fill(self.comparison)
 
     def checkpoint(self) -> Any:
-        """The same again: submitit asks for this before it puts the job back into the queue."""
+        """Return the same job: submitit calls this before it puts a preempted job back into the queue."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -43,14 +44,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Jobs:
-    """How many jobs, what each asks for, and where.
+    """How many jobs to submit, to which cluster, and what each asks for.
 
     `parameters` are submitit's (`timeout_min`, `mem_gb`, `cpus_per_task`, `gpus_per_node`, ...) or Slurm's
     (`partition`, ...). The cluster `local` runs the same jobs as processes of this machine.
     """
 
     n: int = 1
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, object] = field(default_factory=dict)
     cluster: str = "slurm"
 
 
@@ -59,22 +60,22 @@ def fill_on_cluster(
     model: str | Path | None = None,
     facts: FactSet | str | Path | None = None,
     settings: CompareSettings | None = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[Cell]:
-    """All cells of the comparison, filled by jobs; returns when all are done.
+    """Fill all cells of a comparison by jobs, and return when all are done.
 
-    This process checks the input, submits and waits; if it is ended, the jobs go on.
+    This process checks the input, submits and waits; if it is stopped, the jobs go on.
 
     Raises:
-        ConfigError: submitit is not installed, there is no Slurm here, or it does not know a parameter.
-        RunError: the jobs ended and cells are open, or see `compare.fill`.
+        ConfigError: submitit is not installed, this machine has no Slurm, or a parameter is unknown.
+        RunError: the jobs ended before all cells were done; or see `grid.fill`.
     """
     check_named(model, "a job")
-    with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:  # an executor may make its folder
+    with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:  # some executors make their folder
         _executor(Path(unused), jobs)
     comparison, _ = begin(model, facts, settings, config, output=output, resume=resume, overwrite=overwrite)
     executor = _executor(comparison.path / JOBS, jobs)
@@ -100,8 +101,8 @@ def _executor(folder: Path, jobs: Jobs) -> Any:
         )
     except RuntimeError as error:
         raise ConfigError(
-            f"No jobs can be submitted here: {error}\nRun this on a machine of the cluster, or leave out --slurm: "
-            "--workers shares the work among processes of this machine."
+            f"Cannot submit jobs from this machine: {error}\nRun this on a machine of the cluster, or leave out "
+            "--slurm: --workers shares the work among processes of this machine."
         ) from None
     except (NameError, AssertionError, ValueError) as error:
         raise ConfigError(
@@ -112,7 +113,7 @@ def _executor(folder: Path, jobs: Jobs) -> Any:
 
 
 def _wait(jobs: Sequence[Any], comparison: Comparison) -> None:
-    """Until no cell is open; a job that is then still in the queue has nothing to do."""
+    """Wait until no cell is open, or no job is left; then cancel the jobs that are still in the queue."""
     while comparison.open_cells() and not all(job.done() for job in jobs):
         time.sleep(POLL_S)
     for job in jobs:
@@ -121,17 +122,18 @@ def _wait(jobs: Sequence[Any], comparison: Comparison) -> None:
     failed = [error for error in (job.exception() for job in jobs if job.done()) if error]
     n_open = len(comparison.open_cells())
     if n_open:
-        reason = f"; the first that failed says: {_reason(failed[0])}" if failed else ""
+        reason = f"; the first that failed reports: {_reason(failed[0])}" if failed else ""
         raise RunError(
-            f"{comparison.path}: {n_open} of {len(comparison.cells)} cells are open and no job is left{reason}\n"
-            f"The jobs' logs are in {comparison.path / JOBS}. Go on with --resume."
+            f"{comparison.path}: {n_open} of {len(comparison.cells)} cells are unfinished, and no job is running"
+            f"{reason}\n"
+            f"The jobs' logs are in {comparison.path / JOBS}. Continue with --resume."
         )
     if failed:
-        log.warning("%d of %d jobs failed; their cells were done by the others", len(failed), len(jobs))
+        log.warning("%d of %d jobs failed; the other jobs did their cells", len(failed), len(jobs))
 
 
 def _reason(error: Exception) -> str:
-    """What a job failed of: the error in its traceback, else what submitit says first."""
+    """Return why a job failed: the error in its traceback, otherwise the first line that submitit gives."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if ERROR_LINE.match(line)]
     return (named[-1] if named else lines[0])[:300]

@@ -1,4 +1,4 @@
-"""The table of methods: how each forgets and how it learns. Data only: `method.core` runs them."""
+"""The tables of methods and of the kinds of stages they are made of. Data only: `method.kinds` has what a kind does."""
 
 from __future__ import annotations
 
@@ -10,17 +10,60 @@ How = Literal["all weights", "lora", "one module", "bounded", "ascent"]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """One kind of fine-tuning stage: which weights it trains, and what may be asked of it."""
+
+    name: How
+    adapter: bool = False  # trains a LoRA adapter beside the base; otherwise weights of the base itself
+    subtracts: bool = False  # forgetting subtracts what it added; otherwise the training itself forgets
+    chooses_weights: bool = False  # learn.modules and learn.rows restrict what it trains
+    bounded: bool = False  # no weight moves further than learn.max_change from where it was
+
+    @property
+    def subtracts_from_base(self) -> bool:
+        """True if forgetting changes weights of the base, any of them, and needs a copy of them to subtract from."""
+        return self.subtracts and not self.adapter
+
+
+KINDS: Mapping[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("all weights", subtracts=True, chooses_weights=True),
+        Kind("lora", adapter=True, subtracts=True),
+        Kind("one module"),
+        Kind("bounded", chooses_weights=True, bounded=True),
+        Kind("ascent"),
+    )
+}
+
+
+@dataclass(frozen=True)
 class Method:
-    """How a method forgets (None if it does not) and how it learns."""
+    """The kind of stage a method forgets with (None if it does not forget), and the kind it learns with."""
 
     forgets: How | None
     learns: How
     source: str = "Ni et al. 2023, arXiv:2311.08011"
 
     @property
+    def makes_adapter(self) -> bool:
+        """True if the product is an adapter; otherwise it is a whole model."""
+        return KINDS[self.learns].adapter
+
+    @property
     def plain(self) -> str:
         """The plain method, which only learns, that learns most like this one: what it is compared with."""
-        return "lora" if self.learns == "lora" else "ft"
+        return "lora" if self.makes_adapter else "ft"
+
+    @property
+    def subtracts(self) -> bool:
+        """True if there is a coefficient of what forgetting subtracts."""
+        return self.forgets is not None and KINDS[self.forgets].subtracts
+
+    @property
+    def subtracts_from_base(self) -> bool:
+        """True if forgetting subtracts from weights of the base itself."""
+        return self.forgets is not None and KINDS[self.forgets].subtracts_from_base
 
 
 METHODS: Mapping[str, Method] = {

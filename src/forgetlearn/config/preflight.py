@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from forgetlearn.config.base import Settings
-from forgetlearn.config.methods import METHODS
-from forgetlearn.config.schema import AUTO, RunConfig
+from forgetlearn.config.recipe import Recipe
+from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
@@ -103,23 +103,22 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
 
 def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the settings that have no effect on an update with this config, by name or section, and why."""
-    method = METHODS[config.method]
-    forgets = method.forgets is not None and config.forget.coef != 0
-    if not forgets:
-        why = "forget.coef is 0" if method.forgets else f"{config.method} does not forget"
+    recipe = Recipe(config)
+    if not recipe.forget:
+        why = "forget.coef is 0" if recipe.method.forgets else f"{config.method} does not forget"
         yield "forget", why
-    elif config.forget.coef != AUTO:
+    elif not recipe.chooses_coefficient:
         for name in ("validation", "trials"):
             yield f"forget.{name}", "it is for forget.coef = auto"
-    if method.learns != "lora" and (method.forgets != "lora" or not forgets):
+    if not any(stage.kind.adapter for stage in recipe):
         yield "lora", f"{config.method} trains no adapter"
-    if method.learns != "lora":
+    if not recipe.method.makes_adapter:
         yield "save_merged", f"the product of {config.method} is a whole model"
     else:
         yield "keep_change", f"the product of {config.method} is an adapter"
-    if config.method != "ft-c":
+    if not recipe.learn.kind.bounded:
         yield "learn.max_change", "it is for method ft-c"
-    if config.teach.epochs == 0:
+    if not recipe.teach:
         yield "teach", "teach.epochs is 0"
     if config.evaluate.general is None:
         yield "evaluate.general_tokens", "evaluate.general names no text"
@@ -127,7 +126,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "evaluate.task_limit", "evaluate.tasks names none"
         yield "evaluate.task_folder", "evaluate.tasks names none"
     asks = "generate" in config.evaluate.protocols or "model" in config.facts.old_from
-    if not asks and not (forgets and config.forget.only_known):
+    if not asks and not (recipe.forget and config.forget.only_known):
         yield "evaluate.max_new_tokens", "nothing is generated"
 
 

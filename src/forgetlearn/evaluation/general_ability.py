@@ -1,6 +1,6 @@
-"""General ability: how well a model still reads a text that has nothing to do with the facts, and other tasks.
+"""Measure general ability: on a text that has nothing to do with the facts, and on other tasks.
 
-Perplexity and the divergence from the model before need a text file only; tasks are those of lm-evaluation-harness
+Perplexity and the divergence from the model before need only a text file; tasks are those of lm-evaluation-harness
 (the extra `lm-eval`), by name.
 """
 
@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,16 +29,16 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.storage import disk
 
-WINDOW = 512  # tokens of the text that are read at once, at most
+WINDOW = 512  # most tokens of the text that are read at once
 FOUND = "general.jsonl"
 LOG_PROBS = "window-{:05d}.safetensors"
 
 
 @dataclass(frozen=True)
 class OnText:
-    """A model's reading of a text: nats per token with 95 % intervals over windows, and how far it is from another.
+    """A model's loss on a text, in nats per token with 95 % intervals over windows, and its distance from another.
 
-    `kl` is the mean over tokens of KL(before || now) in nats; None where no reading of the model before was given.
+    `kl` is the mean over tokens of KL(before || now) in nats; None if no reading of the model before was given.
     """
 
     tokens: int
@@ -56,15 +57,15 @@ class OnText:
 
 
 def asked(settings: EvaluateSettings) -> bool:
-    """Whether general ability is to be measured."""
+    """Return True if general ability is to be measured."""
     return settings.general is not None or bool(settings.tasks)
 
 
 def read_text(settings: EvaluateSettings) -> str:
-    """The text that `evaluate.general` names; "" where none is named.
+    """Return the text that `evaluate.general` names; "" if none is named.
 
     Raises:
-        FactError: it cannot be read, is not UTF-8, or says nothing.
+        FactError: it cannot be read, is not UTF-8, or is empty.
     """
     if settings.general is None:
         return ""
@@ -81,12 +82,7 @@ def read_text(settings: EvaluateSettings) -> str:
 
 
 def check(settings: EvaluateSettings) -> None:
-    """Raise an error if what the settings ask for cannot be measured.
-
-    Raises:
-        FactError: see `read_text`.
-        MissingExtraError: tasks are named and lm-evaluation-harness is not installed.
-    """
+    """Raise FactError if the text cannot be read, and MissingExtraError if tasks need the harness."""
     read_text(settings)
     if settings.tasks:
         _harness()
@@ -100,7 +96,7 @@ def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
 
 
 def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> dict[str, Any]:
-    """What is asked for, of a model; also written to `folder`, with what `before` of a later call needs.
+    """Measure what the settings ask for; write it to `folder` too, with what a later call needs as `before`.
 
     Raises:
         FactError: the text has fewer than two tokens or is another than before, or a task is not known.
@@ -121,7 +117,7 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
 
 
 def found_in(folder: Path) -> dict[str, Any]:
-    """What `measure` wrote."""
+    """Read what `measure` wrote."""
     return disk.read_rows(folder / FOUND)[0]
 
 
@@ -133,18 +129,18 @@ def score_text(
     keep: Path | None = None,
     before: Path | None = None,
 ) -> OnText:
-    """Perplexity on the first `evaluate.general_tokens` tokens of a text, read in windows that do not overlap.
+    """Read the first `evaluate.general_tokens` tokens of a text, in windows that do not overlap.
 
-    `keep` is a folder for this model's log-probabilities (tokens times vocabulary, float32), `before` one where those
-    of another model are.
+    `keep` is a folder for this model's log-probabilities (tokens times vocabulary, float32), `before` one with those
+    of another model.
     """
     losses, divergences, counts = [], [], []
     with computing(lm.model, lm.device), sharding.no_gradients(lm.model):
         for index, window in enumerate(_windows(lm, text, settings.general_tokens)):
             log_probs = _log_probs(lm, window)
-            told = torch.tensor(window[1:])
-            losses.append(float(functional.nll_loss(log_probs, told, reduction="sum")))
-            counts.append(len(told))
+            wanted = torch.tensor(window[1:])
+            losses.append(float(functional.nll_loss(log_probs, wanted, reduction="sum")))
+            counts.append(len(wanted))
             if keep is not None and processes.is_main():
                 save_file({"log_probs": log_probs}, keep / LOG_PROBS.format(index))
             if before is not None:
@@ -155,7 +151,7 @@ def score_text(
 
 
 def _windows(lm: LanguageModel, text: str, n_tokens: int) -> Iterator[list[int]]:
-    """The text's tokens in pieces, each after BOS where the tokenizer puts one first."""
+    """Yield the text's tokens in pieces, each after BOS if the tokenizer puts one first."""
     start = lm.tokenizer(text[:1])["input_ids"][:1]
     bos = start if start == [lm.tokenizer.bos_token_id] else []
     ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][:n_tokens]
@@ -168,7 +164,7 @@ def _windows(lm: LanguageModel, text: str, n_tokens: int) -> Iterator[list[int]]
 
 
 def _log_probs(lm: LanguageModel, window: Sequence[int]) -> Tensor:
-    """Of every token but the first: (T - 1, V), float32, on the CPU."""
+    """Return the log-probabilities for every token but the first: (T - 1, V), float32, on the CPU."""
     ids = torch.tensor([list(window)], device=lm.device)
     more = {"use_cache": False} if "use_cache" in forward_parameters(lm.model) else {}
     logits = lm.model(input_ids=ids, **more).logits[0, :-1]
@@ -176,14 +172,14 @@ def _log_probs(lm: LanguageModel, window: Sequence[int]) -> Tensor:
 
 
 def _divergence(before: Tensor, now: Tensor) -> float:
-    """Sum over tokens of KL(before || now) in nats."""
+    """Return the sum over tokens of KL(before || now) in nats."""
     if before.shape != now.shape:
         raise ModelError(f"General ability: {tuple(before.shape)} probabilities before, {tuple(now.shape)} now.")
     return float(functional.kl_div(now, before, log_target=True, reduction="sum"))
 
 
 def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Task to metric to value and standard error, as lm-evaluation-harness gives them (its own units).
+    """Return task -> metric -> value and standard error, in the units of lm-evaluation-harness.
 
     Raises:
         FactError: the harness does not know a task.
@@ -201,12 +197,12 @@ def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict
         found = evaluator.simple_evaluate(
             wrapped, tasks=list(settings.tasks), task_manager=known, limit=settings.task_limit, bootstrap_iters=1000
         )
-    return {task: _metrics(told) for task, told in found["results"].items()}
+    return {task: _metrics(result) for task, result in found["results"].items()}
 
 
-def _metrics(told: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`{"acc,none": 0.5, "acc_stderr,none": 0.1}` to `{"acc": {"value": 0.5, "stderr": 0.1}}`."""
-    values = {name: value for name, value in told.items() if isinstance(value, (int, float)) and "," in name}
+def _metrics(result: Mapping[str, object]) -> dict[str, dict[str, float | None]]:
+    """Turn `{"acc,none": 0.5, "acc_stderr,none": 0.1}` into `{"acc": {"value": 0.5, "stderr": 0.1}}`."""
+    values = {name: value for name, value in result.items() if isinstance(value, (int, float)) and "," in name}
     found: dict[str, dict[str, float | None]] = {}
     for name, value in values.items():
         metric, _comma, how = name.partition(",")
@@ -217,7 +213,7 @@ def _metrics(told: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _harness() -> tuple[Any, Any, Any]:
+def _harness() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
         from lm_eval import evaluator, tasks
         from lm_eval.models import huggingface

@@ -1,4 +1,4 @@
-"""Prompts as token ids -> the ids that a model says next, greedily: one protocol, kept by transformers and by vLLM."""
+"""Generate greedy answers to prompts of token ids, by transformers or by vLLM."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import ConfigError, ModelError, missing_extra
+from forgetlearn.models import attention
 from forgetlearn.models.batches import computing
-from forgetlearn.models.language_model import LanguageModel, adapter_base
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.loading import adapter_base
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.weights.adapter_files import LoraAdapterConfig, read_adapter_config
 
 Ids = Sequence[int]
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # what its max_lora_rank may be
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # values that its max_lora_rank may have
 VLLM_SHARE = 0.9  # of the device's free memory
 
 
@@ -33,30 +37,27 @@ class Room:
 
 
 class Generator(Protocol):
-    """What answers prompts greedily; each is asked as if it were alone."""
+    """Answers prompts greedily, each as if it were alone."""
 
     batches_itself: bool  # wants all prompts at once
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
         """Return new ids for each prompt, up to its room, an end token or the end of the context.
 
-        What follows the first end token, or the line break that ends the last line there is room for, is not part of
-        the answer.
+        Ids after the first end token, or after the last line that it has room for, are not part of the answer.
         """
         ...
 
 
 def end_ids(lm: LanguageModel) -> list[int]:
-    """Ids that end an answer."""
+    """Return the ids that end an answer."""
     return sorted({*lm.encoder.end_ids, lm.tokenizer.eos_token_id})
 
 
 def check_engine(settings: EvaluateSettings, models: Iterable[object] = (), changed_by: str | None = None) -> None:
-    """Raise ConfigError if the engine cannot be used for these models (None: the one that the config names).
+    """Raise ConfigError if vLLM is asked for and cannot be used for these models (None: the one in the config).
 
-    Raises:
-        ConfigError: vLLM, and a model is in memory, `changed_by` this command, or several processes were started.
-        MissingExtraError: vLLM is not installed.
+    It cannot for a model in memory, nor in a command that changes weights (`changed_by`), nor in several processes.
     """
     if settings.engine != "vllm":
         return
@@ -69,13 +70,13 @@ def check_engine(settings: EvaluateSettings, models: Iterable[object] = (), chan
             "`forgetlearn evaluate --engine vllm` scores what was saved."
         )
     if processes.launched() > 1:
-        raise ConfigError("evaluate.engine = vllm: it is for one process. Start it without torchrun, or leave it out.")
+        raise ConfigError("evaluate.engine = vllm: works in one process only. Start it without torchrun.")
     _vllm()
 
 
 @contextmanager
 def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generator]:
-    """What answers for this model, by `evaluate.engine`."""
+    """Yield what generates for this model, by `evaluate.engine`."""
     if settings.engine == "vllm":
         yield VllmGenerator(lm)
         return
@@ -84,7 +85,7 @@ def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generat
 
 
 class TransformersGenerator:
-    """`generate` of the model in memory, on one batch that is padded on the left."""
+    """Calls `generate` of the model in memory, on one batch that is padded on the left."""
 
     batches_itself = False
 
@@ -102,8 +103,8 @@ class TransformersGenerator:
         config = GenerationConfig(
             max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=self.ends, pad_token_id=lm.pad_id
         )
-        model: Any = lm.model
-        out = model.generate(
+        generate = getattr(lm.model, "generate")  # noqa: B009 (nn.Module has none)
+        out = generate(
             input_ids=ids.to(lm.device),
             attention_mask=mask.to(lm.device),
             generation_config=config,
@@ -113,15 +114,15 @@ class TransformersGenerator:
 
 
 class VllmGenerator:
-    """vLLM's offline engine on the folder or hub id that the model was loaded from; an adapter on its base.
+    """Runs vLLM's offline engine on the folder or hub id that the model was loaded from; an adapter on its base.
 
-    The engine is started for one call and given back after it, so that what comes next has the device's memory.
+    The engine lives for one call, so that the next step has the device's memory.
     """
 
     batches_itself = True
 
     def __init__(self, lm: LanguageModel) -> None:
-        """Raises ModelError for a model that has no folder and no hub id."""
+        """Raise ModelError for a model that has no folder and no hub id."""
         if lm.settings.name is None:
             raise ModelError("evaluate.engine = vllm: the model is in memory, and vLLM reads a folder or hub id.")
         self.lm, self.ends = lm, end_ids(lm)
@@ -143,19 +144,24 @@ class VllmGenerator:
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         folder = str(self.lm.settings.name)
         adapter = lora.LoRARequest("product", 1, folder) if adapter_base(self.lm.settings) else None
-        with self._memory_lent():
+        self.lm.model.to("cpu")  # the device's memory is the engine's meanwhile
+        _free_memory()
+        try:
             engine = vllm.LLM(**self._options(longest))
             found = engine.generate(asked, params, lora_request=adapter, use_tqdm=not processes.no_bar())
             del engine
-        return [self._with_end(reply.outputs[0]) for reply in found]
+        finally:
+            _free_memory()
+            self.lm.to_device()
+        return [self._with_end(list(out.token_ids), out.finish_reason) for out in (reply.outputs[0] for reply in found)]
 
-    def _options(self, longest: int) -> dict[str, Any]:
+    def _options(self, longest: int) -> dict[str, object]:
         lm, settings = self.lm, self.lm.settings
         base = adapter_base(settings)
         dtypes = {dtype for dtype in lm.dtypes.values() if dtype.is_floating_point}
-        # By itself vLLM computes a float32 model in half precision.
+        # vLLM's default computes a float32 model in half precision.
         dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "auto"
-        options = {
+        options: dict[str, object] = {
             "model": base or settings.name,
             "revision": settings.revision,
             "trust_remote_code": settings.trust_remote_code,
@@ -168,26 +174,14 @@ class VllmGenerator:
             options |= {"enable_lora": True, "max_lora_rank": _rank(Path(str(settings.name)))}
         return options
 
-    def _with_end(self, said: Any) -> list[int]:
-        """The ids, with the end token where it stopped at one and leaves it out."""
-        ids = list(said.token_ids)
-        stopped = said.finish_reason == "stop" and not set(ids) & set(self.ends)
+    def _with_end(self, ids: list[int], finish_reason: str) -> list[int]:
+        """Return the ids with the end token, which vLLM leaves out if it stopped at one."""
+        stopped = finish_reason == "stop" and not set(ids) & set(self.ends)
         return ids + self.ends[:1] if stopped else ids
 
-    @contextmanager
-    def _memory_lent(self) -> Iterator[None]:
-        """The device's memory is the engine's meanwhile: the weights that are read with wait on the CPU."""
-        self.lm.model.to("cpu")
-        _free_memory()
-        try:
-            yield
-        finally:
-            _free_memory()
-            self.lm.to_device()
 
-
-def _vllm() -> tuple[Any, Any]:
-    """vLLM, and its module of LoRA requests."""
+def _vllm() -> tuple[ModuleType, ModuleType]:
+    """Import vLLM and its module of LoRA requests."""
     try:
         import vllm
         import vllm.lora.request
@@ -197,14 +191,10 @@ def _vllm() -> tuple[Any, Any]:
 
 
 def _rank(folder: Path) -> int:
-    """The smallest rank that vLLM can be told of which the adapter's fits in.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Return the smallest rank that vLLM accepts and that the adapter fits in; raise ModelError if there is none."""
     config = read_adapter_config(folder)
     if not isinstance(config, LoraAdapterConfig):
-        raise ModelError(f"{folder}: peft_type = {config.peft_type}: vLLM takes LoRA. Leave --engine out.")
+        raise ModelError(f"{folder}: peft_type = {config.peft_type}: vLLM takes LoRA only. Leave --engine out.")
     rank = max(config.ranks(), default=8)
     if rank > VLLM_RANKS[-1]:
         raise ModelError(f"{folder}: the adapter's rank is {rank}, vLLM takes {VLLM_RANKS[-1]}. Leave --engine out.")
@@ -212,7 +202,7 @@ def _rank(folder: Path) -> int:
 
 
 def _share_of_memory(device: torch.device) -> float:
-    """The share of the device's whole memory that vLLM may take, which is counted so."""
+    """Return the share of the device's memory, free or not, that vLLM may take."""
     if device.type != "cuda":
         return VLLM_SHARE
     free, total = torch.cuda.mem_get_info(device)
@@ -231,7 +221,7 @@ class _Full(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, decode: Callable[[Iterable[int]], str], width: int, rooms: Sequence[Room]) -> None:
         self.decode, self.width, self.rooms = decode, width, rooms
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         full = [
             len(ids) >= room.tokens or self.decode(ids).lstrip().count("\n") >= room.lines
             for ids, room in zip(input_ids[:, self.width :].tolist(), self.rooms, strict=True)
@@ -240,9 +230,9 @@ class _Full(StoppingCriteria):  # type: ignore[misc]
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Without the model's own generation settings: a repetition penalty in them would change greedy answers."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """Set the model's own generation settings aside: a repetition penalty in them would change greedy answers."""
+    inner = attention.plain(model)
     if not hasattr(inner, "generation_config"):
         raise ModelError("The model cannot generate.")
     own, inner.generation_config = inner.generation_config, GenerationConfig()

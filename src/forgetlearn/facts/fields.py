@@ -1,9 +1,10 @@
-"""Read fields of a record, and JSON text, with errors that say where the problem is."""
+"""Read the fields of a record, and JSON text, with errors that say where the problem is."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from forgetlearn.errors import FactError, plain, some
 
 Record = Mapping[str, object]
-MOST_LISTS_IN_LISTS = 8
+MAX_LIST_DEPTH = 8
+PLACEHOLDER = re.compile(r"#?n/a|none|null|nan|[-–—]+|\?+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Answer:
     text: str = ""
     aliases: tuple[str, ...] = ()
     is_list: bool = False  # given as a list, so that "None" or "-" is meant as written
+
+
+NO_ANSWER = Answer()
 
 
 def kind(value: object) -> str:
@@ -43,7 +48,7 @@ def as_text(value: object, place: str) -> str:
     """Return a text or a number as text, unstripped; null and NaN are "".
 
     Raises:
-        FactError: the value is of another kind, too long a number, or text that cannot be written as UTF-8.
+        FactError: the value is of another kind, too long a number, or text that UTF-8 cannot encode.
     """
     if is_missing(value):
         return ""
@@ -52,12 +57,11 @@ def as_text(value: object, place: str) -> str:
             return str(value)
         except ValueError:  # Python refuses to write thousands of digits
             raise FactError(f"{place} is a number of thousands of digits. Write it as text, in quotes.") from None
-    number = isinstance(value, float) and math.isfinite(value)
-    if not (number or isinstance(value, str)):
+    if not isinstance(value, str) and not (isinstance(value, float) and math.isfinite(value)):
         raise FactError(f"{place} is {kind(value)}. Text is expected.")
     text = str(value)
     if has_half_a_pair(text):
-        raise FactError(f"{place} holds half of a surrogate pair, which is no character. Write the whole character.")
+        raise FactError(f"{place} contains half of a surrogate pair. Write the whole character.")
     return text
 
 
@@ -66,11 +70,9 @@ def has_half_a_pair(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def as_texts(value: object, place: str) -> list[str]:
-    """Return a list of texts; one text is a list of one, null the empty list."""
-    if isinstance(value, list | tuple):
-        return [as_text(item, f"{place}, item {number}") for number, item in enumerate(value, 1)]
-    return [] if is_missing(value) else [as_text(value, place)]
+def is_placeholder(text: str) -> bool:
+    """Return True for text that stands for no answer: n/a, none, null, NaN, only dashes, only question marks."""
+    return PLACEHOLDER.fullmatch(text.strip()) is not None
 
 
 def first_text(value: object, place: str) -> str:
@@ -85,17 +87,15 @@ def _flat(value: object, place: str, depth: int = 0) -> Iterator[str]:
     if not isinstance(value, list | tuple):
         yield as_text(value, place)
         return
-    if depth == MOST_LISTS_IN_LISTS:
-        raise FactError(
-            f"{place} holds lists nested more than {MOST_LISTS_IN_LISTS} deep. A list of texts is expected."
-        )
+    if depth == MAX_LIST_DEPTH:
+        raise FactError(f"{place} holds lists nested more than {MAX_LIST_DEPTH} deep. A list of texts is expected.")
     for number, item in enumerate(value, 1):
         yield from _flat(item, f"{place}, item {number}", depth + 1)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Reads one record field by field, with errors that say where; `where` is "file, record 17"."""
+    """Reads one record field by field; `where` is "file, record 17", and "" as a name is a field that is absent."""
 
     record: Record
     where: str
@@ -105,25 +105,31 @@ class Fields:
         """Return file, record and field, for a message."""
         return f"{self.where}: '{self.prefix}{name}'"
 
+    def _value(self, name: str) -> object:
+        return self.record.get(name) if name else None
+
     def text(self, name: str) -> str:
         """Return the field as text, "" if absent."""
-        return as_text(self.record.get(name), self.place(name))
+        return as_text(self._value(name), self.place(name))
 
     def texts(self, name: str) -> list[str]:
-        """Return the field as a list of texts, empty if absent."""
-        return as_texts(self.record.get(name), self.place(name))
+        """Return the field as a list of texts; one text is a list of one, and an absent field an empty list."""
+        value, place = self._value(name), self.place(name)
+        if isinstance(value, list | tuple):
+            return [as_text(item, f"{place}, item {number}") for number, item in enumerate(value, 1)]
+        return [] if is_missing(value) else [as_text(value, place)]
 
     def answer(self, name: str) -> Answer:
         """Return the field as an answer: its text; of a list the first text that is not blank, the rest as aliases."""
-        value = self.record.get(name)
+        value = self._value(name)
         if not isinstance(value, list | tuple):
             return Answer(as_text(value, self.place(name)))
-        said = [text for text in _flat(value, self.place(name)) if text.strip()]
-        return Answer(said[0], tuple(said[1:]), True) if said else Answer()
+        texts = [text for text in _flat(value, self.place(name)) if text.strip()]
+        return Answer(texts[0], tuple(texts[1:]), is_list=True) if texts else NO_ANSWER
 
     def inner(self, name: str) -> Fields:
         """Return the object in a field, empty if absent."""
-        return self._object(self.record.get(name), name)
+        return self._object(self._value(name), name)
 
     def objects(self, name: str) -> list[Fields]:
         """Return the objects of the list in a field, empty if absent."""
@@ -131,14 +137,14 @@ class Fields:
 
     def _object(self, value: object, name: str) -> Fields:
         if is_missing(value):
-            return Fields({}, self.where, f"{self.prefix}{name}.")
+            value = {}
         if not isinstance(value, Mapping):
             raise FactError(f"{self.place(name)} is {kind(value)}. An object is expected.")
         return Fields(value, self.where, f"{self.prefix}{name}.")
 
     def items(self, name: str) -> list[object]:
         """Return the list in a field, empty if absent."""
-        value = self.record.get(name)
+        value = self._value(name)
         if is_missing(value) or value == "":
             return []
         if not isinstance(value, list | tuple):
@@ -147,21 +153,20 @@ class Fields:
 
 
 def loads(text: str, source: str, first_line: int | None = None) -> object:
-    """Parse a JSON text; NaN becomes null. Errors count lines from `first_line`, for a line of a file.
+    """Parse a JSON text; NaN becomes null. `first_line` is the text's line in its file, for messages.
 
     Raises:
-        FactError: the text is no JSON, is cut short, is nested too deep or names a field twice in one object.
+        FactError: the text is not JSON, is cut short, is nested too deep or names a field twice in one object.
     """
     where = f"{source}, line {first_line}" if first_line else source
 
-    def constant(name: str) -> object:
-        if name == "NaN":
-            return None
-        raise FactError(f"{where}: {name} is no JSON value. Write null, or a number.")
+    def constant(name: str) -> None:
+        if name != "NaN":
+            raise FactError(f"{where}: {name} is not a JSON value. Write null, or a number.")
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
-        if len(found) < len(pairs):  # the last one would count, and the others be lost in silence
+        if len(found) < len(pairs):  # json would keep the last one and lose the others in silence
             counts = Counter(name for name, _value in pairs)
             twice = next(name for name, count in counts.items() if count > 1)
             values = [kind(value) for name, value in pairs if name == twice]
@@ -177,7 +182,7 @@ def loads(text: str, source: str, first_line: int | None = None) -> object:
         raise FactError(f"{source} is not JSON at {place}: {error.msg}.") from error
     except RecursionError as error:
         raise FactError(f"{source} cannot be read as JSON: its brackets are nested too deep.") from error
+    except FactError:
+        raise
     except ValueError as error:  # a number of thousands of digits
-        if isinstance(error, FactError):
-            raise
         raise FactError(f"{where} holds a number of thousands of digits. Write it as text, in quotes.") from error

@@ -1,19 +1,19 @@
-"""Read records from a file or a data set on the hub, and report how the file was read."""
+"""Read the records of a file or of a data set on the hub, and report how the file was read."""
 
 from __future__ import annotations
 
 import codecs
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from forgetlearn.errors import FactError, missing_extra, some
 from forgetlearn.facts.fields import kind, loads
 from forgetlearn.facts.forms import is_record, no_form
-from forgetlearn.facts.tables import parse_csv, parse_xlsx
+from forgetlearn.facts.tables import Source, parse_csv, parse_xlsx
 
 TABLES = (".csv", ".tsv")
 SUFFIXES = (".json", ".jsonl", *TABLES, ".xlsx")
@@ -27,24 +27,45 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16-BE"),
 )
 ASSUMED = "cp1252 (Western Windows; assumed, since it is not UTF-8)"
+HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>[\w.%:\[\]-]+))?")
 
 
-@dataclass(frozen=True)
-class Source:
-    """The records of a source, not yet checked; `read_as` says how they were read, if that had to be found out."""
-
-    records: Sequence[object]
-    read_as: str = ""
-    blank_rows: int = 0  # of a table; they are no records
+def is_hub_id(source: str) -> bool:
+    """Return True for a data set id on the hub, `owner/name` or `owner/name:split`, that is not a path."""
+    return bool(HUB.fullmatch(source)) and not source.lower().endswith(SUFFIXES) and not Path(source).exists()
 
 
-def parse_file(path: Path, columns: Mapping[str, str] | None = None) -> Source:
-    """Return the records of a JSON, JSONL, CSV, TSV or Excel file, not yet checked.
+def read_source(source: str | Path, columns: Mapping[str, str]) -> Source:
+    """Return the records, not yet checked, of a JSON, JSONL, CSV, TSV or Excel file, or of a data set on the hub.
 
     Raises:
-        FactError: the file is missing, a folder, a pipe, empty, of another suffix, damaged or in no known encoding.
-        MissingExtraError: it is an Excel file, and openpyxl is not installed.
+        FactError: the file is missing, a folder, a pipe, empty, of another suffix, damaged or in no known encoding,
+            or the data set cannot be loaded.
+        MissingExtraError: openpyxl, for an Excel file, or `datasets`, for the hub, is not installed.
     """
+    name = str(source)
+    try:
+        return _load_hub(name) if is_hub_id(name) else _parse_file(Path(source), columns)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise FactError(f"{name[:200]}: {error.strerror or error}. Give an existing file of facts.") from None
+
+
+def _load_hub(source: str) -> Source:
+    name, _colon, split = source.partition(":")
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_extra(f"{source}, a data set on the hub", "hub", error) from error
+    try:
+        return Source(list(datasets.load_dataset(name, split=split or "train")))
+    except Exception as error:  # whatever the library raises, over the network and for any data set
+        reason = " ".join(str(error).split())[:300]
+        raise FactError(
+            f"{source} is not a path here, and could not be loaded from the hub: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _parse_file(path: Path, columns: Mapping[str, str]) -> Source:
     suffix = path.suffix.lower()
     if path.is_dir():
         raise FactError(f"{path} is a folder. Give a file of facts in it.")
@@ -56,22 +77,21 @@ def parse_file(path: Path, columns: Mapping[str, str] | None = None) -> Source:
         hint = f" Save it as {SAVE_AS[suffix]}." if suffix in SAVE_AS else ""
         raise FactError(f"{path}: suffix '{path.suffix}' is unknown. Known are {', '.join(SUFFIXES)}.{hint}")
     if suffix == ".xlsx":
-        book = parse_xlsx(path)
-        return Source(book.records, book.read_as, book.blank_rows)
+        return parse_xlsx(path)
     text, encoding = _decoded(path, suffix in TABLES)
     if not text.strip():
         raise FactError(f"{path} is empty.")
     if suffix in TABLES:
-        table = parse_csv(text, str(path), (columns or {}).values(), "\t" if suffix == ".tsv" else ",")
-        return Source(table.records, f"{table.read_as}; {encoding}", table.blank_rows)
-    parse = _parse_jsonl if suffix == ".jsonl" else _parse_json
-    return Source(parse(text, str(path), columns or {}), "" if encoding == "UTF-8" else encoding)
+        table = parse_csv(text, str(path), columns.values(), "\t" if suffix == ".tsv" else ",")
+        return replace(table, read_as=f"{table.read_as}; {encoding}")
+    found = _parse_jsonl(text, str(path)) if suffix == ".jsonl" else _parse_json(text, str(path), columns)
+    return replace(found, read_as="" if encoding == "UTF-8" else encoding)
 
 
 def _near_files(path: Path) -> str:
     """Return a hint for a missing file: similar names in its folder."""
     if not path.parent.is_dir():
-        return f"Nor does the folder {path.parent}. Check the path."
+        return f"The folder {path.parent} does not exist either. Check the path."
     near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], 3)
     return f"In the same folder: {some(near)}." if near else f"Give an existing file ({', '.join(SUFFIXES)})."
 
@@ -103,70 +123,38 @@ def _is_damaged_utf8(data: bytes) -> bool:
     return any(letter > "\x7f" and letter != "\ufffd" for letter in set(data.decode("utf-8", "replace")))
 
 
-def _parse_json(text: str, source: str, columns: Mapping[str, str]) -> list[object]:
+def _parse_json(text: str, source: str, columns: Mapping[str, str]) -> Source:
     """Return the records of a list, an object around one list, a single record, or JSON lines with the wrong suffix."""
     lines = (line[0].rstrip() for line in _lines(text))
     first = next(lines, "")
     second = next(lines, "") if first[:1] == "{" and first[-1:] == "}" else ""
     if second and all(line[0] == "{" and line[-1] == "}" for line in chain([second], lines)):
-        return _parse_jsonl(text, source, columns)
+        return _parse_jsonl(text, source)
     value = loads(text, source)
     if isinstance(value, list):
-        return value
+        return Source(value)
     if not isinstance(value, Mapping):
         raise FactError(f"{source} holds {kind(value)}. A list of records is expected.")
     if is_record(value, columns):
-        return [value]
+        return Source([value])
     lists = [item for item in value.values() if isinstance(item, list)]
     if len(lists) == 1:
-        return lists[0]
-    raise FactError(no_form(value, source) + "\nAn object around records must hold exactly one list.")
+        return Source(lists[0])
+    raise FactError(no_form(value, value, source) + "\nAn object around records must hold exactly one list.")
 
 
 def _lines(text: str) -> Iterator[re.Match[str]]:
     """Yield each line that is not blank, without leading white space, in linear time."""
-    # Not splitlines: U+2028 and its kin may stand inside a JSON text.
+    # Not splitlines: U+2028 and its kin may occur inside a JSON text.
     return re.finditer(r"[^\s][^\n]*", text)
 
 
-def _parse_jsonl(text: str, source: str, columns: Mapping[str, str]) -> list[object]:
-    records = []
+def _parse_jsonl(text: str, source: str) -> Source:
+    records, lines = [], []
     line, counted = 1, 0
     for found in _lines(text):
         line += text.count("\n", counted, found.start())
         counted = found.start()
+        lines.append(line)
         records.append(loads(found[0], source, line))
-    return records
-
-
-# The model hub -----------------------------------------------------------------------------------
-
-HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>[\w.%:\[\]-]+))?")
-
-
-def is_hub_id(source: str) -> bool:
-    """Return True for a data set id on the hub, `owner/name` or `owner/name:split`, that is not a path."""
-    return bool(HUB.fullmatch(source)) and not source.lower().endswith(SUFFIXES) and not Path(source).exists()
-
-
-def load_hub(source: str) -> Source:
-    """Return the records of a data set on the hub, of the split `train` if no other is named.
-
-    Raises:
-        FactError: the data set could not be loaded.
-        MissingExtraError: `datasets` is not installed.
-    """
-    match = HUB.fullmatch(source)
-    if match is None:
-        raise FactError(f"{source} is no data set id. It is written owner/name or owner/name:split.")
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_extra(f"{source}, a data set on the hub", "hub", error) from error
-    try:
-        return Source(list(datasets.load_dataset(match["name"], split=match["split"] or "train")))
-    except Exception as error:  # whatever the library raises, over the network and for any data set
-        reason = " ".join(str(error).split())[:300]
-        raise FactError(
-            f"{source} is no path here and could not be loaded from the hub: {type(error).__name__}: {reason}"
-        ) from error
+    return Source(records, lines)

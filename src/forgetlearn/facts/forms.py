@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from forgetlearn.errors import FactError, some
 from forgetlearn.facts.fields import Fields, Record, has_half_a_pair, is_missing, kind, loads
-from forgetlearn.facts.names import NUMBERED, OWN, Columns
+from forgetlearn.facts.names import NUMBERED, OWN, check_columns, check_columns_found, renamed
 from forgetlearn.facts.readers import (
     RIPPLE_PROBES,
     Draft,
+    Flat,
     read_alpaca,
     read_completion,
     read_halluedit,
@@ -22,11 +23,7 @@ from forgetlearn.facts.readers import (
     read_mquake,
     read_nested,
     read_own,
-    read_qaedit,
-    read_question_answer,
     read_rippleedits,
-    read_wikibigedit,
-    read_zsre,
 )
 
 
@@ -36,7 +33,7 @@ class TableRow(dict[str, object]):
 
 @dataclass(frozen=True)
 class Form:
-    """A file format of facts: how to recognise it, which fields are used, and its reader."""
+    """A file format of facts: how its records are recognised, which of their fields are used, and how they are read."""
 
     name: str
     needs: tuple[str, ...]
@@ -60,6 +57,18 @@ class Form:
         return f"{self.name} ({self.marks or ', '.join(self.needs)})"
 
 
+def _flat(
+    name: str,
+    prompt: str,
+    new: str,
+    fits_too: Callable[[Record], bool] = lambda _record: True,
+    marks: str = "",
+    **names: str,
+) -> Form:
+    """Return a form without nesting that is recognised by its prompt and its new answer; `names` are those of Flat."""
+    return Form(name, (prompt, new), Flat(prompt, new, **names), tuple(names.values()), fits_too, marks)
+
+
 def _fits_knowedit(record: Record) -> bool:
     if not (("prompt" in record or "text" in record) and ("target_new" in record or "labels" in record)):
         return False
@@ -67,82 +76,68 @@ def _fits_knowedit(record: Record) -> bool:
     return groups or not ("prompt" in record and "target_new" in record)  # without groups the own names say the same
 
 
-KNOWEDIT_USES = (
-    "prompt", "text", "target_new", "labels", "subject", "concept", "ground_truth",
-    "rephrase_prompt", "rephrase", "locality",
-)  # fmt: skip
+def _fits_rippleedits(record: Record) -> bool:
+    edit = record["edit"]
+    return isinstance(edit, Mapping) and "prompt" in edit
 
-# In this order: the first that fits. Flat COUNTERFACT and KnowEdit also have the names of the own form.
+
+# The first that fits. Flat COUNTERFACT and KnowEdit also have the names of the own form.
 FORMS = (
-    Form("zsre", ("src", "alt"), read_zsre, ("subject", "answers", "pred", "rephrase", "loc", "loc_ans")),
+    _flat(
+        "zsre", "src", "alt",  # the new answer is `alt`, the old one `answers[0]`: EasyEdit's convention, not ROME's
+        old="answers", pred="pred", subject="subject", rephrases="rephrase", probe="loc", probe_answer="loc_ans",
+    ),
     Form(
-        "mquake",
-        ("requested_rewrite",),
-        read_mquake,
-        ("case_id", "single_hops", "new_single_hops"),
+        "mquake", ("requested_rewrite",), read_mquake, ("case_id", "single_hops", "new_single_hops"),
         fits_too=lambda record: isinstance(record["requested_rewrite"], list | tuple),
         marks="requested_rewrite as a list",
     ),
     Form(
-        "counterfact-nested",
-        ("requested_rewrite",),
-        read_nested,
+        "counterfact-nested", ("requested_rewrite",), read_nested,
         ("case_id", "paraphrase_prompts", "neighborhood_prompts"),
     ),
     Form(
-        "counterfact",
-        ("case_id", "prompt", "target_new", "locality_prompt"),
-        read_own,
-        tuple(OWN),
-        pattern=NUMBERED,
+        "counterfact", ("case_id", "prompt", "target_new", "locality_prompt"), read_own, tuple(OWN), pattern=NUMBERED,
     ),
     Form(
-        "knowedit",
-        (),
-        read_knowedit,
-        KNOWEDIT_USES,
+        "knowedit", (), read_knowedit,
+        ("prompt", "text", "target_new", "labels", "subject", "concept", "ground_truth", "rephrase_prompt", "rephrase",
+         "locality"),
         fits_too=_fits_knowedit,
         marks="prompt or text, target_new or labels, and locality or portability by groups",
     ),
     Form("own", ("prompt", "target_new"), read_own, tuple(OWN), pattern=NUMBERED),
-)
-# Of records without the names above. One that fits two of these is an error.
+)  # fmt: skip
+# Of records without the names above. A record that fits two of these is an error.
 OTHERS = (
     Form(
-        "rippleedits",
-        ("edit",),
-        read_rippleedits,
-        ("Subject_Aliasing", *RIPPLE_PROBES),
-        fits_too=lambda record: isinstance(edit := record["edit"], Mapping) and "prompt" in edit,
-        marks="edit with a prompt",
+        "rippleedits", ("edit",), read_rippleedits, ("Subject_Aliasing", *RIPPLE_PROBES),
+        fits_too=_fits_rippleedits, marks="edit with a prompt",
     ),
-    Form("wikibigedit", ("update", "ans"), read_wikibigedit, ("subject", "rephrase", "loc", "loc_ans")),
-    Form(
-        "qaedit",
-        ("prompt", "target"),
-        read_qaedit,
-        ("subject", "rephrase", "locality"),
+    _flat(  # the set has no old answers; its pipeline writes ZsRE's names instead
+        "wikibigedit", "update", "ans",
+        subject="subject", rephrases="rephrase", probe="loc", probe_answer="loc_ans",
+    ),
+    _flat(
+        "qaedit", "prompt", "target",
         fits_too=lambda record: "ground_truth" not in record and ("locality" in record or "rephrase" in record),
         marks="prompt, target, and rephrase or locality",
+        subject="subject", rephrases="rephrase", probes="locality",
     ),
     Form(
-        "halluedit",
-        ("question", "object"),
-        read_halluedit,
-        ("subject", "paraphrased_question"),
+        "halluedit", ("question", "object"), read_halluedit, ("subject", "paraphrased_question"),
         fits_too=lambda record: any(name.startswith("output_") for name in record),
         marks="question, object, output_...",
         pattern=re.compile(r"output_.*", re.DOTALL),
     ),
-    Form("question-answer", ("question", "answer"), read_question_answer, ("paraphrased_question",)),
+    _flat("question-answer", "question", "answer", rephrases="paraphrased_question"),  # TOFU and others
     Form("messages", ("messages",), read_messages),
     Form("conversations", ("conversations",), read_messages),
     Form("alpaca", ("instruction", "output"), read_alpaca, ("input",)),
     Form("prompt-completion", ("prompt", "completion"), read_completion),
-)
+)  # fmt: skip
 KNOWN = frozenset(name for form in (*FORMS, *OTHERS) for name in (*form.needs, *form.also))
 LISTS = ("rephrase_prompt", "locality")  # columns of tables in which a cell that begins with [ is a list
-PLACEHOLDER = re.compile(r"#?n/a|none|null|nan|[-–—]+|\?+", re.IGNORECASE)
 
 
 def form_of(record: Record) -> Form | None:
@@ -158,18 +153,28 @@ def form_of(record: Record) -> Form | None:
     if len(fitting) > 1:
         raise FactError(
             f"its fields are those of {' and of '.join(form.shown for form in fitting)}. Take the fields of one out, "
-            "or say what is what: --columns prompt=...,target_new=..."
+            "or say which field is which: --columns prompt=...,target_new=..."
         )
     return fitting[0] if fitting else None
+
+
+def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
+    """Return the form of a record, and the name in the file of each field by the name under which it is read."""
+    originals = renamed(tuple(record), KNOWN, tuple(columns.items()))
+    return form_of({name: record[original] for name, original in originals.items()}), originals
 
 
 def is_record(value: Record, columns: Mapping[str, str]) -> bool:
     """Return True if an object is a record of a known form, not an object around records."""
     try:
-        renamed = Columns(columns).renamed(tuple(value), KNOWN, "")
-        return form_of({name: value[found] for name, found in renamed.items()}) is not None
+        return _form_and_names(value, columns)[0] is not None
     except FactError:  # an object of fields that contradict each other; reading it says so
         return True
+
+
+def place(source: str, number: int, line: int | None) -> str:
+    """Return how a message names a record: its number from 1, and its line in the file where that differs."""
+    return f"{source}, record {number}" + (f" (line {line})" if line not in (None, number) else "")
 
 
 @dataclass(frozen=True)
@@ -178,94 +183,64 @@ class Reading:
 
     form: Form
     drafts: list[Draft]
-    records: int
     ignored: Mapping[str, int]  # name of a field -> how many values it holds; a list counts its items
 
 
 def read_records(
-    records: Sequence[object], source: str, columns: Mapping[str, str] | None = None, aliases: str | None = None
+    records: Sequence[object], source: str, columns: Mapping[str, str], lines: Sequence[int] = ()
 ) -> Reading:
-    """Return the form that all records share, and what each one says.
+    """Return the form that all records share, and the drafts of their facts.
 
-    `columns` gives names of the own form to fields of other names; `aliases` divides an answer's text.
+    `columns` gives names of the own form to fields of other names; `lines` are those of the records in their file.
 
     Raises:
         FactError: no record; one that is no object, of no known form or of another form than the
             first; a field of the wrong type, or named in `columns` and in no record.
     """
-    asked = Columns(columns or {})
+    check_columns(columns)
     form: Form | None = None
     drafts: list[Draft] = []
     ignored: Counter[str] = Counter()
     names: set[str] = set()
     for number, record in enumerate(records, 1):
-        where = f"{source}, record {number}"
+        where = place(source, number, lines[number - 1] if lines else None)
         if not isinstance(record, Mapping):
             raise FactError(f"{where} is {kind(record)}. Each record must be an object with named fields.")
         if bad := [name for name in record if not isinstance(name, str) or has_half_a_pair(name)]:
             raise FactError(f"{where}: a field is named {bad[0]!r}. A name is text, of whole characters.")
-        if number == 1 or asked.named:
+        if columns:
             names.update(record)
-        renamed = asked.renamed(tuple(record), KNOWN, where)
-        read = {name: record[found] for name, found in renamed.items()}
-        found = _form_in(read, record, where, asked, source)
+        found, originals = _recognised(record, source, where, columns)
         form = form or found
         if found is not form:
             raise FactError(
                 f"{where} is of the form {found.shown}, record 1 of the form {form.shown}. Put them into two files."
             )
+        read = {name: record[original] for name, original in originals.items()}
         if isinstance(record, TableRow):
             read = {name: _cell(name, value, where) for name, value in read.items()}
-        said = form.read(Fields(read, where))
-        drafts += [_finished(one, where, aliases) for one in (said if isinstance(said, list) else [said])]
-        for name, original in renamed.items():
+        drafted = form.read(Fields(read, where))
+        for draft in drafted if isinstance(drafted, list) else [drafted]:
+            drafts.append(replace(draft, where=draft.where or where))
+        for name, original in originals.items():
             if not form.reads(name):
                 ignored[original] += _size(read[name])
     if form is None:
         raise FactError(f"{source} holds no record.")
-    asked.check(source, names)
-    return Reading(form, drafts, len(records), {name: n for name, n in sorted(ignored.items()) if n})
+    check_columns_found(columns, source, names)
+    return Reading(form, drafts, {name: n for name, n in sorted(ignored.items()) if n})
 
 
-def _form_in(read: Record, record: Record, where: str, asked: Columns, source: str) -> Form:
+def _recognised(record: Record, source: str, where: str, columns: Mapping[str, str]) -> tuple[Form, dict[str, str]]:
+    """Return `_form_and_names`, or raise FactError, which says where the record is and what its form may be."""
     try:
-        found = form_of(read)
+        form, originals = _form_and_names(record, columns)
     except FactError as error:
         raise FactError(f"{where}: {error}") from None
-    if found is None:
-        asked.check(source, set(record))
-        raise FactError(no_form(read, where))
-    return found
-
-
-def _finished(draft: Draft, where: str, separator: str | None) -> Draft:
-    """Return the draft with its place, its answers split at `separator`, and placeholders removed."""
-    n_placeholders = 0
-    texts = {"new": draft.new, "old": draft.old, "pred": draft.pred}
-    aliases = {"new": draft.new_aliases, "old": draft.old_aliases, "pred": ()}
-    for name, text in texts.items():
-        if separator and separator in text:
-            parts = [part.strip() for part in text.split(separator) if part.strip()]
-            texts[name] = parts[0] if parts else ""
-            aliases[name] = (*parts[1:], *aliases[name])
-        if name != "new" and not (name == "old" and draft.old_is_list) and is_placeholder(texts[name]):
-            texts[name] = ""
-            n_placeholders += 1
-    return replace(
-        draft,
-        new=texts["new"],
-        new_aliases=aliases["new"],
-        old=texts["old"],
-        old_aliases=aliases["old"],
-        pred=texts["pred"],
-        where=draft.where or where,
-        placeholders=n_placeholders,
-    )
-
-
-def is_placeholder(text: str) -> bool:
-    """Return True for text that stands for no answer: n/a, none, null, NaN, only dashes, only ?."""
-    return PLACEHOLDER.fullmatch(text.strip()) is not None
+    if form is None:
+        check_columns_found(columns, source, record)
+        raise FactError(no_form(originals, record, where))
+    return form, originals
 
 
 def _cell(name: str, value: object, where: str) -> object:
@@ -294,45 +269,42 @@ def _size(value: object) -> int:
     return len(value) if isinstance(value, list | tuple) else 1
 
 
-# What people also pass around and what is no file of facts, or not without a word about it.
-LOOKS_LIKE = (
+# Common data sets that are no files of facts, or only with --columns.
+LOOKS_LIKE = {
     (
-        frozenset({"chosen", "rejected"}),
-        "pairs of preference",
-        "If the chosen text is the new answer and the rejected one the old: "
-        "--columns prompt=prompt,target_new=chosen,ground_truth=rejected.",
-    ),
-    (
-        frozenset({"subject", "relation", "object"}),
-        "triples",
-        "A fact needs a prompt: add the field prompt, with the question or the beginning of the sentence.",
-    ),
-    (
-        frozenset({"question", "context", "answers"}),
-        "questions on a text, as in SQuAD",
-        "A fact is known without a text: give prompt and target_new.",
-    ),
-)
+        "chosen",
+        "rejected",
+    ): "pairs of preference. {}\nIf the chosen text is the new answer and the rejected one "
+    "the old: --columns prompt=prompt,target_new=chosen,ground_truth=rejected.",
+    ("subject", "relation", "object"): "triples. {}\nA fact needs a prompt: add the field prompt, with the question or "
+    "the beginning of the sentence.",
+    ("question", "context", "answers"): "questions on a text, as in SQuAD. {}\nA fact is known without a text: "
+    "give prompt and target_new.",
+}
 
 
-def no_form(record: Record, where: str) -> str:
-    """Explain why a record has no known form: what the nearest form lacks, else a list of all forms."""
-    names = sorted(record)
+def no_form(read: Record, record: Record, where: str) -> str:
+    """Explain why a record has no known form: what the nearest form lacks, else a list of all forms.
+
+    `read` holds its fields by the names under which they are read.
+    """
+    names = list(record)
     shown = f"Fields found: {some(names, 12) or 'none'}."
-    for likeness, what, do in LOOKS_LIKE:
-        if likeness <= record.keys():
-            return f"{where} looks like {what}. {shown}\n{do}"
+    for likeness, what in LOOKS_LIKE.items():
+        if all(name in read for name in likeness):
+            return f"{where} looks like {what.format(shown)}"
     for have, missing in (("target_new", "prompt"), ("prompt", "target_new")):
-        if have in record and missing not in record:
+        if have in read and missing not in read:
             near = difflib.get_close_matches(missing, names, 1, 0.7)
             hint = f" Rename '{near[0]}'?" if near else f" Say which field it is: --columns {missing}=NAME."
             return f"{where} has no '{missing}'. {shown}{hint}"
     example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new=...'
-    lacks = {form: [name for name in form.needs if name not in record] for form in (*FORMS, *OTHERS)}
-    alike = [form for form, absent in lacks.items() if form.needs and 2 * len(absent) <= len(form.needs)]
+    lacks = {form: [name for name in form.needs if name not in read] for form in (*FORMS, *OTHERS)}
+    # The first field must be there: with only the second one (`alt`, also German for old) the form is a guess.
+    alike = [form for form in lacks if form.needs and form.needs[0] in read and 2 * len(lacks[form]) <= len(form.needs)]
     alike.sort(key=lambda form: len(lacks[form]) / len(form.needs))
     if alike:
         like = " or ".join(f"{form.shown}, without {some(lacks[form]) or 'the rest'}" for form in alike[:2])
-        return f"{where} looks like {like}. {shown}\nComplete it, or say what is what: {example}"
+        return f"{where} looks like {like}. {shown}\nComplete it, or say which field is which: {example}"
     forms = "; ".join(form.shown for form in (*FORMS, *OTHERS))
-    return f"{where} is of no known form. {shown}\nSay what is what: {example}\nKnown forms: {forms}."
+    return f"{where} is of no known form. {shown}\nSay which field is which: {example}\nKnown forms: {forms}."

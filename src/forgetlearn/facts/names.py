@@ -1,12 +1,11 @@
-"""Match names of fields and columns: `Ground truth`, `Old answer`, `--columns prompt=Question`."""
+"""Match the names of fields and columns: `Ground truth`, `Old answer`, `--columns prompt=Question`."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from forgetlearn.errors import FactError, some
@@ -27,62 +26,51 @@ SYNONYMS = {
 NOT_OWN = ("requested_rewrite", "src", "edit")  # records with these are of another form, whatever else they have
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The mapping that `--columns` gives: name in forgetlearn's own form -> name in the file."""
-
-    named: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for own in self.named:
-            if own not in OWN and not NUMBERED.fullmatch(own):
-                near = difflib.get_close_matches(own, sorted(OWN), 1)
-                hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(sorted(OWN))}."
-                raise FactError(f"facts.columns: '{own}' is no field of a fact. {hint}")
-
-    def check(self, source: str, names: set[str]) -> None:
-        """Raise FactError if a field named in `--columns` is in no record; `names` are all fields found."""
-        for own, column in self.named.items():
-            if _find(column, names) is None:
-                near = difflib.get_close_matches(column, sorted(names), 1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
-                raise FactError(
-                    f"{source}: facts.columns says {own} = '{column}', which no record has.{hint} "
-                    f"Fields found: {some(sorted(names), 12) or 'none'}."
-                )
-
-    def renamed(self, names: tuple[str, ...], known: frozenset[str], where: str) -> dict[str, str]:
-        """Map the name by which each field is read to its name in the file.
-
-        Raises:
-            FactError: two fields would be read as the same one.
-        """
-        try:
-            return _renamed(names, known, tuple(self.named.items()))
-        except FactError as error:
-            raise FactError(f"{where}: {error}") from None
-
-
 def fold(name: str) -> str:
     """Return a name without case, spaces, underscores and hyphens: `Ground Truth` equals `ground_truth`."""
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
-def _find(column: str, names: set[str]) -> str | None:
+def check_columns(columns: Iterable[str]) -> None:
+    """Raise FactError if `--columns` assigns to a name that is not a field of a fact."""
+    for own in columns:
+        if own not in OWN and not NUMBERED.fullmatch(own):
+            near = difflib.get_close_matches(own, sorted(OWN), 1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(sorted(OWN))}."
+            raise FactError(f"facts.columns: '{own}' is not a field of a fact. {hint}")
+
+
+def check_columns_found(columns: Mapping[str, str], source: str, names: Iterable[str]) -> None:
+    """Raise FactError if a column named in `--columns` is not among `names`, all fields of the source."""
+    there = sorted(names)
+    for own, column in columns.items():
+        if _find(column, there) is None:
+            near = difflib.get_close_matches(column, there, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise FactError(
+                f"{source}: facts.columns says {own} = '{column}', which no record has.{hint} "
+                f"Fields found: {some(there, 12) or 'none'}."
+            )
+
+
+def _find(column: str, names: Iterable[str]) -> str | None:
     """Return the name in the file that a name in `--columns` means."""
-    if column in names:
-        return column
-    return next((name for name in names if fold(name) == fold(column)), None)
+    return column if column in names else next((name for name in names if fold(name) == fold(column)), None)
 
 
 @lru_cache(maxsize=64)  # records of a file mostly have the same fields
-def _renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
+def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Map the name by which each field is read to its name in the file; `columns` are the pairs of `--columns`.
+
+    Raises:
+        FactError: two fields would be read as the same one.
+    """
     there = set(names)
-    given = {own: name for own, column in columns if (name := _find(column, there)) is not None}
+    given = {own: name for own, column in columns if (name := _find(column, names)) is not None}
     taken = set(given.values())
     if clash := [own for own in given if own in there and own not in taken]:
         raise FactError(
-            f"facts.columns says {clash[0]} = '{given[clash[0]]}', and there is a field '{clash[0]}' too. "
+            f"facts.columns says {clash[0]} = '{given[clash[0]]}', but the field '{clash[0]}' exists too. "
             f"Name that one as well, or take it out."
         )
     found = dict(given)
@@ -93,7 +81,7 @@ def _renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple
     for name in rest:
         own = meant[name]
         if own != name and (own in there or own in given):
-            own = name  # the field of that very name is read, and this one is named as not read
+            own = name  # the field of that very name is read, and this one is reported as not read
         elif own != name and counts[own] > 1:
             both = [other for other in rest if meant[other] == own]
             raise FactError(f"fields {some(both)} are all read as '{own}'. Keep one, or choose by --columns.")
@@ -132,7 +120,7 @@ def misspelt(names: tuple[str, ...]) -> tuple[str, str] | None:
     absent = set(OPTIONAL) - set(names)
     for name in sorted(set(names) - OWN):
         letters = set(name)
-        # Names of which none is near come by the ten thousand; difflib is slow.
+        # A record may have tens of thousands of names, and difflib is slow: most are ruled out before it.
         likely = [own for own in OPTIONAL if len(set(own) ^ letters) < 5 and abs(len(own) - len(name)) < 5]
         near = None if NUMBERED.fullmatch(name) else difflib.get_close_matches(name, likely, 1, 0.85)
         if near and near[0] in absent:

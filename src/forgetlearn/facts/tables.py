@@ -9,96 +9,58 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from forgetlearn.errors import FactError, missing_extra, plain, some
-from forgetlearn.facts.forms import KNOWN, TableRow
+from forgetlearn.facts.forms import KNOWN, TableRow, place
 from forgetlearn.facts.names import NUMBERED_FOLDED, SYNONYMS, fold
 
-DELIMITERS = ",;\t|"
-LINE = re.compile(r"[^\r\n]+(?:\r\n|\r|\n)?|\r\n|\r|\n")
+if TYPE_CHECKING:
+    from openpyxl.worksheet._read_only import ReadOnlyWorksheet
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 HEAD = 2**20  # letters in which the header is looked for
 LARGEST_BOOK = 2**30  # bytes that an .xlsx may unpack to
-COMMON = frozenset(fold(name) for name in (*KNOWN, *(name for names in SYNONYMS.values() for name in names)))
+COMMON = frozenset(map(fold, chain(KNOWN, *SYNONYMS.values())))
 
 
 @dataclass(frozen=True)
-class Table:
-    """The records of a table, the number of blank rows (which are no records), and how it was read, in words."""
+class Source:
+    """The records of a source, not yet checked, and how they were read, if that had to be found out."""
 
-    records: list[object]
-    blank_rows: int
-    read_as: str
+    records: Sequence[object]
+    lines: Sequence[int] = ()  # the line of each record in its file, where a record has one
+    read_as: str = ""
+    blank_rows: int = 0  # of a table; they are no records
 
 
-def parse_csv(text: str, source: str, columns: Iterable[str] = (), usual: str = ",") -> Table:
+def parse_csv(text: str, source: str, columns: Iterable[str], usual: str) -> Source:
     """Read a table of text; the delimiter is the one that gives the header the most known names.
 
     `columns` are names that the header is known to have; `usual` is the delimiter if several do equally well.
 
     Raises:
-        FactError: the text is no CSV, a row has other cells than the header, or a column is there twice.
+        FactError: the text is not CSV, a row and the header differ in cells, or a column name is repeated.
     """
-    lines = _Lines(text)
-    said = re.compile(r"sep=([^\r\n])[\r\n]", re.IGNORECASE).match(text, lines.start())
-    if said:  # Excel's own way to name it
-        delimiter = said[1]
-        next(lines)
+    start = len(text) - len(text.lstrip("\r\n"))
+    lines = io.StringIO(text, newline="")
+    stated = re.compile(r"sep=([^\r\n])[\r\n]", re.IGNORECASE).match(text, start)
+    if stated:  # Excel's own way to name the delimiter
+        delimiter = stated[1]
     else:
-        head = text[lines.start() : lines.start() + HEAD]
-        delimiter = _delimiter(head, {fold(name) for name in columns} | COMMON, usual)
+        delimiter = _delimiter(text[start : start + HEAD], {fold(name) for name in columns} | COMMON, usual)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = ((reader.line_num, row) for row in reader if row)
     try:
-        records, blank = _records(lines.rows(delimiter), source, delimiter)
+        if stated:
+            next(rows)
+        return _table(rows, source, delimiter)
     except csv.Error as error:
         hint = " Is a quote left open? JSON and JSONL have no limit." if "field limit" in str(error) else ""
-        raise FactError(f"{source} is not CSV at line {lines.number}: {error}.{hint}") from error
-    return Table(records, blank, f"a table, its cells divided by {_shown(delimiter)}")
-
-
-class _Lines:
-    """Feeds the lines of a text to csv.reader. Skips empty lines between rows, but keeps them in quoted cells."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.place, self.number = text, 0, 0
-        self.between_rows = True
-
-    def start(self) -> int:
-        """Return the position of the next line that is not empty."""
-        found = re.compile(r"[\r\n]*").match(self.text, self.place)
-        return found.end() if found else self.place
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        if self.between_rows:
-            self._pass(self.start())
-            self.between_rows = False
-        found = LINE.match(self.text, self.place)
-        if not found:
-            raise StopIteration
-        self._pass(found.end())
-        return found[0]
-
-    def _pass(self, end: int) -> None:
-        ends = [self.text.count(mark, self.place, end) for mark in ("\n", "\r", "\r\n")]
-        unended = end > self.place and self.text[end - 1] not in "\r\n"  # the last line of a file may be
-        self.number += ends[0] + ends[1] - ends[2] + unended
-        self.place = end
-
-    def rows(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-        """Yield the rows, each with the number of its last line."""
-        self.between_rows = True
-        for row in csv.reader(self, delimiter=delimiter, strict=True):
-            yield self.number, row
-            self.between_rows = True
-
-
-def _shown(delimiter: str) -> str:
-    return {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}.get(delimiter, repr(delimiter))
+        raise FactError(f"{source} is not CSV at line {reader.line_num}: {error}.{hint}") from error
 
 
 def _delimiter(head: str, known: set[str], usual: str) -> str:
@@ -116,23 +78,25 @@ def _delimiter(head: str, known: set[str], usual: str) -> str:
     return max(DELIMITERS, key=sense)
 
 
-def _records(rows: Iterator[tuple[int, Sequence[str]]], source: str, delimiter: str | None) -> tuple[list[object], int]:
-    """Return the records under a header, and the number of blank rows; Excel, which pads rows, has no delimiter."""
-    header = _header(next(rows, (0, ()))[1], source)
-    records: list[object] = []
-    n_blank = empty = 0
+def _table(rows: Iterator[tuple[int, list[str]]], source: str, delimiter: str | None) -> Source:
+    """Return the records under a header; the rows come with their lines. Excel has no delimiter, and pads rows."""
+    header = _header(next(rows, (0, []))[1], source)
+    records: list[TableRow] = []
+    lines: list[int] = []
+    n_blank = n_empty = 0
     for line, row in rows:
         if not any(cell.strip() for cell in row):
             n_blank += bool(row)
-            empty += not row
+            n_empty += not row
             continue
-        if delimiter is None:  # a sheet may end in rows without cells; one between others is blank
-            n_blank, empty = n_blank + empty, 0
+        n_blank, n_empty = n_blank + n_empty, 0  # a sheet may end in rows without cells, which are not counted
         extra = any(cell.strip() for cell in row[len(header) :])
         if extra or (delimiter is not None and len(row) < len(header)):
-            raise FactError(_uneven(f"{source}, record {len(records) + 1} (line {line})", row, header, delimiter))
+            raise FactError(_uneven(place(source, len(records) + 1, line), row, header, delimiter))
         records.append(TableRow(zip(header, [*row, *[""] * (len(header) - len(row))], strict=False)))
-    return records, n_blank
+        lines.append(line)
+    read_as = f"a table, its cells divided by {DELIMITERS.get(delimiter or '', repr(delimiter))}"
+    return Source(records, lines, read_as, n_blank)
 
 
 def _header(cells: Sequence[str], source: str) -> list[str]:
@@ -155,11 +119,11 @@ def _uneven(where: str, row: Sequence[str], header: Sequence[str], delimiter: st
 # Excel -------------------------------------------------------------------------------------------
 
 
-def parse_xlsx(path: Path) -> Table:
+def parse_xlsx(path: Path) -> Source:
     """Read the one sheet of an Excel file that is not empty; numbers and dates become text.
 
     Raises:
-        FactError: the file is no .xlsx, unpacks to more than a gigabyte, or has several sheets with something in them.
+        FactError: the file is not .xlsx, unpacks to more than a gigabyte, or has several sheets with something in them.
         MissingExtraError: openpyxl is not installed.
     """
     try:
@@ -182,22 +146,20 @@ def parse_xlsx(path: Path) -> Table:
         raise FactError(f"{path} cannot be read as an Excel file (.xlsx): {type(error).__name__}: {reason}") from error
 
 
-def _sheet(sheets: Iterable[Any], source: str) -> Table:
+def _sheet(sheets: Iterable[ReadOnlyWorksheet], source: str) -> Source:
     filled = {}
     for sheet in sheets:
         rows = _rows(sheet)
-        first = next((row for row in rows if any(cell.strip() for cell in row[1])), None)
-        if first:
-            filled[str(sheet.title)] = (first, rows)
+        if header := next((row for row in rows if any(cell.strip() for cell in row[1])), None):
+            filled[str(sheet.title)] = chain([header], rows)
     if len(filled) != 1:
         found = f"{len(filled)} sheets with something in them: {some(list(filled))}" if filled else "no sheet with rows"
         raise FactError(f"{source} has {found}. Leave one, or save that one as CSV.")
-    ((title, (first, rest)),) = filled.items()
-    records, blank = _records(chain([first], rest), source, None)
-    return Table(records, blank, f"Excel, sheet {title!r}")
+    ((title, rows),) = filled.items()
+    return replace(_table(rows, source, None), read_as=f"Excel, sheet {title!r}")
 
 
-def _rows(sheet: Any) -> Iterator[tuple[int, list[str]]]:
+def _rows(sheet: ReadOnlyWorksheet) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows of a sheet with their numbers, as text."""
     sheet.reset_dimensions()  # the size that a file states may be wrong
     for number, row in enumerate(sheet.iter_rows(values_only=True), 1):

@@ -1,7 +1,7 @@
-"""The laboratory: a small Llama and its tokenizer, built from nothing in a minute, that hold given facts.
+"""The laboratory: a small Llama and its tokenizer, built in a minute, that hold given facts.
 
-So the whole method can be run and studied without a download. The base is trained on the OLD answers (of
-prompts and rephrases) and on the answers of the locality probes. What was built is cached by content.
+It lets the whole method be run and studied without a download. The base is trained on the OLD answers (of prompts and
+rephrases) and on the answers of the locality probes. Bases are cached by their content.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ from pydantic import Field
 from forgetlearn.config.base import Settings
 from forgetlearn.config.schema import ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts.fact_set import FactSet, from_records, write_facts
+from forgetlearn.facts import FactSet, from_records, write_facts
 from forgetlearn.lab.world import made_up_world
 from forgetlearn.models import prompts
-from forgetlearn.storage import disk, run_folder
+from forgetlearn.storage import disk, provenance, run_folder
 from forgetlearn.storage.locks import claimed
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class LabSettings(Settings):
     prompt_template: str = Field("plain", description="As model.prompt_template; update.yaml then names it too.")
 
 
-STAGE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-4}  # suit a lab base, as does TRAIN_SETTINGS; for update.yaml
+STAGE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-4}  # these and TRAIN_SETTINGS suit a lab base: update.yaml
 TRAIN_SETTINGS = {"adam_beta2": 0.98}
 UPDATE_TEXTS = 1800  # facts x epochs of a stage: about what it takes until the new answers are learned
 
@@ -64,20 +64,20 @@ def build_lab(
     overwrite: bool = False,
     device: str = "cpu",
 ) -> Path:
-    """The folder of a base that holds the old answers of `facts` (default: of a made-up world).
+    """Build a base that holds the old answers of `facts` (default: of a made-up world), and return its folder.
 
-    `vocabulary_from` are facts whose texts the tokenizer is trained on (default: `facts`). When `facts` are
-    a few of a file, the whole file is the better choice: from a few alone every rare name becomes a token of
-    its own, which real models do not have, and what is learned carries over less (docs/experiments.md).
+    The tokenizer is trained on the texts of `vocabulary_from` (default: `facts`). If `facts` are a few of a file, give
+    the whole file: from a few alone every rare name becomes a token of its own, which real models do not have, and
+    what is learned carries over less (docs/experiments.md).
 
-    It holds a model that plain transformers loads, `facts.jsonl`, `update.yaml` with settings for
-    `update`, and `lab.json` with what was built and how much of it the base answers exactly.
-    Without `output` it is the folder in the cache (FORGETLEARN_CACHE, else ~/.cache/forgetlearn).
-    On the CPU the same base comes out on every machine; `device="auto"` is for one that is large.
+    The folder holds a model that transformers loads, `facts.jsonl`, `update.yaml` with settings for `update`, and
+    `lab.json` with what was built and how much of it the base answers exactly. Without `output` it is the folder in
+    the cache (FORGETLEARN_CACHE, else ~/.cache/forgetlearn). On the CPU every machine builds the same base;
+    `device="auto"` is for a large one.
 
     Raises:
         FactError: no fact has an old answer.
-        RunError: the output exists; or, with `overwrite`, it holds the file that one of the two was read from.
+        RunError: the output exists; or, with `overwrite`, it holds a file that facts were read from.
     """
     settings = settings or LabSettings()
     if settings.hidden_size % (2 * settings.num_attention_heads):
@@ -108,24 +108,23 @@ def build_lab(
 
 
 def world_facts(settings: LabSettings) -> FactSet:
-    """The facts of the made-up world that a lab base holds when no others are given.
+    """Return the facts of the made-up world that a lab base holds when no others are given.
 
     Raises:
-        ConfigError: it has no such number of facts.
+        ConfigError: the world cannot have this number of facts.
     """
     return from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
 
 
 def cache_folder() -> Path:
-    """Where lab bases are kept."""
-    named = os.environ.get("FORGETLEARN_CACHE")
-    if named:
+    """Return the folder of built lab bases."""
+    if named := os.environ.get("FORGETLEARN_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgetlearn"
 
 
 def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
-    """(prompt, answer) of all that the base is to hold, each prompt once; and how many contradict an earlier one.
+    """Return all prompts that the base is to answer, with the answers, and how many contradict an earlier one.
 
     Raises:
         FactError: no fact has an old answer.
@@ -136,12 +135,12 @@ def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
         if pairs.setdefault(prompt, answer) != answer:
             contradictions += 1
     if not any(fact.ground_truth for fact in facts):
-        raise FactError(f"{facts.source}: no fact has an old answer, so there is nothing for a lab base to hold.")
+        raise FactError(f"{facts.source}: no fact has an old answer, so a lab base would have nothing to learn.")
     return list(pairs.items()), contradictions
 
 
 def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
-    """Edit prompts first, then probes, then rephrases: where two contradict, the first counts."""
+    """Yield edit prompts first, then probes, then rephrases: if two contradict, the first counts."""
     for fact in facts:
         if fact.ground_truth:
             yield fact.prompt, fact.ground_truth
@@ -155,36 +154,24 @@ def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
 
 
 def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, folder: Path, device: str) -> None:
+    from forgetlearn.method.core import teach
     from forgetlearn.models.encoding import Encoder
-    from forgetlearn.models.language_model import parameter_count, pick_device, save_model, wrap
-    from forgetlearn.training.finetune import finetune
-    from forgetlearn.training.stage_checkpoints import StageIO
+    from forgetlearn.models.language_model import parameter_count, wrap
 
     pairs, contradictions = held_pairs(facts)
     tokenizer = train_tokenizer(_texts(vocabulary_from), settings)
     encoder = Encoder(tokenizer, settings.prompt_template)
+    longest = max(len(encoder.encode(prompt, answer, end=True).ids) for prompt, answer in pairs)
+    loading = ModelSettings.model_validate({"device": device, "prompt_template": settings.prompt_template})
+    lm = wrap(_new_model(settings, tokenizer, longest), tokenizer, loading)
     stage = StageSettings(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        adam_beta2=0.98,
+        epochs=settings.epochs, batch_size=settings.batch_size, learning_rate=settings.learning_rate, adam_beta2=0.98
     )
-    texts = [encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
-    model = _new_model(settings, tokenizer, longest=max(len(text.ids) for text in texts))
-    stage_log = finetune(
-        model,
-        texts,
-        stage,
-        seed=settings.seed,
-        pad_id=tokenizer.pad_token_id,
-        device=pick_device(device),
-        stage_io=StageIO("building the lab base"),
-    )
-    save_model(model, tokenizer, folder)
+    stage_log = teach(lm, pairs, stage, seed=settings.seed)
+    lm.save(folder)
     write_facts(facts, folder / "facts.jsonl")
     disk.write_text(folder / "update.yaml", _update_yaml(facts.used, settings.prompt_template))
-    asked = {"device": device, "prompt_template": settings.prompt_template}
-    held = _share_held(wrap(model, tokenizer, ModelSettings.model_validate(asked)), facts)
+    held = _share_held(lm, facts)
     for what, share in held.items():
         if share is not None and share < 0.99:
             log.warning("the lab base holds only %.1f %% of the %s; raise epochs or size", 100 * share, what)
@@ -193,26 +180,26 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
         {
             "settings": settings.model_dump(),
             "facts": {"source": facts.source, "used": facts.used, "sha256": facts.sha256()},
-            "texts": len(texts),
+            "texts": len(pairs),
             "contradictions": contradictions,
-            "parameters": parameter_count(model),
+            "parameters": parameter_count(lm.model),
             "final_loss": stage_log.final_loss,
             "held": held,
-            "versions": run_folder.versions(),
+            "versions": provenance.versions(),
         },
     )
 
 
 def _texts(facts: FactSet) -> list[str]:
-    """All that is said of the facts, old and new."""
-    said = [f"{prompt} {answer}" for prompt, answer in dict(_wanted(facts)).items()]
-    return said + [f" {fact.target_new}" for fact in facts]
+    """Return the texts that contain all words of the facts."""
+    held = [f"{prompt} {answer}" for prompt, answer in dict(_wanted(facts)).items()]
+    return held + [f" {fact.target_new}" for fact in facts]
 
 
 def train_tokenizer(texts: list[str], settings: LabSettings) -> Any:
-    """A byte-level BPE tokenizer of these texts; it can write any other text too.
+    """Train a byte-level BPE tokenizer on these texts; it can encode any other text too.
 
-    Without a BOS token: with one, a base this small learns its facts less well (docs/experiments.md).
+    It has no BOS token: with one, a base this small learns its facts less well (docs/experiments.md).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -252,9 +239,8 @@ def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:
 
 
 def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
-    """Share of old answers and of locality answers that the base gives exactly, token for token."""
-    from forgetlearn.evaluation.metrics import exact_match
-    from forgetlearn.evaluation.scoring import Reading, Scorer
+    """Return the shares of old answers and of locality answers that the base gives exactly, token for token."""
+    from forgetlearn.evaluation.scorer import Reading, Scorer
 
     old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     probes = [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]
@@ -262,18 +248,18 @@ def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
 
     def share(pairs: list[tuple[str, str]]) -> float | None:
         readings = [read[pair] for pair in pairs]
-        hits = [exact_match(r.predicted, r.wanted) if isinstance(r, Reading) else 0.0 for r in readings]
+        hits = [isinstance(r, Reading) and r.predicted == r.wanted for r in readings]
         return sum(hits) / len(hits) if hits else None
 
     return {"old answers": share(old), "locality answers": share(probes)}
 
 
 def _update_yaml(n_facts: int, prompt_template: str) -> str:
-    """Settings for an update of all facts: fewer facts take more epochs."""
+    """Return settings for an update of all facts: fewer facts take more epochs."""
     import yaml
 
     stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **STAGE_SETTINGS}
-    settings: dict[str, Any] = {"forget": {**stage}, "learn": {**stage}, "teach": STAGE_SETTINGS}
+    settings: dict[str, Mapping[str, object]] = {"forget": {**stage}, "learn": {**stage}, "teach": STAGE_SETTINGS}
     settings["train"] = TRAIN_SETTINGS
     if prompt_template != "plain":
         named = prompt_template in prompts.NAMED
@@ -291,7 +277,7 @@ def _key(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, device
         "facts": facts.sha256(),
         **prompts.fingerprint(settings.prompt_template),
         "vocabulary_from": vocabulary_from.sha256(),
-        "versions": {name: run_folder.versions()[name] for name in ("torch", "transformers", "tokenizers")},
+        "versions": {name: provenance.versions()[name] for name in ("torch", "transformers", "tokenizers")},
     }
     if device != "cpu":
         parts["device"] = device

@@ -1,4 +1,4 @@
-"""The main job on the embedded default: every method on a made-up world, in one table."""
+"""The demo: every method of the paper on a made-up world, in one table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table, its rows, and where everything lies."""
+    """The folder of the demo, and its table."""
 
     output: Path
     rows: tuple[tuple[str, dict[str, Any]], ...]  # name of the row, scores of its phase
@@ -41,7 +41,7 @@ def run_demo(
     """Build a base that holds a made-up world, update it with each method, and compare.
 
     Raises:
-        ConfigError: the made-up world has no such number of facts.
+        ConfigError: the world cannot have this number of facts.
         RunError: the output exists and neither `resume` nor `overwrite` is given.
     """
     from forgetlearn.runs.update import update
@@ -50,10 +50,11 @@ def run_demo(
     facts = world_facts(settings)
     output = Path(output)
     marker = output / "demo.json"
-    if output.exists() and any(output.iterdir()) and not (resume or overwrite):
-        raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
-    if output.exists() and any(output.iterdir()) and not marker.is_file():
-        raise RunError(f"{output} was not written by the demo. Choose another folder.")
+    if output.exists() and any(output.iterdir()):
+        if not (resume or overwrite):
+            raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
+        if not marker.is_file():
+            raise RunError(f"{output} was not created by `forgetlearn demo`. Choose another folder.")
     with disk.naming(output):
         output.mkdir(parents=True, exist_ok=True)
     disk.write_json(marker, {"n_facts": n_facts, "seed": seed})
@@ -66,7 +67,7 @@ def run_demo(
             changes["forget.coef"] = COEF
         config = load_config(base / "update.yaml", changes)
         result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
-        phases = result.summary["phases"]
+        phases = result.summary.phases
         rows = rows or [("original", phases["base"])]
         rows.append((method, phases["updated"]))
     table = comparison_table(rows)
@@ -75,7 +76,7 @@ def run_demo(
 
 
 def comparison_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
-    """Markdown: a line per method, a column per quantity with its protocol, percent."""
+    """Return a Markdown table: a line per method, a column per quantity with its protocol, in percent."""
     head = " | ".join(f"{quantity} ({protocol})" for quantity, protocol in COLUMNS)
     lines = [f"| | {head} |", "|---|" + "---:|" * len(COLUMNS)]
     for name, phase in rows:

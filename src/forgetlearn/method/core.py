@@ -1,43 +1,33 @@
-"""Forget, then learn: the method on one screen. `runs.update` adds scores, files and resume.
+"""Forget, then learn: the method on one screen. `runs.pipeline` adds scores, files and resume.
 
     knowledge parameters    tau    = FT(theta, old facts) - theta
     forgetting              theta' = theta - coef * tau
     learning                theta* = FT(theta', new facts)
 
-Source: Ni et al., "Forgetting before Learning", ACL 2024, arXiv:2311.08011.
+`kinds.py` says what a kind of stage trains and subtracts. Source: Ni et al., "Forgetting before Learning", ACL 2024,
+arXiv:2311.08011.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
-from torch import Tensor, nn
-
 from forgetlearn.config.methods import How
-from forgetlearn.config.schema import ForgetSettings, Modules, Rows, StageSettings, TuningSettings
-from forgetlearn.errors import ConfigError, FactError, some
-from forgetlearn.facts.fact_set import Fact
-from forgetlearn.models import lora, module_names
-from forgetlearn.models import modules as selection
-from forgetlearn.models.encoding import Encoded
-from forgetlearn.models.language_model import LanguageModel, editable_module
-from forgetlearn.runtime import sharding
-from forgetlearn.training.finetune import StageLog, Variant, check_computing, finetune
+from forgetlearn.config.schema import ForgetSettings, Rows, StageSettings, TrainSettings
+from forgetlearn.errors import FactError
+from forgetlearn.facts import Fact
+from forgetlearn.method.checks import check_rows
+from forgetlearn.method.kinds import STAGE_KINDS, StageKind
+from forgetlearn.models import lora
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.modules import only_rows_train
+from forgetlearn.training.finetune import StageLog, finetune
 from forgetlearn.training.stage_checkpoints import StageIO
-from forgetlearn.weights import task_vector
-from forgetlearn.weights.adapter_files import ALL_LINEAR
+from forgetlearn.weights.task_vector import StateDict
 
-log = logging.getLogger("forgetlearn")
-
-# Each stage draws from its own stream, so that learning is the same whether or not forgetting went before.
-SEED_OFFSETS = {"learn": 0, "forget": 1_000_003, "teach": 2_000_003}
-
-
-def stage_seed(seed: int, stage: str) -> int:
-    """The seed of a stage (`learn`, `forget`, `teach`) of a run with this seed."""
-    return (seed + SEED_OFFSETS[stage]) % 2**32
+Pairs = Sequence[tuple[str, str]]  # prompts with answers
 
 
 def forget(
@@ -51,175 +41,18 @@ def forget(
 ) -> StageLog:
     """Fine-tune on the old answers, subtract `coef` times what that added; `lm` is changed in place.
 
-    With all weights `lm.model` is then the forgotten model, in float32. With LoRA the base keeps its
-    weights and `lm.model` carries a frozen adapter "forget" with -coef folded in.
-
-    Facts without an old answer have nothing to forget, and are passed over.
+    With all weights `lm.model` is then the forgotten model, in float32. With LoRA the base keeps its weights, and
+    `lm.model` carries a frozen adapter "forget" with -coef folded in. Facts without an old answer are passed over.
 
     Raises:
         FactError: no fact has an old answer.
     """
-    if how == "ascent":  # nothing is subtracted: `coef` scales the rate, since Adam does not see the scale of a loss
-        slower = settings.model_copy(update={"learning_rate": settings.number * settings.learning_rate})
-        return tune_on_old(lm, facts, slower, how, seed=seed, stage_io=stage_io)
-    facts = list(facts)
-    base = None if how == "lora" else _base_to_subtract_from(lm, stage_io)
+    kind, facts, stage_io = STAGE_KINDS[how], list(facts), stage_io or StageIO()
+    kind.ready(lm)
+    base = kind.copy_base(lm, stage_io.points, in_memory=False)
     stage_log = tune_on_old(lm, facts, settings, how, seed=seed, stage_io=stage_io)
-    subtract_old(lm, settings, base, facts=facts)
+    subtract(lm, base, facts, settings, how)
     return stage_log
-
-
-def float32_snapshot(lm: LanguageModel) -> dict[str, Tensor]:
-    """The base's weights before forgetting. In float32, or the forgotten ones would be rounded to its dtype."""
-    all_weights(lm)
-    return task_vector.snapshot(lm.model)
-
-
-def _base_to_subtract_from(lm: LanguageModel, stage_io: StageIO | None) -> dict[str, Tensor]:
-    """As `float32_snapshot`; on the CPU, where training needs the memory itself, it lies on the disk meanwhile."""
-    all_weights(lm)
-    if lm.device.type != "cpu":
-        return task_vector.snapshot(lm.model)
-    return task_vector.snapshot_on_disk(lm.model, stage_io.points if stage_io else None)
-
-
-def tune_on_old(
-    lm: LanguageModel,
-    facts: Iterable[Fact],
-    settings: ForgetSettings,
-    how: How,
-    *,
-    seed: int = 0,
-    stage_io: StageIO | None = None,
-) -> StageLog:
-    """The first half of forgetting: `lm` fine-tuned on the old answers, as an adapter "forget" or all weights."""
-    texts = _old_texts(lm, facts)
-    if how == "lora":
-        lm.model = lora.attach(lm.model, settings.lora, lora.FORGET, seed)
-    else:
-        all_weights(lm)
-    return _train(lm, texts, settings, how, seed, stage_io, "forgetting", Variant(-1 if how == "ascent" else 1))
-
-
-def subtract_old(
-    lm: LanguageModel,
-    settings: ForgetSettings,
-    base: task_vector.StateDict | None,
-    tuned: task_vector.StateDict | None = None,
-    *,
-    facts: Iterable[Fact] = (),
-) -> None:
-    """The second half: `base - coef * (tuned - base)`, or the adapter "forget" times -coef where `base` is None.
-
-    `tuned` are the weights of `lm` unless they are given; `settings.modules` says which weights change, `settings.rows`
-    which of their rows, by the tokens of the old answers of `facts`.
-    """
-    factors = selection.factors(lm.model, settings.modules)
-    if base is None:
-        lora.scale(lm.model, lora.FORGET, -settings.number, factors)
-        lora.activate(lm.model, [lora.FORGET])
-        return
-    tuned = sharding.parts(lm.model) if tuned is None else tuned
-    forgotten = task_vector.subtracted(base, tuned, settings.number, factors)
-    if settings.rows != "all":
-        tokens = tokens_of(lm, _old_pairs(facts), settings.rows)
-        vocabulary = selection.groups(lm.model)["vocabulary"]
-        forgotten = selection.only_rows(base, forgotten, vocabulary, tokens)
-    task_vector.load_into(lm.model, forgotten)
-
-
-def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> None:
-    """Raise ConfigError if this model cannot be made to forget with these settings.
-
-    Raises:
-        ConfigError: the device has no such dtype; `modules` match nothing, or nothing that is trained; LoRA cannot be
-            put where it is asked for; rows where there are none.
-    """
-    check_computing(settings, lm.device)
-    factors = selection.factors(lm.model, settings.modules)
-    targets = lora.check_targets(lm.model, settings.lora) if how == "lora" else list(factors)
-    if not any(name in factors for name in targets):
-        raise ConfigError(
-            f"forget.modules = {settings.modules!r}: the adapter changes none of these weights, but for example "
-            f"{targets[0]}. Name some that lora.target_modules cover."
-        )
-    if how == "lora" and settings.modules != module_names.ALL:
-        matrices = {name for name, weight in lm.model.named_parameters() if weight.dim() > 1}
-        if out_of_reach := [name for name in factors if name in matrices and name not in targets]:
-            log.warning(
-                "forget.modules = %s: lora.target_modules leaves out %d of its matrices, which stay: %s",
-                *(settings.modules, len(out_of_reach), some(out_of_reach)),
-            )
-    if settings.rows != "all":
-        if lm.is_sharded:
-            raise ConfigError(f"forget.rows = {settings.rows}: needs whole matrices, and model.shard splits them.")
-        if how != "all weights":
-            raise ConfigError(f"forget.rows = {settings.rows}: needs forgetting with all weights (method f-ft).")
-        _check_vocabulary(lm, settings, "forget")
-    if how == "ascent" and settings.modules != module_names.ALL:
-        raise ConfigError("forget.modules: gradient ascent (ga) subtracts nothing. Leave it at all.")
-
-
-def out_of_loras_reach(model: nn.Module, stages: Iterable[tuple[How | None, TuningSettings]]) -> str | None:
-    """Describe which matrices the adapters of these stages do not reach under all-linear; None if they reach all.
-
-    One example is experts fused into one tensor: peft adapts modules, and these have none.
-    """
-    for how, settings in stages:
-        if how == "lora" and settings.lora.target_modules == ALL_LINEAR:
-            return selection.out_of_reach(model, lora.check_targets(model, settings.lora))
-    return None
-
-
-def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
-    """Raise ConfigError if learning cannot train what the settings name.
-
-    Raises:
-        ConfigError: the device has no such dtype; LoRA cannot be put where it is asked for; `modules` match nothing,
-            give a factor, or the method chooses what it trains itself; `rows` where rows are not held.
-    """
-    if settings.rows != "all":
-        _check_rows(lm, settings, how)
-    check_computing(settings, lm.device)
-    if how == "lora":
-        lora.check_targets(lm.model, settings.lora)
-    if settings.modules == module_names.ALL:
-        return
-    if how not in ("all weights", "bounded"):
-        raise ConfigError(
-            f"learn.modules = {settings.modules!r}: is there for learning with all weights; "
-            "LoRA takes lora.target_modules, and locft chooses its module."
-        )
-    if isinstance(settings.modules, dict):
-        raise ConfigError("learn.modules: a weight is trained or not, so it takes names without factors.")
-    selection.factors(lm.model, settings.modules, "learn.modules")
-
-
-def _check_vocabulary(lm: LanguageModel, settings: TuningSettings, stage: str) -> None:
-    changed = selection.factors(lm.model, settings.modules, f"{stage}.modules")
-    if not any(name in changed for name in selection.groups(lm.model).get("vocabulary", ())):
-        raise ConfigError(
-            f"{stage}.rows = {settings.rows}: {stage}.modules = {settings.modules!r} leave the embeddings and the head "
-            "as they are, and only these have a row for each token. Name head, embeddings or vocabulary among them."
-        )
-
-
-def _check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
-    if settings.rows != "facts":
-        raise ConfigError(f"learn.rows = {settings.rows}: is there for forgetting; learning takes all or facts.")
-    if how not in ("all weights", "bounded"):
-        raise ConfigError(
-            "learn.rows = facts: is there for learning with all weights (ft, f-ft, f-lora-ft, ft-c, ga). locft and "
-            "LoRA leave the embeddings and the head alone, unless lora.target_modules names them."
-        )
-    _check_vocabulary(lm, settings, "learn")
-    if lm.is_sharded or settings.deepspeed:
-        raise ConfigError("learn.rows = facts: looks at whole matrices, and model.shard and DeepSpeed split them.")
-    if settings.weight_decay:
-        raise ConfigError(
-            f"learn.rows = facts: the rows of other tokens stay, and train.weight_decay = {settings.weight_decay:g} "
-            "would shrink them. Set one of the two to its default."
-        )
 
 
 def learn(
@@ -233,65 +66,74 @@ def learn(
 ) -> StageLog:
     """Fine-tune on the new answers; `lm` is changed in place and is then the product.
 
-    With all weights `lm.model` has no adapter and the dtypes it was loaded in (rounded once, here). With
-    LoRA it carries one adapter "default", which holds the forgetting too.
+    With all weights `lm.model` has no adapter, and the dtypes it was loaded in (rounded once, here). With LoRA it
+    carries one adapter "default", which holds the forgetting too.
     """
+    kind, facts = STAGE_KINDS[how], list(facts)
     if settings.rows != "all":
-        _check_rows(lm, settings, how)
-    facts = list(facts)
-    texts = _texts(lm, [(fact.prompt, fact.target_new) for fact in facts])
-    if how == "lora":
-        lm.model = lora.attach(lm.model, settings.lora, lora.LEARN, seed)
-        stage_log = _train(lm, texts, settings, how, seed, stage_io, "learning")
-        lora.compose(lm.model, lora.names(lm.model))
-        return stage_log
-    fold_in(lm, lora.FORGET)
-    all_weights(lm)
-    train_only(lm.model, how, settings.modules)
-    answers = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
-    with selection.only_rows_train(lm.model, tokens_of(lm, answers, settings.rows), settings.rows):
-        bound = Variant(max_change=settings.max_change if how == "bounded" else None)
-        stage_log = _train(lm, texts, settings, how, seed, stage_io, "learning", bound)
-    return replace(stage_log, rounding=lm.to_own_dtypes(seed))
+        check_rows(lm, settings, how)
+    kind.ready(lm)
+    lm.model = kind.prepare(lm.model, settings, lora.LEARN, seed, settings.modules)
+    news = [(fact.prompt, fact.target_new) for fact in facts]
+    both = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
+    tokens = tokens_of(lm, both, settings.rows)
+    with only_rows_train(lm.model, tokens, settings.rows) if settings.rows != "all" else nullcontext():
+        stage_log = _train(lm, news, settings, kind, seed, replace(stage_io or StageIO(), name="learning"))
+    return kind.finish(lm, stage_log, seed)
 
 
-def train_only(model: nn.Module, how: How, modules: Modules = module_names.ALL) -> None:
-    """Let the weights that a stage without an adapter trains, and they alone, require gradients."""
-    model.requires_grad_(how != "one module")
-    if how == "one module":
-        model.get_submodule(editable_module(model)).requires_grad_(True)
-    elif modules != module_names.ALL:
-        trained = selection.factors(model, modules, "learn.modules")
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(name in trained)
+def tune_on_old(
+    lm: LanguageModel,
+    facts: Iterable[Fact],
+    settings: ForgetSettings,
+    how: How,
+    *,
+    seed: int = 0,
+    stage_io: StageIO | None = None,
+) -> StageLog:
+    """Fine-tune on the old answers, as an adapter "forget" or all weights: the first half of forgetting."""
+    kind, olds = STAGE_KINDS[how], old_pairs(facts)
+    kind.ready(lm)
+    lm.model = kind.prepare(lm.model, settings, lora.FORGET, seed)
+    return _train(lm, olds, settings, kind, seed, replace(stage_io or StageIO(), name="forgetting"))
 
 
-def fold_in(lm: LanguageModel, name: str) -> None:
-    """Add what an adapter holds, where the model carries one, to the base's weights, in float32."""
-    if hasattr(lm.model, "peft_config"):
-        lm.to_float32()
-        lora.fold_in(lm.model, name)
-        lm.model = lora.detach(lm.model)
+def subtract(
+    lm: LanguageModel, base: StateDict | None, facts: Iterable[Fact], settings: ForgetSettings, how: How
+) -> None:
+    """Make the tuned model the forgotten one, `base - coef * (tuned - base)`: the second half of forgetting."""
+    tokens = tokens_of(lm, old_pairs(facts), settings.rows) if settings.rows != "all" else set()
+    STAGE_KINDS[how].subtract(lm, settings, base, tokens)
 
 
-def all_weights(lm: LanguageModel) -> None:
-    """Weights that are trained are float32; half precision would lose the small steps."""
-    lm.to_float32()
-    lm.model.requires_grad_(True)
+def forget_tuned(
+    lm: LanguageModel, tuned: StateDict, facts: Iterable[Fact], settings: ForgetSettings, how: How
+) -> None:
+    """Make the base what `forget` makes of it, given the state (`StageKind.state`) that `tune_on_old` ends in."""
+    kind = STAGE_KINDS[how]
+    kind.ready(lm)
+    base = kind.copy_base(lm, None, in_memory=True)
+    kind.put_state(lm, settings, tuned)
+    subtract(lm, base, facts, settings, how)
+
+
+def teach(
+    lm: LanguageModel, pairs: Pairs, settings: TrainSettings, *, seed: int = 0, stage_io: StageIO | None = None
+) -> StageLog:
+    """Fine-tune all weights on these answers, so that the base really holds them; `lm` is changed in place."""
+    kind = STAGE_KINDS["all weights"]
+    kind.ready(lm)
+    kind.prepare(lm.model, settings, "", seed)
+    stage_log = _train(lm, pairs, settings, kind, seed, replace(stage_io or StageIO(), name="teaching"))
+    lm.to_own_dtypes(seed)
+    return stage_log
 
 
 def _train(
-    lm: LanguageModel,
-    texts: list[Encoded],
-    settings: TuningSettings,
-    how: How,
-    seed: int,
-    stage_io: StageIO | None,
-    name: str,
-    variant: Variant = Variant(),  # noqa: B008 (frozen)
+    lm: LanguageModel, pairs: Pairs, settings: TrainSettings, kind: StageKind, seed: int, stage_io: StageIO
 ) -> StageLog:
-    if how == "lora":
-        settings = settings.model_copy(update={"learning_rate": settings.lora_learning_rate})
+    texts = [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
+    settings, variant = kind.training(settings)
     return finetune(
         lm.model,
         texts,
@@ -300,16 +142,12 @@ def _train(
         pad_id=lm.pad_id,
         device=lm.device,
         variant=variant,
-        stage_io=replace(stage_io or StageIO(), name=name),
+        stage_io=stage_io,
     )
 
 
-def _texts(lm: LanguageModel, pairs: list[tuple[str, str]]) -> list[Encoded]:
-    return [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
-
-
-def tokens_of(lm: LanguageModel, pairs: list[tuple[str, str]], rows: Rows) -> set[int]:
-    """The tokens that `rows` is about: those of whole texts with `facts`, else those of the answers alone."""
+def tokens_of(lm: LanguageModel, pairs: Pairs, rows: Rows) -> set[int]:
+    """Return the tokens that `rows` is about: those of whole texts with `facts`, else those of the answers alone."""
     if rows == "all":
         return set()
     whole = rows == "facts"
@@ -317,12 +155,8 @@ def tokens_of(lm: LanguageModel, pairs: list[tuple[str, str]], rows: Rows) -> se
     return {token for text in texts for token in (text.ids if whole else text.answer_ids)}
 
 
-def _old_texts(lm: LanguageModel, facts: Iterable[Fact]) -> list[Encoded]:
-    return _texts(lm, _old_pairs(facts))
-
-
-def _old_pairs(facts: Iterable[Fact]) -> list[tuple[str, str]]:
-    """Return prompt and old answer of the facts that have one; the others have nothing to forget.
+def old_pairs(facts: Iterable[Fact]) -> Pairs:
+    """Return prompt and old answer of the facts that have one.
 
     Raises:
         FactError: no fact has an old answer.

@@ -1,6 +1,6 @@
 """Attention within each text of a packed row: no mask, and no work between texts that must not see each other.
 
-transformers' own way is a mask over the whole row, quadratic in its length. Here queries, keys
+transformers itself uses a mask over the whole row, quadratic in its length. Here queries, keys
 and values are laid out as a row per text, padded at the end, for the attention alone: it is causal, so no
 text sees its padding. Everything else in a model treats tokens one by one and stays packed.
 Shapes: B texts of at most L tokens, T tokens in all, H heads, D width of a head.
@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 BY_TEXT = "forgetlearn_by_text"
-PLACES = ("text_tokens", "token_places")  # what a model hands through to `attend_by_text`
+PLACES = ("text_tokens", "token_places")  # arguments that a model passes on to `attend_by_text`
 
 
 def attend_by_text(
@@ -30,9 +29,9 @@ def attend_by_text(
     attention_mask: Tensor | None,
     text_tokens: Tensor | None = None,
     token_places: Tensor | None = None,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, None]:
-    """Output (1, T, H, D) of causal attention within each text; without the two places plain sdpa.
+    """Return the output (1, T, H, D) of causal attention within each text; without the two places plain sdpa.
 
     Padding repeats a text's last token. No real token attends to it, so its gradients are exactly 0.
     """
@@ -45,38 +44,21 @@ def attend_by_text(
 
 
 def _by_text(packed: Tensor, text_tokens: Tensor) -> Tensor:
-    """(1, H, T, D) as (B, H, L, D)."""
+    """Lay (1, H, T, D) out as (B, H, L, D)."""
     tokens: Tensor = packed[0].transpose(0, 1).index_select(0, text_tokens.flatten())
     return tokens.view(*text_tokens.shape, *tokens.shape[1:]).transpose(1, 2)
 
 
-def places(position_ids: Tensor) -> dict[str, Tensor]:
-    """Where each token of a packed row (1, T) stands when every text has a row of its own.
+def places(paths: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return where each token of a row (1, T) goes when every text has a row of its own.
 
-    `text_tokens` (B, L) are indices into the row, a text's last one repeated; `token_places` (T,) are indices
-    into those, flattened. `attention_mask` is a stand-in of four dimensions that keeps transformers
-    from building its own, and is not read.
-    """
-    starts = (position_ids[0] == 0).nonzero().flatten()
-    lengths = torch.diff(starts, append=torch.tensor([position_ids.shape[1]]))
-    longest = int(lengths.max())
-    text_tokens = starts[:, None] + torch.arange(longest).minimum(lengths[:, None] - 1)
-    row_starts = torch.arange(len(starts)) * longest
-    token_places = position_ids[0] + row_starts.repeat_interleave(lengths)
-    return {
-        "text_tokens": text_tokens,
-        "token_places": token_places,
-        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
-    }
-
-
-def places_of(paths: Sequence[list[int]]) -> dict[str, Tensor]:
-    """The same for texts that share beginnings: `paths` are the places in the row of each one's tokens.
-
-    A token that several share is taken from the first; it is the same in all, for it sees the same before it.
+    `paths` are the places in the row of each text's tokens; texts may share their first ones. `text_tokens` (B, L)
+    are indices into the row, a text's last one repeated; `token_places` (T,) are indices into those, flattened. A
+    token that several texts share is taken from the first; it is the same in all, for it sees the same before it.
+    `attention_mask` is a stand-in of four dimensions that keeps transformers from building its own, and is not read.
     """
     longest = max(map(len, paths))
-    text_tokens = [path + path[-1:] * (longest - len(path)) for path in paths]
+    text_tokens = [[*path, *path[-1:] * (longest - len(path))] for path in map(list, paths)]
     first: dict[int, int] = {}
     for start, path in zip(range(0, len(paths) * longest, longest), paths, strict=True):
         for place, token in enumerate(path, start):
@@ -90,9 +72,9 @@ def places_of(paths: Sequence[list[int]]) -> dict[str, Tensor]:
 
 @contextmanager
 def by_text(model: nn.Module) -> Iterator[bool]:
-    """`model` with this attention for packed rows with `places`; False where it has another one than sdpa.
+    """Give `model` this attention in the body, for rows with `places`; yield False if it has another one than sdpa.
 
-    A batch without `places` is computed as before. Afterwards the model has its own attention again.
+    A batch without `places` is computed as before.
     """
     inner = plain(model)
     if implementation(model) != "sdpa" or not hasattr(inner, "set_attn_implementation"):
@@ -108,11 +90,11 @@ def by_text(model: nn.Module) -> Iterator[bool]:
 
 
 def implementation(model: nn.Module) -> str | None:
-    """The name of the attention that the model was loaded with: sdpa, eager, flash_attention_2, ..."""
+    """Return the name of the model's attention: sdpa, eager, flash_attention_2, ..."""
     return getattr(getattr(plain(model), "config", None), "_attn_implementation", None)
 
 
-def plain(model: nn.Module) -> Any:
-    """The causal language model itself, without any wrapper."""
-    inner: Any = getattr(model, "module", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+def plain(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model itself, without any wrapper."""
+    inner = getattr(model, "module", model)
+    return getattr(inner, "get_base_model", lambda: inner)()

@@ -1,22 +1,23 @@
-"""Encoded texts to logits at answer positions: the only place that lays out batches.
+"""Lay encoded texts out as batches, and compute logits at their answer positions.
 
 Five layouts give the same logits. `packed`: all texts in one row with restarting position ids, no
 padding at all; attention runs text by text, or under a block-diagonal mask, which transformers builds only
-when there is no attention mask and no cache. `shared_by_text` and `shared`: one row too, in which a beginning
-that several texts share stands once; attention runs text by text, or under a mask. `padded`: one row a text,
-padding on the left. `single`: one text a forward pass.
+when there is no attention mask and no cache. `shared_by_text` and `shared`: one row too, which holds a beginning
+that several texts share only once; attention runs text by text, or under a mask. `padded`: one row per text,
+padding on the left. `single`: one text per forward pass.
 Shapes: B batch, T tokens, K answer positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise, takewhile
 from statistics import median
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Batch:
 
 
 def pack(texts: Sequence[Encoded]) -> Batch:
-    """All texts in one row (1, T), each starting again at position 0."""
+    """Lay all texts out in one row (1, T), each starting again at position 0."""
     ids = [token for text in texts for token in text.ids]
     restarting = [position for text in texts for position in range(len(text.ids))]
     positions, start = [], 0
@@ -70,10 +71,10 @@ def pack(texts: Sequence[Encoded]) -> Batch:
 
 
 def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> list[list[K]]:
-    """The texts' keys in rows of neighbours by their ids, as `share` reads them, each within both limits.
+    """Divide the texts' keys into rows of neighbours by their ids, as `share` reads them, each within both limits.
 
-    Texts that are much longer than most stand apart: text by text, attention to a row costs as if all were as long as
-    its longest.
+    Texts that are much longer than most are in rows of their own: text by text, attention to a row costs as if all
+    were as long as its longest.
     """
     rows: list[list[K]] = []
     size = 0
@@ -81,7 +82,7 @@ def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> 
     long = LONG * median(len(text.ids) for text in texts.values()) if texts else 0
     for key in sorted(texts, key=lambda key: (len(texts[key].ids) > long, texts[key].ids)):
         ids = texts[key].ids[:-1]
-        new = len(ids) - _common(ids, before)
+        new = len(ids) - sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, before, strict=False)))
         if not rows or len(rows[-1]) == max_texts or size + new > max_tokens:
             rows.append([])
             size, new = 0, len(ids)
@@ -92,7 +93,7 @@ def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> 
 
 @dataclass(frozen=True)
 class SharedRow:
-    """One row (1, T) in which a beginning that several texts share stands once.
+    """One row (1, T) that holds a beginning that several texts share only once.
 
     `paths` are the places of each text's tokens in the row; a text that is part of an earlier one has none of its
     own. `positions` (K,) are the places whose logits are wanted, and `which` (N,) says for each answer token of the
@@ -106,14 +107,14 @@ class SharedRow:
     which: Tensor
 
     def inputs(self) -> dict[str, Tensor]:
-        """Of the model, without what says which tokens see each other."""
+        """Return the inputs of the model, without those that say which tokens see each other."""
         return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
 
 def share(texts: Sequence[Encoded], multiple: int = 1) -> SharedRow:
-    """The texts as one row. The last token of each is left out: nothing is predicted from it.
+    """Lay the texts out as one row, without the last token of each, from which nothing is predicted.
 
-    Its length and the number of its positions are rounded up to a multiple: by one more text, which nobody asks, and
+    Its length and the number of its positions are rounded up to a multiple: by one more text, which is ignored, and
     by the last position again.
     """
     places: dict[tuple[int, int], int] = {}  # (place of the token before it, token) -> place in the row
@@ -145,14 +146,14 @@ def share(texts: Sequence[Encoded], multiple: int = 1) -> SharedRow:
 def read_logits(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Logits (K, V), and which of them predicts each answer token of the texts, one after the other (N,)."""
+    """Return logits (K, V), and which of them predicts each answer token of the texts, one after the other (N,)."""
     if layout not in ("shared", "shared_by_text"):
         logits = _flat_logits(model, pad_left(texts, pad_id), device)
         return logits, torch.arange(len(logits), device=device)
     row = share(texts, ROUNDED_TO)
     inputs = row.inputs()
     if layout == "shared_by_text":
-        inputs |= attention.places_of(row.paths)
+        inputs |= attention.places(row.paths)
     else:
         inputs["attention_mask"] = _mask(row, next(w.dtype for w in model.parameters() if w.is_floating_point()))
     inputs = {name: value.to(device) for name, value in inputs.items()}
@@ -160,7 +161,7 @@ def read_logits(
 
 
 def _mask(row: SharedRow, dtype: torch.dtype) -> Tensor:
-    """(1, 1, T, T), 0 where a token sees another: itself and what stands before it in its text, else the minimum."""
+    """Return a mask (1, 1, T, T): 0 for the tokens up to itself that each token sees in its text, else the minimum."""
     length = row.input_ids.shape[1]
     sees = np.zeros((length, length), dtype=bool)
     for path in row.paths:
@@ -171,7 +172,7 @@ def _mask(row: SharedRow, dtype: torch.dtype) -> Tensor:
 
 
 def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
-    """A row per text, padded on the left, so that all answers end in the last column."""
+    """Lay out a row per text, padded on the left, so that all answers end in the last column."""
     width = max(len(text.ids) for text in texts)
     n_answer = max(len(text.answer_ids) for text in texts)
     rows = [(width - len(text.ids), text.ids) for text in texts]
@@ -186,19 +187,16 @@ def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
 
 
 def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_tokens: int = MAX_PACKED_TOKENS) -> Batch:
-    """A batch in the wanted layout; a packed row that would be too long is padded instead.
-
-    Without flash attention the mask of a packed row is quadratic in its length.
-    """
+    """Lay texts out as asked; a packed row that would be too long is padded instead."""
     if layout == "packed" and sum(len(text.ids) for text in texts) <= max_packed_tokens:
         return pack(texts)
     return pad_left(texts, pad_id)
 
 
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
-    """Logits (B, K, V) at the given positions only, in the dtype of the model.
+    """Return logits (B, K, V) at the given positions, in the dtype of the model.
 
-    The output head runs on these positions alone wherever the model can do that.
+    The output head runs on these positions alone if the model can do that.
     """
     accepted = forward_parameters(model)
     inputs = {name: value for name, value in inputs.items() if name in accepted or name in attention.PLACES}
@@ -214,39 +212,43 @@ def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor
 
 @contextmanager
 def computing(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The fitting number of threads and, on the CPU, the faster of torch's two libraries for linear layers."""
-    fast = fast_linear_layers() if device.type == "cpu" else nullcontext()
-    with fitting_threads(model, device), fast:
-        yield
+    """Use the fitting number of threads and, on the CPU, the faster of torch's two libraries for linear layers.
 
-
-@contextmanager
-def fitting_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """One thread while a small model computes on the CPU.
-
-    Its operations are so short that a second thread gains nothing, and where another process wants that
-    core each of them waits for it: the same stage then took ten times as long.
+    A small model computes in one thread. Its operations are so short that a second thread gains nothing, and if
+    another process wants that core each of them waits for it: the same stage then took ten times as long.
     """
     before = torch.get_num_threads()
-    small = device.type == "cpu" and sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL
+    on_cpu = device.type == "cpu"
+    small = on_cpu and sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL
     torch.set_num_threads(1 if small else before)
     try:
-        yield
+        with fast_linear_layers() if on_cpu else nullcontext():
+            yield
     finally:
         torch.set_num_threads(before)
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments that the causal language model itself takes, through any wrapper."""
+    """Return the names of the arguments of the causal language model itself, inside any wrapper."""
     return _parameters(type(attention.plain(model)).forward)
 
 
 @cache
-def _parameters(forward: Any) -> frozenset[str]:
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
-@torch.no_grad()
+@contextmanager
+def _checking(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def choose_layout(
     model: nn.Module,
     texts: Sequence[Encoded],
@@ -254,10 +256,10 @@ def choose_layout(
     device: torch.device,
     best: Literal["packed", "shared", "padded"] = "packed",
 ) -> Layout:
-    """`best`, or the next layout whose logits are those of each text by itself, tried on up to four texts.
+    """Return `best`, or the next layout whose logits are those of each text by itself, tried on up to four texts.
 
     A batch that is too long to be packed is padded, so `packed` means that both are right. `shared` is
-    `shared_by_text` where the model was switched to that (`attention.by_text`).
+    `shared_by_text` if the model was switched to that (`attention.by_text`).
 
     Raises:
         ModelError: the model's logits are not finite.
@@ -265,9 +267,7 @@ def choose_layout(
     sample = _sample(texts)
     if not any(text.answer_ids for text in sample):
         return "single"
-    was_training = model.training
-    model.eval()
-    try:
+    with _checking(model):
         alone = torch.cat([_flat_logits(model, pad_left([text], pad_id), device) for text in sample])
         if not torch.isfinite(alone).all():
             raise ModelError("The model's logits are not finite (NaN or infinite). Are its weights damaged?")
@@ -278,15 +278,13 @@ def choose_layout(
         if best == "packed" and _agree(_flat_logits(model, pack(sample), device), alone):
             return "packed"
         return "padded"
-    finally:
-        model.train(was_training)
 
 
 @contextmanager
 def attention_by_text(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> Iterator[bool]:
-    """Whether packed rows are computed text by text (`attention.by_text`): tried first on up to four texts."""
+    """Compute packed rows text by text in the body (`attention.by_text`), if that agrees on up to four texts."""
     with attention.by_text(model) as switched:
         if switched and layout == "packed" and _agrees_by_text(model, _sample(texts), pad_id, device):
             yield True
@@ -294,25 +292,22 @@ def attention_by_text(
     yield False
 
 
-@torch.no_grad()
 def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:
-    was_training = model.training
-    model.eval()
-    try:
+    with _checking(model):
         alone = _flat_logits(model, pad_left(sample, pad_id), device)
         return _agree(_flat_logits(model, by_text(pack(sample)), device), alone)
-    finally:
-        model.train(was_training)
 
 
 def by_text(batch: Batch) -> Batch:
-    """A packed row with what attention by text needs."""
-    inputs = {**batch.inputs, **attention.places(batch.inputs["position_ids"])}
-    return Batch(inputs, batch.positions, batch.labels)
+    """Return a packed row with what attention by text needs."""
+    positions = batch.inputs["position_ids"][0].tolist()
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    paths = [range(*ends) for ends in pairwise([*starts, len(positions)])]
+    return Batch({**batch.inputs, **attention.places(paths)}, batch.positions, batch.labels)
 
 
 def _sample(texts: Sequence[Encoded]) -> list[Encoded]:
-    """Up to four texts of different lengths, the longest among them: equal ones would hide a wrong mask."""
+    """Return up to four texts of different lengths, the longest among them: equal ones would hide a wrong mask."""
     by_length = sorted(texts, key=lambda text: len(text.ids))
     spread = dict.fromkeys(index * (len(by_length) - 1) // 3 for index in range(4)) if by_length else {}
     return [by_length[index] for index in spread]
@@ -321,9 +316,9 @@ def _sample(texts: Sequence[Encoded]) -> list[Encoded]:
 def _sharing(
     model: nn.Module, sample: Sequence[Encoded], alone: Tensor, pad_id: int, device: torch.device
 ) -> Layout | None:
-    """The layout in which texts that share beginnings with others get the logits (N, V) that they get alone.
+    """Return the layout in which texts that share beginnings get the logits (N, V) that they get alone.
 
-    Each of the sample follows a sibling that begins as it does and ends as it does not.
+    Each of the sample follows a sibling that begins like it and ends differently.
     """
     own = attention.implementation(model)
     layouts: dict[Layout, bool] = {
@@ -341,20 +336,15 @@ def _sharing(
     return None
 
 
-def _common(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many ids two texts share at their beginning."""
-    return next((n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
-
-
 def _agree(together: Tensor, alone: Tensor) -> bool:
-    """Whether two computations (N, V) of the same logits differ by rounding only."""
+    """Return True if two computations (N, V) of the same logits differ by rounding only."""
     tolerance = HALF_PRECISION_TOLERANCE if alone.dtype.itemsize == 2 else AGREEMENT_TOLERANCE
     together, alone = together.float(), alone.float()
     return bool((together - alone).square().mean().sqrt() <= tolerance * alone.std())
 
 
 def _flat_logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Logits (N, V) of the answer tokens of a batch, text after text."""
+    """Return the logits (N, V) of the answer tokens of a batch, text after text."""
     inputs = {name: value.to(device) for name, value in batch.inputs.items()}
     logits = answer_logits(model, inputs, batch.positions.to(device))
     return logits[(batch.labels != IGNORE).to(device)]

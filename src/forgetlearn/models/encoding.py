@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.models import prompts
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 AT_ONCE = 1000  # pairs in a call of the tokenizer, which holds much more than their ids
 PROBES = ("Quibblet one", "Zanzimar TWO")  # prompts that prove a chat template: no character that one would escape
 PROBE_ANSWER = "Wistervale THREE"
+Message = dict[str, str | list[dict[str, str]]]  # of a chat
 
 
 class TextError(FactError):
@@ -41,17 +42,17 @@ class Encoded:
 
     @property
     def answer_ids(self) -> tuple[int, ...]:
-        """What the model should say after the prompt, EOS included where it was asked for."""
+        """Return what the model should say after the prompt, EOS included where it was asked for."""
         return self.ids[self.n_prompt_tokens :]
 
     @property
     def answer_positions(self) -> range:
-        """Positions whose logits predict the answer: each is one before the token it predicts."""
+        """Return the positions whose logits predict the answer: each is one before the token it predicts."""
         return range(self.n_prompt_tokens - 1, len(self.ids) - 1)
 
 
 class Encoder:
-    """A tokenizer, and the form in which a model is asked (`model.prompt_template`).
+    """A tokenizer, and the form in which a model is asked (`model.prompt_template`); a text is tokenised once.
 
     `n_ids` is the number of ids that the model has embeddings for; None leaves that unchecked.
 
@@ -80,23 +81,27 @@ class Encoder:
             raise ModelError(
                 "model.prompt_template = chat, but the tokenizer has no chat template. Use plain, alpaca or a file."
             )
-        self.tokenizer: Any = tokenizer
+        self.tokenizer, self.prompt_template = tokenizer, prompt_template
         self.max_length, self.n_ids = max_length, n_ids
-        self.prompt_template = prompt_template
-        self._before = self._after = ""  # what stands around the prompt
-        self._joint, self.end_ids = "", [int(tokenizer.eos_token_id)]
+        self._before = ""
         self._as_parts = False
         self._first_ids: list[int] = []
+        self._fingerprint: dict[str, str] = {}
         if self.is_chat:
             self._after, self._joint, self.end_ids = self._proven_chat_form()
         else:
-            self._before, self._after, self._joint = prompts.split(prompts.read_template(prompt_template))
+            template = prompts.read_template(prompt_template)
+            self._before, self._after, self._joint = prompts.split(template)
+            self._fingerprint = prompts.fingerprint(prompt_template, template)
+            self.end_ids = [int(tokenizer.eos_token_id)]
             # Special tokens are added by hand: a tokenizer that also appends EOS (add_eos_token) would
             # otherwise put one between prompt and answer.
             first = _leading_specials(tokenizer)
-            if self._tokenize(self._before)[: len(first)] != first:  # a template in a file may write them itself
+            if self._tokenize(self._before)[0][: len(first)] != first:  # a template in a file may write them itself
                 self._first_ids = first
-        self._unknown, self._special = _special_ids(self.tokenizer)
+        self._unknown, self._special = _special_ids(tokenizer)
+        self._prompts: dict[str, list[int]] = {}
+        self._texts: dict[tuple[str, str], Encoded | FactError] = {}  # without the end token
         own = self._prompt_ids(PROBES[0])
         self._own_specials = Counter(token for token in own if token in self._special)
         if strangers := self._without_embedding([*own, *self.end_ids]):
@@ -111,7 +116,7 @@ class Encoder:
         return self.prompt_template == "chat"
 
     def prompt_text(self, prompt: str) -> str:
-        """The text that the model reads before it answers.
+        """Return the text that the model reads before it answers.
 
         Raises:
             TextError: the chat template does not write the prompt as it is.
@@ -134,14 +139,14 @@ class Encoder:
         """
         ids = self._prompt_ids(prompt)
         self._check_ids("prompt", prompt, ids, self._own_specials)
-        return ids
+        return list(ids)
 
     def encode(self, prompt: str, answer: str, *, end: bool = False) -> Encoded:
-        """Ids of prompt and answer; `end=True` adds the token that ends an answer (training wants it).
+        """Return the ids of prompt and answer; `end=True` adds the token that ends an answer (training wants it).
 
         Raises:
-            FactError: the prompt or the answer is empty, the two cannot be told apart in token ids, they are longer
-                than the model's context, or the tokenizer has no token for any part of one of them.
+            FactError: the prompt or the answer is empty, the tokenizer merges the two, they are longer than the
+                model's context, or the tokenizer has no token for any part of one of them.
             TextError: one of them holds a special token, or one that the model has no embedding for.
         """
         found = self.encode_all([(prompt, answer)], end=end)[prompt, answer]
@@ -152,29 +157,48 @@ class Encoder:
     def encode_all(
         self, pairs: Iterable[tuple[str, str]], *, end: bool = False
     ) -> dict[tuple[str, str], Encoded | FactError]:
-        """What `encode` gives or raises for each distinct (prompt, answer); a prompt is tokenised once."""
-        found: dict[tuple[str, str], Encoded | FactError] = {}
+        """Return what `encode` returns or raises for each distinct (prompt, answer)."""
         pairs = list(dict.fromkeys(pairs))
-        for start in range(0, len(pairs), AT_ONCE):
-            some = pairs[start : start + AT_ONCE]
-            whole_ones = [(prompt, answer) for prompt, answer in some if prompt.strip() and answer.strip()]
-            prompts = {prompt: self.prompt_text(prompt) for prompt, _answer in whole_ones}
-            texts = [prompts[prompt] + self._joint + answer.strip() for prompt, answer in whole_ones]
-            ids = iter(self._tokenize_all([*prompts.values(), *texts]))
-            before = {prompt: self._first_ids + next(ids) for prompt in prompts}
-            whole = {pair: self._first_ids + next(ids) for pair in whole_ones}
-            for pair in some:
-                try:
-                    found[pair] = self._encoded(*pair, before.get(pair[0], []), whole.get(pair, []), end)
-                except FactError as error:
-                    found[pair] = error
+        new = [pair for pair in pairs if pair not in self._texts]
+        for start in range(0, len(new), AT_ONCE):
+            self._texts |= self._encoded(new[start : start + AT_ONCE])
+        end_ids = tuple(self.end_ids) if end else ()
+        return {pair: self._ended(pair[0], self._texts[pair], end_ids) for pair in pairs}
+
+    def _ended(self, prompt: str, text: Encoded | FactError, end_ids: tuple[int, ...]) -> Encoded | FactError:
+        """Return a text with its end token, or the error if it is longer than the model's context."""
+        if isinstance(text, FactError):
+            return text
+        ids = text.ids + end_ids
+        if self.max_length and len(ids) > self.max_length:
+            return FactError(
+                f"prompt and answer are {len(ids)} tokens, the model's context is {self.max_length} "
+                f"(prompt {prompt[:60]!r}...). Shorten the prompt, or leave the fact out."
+            )
+        return Encoded(ids, text.n_prompt_tokens) if end_ids else text
+
+    def _encoded(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Encoded | FactError]:
+        """Tokenise distinct prompts and answers in one call, and find the boundary in each text."""
+        whole_ones = [(prompt, answer) for prompt, answer in pairs if prompt.strip() and answer.strip()]
+        texts = {prompt: self.prompt_text(prompt) for prompt, _answer in whole_ones}
+        unseen = [prompt for prompt in texts if prompt not in self._prompts]
+        wholes = [texts[prompt] + self._joint + answer.strip() for prompt, answer in whole_ones]
+        ids = iter(self._tokenize(*(texts[prompt] for prompt in unseen), *wholes))
+        self._prompts |= {prompt: self._first_ids + next(ids) for prompt in unseen}
+        whole_ids = {pair: self._first_ids + next(ids) for pair in whole_ones}
+        found: dict[tuple[str, str], Encoded | FactError] = {}
+        for prompt, answer in pairs:
+            try:
+                found[prompt, answer] = self._separated(prompt, answer.strip(), whole_ids.get((prompt, answer), []))
+            except FactError as error:
+                found[prompt, answer] = error.with_traceback(None)
         return found
 
-    def _encoded(self, prompt: str, answer: str, before: list[int], whole: list[int], end: bool) -> Encoded:
-        """See `encode`; `before` are the ids of the prompt, `whole` those of both."""
-        answer = answer.strip()
+    def _separated(self, prompt: str, answer: str, whole: list[int]) -> Encoded:
+        """Return the ids of prompt and answer, given those of the whole text; see `encode`."""
         if not prompt.strip() or not answer:
             raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
+        before = self._prompts[prompt]
         if not before:
             raise FactError(f"the tokenizer has no token for any part of the prompt {prompt!r}.")
         self._check_ids("prompt", prompt, before, self._own_specials)
@@ -184,16 +208,10 @@ class Encoder:
             known = [token for token in answer_ids if token != self._unknown]
             if not self._tokenizer_text(known).strip():
                 raise FactError(f"the tokenizer has no token for any part of the answer {answer!r}.")
-        ids = before + answer_ids + (self.end_ids if end else [])
-        if self.max_length and len(ids) > self.max_length:
-            raise FactError(
-                f"prompt and answer are {len(ids)} tokens, the model's context is {self.max_length} "
-                f"(prompt {prompt[:60]!r}...). Shorten the prompt, or leave the fact out."
-            )
-        return Encoded(tuple(ids), len(before))
+        return Encoded((*before, *answer_ids), len(before))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of generated ids, special tokens left out."""
+        """Return the text of generated ids, without special tokens."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
@@ -207,9 +225,8 @@ class Encoder:
             raise FactError(f"{where}: holds {strangers}. Take it out.")
 
     def fingerprint(self) -> dict[str, str]:
-        """See `prompts.fingerprint`."""
-        known = self.is_chat or self.prompt_template in prompts.TEMPLATES
-        return {} if known else prompts.fingerprint_of(self._before + prompts.PLACE + self._after + self._joint)
+        """Return `prompts.fingerprint` of the template as it was read."""
+        return self._fingerprint
 
     def _check_ids(self, part: str, text: str, ids: Sequence[int], expected: Counter[int] | None = None) -> None:
         """Raise TextError if a text has an id without an embedding, or a special token that is not expected."""
@@ -239,7 +256,9 @@ class Encoder:
         return repr(self.tokenizer.convert_ids_to_tokens(token))
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        return self._first_ids + self._tokenize(self.prompt_text(prompt))
+        if prompt not in self._prompts:
+            self._prompts[prompt] = self._first_ids + self._tokenize(self.prompt_text(prompt))[0]
+        return self._prompts[prompt]
 
     def _answer_ids(self, prompt: str, answer: str, before: list[int], whole: list[int]) -> list[int]:
         if whole[: len(before)] == before and len(whole) > len(before):
@@ -247,7 +266,7 @@ class Encoder:
         # The last token of the prompt merged with the first of the answer. Tokenised apart they say the
         # same text, and at generation the model does see the prompt's own tokens.
         for part in (self._joint + answer, answer):
-            ids = self._tokenize(part)
+            (ids,) = self._tokenize(part)
             if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
                 return ids
         raise FactError(
@@ -255,22 +274,18 @@ class Encoder:
             f"(prompt {prompt!r}, answer {answer!r}). End the prompt with a whole word."
         )
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _tokenize_all(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    def _tokenize(self, *texts: str) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return ids
 
     def _tokenizer_text(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
-    def _message(self, role: str, content: str) -> dict[str, Any]:
+    def _message(self, role: str, content: str) -> Message:
         return {"role": role, "content": [{"type": "text", "text": content}] if self._as_parts else content}
 
-    def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -291,7 +306,7 @@ class Encoder:
                 raise error from None
 
     def _chat_form(self) -> tuple[str, str, list[int]]:
-        """What the template writes before an answer (as part of the prompt, and of the answer) and after it.
+        """Return what the template writes before an answer (as part of the prompt, and of the answer) and after it.
 
         A space belongs to the answer, since tokenizers join it to the next word. The end is the token by
         which the template ends an assistant's turn; where it has none, EOS.
@@ -312,7 +327,7 @@ class Encoder:
             raise _bad_chat_template("drops or alters the assistant's answer, so it cannot tell how one ends")
         between = before[len(asked) :] if before.startswith(asked) else ""
         opening = between.rstrip(" ")
-        end = self._tokenize(after.lstrip())[:1]
+        end = self._tokenize(after.lstrip())[0][:1]
         if not set(end) <= {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}:
             end = []
         return opening, between[len(opening) :], end or [int(self.tokenizer.eos_token_id)]
@@ -322,7 +337,7 @@ def _bad_chat_template(what: str) -> ModelError:
     return ModelError(f"The tokenizer's chat template {what}. Try --prompt-template plain.")
 
 
-def _special_ids(tokenizer: Any) -> tuple[int | None, frozenset[int]]:
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, frozenset[int]]:
     """Return the id of <unk> (None if there is none) and the ids of all other special tokens."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     unknown = tokenizer.unk_token_id
@@ -332,10 +347,9 @@ def _special_ids(tokenizer: Any) -> tuple[int | None, frozenset[int]]:
 
 
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special ids that the tokenizer puts before a text (BOS, say)."""
-    tok: Any = tokenizer
-    with_specials: list[int] = tok("a")["input_ids"]
-    plain: list[int] = tok("a", add_special_tokens=False)["input_ids"]
+    """Return the special ids that the tokenizer puts before a text, such as BOS."""
+    with_specials: list[int] = tokenizer("a")["input_ids"]
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(with_specials) - len(plain) + 1):
         if with_specials[start : start + len(plain)] == plain:
             return with_specials[:start]

@@ -1,4 +1,4 @@
-"""The model hub, read: whether it answers, a model's files at a commit, and a plain word where that fails."""
+"""Read the model hub: whether it can be reached, a model's files at a commit, and plain words for what fails."""
 
 from __future__ import annotations
 
@@ -17,40 +17,36 @@ from forgetlearn.facts.files import is_hub_id
 from forgetlearn.storage.digests import LICENCES, MODEL_SUFFIXES
 
 TIMEOUT_S = 10
-# What the hub's client raises, somewhere below transformers' own errors, in words, and whether the name may be a
-# folder's that was mistyped; the first that fits counts.
-PROBLEMS: tuple[tuple[type[Exception], str, bool], ...] = (
-    (
-        errors.GatedRepoError,
-        "is gated. Ask for access on its page, then set HF_TOKEN (or run `hf auth login`).",
-        False,
-    ),
+# Errors of the hub's client, which transformers wraps in its own; the first that fits counts. After each, True if the
+# name may be a mistyped folder.
+PROBLEMS: tuple[tuple[type[Exception], bool, str], ...] = (
+    (errors.GatedRepoError, False, "is gated. Ask for access on its page, then set HF_TOKEN (or run `hf auth login`)."),
     (
         errors.RepositoryNotFoundError,
-        "is no folder, and no model on the hub that can be read (private: set HF_TOKEN).",
         True,
+        "is no folder, and no model on the hub that can be read (private: set HF_TOKEN).",
     ),
-    (errors.RevisionNotFoundError, "has no such revision on the hub.", False),
-    (errors.HFValidationError, "is no folder, and cannot be a hub id.", True),
+    (errors.RevisionNotFoundError, False, "has no such revision on the hub."),
+    (errors.HFValidationError, True, "is no folder, and cannot be a hub id."),
     (
         errors.LocalEntryNotFoundError,
+        True,
         "is no folder here, is not in the hub's cache, and the hub cannot be reached. "
         "Check the name, the network and HF_HUB_OFFLINE, or download the model first.",
-        True,
     ),
 )
 
 
 @functools.cache
-def answers() -> bool:
-    """Whether the hub can be reached; asked once in a process, with one try.
+def is_reachable() -> bool:
+    """Return True if the hub can be reached; tried once in a process.
 
-    The hub's client tries six times for each file, which takes 23 s before it says that a mistyped name is unknown.
+    The hub's client itself tries six times for each file, which takes 23 s before it reports a mistyped name.
     """
     if constants.is_offline_mode():
         return False
     client = logging.getLogger("huggingface_hub.utils._http")
-    client.disabled, was = True, client.disabled  # it would tell of the try that failed; the error says more
+    client.disabled, was = True, client.disabled  # it would log the failed try; the error says more
     try:
         http_backoff("HEAD", constants.ENDPOINT, max_retries=0, retry_on_status_codes=(), timeout=TIMEOUT_S)
     except Exception:  # errors of the network and of proxies have no common base
@@ -61,38 +57,35 @@ def answers() -> bool:
 
 
 def problem(error: Exception, name: str) -> str | None:
-    """What went wrong between here and the hub, to be put after a model's name; None where it was something else."""
+    """Describe what went wrong between here and the hub, to follow a model's name; None if it was something else."""
     causes = tuple(_causes(error))
-    for kind, words, mistyped in PROBLEMS:
+    for kind, may_be_mistyped, words in PROBLEMS:
         if any(isinstance(cause, kind) for cause in causes):
-            return words + (near_models(Path(name)) if mistyped else "")
+            return words + (near_models(Path(name)) if may_be_mistyped else "")
     return None
 
 
 def near_models(folder: Path) -> str:
-    """A sentence on folders of models whose names are like that of one that is not there; nothing if there are none."""
+    """Return a sentence that names the models beside a missing folder whose names are similar; empty if none are."""
     try:
         models = [other.name for other in folder.parent.iterdir() if os.access(other / "config.json", os.R_OK)]
-    except OSError:  # no such place, or none that may be read
+    except OSError:  # the parent does not exist or cannot be read
         return ""
     near = difflib.get_close_matches(folder.name, models, 3)
-    return f" Folders of models of a like name are there: {some(near)}." if near else ""
+    return f" Did you mean: {some(near)}?" if near else ""
 
 
 def folder_of(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model that is named by it or by a hub id (owner/name): then in the cache, downloaded if needed.
+    """Return a model's folder; that of a hub id (owner/name) is in the cache, downloaded if needed.
 
     Raises:
-        ModelError: the hub has no such model, does not show it, or cannot be reached and the cache has not all of it.
+        ModelError: the hub has no such model, does not show it, or cannot be reached and the cache is incomplete.
     """
     return snapshot(str(name), revision) if is_hub_id(str(name)) else Path(name)
 
 
 def snapshot(name: str, revision: str | None) -> Path:
-    """The folder in the hub's cache with a model's files at a revision; what is not there yet is downloaded.
-
-    Raises: as `folder_of`.
-    """
+    """Return the folder in the cache with a hub model's files at a revision, downloaded if needed; see `folder_of`."""
     wanted = [*(f"*{suffix}" for suffix in MODEL_SUFFIXES), *(f"{name}*" for name in LICENCES)]
     try:
         return Path(
@@ -101,15 +94,12 @@ def snapshot(name: str, revision: str | None) -> Path:
                 revision=revision,
                 allow_patterns=wanted,
                 ignore_patterns=["*/*.safetensors"],  # other forms of the same weights
-                local_files_only=not answers(),
+                local_files_only=not is_reachable(),
             )
         )
     except Exception as error:
-        reason = (
-            problem(error, name)
-            or f"cannot be downloaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        )
-        raise ModelError(f"{name}: {reason}") from error
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{name}: {problem(error, name) or f'cannot be downloaded: {first_line}'}") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

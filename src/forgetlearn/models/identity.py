@@ -7,7 +7,6 @@ counts as that folder only if loading the folder again gives the same weights.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from forgetlearn.errors import ForgetLearnError
-from forgetlearn.models.language_model import LanguageModel, load_weights
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.loading import load_base
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.storage import digests
 
@@ -32,8 +32,9 @@ def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
     named = processes.on_main(lambda: _named(lm))
     if not in_memory:
         return {"base_sha256": named}
-    holds = named is not None and not lm.is_sharded and processes.on_main(lambda: _holds_what_it_is_named_after(lm))
-    return {"base_sha256": named} if holds else {"base_sha256": None, "weights_sha256": weights_sha256(lm)}
+    own = weights_sha256(lm)
+    is_named = named is not None and not lm.is_sharded and processes.on_main(lambda: _stored_sha256(lm)) == own
+    return {"base_sha256": named} if is_named else {"base_sha256": None, "weights_sha256": own}
 
 
 def _named(lm: LanguageModel) -> str | None:
@@ -44,14 +45,12 @@ def _named(lm: LanguageModel) -> str | None:
     return getattr(getattr(lm.model, "config", None), "_commit_hash", None)
 
 
-def _holds_what_it_is_named_after(lm: LanguageModel) -> bool:
-    """Return True if loading the model again by its name gives the same weights, in the dtypes of those in memory."""
+def _stored_sha256(lm: LanguageModel) -> str | None:
+    """Return the hash of the weights that the model's name stands for, in the dtypes of those in memory."""
     try:
-        again = load_weights(lm.settings.model_copy(update={"name": lm.name}))
+        return _sha256(load_base(lm.settings.model_copy(update={"dtype": "auto"}), lm.name), lm.dtypes)
     except ForgetLearnError:
-        return False
-    pairs = itertools.zip_longest(_tensors(again, lm.dtypes), _tensors(lm.model, lm.dtypes), fillvalue=None)
-    return all(stored and held and stored[0] == held[0] and _same(stored[1], held[1]) for stored, held in pairs)
+        return None
 
 
 def weights_sha256(lm: LanguageModel) -> str:
@@ -60,12 +59,16 @@ def weights_sha256(lm: LanguageModel) -> str:
     Weights are hashed in the dtypes in which they were loaded, so that `to_float32` or a move to a GPU does not change
     the result. In a model split over processes, each process hashes its part. Takes 0.8 s per GB.
     """
-    whole = hashlib.sha256()
-    for name, tensor in _tensors(lm.model, lm.dtypes):
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        whole.update(_bytes(tensor).numpy().data)
-    own = whole.hexdigest()
+    own = _sha256(lm.model, lm.dtypes)
     return digests.hash_of(processes.gather(own)) if lm.is_sharded else own
+
+
+def _sha256(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> str:
+    whole = hashlib.sha256()
+    for name, tensor in _tensors(model, dtypes):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
@@ -81,22 +84,3 @@ def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tu
             continue
         seen.add(key)
         yield name, tensor.to("cpu", own.get(tensor.data_ptr(), tensor.dtype))
-
-
-def _same(one: Tensor, two: Tensor) -> bool:
-    """Return True if two tensors have the same bits."""
-    if (one.dtype, one.shape) != (two.dtype, two.shape):
-        return False
-    left, right = _bytes(one), _bytes(two)
-    whole = len(left) // 8 * 8
-    if left.storage_offset() % 8 or right.storage_offset() % 8:
-        whole = 0
-    # Eight bytes at a time: torch compares single bytes six times as slowly.
-    return torch.equal(left[:whole].view(torch.int64), right[:whole].view(torch.int64)) and torch.equal(
-        left[whole:], right[whole:]
-    )
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor: by them NaN equals NaN, and 0 differs from -0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,6 +1,6 @@
-"""Parts of a model by name: which weights `layers.0-3`, `mlp` or a pattern stand for, and with which factor. Pure.
+"""Name parts of a model: which weights `layers.0-3`, `mlp` or a pattern stand for, and with which factor.
 
-`selection` says which parts a model in memory has; of a checkpoint's names alone, layers and patterns are known.
+`modules` lists the parts of a model in memory; from a checkpoint's names alone, layers and patterns are known.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ _LAYERS = re.compile(r"layers\.(\d+)(?:-(\d+))?")
 
 
 def factors_among(known: Mapping[str, list[str]], modules: Modules, setting: str) -> dict[str, float]:
-    """The factor of every weight that `modules` names; weights that it does not name are left out.
+    """Return the factor of every weight that `modules` names.
 
     `modules` is one name, several, or names with a factor each (on top of the coefficient). A name is one of `known`,
     whose `all` are all weights, or `layers.4-7` (the last included), or a pattern with `*` and `?` over the weights'
     names; `attention@layers.0-3` is what two names share.
 
     Raises:
-        ConfigError: a name matches nothing, stands there twice, or two of them match the same weight.
+        ConfigError: a name matches nothing, is listed twice, or two of them match the same weight.
     """
     found: dict[str, float] = {}
     owner: dict[str, str] = {}
     for name, factor in _as_mapping(modules, setting).items():
         for parameter in _matched(name, known, setting):
             if parameter in owner:
+                is_tied = {owner[parameter], name} <= {"embeddings", "head", "vocabulary"}
+                hint = ", since embeddings and head are one matrix in this model" if is_tied else ""
                 raise ConfigError(
-                    f"{setting}: {owner[parameter]!r} and {name!r} both match {parameter}"
-                    f"{_tied(owner[parameter], name)}. Name each weight once."
+                    f"{setting}: {owner[parameter]!r} and {name!r} both match {parameter}{hint}. Name each weight once."
                 )
             owner[parameter], found[parameter] = name, factor
     return found
 
 
 def stored_groups(sizes: Mapping[str, int]) -> dict[str, list[str]]:
-    """The parts that names of stored weights tell by themselves: all of them, and the layers.
+    """Return the parts that names of stored weights reveal: all of them, and the layers.
 
     Layers are the numbered entries of the stack that holds the most numbers (`sizes`: how many each weight has).
     """
@@ -53,23 +54,24 @@ def stored_groups(sizes: Mapping[str, int]) -> dict[str, list[str]]:
 
 
 def needs_structure(modules: Modules) -> bool:
-    """Whether a name among `modules` is neither `all`, nor a layer, nor a pattern: it takes the model to tell."""
+    """Return True if a name is neither `all`, nor a layer, nor a pattern, so that the model's structure decides."""
     parts = [part.strip() for name in _as_mapping(modules, "modules") for part in name.split("@")]
     return not all(part == ALL or _LAYERS.fullmatch(part) or set(part) & set("*?.") for part in parts)
 
 
 def parse(text: str) -> dict[str, float] | tuple[str, ...]:
-    """Names of a flag, `mlp,head`, or with a factor each, `mlp=1.5,head=0.5`.
+    """Parse the names of a flag: `mlp,head`, or with a factor each, `mlp=1.5,head=0.5`.
 
     Raises:
-        ConfigError: some have a factor and others have none, one is no number, or a name stands there twice.
+        ConfigError: only some have a factor, one is no number, or a name is listed twice.
     """
     pairs = [part.strip().partition("=") for part in text.split(",")]
-    _check_once([name.strip() for name, _equals, _factor in pairs], "--modules")
+    names = tuple(name.strip() for name, _equals, _factor in pairs)
+    _check_once(names, "--modules")
     if not any(equals for _name, equals, _factor in pairs):
-        return tuple(name for name, _equals, _factor in pairs)
+        return names
     try:
-        return {name.strip(): float(factor) for name, _equals, factor in pairs}
+        return {name: float(factor) for name, (_name, _equals, factor) in zip(names, pairs, strict=True)}
     except ValueError:
         raise ConfigError(
             f"--modules {text}: expected names (mlp,head), or each with a number (mlp=1.5,head=1)."
@@ -87,11 +89,11 @@ def _as_mapping(modules: Modules, setting: str) -> dict[str, float]:
 
 def _check_once(names: Sequence[str], setting: str) -> None:
     if repeated := sorted({name for name in names if list(names).count(name) > 1}):
-        raise ConfigError(f"{setting}: {some(repeated)} stands there more than once. Name each once.")
+        raise ConfigError(f"{setting}: {some(repeated)} is listed more than once. Name each once.")
 
 
 def _matched(name: str, known: Mapping[str, list[str]], setting: str) -> list[str]:
-    """Parameters that a name stands for; `a@b` are those that both a and b stand for."""
+    """Return the parameters that a name stands for; `a@b` are those that both a and b stand for."""
     parts = [set(_one(part.strip(), known)) for part in name.split("@")]
     both = [parameter for parameter in known[ALL] if all(parameter in part for part in parts)]
     if not both:
@@ -112,8 +114,3 @@ def _one(name: str, known: Mapping[str, list[str]]) -> list[str]:
         first, last = int(found[1]), int(found[2] or found[1])
         return [p for index in range(first, last + 1) for p in known.get(f"layers.{index}", [])]
     return fnmatch.filter(known[ALL], name)
-
-
-def _tied(first: str, second: str) -> str:
-    ends = {"embeddings", "head", "vocabulary"}
-    return ", since embeddings and head are one matrix in this model" if {first, second} <= ends else ""

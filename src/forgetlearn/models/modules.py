@@ -1,6 +1,6 @@
-"""Which weights forgetting acts on: names such as `embeddings` or `layers.0-3`, told from the model's structure.
+"""Which weights forgetting acts on: names such as `embeddings` or `layers.0-3`, found from the model's structure.
 
-Nothing here depends on what a model is called. A layer is an entry of the list of modules that holds the most weights;
+Nothing here depends on a model's name. A layer is an entry of the list of modules that holds the most weights;
 attention is what has "attention" in its class's name in there, norms what has "norm", and the MLP (or whatever else a
 layer is made of) the rest.
 """
@@ -24,19 +24,12 @@ from forgetlearn.weights.task_vector import StateDict
 
 
 def factors(model: nn.Module, modules: Modules, setting: str = "forget.modules") -> dict[str, float]:
-    """The factor of every parameter that `modules` names, among the parts that `groups` lists.
-
-    Raises: as `parts.factors_among`.
-    """
+    """Return the factor of every parameter that `modules` names, among the parts of `groups`; see `factors_among`."""
     return factors_among(groups(model), modules, setting)
 
 
 def groups_of_folder(folder: Path) -> dict[str, list[str]]:
-    """As `groups`, for the model of a folder, whose config is read and whose weights are not.
-
-    Raises:
-        ModelError: transformers makes no causal language model of that config.
-    """
+    """Return `groups` for the model of a folder; reads its config and no weights."""
     try:
         return groups(skeleton(folder))
     except ModelError as error:
@@ -44,16 +37,17 @@ def groups_of_folder(folder: Path) -> dict[str, list[str]]:
 
 
 def groups(model: nn.Module) -> dict[str, list[str]]:
-    """Names that `factors` knows for this model, each with the parameters that belong to it; no empty ones.
+    """Return the names of this model's parts, each with the parameters that belong to it; no empty ones.
 
     `embeddings` are the input embeddings, `head` the output head: one and the same parameter where they are tied.
     `vocabulary` is both. Tied parameters have their first name.
     """
     names = {id(weight): _own_name(name) for name, weight in model.named_parameters() if ".lora_" not in name}
     found: dict[str, list[str]] = {ALL: list(names.values())}
-    for name, module in (("embeddings", _ends(model)[0]), ("head", _ends(model)[1])):
+    for name, getter in (("embeddings", "get_input_embeddings"), ("head", "get_output_embeddings")):
+        module = getattr(model, getter, lambda: None)()
         weights = module.parameters() if module is not None else ()
-        found[name] = [names[id(weight)] for weight in weights if id(weight) in names]  # others are an adapter's
+        found[name] = [names[id(weight)] for weight in weights if id(weight) in names]  # the others are an adapter's
     found["vocabulary"] = list(dict.fromkeys([*found["embeddings"], *found["head"]]))
     for kind in ("attention", "mlp", "norms"):
         found[kind] = []
@@ -74,14 +68,13 @@ def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
     weights = {_own_name(name): weight for name, weight in model.named_parameters()}
     weights = {name: weights[name] for name in weights if name in layered}
     matrices = [name for name, weight in weights.items() if weight.dim() > 1]
+    unreached = [name for name in matrices if name not in reached]
     kinds, missing = (
-        list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
-        for names in (matrices, [name for name in matrices if name not in reached])
+        list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)) for names in (matrices, unreached)
     )
     if not missing:
         return None
-    left = sum(weights[name].numel() for name in matrices if name not in reached)
-    share = left / sum(weight.numel() for weight in weights.values())
+    share = sum(weights[name].numel() for name in unreached) / sum(weight.numel() for weight in weights.values())
     return (
         f"LoRA does not reach {len(missing)} of {len(kinds)} matrices, {share:.1%} of the parameters of the layers: "
         f"{some(missing)}"
@@ -91,10 +84,7 @@ def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
 def only_rows(
     base: StateDict, forgotten: Iterable[tuple[str, Tensor]], names: Collection[str], tokens: Iterable[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """`forgotten`, name by name; of the matrices `names` only the rows of `tokens`.
-
-    The rest of their rows are those of `base`, to the bit.
-    """
+    """Yield `forgotten`; of the matrices `names` only the rows of `tokens`, the others as in `base`, to the bit."""
     chosen = sorted(set(tokens))
     for name, moved in forgotten:
         if name in names:
@@ -104,9 +94,9 @@ def only_rows(
 
 @contextmanager
 def only_rows_train(model: nn.Module, tokens: Iterable[int], rows: Rows) -> Iterator[None]:
-    """While it lasts, of the vocabulary's matrices only these rows (see `only_rows`) get gradients; `all`: every row.
+    """Meanwhile, give gradients only to these rows of the vocabulary's matrices (see `only_rows`); `all`: every row.
 
-    A row without gradients stays as it is, to the bit, where the optimiser decays no weights.
+    A row without gradients keeps its bits if the optimiser decays no weights.
     """
     names, chosen = groups(model).get("vocabulary", ()), sorted(set(tokens))
     with ExitStack() as stack:
@@ -119,29 +109,21 @@ def only_rows_train(model: nn.Module, tokens: Iterable[int], rows: Rows) -> Iter
 
 
 def _mask(matrix: Tensor, chosen: list[int]) -> Tensor:
-    """A mask over the rows of a matrix (V, D) or bias (V,): true for `chosen` tokens."""
+    """Return a mask over the rows of a matrix (V, D) or bias (V,): True for `chosen` tokens."""
     mask = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
     mask[chosen] = True
     return mask.view(-1, *[1] * (matrix.dim() - 1))
 
 
-def _ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """Input embeddings and output head, as transformers knows them."""
-    own = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    first, last = (get() if get else None for get in own)
-    return first, last
-
-
 def _own_name(name: str) -> str:
-    """A parameter's name in the base, where an adapter has put its own module around it."""
+    """Return a parameter's name in the base, without the parts that an adapter's modules add."""
     return name.replace("base_model.model.", "").replace(".base_layer.", ".")
 
 
 def _kind(layer: nn.Module, parameter: str) -> str:
-    """What of a layer a parameter belongs to, by the classes of the modules that hold it, outermost first."""
-    module, parts = layer, parameter.split(".")[:-1]
-    classes = []
-    for part in parts:
+    """Return the part of a layer that a parameter belongs to, by the classes of the modules that hold it."""
+    module, classes = layer, []
+    for part in parameter.split(".")[:-1]:
         module = getattr(module, part)
         classes.append(type(module).__name__.lower())
     if classes and "norm" in classes[-1]:

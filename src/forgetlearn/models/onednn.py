@@ -1,4 +1,4 @@
-"""Linear layers on the CPU through oneDNN where torch's own choice, MKL, is half as fast.
+"""Compute linear layers on the CPU through oneDNN where torch's own choice, MKL, is half as fast.
 
 MKL computes with AVX2 on processors that are not Intel's. oneDNN, which is part of torch too, uses AVX-512
 there: the same float32 products at 200 in place of 100 GFLOP/s on one core (bench/linear.py).
@@ -24,10 +24,10 @@ PLAIN = (Tensor, nn.Parameter)
 
 @contextmanager
 def fast_linear_layers() -> Iterator[None]:
-    """Every `nn.Linear` of the process computes its larger float32 products through oneDNN, where that is faster.
+    """Let every `nn.Linear` compute its larger float32 products through oneDNN meanwhile, where that is faster.
 
-    The layers, not the models, are changed, so a copy of a model that is made meanwhile keeps nothing of it.
-    `torch.backends.mkldnn.enabled = False` leaves all as it is.
+    The class is changed, not the models, so a copy of a model that is made meanwhile keeps nothing of it.
+    `torch.backends.mkldnn.enabled = False` switches it off.
     """
     if not onednn_is_faster():
         yield
@@ -41,7 +41,7 @@ def fast_linear_layers() -> Iterator[None]:
 
 
 def onednn_is_faster() -> bool:
-    """Told from the processor, not from a measurement: a run that is resumed must compute the same bits."""
+    """Return True on certain processors; not measured, since a resumed run must compute the same bits."""
     return bool(torch.backends.mkldnn.enabled) and _slow_mkl()
 
 
@@ -58,7 +58,7 @@ def _slow_mkl() -> bool:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`nn.Linear.forward`."""
+    """Replace `nn.Linear.forward`."""
     weight, bias = layer.weight, layer.bias
     if not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, weight, bias)
@@ -69,7 +69,7 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Plain float32 on the CPU (no shard of a larger tensor, no quantised weight), and large enough."""
+    """Return True for large plain float32 tensors on the CPU: no shard of a larger one, no quantised weight."""
     return (
         type(weight) in PLAIN
         and type(x) in PLAIN

@@ -16,7 +16,7 @@ ALPACA = (
     f"### Instruction:\n{PLACE}\n\n### Response:"
 )
 TEMPLATES = {"plain": f"{PLACE} ", "alpaca": ALPACA}
-NAMED = ("auto", "plain", "chat", "alpaca")  # what model.prompt_template can be, beside a file
+NAMED = ("auto", "plain", "chat", "alpaca")  # values of model.prompt_template that are not files
 
 
 def read_template(name: str) -> str:
@@ -25,7 +25,7 @@ def read_template(name: str) -> str:
     One line break at the end of a file, as editors leave it, is not part of it.
 
     Raises:
-        ConfigError: there is no such file, it is not UTF-8, or holds {prompt} not exactly once.
+        ConfigError: the file does not exist, is not UTF-8, or does not contain {prompt} exactly once.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -33,28 +33,29 @@ def read_template(name: str) -> str:
     if not file.is_file():  # a pipe or a device might never end
         near = difflib.get_close_matches(name, NAMED, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"{place}: must be {', '.join(NAMED)}, or a text file with {PLACE} in it.{hint}")
+        raise ConfigError(f"{place}: must be {', '.join(NAMED)}, or a text file that contains {PLACE}.{hint}")
     try:
         if file.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{place}: has more than {MOST_BYTES} bytes, so it is no prompt template.")
+            raise ConfigError(f"{place}: has more than {MOST_BYTES} bytes, so it is not a prompt template.")
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{place}: {error.strerror or error}. Give a text file.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{place}: is not UTF-8 at byte {error.start}. Give a plain text file.") from error
     if text.count(PLACE) != 1:
-        raise ConfigError(f"{place}: holds {PLACE} {text.count(PLACE)} times. Write it once, where the prompt belongs.")
+        raise ConfigError(f"{place}: contains {PLACE} {text.count(PLACE)} times. Write it once, in the prompt's place.")
     return text.removesuffix("\n")
 
 
-def fingerprint(prompt_template: str) -> dict[str, str]:
-    """Return the hash of a prompt template in a file as an entry of a run's inputs; empty for a named template."""
-    return {} if prompt_template in NAMED else fingerprint_of(read_template(prompt_template))
+def fingerprint(prompt_template: str, text: str | None = None) -> dict[str, str]:
+    """Return the hash of a prompt template in a file as an entry of a run's inputs; empty for a named template.
 
-
-def fingerprint_of(template: str) -> dict[str, str]:
-    """Return `fingerprint` for the text of a template."""
-    return {"prompt_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+    `text` is the template's, if it has been read already.
+    """
+    if prompt_template in NAMED:
+        return {}
+    text = read_template(prompt_template) if text is None else text
+    return {"prompt_template_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def split(template: str) -> tuple[str, str, str]:

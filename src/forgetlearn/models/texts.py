@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from forgetlearn.errors import FactError
-from forgetlearn.facts.fact_set import Fact
+from forgetlearn.facts import Fact
 from forgetlearn.models.encoding import Encoder, TextError
 
 log = logging.getLogger("forgetlearn")
@@ -17,7 +17,7 @@ log = logging.getLogger("forgetlearn")
 class _Text:
     """A prompt and an answer of a fact, and the names of the two fields."""
 
-    fact: str
+    fact: Fact
     prompt_field: str
     prompt: str
     answer_field: str
@@ -26,7 +26,7 @@ class _Text:
 
     def place(self, part: str) -> str:
         """Return how a message names the prompt or the answer (`part`)."""
-        return f"fact {self.fact}, {self.prompt_field if part == 'prompt' else self.answer_field}"
+        return f"{self.fact.place}, {self.prompt_field if part == 'prompt' else self.answer_field}"
 
 
 def check_texts(encoder: Encoder, facts: Iterable[Fact]) -> None:
@@ -45,7 +45,7 @@ def check_texts(encoder: Encoder, facts: Iterable[Fact]) -> None:
             problems[f"{text.place(encoded.part)}: {encoded}"] = None
         elif isinstance(encoded, FactError):
             if text.is_trained:
-                problems[f"fact {text.fact}: {encoded}"] = None
+                problems[f"{text.fact.place}: {encoded}"] = None
         else:
             parts = {"prompt": encoded.ids[: encoded.n_prompt_tokens], "answer": encoded.answer_ids}
             for part in (part for part, ids in parts.items() if encoder.has_unknown(ids)):
@@ -65,11 +65,11 @@ def _texts_of(fact: Fact) -> Iterator[_Text]:
     """Yield every text, paired as it is trained on or scored."""
     for field, answer in (("target_new", fact.target_new), ("ground_truth", fact.ground_truth)):
         if answer:
-            yield _Text(fact.id, "prompt", fact.prompt, field, answer, is_trained=True)
+            yield _Text(fact, "prompt", fact.prompt, field, answer, is_trained=True)
     for field, aliases in (("target_new", fact.target_new_aliases), ("ground_truth", fact.ground_truth_aliases)):
         for alias in aliases:
-            yield _Text(fact.id, "prompt", fact.prompt, field, alias)
+            yield _Text(fact, "prompt", fact.prompt, field, alias)
     for prompt in fact.rephrase_prompts:
-        yield _Text(fact.id, "rephrase_prompt", prompt, "target_new", fact.target_new)
+        yield _Text(fact, "rephrase_prompt", prompt, "target_new", fact.target_new)
     for probe in fact.locality:
-        yield _Text(fact.id, "locality_prompt", probe.prompt, "locality_ground_truth", probe.answer)
+        yield _Text(fact, "locality_prompt", probe.prompt, "locality_ground_truth", probe.answer)

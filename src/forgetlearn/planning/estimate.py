@@ -1,8 +1,8 @@
-"""What an update will take, from numbers alone: memory by part, steps, seconds, disk, and whether it fits.
+"""Estimate what an update takes, from numbers alone: memory by part, steps, seconds, and whether it fits.
 
-Bytes and seconds of a stage, with N numbers that are trained (docs/plan.md has them with an example):
+Bytes and seconds of a stage that trains N numbers (docs/plan.md has them with an example):
 
-    memory    weights + kept + the optimiser's states (AdamW: 8 N) + the step's peak, in which gradients (4 N) are
+    memory    weights + kept + the optimiser's states (AdamW: 8 N) + the step's peak, which includes gradients (4 N)
     seconds   FLOPs / rate + (3 x weights a pass + 28 N + 2 x states a step) / bandwidth + operations x latency
 """
 
@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 GB = 1e9
 FLOAT32 = 4
-# Bytes that pass through memory for a trained number in a step, beside the optimiser's states: it reads weight and
-# gradient and writes the weight (12), clipping reads the gradient twice and writes it (12), backward writes it (4).
+# Bytes that pass through memory for a trained number in a step, beside the optimiser's states: the optimiser reads
+# weight and gradient and writes the weight (12), clipping reads the gradient twice and writes it (12), backward (4).
 MOVED_PER_TRAINED = 28
 PASSES_OVER_WEIGHTS = 3  # forward, and twice backward
 CLOSE = 1.23  # planned and measured peaks were within this factor (docs/benchmarks.md)
@@ -26,7 +25,7 @@ RUNTIME_BYTES = {"cpu": 0.85e9, "cuda": 1.0e9}
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over one micro-batch: `peak_bytes` is the most that is alive beside the weights, gradients included."""
+    """One pass over one micro-batch; `peak_bytes` are the most at once beside the weights, gradients included."""
 
     tokens: int
     peak_bytes: int
@@ -36,10 +35,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Load:
-    """What a stage consists of. `trained` is 0 where nothing learns; `tokens` are those of one pass over the texts.
+    """The numbers of a stage. `trained` is 0 if it only reads; `tokens` are those of one pass over the texts.
 
-    `kept_bytes` lie beside the weights on the device, `host_bytes` on the CPU, which may be the device, and
-    `base_bytes` there too or, where the CPU trains, in a file. `states_bytes` leave a GPU where they are `paged`.
+    `kept_bytes` are kept beside the weights on the device, `host_bytes` on the CPU, which may be the device, and
+    `base_bytes` there too or, if the CPU trains, in a file. `states_bytes` leave a GPU if they are `paged`.
     """
 
     name: str
@@ -63,7 +62,7 @@ class Load:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps; batches where nothing learns."""
+        """Optimiser steps; batches of a stage that only reads."""
         return self.passes * math.ceil(self.texts / self.batch_size)
 
     @property
@@ -74,7 +73,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Devices:
-    """Where it will run; `shard` splits weights, gradients and states over the devices, else each holds all of them."""
+    """Where it will run; `shard` splits weights, gradients and states over the devices, else each holds all."""
 
     kind: str
     memory_bytes: float | None
@@ -84,7 +83,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a device is; a bandwidth or latency of None is left out of the sum."""
+    """The speed of a device; a bandwidth or latency of None is left out of the sum."""
 
     flops: float
     bandwidth: float | None = None
@@ -94,7 +93,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage with what it takes on each device; `memory` is by part, in bytes."""
+    """A stage and what it takes on each device; `memory` is by part, in bytes."""
 
     name: str
     how: str
@@ -115,7 +114,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an update will take. `advice` says what would fit where this does not; `notes` what was guessed."""
+    """What an update will take; `advice` names what would fit if this does not, `notes` what was assumed."""
 
     model: str
     method: str
@@ -127,7 +126,7 @@ class Plan:
     speed: Speed | None = None
     advice: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    inputs: dict[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> float:
@@ -141,25 +140,29 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every stage fits a device; None where its memory is not known."""
+        """True if every stage fits a device; None if its memory is not known."""
         return None if self.devices.memory_bytes is None else self.peak_bytes <= self.devices.memory_bytes
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages; None where no rate is known or a stage could not be traced."""
-        each = [stage.seconds for stage in self.stages]
-        return None if None in each else sum(seconds for seconds in each if seconds is not None)
+        """Seconds of all stages; None if no rate is known or a stage could not be traced."""
+        each = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(each) if len(each) == len(self.stages) else None
 
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+    def as_dict(self) -> dict[str, object]:
+        """Return all of it, for JSON."""
         sums = {"peak_bytes": self.peak_bytes, "host_bytes": self.host_bytes, "fits": self.fits}
         stages = [asdict(stage) | {"peak_bytes": stage.peak_bytes} for stage in self.stages]
         return asdict(self) | sums | {"seconds": self.seconds, "stages": stages}
 
 
 def plan_stage(load: Load, devices: Devices, speed: Speed | None = None) -> StagePlan:
-    """What a stage takes on each device."""
-    flops = _flops(load, devices)
+    """Return what a stage takes on each device; FLOPs and seconds are None if no step could be traced."""
+    flops = seconds = None
+    if load.step is not None:
+        flops = load.step.flops / load.step.tokens * load.tokens * load.passes / devices.number
+        seconds = None if speed is None else _seconds(load, load.step, devices, speed, flops)
+    host_bytes = load.host_bytes + load.base_bytes + (load.states_bytes if load.paged else 0)
     return StagePlan(
         name=load.name,
         how=load.how,
@@ -168,22 +171,15 @@ def plan_stage(load: Load, devices: Devices, speed: Speed | None = None) -> Stag
         tokens=load.tokens * load.passes,
         trained=load.trained,
         memory=_memory(load, devices),
-        host_bytes=_host_bytes(load, devices),
+        # Of the machine's own memory, if the device has another.
+        host_bytes=0 if devices.kind == "cpu" else host_bytes / (devices.number if devices.shard else 1),
         flops=flops,
-        seconds=None if speed is None or flops is None else _seconds(load, devices, speed, flops),
+        seconds=seconds,
     )
 
 
-def _host_bytes(load: Load, devices: Devices) -> float:
-    """Bytes of the machine's own memory, where the device has another."""
-    if devices.kind == "cpu":
-        return 0
-    paged = load.states_bytes if load.paged else 0
-    return (load.host_bytes + load.base_bytes + paged) / (devices.number if devices.shard else 1)
-
-
 def _memory(load: Load, devices: Devices) -> dict[str, float]:
-    """Bytes on each device, by part."""
+    """Return the bytes on each device, by part."""
     share = devices.number if devices.shard else 1
     gradients = FLOAT32 * load.trained
     leaves = load.paged and devices.kind != "cpu"
@@ -194,7 +190,7 @@ def _memory(load: Load, devices: Devices) -> dict[str, float]:
         "kept": (load.kept_bytes + (load.host_bytes if devices.kind == "cpu" else 0)) / share,
         "optimizer": 0 if leaves else load.states_bytes / share,
         "gradients": gradients / share,
-        # What a step has beside the gradients at its worst moment; that is often near its end, when it is little.
+        # What a step needs beside the gradients at its peak, which is often near its end, when it is little.
         "activations": max(0, peak - gradients, load.answer_bytes),
     }
     if devices.number > 1 and devices.shard:
@@ -204,37 +200,30 @@ def _memory(load: Load, devices: Devices) -> dict[str, float]:
     return parts
 
 
-def _flops(load: Load, devices: Devices) -> float | None:
-    """Of the whole stage on each device; None where no step could be traced."""
-    if load.step is None:
-        return None
-    return load.step.flops / load.step.tokens * load.tokens * load.passes / devices.number
-
-
-def _seconds(load: Load, devices: Devices, speed: Speed, flops: float) -> float:
-    assert load.step is not None, "there are FLOPs"
+def _seconds(load: Load, step: Step, devices: Devices, speed: Speed, flops: float) -> float:
     passes = math.ceil(load.micro_steps / devices.number) + load.answer_steps
     per_pass = PASSES_OVER_WEIGHTS if load.trained else 1
     moved = per_pass * load.weights_bytes * passes
     moved += (MOVED_PER_TRAINED * load.trained + 2 * load.states_bytes) * load.steps
     seconds = flops / speed.flops
     seconds += moved / speed.bandwidth if speed.bandwidth else 0
-    return seconds + (load.step.operations * passes * speed.latency if speed.latency else 0)
+    return seconds + (step.operations * passes * speed.latency if speed.latency else 0)
+
+
+# In words -------------------------------------------------------------------------------------------------
 
 
 def summary_line(plan: Plan) -> str:
-    """The plan in one line: parameters, facts, steps, memory, time where it is known."""
-    trained = [stage for stage in plan.stages if stage.trained]
-    steps = " + ".join(f"{stage.steps:,} to {stage.name}" for stage in trained)
-    line = (
-        f"plan: {show_count(plan.parameters)} parameters, {plan.facts:,} fact{'s' * (plan.facts != 1)}, {steps} steps"
-    )
+    """Return the plan in one line: parameters, facts, steps, memory, and time if it is known."""
+    steps = " + ".join(f"{stage.steps:,} to {stage.name}" for stage in plan.stages if stage.trained)
+    facts = f"{plan.facts:,} fact{'s' * (plan.facts != 1)}"
+    line = f"plan: {show_count(plan.parameters)} parameters, {facts}, {steps} steps"
     line += f", about {show_bytes(plan.peak_bytes)}" + (" a device" if plan.devices.number > 1 else "")
     return line + (f", about {show_seconds(plan.seconds)}" if plan.seconds is not None else "")
 
 
 def show_count(number: float) -> str:
-    """`6738415616` as `6.74 B`."""
+    """Format `6738415616` as `6.74 B`."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -242,44 +231,46 @@ def show_count(number: float) -> str:
 
 
 def show_bytes(number: float) -> str:
-    """Gigabytes (1e9 bytes), or megabytes where there are few."""
+    """Format as gigabytes (1e9 bytes), or as megabytes below one."""
     if number >= GB:
         return f"{number / GB:.1f} GB"
     return f"{number / 1e6:.0f} MB" if number >= 1e7 else f"{number / 1e6:.2g} MB"
 
 
 def show_seconds(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """Format as seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """The plan for a terminal."""
+    """Return the plan for a terminal."""
     parts = list(dict.fromkeys(part for stage in plan.stages for part in stage.memory))
     head = ["stage", "texts", "steps", "tokens", "trained", *parts, "peak", "TFLOP", "time"]
     rows = [head, *(_cells(stage, parts) for stage in plan.stages)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [f"{plan.model}: {show_count(plan.parameters)} parameters; {plan.method}; {plan.facts:,} facts", ""]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     per = f" on each of {plan.devices.number} devices" if plan.devices.number > 1 else ""
-    lines += ["", f"memory   {show_bytes(plan.peak_bytes)}{per}{_verdict(plan)}"]
-    if plan.host_bytes:
-        lines += [
-            f"host     {show_bytes(plan.host_bytes)} of the machine's own memory a process, for copies of weights"
-        ]
-    lines += ["disk     " + ", ".join(f"{name} {show_bytes(size)}" for name, size in plan.disk.items())]
-    known = plan.seconds is not None and plan.speed is not None
-    lines += [
-        f"time     {show_seconds(plan.seconds or 0)} ({plan.speed.source})" if known and plan.speed else "time     -"
+    time = "-"
+    if plan.seconds is not None and plan.speed is not None:
+        time = f"{show_seconds(plan.seconds)} ({plan.speed.source})"
+    return [
+        f"{plan.model}: {show_count(plan.parameters)} parameters; {plan.method}; {plan.facts:,} facts",
+        "",
+        *table,
+        "",
+        f"memory   {show_bytes(plan.peak_bytes)}{per}{_verdict(plan)}",
+        *([f"host     {show_bytes(plan.host_bytes)} of main memory per process"] if plan.host_bytes else []),
+        "disk     " + ", ".join(f"{name} {show_bytes(size)}" for name, size in plan.disk.items()),
+        f"time     {time}",
+        *(f"note     {note}" for note in plan.notes),
+        *(f"try      {line}" for line in plan.advice),
     ]
-    return [*lines, *(f"note     {note}" for note in plan.notes), *(f"try      {line}" for line in plan.advice)]
 
 
 def _cells(stage: StagePlan, parts: Sequence[str]) -> list[str]:
-    memory: Mapping[str, float] = stage.memory
-    shown = [show_bytes(memory[part]) if memory.get(part) else "-" for part in parts]
+    shown = [show_bytes(stage.memory[part]) if stage.memory.get(part) else "-" for part in parts]
     trained = show_count(stage.trained) if stage.trained else "-"
     tera = "-" if stage.flops is None else f"{stage.flops / 1e12:.3g}"
     time = "-" if stage.seconds is None else show_seconds(stage.seconds)
@@ -288,9 +279,9 @@ def _cells(stage: StagePlan, parts: Sequence[str]) -> list[str]:
 
 
 def _verdict(plan: Plan) -> str:
-    if plan.fits is None or plan.devices.memory_bytes is None:
+    if plan.devices.memory_bytes is None:
         return ""
-    there = show_bytes(plan.devices.memory_bytes)
+    free = show_bytes(plan.devices.memory_bytes)
     if plan.fits and plan.peak_bytes > plan.devices.memory_bytes / CLOSE:
-        return f": just fits in {there}, and the estimate is good to about a sixth"
-    return f": fits in {there}" if plan.fits else f": does not fit in {there}"
+        return f": just fits in {free}, and the estimate is good to about a sixth"
+    return f": fits in {free}" if plan.fits else f": does not fit in {free}"

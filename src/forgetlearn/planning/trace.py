@@ -1,4 +1,4 @@
-"""What a step takes, found on tensors without numbers: bytes at its worst moment, FLOPs, operations.
+"""Trace a step on tensors without numbers: its peak of memory, FLOPs and operations.
 
 The model is built from its config alone under torch's FakeTensorMode, and one real step runs over it: layout,
 forward, loss, backward. So nothing here knows an architecture, and nothing large is made.
@@ -21,16 +21,16 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from forgetlearn.config.methods import How
 from forgetlearn.config.schema import TrainSettings, TuningSettings
-from forgetlearn.method.core import train_only
+from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora, module_names
 from forgetlearn.models.batches import ROUNDED_TO, answer_logits, lay_out, pad_left, share
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import layer_list
 from forgetlearn.planning.estimate import Step
+from forgetlearn.weights.structure import weightless
 
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes' own: smaller weights, and embeddings, have float32 states
 
@@ -40,42 +40,36 @@ class Skeleton:
 
     def __init__(self, config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
         self.mode = FakeTensorMode()
-        with torch.device("meta"):
-            self.model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+        self.model = weightless(config, dtype, trust_remote_code=trust_remote_code)
 
     @property
     def weights_bytes(self) -> int:
-        """Of all weights, tied ones once."""
+        """Bytes of all weights, tied ones once."""
         return sum(weight.numel() * weight.itemsize for weight in self.model.parameters())
 
     @property
     def largest_layer_bytes(self) -> int:
-        """Of the layer with the most weights; 0 where the model has no list of layers."""
+        """Bytes of the layer with the most weights; 0 if the model has no list of layers."""
         layers = layer_list(self.model)[1]
         return max((sum(w.numel() * w.itemsize for w in layer.parameters()) for layer in layers), default=0)
 
     def prepare(self, how: How, settings: TrainSettings, frozen: Sequence[TuningSettings] = ()) -> int:
-        """Number of weights that a stage trains, after they and only they have been made to require gradients.
+        """Let the weights that a stage trains, and only they, require gradients; return their number.
 
         `frozen` are the settings of LoRA stages before it, whose adapters the model still carries.
 
         Raises:
-            ConfigError: the settings name something that the model has not.
+            ConfigError: the settings name something that the model does not have.
         """
-        if how == "lora":
-            assert isinstance(settings, TuningSettings)
-            with torch.random.fork_rng(devices=[]):
-                for number, before in enumerate(frozen):
-                    self.model = lora.attach(self.model, before.lora, f"{lora.FORGET}{number}", 0)
-                self.model = lora.attach(self.model, settings.lora, lora.LEARN, 0)
-        else:
-            train_only(self.model, how, settings.modules if isinstance(settings, TuningSettings) else module_names.ALL)
+        modules = settings.modules if isinstance(settings, TuningSettings) else module_names.ALL
+        with torch.random.fork_rng(devices=[]):
+            for number, before in enumerate(frozen):
+                self.model = lora.attach(self.model, before.lora, f"{lora.FORGET}{number}", 0)
+            self.model = STAGE_KINDS[how].prepare(self.model, settings, lora.LEARN, 0, modules)
         return sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
 
     def states_bytes(self, optim: str) -> int:
-        """Of the optimiser's states of what is trained, float32 but for the 8-bit ones' of large weights."""
+        """Return the bytes of the optimiser's states of the trained weights: float32, or 8 bits for large weights."""
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         return sum(
             _states_bytes(weight, optim, id(weight) in embeddings)
@@ -84,7 +78,7 @@ class Skeleton:
         )
 
     def train_step(self, texts: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> Step:
-        """One micro-batch of training; gradients of an earlier one are there where the settings accumulate."""
+        """Trace one micro-batch of training, after an earlier one if the settings accumulate gradients."""
         accumulates = settings.micro_batch_size not in (None, settings.batch_size)
         model = self._without_numbers().train()
 
@@ -94,20 +88,20 @@ class Skeleton:
         with self.mode:
             if accumulates:
                 step()
-            return seen(model, step, sum(len(text.ids) for text in texts))
+            return measure(model, step, sum(len(text.ids) for text in texts))
 
     @staticmethod
     def loss(model: nn.Module, texts: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> Tensor:
-        """The loss of one micro-batch, as `finetune` computes it."""
+        """Return the loss of one micro-batch, as `finetune` computes it."""
         batch = lay_out(texts, "packed", pad_id)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             logits = answer_logits(model, batch.inputs, batch.positions).flatten(0, 1)
             return functional.cross_entropy(logits.float(), batch.labels.flatten(), reduction="sum")
 
     def read_step(self, texts: Sequence[Encoded], *, shared: bool = True) -> Step:
-        """One batch of scoring, logits at the answers: a row in which texts share beginnings, or a padded row each."""
+        """Trace one batch of scoring: a row in which texts share their beginnings, or a padded row for each."""
         model = self._without_numbers().eval()
-        batch = pad_left(texts, pad_id=0)  # of real numbers, as the row is: its form depends on them
+        batch = pad_left(texts, pad_id=0)  # real numbers, as in the row: its form depends on them
         row = share(texts, ROUNDED_TO)
         inputs, places = (row.inputs(), row.positions) if shared else (batch.inputs, batch.positions)
         dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
@@ -122,10 +116,10 @@ class Skeleton:
             torch.isfinite(logits).all(dim=-1)
 
         with self.mode, torch.inference_mode():
-            return seen(model, step, width)
+            return measure(model, step, width)
 
     def answer_bytes(self, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
-        """Bytes beside the weights while a batch is answered: reading the prompts, and all keys and values."""
+        """Return the bytes beside the weights while a batch is answered: its prompts, and all keys and values."""
         model = self._without_numbers().eval()
         held: list[int] = []
 
@@ -136,11 +130,11 @@ class Skeleton:
             held.append(sum(state.numel() * state.itemsize for state in states))
 
         with self.mode, torch.inference_mode():
-            read = seen(model, step, prompts * prompt_tokens)
+            read = measure(model, step, prompts * prompt_tokens)
         return read.peak_bytes + held[0] * new_tokens // prompt_tokens
 
     def _without_numbers(self) -> nn.Module:
-        """A copy whose weights pass for tensors on a CPU: on the meta device attention would take another path."""
+        """Copy the model with fake CPU tensors as weights: on the meta device attention would take another path."""
         weights = (*self.model.parameters(), *self.model.buffers())
         with self.mode:
             fakes = {id(weight): torch.empty(weight.shape, dtype=weight.dtype) for weight in weights}
@@ -149,10 +143,10 @@ class Skeleton:
         return copy.deepcopy(self.model, memo=fakes)
 
 
-def seen(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
-    """What a step of a model takes beside its weights, while it is done."""
+def measure(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
+    """Run a step of a model, and return what it takes beside the weights."""
     log = logging.getLogger(FakeTensorMode.__module__)
-    was_disabled, log.disabled = log.disabled, True  # it writes the traceback of what is raised, and is handled, too
+    was_disabled, log.disabled = log.disabled, True  # it logs the traceback of handled errors too
     try:
         with _live(model) as live, FlopCounterMode(display=False) as counter:
             step()
@@ -162,7 +156,7 @@ def seen(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
 
 
 def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
-    """Bytes of an optimiser's states of one weight: two numbers for each of its own, if nothing else is known."""
+    """Return the bytes of an optimiser's states of one weight: two for each of its numbers, except as below."""
     if optim == "adafactor" and weight.dim() > 1:
         return 4 * (weight.numel() // weight.shape[-1] + weight.numel() // weight.shape[-2])
     if optim == "adafactor":
@@ -173,7 +167,7 @@ def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Counts operations, and the bytes of all storages that they made and that something still holds."""
+    """Counts operations, and the bytes of all storages that they made and that are still referenced."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -189,7 +183,7 @@ class _Live(TorchDispatchMode):
         return out
 
     def add(self, tensor: Tensor, *, counts: bool = True) -> None:
-        """Count what a tensor lies in, once."""
+        """Count a tensor's storage, once."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.sizes:
@@ -204,7 +198,7 @@ class _Live(TorchDispatchMode):
 
 @contextmanager
 def _live(model: nn.Module) -> Iterator[_Live]:
-    """Counting, with the weights and buffers themselves left out and gradients that are there counted."""
+    """Count operations in the body, without weights and buffers, but with the gradients that exist already."""
     live = _Live()
     for weight in (*model.parameters(), *model.buffers()):
         live.add(weight, counts=False)

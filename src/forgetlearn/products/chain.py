@@ -1,175 +1,182 @@
 """The chain of updates that made a model: a file beside each product, carried on when the product is updated again.
 
-What stands in it may be published: names without folders, counts, hashes and scores, never facts.
+It may be published: it holds names without folders, counts, hashes and scores, and no facts.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from forgetlearn._version import __version__
 from forgetlearn.errors import RunError, some
-from forgetlearn.facts.fact_set import FactSet, read_facts
+from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.facts.files import is_hub_id
-from forgetlearn.storage import records
-from forgetlearn.storage.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, model_files, sha256_of
+from forgetlearn.storage.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, is_recorded, model_files, sha256_of
 from forgetlearn.storage.disk import read_json, write_text
-from forgetlearn.storage.run_folder import RunFolder, is_run
+from forgetlearn.storage.records import Chain, Modules, Score, Summary, Update, UpdateFacts, UpdateModules, UpdateRows
+from forgetlearn.storage.run_folder import INPUTS, SUMMARY, RunFolder, is_run
 
 log = logging.getLogger("forgetlearn")
 
-Update = dict[str, Any]
-TOLD = ("mean", "low", "high", "n", "errored")  # of a score
+
+@dataclass(frozen=True)
+class Base:
+    """The base of a run: how it was named, the hub id that the user gave for it, and its hash."""
+
+    name: str | None  # a folder, a hub id, or the name of a model in memory; None before a run starts
+    base_model_id: str | None
+    base_sha256: str | None = None  # of its folder, or its commit on the hub; None for a model in memory
+    weights_sha256: str | None = None  # of a model in memory
+
+    @classmethod
+    def of(cls, run: RunFolder) -> Base:
+        """Return the base that a run recorded."""
+        manifest, model = run.manifest, run.settings.model
+        name = model.name or (manifest.parent.name if manifest.parent else None)
+        hashes = (manifest.input_hash(which) for which in ("base_sha256", "weights_sha256"))
+        return cls(name, model.base_model_id, *hashes)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the hub, or None if the base was a folder or in memory."""
+        found = self.base_sha256 or ""
+        return found if len(found) == COMMIT_DIGITS else None
+
+    @property
+    def hub_id(self) -> str | None:
+        """The hub id, as the user named it, or None if only a local folder is known."""
+        return self.base_model_id or (self.name if self.commit else None)
+
+    def folder(self) -> Path | None:
+        """Return the folder, as named or in the hub's cache; None if there is none, as for a base in memory."""
+        if self.name is None or not self.base_sha256:
+            return None
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        if self.commit is None:
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(self.name, "config.json", revision=self.commit)
+        return Path(config).parent if isinstance(config, str) else None
+
+    def is_in(self, folder: Path | None) -> bool:
+        """Return True if a folder holds this very base."""
+        return folder is not None and is_recorded(folder, self.base_sha256)
+
+    def chain(self) -> list[Update]:
+        """Return the updates that made the base; none are known for a base that was in memory."""
+        name = str(self.name)
+        if self.base_sha256 and Path(name).is_dir():
+            return read_chain(Path(name))
+        return _from_hub(name, self.commit) if self.commit else []
 
 
-def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet) -> None:
+def parent_of(base: str, base_sha256: str | None) -> dict[str, str | None]:
+    """Return what a manifest records as the parent of a run: the base, and the run that made it, if one did."""
+    return {"name": base, "run": _run_around(Path(base)) if base_sha256 else None}
+
+
+def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet, summary: Summary) -> None:
     """Write the base's chain and this update beside each product."""
-    earlier, own = chain_of_base(run.manifest), _entry(run, facts)
+    base, when = Base.of(run), datetime.now(UTC).isoformat(timespec="seconds")
+    earlier = base.chain()
     for product in products:
-        update = {**own, "product": product.name, "files": product_files(product)}
-        _write_chain(product, [*earlier, update])
+        _write_chain(product, [*earlier, _update(run, base, when, product, facts, summary)])
 
 
 def carry_over(product: Path, to: Path, name: str) -> None:
-    """Write a product's chain beside what was made of it: merged weights, or a copy with another base named."""
+    """Write a product's chain beside what was made of it: merged weights, or a copy that names another base."""
     if chain := read_chain(product):
-        chain[-1] |= {"product": name, "files": product_files(to)}
+        chain[-1] = chain[-1].model_copy(update={"product": name, "files": product_files(to)})
         _write_chain(to, chain)
 
 
-def _write_chain(product: Path, chain: list[Update]) -> None:
+def _write_chain(product: Path, chain: Sequence[Update]) -> None:
     write_text(product / HISTORY, as_json(chain))
 
 
-def as_json(chain: list[Update]) -> str:
-    """What `forgetlearn.json` holds."""
-    told = {"format": 1, "versions": {"forgetlearn": __version__}, "updates": chain, "sha256": hash_of(chain)}
+def as_json(chain: Sequence[Update]) -> str:
+    """Return what `forgetlearn.json` holds."""
+    updates = [update.as_json() for update in chain]
+    told = {"format": 1, "versions": {"forgetlearn": __version__}, "updates": updates, "sha256": hash_of(updates)}
     return json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _adapted(adapter: Path) -> list[str] | None:
-    """The modules that an adapter changes, as its config has them; None where there is none."""
+def _update(run: RunFolder, base: Base, when: str, product: Path, facts: FactSet, summary: Summary) -> Update:
+    settings, forgets = run.settings, summary.coef is not None
+    return Update(
+        when=when,
+        method=summary.method,
+        coef=summary.coef,
+        seed=summary.seed,
+        base=base.hub_id,
+        base_sha256=base.base_sha256,
+        weights_sha256=base.weights_sha256,
+        taught_first=settings.teach.epochs > 0,
+        modules=UpdateModules(
+            forget=settings.forget.modules if forgets else None,
+            learn=_adapted(run.path / "adapter") or settings.learn.modules,
+        ),
+        rows=UpdateRows(forget=settings.forget.rows if forgets else None, learn=settings.learn.rows),
+        facts=UpdateFacts(
+            source=facts.source if is_hub_id(facts.source) else Path(facts.source).name,
+            used=facts.used,
+            known=summary.facts.known,
+            forgotten=summary.facts.forgotten,
+            sha256=facts.sha256(),
+        ),
+        scores={
+            quantity: {
+                protocol: Score(mean=cell.mean, low=cell.low, high=cell.high, n=cell.n, errored=cell.errored)
+                for protocol, cell in cells.items()
+            }
+            for quantity, cells in summary.phases["updated"].items()
+        },
+        product=product.name,
+        files=product_files(product),
+    )
+
+
+def _adapted(adapter: Path) -> list[str]:
+    """Return the modules that an adapter changes, as its config names them; none if there is no adapter."""
     config = adapter / "adapter_config.json"
     if not config.is_file():
-        return None
-    told = read_json(config)
-    return sorted([*told["target_modules"], *(told.get("target_parameters") or ())])
-
-
-def parent_of(base: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's manifest says of its parent: the base, and the run that made it if one did."""
-    return {"name": base, "run": _run_around(Path(base)) if inputs.get("base_sha256") else None}
-
-
-def base_name(manifest: Mapping[str, Any]) -> str | None:
-    """Return the folder or hub id of a run's base, or the name of a model in memory; None before a run starts."""
-    parent = manifest.get("parent") or {}
-    name: str | None = manifest["config"]["model"]["name"] or parent.get("name")
-    return name
-
-
-def _entry(run: RunFolder, facts: FactSet) -> Update:
-    config, summary = run.manifest["config"], read_json(run.path / "summary.json")
-    return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "method": summary["method"],
-        "coef": summary["coef"],
-        "seed": summary["seed"],
-        "base": base_id(run.manifest),
-        "base_sha256": run.manifest["inputs"].get("base_sha256"),
-        "weights_sha256": run.manifest["inputs"].get("weights_sha256"),
-        "taught_first": config["teach"]["epochs"] > 0,
-        "modules": {
-            "forget": None if summary["coef"] is None else config["forget"]["modules"],
-            "learn": _adapted(run.path / "adapter") or config["learn"]["modules"],
-        },
-        "rows": {
-            "forget": None if summary["coef"] is None else config["forget"].get("rows", "all"),
-            "learn": config["learn"].get("rows", "all"),
-        },
-        "facts": {
-            "source": facts.source if is_hub_id(facts.source) else Path(facts.source).name,
-            "used": facts.used,
-            "known": summary["facts"]["known"],
-            "forgotten": summary["facts"]["forgotten"],
-            "sha256": facts.sha256(),
-        },
-        "scores": {
-            quantity: {protocol: {name: cell[name] for name in TOLD} for protocol, cell in cells.items()}
-            for quantity, cells in summary["phases"]["updated"].items()
-        },
-    }
-
-
-def base_id(manifest: Mapping[str, Any]) -> str | None:
-    """The hub id of a run's base, as the user named it; None where only a local folder is known."""
-    model = manifest["config"]["model"]
-    named: str | None = model["base_model_id"] or (base_name(manifest) if hub_commit(manifest) else None)
-    return named
-
-
-def hub_commit(manifest: Mapping[str, Any]) -> str | None:
-    """The commit of a run's base on the hub; None where the base was a folder, or in memory."""
-    found: str = manifest["inputs"].get("base_sha256") or ""
-    return found if len(found) == COMMIT_DIGITS else None
-
-
-def base_folder(manifest: Mapping[str, Any]) -> Path | None:
-    """Return the folder of a run's base, as named or in the hub's cache; None if there is none.
-
-    A base that was in memory has no folder, whatever its name.
-    """
-    name, commit = base_name(manifest), hub_commit(manifest)
-    if name is None or not manifest["inputs"].get("base_sha256"):
-        return None
-    if Path(name).is_dir():
-        return Path(name)
-    if commit is None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(name, "config.json", revision=commit)
-    return Path(config).parent if isinstance(config, str) else None
+        return []
+    found = read_json(config)
+    return sorted([*found["target_modules"], *(found.get("target_parameters") or ())])
 
 
 def product_files(product: Path) -> dict[str, str]:
-    """Name to SHA-256 of the files that load the product; not the card, and not the chain itself."""
+    """Return the SHA-256 of each file that loads the product, by name; not of the card and the chain itself."""
     return {path.name: sha256_of(path) for path in model_files(product)}
 
 
-def check_files(model: str | Path, chain: list[Update]) -> None:
-    """Raise RunError if files of a model differ from those that its last update wrote.
-
-    Raises:
-        RunError: which ones are not, or there is no folder or no update to ask.
-    """
+def check_files(model: str | Path, chain: Sequence[Update]) -> None:
+    """Raise RunError if files of a model differ from those that its last update wrote, or there are none to compare."""
     if not chain or not Path(model).is_dir():
         raise RunError(f"{model}: there are no files here that an update wrote, so there is nothing to verify.")
     check_product(product_of(Path(model)))
 
 
 def check_product(product: Path, suffix: str = "") -> None:
-    """Raise RunError if files of a product (with this ending) differ from those its last update recorded.
-
-    Raises:
-        RunError: which ones are not.
-    """
+    """Raise RunError, naming them, if files of a product (with this ending) differ from those of its last update."""
     chain = read_chain(product)
-    written: dict[str, str] = chain[-1]["files"] if chain else {}
+    written = chain[-1].files if chain else {}
     if changed := damaged(product, {name: written[name] for name in written if name.endswith(suffix)}):
         raise RunError(
             f"{product}: {some(changed)}: not as the last update wrote it. Something changed it since. If that was "
-            f"meant, remove its {HISTORY}, which tells of another model."
+            f"meant, remove its {HISTORY}, which describes another model."
         )
 
 
 def chain_of(model: str | Path) -> list[Update]:
-    """The updates that made a model (its folder, its run folder, or its id on the hub), oldest first; empty for none.
+    """Return the updates that made a model, oldest first: its folder, its run folder, or its id on the hub.
 
     Raises:
         RunError: there is no such model, the run is not finished, or the file is damaged.
@@ -182,57 +189,45 @@ def chain_of(model: str | Path) -> list[Update]:
     return _from_hub(str(model), None)
 
 
-def chain_of_base(manifest: Mapping[str, Any]) -> list[Update]:
-    """Return the updates that made a run's base; none are known for a base that was in memory."""
-    name, commit = str(base_name(manifest)), hub_commit(manifest)
-    if manifest["inputs"].get("base_sha256") and Path(name).is_dir():
-        return read_chain(Path(name))
-    return _from_hub(name, commit) if commit else []
-
-
 def product_of(folder: Path) -> Path:
-    """The product's folder of a run folder; any other folder as it is.
+    """Return the product's folder of a run folder; any other folder as it is.
 
     Raises:
         RunError: the run is not finished, only scored, or its product is gone.
     """
     if not is_run(folder):
         return folder
-    if not (folder / "summary.json").is_file():
+    if not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run is not finished. Go on with --resume.")
-    name = records.read(records.Summary, folder / "summary.json")["product"]
+    name = Summary.load(folder / SUMMARY).product
     if not name:
         raise RunError(f"{folder} holds scores, not an update. Give the folder of a model or of an update.")
     if not (folder / name).is_dir():
         raise RunError(f"{folder}: its product {name}/ is gone.")
-    return folder / str(name)
+    return folder / name
 
 
 def read_chain(folder: Path) -> list[Update]:
-    """The updates that are told beside a model, oldest first.
-
-    Raises:
-        RunError: the file is damaged.
-    """
+    """Return the updates in the chain beside a model, oldest first; raise RunError if the file is damaged."""
     return _updates_in(folder / HISTORY) if (folder / HISTORY).is_file() else []
 
 
 def _updates_in(file: Path) -> list[Update]:
-    told = records.read(records.Chain, file)
-    updates: list[Update] = told["updates"]
-    if told.get("sha256") not in (None, hash_of(updates)):  # none in chains of earlier versions
+    data = read_json(file)
+    chain = Chain.parse(data, file)
+    if chain.sha256 != hash_of(data["updates"]):
         raise RunError(f"{file} was changed or damaged: its hash does not match. Restore it from a backup.")
-    return updates
+    return chain.updates
 
 
 def _from_hub(name: str, revision: str | None) -> list[Update]:
-    """The chain of a model on the hub, from its cache where it is there."""
+    """Return the chain of a model on the hub, from the cache if it is there."""
     from huggingface_hub import errors, hf_hub_download
 
     from forgetlearn.models import hub
 
     try:
-        file = hf_hub_download(name, HISTORY, revision=revision, local_files_only=not hub.answers())
+        file = hf_hub_download(name, HISTORY, revision=revision, local_files_only=not hub.is_reachable())
         return _updates_in(Path(file))
     except errors.LocalEntryNotFoundError:
         log.warning("%s: the hub cannot be asked whether updates made this model; its chain is taken as empty", name)
@@ -244,67 +239,65 @@ def _from_hub(name: str, revision: str | None) -> list[Update]:
 
 
 def _run_around(folder: Path) -> str | None:
-    """The run whose product a folder is."""
+    """Return the run whose product a folder is."""
     parent = folder.resolve().parent
     return str(parent) if folder.is_dir() and is_run(parent) else None
 
 
 def find_facts(update: Update, places: Iterable[Path]) -> FactSet | None:
-    """The facts of an update, from the first of the places (run folders, files of facts) that holds the same ones."""
-    told = update["facts"]
+    """Return the facts of an update, from the first place (run folder, file of facts) that holds the same ones."""
     for place in places:
-        file = place / "inputs.jsonl" if place.is_dir() else place
-        if not file.is_file():
-            continue
-        found = read_facts(file, limit=told["used"])
-        if found.sha256() == told["sha256"]:
-            return found
+        file = place / INPUTS if place.is_dir() else place
+        if file.is_file():
+            found = read_facts(file, limit=update.facts.used)
+            if found.sha256() == update.facts.sha256:
+                return found
     return None
 
 
 def runs_before(model: Path) -> list[Path]:
-    """The run folders that made a model, as far as they are still where they were: the last one first."""
+    """Return the run folders that made a model, as far as they are still where they were, the last one first."""
     found: list[Path] = []
     run = _run_around(model) if not is_run(model) else str(model.resolve())
     while run is not None and is_run(run) and Path(run) not in found:
         found.append(Path(run))
-        run = (RunFolder.open(run).manifest.get("parent") or {}).get("run")
+        parent = RunFolder.open(run).manifest.parent
+        run = parent.run if parent else None
     return found
 
 
-def _listed(modules: str | Sequence[str] | Mapping[str, float]) -> str:
-    """Names of modules as the config has them, each with its factor where it has one."""
+def _listed(modules: Modules) -> str:
+    """Format names of modules, each with its factor if it has one."""
     if isinstance(modules, str):
         return modules
-    return ", ".join(f"{name} x {modules[name]:g}" if isinstance(modules, Mapping) else name for name in modules)
-
-
-def _base(update: Update) -> str:
-    if in_memory := update.get("weights_sha256"):
-        return f"a model in memory, and what made it is not known; hash of its weights {in_memory}"
-    return f"{update['base'] or 'a local folder'}; hash {update['base_sha256'] or 'unknown'}"
+    return ", ".join(f"{name} x {modules[name]:g}" if isinstance(modules, dict) else name for name in modules)
 
 
 def describe(update: Update) -> list[str]:
     """Describe an update in lines for a terminal."""
-    facts, coef, files = update["facts"], update["coef"], update["files"]
-    method = f"{update['method']}{'' if coef is None else f', coef {coef}'}, seed {update['seed']}"
-    taught = ", taught the old answers first" if update["taught_first"] else ""
-    known = "" if facts["known"] is None else f", {facts['known']} known before"
+    facts, coef = update.facts, "" if update.coef is None else f", coef {update.coef}"
+    taught = ", taught the old answers first" if update.taught_first else ""
+    known = "" if facts.known is None else f", {facts.known} known before"
+    base = f"{update.base or 'a local folder'}; hash {update.base_sha256 or 'unknown'}"
+    if update.weights_sha256:
+        base = f"a model in memory, and what made it is not known; hash of its weights {update.weights_sha256}"
+    changed = []
+    for stage in ("forget", "learn"):
+        modules, rows = getattr(update.modules, stage), getattr(update.rows, stage)
+        if modules is not None:
+            only = f" (rows of the vocabulary: {rows})" if rows not in (None, "all") else ""
+            changed.append(f"{stage} {_listed(modules)}{only}")
     lines = [
-        f"{update['when']}  {method}{taught}",
-        f"  facts   {facts['used']} from {facts['source']}{known}; SHA-256 {facts['sha256']}",
-        f"  base    {_base(update)}",
+        f"{update.when}  {update.method}{coef}, seed {update.seed}{taught}",
+        f"  facts   {facts.used} from {facts.source}{known}; SHA-256 {facts.sha256}",
+        f"  base    {base}",
+        f"  weights {'; '.join(changed)}",
     ]
-    if "modules" in update:  # not in chains of earlier versions
-        rows = {stage: which for stage, which in update.get("rows", {}).items() if which not in (None, "all")}
-        told = (
-            f"{stage} {_listed(modules)}{f' (rows of the vocabulary: {rows[stage]})' if stage in rows else ''}"
-            for stage in ("forget", "learn")
-            if (modules := update["modules"].get(stage)) is not None
+    for quantity, cells in update.scores.items():
+        shown = (
+            f"{protocol} {cell.mean:.1f} (n {cell.n})" for protocol, cell in cells.items() if cell.mean is not None
         )
-        lines.append(f"  weights {'; '.join(told)}")
-    for quantity, cells in update["scores"].items():
-        shown = (f"{protocol} {cell['mean']:.1f} (n {cell['n']})" for protocol, cell in cells.items() if cell["n"])
         lines.append(f"  {quantity:<12} {', '.join(shown) or 'not scored'}")
-    return lines + [f"  wrote   {name}  {files[name]}" for name in files if name.endswith(".safetensors")]
+    return lines + [
+        f"  wrote   {name}  {digest}" for name, digest in update.files.items() if name.endswith(".safetensors")
+    ]

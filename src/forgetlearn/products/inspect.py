@@ -1,6 +1,6 @@
-"""What a change of weights looks like: how large it is per layer and kind of module, and what rounding leaves of it.
+"""Measure a change of weights: how large it is per layer and kind of module, and what rounding leaves of it.
 
-Looked at is a saved vector, the product of a run, an adapter, or a fine-tuned checkpoint; read a piece at a time.
+The change is a saved vector, the product of a run, an adapter, or a fine-tuned checkpoint, read a piece at a time.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from forgetlearn.errors import ConfigError, WeightMismatchError
-from forgetlearn.products.chain import base_folder, product_of
+from forgetlearn.products.chain import Base, product_of
 from forgetlearn.storage.disk import naming
-from forgetlearn.storage.records import RunManifest
 from forgetlearn.storage.run_folder import RunFolder, is_run
+from forgetlearn.weights.adapter_delta import Adapter
 from forgetlearn.weights.checkpoint_folder import ADAPTER, WIDTHS, CheckpointFolder, Entry
-from forgetlearn.weights.deltas import VECTOR, Adapter, Change, Difference, Stored, check_change, open_vector
+from forgetlearn.weights.deltas import VECTOR, Change, Difference, SavedVector, check_change, open_vector
 from forgetlearn.weights.rounding import Array, Scratch, Sums, Survival, narrow, wide, widen
 from forgetlearn.weights.streaming import pieces_of, usual_threads
 
@@ -31,7 +31,7 @@ Key = TypeVar("Key")
 
 @dataclass
 class Tally(Sums):
-    """Sums over some tensors: of the change, of the base where it is known, and of another change."""
+    """Sums over some tensors: of the change, of the base if it is known, and of another change."""
 
     tensors: int = 0
     numbers: int = 0
@@ -42,9 +42,9 @@ class Tally(Sums):
     survival: Survival = field(default_factory=Survival)
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """Norms and shares; None for what was not asked for or is not defined.
+        """Return norms and shares; None for what was not asked for or is not defined.
 
-        norm is Euclidean, rms that of a single number, relative the norm over that of the base.
+        norm is Euclidean, rms that of a single number, relative the norm divided by that of the base.
         """
         both = math.sqrt(self.squared * self.other_squared)
         return {
@@ -61,26 +61,26 @@ class Tally(Sums):
 
 @dataclass(frozen=True)
 class Inspection:
-    """Tallies of a change: of all of it, and by (layer, kind), where the layer of an embedding, say, is None."""
+    """Tallies of a change: of all of it, and by (layer, kind); tensors outside of the layers have layer None."""
 
     what: str
-    told: dict[str, str]
+    metadata: dict[str, str]  # of a saved vector
     total: Tally
     parts: dict[tuple[int | None, str], Tally]
 
     def by_kind(self) -> dict[str, Tally]:
-        """One tally for each kind of module, over all layers."""
+        """Return a tally for each kind of module, over all layers."""
         return _merged((kind, tally) for (_layer, kind), tally in self.parts.items())
 
     def by_layer(self) -> dict[int | None, Tally]:
-        """One tally for each layer, over all kinds; None is what lies in no layer."""
+        """Return a tally for each layer, over all kinds; None stands for tensors in no layer."""
         return _merged((layer, tally) for (layer, _kind), tally in self.parts.items())
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return all of it, for JSON."""
         return {
             "what": self.what,
-            "metadata": self.told,
+            "metadata": self.metadata,
             "total": self.total.as_dict(),
             "by_kind": {kind: tally.as_dict() for kind, tally in self.by_kind().items()},
             "by_layer": {str(layer): tally.as_dict() for layer, tally in self.by_layer().items()},
@@ -101,10 +101,10 @@ def inspect_change(
     base: str | Path | None = None,
     coef: float | None = None,
 ) -> Inspection:
-    """How large a change is, where, and with `coef` what of `base - coef * change` survives in the base's dtypes.
+    """Measure how large a change is, where, and with `coef` what of `base - coef * change` survives in its dtypes.
 
-    `what` and `other` are folders: a saved vector, a run (its product is looked at), an adapter or a fine-tuned
-    model. All but a vector need `base`; a run names its own where that is a folder.
+    `what` and `other` are folders: a saved vector, a run (its product is measured), an adapter or a fine-tuned
+    model. All but a vector need `base`; a run names its own if that is a folder.
 
     Raises:
         ConfigError: the base is needed and not given, or coef is not finite.
@@ -132,16 +132,14 @@ def inspect_change(
         with ThreadPoolExecutor(usual_threads()) as pool:
             tallies = list(pool.map(look.at, wanted))
     parts = _merged((place_of(entry.name), tally) for entry, tally in zip(wanted, tallies, strict=True))
-    total = Tally()
-    for tally in tallies:
-        total.add(tally)
-    told = next(iter(weights.metadata.values()), {}) if base is None else {}
-    return Inspection(str(what), dict(told), total, parts)
+    total = _merged((0, tally) for tally in tallies).get(0, Tally())
+    metadata = next(iter(weights.metadata.values()), {}) if base is None else {}
+    return Inspection(str(what), dict(metadata), total, parts)
 
 
 @dataclass(frozen=True)
 class _Look:
-    """Looks at one tensor after the other."""
+    """Measures one tensor after the other."""
 
     weights: CheckpointFolder
     change: Change
@@ -153,7 +151,7 @@ class _Look:
         return self.other is not None and name in self.other.moved
 
     def at(self, entry: Entry) -> Tally:
-        """The tally of one tensor."""
+        """Return the tally of one tensor."""
         tally, scratch = Tally(tensors=1, numbers=entry.n_entries), Scratch()
         with np.errstate(all="ignore"):
             for start, stop in pieces_of(entry.shape):
@@ -184,11 +182,11 @@ class _Look:
             stored, after = scratch.array("stored", n * width, np.uint8), scratch.array("after", n, wide(entry.dtype))
             narrow(np.add(numbers, change, out=after), entry.dtype, stored, scratch)
             widen(stored, entry.dtype, after)
-            tally.survival.look(numbers, change, after)
+            tally.survival.count(numbers, change, after)
 
 
 def _dot(one: Array, two: Array) -> float:
-    """The sum of products in float64, over what is finite: a mask of -inf has no difference."""
+    """Return the sum of products in float64, over finite numbers: a mask of -inf has no difference."""
     total = float(np.dot(one.astype(np.float64), two.astype(np.float64)))
     if math.isfinite(total):
         return total
@@ -197,7 +195,7 @@ def _dot(one: Array, two: Array) -> float:
 
 
 def place_of(name: str) -> tuple[int | None, str]:
-    """Layer and kind of module of a tensor: `model.layers.3.mlp.up_proj.weight` is (3, "mlp.up_proj")."""
+    """Return layer and kind of module of a tensor: `model.layers.3.mlp.up_proj.weight` is (3, "mlp.up_proj")."""
     path = re.sub(r"\.weight$", "", name)
     found = re.search(r"(?:^|\.)(\d+)\.", path)
     return (int(found[1]), path[found.end() :]) if found else (None, path)
@@ -209,28 +207,28 @@ def _vector_in(folder: Path) -> Path | None:
 
 
 def _base_named_by(folder: Path) -> Path | None:
-    """The folder of the model that a run's product changes: the taught one, where it taught the old answers first.
+    """Return the folder of the model that a run's product changes: the taught one, if the run taught first.
 
-    None where that is no run, or the model is not here.
+    None if the folder is no run, or the model is not on this machine.
     """
     if not is_run(folder):
         return None
-    manifest = RunFolder.open(folder, RunManifest).manifest
-    if manifest["config"]["teach"]["epochs"] == 0:
-        return base_folder(manifest)
+    run = RunFolder.open(folder)
+    if run.settings.teach.epochs == 0:
+        return Base.of(run).folder()
     taught = folder / "taught"
     return taught if taught.is_dir() else None
 
 
 def _open(base: CheckpointFolder, what: str | Path) -> Change:
     if vector := _vector_in(Path(what)):
-        return Stored(base, vector)
+        return SavedVector(base, vector)
     product = product_of(Path(what))
     return Adapter(base, product) if (product / ADAPTER).is_file() else Difference(base, product)
 
 
 def plot_change(inspection: Inspection, file: Path) -> None:
-    """An SVG of the change of a single number (root mean square) over the layers, a line for each kind of module."""
+    """Write an SVG of the change of a single number (rms) over the layers, a line for each kind of module."""
     import matplotlib
     from matplotlib.figure import Figure
 

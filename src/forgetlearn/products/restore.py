@@ -1,29 +1,29 @@
-"""To a product and back: make a run's product again from its base, or give its base back; every bit is verified.
+"""Make a run's product again from its base, or its base from the product; every bit is verified.
 
     change = base XOR product
 
-Exclusive or is its own inverse, so one file of it takes either of the two to the other, exactly, where a sum of
-rounded numbers would not. What has no partner of the same dtype and shape on the other side is kept as it is.
+Exclusive or is its own inverse, so one file takes either of the two to the other exactly, which a sum of rounded
+numbers would not. A tensor without a partner of the same dtype and shape on the other side is kept as it is.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
 from forgetlearn.errors import ConfigError, ModelError, RunError
 from forgetlearn.models import hub
-from forgetlearn.products.chain import base_folder, base_name, carry_over, check_product, hub_commit, product_of
-from forgetlearn.storage import records
-from forgetlearn.storage.digests import HISTORY, copy_own, is_recorded, licences, model_files, sha256_of
+from forgetlearn.products.chain import Base, carry_over, check_product, product_of
+from forgetlearn.storage.digests import HISTORY, copy_own, licences, model_files, sha256_of
 from forgetlearn.storage.disk import atomic_folder, write_json
-from forgetlearn.storage.run_folder import RunFolder
+from forgetlearn.storage.records import Summary
+from forgetlearn.storage.run_folder import SUMMARY, RunFolder
 from forgetlearn.weights.checkpoint_folder import CheckpointFolder, Entry, header_bytes, read_header, read_object
 from forgetlearn.weights.folder_arithmetic import check_places, check_space, merge_adapter
 from forgetlearn.weights.rounding import in_words
@@ -46,23 +46,22 @@ def apply_run(
     numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
     overwrite: bool = False,
 ) -> str:
-    """Write the product of a finished run again; back comes a sentence on how, and of a merge
-    what rounding left of the change.
+    """Write the product of a finished run again; return a sentence on how, and what rounding left of a merged change.
 
     `base` is a folder, or a hub id: of a run whose base was from the hub, at the commit that it recorded.
 
     An adapter is copied and names `base` as its base, or with `merge` is added to the base's weights; a model
-    is made from the base and the change that the run kept, or copied where the run still has it.
+    is made from the base and the change that the run kept, or copied if the run still has it.
 
     Raises:
-        ModelError: `base` is not the run's base, told by its hash, or the result is not the product.
+        ModelError: `base` does not have the hash of the run's base, or the result is not the product.
         RunError: the run is not finished, or keeps neither product nor change; or the output exists.
     """
     folder = finished_run(run)
     named, output = str(base), Path(output)
-    base = hub.folder_of(named, hub_commit(folder.manifest))
+    base = hub.folder_of(named, Base.of(folder).commit)
     check_places(output, [folder.path, base], overwrite)
-    name = records.read(records.Summary, folder.path / "summary.json")["product"]
+    name = Summary.load(folder.path / SUMMARY).product or ""
     if merge and name != "adapter":
         raise ConfigError(f"--merge: the product of {run} is a whole model, not an adapter. Leave it out.")
     if name != "adapter" and (folder.path / CHANGE).is_dir():
@@ -88,39 +87,37 @@ def apply_run(
 
 
 def undo_run(run: str | Path, output: str | Path | None = None) -> str:
-    """A sentence that says where the exact base is: where it was, or in `output`, where it is written.
+    """Return a sentence that says where the exact base is: where it was, or in `output`, where it is written.
 
     Raises:
         RunError: it is nowhere, and cannot be made from what the run keeps; the message says why.
         ModelError: what was made is not the base.
     """
     folder = finished_run(run)
-    base, output = base_folder(folder.manifest), None if output is None else Path(output)
-    name, recorded = str(base_name(folder.manifest)), folder.manifest["inputs"].get("base_sha256")
-    if hub_commit(folder.manifest) and (base or hub.answers()):
+    base, output = Base.of(folder), None if output is None else Path(output)
+    place, name, recorded = base.folder(), str(base.name), base.base_sha256
+    if base.commit and (place or hub.is_reachable()):
         if output is not None:
-            base = hub.snapshot(name, recorded)  # all of it: a cache may hold some of the files
-        elif base is None:
+            place = hub.snapshot(name, recorded)  # all of it: a cache may hold some of the files
+        elif place is None:
             return f"{name} on the hub, commit {recorded}, is the base. --output DIR downloads it."
     if output is not None:
-        check_places(output, [folder.path, *([base] if base else [])], overwrite=False)
-    gone = f"{name} is not there any more" if base is None else f"{name} was changed since: its hash is another"
-    if base is not None and is_recorded(base, recorded):
+        check_places(output, [folder.path, *([place] if place else [])], overwrite=False)
+    if place is not None and base.is_in(place):
         if output is None:
-            return f"{base}: the base, untouched; its hash is {recorded}, as before the run"
-        CheckpointFolder(base).close()  # a hub's cache may lack the weights
+            return f"{place}: the base, untouched; its hash is {recorded}, as before the run"
+        CheckpointFolder(place).close()  # a hub's cache may lack the weights
         with atomic_folder(output) as unfinished:
-            _copy_files(base, unfinished, [])
-            _verify(unfinished, sha256_of(base))
-        return f"{output}: a copy of the base {base}, verified by hash"
+            _copy_files(place, unfinished, [])
+            _verify(unfinished, sha256_of(place))
+        return f"{output}: a copy of the base {place}, verified by hash"
+    gone = f"{name} does not exist any more" if place is None else f"{name} was changed since: its hash is another"
     if recorded is None:
-        gone = f"its base was {_in_memory(folder.manifest)}"
+        gone = f"its base was {_in_memory(base)}"
     if not (folder.path / CHANGE).is_dir():
-        kept = (
-            "Its product is an adapter, which holds nothing of the base"
-            if (folder.path / "adapter").is_dir()
-            else ("It kept no change to go back by (keep_change was false)")
-        )
+        kept = "It kept no change to go back by (keep_change was false)"
+        if (folder.path / "adapter").is_dir():
+            kept = "Its product is an adapter, which holds nothing of the base"
         raise RunError(f"{run} cannot be undone: {gone}. {kept}. Get the base again from where it came.")
     if output is None:
         raise RunError(f"{gone}. It can be made from the product and the kept change: pass --output DIR.")
@@ -129,43 +126,41 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
     return f"{output}: the base, made from the product and the kept change; verified by hash"
 
 
-def _in_memory(manifest: Mapping[str, Any]) -> str:
-    """A base that no folder holds, in words."""
-    found = manifest["inputs"].get("weights_sha256")
-    told = f"the hash of its weights is {found}" if found else "its hash is not known"
-    return f"a model in memory ({told}), which no folder is known to hold"
+def _in_memory(base: Base) -> str:
+    found = base.weights_sha256
+    hashed = f"the hash of its weights is {found}" if found else "its hash is not known"
+    return f"a model in memory ({hashed}), which no folder is known to hold"
 
 
-def _check_base(run: RunFolder, base: Path, *, taught: bool) -> None:
-    """Raise ModelError unless this is the base of the product (with `taught`, the taught one if there is one)."""
+def _check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
+    """Raise ModelError unless a folder holds the product's base: with `taught`, the taught model if there is one."""
     own = run.path / "taught"
-    if taught and run.manifest["config"]["teach"]["epochs"] > 0:
+    if taught and run.settings.teach.epochs > 0:
         if not own.is_dir():
             raise RunError(f"{run.path}: the adapter belongs on the taught model taught/, which is gone.")
-        if sha256_of(base) != sha256_of(own):
-            raise ModelError(f"{base}: the adapter belongs on the taught model. Pass --base {own}.")
+        if sha256_of(folder) != sha256_of(own):
+            raise ModelError(f"{folder}: the adapter belongs on the taught model. Pass --base {own}.")
         return
-    recorded = run.manifest["inputs"].get("base_sha256")
-    if not is_recorded(base, recorded):
-        name = base_name(run.manifest)
-        wanted = f"{name} with the hash {recorded}" if recorded else _in_memory(run.manifest)
+    base = Base.of(run)
+    if not base.is_in(folder):
+        wanted = f"{base.name} with the hash {base.base_sha256}" if base.base_sha256 else _in_memory(base)
         raise ModelError(
-            f"{base} is not the base of {run.path}, which was {wanted}. Of a base from the hub, give the folder of "
+            f"{folder} is not the base of {run.path}, which was {wanted}. Of a base from the hub, give the folder of "
             "that commit in the hub's cache."
         )
 
 
 def finished_run(run: str | Path) -> RunFolder:
-    """The update in a run folder.
+    """Return the update in a run folder.
 
     Raises:
         RunError: there is none, it is not finished, it only scored, or its rows or summary were changed since.
     """
-    folder = RunFolder.open(run, records.RunManifest)
-    if "finished" not in folder.manifest:
+    folder = RunFolder.open(run)
+    if not folder.manifest.finished:
         raise RunError(f"{run}: the run is not finished. Go on with --resume.")
     folder.check_results()
-    if not records.read(records.Summary, folder.path / "summary.json")["product"]:
+    if not Summary.load(folder.path / SUMMARY).product:
         raise RunError(f"{run} holds scores, not an update.")
     return folder
 
@@ -173,62 +168,56 @@ def finished_run(run: str | Path) -> RunFolder:
 # The exact change ---------------------------------------------------------------------------------
 
 
-def check_keeping(manifest: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless the change from this base can be kept.
-
-    Raises:
-        ConfigError: the base is no folder of safetensors that can be read again.
-    """
-    folder = base_folder(manifest)
+def check_keeping(base: Base) -> None:
+    """Raise ConfigError unless the change from this base can be kept: it needs a folder of safetensors."""
+    folder = base.folder()
     if folder is None:
         why = "is not in a folder, nor in the hub's cache"
-        if not manifest["inputs"].get("base_sha256"):
+        if not base.base_sha256:
             why = "is a model in memory, with other weights than any folder that it is named after"
         raise ConfigError(
-            f"keep_change = True: the base {base_name(manifest)} {why}. Save it with its save(folder) and update that "
+            f"keep_change = True: the base {base.name} {why}. Save it with its save(folder) and update that "
             "folder, or leave keep_change out."
         )
     CheckpointFolder(folder).close()
 
 
-def keep_change(run: RunFolder, product: Path, folder: Path) -> dict[str, Any]:
-    """Write what takes the base to the product and back, bit for bit; its size comes back.
+def keep_change(run: RunFolder, product: Path, folder: Path) -> dict[str, int]:
+    """Write what takes the base to the product and back, bit for bit; return its size.
 
     Raises:
         RunError: the base is gone or was changed since the run began, or the disk is full.
     """
-    base = base_folder(run.manifest)
-    if base is None or not is_recorded(base, run.manifest["inputs"].get("base_sha256")):
+    base = Base.of(run)
+    place = base.folder()
+    if place is None or not base.is_in(place):
         raise RunError(f"{run.path}: its base is gone or was changed during the run, so the change cannot be kept.")
-    with CheckpointFolder(base) as old, CheckpointFolder(product) as new:
+    with CheckpointFolder(place) as old, CheckpointFolder(product) as new:
         parts = list(_parts(old, new))
         n_bytes = sum(entry.n_bytes for entry, _old, _new in parts)
         check_space(folder, n_bytes)
-        told = {"format": "pt", "forgetlearn": "exact change"}
+        metadata = {"format": "pt", "forgetlearn": "exact change"}
         for side, weights in (("base", old), ("product", new)):
             headers = {file: weights.header_of(file)[8:].decode() for file in weights.files}
-            told |= {f"{side}_headers": json.dumps(headers), f"{side}_sha256": sha256_of(weights.folder)}
+            metadata |= {f"{side}_headers": json.dumps(headers), f"{side}_sha256": sha256_of(weights.folder)}
             (folder / side).mkdir()
             _copy_files(weights.folder, folder / side, weights.files)
         entries = [entry for entry, _old, _new in parts]
         with (folder / FILE).open("xb") as file:
-            file.write(header_bytes(entries, told, {entry.name: "U8" for entry in entries}))
+            file.write(header_bytes(entries, metadata, {entry.name: "U8" for entry in entries}))
             for _entry, before, after in parts:
                 _write_xor(file, (old, before), (new, after))
     return {"bytes": n_bytes}
 
 
 def _parts(old: CheckpointFolder, new: CheckpointFolder) -> Iterator[Part]:
-    """What the change holds: what both have in the same form, then what one alone has."""
+    """Yield what the change holds: tensors that both have in the same form, and those of one side alone."""
+    forms = [{name: (entry.dtype, entry.shape) for name, entry in side.entries.items()} for side in (old, new)]
+    shared = {name for name in forms[0] if forms[0][name] == forms[1].get(name)}
     for name, before in old.entries.items():
-        after = new.entries.get(name)
-        if after is not None and (after.dtype, after.shape) == (before.dtype, before.shape):
-            yield _part("xor", before), before, after
-        else:
-            yield _part("base", before), before, None
+        yield _part("xor" if name in shared else "base", before), before, new.entries[name] if name in shared else None
     for name, after in new.entries.items():
-        before_too = old.entries.get(name)
-        if before_too is None or (after.dtype, after.shape) != (before_too.dtype, before_too.shape):
+        if name not in shared:
             yield _part("product", after), None, after
 
 
@@ -237,13 +226,13 @@ def _part(kind: str, entry: Entry) -> Entry:
 
 
 def _write_xor(file: BinaryIO, *sources: tuple[CheckpointFolder, Entry | None]) -> None:
-    """The exclusive or of the tensors' bytes; of one tensor alone its bytes."""
-    there = [(folder, entry) for folder, entry in sources if entry is not None]
-    n_bytes = there[0][1].n_bytes
+    """Write the exclusive or of the tensors' bytes; of one tensor alone its bytes."""
+    given = [(folder, entry) for folder, entry in sources if entry is not None]
+    n_bytes = given[0][1].n_bytes
     for start in range(0, n_bytes, BLOCK_BYTES):
         length = min(BLOCK_BYTES, n_bytes - start)
         found = np.zeros(length, np.uint8)
-        for folder, entry in there:
+        for folder, entry in given:
             found ^= np.frombuffer(folder.read_bytes(entry, start, length), np.uint8)
         file.write(found.data)
 
@@ -251,26 +240,26 @@ def _write_xor(file: BinaryIO, *sources: tuple[CheckpointFolder, Entry | None]) 
 def _rebuild(kept: Path, side: Side, other: Path, output: Path) -> None:
     """Write the base from the product, or the product from the base."""
     with closing(CheckpointFolder.of_file(kept / FILE)) as change, CheckpointFolder(other) as source:
-        told = change.metadata[FILE]
-        if told.get("forgetlearn") != "exact change":
+        metadata = change.metadata[FILE]
+        if metadata.get("forgetlearn") != "exact change":
             raise ModelError(f"{kept / FILE}: was not written by a run of forgetlearn.")
         other_side = "base" if side == "product" else "product"
-        if sha256_of(other) != told[f"{other_side}_sha256"]:
+        if sha256_of(other) != metadata[f"{other_side}_sha256"]:
             raise ModelError(
                 f"{other} is not the {other_side} that the change in {kept.parent} was kept for: another hash."
             )
-        headers: dict[str, str] = json.loads(told[f"{side}_headers"])
+        headers: dict[str, str] = json.loads(metadata[f"{side}_headers"])
         with atomic_folder(output) as unfinished:
             _copy_files(kept / side, unfinished, [])
             for name, header in headers.items():
                 _write_weights(unfinished / Path(name).name, header.encode(), side, change, source)
-            _verify(unfinished, told[f"{side}_sha256"])
+            _verify(unfinished, metadata[f"{side}_sha256"])
 
 
 def _write_weights(path: Path, header: bytes, side: Side, change: CheckpointFolder, source: CheckpointFolder) -> None:
-    """One file of weights: its header as it was, then its tensors in their order."""
-    told = json.loads(header)
-    end = max((entry["data_offsets"][1] for name, entry in told.items() if name != "__metadata__"), default=0)
+    """Write one file of weights: its header as it was, then its tensors in their order."""
+    entries = json.loads(header)
+    end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
     check_space(path, end)
     with path.open("xb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -283,7 +272,7 @@ def _write_weights(path: Path, header: bytes, side: Side, change: CheckpointFold
 
 
 def _copy_files(folder: Path, to: Path, left_out: list[str]) -> None:
-    """The files of a model that can be told from their names, and what tells of it: licence, card, chain."""
+    """Copy the files of a model, and those about it: licence, card, chain."""
     for path in [*model_files(folder), *licences(folder), folder / HISTORY, *sorted(folder.glob("*.md"))]:
         if path.is_file() and path.name not in left_out:
             copy_own(path, to)

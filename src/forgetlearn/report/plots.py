@@ -7,12 +7,18 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
 
-from forgetlearn.report.render import QUESTIONS, show_score
-from forgetlearn.storage import records
+from forgetlearn.evaluation.statistics import Estimate
+from forgetlearn.report.render import QUESTIONS, Interval, show_score
+from forgetlearn.storage.records import Retained, Step, Summary, load_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.container import ErrorbarContainer
+    from matplotlib.figure import Figure
 
 STAGES = ("teach", "forget", "learn")
 # Colours of plots stand for the page's own, so that they follow it into dark mode and print.
@@ -48,56 +54,52 @@ class Panel(NamedTuple):
 
     title: str
     unit: str
-    lines: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]
-    plain: Mapping[str, Mapping[str, Any]]
+    lines: Mapping[str, Sequence[tuple[float, Estimate]]]
+    plain: Mapping[str, Estimate]
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """A colour and a marker for each name; the plain methods always have the first two."""
+    """Return a colour and a marker for each name; the plain methods always have the first two."""
     plain = {"ft": 0, "lora": 1}
     others = [name for name in names if name not in plain]
     places = {name: plain.get(name, 2 + (others.index(name) if name in others else 0) % 6) for name in names}
     return {name: Style(OF_MARKS[place], *MARKS[place], place) for name, place in places.items()}
 
 
-def plot_scores(summary: Mapping[str, Any], phases: Sequence[str]) -> list[Markup]:
-    """A small plot per quantity, as SVG elements: its mean and interval in each phase. None for a single phase."""
+def plot_scores(summary: Summary, phases: Sequence[str]) -> list[Markup]:
+    """Plot each quantity's mean and interval in each phase, as small SVG elements; none for a single phase."""
     plots = []
     for quantity in QUESTIONS if len(phases) > 1 else ():
-        lines = {
-            protocol: [summary["phases"][phase].get(quantity, {}).get(protocol) for phase in phases]
-            for protocol in ("agreement", "token", "generate")
-        }
-        lines = {
-            name: cells for name, cells in lines.items() if any(cell and cell["mean"] is not None for cell in cells)
-        }
-        if lines:
+        cells = [summary.phases[phase].get(quantity, {}) for phase in phases]
+        if lines := _lines(("agreement", "token", "generate"), cells):
             plots.append(_plot_phases(quantity, lines, phases))
     return plots
 
 
-def plot_retention(updates: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """What of each earlier update still holds, oldest first, as an SVG element. None for a single one."""
-    lines = {protocol: [update["scores"].get(protocol) for update in updates] for protocol in ("token", "generate")}
-    lines = {name: cells for name, cells in lines.items() if any(cell and cell["mean"] is not None for cell in cells)}
-    numbers = [str(update["update"]) for update in updates]
+def plot_retention(updates: Sequence[Retained]) -> Markup | None:
+    """Plot what of each earlier update still holds, oldest first, as an SVG element; None for a single one."""
+    lines = _lines(("token", "generate"), [update.scores for update in updates])
+    numbers = [str(update.update) for update in updates]
     return _plot_phases("retention", lines, numbers) if len(updates) > 1 and lines else None
 
 
-def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Any]], phases: Sequence[str]) -> Markup:
+def _lines(protocols: Sequence[str], cells: Sequence[Mapping[str, Interval]]) -> dict[str, list[Interval | None]]:
+    """Return each protocol's cells, of the protocols that were scored anywhere."""
+    lines = {protocol: [by_protocol.get(protocol) for by_protocol in cells] for protocol in protocols}
+    return {name: own for name, own in lines.items() if any(cell and cell.mean is not None for cell in own)}
+
+
+def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Interval | None]], phases: Sequence[str]) -> Markup:
     figure, axes = _figure(2.3, 1.9)
     for protocol, cells in lines.items():
         free = protocol == "generate"
-        found = [(place, cell) for place, cell in enumerate(cells) if cell and cell["mean"] is not None]
+        found = [(place, cell) for place, cell in enumerate(cells) if cell and cell.mean is not None]
         at = [place + (0.09 if free else -0.09) * (len(lines) > 1) for place, _found in found]
         means, bounds = _with_bounds([cell for _place, cell in found])
         colour = SECOND if free else FIRST
         axes.plot(at, means, color=LINE, lw=1, zorder=1)
-        marks = axes.errorbar(
-            at, means, bounds, fmt="o", ms=4.5, color=colour, mfc="#ffffff" if free else colour, lw=1.2
-        )
-        for part in (marks[0], *marks[2]):
-            part.set_clip_on(False)
+        face = "#ffffff" if free else colour
+        _free_bars(axes.errorbar(at, means, bounds, fmt="o", ms=4.5, color=colour, mfc=face, lw=1.2))
     axes.set_xticks(range(len(phases)), phases)
     axes.set_xlim(-0.4, len(phases) - 0.6)
     axes.set_yticks([0, 50, 100])
@@ -112,41 +114,28 @@ def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Any]], phases: Sequ
 
 
 def plot_losses(logs: Path) -> Markup | None:
-    """Training loss of the stages, one after the other on one axis of steps, as an SVG element."""
+    """Plot the training loss of the stages, one after the other on one axis of steps, as an SVG element."""
     files = {name: file for name in STAGES if (file := logs / f"{name}.jsonl").is_file()}
-    curves = {name: records.read_rows(records.Step, file) for name, file in files.items()}
-    curves = {name: rows for name, rows in curves.items() if rows}
+    curves = {name: steps for name, file in files.items() if (steps := load_rows(Step, file))}
     if not curves:
         return None
     figure, axes = _figure(4.6, 1.9)
     start = 0
-    for name, rows in curves.items():
-        steps, losses = _thinned([row["step"] for row in rows], [row["loss"] for row in rows])
-        at = [start + step for step in steps]
+    for name, log in curves.items():
+        numbers, losses = _thinned(log)
+        at = [start + number for number in numbers]
         axes.plot(at, losses, color=FIRST, lw=0.6, alpha=0.35)
         axes.plot(at, running_mean(losses, max(3, len(losses) // 20)), color=FIRST, lw=1.6)
         if start:
             axes.axvline(start + 0.5, color=LINE, lw=1)
-        end = start + rows[-1]["step"]
-        axes.text(
-            (start + end) / 2,
-            1.03,
-            name,
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            fontsize=8.5,
-            fontweight="bold",
-        )
+        end = start + log[-1].step
+        frame = axes.get_xaxis_transform()
+        axes.text((start + end) / 2, 1.03, name, transform=frame, ha="center", fontsize=8.5, fontweight="bold")
         start = end
     axes.set_xlim(0, start + 1)
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=LINE, lw=0.6)
-    axes.spines["left"].set_visible(False)
-    axes.spines["bottom"].set_color(LINE)
-    ends = [
-        f"{name} {rows[0]['loss']:.3g} to {rows[-1]['loss']:.3g} in {rows[-1]['step']} steps"
-        for name, rows in curves.items()
-    ]
+    _open_frame(axes)
+    ends = [f"{name} {log[0].loss:.3g} to {log[-1].loss:.3g} in {log[-1].step} steps" for name, log in curves.items()]
     return _svg(figure, "loss", f"Training loss: {'; '.join(ends)}")
 
 
@@ -157,7 +146,7 @@ def plot_trade_off(
     front: Sequence[Point],
     looks: Mapping[str, Style],
 ) -> Markup:
-    """One quantity against another, a line per method and tag; rings around the points of the front."""
+    """Plot one quantity against another, a line per method and tag; rings around the points of the front."""
     figure, axes = _figure(4.6, 3.4)
     for name, own in lines.items():
         for tag, points in own.items():
@@ -179,7 +168,7 @@ def plot_trade_off(
 
 
 def plot_coefficients(panel: Panel, looks: Mapping[str, Style]) -> Markup:
-    """Means with 95 % intervals against the coefficient, on a logarithmic scale; plain methods as dashed levels."""
+    """Plot means with 95 % intervals against the coefficient (logarithmic); plain methods are dashed levels."""
     figure, axes = _figure(2.9, 2.2)
     coefs = sorted({coef for points in panel.lines.values() for coef, _cell in points})
     span = max(math.log10(coefs[-1] / coefs[0]), 0.5)
@@ -188,32 +177,29 @@ def plot_coefficients(panel: Panel, looks: Mapping[str, Style]) -> Markup:
         at = [math.log10(coef) + shift for coef, _cell in points]
         means, bounds = _with_bounds([cell for _coef, cell in points])
         look = looks[name]
-        marks = axes.errorbar(
-            at, means, bounds, fmt=f"-{look.marker}", ms=4.5, color=look.colour, lw=1.1, elinewidth=0.8
-        )
-        for part in (marks[0], *marks[2]):
-            part.set_clip_on(False)
+        fmt, colour = f"-{look.marker}", look.colour
+        _free_bars(axes.errorbar(at, means, bounds, fmt=fmt, ms=4.5, color=colour, lw=1.1, elinewidth=0.8))
     for name, cell in panel.plain.items():
-        axes.axhline(cell["mean"], ls="--", lw=1.1, color=looks[name].colour)
+        axes.axhline(cell.mean, ls="--", lw=1.1, color=looks[name].colour)
     axes.set_xticks([math.log10(coef) for coef in coefs], [f"{coef:g}" for coef in coefs])
     axes.set_xlim(math.log10(coefs[0]) - 0.12 * span, math.log10(coefs[-1]) + 0.12 * span)
     axes.set_title(panel.title, loc="left", fontsize=9, fontweight="bold")
     axes.set_xlabel(panel.unit, fontsize=8, color=DIM)
     _open_frame(axes)
     words = [
-        f"{name} " + ", ".join(f"{coef:g}: {cell['mean']:.1f}" for coef, cell in points)
+        f"{name} " + ", ".join(f"{coef:g}: {cell.mean:.1f}" for coef, cell in points)
         for name, points in panel.lines.items()
     ]
-    words += [f"{name} {cell['mean']:.1f}" for name, cell in panel.plain.items()]
+    words += [f"{name} {cell.mean:.1f}" for name, cell in panel.plain.items()]
     return _svg(figure, panel.title + panel.unit, f"{panel.title}, {panel.unit}, by coefficient: {'; '.join(words)}")
 
 
-def plot_training(title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]], looks: Mapping[str, Style]) -> Markup:
-    """Running means of the loss over the steps, a line per name; a name without a look is written beside its line."""
+def plot_training(title: str, curves: Mapping[str, Sequence[Step]], looks: Mapping[str, Style]) -> Markup:
+    """Plot running means of the loss over the steps, a line per name; without a look the name is beside its line."""
     figure, axes = _figure(4.6, 1.9)
-    for place, (name, rows) in enumerate(curves.items()):
+    for place, (name, log) in enumerate(curves.items()):
         look = looks.get(name)
-        steps, losses = _thinned([row["step"] for row in rows], [row["loss"] for row in rows])
+        steps, losses = _thinned(log)
         means = running_mean(losses, max(3, len(losses) // 20))
         colour = look.colour if look else (FIRST, SECOND, DIM)[place % 3]
         axes.plot(steps, means, "--" if look and look.place < 2 else "-", color=colour, lw=1.4)
@@ -224,27 +210,34 @@ def plot_training(title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]],
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     _open_frame(axes)
-    ends = [f"{name} {rows[0]['loss']:.3g} to {rows[-1]['loss']:.3g}" for name, rows in curves.items() if rows]
+    ends = [f"{name} {log[0].loss:.3g} to {log[-1].loss:.3g}" for name, log in curves.items() if log]
     return _svg(figure, title, f"Loss of {title}: {'; '.join(ends)}")
 
 
-def _open_frame(axes: Any) -> None:
-    """Lines across instead of a frame."""
+def _open_frame(axes: Axes) -> None:
+    """Draw lines across instead of a frame."""
     axes.grid(axis="y", color=LINE, lw=0.6)
     axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
 
 
-def _with_bounds(cells: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
-    """Means, and how far their intervals reach below and above; nowhere where there is none."""
-    means = [float(cell["mean"]) for cell in cells]
-    ends = [(cell["low"], cell["high"]) if cell["low"] is not None else (cell["mean"],) * 2 for cell in cells]
-    return means, [[abs(mean - own[end]) for mean, own in zip(means, ends, strict=True)] for end in (0, 1)]
+def _free_bars(marks: ErrorbarContainer) -> None:
+    """Let points and error bars reach out of the frame."""
+    for part in (marks[0], *marks[2]):
+        part.set_clip_on(False)
+
+
+def _with_bounds(cells: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
+    """Return means, and how far their intervals reach below and above: 0 without an interval."""
+    scored = [(cell.mean, cell.low, cell.high) for cell in cells if cell.mean is not None]
+    below = [0.0 if low is None else abs(mean - low) for mean, low, _high in scored]
+    above = [0.0 if high is None else abs(mean - high) for mean, _low, high in scored]
+    return [mean for mean, _low, _high in scored], [below, above]
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Each value's mean with its neighbours, `width` in all; fewer at the ends, as many on each side."""
+    """Return each value's mean with its neighbours, `width` in all; fewer at the ends, as many on each side."""
     means = []
     for place in range(len(values)):
         reach = min(width // 2, place, len(values) - 1 - place)
@@ -253,16 +246,16 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return means
 
 
-def _thinned(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most PLOTTED_STEPS points, each the mean of as many steps: a long run's plot stays small."""
-    size = -(-len(steps) // PLOTTED_STEPS)
-    chunks = [slice(start, start + size) for start in range(0, len(steps), size)]
-    means = ([sum(values[c]) / len(values[c]) for c in chunks] for values in (steps, losses))
-    return next(means), next(means)
+def _thinned(log: Sequence[Step]) -> tuple[list[float], list[float]]:
+    """Return steps and losses as at most PLOTTED_STEPS points, each the mean of as many steps."""
+    size = -(-len(log) // PLOTTED_STEPS)
+    chunks = [log[start : start + size] for start in range(0, len(log), size)]
+    steps = [sum(step.step for step in chunk) / len(chunk) for chunk in chunks]
+    return steps, [sum(step.loss for step in chunk) / len(chunk) for chunk in chunks]
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure without pyplot, which would keep global state; transparent, without a frame."""
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a transparent figure without a frame, and without pyplot, which would keep global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -274,8 +267,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any, name: str, words: str) -> Markup:
-    """The SVG element alone, in the page's colours and fonts; `words` are for those who cannot see it."""
+def _svg(figure: Figure, name: str, words: str) -> Markup:
+    """Return the SVG element alone, in the page's colours and fonts; `words` are for those who cannot see it."""
     import matplotlib
 
     buffer = io.StringIO()

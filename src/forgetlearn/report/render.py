@@ -13,7 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Protocol
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -46,8 +46,8 @@ LIVE = re.compile(
 )
 
 
-def render(template: str, context: Mapping[str, Any]) -> str:
-    """A template of the package, filled; HTML is autoescaped, a missing name is an error."""
+def render(template: str, context: Mapping[str, object]) -> str:
+    """Fill a template of the package; HTML is autoescaped, a missing name is an error."""
     return _environment().get_template(template).render(context)
 
 
@@ -65,28 +65,55 @@ def _environment() -> Environment:
     )
     environment.filters["cell"] = _cell
     environment.filters["score"] = show_score
+    environment.filters["difference"] = show_difference
     environment.filters["yaml_string"] = json.dumps  # a JSON string is a YAML string
     return environment
 
 
-def render_page(template: str, context: Mapping[str, Any]) -> str:
-    """A page with its style and script in it; the policy in its head lets no other script run, and no request."""
+def render_page(template: str, context: Mapping[str, object]) -> str:
+    """Fill a page, with its style and script in it; the policy in its head forbids other scripts, and requests."""
     style, script = (TEMPLATES.joinpath(name).read_text("utf-8") for name in ASSETS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # our own files
     return render(template, {**context, **inlined})
 
 
-def show_score(cell: Mapping[str, Any] | None, *, interval: bool = False) -> str:
-    """`78.4`, or `78.4 [75.1, 81.5]`; a dash where nothing was scored."""
-    if not cell or cell["mean"] is None:
+class Interval(Protocol):
+    """A mean with its 95 % interval, in percent or points; None if nothing was scored, or shows how scores vary."""
+
+    @property
+    def mean(self) -> float | None:
+        """The mean."""
+
+    @property
+    def low(self) -> float | None:
+        """The lower end."""
+
+    @property
+    def high(self) -> float | None:
+        """The upper end."""
+
+
+def show_score(cell: Interval | None, *, interval: bool = False) -> str:
+    """Format a mean: `78.4`, or `78.4 [75.1, 81.5]`; a dash if nothing was scored."""
+    return _show(cell, ".1f", interval)
+
+
+def show_difference(cell: Interval | None) -> str:
+    """Format a difference: `+2.1 [-0.3, +4.5]`; a dash if nothing was paired."""
+    return _show(cell, "+.1f", True)
+
+
+def _show(cell: Interval | None, numbers: str, interval: bool) -> str:
+    if cell is None or cell.mean is None:
         return "–"
-    text = f"{cell['mean']:.1f}"
-    return f"{text} [{cell['low']:.1f}, {cell['high']:.1f}]" if interval and cell["low"] is not None else text
+    whole = interval and cell.low is not None and cell.high is not None
+    ends = f" [{cell.low:{numbers}}, {cell.high:{numbers}}]" if whole else ""
+    return f"{cell.mean:{numbers}}{ends}"
 
 
 def _printable(value: object) -> object:
-    """What a template prints, with a mark for each character that steers a terminal or reorders a line."""
+    """Replace each character that steers a terminal or reorders a line, in what a template prints."""
     if not isinstance(value, str):
         return value
     return type(value)(STEERING.sub("�", value))  # Markup stays Markup
@@ -113,5 +140,5 @@ def _escaped(text: str) -> str:
 
 
 def command_text(words: Sequence[str]) -> str:
-    """A command as a shell would take it."""
+    """Quote a command as a shell would take it."""
     return " ".join(shlex.quote(word) for word in words)

@@ -1,37 +1,29 @@
-"""What an update reads: the config with what was passed in, its facts, and the checks before anything is written."""
+"""What a command works on: the config merged with its arguments, the facts, and checks before anything is written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from forgetlearn.config.base import Settings, validate
-from forgetlearn.config.methods import METHODS, How
-from forgetlearn.config.schema import AUTO, FactsSettings, ModelSettings, RunConfig, TuningSettings
+from forgetlearn.config.recipe import Recipe
+from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
-from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import (
-    UNFINISHED_OLD_ANSWER,
-    WITHOUT_OLD,
-    FactSet,
-    read_facts,
-    with_old_answers,
-)
-from forgetlearn.method.core import (
-    check_forgetting,
-    check_learning,
-    out_of_loras_reach,
-)
+from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
+from forgetlearn.method.checks import check_forgetting, check_learning, out_of_loras_reach
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import check_product
+from forgetlearn.storage.records import Row
+
+GivenConfig = RunConfig | Mapping[str, object] | None
+GivenModel = LanguageModel | nn.Module | str | Path | None
 
 
-def resolve(
-    config: RunConfig | Mapping[str, Any] | None, model: object, facts: FactSet | str | Path | None
-) -> RunConfig:
-    """The config with what was passed in written into it.
+def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | None) -> RunConfig:
+    """Return the config with what was passed in written into it.
 
     Raises:
         ConfigError: no model is named, or the config contradicts a model or facts that are passed in.
@@ -53,7 +45,11 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     return settings
 
 
-AS_READ: dict[str, Any] = {"limit": None, "columns": {}, "aliases": None}  # of facts that are read already
+AS_READ: dict[str, object] = {
+    "limit": None,
+    "columns": {},
+    "aliases": None,
+}  # facts that are passed in were read already
 
 
 def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:
@@ -71,7 +67,7 @@ def _no_contradiction(part: str, asked: Settings, given: Settings, why: str) -> 
 
 
 def read_config_facts(config: RunConfig) -> FactSet:
-    """The facts that the config names."""
+    """Read the facts that the config names."""
     settings = config.facts
     if not settings.source:
         raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV, TSV, XLSX).")
@@ -92,28 +88,27 @@ def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[
 
 
 def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) -> FactSet:
-    """Take what the model said as old answers (policy `model`), unless it was cut off."""
+    """Take the model's answers as old answers (policy `model`), except those that were cut off."""
     return with_old_answers(
         facts,
-        {row["fact"]: row["said"] or "" for row in rows},
-        unfinished={row["fact"] for row in rows if row["truncated"]},
+        {row.fact: row.said or "" for row in rows},
+        unfinished={row.fact for row in rows if row.truncated},
         strict=config.facts.strict,
     )
 
 
 def check_old_answers(facts: FactSet, config: RunConfig) -> None:
-    """Raise FactError if the method needs old answers and no fact has one.
+    """Raise FactError if a stage needs old answers and no fact has one.
 
     Facts that the model has still to be asked about may get one, so they pass.
     """
-    method = METHODS[config.method]
-    needs = (method.forgets and config.forget.coef != 0) or config.teach.epochs > 0
-    if not needs or facts.to_ask or any(fact.ground_truth for fact in facts):
+    recipe = Recipe(config)
+    if not recipe.needs_old_answers or facts.to_ask or any(fact.ground_truth for fact in facts):
         return
-    reason = f"method {config.method} forgets" if method.forgets else "teach.epochs > 0 teaches"
+    reason = f"method {config.method} forgets" if recipe.method.forgets else "teach.epochs > 0 teaches"
     counts = ", ".join(f"{count} {why}" for why, count in facts.without_old.items())
     if "model" in facts.old_from:
-        remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == UNFINISHED_OLD_ANSWER)
+        remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == "unfinished_old_answer")
         remedy = (
             remedy or "The model says nothing: take the old answers from the file, or choose a method that only learns."
         )
@@ -122,44 +117,33 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     raise FactError(f"{facts.source}: {reason} old answers, but no fact has one ({counts}).\n{remedy}")
 
 
-def check_stages(config: RunConfig, lm: LanguageModel) -> None:
-    """Raise ConfigError if the settings of a stage do not fit this model.
-
-    Raises:
-        ConfigError: the dtype, the modules or what LoRA is to adapt cannot be had.
-    """
-    method = METHODS[config.method]
-    check_learning(lm, config.learning, method.learns)
-    if config.forget.coef != 0 and method.forgets:
-        check_forgetting(lm, config.forgetting, method.forgets)
+def check_stages(recipe: Recipe, lm: LanguageModel) -> None:
+    """Raise ConfigError if the settings of a stage do not fit this model; see `method.checks`."""
+    check_learning(lm, recipe.learn.settings, recipe.learn.kind.name)
+    if recipe.forget:
+        check_forgetting(lm, recipe.forget.settings, recipe.forget.kind.name)
 
 
-def left_by_lora(config: RunConfig, lm: LanguageModel) -> str | None:
-    """Return `method.out_of_loras_reach` for the stages of an update with this config."""
-    method = METHODS[config.method]
-    stages: list[tuple[How | None, TuningSettings]] = [(method.learns, config.learning)]
-    if config.forget.coef != 0:
-        stages.append((method.forgets, config.forgetting))
-    return out_of_loras_reach(lm.model, stages)
+def left_by_lora(recipe: Recipe, lm: LanguageModel) -> str | None:
+    """Describe what of the model the adapters of an update do not reach; None if they reach all."""
+    has_adapter = any(stage.kind.adapter for stage in recipe)
+    return out_of_loras_reach(lm.model, recipe.config.lora) if has_adapter else None
 
 
-def check_quantization(config: RunConfig) -> None:
-    """Raise ConfigError if the config needs unquantised weights, but quantises the base.
-
-    Raises:
-        ConfigError: a stage, or what is written at the end, needs weights that are not quantised.
-    """
-    if config.model.quantization == "none":
+def check_quantization(recipe: Recipe) -> None:
+    """Raise ConfigError if the config quantises the base, but an update with it needs unquantised weights."""
+    settings = recipe.config.model
+    if settings.quantization == "none":
         return
-    place = f"model.quantization = {config.model.quantization}"
-    if trains_all_weights(config):
+    place = f"model.quantization = {settings.quantization}"
+    if recipe.changes_base:
         raise ConfigError(
             f"{place}: this update changes the base's own weights, which 4 bits cannot hold. Choose lora or f-lora, "
             "without teach.epochs and save_merged."
         )
-    if config.forget.coef == AUTO:
-        raise ConfigError(f"{place}: forget.coef = auto sets the base's weights again. Give a number.")
-    if config.model.shard:
+    if recipe.chooses_coefficient:
+        raise ConfigError(f"{place}: forget.coef = auto restores the base's weights. Give a number.")
+    if settings.shard:
         raise ConfigError(f"{place}: a model that is split over processes (model.shard) cannot be quantised.")
 
 
@@ -167,18 +151,8 @@ def check_weights(*models: object) -> None:
     """Raise RunError if models that are products on this disk have other weights than their last updates wrote.
 
     Raises:
-        RunError: which files are others; what is made of them would say nothing of it.
+        RunError: with the names of the files that differ.
     """
     for named in models:
         if isinstance(named, (str, Path)) and Path(named).is_dir():
             check_product(Path(named), ".safetensors")
-
-
-def trains_all_weights(config: RunConfig) -> bool:
-    """Whether a stage of such an update, or what is written at its end, needs the base in float32."""
-    method = METHODS[config.method]
-    return (
-        method.learns != "lora"
-        or method.forgets not in (None, "lora")
-        or bool(config.teach.epochs or config.save_merged)
-    )

@@ -1,4 +1,4 @@
-"""Choosing how much to forget: `coef: auto`, by learning at each coefficient that is tried.
+"""Choosing how much to forget (`coef: auto`), by learning at each coefficient that is tried.
 
 It is chosen on facts set aside, which the result is then not scored on. Fine-tuning on the old answers is done
 once and serves every coefficient that is tried.
@@ -9,35 +9,36 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scipy import optimize
-from torch import Tensor
 
-from forgetlearn.config.methods import METHODS, How
-from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, RunConfig
+from forgetlearn.config.methods import METHODS
+from forgetlearn.config.recipe import Stage
+from forgetlearn.config.schema import RunConfig, TrainSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.evaluation.scoring import Row
-from forgetlearn.facts.fact_set import Fact
-from forgetlearn.method.core import float32_snapshot, learn, stage_seed, subtract_old, tune_on_old
+from forgetlearn.facts import Fact
+from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Train, Tuned
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
+from forgetlearn.storage.records import Row
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
-from forgetlearn.weights import task_vector
+from forgetlearn.weights.task_vector import StateDict
 
 log = logging.getLogger("forgetlearn")
 WEIGHTS, CHOICE = "weights.safetensors", "choice.json"
-LEARNED, LEARNED_LOG = "learned.safetensors", "learned.json"  # of the best trial, where trials learn
-# Where it is looked for. The paper's own are 0.1 to 3; at 3 lab bases lost up to 47 points of locality by forgetting
-# alone (docs/experiments.md).
+LEARNED, LEARNED_LOG = "learned.safetensors", "learned.json"  # of the best trial
+# The range that is searched. The paper's own are 0.1 to 3; at 3 lab bases lost up to 47 points of locality by
+# forgetting alone (docs/experiments.md).
 LOWEST, HIGHEST = 0.1, 1.5
 TOLERANCE = 0.1  # of the natural logarithm of the coefficient
 GOAL = (("reliability", "token"), ("generality", "token"), ("locality", "agreement"))
@@ -52,15 +53,15 @@ class Trial:
 
     @property
     def goal(self) -> float:
-        """Mean of reliability, generality and locality, of those that there are.
+        """Mean of those of reliability, generality and locality that were scored.
 
         Raises:
-            FactError: there is none.
+            FactError: none was.
         """
-        there = [score for quantity, _protocol in GOAL if (score := self.scores[quantity]) is not None]
-        if not there:
+        scored = [score for quantity, _protocol in GOAL if (score := self.scores[quantity]) is not None]
+        if not scored:
             raise FactError("forget.coef = auto: none of the facts set aside could be scored. Give a number.")
-        return sum(there) / len(there)
+        return sum(scored) / len(scored)
 
 
 @dataclass(frozen=True)
@@ -73,141 +74,26 @@ class Choice:
     why: str
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON gives it back."""
+        """Return the choice as JSON gives it back."""
         return {**asdict(self), "validation": list(self.validation), "trials": [asdict(trial) for trial in self.trials]}
 
 
-class Forgetter:
-    """A model and its base's weights, so that it is fine-tuned and the base again."""
-
-    def __init__(self, lm: LanguageModel) -> None:
-        self.lm = lm
-        self.base = task_vector.snapshot(lm.model)
-
-    def tune(
-        self, facts: Iterable[Fact], settings: ForgetSettings, how: How, *, seed: int, stage_io: StageIO | None = None
-    ) -> tuple[dict[str, Tensor], StageLog]:
-        """What fine-tuning on the old answers ends at: all weights, or an adapter's. The model is the base again."""
-        stage_log = tune_on_old(self.lm, facts, settings, how, seed=seed, stage_io=stage_io)
-        if how == "lora":
-            tuned = lora.weights_of(self.lm.model, lora.FORGET)
-        else:
-            tuned = task_vector.snapshot(self.lm.model)
-        self.reset()
-        return tuned, stage_log
-
-    def reset(self) -> None:
-        """The base again, to the bit, without reading it from disk."""
-        _to_own_form(self.lm)
-        task_vector.load_into(self.lm.model, self.base)
-
-
-def forget_tuned(
-    lm: LanguageModel,
-    tuned: Mapping[str, Tensor],
-    settings: ForgetSettings,
-    how: How,
-    *,
-    facts: Iterable[Fact] = (),
-) -> None:
-    """Make the base the forgotten model, from what `Forgetter.tune` gave and the coefficient of the settings.
-
-    `facts` are those that are forgotten.
-    """
-    if how == "lora":
-        lm.model = lora.attach(lm.model, settings.lora, lora.FORGET, seed=0)
-        lora.set_weights(lm.model, tuned)
-        subtract_old(lm, settings, None)
-    else:
-        subtract_old(lm, settings, float32_snapshot(lm), tuned, facts=facts)
-
-
-def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConfig) -> Choice:
-    """The coefficient of forgetting for these facts, chosen as `config.forget` says; `lm` is the base, and stays it.
-
-    Raises:
-        ConfigError: the method subtracts nothing, or the share set aside leaves no fact on one side.
-        FactError: the base gives none of the old answers, or no fact set aside has what the search looks at.
-    """
-    facts = list(facts)
-    check(facts, config)
-    asked = scoring.probe(lm, facts, config.evaluate) if config.forget.only_known else []
-    to_forget = scoring.facts_to_forget(facts, scoring.known_facts(facts, asked), config.forget)
-    if not to_forget:
-        raise FactError("The model gives none of the old answers: there is nothing to forget, and no coefficient.")
-    base_rows = scoring.score(lm, set_aside(facts, config), phase="base", settings=_teacher_forced(config))
-    return choose(lm, facts, to_forget, base_rows, config)[0]
-
-
-def choose(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    to_forget: Sequence[Fact],
-    base_rows: Sequence[Row],
-    config: RunConfig,
-    folder: Path | None = None,
-    stage_io: StageIO | None = None,
-) -> tuple[Choice, StageLog]:
-    """The choice, and the log of the fine-tuning on old answers that it needed; `lm` is the base again.
-
-    A search that is cut short begins again; with checkpoints (`stage_io`) its fine-tunings go on from theirs.
-
-    The choice, the tuned weights and what the best trial learned are written to `folder`, for `read_choice`,
-    `forget_as_chosen` and `learn_as_chosen`.
-    """
-    forgetter, how = Forgetter(lm), _subtracts(config)
-    log.info("fine-tuning on %d old answers, once for every coefficient that is tried", len(to_forget))
-    stage_io, seed = stage_io or StageIO(), stage_seed(config.seed, "forget")
-    tuned, stage_log = forgetter.tune(to_forget, config.forgetting, how, seed=seed, stage_io=stage_io.part("old"))
-    choice = search(forgetter, tuned, facts, base_rows, config, folder, stage_io)
-    if folder is not None:
-        sharding.save_parts(tuned, lm.model, folder / WEIGHTS)
-        disk.write_json(folder / CHOICE, choice.as_dict())
-    return choice, stage_log
-
-
 def read_choice(folder: Path) -> Choice:
-    """What `choose` wrote."""
+    """Return what `choose` wrote."""
     data = disk.read_json(folder / CHOICE)
     trials = tuple(Trial(**trial) for trial in data["trials"])
     return Choice(data["coef"], tuple(data["validation"]), trials, data["why"])
 
 
-def forget_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> None:
-    """Make the base the forgotten model of the coefficient that `choose` wrote; nothing is fine-tuned again."""
-    settings = config.forgetting.model_copy(update={"coef": read_choice(folder).coef})
-    forget_tuned(lm, sharding.load_parts(lm.model, folder / WEIGHTS), settings, _subtracts(config))
-
-
-def learn_as_chosen(lm: LanguageModel, folder: Path, config: RunConfig) -> StageLog | None:
-    """Make the forgotten model the product that the best trial learned: to the bit what `learn` makes of it.
-
-    What comes back is that trial's log; None, and nothing is done, where trials did not learn.
-    """
-    if not (folder / LEARNED_LOG).is_file():
-        return None
-    learned = sharding.load_parts(lm.model, folder / LEARNED)
-    if METHODS[config.method].learns == "lora":
-        lm.model = lora.attach(lm.model, config.lora, lora.LEARN, seed=0)
-        lora.compose(lm.model, lora.names(lm.model))
-        lora.set_weights(lm.model, learned)
-    else:
-        _to_own_form(lm)
-        task_vector.load_into(lm.model, learned)
-    return read_stage_log(folder / LEARNED_LOG)
+def read_learned(folder: Path, lm: LanguageModel) -> tuple[StateDict, StageLog]:
+    """Return what the best trial learned, as `choose` wrote it, and its log."""
+    return sharding.load_parts(lm.model, folder / LEARNED), read_stage_log(folder / LEARNED_LOG)
 
 
 def read_stage_log(file: Path) -> StageLog:
-    """What was written of a stage's log."""
+    """Return a stage's log that was written as JSON."""
     kept: dict[str, Any] = disk.read_json(file)
     return StageLog(**kept | {name: tuple(value) for name, value in kept.items() if isinstance(value, list)})
-
-
-def _to_own_form(lm: LanguageModel) -> None:
-    """No adapter, and the dtypes that it was loaded in."""
-    if hasattr(lm.model, "peft_config"):
-        lm.model = lora.detach(lm.model)
-    lm.to_own_dtypes()
 
 
 def check(facts: Sequence[Fact], config: RunConfig) -> None:
@@ -217,25 +103,19 @@ def check(facts: Sequence[Fact], config: RunConfig) -> None:
         ConfigError: the method subtracts nothing, `rows` are named, or the share set aside leaves no fact on one side.
     """
     check_engine(config.evaluate, changed_by="choosing a coefficient")
-    _subtracts(config)
+    if not METHODS[config.method].subtracts:
+        able = ", ".join(name for name, method in METHODS.items() if method.subtracts)
+        raise ConfigError(
+            f"forget.coef = auto: method {config.method} subtracts nothing, so there is no coefficient to choose. "
+            f"Choose one of {able}, or give a number."
+        )
     if config.forget.rows != "all":
         raise ConfigError(f"forget.rows = {config.forget.rows}: not with forget.coef = auto. Give a number.")
     set_aside(facts, config)
 
 
-def _subtracts(config: RunConfig) -> How:
-    how = METHODS[config.method].forgets
-    if how not in ("all weights", "lora"):
-        able = ", ".join(name for name, method in METHODS.items() if method.forgets in ("all weights", "lora"))
-        raise ConfigError(
-            f"forget.coef = auto: method {config.method} subtracts nothing, so there is no coefficient to choose. "
-            f"Choose one of {able}, or give a number."
-        )
-    return how
-
-
 def set_aside(facts: Sequence[Fact], config: RunConfig) -> list[Fact]:
-    """The facts that choose, in their order: told by their ids and the seed, not by their place in the file.
+    """Return the facts that choose, in their order: drawn by their ids and the seed, not by their place in the file.
 
     Raises:
         ConfigError: the share leaves no fact on one side.
@@ -253,108 +133,140 @@ def set_aside(facts: Sequence[Fact], config: RunConfig) -> list[Fact]:
     return [fact for fact in facts if fact.id in chosen]
 
 
-def search(
-    forgetter: Forgetter,
-    tuned: Mapping[str, Tensor],
-    facts: Sequence[Fact],
-    base_rows: Sequence[Row],
-    config: RunConfig,
-    folder: Path | None = None,
-    stage_io: StageIO | None = None,
-) -> Choice:
-    """The choice for these facts, from one fine-tuning on old answers; the model is the base again.
+def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConfig) -> Choice:
+    """Return the coefficient of forgetting for these facts; `lm` is the base, and stays it.
 
-    `base_rows` are the base's scores of at least the facts set aside. What the best trial learned is written to
-    `folder`.
+    Raises:
+        ConfigError: the method subtracts nothing, or the share set aside leaves no fact on one side.
+        FactError: the base gives none of the old answers.
     """
-    trying = _Trying(forgetter, tuned, facts, base_rows, config, folder, stage_io or StageIO())
-    aside = trying.aside
-    try:
-        coef, why = _best_after_learning(trying)
-    finally:
-        forgetter.reset()
-    why = f"coef {coef:g} was chosen (on {len(aside)} facts set aside): {why}."
-    trials = tuple(sorted(trying.trials.values(), key=lambda trial: trial.coef))
-    return Choice(coef, tuple(fact.id for fact in aside), trials, why)
+    facts = list(facts)
+    check(facts, config)
+    known = scoring.known_facts(facts, scoring.probe(lm, facts, config.evaluate)) if config.forget.only_known else []
+    aside = set_aside(facts, config)
+    base_rows = scoring.score(lm, aside, phase="base", settings=_of_trials(config).evaluate)
+    search = Search(lm, facts, config, base_rows, known)
+    if not search.pipeline.to_forget:
+        raise FactError("The model gives none of the old answers: there is nothing to forget, and no coefficient.")
+    return search.run()[0]
 
 
-class _Trying:
-    """What the model is at a coefficient, on the facts set aside; each coefficient is tried once.
+class Search:
+    """The search on one base; each coefficient is tried once.
 
-    Each trial learns all facts, as the update would: fewer facts, or fewer epochs, cost other coefficients other
-    scores (docs/experiments.md). So what the best trial learned is the product, and is kept in `folder`.
+    A trial learns all facts, as the update would: fewer facts, or fewer epochs, cost other coefficients other scores
+    (docs/experiments.md). So what the best trial learned is the product, and is kept in `folder`, if one is given.
     """
 
     def __init__(
         self,
-        forgetter: Forgetter,
-        tuned: Mapping[str, Tensor],
+        lm: LanguageModel,
         facts: Sequence[Fact],
-        base_rows: Sequence[Row],
         config: RunConfig,
-        folder: Path | None,
-        stage_io: StageIO,
+        base_rows: list[Row],
+        known: list[Fact],
+        folder: Path | None = None,
+        stage_io: StageIO | None = None,
     ) -> None:
-        self.forgetter, self.tuned, self.facts, self.config = forgetter, tuned, facts, config
-        self.folder, self.stage_io = folder, stage_io
-        self.aside, self.reference = set_aside(facts, config), scoring.locality_predictions(base_rows)
+        self.facts, self.config, self.base_rows, self.known = facts, config, base_rows, known
+        self.folder, self.stage_io = folder, stage_io or StageIO()
+        self.aside, self.base = set_aside(facts, config), HeldBase(lm)
         self.trials: dict[float, Trial] = {}
-        self.learned: StageLog | None = None  # by the last trial
+        self.tuned: StateDict = {}
+        self.pipeline = self._pipeline(config, Store())
 
-    def at(self, log_coef: float) -> Trial:
-        """The trial at a coefficient, rounded to three digits, given by its natural logarithm."""
-        coef = float(f"{math.exp(log_coef):.3g}")
+    def _pipeline(self, config: RunConfig, store: Store) -> Pipeline:
+        pipeline = Pipeline(self.base.lm, self.facts, config, store, base=self.base, scored=self.aside)
+        pipeline.rows["base"], pipeline.known = self.base_rows, self.known
+        return pipeline
+
+    def run(self) -> tuple[Choice, StageLog]:
+        """Return the choice, and the log of the fine-tuning on old answers that it needed; `lm` is the base again.
+
+        A search that is cut short starts again; with checkpoints (`stage_io`) its fine-tunings go on from theirs.
+        The choice, the tuned weights and what the best trial learned are written to `folder`.
+        """
+        log.info("fine-tuning on %d old answers, once for every coefficient", len(self.pipeline.to_forget))
+        try:
+            self.tuned, stage_log = self.pipeline.tune(self.stage_io.part("old"))
+            coef, why = best_coefficient(self.at, self.config.forget.trials)
+        finally:
+            self.base.restore()
+        why = f"coef {coef:g} was chosen (on {len(self.aside)} facts set aside): {why}."
+        trials = tuple(sorted(self.trials.values(), key=lambda trial: trial.coef))
+        choice = Choice(coef, tuple(fact.id for fact in self.aside), trials, why)
+        if self.folder is not None:
+            sharding.save_parts(self.tuned, self.base.lm.model, self.folder / WEIGHTS)
+            disk.write_json(self.folder / CHOICE, choice.as_dict())
+        return choice, stage_log
+
+    def at(self, coef: float) -> Trial:
+        """Return the trial at a coefficient; of the best so far, what it learned is kept."""
         if coef not in self.trials:
             self.trials[coef] = Trial(coef, self._scores(coef))
-            if self.learned is not None and self.folder is not None and self.best.coef == coef:
-                self._keep(self.learned, self.folder)
+            if self.folder is not None and best(self.trials.values()).coef == coef:
+                self._keep(self.folder)
         return self.trials[coef]
 
-    @property
-    def best(self) -> Trial:
-        """The trial with the highest goal so far; of equal ones that with the smallest coefficient."""
-        return max(self.trials.values(), key=lambda trial: (trial.goal, -trial.coef))
-
-    def _keep(self, learned: StageLog, folder: Path) -> None:
-        model = self.forgetter.lm.model
-        is_lora = METHODS[self.config.method].learns == "lora"
-        learned_weights = lora.weights_of(model, lora.PRODUCT) if is_lora else task_vector.snapshot(model)
-        sharding.save_parts(learned_weights, model, folder / LEARNED)
-        disk.write_json(folder / LEARNED_LOG, asdict(replace(learned, seconds=())))
-
     def _scores(self, coef: float) -> dict[str, float | None]:
-        config, lm = self.config, self.forgetter.lm
-        self.forgetter.reset()
-        settings = config.forgetting.model_copy(update={"coef": coef})
-        forget_tuned(lm, self.tuned, settings, _subtracts(config))
-        learns, seed = METHODS[config.method].learns, stage_seed(config.seed, "learn")
-        self.learned = learn(
-            lm, self.facts, config.learning, learns, seed=seed, stage_io=self.stage_io.part(f"learn-{coef:g}")
-        )
-        rows = scoring.score(
-            lm,
-            self.aside,
-            phase="trial",
-            settings=_teacher_forced(config),
-            reference=self.reference,
-        )
-        table = scoring.summarise(rows)
-        return {quantity: table[quantity][protocol]["mean"] for quantity, protocol in (*GOAL, ("residue", "token"))}
+        self.last = _TrialStore(self.tuned, self.stage_io.part(f"learn-{coef:g}"))
+        pipeline = self._pipeline(_of_trials(self.config), self.last)
+        pipeline.set_coefficient(coef)
+        pipeline.update()
+        table = scoring.summarise(pipeline.rows["updated"])
+        return {quantity: table[quantity][protocol].mean for quantity, protocol in (*GOAL, ("residue", "token"))}
+
+    def _keep(self, folder: Path) -> None:
+        """Write what the last trial learned, and its log."""
+        lm, stage_log = self.base.lm, self.last.logs["learn"]
+        assert stage_log is not None, "each trial learns"
+        state = STAGE_KINDS[METHODS[self.config.method].learns].state(lm, lora.PRODUCT)
+        sharding.save_parts(state, lm.model, folder / LEARNED)
+        disk.write_json(folder / LEARNED_LOG, asdict(replace(stage_log, seconds=())))
 
 
-def _teacher_forced(config: RunConfig) -> EvaluateSettings:
-    """Scoring without free answers, which take most of the time."""
-    return config.evaluate.model_copy(update={"protocols": ("token",)})
+class _TrialStore(Store):
+    """What the trials share: the fine-tuning on old answers. The log of each stage is kept."""
+
+    def __init__(self, tuned: StateDict, stage_io: StageIO) -> None:
+        self._tuned, self.stage_io = tuned, stage_io
+        self.logs: dict[str, StageLog | None] = {}
+
+    def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
+        """Change the model."""
+        self.logs[stage.name] = compute(self.stage_io)
+
+    def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict:
+        """Return what all trials start from."""
+        return self._tuned
 
 
-def _best_after_learning(trying: _Trying) -> tuple[float, str]:
-    """The best trial: at both ends, then, where more are asked for, where a bracketing search between them looks."""
+def _of_trials(config: RunConfig) -> RunConfig:
+    """Return the config of the trials: scored at the end alone, and without free answers, which take most time."""
+    scores = {"protocols": ("token",), "every_phase": False, "general": None, "tasks": ()}
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=scores)})
+
+
+def best(trials: Iterable[Trial]) -> Trial:
+    """Return the trial with the highest goal; of equal ones that with the smallest coefficient."""
+    return max(trials, key=lambda trial: (trial.goal, -trial.coef))
+
+
+def best_coefficient(trial_at: Callable[[float], Trial], n_trials: int) -> tuple[float, str]:
+    """Return the best coefficient and why: both ends are tried, then where a bracketing search between them looks."""
+    trials: dict[float, Trial] = {}
+
+    def goal(log_coef: float) -> float:
+        coef = float(f"{math.exp(log_coef):.3g}")
+        trials[coef] = trial_at(coef)
+        return trials[coef].goal
+
     ends = math.log(LOWEST), math.log(HIGHEST)
     for end in ends:
-        trying.at(end)
-    if more := trying.config.forget.trials - len(ends):
+        goal(end)
+    if more := n_trials - len(ends):
         options = {"maxiter": more, "xatol": TOLERANCE}
-        optimize.minimize_scalar(lambda place: -trying.at(place).goal, bounds=ends, method="bounded", options=options)
-    trials = sorted(trying.trials.values(), key=lambda trial: trial.coef)
-    listed = ", ".join(f"{trial.goal:.1f} at {trial.coef:g}" for trial in trials)
-    return trying.best.coef, f"learned and scored, the mean of reliability, generality and locality is {listed}"
+        optimize.minimize_scalar(lambda place: -goal(place), bounds=ends, method="bounded", options=options)
+    listed = ", ".join(f"{trial.goal:.1f} at {trial.coef:g}" for trial in sorted(trials.values(), key=lambda t: t.coef))
+    reason = f"learned and scored, the mean of reliability, generality and locality is {listed}"
+    return best(trials.values()).coef, reason

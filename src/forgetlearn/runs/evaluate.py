@@ -1,48 +1,55 @@
-"""Scoring and asking a model that is there already: `evaluate` writes a run folder, `ask` prints answers."""
+"""Scoring and asking an existing model: `evaluate` writes a run folder, `ask` returns answers."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from forgetlearn.config import preflight
-from forgetlearn.evaluation import general_ability, generation
-from forgetlearn.report import run_page
-from forgetlearn.runs import retention
-from forgetlearn.runtime import processes
-from forgetlearn.storage import run_folder
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import FactError, ModelError
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
-from forgetlearn.runs.checks import asked_answers, check_weights, read_config_facts, resolve, with_the_models_answers
+from forgetlearn.evaluation import general_ability, generation
+from forgetlearn.evaluation.scorer import Generated, Scorer
+from forgetlearn.evaluation.scoring import locality_predictions, score
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
+from forgetlearn.report import run_page
+from forgetlearn.runs import retention
+from forgetlearn.runs.checks import (
+    GivenConfig,
+    GivenModel,
+    asked_answers,
+    check_weights,
+    read_config_facts,
+    resolve,
+    with_the_models_answers,
+)
 from forgetlearn.runs.results import write_results
-from forgetlearn.evaluation.scoring import Generated, Scorer, locality_predictions, score
+from forgetlearn.runtime import processes
+from forgetlearn.storage import run_folder
 
 
 def evaluate(
-    model: LanguageModel | nn.Module | str | Path | None = None,
+    model: GivenModel = None,
     facts: GivenFacts = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
     reference: LanguageModel | str | Path | None = None,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     earlier: Sequence[str | Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """The folder with scores and a report of a model, or of an adapter on its base, on facts.
+    """Score a model, or an adapter on its base, on facts; write scores and a report to a folder, and return it.
 
-    With `reference` (the model before) its scores stand beside, and locality is agreement with it. Under the
-    policy `model` the old answers are what the reference says, or without one what the model says.
+    `reference`, the model before the update, is scored too, and locality is agreement with it. Under the policy
+    `model` the old answers are what the reference says, or without one what the model says.
 
-    With `earlier` (places where facts may be, or none) the facts of the model's earlier updates are scored too:
+    With `earlier` (places to look for facts, or none) the facts of the model's earlier updates are scored too:
     retention.
 
     Raises:
@@ -67,7 +74,7 @@ def evaluate(
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder that all processes share, while it is needed."""
+    """Make a temporary folder that all processes share."""
     folder = processes.on_main(lambda: tempfile.mkdtemp(prefix="forgetlearn-"))
     try:
         yield Path(folder)
@@ -77,21 +84,21 @@ def _scratch() -> Iterator[Path]:
 
 
 def _scored(
-    model: LanguageModel | nn.Module | str | Path | None,
+    model: GivenModel,
     fact_set: FactSet,
     config: RunConfig,
     reference: LanguageModel | str | Path | None,
-    tokenizer: Any,
+    tokenizer: object,
     earlier: Sequence[str | Path] | None,
     scratch: Path,
 ) -> Callable[[Path, bool], Path]:
-    """What writes the run folder, given its path and whether one there is replaced, after all has been scored."""
+    """Score everything, then return what writes the run folder, given its path and `overwrite`."""
     updates = []
     if earlier is not None:
         updates = retention.earlier_updates(str(config.model.name), fact_set, earlier)
     general_ability.check(config.evaluate)
     rows, before, vocabulary = {}, None, None
-    measured: dict[str, Any] = {}
+    measured: dict[str, object] = {}
     if reference is not None:
         base = as_language_model(reference, None, config.model)
         general_ability.check_embedded(base, config.evaluate)
@@ -110,19 +117,22 @@ def _scored(
     phase = "model" if before is None else "updated"
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
     if before is None:
-        rows[phase] = [row for row in rows[phase] if row["protocol"] != "agreement"]  # with itself: says nothing
+        rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # with itself: says nothing
     if general_ability.asked(config.evaluate):
-        measured[phase] = general_ability.measure(lm, config.evaluate, scratch, scratch if reference is not None else None)
+        measured[phase] = general_ability.measure(
+            lm, config.evaluate, scratch, scratch if reference is not None else None
+        )
     retained = retention.score_earlier(lm, updates, config.evaluate)
 
     def write(output: Path, overwrite: bool) -> Path:
         inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
         run = run_folder.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
         run.note(model=lm.describe(), old_answers={**fact_set.old_counts, **fact_set.without_old})
-        write_results(run.path, config, fact_set, rows, general=measured)
+        results = write_results(run.path, config, fact_set, rows, general=measured)
         if updates:
-            retention.write(run.path, phase, retained)
-        run_page.write_run(run.path)
+            summary = retention.write(run.path, phase, retained, results.summary)
+            results = replace(results, summary=summary)
+        run_page.write_run(run.path, run_page.page_of(run, results.summary, results.rows))
         run.finish()
         return run.path
 
@@ -136,9 +146,9 @@ def _with_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> F
 def ask(
     prompts: Iterable[str],
     model: LanguageModel | str | Path | None = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
 ) -> dict[str, str]:
-    """Prompt to the model's greedy answer.
+    """Return the model's greedy answer to each prompt.
 
     Raises:
         ModelError: the model cannot be loaded.

@@ -9,15 +9,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from forgetlearn.storage import disk
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import FactError, RunError
-from forgetlearn.facts.fact_set import Fact, FactSet
-from forgetlearn.products.chain import Update, chain_of, find_facts, runs_before
+from forgetlearn.evaluation.scoring import score, summarise
+from forgetlearn.facts import Fact, FactSet
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.evaluation.scoring import Row, score, summarise
+from forgetlearn.products.chain import chain_of, find_facts, runs_before
+from forgetlearn.storage import records
+from forgetlearn.storage.records import Mean, RetentionRow, Row, Summary, Update, save_rows
+from forgetlearn.storage.run_folder import SUMMARY
 
 log = logging.getLogger("forgetlearn")
 
@@ -38,9 +39,9 @@ class Earlier:
 class Retained:
     """Scores of the earlier updates: of all their facts by protocol, of each update, and the rows."""
 
-    overall: dict[str, Any]
-    updates: list[dict[str, Any]]
-    rows: list[Row]
+    overall: dict[str, Mean]
+    updates: list[records.Retained]
+    rows: list[RetentionRow]
 
 
 def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path] = ()) -> list[Earlier]:
@@ -60,11 +61,11 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
     looked = [*map(Path, places), *runs_before(Path(model))]
     sets = [_facts_of(number, update, looked) for number, update in enumerate(chain[:-1], 1)]
     last = find_facts(chain[-1], looked)
-    if last is None and now.sha256() != chain[-1]["facts"]["sha256"]:
+    if last is None and now.sha256() != chain[-1].facts.sha256:
         log.warning(
             "the %d facts of the last update (%s) were not found; the %d facts that are scored now stand in for them: "
             "earlier facts with one of their prompts count as changed again. --earlier names the right ones",
-            *(chain[-1]["facts"]["used"], chain[-1]["facts"]["source"], now.used),
+            *(chain[-1].facts.used, chain[-1].facts.source, now.used),
         )
     later = {fact.prompt for fact in last or now}
     found: list[Earlier] = []
@@ -79,9 +80,8 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
 def _facts_of(number: int, update: Update, looked: Sequence[Path]) -> FactSet:
     facts = find_facts(update, looked)
     if facts is None:
-        told = update["facts"]
         raise FactError(
-            f"The {told['used']} facts of update {number} ({update['when']}, {told['source']}) are in none of: "
+            f"The {update.facts.used} facts of update {number} ({update.when}, {update.facts.source}) are in none of: "
             f"{', '.join(map(str, looked)) or 'no folder is known'}.\nA run keeps them in inputs.jsonl: pass --earlier "
             "with that run's folder, that file, or the file of facts."
         )
@@ -89,30 +89,39 @@ def _facts_of(number: int, update: Update, looked: Sequence[Path]) -> FactSet:
 
 
 def score_earlier(lm: LanguageModel, earlier: Sequence[Earlier], settings: EvaluateSettings) -> Retained:
-    """Whether the model gives the new answers of earlier updates to their prompts."""
+    """Score whether the model gives the new answers of earlier updates to their prompts."""
     every: list[Row] = []
-    rows: list[Row] = []
+    rows: list[RetentionRow] = []
     updates = []
     for one in earlier:
         asked = [replace(fact, rephrase_prompts=(), locality=()) for fact in one.facts]
         own = score(lm, asked, phase="retention", settings=settings) if asked else []
         every += own
-        rows += [_row(one.number, row) for row in own if "reliability" in row]
-        told = {"update": one.number, "when": one.update["when"], "source": one.update["facts"]["source"]}
-        counts = {"facts": len(asked), "superseded": one.superseded}
-        updates.append({**told, **counts, "scores": summarise(own).get("reliability", {})})
+        rows += [_row(one.number, row) for row in own if row.has("reliability")]
+        updates.append(
+            records.Retained(
+                update=one.number,
+                when=one.update.when,
+                source=one.update.facts.source,
+                facts=len(asked),
+                superseded=one.superseded,
+                scores=summarise(own).get("reliability", {}),
+            )
+        )
     return Retained(summarise(every).get("reliability", {}), updates, rows)
 
 
-def _row(number: int, row: Row) -> Row:
-    kept: Row = {name: row[name] for name in ("fact", "protocol", "said", "truncated") if name in row}
-    errors = {"retention": row["errors"]["reliability"]} if "reliability" in row["errors"] else {}
-    return {"update": number, **kept, "retention": row["reliability"], "errors": errors}
+def _row(number: int, row: Row) -> RetentionRow:
+    answer = {name: getattr(row, name) for name in ("said", "truncated") if row.has(name)}
+    errors = {"retention": row.errors["reliability"]} if "reliability" in row.errors else {}
+    kept = {"update": number, "fact": row.fact, "protocol": row.protocol, **answer}
+    return RetentionRow.model_validate(kept | {"retention": row.reliability, "errors": errors})
 
 
-def write(path: Path, phase: str, found: Retained) -> None:
-    """Add to the summary of a run folder: `retention` among the quantities of a phase, and the updates one by one."""
-    summary = disk.read_json(path / "summary.json")
-    summary["phases"][phase]["retention"] = found.overall
-    disk.write_json(path / "summary.json", {**summary, "retention": found.updates})
-    disk.write_rows(path / ROWS, found.rows)
+def write(path: Path, phase: str, found: Retained, summary: Summary) -> Summary:
+    """Write the rows, and the summary with `retention` among a phase's quantities and each update's own scores."""
+    phases = summary.phases | {phase: summary.phases[phase] | {"retention": found.overall}}
+    summary = summary.model_copy(update={"phases": phases, "retention": found.updates})
+    summary.save(path / SUMMARY)
+    save_rows(found.rows, path / ROWS)
+    return summary

@@ -1,24 +1,20 @@
-"""One update, end to end: read, score, probe, forget, score, learn, score, report; resumable after any stage."""
+"""One update, end to end: read, check, score, forget, score, learn, score, report; resumable after any stage."""
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from forgetlearn.config import preflight
-from forgetlearn.config.base import upgraded
-from forgetlearn.config.methods import METHODS
+from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.facts.fact_set import FactSet, GivenFacts, as_fact_set
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, tell_old
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model
@@ -28,6 +24,8 @@ from forgetlearn.products import chain, restore
 from forgetlearn.report import run_page
 from forgetlearn.runs import coefficient
 from forgetlearn.runs.checks import (
+    GivenConfig,
+    GivenModel,
     asked_answers,
     check_old_answers,
     check_quantization,
@@ -36,27 +34,38 @@ from forgetlearn.runs.checks import (
     left_by_lora,
     read_config_facts,
     resolve,
-    trains_all_weights,
     with_the_models_answers,
 )
-from forgetlearn.runs.stages import Stages, UpdateResult, keep_old_answers
+from forgetlearn.runs.pipeline import Pipeline
+from forgetlearn.runs.results import Done, Results, write_results
+from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
-from forgetlearn.storage import digests, disk, records, run_folder
+from forgetlearn.storage import digests, records, run_folder
 from forgetlearn.storage.locks import only_writer
+from forgetlearn.storage.records import Row, Summary, load_rows, save_rows
 from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
-UPGRADE_CONFIG = functools.partial(upgraded, RunConfig)  # a recorded config, with the settings that came since
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an update leaves: scores, rows, and the folders of the run and of the product."""
+
+    output: Path
+    product: Path
+    summary: Summary
+    rows: list[Row]
 
 
 @torch.inference_mode(False)  # and with gradients, in whatever mode it is called
 def update(
-    model: LanguageModel | nn.Module | str | Path | None = None,
+    model: GivenModel = None,
     facts: GivenFacts = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> UpdateResult:
@@ -80,35 +89,36 @@ def update(
 
 
 def _update(
-    model: LanguageModel | nn.Module | str | Path | None,
+    model: GivenModel,
     facts: FactSet | str | Path | None,
     config: RunConfig,
     *,
     output: str | Path,
-    tokenizer: Any,
+    tokenizer: object,
     resume: bool,
     overwrite: bool,
 ) -> UpdateResult:
-    """`update`, with the config that was resolved, in a folder that is this process's own, or of several together."""
+    """Do what `update` does, with a resolved config, in a folder that is locked for this process or this group."""
     check_trackers(config.report_to)
     goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
     if goes_on:  # before a large model is loaded
-        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config", UPGRADE_CONFIG)
+        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config")
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     named = model if model is not None else str(config.model.name)
     in_memory = not isinstance(named, (str, Path))
     if goes_on and processes.on_main(lambda: run_folder.is_finished(output)):
         base = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
         return processes.on_main(lambda: _finished(Path(output), config, fact_set, base))
-    _check(fact_set, config)
+    recipe = Recipe(config)
+    _check(fact_set, recipe)
     processes.on_main(lambda: check_weights(named))
-    lm = as_language_model(named, tokenizer, config.model, all_weights=trains_all_weights(config))
+    lm = as_language_model(named, tokenizer, config.model, all_weights=recipe.changes_base)
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
     check_texts(lm.encoder, fact_set)
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
-    check_stages(config, lm)
+    check_stages(recipe, lm)
     base = base_of(lm, in_memory=in_memory)
     if goes_on and in_memory:
         _check_begun_on(run_folder.RunFolder.open(output), base)
@@ -118,52 +128,109 @@ def _update(
         held = with_the_models_answers(fact_set, answers, config)
         check_old_answers(held, config)
         check_texts(lm.encoder, held)
-    inputs: dict[str, Any] = {
-        "facts_sha256": fact_set.sha256(),
-        **base,
-        **lm.encoder.fingerprint(),
-    }
+    inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # their parts of the weights fit no other number of them
-    if config.keep_change and METHODS[config.method].learns != "lora":
-        restore.check_keeping({"config": config.model_dump(), "inputs": inputs, "parent": {"name": lm.name}})
+    if config.keep_change and not recipe.method.makes_adapter:
+        restore.check_keeping(chain.Base(lm.name, config.model.base_model_id, **base))
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
-        lambda: run_folder.RunFolder.create(
-            output, as_json, inputs, resume=resume, overwrite=overwrite, upgraded=UPGRADE_CONFIG
-        )
+        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite)
     )
     run.check_seen()
     n_processes = processes.world_size()
     line, foreseen = processes.on_main(lambda: plan.foresee(lm, fact_set, config, n_processes))
     log.info(line)
-    noted = {"plan": foreseen, "lora": left_by_lora(config, lm)}
+    noted = {"plan": foreseen, "lora": left_by_lora(recipe, lm)}
     if noted["lora"]:
         log.warning(noted["lora"])
     told = {name: value for name, value in noted.items() if value}
-    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, inputs), **told)
-    if answers is not None:
-        keep_old_answers(run, answers)
-    return Stages(run, config, lm, fact_set).run()
+    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, base.get("base_sha256")), **told)
+    fact_set = _with_old_answers(run, lm, fact_set, config, answers)
+    base_name = lm.name if inputs.get("base_sha256") else f"a {type(lm.model).__name__} in memory"
+    store = RunStore(run, config, lm, base_name)
+    pipeline = Pipeline(lm, fact_set.facts, config, store)
+    pipeline.prepare()
+    if recipe.chooses_coefficient and pipeline.to_forget:
+        pipeline.set_coefficient(store.choose(pipeline))
+    pipeline.update()
+    return _finish(run, fact_set, pipeline, store)
 
 
-def _check(facts: FactSet, config: RunConfig) -> None:
+def _check(facts: FactSet, recipe: Recipe) -> None:
     """Check all that can be checked without the model."""
+    config = recipe.config
     processes.check_enough_for(len(facts))
     check_old_answers(facts, config)
     general_ability.check(config.evaluate)
-    check_quantization(config)
+    check_quantization(recipe)
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
-    elif not METHODS[config.method].forgets:
+    elif not recipe.method.forgets:
         for name in sorted({"coef", "modules", "rows"} & config.forget.model_fields_set):
             given = getattr(config.forget, name)
             log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
 
 
+def _with_old_answers(
+    run: run_folder.RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, rows: list[Row] | None
+) -> FactSet:
+    """Take what the model itself says as old answers (policy `model`); `rows` is what it said, if it was asked now."""
+    if facts.to_ask:
+        if not run.is_done("old_answers"):
+            asked = rows or asked_answers(lm, facts, config)
+            run.do("old_answers", lambda folder: save_rows(asked, folder / "rows.jsonl"))
+        facts = with_the_models_answers(facts, load_rows(Row, run.path / "stages/old_answers/rows.jsonl"), config)
+    run.note(old_answers={**facts.old_counts, **facts.without_old})
+    if Recipe(config).method.forgets:
+        for line in tell_old(facts.old_counts, facts.without_old):
+            log.info(line)
+    return facts
+
+
+def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
+    recipe, lm = store.recipe, pipeline.lm
+    product = run.path / recipe.product
+    products = [product]
+    if recipe.config.save_merged and recipe.method.makes_adapter:
+        store.merge(pipeline)
+        products.append(run.path / "merged")
+    done = Done(
+        known=len(pipeline.known) if any(fact.ground_truth for fact in facts) else None,
+        forgotten=len(pipeline.to_forget) if recipe.method.forgets else None,
+        product=product.name,
+        choice=store.choice,
+        rounding=run.rounding("learn", "merge"),
+    )
+    results = processes.on_main(lambda: _write(run, facts, pipeline, recipe, products, done))
+    if not recipe.method.makes_adapter:
+        lm.saved_in(product)
+    return UpdateResult(run.path, product, results.summary, results.rows)
+
+
+def _write(
+    run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, recipe: Recipe, products: list[Path], done: Done
+) -> Results:
+    """Write everything that is made from the scores and the products; return the scores."""
+    path, config = run.path, recipe.config
+    results = write_results(path, config, facts, pipeline.rows, done, pipeline.general)
+    page = run_page.page_of(run, results.summary, results.rows)
+    for product in products:
+        run_page.write_card(product, page)
+    chain.carry_on(run, products, facts, results.summary)
+    if config.keep_change and not recipe.method.makes_adapter:
+        run.do("change", lambda folder: restore.keep_change(run, products[0], folder), restore.CHANGE)
+    run_page.write_run(path, replace(page, manifest=run.manifest))  # last, as it tells of all stages
+    run.finish()
+    log.info(plan.took(run.manifest, pipeline.lm.device))
+    if not config.keep_stages:  # after the end, since a killed run needs them to go on
+        run.remove_stage_weights()
+    return results
+
+
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
     """Raise RunError if the run was begun on weights other than those of the given model."""
-    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest["inputs"], base))
+    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest.inputs, base))
     if was != now:
         begun, given = (next(filter(None, hashes), "unknown") for hashes in (was, now))
         raise RunError(
@@ -178,14 +245,14 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     if in_memory is not None:
         _check_begun_on(run, in_memory)
     base = Path(str(config.model.name))
-    was = run.manifest["inputs"]
+    was = run.manifest.inputs
     now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
     now |= prompts.fingerprint(config.model.prompt_template)
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
-    summary = records.read(records.Summary, path / "summary.json")
-    if not summary["product"]:
+    summary = records.Summary.load(path / "summary.json")
+    if not summary.product:
         raise RunError(f"{path} holds scores, not an update. Choose another folder.")
-    product = path / summary["product"]
+    product = path / summary.product
     if not product.is_dir():
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
     run.check_results()
@@ -193,5 +260,6 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     run.remove_leftovers()  # killed at its end or in this function, it left some, and weights between the stages
     if not config.keep_stages:
         run.remove_stage_weights()
-    run_page.write_run(path)
-    return UpdateResult(path, product, summary, disk.read_rows(path / "facts.jsonl"))
+    page = run_page.load_page(path)
+    run_page.write_run(path, page)
+    return UpdateResult(path, product, page.overview.summary, page.rows)

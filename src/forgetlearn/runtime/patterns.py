@@ -1,8 +1,7 @@
-"""Try regular expressions from outside with a time limit before they are used.
+"""Try regular expressions from files, with a time limit, before they are used.
 
-Python's `re` cannot be stopped, and peft matches what an adapter's config says against the name of every module:
-`(.*)*(.*)*x` would take years. So a pattern is first tried on the same names, by the same library, in a process that
-can be ended.
+Python's `re` cannot be stopped, and peft matches the patterns of an adapter's config against the name of every module:
+`(.*)*(.*)*x` would take years. So a pattern is first tried on the same names in a process that can be ended.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ MOST_SECONDS = 5.0  # for all patterns together, with the start of the process; 
 _HARMLESS = re.compile(r"[\w.-]*")  # what this matches, as a pattern, matches in one pass
 _TRY = """
 import json, os, re, sys
-told = json.load(sys.stdin)
-for pattern, how in told["patterns"]:
+given = json.load(sys.stdin)
+for pattern, how in given["patterns"]:
     os.write(1, b".")
     try:
         match = getattr(re.compile(pattern), how)
     except (re.error, OverflowError, RecursionError) as error:
         os.write(2, str(error).encode(errors="replace"))
         sys.exit(3)
-    for name in told["names"]:
+    for name in given["names"]:
         match(name)
 """
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern: its setting and text there, the regex made of it, and how `re` matches it."""
+    """A pattern as it is set, the regular expression made of it, and how `re` matches it."""
 
     setting: str
     text: str
@@ -50,19 +49,19 @@ def problem(patterns: Sequence[Pattern], names: Sequence[str]) -> str | None:
     tried = [pattern for pattern in patterns if not _HARMLESS.fullmatch(pattern.text)]
     if not tried or not sys.executable:
         return None
-    told = json.dumps({"patterns": [(pattern.regex, pattern.how) for pattern in tried], "names": list(names)})
+    given = json.dumps({"patterns": [(pattern.regex, pattern.how) for pattern in tried], "names": list(names)})
     command = [sys.executable, "-I", "-S", "-c", _TRY]
     try:
-        done = subprocess.run(command, input=told.encode(), capture_output=True, timeout=MOST_SECONDS, check=False)
+        done = subprocess.run(command, input=given.encode(), capture_output=True, timeout=MOST_SECONDS, check=False)
     except subprocess.TimeoutExpired as late:
-        return _said(tried, late.stdout, f"takes more than {MOST_SECONDS:g} s to match the names of modules")
+        return _describe(tried, late.stdout, f"takes more than {MOST_SECONDS:g} s to match the names of modules")
     if done.returncode != 0:
         reason = done.stderr.decode(errors="replace").strip() if done.returncode == 3 else ""
-        return _said(tried, done.stdout, f"is no regular expression{': ' if reason else ''}{reason[:200]}")
+        return _describe(tried, done.stdout, f"is no regular expression{': ' if reason else ''}{reason[:200]}")
     return None
 
 
-def _said(tried: Sequence[Pattern], dots: bytes | None, what: str) -> str:
-    pattern = tried[max(0, len(dots or b"") - 1)]
+def _describe(tried: Sequence[Pattern], dots: bytes | None, what: str) -> str:
+    pattern = tried[max(0, len(dots or b"") - 1)]  # a dot is printed before each is tried
     shown = pattern.text if len(pattern.text) <= 80 else f"{pattern.text[:80]}..."
     return f"{pattern.setting} = {shown!r} {what}. Expected a plain name, or a pattern such as .*\\.q_proj"

@@ -1,8 +1,8 @@
-"""One process or several: who writes, who waits, and what all of them know. Alone, every function here does nothing.
+"""Work in one process or in several: who writes, who waits, and what all of them know.
 
-`torchrun` starts the same command in several processes and tells each its place in the environment. Process 0 owns
-the run folder: it alone writes and speaks. The others compute their share, wait for it, and read. torch is imported
-only where there are several.
+`torchrun` starts the same command in several processes and gives each its rank in the environment. Rank 0 owns
+the run folder: it alone writes and prints. The others compute their share, wait for it, and read. In a single
+process every function here does nothing, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from forgetlearn.errors import ConfigError, ForgetLearnError
 
 T = TypeVar("T")
 K = TypeVar("K")
 HOW_TO_START = "torchrun --nproc_per_node=2 -m forgetlearn update ..."
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Reading a large model from a slow disk takes process 0 longer than torch's own ten minutes.
+ADDRESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Reading a large model from a slow disk takes rank 0 longer than torch's own ten minutes.
 TIMEOUT = timedelta(hours=2)
-SECONDS_TO_SPEAK = 5.0
-FAILED, TOLD = "forgetlearn/failed", "forgetlearn/told"
+SECONDS_TO_REPORT = 5.0
+FAILED, REPORTED = "forgetlearn/failed", "forgetlearn/reported"
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
+# What the launcher started ----------------------------------------------------------------------------------
+
+
 def launched() -> int:
-    """How many processes the launcher says that it started; 1 without a launcher.
+    """Return the number of processes that the launcher started; 1 without a launcher.
 
     Raises:
         ConfigError: several were started in a way that does not let them find each other.
@@ -44,7 +47,7 @@ def launched() -> int:
         asked = int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
         raise ConfigError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']!r} in the environment: not a number.") from None
-    missing = [name for name in PLACE if name not in os.environ]
+    missing = [name for name in ADDRESS if name not in os.environ]
     if asked > 1 and missing:
         raise ConfigError(
             f"WORLD_SIZE = {asked} in the environment, but not {', '.join(missing)}: the processes cannot find each "
@@ -55,22 +58,81 @@ def launched() -> int:
         if "WORLD_SIZE" not in os.environ and tasks.isdigit() and int(tasks) > 1:
             raise ConfigError(
                 f"{name} = {tasks}: {tasks} processes were started that do not know of each other, and each would "
-                "do all of the work. Start one task a machine, and torchrun in it (docs/scaling.md)."
+                "do all of the work. Start one task per machine, and torchrun in it (docs/scaling.md)."
             )
     return asked
 
 
-def check_launched(asked: int | None) -> None:
-    """Raise ConfigError unless as many processes run as were asked for.
+def launched_rank() -> int:
+    """Return the rank that the launcher gave this process, whether or not the processes are joined yet."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(rank) if rank.isdigit() and world.isdigit() and int(world) > 1 else 0
 
-    Raises:
-        ConfigError: there are not; `accelerate launch --cpu --num_processes 2` starts one without a word.
-    """
+
+def check_launched(asked: int | None) -> None:
+    """Raise ConfigError unless as many processes run as were asked for: launchers may silently start only one."""
     if asked is not None and asked != launched():
         raise ConfigError(
             f"--processes {asked}, but {launched()} {'was' if launched() == 1 else 'were'} started. "
             f"Start them with {HOW_TO_START}"
         )
+
+
+@contextmanager
+def main_speaks() -> Iterator[None]:
+    """Let only rank 0 print results."""
+    if launched_rank() == 0:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def silence_other_ranks() -> None:
+    """Let only rank 0 log."""
+    if launched_rank() > 0:
+        logging.getLogger("forgetlearn").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[None]:
+    """Join the processes of this launch, and part when all are done; nested calls do nothing.
+
+    `device` is the setting model.device.
+
+    Raises:
+        ConfigError: there is no GPU for this process.
+    """
+    if launched() == 1 or _joined():
+        yield
+        return
+    import torch
+    from torch import distributed
+
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(_own_gpu(torch.cuda.device_count()))
+    # gloo beside nccl: Python objects are not sent through the GPUs.
+    distributed.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+        barrier()
+    except Exception as error:
+        error.reported_elsewhere = not _first_to_fail()  # type: ignore[attr-defined]
+        raise
+    distributed.destroy_process_group()
+
+
+def _own_gpu(n_gpus: int) -> int:
+    own = int(os.environ["LOCAL_RANK"])
+    if own >= n_gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES = {visible!r})"
+        raise ConfigError(
+            f"Process {own} of this machine has no GPU of its own: there are {n_gpus}{shown}. "
+            f"Start as many processes as there are GPUs: --nproc_per_node={n_gpus}."
+        )
+    return own
 
 
 def run_tied(pickled: bytes) -> None:
@@ -91,100 +153,52 @@ def run_tied(pickled: bytes) -> None:
     function(*arguments)
 
 
-def launched_as() -> int:
-    """The place of this process among those that the launcher started, before and after they are joined."""
-    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return int(rank) if rank.isdigit() and world.isdigit() and int(world) > 1 else 0
-
-
-@contextmanager
-def joined(device: str = "auto") -> Iterator[None]:
-    """The processes of this launch, joined; parted when all are done. Nothing where there is one, or they are.
-
-    `device` is the setting model.device.
-
-    Raises:
-        ConfigError: there is no GPU for this process.
-    """
-    if launched() == 1 or _joined():
-        yield
-        return
-    import torch
-    from torch import distributed
-
-    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(_own_gpu(torch.cuda.device_count()))
-    # gloo beside nccl: what is told from process to process is not sent through the GPUs.
-    distributed.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", timeout=TIMEOUT)
-    with _one_message():
-        yield
-        barrier()
-    distributed.destroy_process_group()
-
-
-def _own_gpu(there: int) -> int:
-    own = int(os.environ["LOCAL_RANK"])
-    if own >= there:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES = {visible!r})"
-        raise ConfigError(
-            f"Process {own} of this machine has no GPU of its own: there are {there}{shown}. "
-            f"Start as many processes as there are GPUs: --nproc_per_node={there}."
-        )
-    return own
-
-
-@contextmanager
-def _one_message() -> Iterator[None]:
-    """An error is told by the process that is the first to fail; the others end without a word."""
-    try:
-        yield
-    except Exception as error:
-        error.told_elsewhere = not _first_to_fail()  # type: ignore[attr-defined]
-        raise
+# An error is reported by the process that is the first to fail ----------------------------------------------
 
 
 def is_reported(error: BaseException) -> bool:
-    """Whether another process tells of an error, or of the one that it follows from."""
+    """Return True if another process reports this error, or the one that it follows from."""
     # Before the processes are joined all of them meet the same one.
-    everywhere = isinstance(error, ForgetLearnError) and launched_as() > 0
-    return bool(getattr(error, "told_elsewhere", everywhere))
-
-
-def _first_to_fail() -> bool:
-    """Whether no process failed before this one. The others give it time to speak: the launcher ends all with one."""
-    from torch.distributed import distributed_c10d
-
-    try:
-        store: Any = distributed_c10d._get_default_store()
-        if store.add(FAILED, 1) == 1:
-            return True
-        end = time.monotonic() + SECONDS_TO_SPEAK
-        while time.monotonic() < end and not store.check([TOLD]):
-            time.sleep(0.05)
-    except RuntimeError:
-        return False  # the store was with a process that is gone
-    return False
+    everywhere = isinstance(error, ForgetLearnError) and launched_rank() > 0
+    return bool(getattr(error, "reported_elsewhere", everywhere))
 
 
 def mark_reported() -> None:
     """Let the other processes end: the error has been printed."""
-    if not _joined():
-        return
+    if _joined():
+        from torch.distributed import distributed_c10d
+
+        with suppress(RuntimeError):
+            distributed_c10d._get_default_store().set(REPORTED, "1")
+
+
+def _first_to_fail() -> bool:
+    """Return True in the first process that fails. The launcher ends all with one, so the others wait for it."""
     from torch.distributed import distributed_c10d
 
-    with suppress(RuntimeError):
-        distributed_c10d._get_default_store().set(TOLD, "1")
+    with suppress(RuntimeError):  # the store was in a process that has ended
+        store = distributed_c10d._get_default_store()
+        if store.add(FAILED, 1) == 1:
+            return True
+        end = time.monotonic() + SECONDS_TO_REPORT
+        while time.monotonic() < end and not store.check([REPORTED]):
+            time.sleep(0.05)
+    return False
+
+
+# Between joined processes -----------------------------------------------------------------------------------
 
 
 def _joined() -> bool:
-    distributed: Any = sys.modules.get("torch.distributed")
-    return bool(distributed and distributed.is_available() and distributed.is_initialized())
+    if "torch.distributed" not in sys.modules:
+        return False
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def world_size() -> int:
-    """How many processes work on this together."""
+    """Return the number of processes that work on this together."""
     if _alone.get() or not _joined():
         return 1
     from torch import distributed
@@ -193,7 +207,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return which of them this is, from 0."""
     if not _joined():
         return 0
     from torch import distributed
@@ -202,91 +216,66 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """Return True in the process that writes."""
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait until all processes are here."""
-    if world_size() > 1:
-        gather(None)
-
-
-def gather(own: T) -> list[T]:
-    """What each process has, in their order, known to all."""
-    if world_size() == 1:
-        return [own]
-    from torch import distributed
-
-    found: list[Any] = [None] * world_size()
-    distributed.all_gather_object(found, own)
-    return found
-
-
-def share(items: Sequence[T]) -> list[T]:
-    """This process's part of the items: every n-th, as many in each process.
-
-    Where they cannot be divided, the last item is in several parts: with a model that is split over the processes all
-    have to compute equally often.
-    """
-    n = world_size()
-    if n == 1 or not items:
-        return list(items)
-    rounds = -(-len(items) // n)
-    return [items[min(rank() + n * index, len(items) - 1)] for index in range(rounds)]
-
-
-def merged(own: Mapping[K, T]) -> dict[K, T]:
-    """The entries of all processes."""
-    return {key: value for part in gather(own) for key, value in part.items()}
-
-
-def on_main(compute: Callable[[], T]) -> T:
-    """What `compute` gives in process 0, told to all; what it raises there is raised in all."""
-    if world_size() == 1:
-        return compute()
-    answer: Any = None
-    failure: Exception | None = None
-    if is_main():
-        token = _alone.set(True)
-        try:
-            answer = compute()
-        except (ForgetLearnError, OSError) as error:
-            failure = error
-        finally:
-            _alone.reset(token)
-    answer, failure = gather((answer, failure))[0]
-    if failure is not None:
-        raise failure
-    return answer  # type: ignore[no-any-return]
+def no_bar() -> bool | None:
+    """Return tqdm's `disable`: no bar from other processes than rank 0, nor if the output is not a terminal."""
+    return None if is_main() else True
 
 
 def check_enough_for(n_facts: int, what: str = "facts") -> None:
-    """Raise ConfigError unless every process gets a fact.
-
-    Raises:
-        ConfigError: there are more processes than facts.
-    """
+    """Raise ConfigError unless every process gets a fact."""
     if n_facts < world_size():
         raise ConfigError(f"{world_size()} processes for {n_facts} {what}. Start {max(1, n_facts)} at most.")
 
 
-@contextmanager
-def main_speaks() -> Iterator[None]:
-    """Results are printed by process 0."""
-    if launched_as() == 0:
-        yield
-        return
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        yield
+def gather(own: T) -> list[T]:
+    """Return what each process has, in the order of ranks, in all processes."""
+    if world_size() == 1:
+        return [own]
+    from torch import distributed
+
+    found = [own] * world_size()
+    distributed.all_gather_object(found, own)
+    return found
 
 
-def silence_other_ranks() -> None:
-    """Leave the messages to process 0."""
-    if launched_as() > 0:
-        logging.getLogger("forgetlearn").setLevel(logging.CRITICAL)
+def barrier() -> None:
+    """Wait until all processes are here."""
+    gather(None)
 
 
-def no_bar() -> bool | None:
-    """What tqdm takes as `disable`: no bar from other processes than 0, nor where the output is not a terminal."""
-    return None if is_main() else True
+def merged(own: Mapping[K, T]) -> dict[K, T]:
+    """Return the entries of all processes."""
+    return {key: value for part in gather(own) for key, value in part.items()}
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """Return this process's part of the items: every n-th, as many in each process.
+
+    If they cannot be divided, the last item is in several parts: with a model that is split over the processes all
+    have to compute equally often.
+    """
+    n = world_size()
+    return [items[min(start + rank(), len(items) - 1)] for start in range(0, len(items), n)]
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """Call `compute` in rank 0 alone, and return its result, or raise its error, in all processes."""
+    if world_size() == 1:
+        return compute()
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if is_main():
+        token = _alone.set(True)
+        try:
+            outcome = compute(), None
+        except (ForgetLearnError, OSError) as error:
+            outcome = None, error
+        finally:
+            _alone.reset(token)
+    answer, failure = gather(outcome)[0]
+    if failure is not None:
+        raise failure
+    return cast(T, answer)

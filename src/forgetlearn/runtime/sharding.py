@@ -1,7 +1,7 @@
-"""A model whose every weight is split over the processes (FSDP2, by transformers' own loading): the traps in one place.
+"""Models whose every weight is split over the processes (FSDP2, by transformers' own loading).
 
-Between two computations each process holds a part of every weight, as a `DTensor`. What is done to weights one by one
-(a difference, a share of it, a sum) is done to the parts. Adapters are added after loading and are whole everywhere.
+Between two computations each process holds a part of every weight, as a `DTensor`. Differences and sums of weights
+are computed on the parts. Adapters are added after loading and are whole in every process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,13 +21,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.runtime import processes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def loading_options() -> dict[str, Any]:
-    """What `from_pretrained` is asked for, to split a model over all processes.
 
-    Raises:
-        ConfigError: there is one process.
-    """
+def loading_options() -> dict[str, object]:
+    """Return the arguments with which `from_pretrained` splits a model; raise ConfigError in a single process."""
     if processes.world_size() == 1:
         raise ConfigError(
             f"model.shard: there is one process, and nothing to split over. Start several: {processes.HOW_TO_START}"
@@ -38,11 +37,7 @@ def loading_options() -> dict[str, Any]:
 
 
 def check_sharded(model: nn.Module) -> None:
-    """Raise ModelError unless every parameter of a model that was just loaded is split over all processes.
-
-    Raises:
-        ModelError: it is not; the libraries fall back to whole copies without a word.
-    """
+    """Raise ModelError unless a loaded model is split: the libraries silently fall back to whole copies."""
     parameters = dict(model.named_parameters())
     whole = [name for name, weight in parameters.items() if not isinstance(weight, DTensor)]
     if whole or not is_sharded(model):
@@ -53,24 +48,24 @@ def check_sharded(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's weights are split over processes."""
+    """Return True if the model's weights are split over processes."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def parts(model: nn.Module) -> dict[str, Tensor]:
-    """This process's part of each parameter, by name: the memory itself, to be read and written; all of it if whole."""
+    """Return this process's part of each parameter, by name: the memory itself, to be read and written."""
     to_parts(model)
     return {name: local(weight) for name, weight in model.named_parameters()}
 
 
 def local(weight: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """Return this process's part of a tensor."""
     inner = weight.detach()
     return inner.to_local() if isinstance(inner, DTensor) else inner
 
 
 def like(whole: Tensor, weight: Tensor) -> Tensor:
-    """The part of `whole` (known to all processes) that belongs to this process's part of `weight`."""
+    """Return the part of `whole` (known to all processes) that belongs to this process's part of `weight`."""
     if not isinstance(weight, DTensor):
         return whole.to(weight.device)
     mesh = weight.device_mesh
@@ -78,16 +73,12 @@ def like(whole: Tensor, weight: Tensor) -> Tensor:
 
 
 def no_gradients(model: nn.Module) -> AbstractContextManager[None]:
-    """Computing without gradients, as fast as can be: what FSDP2 puts together in inference mode could not train."""
+    """Disable gradients; by inference mode unless the weights are split, since FSDP2 could not train them then."""
     return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
 def check_float32(model: nn.Module) -> None:
-    """Raise ModelError unless a split model can be trained: FSDP2 cannot change a dtype after the first forward pass.
-
-    Raises:
-        ModelError: it was loaded in half precision.
-    """
+    """Raise ModelError if a split model is in half precision: FSDP2 cannot change a dtype after a forward pass."""
     half = [name for name, weight in parts(model).items() if weight.is_floating_point() and weight.itemsize < 4]
     if half:
         raise ModelError(
@@ -98,16 +89,16 @@ def check_float32(model: nn.Module) -> None:
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Round each weight to the numbers that its dtype has, and keep it as it is stored."""
+    """Round each weight to the precision of its own dtype, without changing how it is stored."""
     for name, weight in parts(model).items():
         weight.copy_(weight.to(dtypes[name]))
 
 
 def to_parts(model: nn.Module) -> None:
-    """Put the parts in place of whole weights that the last computation left.
+    """Replace whole weights that the last computation left by their parts.
 
-    After a forward pass FSDP2 keeps the last module's weights whole; an optimiser made then would train those, and the
-    parts, which are what counts, would stay as they are.
+    After a forward pass FSDP2 keeps the last module's weights whole; an optimiser made then would train those, and
+    the parts, which count, would stay as they are.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -118,7 +109,7 @@ def ready_to_train(model: nn.Module) -> None:
     """Make the parts the model's parameters, and tell FSDP2 which of them train.
 
     It keeps a whole copy of each weight from the first forward pass on, with a `requires_grad` of its own: a base that
-    was scored and then frozen under an adapter would be given gradients, and they would be clipped with the adapter's.
+    was scored and then frozen under an adapter would get gradients, and they would be clipped with the adapter's.
     """
     to_parts(model)
     # Under all their names: once whole, a tied head and its embedding are two parameters.
@@ -132,7 +123,7 @@ def ready_to_train(model: nn.Module) -> None:
 
 
 def without_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
-    """A model of the same kind on the meta device, not split: its modules, names, shapes and ties."""
+    """Return a model of the same kind on the meta device, not split: its modules, names, shapes and ties."""
     inner: Any = model
     config = copy.deepcopy(inner.config)
     if hasattr(config, "distributed_config"):
@@ -144,8 +135,10 @@ def without_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
     return made
 
 
-def save_whole(model: nn.Module, tokenizer: Any, dtypes: Mapping[str, torch.dtype], folder: Path) -> None:
-    """Write a split model as one process would, in its own dtypes: process 0 gathers the weights in main memory."""
+def save_whole(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtypes: Mapping[str, torch.dtype], folder: Path
+) -> None:
+    """Write a split model as one process would, in its own dtypes: rank 0 gathers the weights in main memory."""
     from transformers.distributed import gather_full_state_dict
 
     to_parts(model)
@@ -160,7 +153,7 @@ def save_whole(model: nn.Module, tokenizer: Any, dtypes: Mapping[str, torch.dtyp
 
 
 def save_parts(tensors: Mapping[str, Tensor], model: nn.Module, file: Path) -> None:
-    """Write what `parts` gave: a file by each process where the model is split, else one by process 0."""
+    """Write the result of `parts`: a file by each process if the model is split, else one by rank 0."""
     if is_sharded(model):
         save_file(dict(tensors), _own_file(file))
     elif processes.is_main():
@@ -168,7 +161,7 @@ def save_parts(tensors: Mapping[str, Tensor], model: nn.Module, file: Path) -> N
 
 
 def load_parts(model: nn.Module, file: Path) -> dict[str, Tensor]:
-    """What `save_parts` wrote."""
+    """Read what `save_parts` wrote."""
     found: dict[str, Tensor] = load_file(_own_file(file) if is_sharded(model) else file)
     return found
 

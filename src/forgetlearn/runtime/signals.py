@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: fine-tuning finishes its step and saves, anything else ends at once; a second signal ends all."""
+"""Handle Ctrl-C and SIGTERM: fine-tuning finishes its step and saves; all else, and a second signal, ends at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to end. No Exception, so that nothing takes it for an error and goes on."""
+    """A signal asked this process to end. It is no Exception, so that nothing handles it as an error and goes on."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -23,23 +23,23 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports of a process that such a signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
+        """Exit code that a shell reports for such a signal: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + self.signum
 
 
 class _State:
-    """Of this process: signals come to its main thread alone."""
+    """The state of this process, whose main thread receives the signals."""
 
-    waits = False  # a step is being computed, at whose end the signal is asked for
+    waits = False  # a step is being computed, after which `requested` is read
     requested: int | None = None
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Within it the two signals raise `Interrupted`; the handlers from before come back after it.
+    """Raise `Interrupted` in the body on either signal; restore the earlier handlers afterwards.
 
-    For the command: the library leaves signals to the program that uses it. In another thread than the main one
-    nothing is changed, and neither is a signal that is ignored (nohup).
+    For the command: the library leaves signals to the program that uses it. Nothing changes in another thread than
+    the main one, nor for a signal that is ignored (nohup).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,18 +57,18 @@ def handled() -> Iterator[None]:
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
-    # As Python has them: a second signal ends the process, whatever it is doing.
+    # Python's own handlers: a second signal ends the process, whatever it is doing.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not _State.waits:
         raise Interrupted(signum)
     _State.requested = signum
-    log.warning("%s: finishing the step and saving it. Once more ends at once.", signal.Signals(signum).name)
+    log.warning("%s: finishing the step and saving it. A second signal ends at once.", signal.Signals(signum).name)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within it a signal waits for whoever asks with `requested`; at the end it is raised as `Interrupted`."""
+    """Keep a signal for the caller of `requested` during the body; raise it as `Interrupted` at the end."""
     _State.waits = True
     try:
         yield
@@ -79,10 +79,10 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether a signal waits."""
+    """Return True if a signal was received and waits."""
     return _State.requested is not None
 
 
 def request(signum: int = signal.SIGTERM) -> None:
-    """As if the signal had come: another process of this run got it."""
+    """Act as if the signal had come, because another process of this run received it."""
     _State.requested = _State.requested or signum

@@ -1,4 +1,4 @@
-"""What lies in a folder: the files that make a model, and hashes that tell what has changed since."""
+"""The files that make a model, and hashes that show what has changed since."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HASHES = "hashes.json"  # of the other files in its folder
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that a model is loaded from: weights, config, tokenizer, code; not its card, licence and chain."""
+    """Return the files that a model is loaded from: weights, config, tokenizer, code; not card, licence and chain."""
     return [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES and path.name != HISTORY]
 
 
 def licences(folder: Path) -> list[Path]:
-    """The files of a folder that say under which terms its model may be used."""
+    """Return the files of a folder with the terms under which its model may be used."""
     return [path for path in sorted(folder.iterdir()) if path.name.startswith(LICENCES)]
 
 
@@ -35,7 +35,7 @@ def copy_own(path: Path, folder: Path) -> None:
     """Copy a file of a model into `folder`. A link may lead within the model's folder, or into the hub's cache.
 
     Raises:
-        RunError: it is a link to somewhere else: what lies there is not the model's, and could be published with it.
+        RunError: it is a link to somewhere else: that file is not the model's, and could be published with it.
     """
     home, target = path.parent.resolve(), path.resolve()
     blobs = home.parent.parent / "blobs"  # what a snapshot in the hub's cache is made of
@@ -47,7 +47,7 @@ def copy_own(path: Path, folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, or of the files that a folder's model is loaded from, with their names."""
+    """Return the SHA-256 of a file, or of the files that a folder's model is loaded from, with their names."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else model_files(path):
         digest.update(file.name.encode() if path.is_dir() else b"")
@@ -58,21 +58,20 @@ def sha256_of(path: Path) -> str:
 
 
 def is_recorded(folder: Path, recorded: str | None) -> bool:
-    """Whether a folder is the base that a run recorded: by its hash, or in the hub's cache, where folders are named
-    by it, by its commit."""
+    """Return True if a folder has the recorded hash, or in the hub's cache the recorded commit as its name."""
     if recorded is not None and len(recorded) == COMMIT_DIGITS:
         return folder.resolve().name == recorded
     return recorded is not None and sha256_of(folder) == recorded
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Name to SHA-256 of every file in a folder, but for what people may edit (Markdown)."""
+    """Return the SHA-256 of every file in a folder by name, but for Markdown, which people may edit."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
 def damaged(folder: Path, written: Mapping[str, str]) -> list[str]:
-    """The files that are gone, or not as they were written."""
+    """Return the files that are gone or were changed since they were written."""
     return [name for name in written if not (folder / name).is_file() or sha256_of(folder / name) != written[name]]
 
 
@@ -82,7 +81,7 @@ def write_hashes(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder is there with all files as `write_hashes` saw them; damage is said."""
+    """Return True if a folder has all files as `write_hashes` saw them; log a warning if it is damaged."""
     if not folder.is_dir():
         return False
     try:
@@ -90,10 +89,10 @@ def is_whole(folder: Path) -> bool:
     except RunError:
         changed = [HASHES]
     if changed:
-        log.warning("%s: %s: not as it was written, so it is made again", folder, some(changed))
+        log.warning("%s: %s changed since it was written; making it again", folder, some(changed))
     return not changed
 
 
 def hash_of(data: object) -> str:
-    """SHA-256 of what JSON can hold, whatever the order of its names."""
+    """Return the SHA-256 of JSON data, whatever the order of its names."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from forgetlearn.runtime import processes
 
 MOST_BYTES = 200
 UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
-DEEPEST = 100  # levels of lists and objects in each other; what goes over data by recursion has room for these
+DEEPEST = 100  # levels of lists and objects: recursion over data has room for these
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,7 +48,7 @@ def write_json(path: Path, data: object) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replace a JSONL file in one step."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
@@ -59,26 +59,26 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RunError: the file is missing or damaged.
     """
-    data = _parsed(path, lambda text: text)
+    data = _parsed(path, _read(path))
     if not isinstance(data, dict):
         raise RunError(f"{path}: holds no JSON object. Is it from forgetlearn?")
     return data
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty; raise RunError if it cannot be read."""
+    return [line for line in _read(path).split("\n") if line]
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file.
+    """Return the rows of a JSONL file.
 
     Raises:
-        RunError: it is not there, or a line is damaged.
+        RunError: the file is missing, or a line is damaged.
     """
-    lines: list[str] = []
-
-    def as_list(text: str) -> str:
-        # All lines at once: a quarter of the time of a call for each, and names that rows share are held once.
-        lines.extend(line for line in text.split("\n") if line)
-        return f"[{','.join(lines)}]"
-
-    rows: list[dict[str, Any]] = _parsed(path, as_list)
+    lines = read_lines(path)
+    # All lines at once: a quarter of the time of a call for each, and names that rows share are held once.
+    rows: list[dict[str, Any]] = _parsed(path, f"[{','.join(lines)}]")
     if len(rows) != len(lines):
         raise RunError(f"{path}: cannot be read: {len(lines)} lines hold {len(rows)} rows.")
     if other := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
@@ -86,22 +86,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parsed(path: Path, prepare: Callable[[str], str]) -> Any:
-    """Return the JSON in a file, whose text is first passed through `prepare`.
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+def _parsed(path: Path, text: str) -> Any:
+    """Return the JSON in a text.
 
     Raises:
-        RunError: it cannot be read, is nested too deeply, or holds halves of characters, which cannot be written again.
+        RunError: it is no JSON, is nested too deeply, or holds halves of characters, which cannot be written again.
     """
     try:
-        text = prepare(path.read_text(encoding="utf-8"))
         data = json.loads(text)
         if text.count("[") + text.count("{") > DEEPEST and is_deep(data):
             raise RecursionError
         if "\\ud" in text or "\\uD" in text:
             json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
-        raise RunError(f"{path}: cannot be read: lists or objects in each other, more than {DEEPEST} deep.") from None
-    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: lists or objects are nested more than {DEEPEST} deep.") from None
+    except ValueError as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     return data
 
@@ -123,10 +129,10 @@ def is_deep(data: object) -> bool:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its final name only when all went well; the same one in all processes.
+    """Yield a folder to write into, which gets its final name if all went well; the same one in all processes.
 
     Raises:
-        RunError: writing failed, of a full disk say; nothing is left behind.
+        RunError: writing failed, for example on a full disk; nothing is left behind.
     """
     if processes.world_size() > 1:
         with _shared_folder(final) as unfinished:
@@ -150,11 +156,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def _unfinished(final: Path) -> Path:
-    """Return a new name beside `final` for a file or folder that is still being written.
-
-    Whatever is created under it gets its mode from the system, which applies the umask: reading the umask would mean
-    setting it, for all threads at once.
-    """
+    """Return a new name beside `final` for a file or folder that is still being written."""
     return final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}")
 
 
@@ -166,7 +168,7 @@ def _beginning(final: Path) -> str:
 
 @contextmanager
 def _shared_folder(final: Path) -> Iterator[Path]:
-    """`atomic_folder` for several processes: process 0 makes it, and names it when all are done."""
+    """Do the same for several processes: process 0 creates the folder, and renames it when all are done."""
     with ExitStack() as stack:
         unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
         yield unfinished
@@ -176,7 +178,7 @@ def _shared_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turns what went wrong with the disk into an error that names the path."""
+    """Turn an error of the disk into a RunError that names the path."""
     try:
         yield
     except OSError as error:
@@ -190,16 +192,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _disk_error(message: str) -> str:
-    """What went wrong with the disk, out of an error that is no OSError; nothing if it is about something else."""
-    if told := re.search(r"\(os error (\d+)\)", message):  # safetensors and tokenizers, both in Rust
-        return os.strerror(int(told[1]))
+    """Return what went wrong with the disk, from an error that is no OSError; "" if it is about something else."""
+    if found := re.search(r"\(os error (\d+)\)", message):  # safetensors and tokenizers, both in Rust
+        return os.strerror(int(found[1]))
     if "inline_container" in message or "PytorchStreamWriter" in message:  # torch.save, which does not say why
         return "torch could not write all of it (a full disk?)"
     return "No space left on device" if "No space left" in message else ""
 
 
 def remove_unfinished(final: Path) -> None:
-    """Delete what a kill left of `atomic_folder(final)`; nobody else may be writing it."""
+    """Delete what a kill left of `atomic_folder(final)`; no other process may be writing it."""
     for left in final.parent.glob(f"{glob.escape(_beginning(final))}*"):
         shutil.rmtree(left, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Locks that go with the process that holds them, however it dies: one writer for a run or a cell."""
+"""Locks that end with the process that holds them, however it dies: one writer for a run or a cell."""
 
 from __future__ import annotations
 
@@ -17,36 +17,28 @@ from forgetlearn.storage import disk, run_folder
 
 @contextmanager
 def claimed(lock: Path, *, waits: bool = False) -> Iterator[bool]:
-    """Whether this process got the lock; it waits for it only if it `waits`.
+    """Yield True if this process got the lock; it waits for the lock only with `waits`.
 
     Raises:
-        RunError: the lock's file cannot be made, on a full disk say.
+        RunError: the lock file cannot be created, for example on a full disk.
     """
     claim = FileLock(lock)
-    with disk.naming(lock):
-        is_ours = _take(claim, waits)
+    with disk.naming(lock), suppress(Timeout):
+        claim.acquire(blocking=waits)
     try:
-        yield is_ours
+        yield claim.is_locked
     finally:
         claim.release()
 
 
-def _take(claim: FileLock, waits: bool) -> bool:
-    try:
-        claim.acquire(blocking=waits)
-    except Timeout:
-        return False
-    return True
-
-
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Within it no other process writes a run into this folder, which is made; a folder left empty is removed again.
+    """Keep other processes from writing a run into this folder, which is created; remove it again if it stays empty.
 
     Of several processes of one run (torchrun) the first holds the lock for all.
 
     Raises:
-        RunError: another process does; the message says which.
+        RunError: another process is writing there; the message says which.
     """
     if not processes.is_main():
         yield

@@ -1,24 +1,25 @@
-"""Typed records of the files that forgetlearn writes and reads: manifest, summary, rows, chain of updates.
+"""Typed records of forgetlearn's own files: manifest, summary, rows, chain of updates.
 
-Any of these files may come from a stranger. Each kind is checked here, when it is read, and nowhere else: what passes
-can be used without looking at types again. Fields that are not named here are kept and not looked at, so that files of
-later versions are read too; those with a default were not written by every earlier version.
+Any of these files may come from a stranger. Each kind is checked here, on reading, and nowhere else: a record that
+was loaded can be used without looking at its types again. Fields that a record does not declare (a later version's)
+are kept. Fields are declared in the order in which they are written.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from forgetlearn.errors import RunError, plain
+from forgetlearn.errors import RunError, plain, shown
 from forgetlearn.storage import disk
 
 REMEDY = "Was it written by forgetlearn? Restore it from a backup."
-SHOWN = 60  # characters of a wrong value
+R = TypeVar("R", bound="Record")
 
 
 def _file_name(name: str) -> str:
@@ -33,20 +34,12 @@ def _no_null(text: str) -> str:
     return text
 
 
-def _as_json(data: dict[str, Any]) -> dict[str, Any]:
+def _finite(data: dict[str, Any]) -> dict[str, Any]:
     json.dumps(data, allow_nan=False)
     return data
 
 
-Object = Annotated[dict[str, Any], AfterValidator(_as_json)]  # whose numbers are finite
-
-
-def _hashes_are_text(inputs: dict[str, Any]) -> dict[str, Any]:
-    if odd := [name for name, value in inputs.items() if name.endswith("_sha256") and isinstance(value, int)]:
-        raise ValueError(f"{odd[0]} must be text or null")
-    return inputs
-
-
+Object = Annotated[dict[str, Any], AfterValidator(_finite)]
 Text = Annotated[str, AfterValidator(_no_null)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -55,16 +48,75 @@ Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]
 Percent = Annotated[float, Field(ge=-1e-3, le=100 + 1e-3)]
 Nats = Annotated[float, Field(ge=-700, le=700)]  # exp of it is a number
 Modules = Text | list[Text] | dict[str, Number]
+Answer = str | Annotated[list[str], Field(min_length=1)]  # of a list the first is taught, the others count as right
 
 
 class Record(BaseModel):
     """Base of all records: immutable, without type conversion, and with finite numbers."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False, defer_build=True)
+
+    @classmethod
+    def parse(cls, data: object, file: Path, inside: str = "") -> Self:
+        """Return the record in data from `file`, where it may lie inside another field.
+
+        Raises:
+            RunError: a field is missing, or has a value that it cannot have; the message names both.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RunError(_problem(error, data, file, inside)) from None
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """Return the record in a JSON file; raise RunError if it cannot be read or a field is wrong."""
+        return cls.parse(disk.read_json(file), file)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the file holds: the fields that were set, and those of later versions."""
+        return self.model_dump(exclude_unset=True)
+
+    def save(self, file: Path) -> None:
+        """Replace a JSON file in one step."""
+        disk.write_json(file, self.as_json())
+
+
+@cache
+def _rows_of(kind: type[R]) -> TypeAdapter[list[R]]:
+    return TypeAdapter(list[kind])  # type: ignore[valid-type]
+
+
+def load_rows(kind: type[R], file: Path) -> list[R]:
+    """Return the records in the lines of a JSONL file; errors count rows from 1.
+
+    Raises:
+        RunError: the file cannot be read, or a row is not a record of this kind.
+    """
+    lines = disk.read_lines(file)
+    try:
+        rows = _rows_of(kind).validate_json(f"[{','.join(lines)}]")
+        if len(rows) == len(lines):
+            return rows
+    except ValidationError:
+        pass
+    data = disk.read_rows(file)  # twice the time, and errors that name the line or the field
+    try:
+        return _rows_of(kind).validate_python(data)
+    except ValidationError as error:
+        raise RunError(_problem(error, data, file)) from None
+
+
+def save_rows(rows: Iterable[Record], file: Path) -> None:
+    """Replace a JSONL file in one step."""
+    disk.write_rows(file, [row.as_json() for row in rows])
+
+
+# Scores -------------------------------------------------------------------------------------------
 
 
 class Score(Record):
-    """A mean in percent with its interval, over `n` facts; None where nothing was scored."""
+    """A mean in percent with its 95 % interval over `n` facts; None if nothing was scored, no interval if n is 1."""
 
     mean: Percent | None
     low: Percent | None
@@ -72,20 +124,87 @@ class Score(Record):
     n: Count
     errored: Count
 
-    @model_validator(mode="after")
-    def _whole(self) -> Score:
-        if (self.low is None) != (self.high is None) or (self.mean is None and self.low is not None):
-            raise ValueError("mean, low and high must be numbers, or the interval null, or all three")
-        return self
-
 
 class Mean(Score):
-    """A score of a summary, whose counts add up to all facts."""
+    """A score of a summary: `n + errored + not_asked` is the number of facts."""
 
     not_asked: Count
 
 
 Scores = dict[str, dict[str, Score]]  # quantity -> protocol -> score
+Phase = dict[str, dict[str, Mean]]  # quantity -> protocol -> score
+
+
+class Row(Record):
+    """A line of facts.jsonl: what one fact scored in one phase by one protocol.
+
+    A quantity is set if the protocol scores it, and None if the fact was not asked or errored (`errors` says why).
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    fact: Text
+    phase: Text
+    protocol: Text
+    errors: dict[str, str]
+    reliability: Share | None = None
+    generality: Share | None = None
+    residue: Share | None = None
+    locality: Share | None = None
+    said: str | None = None
+    said_rephrased: list[str | None] = []
+    truncated: Count = 0  # of the answers, those cut off at their room
+    predicted: list[list[int]] = []  # token ids at each locality probe; only in the rows of a stage, for resume
+    split: Text | None = None  # "validation": forget.coef = auto was chosen on this fact
+    old_from: Text | None = None
+
+    def has(self, name: str) -> bool:
+        """Return True if a field was set: of a quantity, if the row's protocol scores it."""
+        return name in self.model_fields_set
+
+    def score(self, quantity: str) -> float | None:
+        """Return the score of a quantity, or None if there is none."""
+        found: float | None = getattr(self, quantity)
+        return found
+
+
+class RetentionRow(Record):
+    """A line of retention.jsonl: whether a fact of an earlier update still holds, by one protocol."""
+
+    update: Count
+    fact: Text
+    protocol: Text
+    said: str | None = None
+    truncated: Count = 0
+    retention: Share | None
+    errors: dict[str, str]
+
+
+class Input(Record):
+    """A line of inputs.jsonl: a fact; an answer with its aliases is a list."""
+
+    id: Text
+    prompt: str
+    target_new: Answer
+    ground_truth: Answer | None = None
+
+    @property
+    def new(self) -> list[str]:
+        """The new answer and its aliases."""
+        return self.target_new if isinstance(self.target_new, list) else [self.target_new]
+
+    @property
+    def old(self) -> list[str]:
+        """The old answer and its aliases; empty without one."""
+        old = self.ground_truth
+        return old if isinstance(old, list) else [old] if old else []
+
+
+class Step(Record):
+    """A line of a stage's log."""
+
+    step: Count
+    loss: Number
 
 
 # The chain of updates -----------------------------------------------------------------------------
@@ -97,21 +216,22 @@ class UpdateFacts(Record):
     source: Text
     used: Count
     known: Count | None
+    forgotten: Count | None = None
     sha256: Text
 
 
 class UpdateRows(Record):
     """Which rows of the vocabulary each stage could change."""
 
-    forget: Text | None = None
-    learn: Text | None = None
+    forget: Text | None
+    learn: Text | None
 
 
 class UpdateModules(Record):
     """Which modules each stage could change."""
 
-    forget: Modules | None = None
-    learn: Modules | None = None
+    forget: Modules | None
+    learn: Modules | None
 
 
 class Update(Record):
@@ -123,10 +243,10 @@ class Update(Record):
     seed: Count
     base: Text | None
     base_sha256: Text | None
-    weights_sha256: Text | None = None
+    weights_sha256: Text | None = None  # of a base in memory
     taught_first: bool
-    modules: UpdateModules = UpdateModules()
-    rows: UpdateRows = UpdateRows()
+    modules: UpdateModules
+    rows: UpdateRows
     facts: UpdateFacts
     scores: Scores
     product: FileName
@@ -137,7 +257,7 @@ class Chain(Record):
     """`forgetlearn.json`: the updates that made a model, oldest first."""
 
     updates: list[Update]
-    sha256: Text | None = None
+    sha256: Text
 
 
 # A run's manifest ---------------------------------------------------------------------------------
@@ -152,14 +272,19 @@ class Rounding(Record):
 
 
 class Stage(Record):
-    """A finished stage: its seconds, the hashes of its files, and its notes."""
+    """A finished stage: its seconds, the hashes of its files, and notes for people, which are not declared."""
 
-    seconds: Number = 0
+    seconds: Number
     files: dict[str, Text] = {}
     rounding: Rounding | None = None
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """The notes, in their order."""
+        return {**(self.model_extra or {}), **({"rounding": self.rounding.as_json()} if self.rounding else {})}
 
-class ModelTold(Record):
+
+class ModelNotes(Record):
     """The details of a run's model that pages show."""
 
     dtype: Text
@@ -169,7 +294,7 @@ class ModelTold(Record):
 
 
 class Parent(Record):
-    """The base of a run, and the run that made it if one did."""
+    """The base of a run, and the folder of the run that made it, if one did."""
 
     name: Text
     run: Text | None
@@ -178,79 +303,71 @@ class Parent(Record):
 class Manifest(Record):
     """`manifest.json` of a run folder."""
 
-    format: Count = 1
+    format: Count
     command: list[Text]
     config: Object
-    inputs: Annotated[dict[str, Text | Count | None], AfterValidator(_hashes_are_text)]
+    inputs: dict[str, Text | Count | None]
     versions: dict[str, Text]
-    commit: Text | None = None
+    commit: Text | None
     machine: Text
     stages: dict[str, Stage]
-    model: ModelTold = Field(default=None, validate_default=False)  # type: ignore[assignment]
+    replaces: bool = False  # a run in the folder that is still to be removed
+    model: ModelNotes | None = None
     parent: Parent | None = None
-    results: dict[str, Text] = {}
-    sha256: Text | None = None
+    plan: Object = {}  # what was foreseen
+    lora: Text | None = None  # what LoRA leaves alone
+    finished: bool = False
+    results: dict[str, Text] = {}  # hashes
+    peak_memory_gb: Number = 0
 
-
-class ModelConfig(Record):
-    """The recorded settings that name the base."""
-
-    name: Text | None
-    base_model_id: Text | None
-
-
-class FactsConfig(Record):
-    """The recorded settings that name the source of the facts."""
-
-    source: Text | None
-
-
-class TeachConfig(Record):
-    """The recorded settings of teaching the old answers."""
-
-    epochs: Count
-
-
-class StageConfig(Record):
-    """The recorded settings of forgetting or learning that pages show."""
-
-    modules: Modules
-    rows: Text = "all"
+    def input_hash(self, name: str) -> str | None:
+        """Return a hash among the inputs, such as base_sha256."""
+        found = self.inputs.get(name)
+        return found if isinstance(found, str) else None
 
 
 class Config(Record):
     """The recorded settings of a run that are read again."""
 
-    model: ModelConfig
-    facts: FactsConfig
-    teach: TeachConfig
-    forget: StageConfig
-    learn: StageConfig
+    class Model(Record):
+        """The base."""
 
+        name: Text | None
+        base_model_id: Text | None
 
-class RunManifest(Manifest):
-    """The manifest of an update, or of scores."""
+    class Facts(Record):
+        """The facts."""
 
-    config: Config  # type: ignore[assignment]
+        source: Text | None
 
+    class Teach(Record):
+        """Teaching the old answers."""
 
-class ComparedConfig(Record):
-    """Those of a comparison's recorded settings that its page shows."""
+        epochs: Count
 
-    model: ModelConfig
+    class Stage(Record):
+        """Forgetting or learning."""
+
+        modules: Modules
+        rows: Text = "all"
+
+    model: Model
+    facts: Facts
+    teach: Teach
+    forget: Stage
+    learn: Stage
 
 
 class ComparisonConfig(Record):
-    """The recorded settings of a comparison; `settings.validate` checks the rest of their contents."""
+    """The recorded settings of a comparison; `validate` checks the rest of their contents."""
 
-    run: ComparedConfig
+    class Run(Record):
+        """What all cells share."""
+
+        model: Config.Model
+
+    run: Run
     compare: Object
-
-
-class ComparisonManifest(Manifest):
-    """The manifest of a comparison."""
-
-    config: ComparisonConfig  # type: ignore[assignment]
 
 
 # A run's results ----------------------------------------------------------------------------------
@@ -278,42 +395,33 @@ class FactCounts(Record):
     source: Text
     reader: Text
     old_from: Text
+    old_answers: dict[str, Count]
+    without_old: dict[str, Count]
     read: Count
     used: Count
-    set_aside: Count = 0
-    scored: Count = 0
+    set_aside: Count
+    scored: Count
     left_out: dict[str, Count]
     left_out_probes: dict[str, Count]
     known: Count | None
-    forgotten: Count | None = None
-    old_answers: dict[str, Count] = {}
-    without_old: dict[str, Count] = {}
-    not_read: list[Text] = []
-
-    @model_validator(mode="after")
-    def _whole(self) -> FactCounts:
-        if len({"old_answers", "without_old"} & self.model_fields_set) == 1:
-            raise ValueError("old_answers and without_old must both be there, or neither")
-        return self
+    forgotten: Count | None
+    not_read: list[Text]
 
 
 class OnText(Record):
     """Perplexity on a text, and how far the model is from the one before."""
 
     source: Text
+    sha256: Text = ""
     tokens: Count
+    windows: Count = 0
+    loss: Nats = 0
     loss_low: Nats | None
     loss_high: Nats | None
-    perplexity: float
     kl: Number | None
     kl_low: Number | None
     kl_high: Number | None
-
-    @model_validator(mode="after")
-    def _whole(self) -> OnText:
-        if (self.loss_low is None) != (self.loss_high is None) or (self.kl_low is None) != (self.kl_high is None):
-            raise ValueError("an interval must have both ends, or neither")
-        return self
+    perplexity: float
 
 
 class TaskScore(Record):
@@ -326,7 +434,7 @@ class TaskScore(Record):
 class General(Record):
     """General ability in one phase."""
 
-    text: OnText = Field(default=None, validate_default=False)  # type: ignore[assignment]
+    text: OnText | None = None
     tasks: dict[str, dict[str, TaskScore]] = {}
 
 
@@ -338,113 +446,45 @@ class Retained(Record):
     source: Text
     facts: Count
     superseded: Count
-    scores: dict[str, Score]
+    scores: dict[str, Mean]
 
 
 class Summary(Record):
-    """`summary.json` of a run folder."""
+    """`summary.json` of a run folder; a run that only scores has no coefficient and no product."""
 
     method: Text
     coef: Number | None
     choice: Choice | None = None
     seed: Count
     facts: FactCounts
-    phases: dict[str, dict[str, dict[str, Mean]]]
+    phases: dict[str, Phase]
     product: FileName | None
     rounding: Rounding | None = None
     general: dict[str, General] = {}
     retention: list[Retained] = []
 
-    @model_validator(mode="after")
-    def _counts_of_choice(self) -> Summary:
-        if self.choice is not None and not {"set_aside", "scored"} <= self.facts.model_fields_set:
-            raise ValueError("facts.set_aside and facts.scored are missing, though a coefficient was chosen")
-        return self
+
+# Messages -----------------------------------------------------------------------------------------
 
 
-class Row(Record):
-    """A line of `facts.jsonl`: what one fact scored in one phase by one protocol."""
-
-    fact: Text
-    phase: Text
-    protocol: Text
-    errors: dict[str, str]
-    reliability: Share | None = None
-    generality: Share | None = None
-    locality: Share | None = None
-    residue: Share | None = None
-    said: str | None = None
-    said_rephrased: list[str | None] = []
-
-
-class Input(Record):
-    """A line of `inputs.jsonl`: a fact; an answer with its aliases is a list."""
-
-    id: Text
-    prompt: str
-    target_new: str | Annotated[list[str], Field(min_length=1)]
-    ground_truth: str | Annotated[list[str], Field(min_length=1)] | None = None
-
-
-class Step(Record):
-    """A line of a stage's log."""
-
-    step: Count
-    loss: Number
-
-
-# Reading ------------------------------------------------------------------------------------------
-
-ROWS: dict[type[Record], TypeAdapter[Any]] = {}
-
-
-def check(kind: type[Record], data: Any, file: Path) -> None:
-    """Raise RunError, naming the field and its value, if the data from `file` is not a record of this kind."""
-    try:
-        kind.model_validate(data)
-    except ValidationError as error:
-        raise RunError(_problem(error, data, file)) from None
-
-
-def read(kind: type[Record], file: Path) -> dict[str, Any]:
-    """Read the record in a JSON file, including fields that its kind does not define.
-
-    Raises:
-        RunError: the file cannot be read, or a field of it is missing or has a value that it cannot have.
-    """
-    data = disk.read_json(file)
-    check(kind, data, file)
-    return data
-
-
-def read_rows(kind: type[Record], file: Path) -> list[dict[str, Any]]:
-    """Read the records in the lines of a JSONL file, as `read` does; messages count rows from 1."""
-    rows: list[dict[str, Any]] = disk.read_rows(file)
-    try:
-        ROWS.setdefault(kind, TypeAdapter(list[kind])).validate_python(rows)  # type: ignore[valid-type]
-    except ValidationError as error:
-        raise RunError(_problem(error, rows, file)) from None
-    return rows
-
-
-def _problem(error: ValidationError, data: Any, file: Path) -> str:
+def _problem(error: ValidationError, data: object, file: Path, inside: str = "") -> str:
     """Return one message: the first problem, and the number of others."""
     problems = error.errors(include_url=False)
     first = problems[0]
     place = first["loc"]
     row = f"row {int(place[0]) + 1}: " if isinstance(data, list) and place else ""
-    field = ".".join(str(part) for part in _in_data(place, data)[1 if row else 0 :])
+    field = ".".join(filter(None, [inside, *(str(part) for part in _in_data(place, data)[1 if row else 0 :])]))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "missing":
-        said = "is missing"
+        problem = "is missing"
     else:
         expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         expected = expected if first["type"] == "value_error" else f"expected {expected}"
-        said = f"is {_shown(first['input'])}, {expected}" if field else expected
-    return f"{file}: {row}{plain(field)[:200]} {said}{more}. {REMEDY}".replace("  ", " ")
+        problem = f"is {shown(first['input'])}, {expected}" if field else expected
+    return f"{file}: {row}{plain(field)[:200]} {problem}{more}. {REMEDY}".replace("  ", " ")
 
 
-def _in_data(place: tuple[int | str, ...], data: Any) -> list[int | str]:
+def _in_data(place: tuple[int | str, ...], data: object) -> list[int | str]:
     """Return pydantic's location of a problem without the parts that name variants of a type."""
     found: list[int | str] = []
     for part in place:
@@ -455,13 +495,3 @@ def _in_data(place: tuple[int | str, ...], data: Any) -> list[int | str]:
             found.append(part)
             data = data[part] if part < len(data) else None
     return found
-
-
-def _shown(value: object) -> str:
-    """Format a value for a message, in one short line."""
-    if isinstance(value, int) and abs(value) >= 10**20:
-        return "a huge number"
-    if isinstance(value, (Mapping, list)):
-        return f"{'an object' if isinstance(value, Mapping) else 'a list'} of {len(value)}"
-    text = "null" if value is None else repr(value)
-    return plain(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")

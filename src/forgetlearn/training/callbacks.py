@@ -1,4 +1,4 @@
-"""What a stage of fine-tuning shows and saves while it runs: Trainer's callbacks."""
+"""What a stage of fine-tuning shows and saves while it runs: callbacks of Trainer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
-from torch import distributed
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from forgetlearn.errors import ConfigError, TrainingError
-from forgetlearn.runtime import signals
+from forgetlearn.runtime import processes, signals
 
 log = logging.getLogger("forgetlearn")
 
@@ -28,34 +25,40 @@ GO_ON, SAVE, STOP = 0, 1, 2
 class Steps(TrainerCallback):  # type: ignore[misc]
     """Keeps the numbers of every step, shows a bar on a terminal, and stops at a loss that is not finite.
 
-    One line of the log says at the end what the stage was. Rates are of this process's own time: after a resume of
-    the steps since then.
+    One line of the log sums up the stage at its end; after a resume, its rate is of the steps since then.
     """
 
     def __init__(self, name: str, n_facts: int, n_tokens: int) -> None:
         self.name, self.n_facts, self.n_tokens = name, n_facts, n_tokens
         self.rows: list[dict[str, float]] = []
         self.seconds: list[float] = []
-        self.bar: Any = None
+        self.bar = tqdm(disable=True)
         self.began, self.first_step = 0.0, 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Take over the rows from before a kill, which Trainer's state keeps."""
-        before = [logs for logs in state.log_history if "loss" in logs]  # a kill
+        before = [logs for logs in state.log_history if "loss" in logs]
         self.rows, self.seconds = [_row(logs) for logs in before], [logs["seconds"] for logs in before]
         self.began, self.first_step = time.perf_counter(), state.global_step
         if state.global_step:
-            log.info("%s: going on from step %d of %d", self.name, state.global_step, state.max_steps)
+            log.info("%s: resuming at step %d of %d", self.name, state.global_step, state.max_steps)
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             desc=f"{self.name} {self.n_facts} facts",
             unit="step",
-            disable=None if state.is_world_process_zero else True,  # None: no bar where the output is no terminal
+            disable=processes.no_bar(),
             leave=False,
         )
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: object,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: object,
+    ) -> None:
         """Keep a step's numbers, and show them."""
         if "loss" not in logs:
             return
@@ -71,26 +74,24 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.bar.update(state.global_step - self.bar.n)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {self._rate(state):,.0f} tokens/s")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what the stage was."""
+    def on_train_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Log the stage in one line."""
         self.bar.close()
-        if not state.is_world_process_zero or not self.rows:
-            return
-        seconds, loss = time.perf_counter() - self.began, final_loss(self.rows)
-        steps = f"{state.global_step} steps" + (f" ({self.first_step} of them before)" if self.first_step else "")
-        log.info(
-            f"{self.name}: {self.n_facts} facts, {steps}, {self._rate(state):,.0f} tokens/s, loss {loss:.3f}, "
-            f"{seconds:.1f} s"
-        )
+        if state.is_world_process_zero and self.rows:
+            steps = f"{state.global_step} steps" + (f" ({self.first_step} resumed)" if self.first_step else "")
+            log.info(
+                f"{self.name}: {self.n_facts} facts, {steps}, {self._rate(state):,.0f} tokens/s, "
+                f"loss {final_loss(self.rows):.3f}, {time.perf_counter() - self.began:.1f} s"
+            )
 
-    def _rate(self, state: Any) -> float:
-        """Tokens of prompts and answers in a second, by the share of the stage's steps that were done here."""
+    def _rate(self, state: TrainerState) -> float:
+        """Return tokens of prompts and answers per second, by the share of the stage's steps done in this process."""
         tokens: float = self.n_tokens * (state.global_step - self.first_step) / max(1, state.max_steps)
         return tokens / max(1e-9, time.perf_counter() - self.began)
 
 
 def final_loss(rows: Sequence[Mapping[str, float]]) -> float:
-    """Mean loss per answer token over the last tenth of the steps, in nats."""
+    """Return the mean loss per answer token over the last tenth of the steps, in nats."""
     tail = rows[-max(1, len(rows) // 10) :]
     return sum(row["loss"] for row in tail) / len(tail)
 
@@ -100,20 +101,16 @@ def _row(logs: dict[str, float]) -> dict[str, float]:
 
 
 class Saving(TrainerCallback):  # type: ignore[misc]
-    """Asks Trainer for a checkpoint when one is due, and for one and an end when a signal waits."""
+    """Asks Trainer for a checkpoint when one is due, and for one and an end if a signal was received."""
 
     def __init__(self, name: str, minutes: float) -> None:
         self.name, self.seconds = name, 60 * minutes if minutes else math.inf
-        self.last, self.took = 0.0, 0.0
+        self.last, self.took = time.monotonic(), 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.last = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint, alone or with an end."""
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Ask for a checkpoint, alone or with an end; all processes do the same, the most that one of them wants."""
         is_due = time.monotonic() - self.last >= max(self.seconds, TIMES_AS_LONG * self.took)
-        wish = _highest(STOP if signals.requested() else SAVE if is_due else GO_ON, args)
+        wish = max(processes.gather(STOP if signals.requested() else SAVE if is_due else GO_ON))
         if wish == GO_ON:
             return
         control.should_save = True
@@ -123,27 +120,14 @@ class Saving(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             log.info("%s: stopping after step %d of %d", self.name, state.global_step, state.max_steps)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Note how long it took."""
         now = time.monotonic()
         self.took, self.last = now - self.last, now
 
 
-def _highest(wish: int, args: Any) -> int:
-    """The highest wish of all processes: they save together or not at all."""
-    if args.world_size == 1:
-        return wish
-    wishes = torch.tensor(wish, device=args.device)
-    distributed.all_reduce(wishes, distributed.ReduceOp.MAX)
-    return int(wishes)
-
-
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise ConfigError unless transformers can report to each of these.
-
-    Raises:
-        ConfigError: it does not know one, or the package of one is not installed.
-    """
+    """Raise ConfigError if transformers does not know one of these trackers, or its package is not installed."""
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))

@@ -1,14 +1,14 @@
-"""Checkpoints inside a stage: each written whole, the newest whole one found again, others passed over.
+"""Checkpoints inside a stage: written in one step, and found again if they are whole.
 
-A checkpoint is a folder with the trained weights (safetensors) and what Trainer needs to go on to the same bits:
-optimiser, schedule, random numbers, its own state. It counts when its marker, written last, agrees with its files.
+A checkpoint is a folder with the trained weights (safetensors) and what Trainer needs to continue to the same bits:
+optimiser, schedule, random numbers, its own state. It counts if its marker, written last, agrees with its files.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from forgetlearn.errors import RunError
+from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk
 
 log = logging.getLogger("forgetlearn")
@@ -27,11 +28,10 @@ MARKER, WEIGHTS = "complete.json", "weights.safetensors"
 
 @dataclass(frozen=True)
 class StageIO:
-    """What a stage does beside training; the weights that come out do not depend on it.
+    """A stage's name and where it saves; the weights that come out do not depend on it.
 
-    name: what it is called where it is shown. points: folder of its checkpoints; None keeps none. minutes: between two
-    of them; 0 saves only when it is asked to stop. trackers: programs that follow the numbers, as transformers names
-    them; what they write to disk goes to `logs`.
+    points: folder of its checkpoints; None keeps none. minutes: between two of them; 0 saves only when it is asked to
+    stop. trackers: programs that follow the numbers, as transformers names them; they write to the folder `logs`.
     """
 
     name: str = "fine-tuning"
@@ -41,42 +41,42 @@ class StageIO:
     logs: Path | None = None
 
     def part(self, name: str) -> StageIO:
-        """For one of several fine-tunings in a stage."""
+        """Return the same for one of several fine-tunings in a stage."""
         return replace(self, points=self.points and self.points / name)
 
 
 @contextmanager
-def writing(folder: Path, step: int, *, place: int, world_size: int, wait: Callable[[], None]) -> Iterator[Path]:
-    """A folder for the checkpoint after `step`, which counts, and replaces older ones, only when all went well.
+def writing(folder: Path, step: int) -> Iterator[Path]:
+    """Yield a folder for the checkpoint after `step`, which counts, and replaces older ones, only if all went well.
 
-    With several processes all of them call this at the same step; each has its `place`, and `wait` returns when all
-    are there.
+    All processes call this at the same step.
 
     Raises:
-        RunError: the disk is full, say.
+        RunError: it cannot be written, because the disk is full, say.
     """
     unfinished, final = folder / f".{_name(step)}{disk.UNFINISHED}", folder / _name(step)
     with disk.naming(folder):
-        if place == 0:
+        if processes.is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        wait()
+        processes.barrier()
         yield unfinished
-        wait()
-        if place == 0:
+        processes.barrier()
+        if processes.is_main():
             disk.sync_files(unfinished)
             files = {file.name: [file.stat().st_size, digests.sha256_of(file)] for file in unfinished.iterdir()}
-            disk.write_json(unfinished / MARKER, {"step": step, "world_size": world_size, "files": files})
+            marker = {"step": step, "world_size": processes.world_size(), "files": files}
+            disk.write_json(unfinished / MARKER, marker)
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             disk.sync(folder)
             for older in set(_points(folder)) - {final}:
                 shutil.rmtree(older, ignore_errors=True)
-        wait()
+        processes.barrier()
 
 
-def newest(folder: Path, world_size: int) -> Path | None:
-    """The checkpoint to go on from; None: there is none, or none that is whole, which is said.
+def newest(folder: Path) -> Path | None:
+    """Return the checkpoint to continue from; None if there is none that is whole. Damaged ones are logged.
 
     Raises:
         RunError: it was written by another number of processes, which draw other random numbers.
@@ -85,10 +85,10 @@ def newest(folder: Path, world_size: int) -> Path | None:
         if problem := _problem(point):
             log.warning("%s: this checkpoint is not used: %s", point, problem)
             continue
-        was = disk.read_json(point / MARKER)["world_size"]
-        if was != world_size:
+        was, now = disk.read_json(point / MARKER)["world_size"], processes.world_size()
+        if was != now:
             raise RunError(
-                f"{point} was written by {was} processes, and now there are {world_size}. Resume with {was}, or "
+                f"{point} was written by {was} processes, and now there are {now}. Resume with {was}, or "
                 f"remove {folder} to begin the stage again."
             )
         return point
@@ -96,7 +96,7 @@ def newest(folder: Path, world_size: int) -> Path | None:
 
 
 def _problem(point: Path) -> str:
-    """Why a checkpoint cannot be used; nothing if it can."""
+    """Return why a checkpoint cannot be used; "" if it can."""
     if not (point / MARKER).is_file():
         return f"{MARKER} is missing, so it was not finished"
     try:
@@ -123,7 +123,7 @@ def _points(folder: Path) -> list[Path]:
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write what is trained; all else is as it was when the stage began."""
+    """Write the weights that are trained; all others are as they were when the stage began."""
     save_file({name: weight.contiguous() for name, weight in _trained(model).items()}, folder / WEIGHTS)
 
 
@@ -136,7 +136,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     saved, trained = load_file(folder / WEIGHTS), _trained(model)
     if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in trained.items()}:
-        raise RunError(f"{folder}: holds {len(saved)} weights, and not those that this stage trains ({len(trained)}).")
+        raise RunError(f"{folder}: holds {len(saved)} weights, expected the {len(trained)} that this stage trains.")
     for name, weight in trained.items():
         weight.copy_(saved[name])
 

@@ -1,23 +1,22 @@
 """Read adapter folders as peft writes them, without torch: a typed, validated config, and the tensors.
 
-An adapter may come from a stranger. Every command that reads one goes through here, so that what is wrong is said
-before peft, which believes the config, sees it.
+An adapter may come from a stranger. Every command that reads one goes through here, so that whatever is wrong is
+reported before peft, which trusts the config, sees it.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from forgetlearn.errors import ModelError, plain, some
+from forgetlearn.errors import ModelError, plain, shown, some
 from forgetlearn.runtime.patterns import Pattern, problem
 from forgetlearn.weights.checkpoint_folder import ADAPTER, FLOATS, CheckpointFolder, read_object
 
@@ -25,6 +24,7 @@ CONFIG = "adapter_config.json"
 WEIGHT = ".weight"
 ALL_LINEAR = "all-linear"
 LORA = "LORA"
+DEFAULT = 8  # peft's own, of both r and lora_alpha
 MOST_LAYERS = 1000
 MOST_NUMBER = 1_000_000  # of anything in the config of an adapter that is no LoRA
 
@@ -47,7 +47,7 @@ class AdapterConfig(BaseModel):
     task_type: str | None = Field(None, description="CAUSAL_LM, or null")
     inference_mode: bool | None = Field(None, description="true or false")
     peft_version: str | None = Field(None, description="a text, or null")
-    auto_mapping: dict[str, Any] | None = Field(None, description="an object, or null")
+    auto_mapping: dict[str, object] | None = Field(None, description="an object, or null")
     ensure_weight_tying: bool | None = Field(None, description="true or false")
     target_modules: str | Names = Field(None, description=NAME_OR_NAMES)
     exclude_modules: str | Names = Field(None, description=NAME_OR_NAMES)
@@ -56,41 +56,35 @@ class AdapterConfig(BaseModel):
     layers_pattern: str | Names = Field(None, description="the name of the list of layers, or null")
     megatron_config: None = Field(None, description="null: peft would import the module that megatron_core names")
 
-    def value(self, name: str) -> Any:
-        """Return a field, described here or not; None if it is absent."""
-        return getattr(self, name, None)
+    def _layer_patterns(self) -> list[tuple[str, str]]:
+        """Return each name of a list of layers with the regular expression that peft makes of it."""
+        names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
+        return [(name, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in names]
 
     def patterns(self) -> Iterator[Pattern]:
         """Yield the regular expressions by which peft matches module names."""
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := self.value(name), str) and value != ALL_LINEAR:
-                yield Pattern(name, value, value)
+            if isinstance(text := getattr(self, name), str) and text != ALL_LINEAR:
+                yield Pattern(name, text, text)
         for text in self.modules_to_save or ():
             yield Pattern("modules_to_save", text, rf"(^|.*\.){text}($|\..*)", "match")
-        for text in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
-            yield Pattern("layers_pattern", text, rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", "match")
+        for text, regex in self._layer_patterns():
+            yield Pattern("layers_pattern", text, regex, "match")
         for name in ("rank_pattern", "alpha_pattern"):
-            for text in self.value(name) or ():
+            for text in getattr(self, name, None) or ():
                 yield Pattern(name, text, _suffix(text), "match")
 
     def targets(self, path: str) -> bool:
         """Return True if peft would adapt the module at this path; `all-linear` is not resolved here."""
-        if self._names(self.exclude_modules, path) or not self._names(self.target_modules, path):
+        if _matches(self.exclude_modules, path) or not _matches(self.target_modules, path):
             return False
         layers = self.layers_to_transform
         is_named = isinstance(self.target_modules, str) or path in (self.target_modules or ())
         if layers is None or layers == [] or is_named:
             return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
-        regexes = [rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\." for text in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        regexes = [regex for _name, regex in self._layer_patterns()] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
         found = next(filter(None, (re.match(regex, path) for regex in regexes)), None)
         return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
-
-    @staticmethod
-    def _names(names: str | Names, path: str) -> bool:
-        if isinstance(names, str):
-            return bool(names) and re.fullmatch(names, path) is not None
-        return any(path == name or path.endswith(f".{name}") for name in names or ())
 
 
 class LoraAdapterConfig(AdapterConfig):
@@ -108,7 +102,7 @@ class LoraAdapterConfig(AdapterConfig):
     lora_bias: bool | None = Field(None, description="true or false")
     fan_in_fan_out: bool | None = Field(None, description="true or false")
     bias: Literal["none", "all", "lora_only"] | None = Field(None, description="none, all or lora_only")
-    init_lora_weights: bool | str | None = Field(None, description="true, false or the name of a way to begin")
+    init_lora_weights: bool | str | None = Field(None, description="true, false or the name of an initialisation")
     target_parameters: Names = Field(None, description="a list of names of parameters, or null")
     trainable_token_indices: list[Index] | dict[str, list[Index]] | None = Field(None, description="ids of tokens")
     alora_invocation_tokens: list[Index] | None = Field(None, description="a list of ids of tokens, or null")
@@ -117,30 +111,36 @@ class LoraAdapterConfig(AdapterConfig):
     )
 
     def targets(self, path: str) -> bool:
-        """Whether the module at this path gets an adapter, named itself or by its weight."""
+        """Return True if the module at this path gets an adapter, named itself or by its weight."""
         return self.targets_weight(path) or super().targets(path)
 
     def targets_weight(self, path: str) -> bool:
-        """Whether the module's weight is named as a parameter to adapt, by peft's rules."""
-        return self._names(self.target_parameters, f"{path}{WEIGHT}")
+        """Return True if the module's weight is named as a parameter to adapt, by peft's rules."""
+        return _matches(self.target_parameters, f"{path}{WEIGHT}")
 
     def rank(self, path: str) -> int:
         """Return the rank for the module at this path: as in peft, the first matching pattern decides."""
-        return int(self._of(path, self.rank_pattern, self.r))
+        return int(_first_match(path, self.rank_pattern, self.r))
 
     def alpha(self, path: str) -> float:
         """Return the alpha for the module at this path: as in peft, the first matching pattern decides."""
-        return float(self._of(path, self.alpha_pattern, self.lora_alpha))
-
-    @staticmethod
-    def _of(path: str, by_pattern: dict[str, Any] | None, default: float | None) -> float:
-        found = (value for text, value in (by_pattern or {}).items() if re.match(_suffix(text), path))
-        value = next(found, default)
-        return 8 if value is None else value  # peft's own default, of both
+        return float(_first_match(path, self.alpha_pattern, self.lora_alpha))
 
     def ranks(self) -> list[int]:
         """Return all ranks in the config."""
         return [rank for rank in (self.r, *(self.rank_pattern or {}).values()) if rank is not None]
+
+
+def _matches(names: str | Names, path: str) -> bool:
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names or ())
+
+
+def _first_match(path: str, by_pattern: Mapping[str, float] | None, default: float | None) -> float:
+    found = (value for text, value in (by_pattern or {}).items() if re.match(_suffix(text), path))
+    value = next(found, default)
+    return DEFAULT if value is None else value
 
 
 def _suffix(text: str) -> str:
@@ -158,18 +158,18 @@ class AdapterFiles:
 
     def check_patterns(self, names: Sequence[str]) -> None:
         """Raise ModelError if a pattern of the config is invalid or takes too long to match these module names."""
-        if said := problem(list(self.config.patterns()), names):
-            raise ModelError(f"{self.folder / CONFIG}: {said}.")
+        if reason := problem(list(self.config.patterns()), names):
+            raise ModelError(f"{self.folder / CONFIG}: {reason}.")
 
     def check_types(self, kind: type) -> None:
         """Raise ModelError if a field is of another type than in `kind`, peft's own class for such a config.
 
-        peft believes what it reads: 0.5 would count as true. Null is as left out, and `alpha` may be a
-        fraction, whatever peft declares.
+        peft itself would take 0.5 for true. Null counts as absent, and `alpha` may be a fraction, whatever peft
+        declares.
         """
         own, hints = type(self.config).model_fields, typing.get_type_hints(kind)
         odd = [
-            f"{plain(name)} = {shown(value)}: expected {_written(hints[name])}"
+            f"{plain(name)} = {shown(value)}: expected {_type_name(hints[name])}"
             for name, value in self.config.model_dump(exclude=set(own)).items()
             if name in hints and value is not None and not _fits(value, float if name == "alpha" else hints[name])
         ]
@@ -177,23 +177,18 @@ class AdapterFiles:
             raise ModelError(f"{self.folder / CONFIG}: {some(odd, 3)}.")
 
 
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value from a JSON file is of a type; numbers are finite."""
+def _type_name(hint: object) -> str:
+    """Return a type as one writes it: `int`, `list[str] | None`."""
+    return re.sub(r"\b(?:\w+\.)+", "", hint.__name__ if isinstance(hint, type) else str(hint))
+
+
+def _fits(value: object, hint: type[object]) -> bool:
+    """Return True if a value from a JSON file is of a type; numbers must be finite."""
     try:
-        _type_adapter(hint).validate_json(json.dumps(value, allow_nan=False), strict=True)
-    except Exception:  # peft's classes check their values too, and raise what they like
+        TypeAdapter(hint).validate_json(json.dumps(value, allow_nan=False), strict=True)
+    except Exception:  # peft's classes check their values too, and raise anything
         return False
     return True
-
-
-@functools.cache
-def _type_adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint)
-
-
-def _written(hint: Any) -> str:
-    """A type as one writes it: `int`, `list[str] | None`."""
-    return re.sub(r"\b(?:\w+\.)+", "", hint.__name__ if isinstance(hint, type) else str(hint))
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -203,56 +198,47 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         ModelError: a field has a wrong value; the message says which, and what was expected.
     """
     file = folder / CONFIG
-    told = read_object(file)
-    is_lora = told.get("peft_type") == LORA
+    fields = read_object(file)
+    is_lora = fields.get("peft_type") == LORA
     try:
-        config = (LoraAdapterConfig if is_lora else AdapterConfig).model_validate(told)
+        config = (LoraAdapterConfig if is_lora else AdapterConfig).model_validate(fields)
     except ValidationError as error:
-        raise ModelError(f"{file}: {_problems(error, LoraAdapterConfig, told)}.") from None
-    if not is_lora:
-        large = [name for name, value in told.items() if isinstance(value, (int, float)) and abs(value) > MOST_NUMBER]
-        if large:
-            raise ModelError(f"{file}: {large[0]} = {shown(told[large[0]])}: expected at most {MOST_NUMBER:,}.")
+        names = dict.fromkeys(str(item["loc"][0]) for item in error.errors(include_url=False))
+        problems = []
+        for name in names:
+            value = f" = {shown(fields[name])}: " if name in fields else ": is missing, "
+            problems.append(f"{name}{value}expected {LoraAdapterConfig.model_fields[name].description}")
+        raise ModelError(f"{file}: {some(problems, 3)}.") from None
+    for name, value in fields.items():
+        if not is_lora and isinstance(value, (int, float)) and abs(value) > MOST_NUMBER:
+            raise ModelError(f"{file}: {name} = {shown(value)}: expected at most {MOST_NUMBER:,}.")
     return config
-
-
-def _problems(error: ValidationError, kind: type[BaseModel], told: dict[str, Any]) -> str:
-    """Describe the first three wrong fields in one line: name, value, what was expected."""
-    names = list(dict.fromkeys(str(item["loc"][0]) for item in error.errors(include_url=False)))
-    said = []
-    for name in names:
-        value = f" = {shown(told[name])}" if name in told else ""
-        said.append(f"{name}{value}: {'' if value else 'is missing, '}expected {kind.model_fields[name].description}")
-    return some(said, 3)
-
-
-def shown(value: object) -> str:
-    """Format a config value for a message, in one short line."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of more than 20 digits"
-    return plain(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def open_adapter(folder: Path) -> AdapterFiles:
     """Open an adapter folder, and check its config against its tensors as far as possible without the base.
 
     Raises:
-        ModelError: there is no safetensors adapter, its config is wrong, a tensor is not finite or a factor of a LoRA
-            is stored as whole numbers, or a rank is larger than any tensor.
+        ModelError: there is no safetensors adapter, its config is wrong, a tensor is not finite, a factor of a LoRA
+            is stored as integers, or a rank is larger than any tensor.
     """
-    if not (folder / ADAPTER).is_file():
+    file = folder / ADAPTER
+    if not file.is_file():
         is_pickled = (folder / "adapter_model.bin").is_file()
         hint = " Pickled adapters are not read: save it again with peft." if is_pickled else ""
         raise ModelError(f"{folder}: holds no {ADAPTER}.{hint}")
     config = read_adapter_config(folder)
-    tensors = CheckpointFolder.of_file(folder / ADAPTER)
+    tensors = CheckpointFolder.of_file(file)
     odd = [f"{e.name} ({e.dtype})" for e in tensors.entries.values() if ".lora_" in e.name and e.dtype not in FLOATS]
     if odd:
-        raise ModelError(f"{folder / ADAPTER}: {some(odd)}: expected float32, float16 or bfloat16.")
-    largest = max((size for shape in tensors.shapes().values() for size in shape), default=0)
-    if isinstance(config, LoraAdapterConfig) and max(config.ranks(), default=0) > max(largest, 1):
-        raise ModelError(
-            f"{folder / CONFIG}: a rank of {shown(max(config.ranks()))}, and no tensor of {ADAPTER} has more than "
-            f"{largest} rows or columns. Is it the config of another adapter?"
-        )
+        raise ModelError(f"{file}: {some(odd)}: expected float32, float16 or bfloat16.")
+    if isinstance(config, LoraAdapterConfig):
+        largest = max((size for shape in tensors.shapes().values() for size in shape), default=0)
+        rank = max(config.ranks(), default=0)
+        if rank > max(largest, 1):
+            raise ModelError(
+                f"{folder / CONFIG}: a rank of {shown(rank)}, and no tensor of {ADAPTER} has more than {largest} rows "
+                "or columns. Is it the config of another adapter?"
+            )
     tensors.check_finite()
     return AdapterFiles(folder, config, tensors)

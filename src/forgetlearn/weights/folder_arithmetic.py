@@ -1,4 +1,4 @@
-"""Checkpoints out of checkpoints: subtract, save a vector, apply it. Folders, checks and what goes along.
+"""Checkpoints made from checkpoints: subtract a change, save a vector, apply it. Folders, checks and companion files.
 
 Nothing is written before all names and shapes agree and the disk has room, and the output gets its name last.
 """
@@ -10,36 +10,43 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from forgetlearn.errors import ConfigError, ModelError, RunError, some
 from forgetlearn.storage.digests import copy_own, is_recorded, licences, model_files, sha256_of
 from forgetlearn.storage.disk import atomic_folder, naming, read_json, remove_unfinished, write_json
-from forgetlearn.storage.run_folder import ARITHMETIC, MANIFEST, check_output, command_line, versions
+from forgetlearn.storage.provenance import command_line, versions
+from forgetlearn.storage.run_folder import ARITHMETIC, MANIFEST, check_output
+from forgetlearn.weights.adapter_delta import Adapter
+from forgetlearn.weights.agreement import check_coef
 from forgetlearn.weights.checkpoint_folder import INDEX, WHOLE, WIDTHS, CheckpointFolder, header_bytes, read_object
-from forgetlearn.weights.deltas import VECTOR, Change, Difference, open_change, refuse_quantised
+from forgetlearn.weights.deltas import VECTOR, Change, Difference, SavedVector, refuse_quantised
 from forgetlearn.weights.rounding import Survival, warning
-from forgetlearn.weights.streaming import SPELLED, Numbers, VectorWork, Work, model_pieces, vector_pieces
+from forgetlearn.weights.streaming import SPELLED, Numbers, VectorWork, Work, file_pieces, model_pieces
 
 REMEDIES = (
     "--dtype float32, or a kept adapter instead of merged weights, or --rounding stochastic (with a little noise)"
 )
-# What training and other programs left in the base's folder. Its card, which is about the base, stays there too.
+# Files that training and other programs left in the base's folder; its card stays there too, for it is about the base.
 LEFT_BEHIND = (
     *("trainer_state.json", "adapter_config.json", "all_results.json", "train_results.json"),
     *("lab.json", MANIFEST, ARITHMETIC),
 )
+CHANGES: dict[str, Callable[[CheckpointFolder, str | Path], Change]] = {
+    "tuned": Difference,
+    "adapter": Adapter,
+    "vector": SavedVector,
+}
 
 
 @dataclass
 class Written:
     """A summary of what was written: `moved` counts the tensors with a nonzero change (in a vector: all it holds).
 
-    `survival` is what the one rounding left of the wanted change, counted on a sample.
+    `survival` is what the one rounding left of the intended change, counted on a sample.
     """
 
     output: Path
@@ -56,7 +63,7 @@ class Written:
         return f"{self.output}: {self.parameters:,} numbers, {moved}"
 
     def warning(self) -> str | None:
-        """What to do where rounding takes more than a tenth of the change; None where it does not."""
+        """Return what to do if rounding takes more than a tenth of the change; None if it does not."""
         return warning(self.survival.as_dict(), REMEDIES)
 
 
@@ -73,26 +80,24 @@ def subtract_folders(  # noqa: PLR0913 (three of them are one choice)
     any_base: bool = False,
     overwrite: bool = False,
 ) -> Written:
-    """`base - coef * change` as a checkpoint folder with the shards, index, config and tokenizer of `base`.
+    """Write `base - coef * change` as a checkpoint folder with the shards, index, config and tokenizer of `base`.
 
     The change is what one of `tuned`, `adapter` and `vector` holds. Sums are in float32 (float64 where base
-    is), rounded once; whole numbers, infinite numbers and tensors that nothing moves are those of the base.
-    `coef=0` gives the base's bits. With `factors` a tensor's coefficient is `coef` times its factor (where it is tied,
-    that of its other name), and a tensor that has none stays. A run has recorded the hash of the base that its
-    adapter was trained on, and another one is refused unless `any_base`. A negative `coef` is refused: `apply_vector`
-    adds.
+    is), rounded once; integers, infinite numbers and tensors that nothing moves are those of the base.
+    `coef=0` gives the base's bits. With `factors` a tensor's coefficient is `coef` times its factor (that of its other
+    name if it is tied), and a tensor without a factor stays. A run records the hash of the base that its adapter was
+    trained on, and another base is refused unless `any_base`. A negative `coef` is refused: `apply_vector` adds.
 
     Raises:
-        ConfigError: coef is negative or not finite, the folders are one and the same, or `factors` name no tensor that
-            the change moves, or one that base has not.
+        ConfigError: coef is negative or not finite, two folders are the same, or `factors` name no tensor that
+            the change moves, or one that base does not have.
         ModelError: a checkpoint or adapter is damaged, quantised, or not supported; or a result is not finite.
         WeightMismatchError: the two do not belong together.
         RunError: the output exists, or the disk is full. Nothing is left under the output's name.
     Source: Ni et al. 2023, arXiv:2311.08011, eq. 3.
     """
-    if not 0 <= coef < math.inf:
-        raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Give it without a minus: 0.3 subtracts.")
-    sources = (tuned, adapter, vector)
+    check_coef(coef)
+    sources = {"tuned": tuned, "adapter": adapter, "vector": vector}
     return _write(base, output, coef, sources, numbers, factors=factors, any_base=any_base, overwrite=overwrite)
 
 
@@ -105,24 +110,24 @@ def apply_vector(
     numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
     overwrite: bool = False,
 ) -> Written:
-    """`base + factor * vector` as a checkpoint folder; see `subtract_folders`. A negative factor subtracts."""
+    """Write `base + factor * vector` as a checkpoint folder; see `subtract_folders`. A negative factor subtracts."""
     if not math.isfinite(factor):
         raise ConfigError(f"factor = {factor}: must be a finite number.")
-    return _write(base, output, -factor, (None, None, vector), numbers, any_base=True, overwrite=overwrite)
+    return _write(base, output, -factor, {"vector": vector}, numbers, any_base=True, overwrite=overwrite)
 
 
 def merge_adapter(
     adapter: str | Path, base: str | Path, output: str | Path, *, numbers: Numbers, overwrite: bool = False
 ) -> Written:
-    """The base with an adapter added, as a checkpoint folder; see `subtract_folders`. The caller knows the base."""
-    return _write(base, output, -1.0, (None, adapter, None), numbers, any_base=True, overwrite=overwrite)
+    """Write the base with an adapter added; see `subtract_folders`. The caller checks that it is the right base."""
+    return _write(base, output, -1.0, {"adapter": adapter}, numbers, any_base=True, overwrite=overwrite)
 
 
 def _write(
     base: str | Path,
     output: str | Path,
     coef: float,
-    sources: tuple[str | Path | None, str | Path | None, str | Path | None],
+    sources: Mapping[str, str | Path | None],
     numbers: Numbers,
     *,
     any_base: bool,
@@ -131,44 +136,54 @@ def _write(
 ) -> Written:
     began = time.perf_counter()
     output = Path(output)
-    given = [source for source in sources if source is not None]
-    check_places(output, [base, *given], overwrite)
-    with ExitStack() as stack:
-        weights = stack.enter_context(CheckpointFolder(base))
+    given = {name: source for name, source in sources.items() if source is not None}
+    check_places(output, [base, *given.values()], overwrite)
+    with CheckpointFolder(base) as weights:
         refuse_quantised(weights)
-        change = stack.enter_context(closing(open_change(weights, *sources)))
-        _check_numbers(weights, numbers)
-        if not any_base:
-            _check_made_on(base, change.made_on, given[0])
-        coefs = _coefs(weights, change, coef, factors)
-        written = Written(output, len(weights.entries), 0, 0)
-        written.parameters = sum(entry.n_entries for entry in weights.entries.values())
-        check_space(output, sum(e.n_entries * WIDTHS[numbers.stored(e)] for e in weights.entries.values()))
-        remove_unfinished(output)
-        with atomic_folder(output) as unfinished:
-            copy_companions(weights, unfinished, numbers)
-            work = Work(weights, change, coefs, numbers, written.survival)
-            stack.callback(work.close)
-            work.run(model_pieces(weights, unfinished, numbers, work.files))
-            work.close()
-            written.moved = len(work.moved)
-            written.seconds = time.perf_counter() - began
-            told = {"base": base, "coef": coef, **_named(sources)}
-            note(unfinished, "subtract", told, numbers, written.survival, factors)
-        written.seconds_to_sync = time.perf_counter() - began - written.seconds
-    return written
+        with closing(open_change(weights, given)) as change:
+            _check_numbers(weights, numbers)
+            if not any_base and change.made_on is not None and not is_recorded(Path(base), change.made_on):
+                raise ModelError(
+                    f"{next(iter(given.values()))} was made on another base than {base}: the SHA-256 of its files (of "
+                    "a base from the hub, its commit) is not the one that was recorded. Pass --any-base to move this "
+                    "base all the same."
+                )
+            work = Work(weights, change, _coefs(weights, change, coef, factors), numbers)
+            check_space(output, sum(e.n_entries * WIDTHS[numbers.stored(e)] for e in weights.entries.values()))
+            remove_unfinished(output)
+            with atomic_folder(output) as unfinished:
+                _copy_companions(weights, unfinished, numbers)
+                with ExitStack() as files:
+                    work.run(model_pieces(weights, unfinished, numbers, files))
+                seconds = time.perf_counter() - began
+                _note(unfinished, "subtract", {"base": base, "coef": coef, **given}, numbers, work.survival, factors)
+    parameters = sum(entry.n_entries for entry in weights.entries.values())
+    to_sync = time.perf_counter() - began - seconds
+    return Written(output, len(weights.entries), len(work.moved), parameters, seconds, to_sync, work.survival)
+
+
+def open_change(base: CheckpointFolder, given: Mapping[str, str | Path]) -> Change:
+    """Open the change that is given, as `tuned`, `adapter` or `vector`.
+
+    Raises:
+        ConfigError: none is given, or more than one.
+    """
+    if len(given) != 1:
+        raise ConfigError(f"{len(given)} of --tuned, --adapter and --vector are given. Give one: what is subtracted.")
+    ((kind, source),) = given.items()
+    return CHANGES[kind](base, source)
 
 
 def _coefs(
     base: CheckpointFolder, change: Change, coef: float, factors: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """The coefficient of each tensor that is moved."""
+    """Return the coefficient of each tensor that is moved."""
     if factors is None:
         return dict.fromkeys(change.moved, coef)
     if odd := [f"{name} = {factor}" for name, factor in factors.items() if not math.isfinite(factor)]:
         raise ConfigError(f"factors: {some(odd)}: must be finite.")
     if unknown := [name for name in factors if name not in base.entries]:
-        raise ConfigError(f"{some(unknown)}: not stored in {base.folder} by that name. Name it by a pattern.")
+        raise ConfigError(f"{some(unknown)}: not stored in {base.folder} under that name. Name it by a pattern.")
     everywhere = {twin: factor for name, factor in factors.items() for twin in base.twins(name)} | dict(factors)
     found = {name: coef * everywhere[name] for name in change.moved if name in everywhere}
     if not found:
@@ -178,31 +193,28 @@ def _coefs(
     return found
 
 
-def _named(sources: tuple[str | Path | None, ...]) -> dict[str, str]:
-    named = zip(("tuned", "adapter", "vector"), sources, strict=True)
-    return {name: str(source) for name, source in named if source is not None}
-
-
-def note(
+def _note(
     folder: Path,
     what: str,
-    told: Mapping[str, object],
+    inputs: Mapping[str, object],
     numbers: Numbers | None = None,
     survival: Survival | None = None,
     factors: Mapping[str, float] | None = None,
 ) -> None:
-    """Write down how the folder was made, which also marks it as ours to replace."""
-    stored = {name: value for name, value in asdict(numbers).items() if name != "threads"} if numbers else {}
-    seen = {}
+    """Record how the folder was made, which also marks it as one that may be replaced."""
+    record: dict[str, object] = {"format": 1, "command": command_line(), "versions": versions(), "did": what}
+    record |= {name: value if isinstance(value, (int, float)) else str(value) for name, value in inputs.items()}
+    if numbers:
+        record |= {name: value for name, value in asdict(numbers).items() if name != "threads"}
     if survival:
-        seen = {"share_changed": survival.share_changed, "share_survived": survival.share_survived}
-    plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in told.items()}
-    what_was_done = {"did": what, **plain, **stored, **seen, **({"factors": dict(factors)} if factors else {})}
-    write_json(folder / ARITHMETIC, {"format": 1, "command": command_line(), "versions": versions(), **what_was_done})
+        record |= {"share_changed": survival.share_changed, "share_survived": survival.share_survived}
+    if factors:
+        record["factors"] = dict(factors)
+    write_json(folder / ARITHMETIC, record)
 
 
-def copy_companions(base: CheckpointFolder, folder: Path, numbers: Numbers) -> None:
-    """Config, tokenizer, generation config, chat templates and index beside the weights, with the right dtype."""
+def _copy_companions(base: CheckpointFolder, folder: Path, numbers: Numbers) -> None:
+    """Copy config, tokenizer, generation config, chat templates and index, with the new dtype where they state it."""
     for path in model_files(base.folder) + licences(base.folder):
         is_left = path.name in LEFT_BEHIND or path.name.endswith((".safetensors", ".index.json"))
         if path.is_file() and not is_left and not path.name.startswith("."):
@@ -218,25 +230,16 @@ def copy_companions(base: CheckpointFolder, folder: Path, numbers: Numbers) -> N
     if (base.folder / INDEX).is_file() and base.files != [WHOLE]:
         index = read_object(base.folder / INDEX)
         size = sum(entry.n_entries * WIDTHS[numbers.stored(entry)] for entry in base.entries.values())
-        told = index.get("metadata")
-        if isinstance(told, dict) and "total_size" in told:
-            index["metadata"] = {**told, "total_size": size}
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            index["metadata"] = {**metadata, "total_size": size}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with every dtype in it, also in the configs inside, replaced."""
+def _with_dtype(config: dict[str, object], dtype: str) -> dict[str, object]:
+    """Return a config with every dtype in it replaced, also in nested configs."""
     changed = {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in config.items()}
     return changed | {name: dtype for name in ("dtype", "torch_dtype") if isinstance(config.get(name), str)}
-
-
-def _check_made_on(base: str | Path, recorded: str | None, source: str | Path) -> None:
-    """Raise ModelError if what is subtracted was made on another base, as far as a base is recorded."""
-    if recorded is not None and not is_recorded(Path(base), recorded):
-        raise ModelError(
-            f"{source} was made on another base than {base}: the SHA-256 of its files (of a base from the hub, its "
-            "commit) is not the one that was recorded. Pass --any-base to move this base all the same."
-        )
 
 
 def _check_numbers(base: CheckpointFolder, numbers: Numbers) -> None:
@@ -247,10 +250,10 @@ def _check_numbers(base: CheckpointFolder, numbers: Numbers) -> None:
 
 
 def check_places(output: Path, inputs: list[str | Path], overwrite: bool) -> None:
-    """Raise ConfigError unless the output may be written, and inputs and output are different folders.
+    """Raise an error unless the output may be written, and inputs and output are separate folders.
 
     Raises:
-        ConfigError: two are one, or one lies in another.
+        ConfigError: two are the same, or the output lies in an input or contains one.
         RunError: the output exists.
     """
     paths = [Path(given).resolve() for given in inputs]
@@ -264,11 +267,7 @@ def check_places(output: Path, inputs: list[str | Path], overwrite: bool) -> Non
 
 
 def check_space(output: Path, n_bytes: int) -> None:
-    """Raise RunError unless the disk of the output has room for so many bytes.
-
-    Raises:
-        RunError: it has not.
-    """
+    """Raise RunError unless the output's disk has room for so many bytes."""
     there = next(parent for parent in output.absolute().parents if parent.exists())
     with naming(output):
         free = shutil.disk_usage(there).free
@@ -279,10 +278,7 @@ def check_space(output: Path, n_bytes: int) -> None:
 def save_vector(
     base: str | Path, tuned: str | Path, output: str | Path, *, overwrite: bool = False, threads: int | None = None
 ) -> Written:
-    """`tuned - base` in float32 as `vector.safetensors`, whose metadata say what it was made from.
-
-    Raises: as `subtract_folders`.
-    """
+    """Write `tuned - base` in float32 as `vector.safetensors` with its origin as metadata; see `subtract_folders`."""
     began = time.perf_counter()
     output = Path(output)
     check_places(output, [base, tuned], overwrite)
@@ -292,28 +288,26 @@ def save_vector(
             entries = [entry for entry in weights.entries.values() if entry.name in change.moved]
             n_entries = sum(entry.n_entries for entry in entries)
             check_space(output, 4 * n_entries)
-            told = {"format": "pt", "forgetlearn": "task vector", "base": str(base), **origin(base, tuned)}
+            dtypes = {entry.name: "F32" for entry in entries}
+            metadata = {"format": "pt", "forgetlearn": "task vector", "base": str(base), **_origin(base, tuned)}
+            header = header_bytes(entries, metadata, dtypes)
             remove_unfinished(output)
             with atomic_folder(output) as unfinished:
-                header = header_bytes(entries, told, {entry.name: "F32" for entry in entries})
-                with (unfinished / VECTOR).open("xb", buffering=0) as file:
-                    file.write(header)
-                    file.truncate(len(header) + 4 * n_entries)
-                    VectorWork(weights, change, Numbers(threads=threads)).run(
-                        vector_pieces(entries, file.fileno(), len(header))
-                    )
-                note(unfinished, "vector", {"base": base, "tuned": tuned})
+                with ExitStack() as files:
+                    work = VectorWork(weights, change, {}, Numbers(threads=threads))
+                    work.run(file_pieces(entries, dtypes, header, unfinished / VECTOR, files))
+                _note(unfinished, "vector", {"base": base, "tuned": tuned})
     return Written(output, len(weights.entries), len(entries), n_entries, time.perf_counter() - began)
 
 
-def origin(base: str | Path, tuned: str | Path) -> dict[str, str]:
-    """What is known about two checkpoints, as texts: the base's hash, and of a run that tuned its method and facts."""
+def _origin(base: str | Path, tuned: str | Path) -> dict[str, str]:
+    """Return the base's hash and, if a run made `tuned`, its method, coefficient and hash of the facts, as texts."""
     found = {"base_sha256": sha256_of(Path(base))}
     manifest = Path(tuned).resolve().parent / MANIFEST
     if not manifest.is_file():
         return found
-    told = read_json(manifest)
-    config, inputs = (part if isinstance(part := told.get(name), dict) else {} for name in ("config", "inputs"))
+    record = read_json(manifest)
+    config, inputs = (part if isinstance(part := record.get(name), dict) else {} for name in ("config", "inputs"))
     known = {"method": config.get("method"), "facts_sha256": inputs.get("facts_sha256")}
     if isinstance(config.get("forget"), dict):
         known["coef"] = config["forget"].get("coef")

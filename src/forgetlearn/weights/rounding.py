@@ -1,8 +1,7 @@
-"""Stored numbers to float32 and back, in numpy: one rounding, to the nearest or at random, and what it does.
+"""Convert stored numbers to float32 and back in numpy, rounding once, and measure what rounding leaves of a change.
 
-bfloat16 is the upper half of a float32; numpy does not know it, so its bits are shifted. What comes out is
-bit for bit what torch gives: the nearest, ties to even. So a checkpoint is worked on in little memory and
-without the second that importing torch takes.
+bfloat16 is the upper half of a float32; numpy does not know it, so its bits are shifted here. The results are those of
+torch, bit for bit (nearest, ties to even), without the second and the 200 MB that importing torch takes.
 """
 
 from __future__ import annotations
@@ -16,38 +15,34 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-SURVIVES = 0.9  # below it the user is warned
-# As whole numbers without their sign, infinity is the largest of the numbers, and only NaN is above it.
-BITS_OF: dict[str, tuple[Any, int]] = {
-    "F64": (np.uint64, 0x7FF0 << 48),
-    "F32": (np.uint32, 0x7F80 << 16),
-    "F16": (np.uint16, 0x7C00),
-}
-BITS_OF["BF16"] = (np.uint16, 0x7F80)
+SURVIVES = 0.9  # the user is warned below it
+# Read as unsigned integers without their sign bit, infinity is the largest number, and only NaN is above it.
+UNSIGNED: dict[str, type[np.generic]] = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
 NEAR_HALF, UPPER, ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
 
 
 class Scratch:
-    """Memory of one thread that is used again for every piece: fresh memory costs more than the arithmetic."""
+    """Buffers of one thread that are used again for every piece: fresh memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Array] = {}
 
     def array(self, name: str, n: int, dtype: type[np.generic]) -> Array:
-        """`n` numbers, not set; the same memory at the next call with this name."""
+        """Return `n` uninitialised numbers; the next call with this name gives the same memory."""
         n_bytes = n * np.dtype(dtype).itemsize
         if name not in self._buffers or len(self._buffers[name]) < n_bytes:
             self._buffers[name] = np.empty(n_bytes, np.uint8)
         return self._buffers[name][:n_bytes].view(dtype)
 
 
-def wide(dtype: str) -> type[np.floating[Any]]:
-    """In what numbers of this dtype are summed: float32, or float64 if they are."""
+def wide(dtype: str) -> type[np.float32 | np.float64]:
+    """Return the type in which tensors of a dtype are summed: float32, or float64 for float64."""
     return np.float64 if dtype == "F64" else np.float32
 
 
 def widen(raw: Array, dtype: str, into: Array) -> None:
-    """Stored bytes as numbers; `into` is float32 or float64."""
+    """Convert stored bytes to numbers; `into` is float32 or float64."""
     stored = raw.view(STORED[dtype])
     if dtype != "BF16":
         np.copyto(into, stored, casting="unsafe")
@@ -64,22 +59,20 @@ def odd_numbers(raw: Array, dtype: str, scratch: Scratch) -> Literal["", "infini
 
     Takes 0.2 s per GB on one core, and `scratch` memory of the size of `raw`.
     """
-    kind, infinity = BITS_OF[dtype]
     if not len(raw):
         return ""
-    bits = raw.view(kind)
-    unsigned = scratch.array("unsigned", len(bits), kind)
-    sign = 1 << (8 * bits.itemsize - 1)
-    largest = int(np.bitwise_and(bits, kind(sign - 1), out=unsigned).max())
-    if largest < infinity:
+    bits = raw.view(UNSIGNED[dtype])
+    magnitudes = scratch.array("unsigned", len(bits), UNSIGNED[dtype])
+    largest = int(np.bitwise_and(bits, (1 << (8 * bits.itemsize - 1)) - 1, out=magnitudes).max())
+    if largest < INFINITY[dtype]:
         return ""
-    return "NaN" if largest > infinity else "infinite"
+    return "NaN" if largest > INFINITY[dtype] else "infinite"
 
 
 def narrow(numbers: Array, dtype: str, raw: Array, scratch: Scratch, random: np.random.Generator | None = None) -> None:
-    """Finite (or infinite) numbers as stored bytes, rounded once.
+    """Convert finite (or infinite) numbers to stored bytes, rounding once.
 
-    With `random`, bfloat16 is rounded so that the mean is kept: the lower half of each number is the chance,
+    With `random`, bfloat16 is rounded so that the mean is preserved: the lower half of each number is the chance,
     out of 65,536, of going one step away from zero.
     """
     stored = raw.view(STORED[dtype])
@@ -99,12 +92,13 @@ def narrow(numbers: Array, dtype: str, raw: Array, scratch: Scratch, random: np.
     np.copyto(stored, step, casting="unsafe")
 
 
+@dataclass
 class Sums:
-    """Numbers that add up: a dataclass of counts, sums and further `Sums`."""
+    """Base of dataclasses whose fields are counts, sums and further `Sums`."""
 
     def add(self, other: Self) -> None:
-        """Take in what was counted elsewhere."""
-        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+        """Add another's fields to these."""
+        for field in fields(self):
             own, more = getattr(self, field.name), getattr(other, field.name)
             if isinstance(own, Sums):
                 own.add(more)
@@ -114,13 +108,13 @@ class Sums:
 
 @dataclass
 class Survival(Sums):
-    """What the one rounding leaves of the wanted change, over the numbers that were looked at.
+    """What the one rounding leaves of the intended change, over a sample of the numbers.
 
-    seen     numbers looked at
-    wanted   those whose wanted change is not 0
-    changed  those whose stored number is another one afterwards
-    along    sum of wanted x done; done is what the stored numbers show
-    squared  sum of wanted x wanted
+    seen     numbers in the sample
+    wanted   those whose intended change is not 0
+    changed  those whose stored number differs afterwards
+    along    sum of intended x actual change; the actual change is that of the stored numbers
+    squared  sum of intended x intended change
     """
 
     seen: int = 0
@@ -129,8 +123,8 @@ class Survival(Sums):
     along: float = 0.0
     squared: float = 0.0
 
-    def look(self, before: Array, change: Array, after: Array) -> None:
-        """Count one piece: numbers before, the change that was wanted, numbers after; the last two are spoiled."""
+    def count(self, before: Array, change: Array, after: Array) -> None:
+        """Count numbers before, their intended change, and numbers after; overwrites the last two arrays."""
         self.seen += before.size
         self.wanted += int(np.count_nonzero(change))
         done = np.subtract(after, before, out=after)
@@ -144,22 +138,22 @@ class Survival(Sums):
 
     @property
     def share_changed(self) -> float | None:
-        """Of the numbers that should change, the share that does; None where none should."""
+        """The share of the numbers that should change and do; None if none should."""
         return self.changed / self.wanted if self.wanted else None
 
     @property
     def share_survived(self) -> float | None:
-        """The change that was done, along the wanted one, over the wanted one: 1 where rounding takes nothing."""
+        """The actual change, projected on the intended one, over the intended one: 1 if rounding takes nothing."""
         return self.along / self.squared if self.squared else None
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """The two shares and how many numbers they are of, for JSON."""
+        """Return the two shares and the size of the sample, for JSON."""
         return {"share_changed": self.share_changed, "share_survived": self.share_survived, "looked_at": self.seen}
 
 
-def in_words(told: Mapping[str, Any]) -> str:
-    """A sentence of `Survival.as_dict()`; empty where nothing was to change."""
-    changed, survived, seen = told["share_changed"], told["share_survived"], told["looked_at"]
+def in_words(survival: Mapping[str, float | int | None]) -> str:
+    """Return a sentence of `Survival.as_dict()`; empty if nothing was to change."""
+    changed, survived, seen = survival["share_changed"], survival["share_survived"], survival["looked_at"]
     if changed is None or survived is None:
         return ""
     return (
@@ -168,9 +162,9 @@ def in_words(told: Mapping[str, Any]) -> str:
     )
 
 
-def warning(told: Mapping[str, Any], remedies: str) -> str | None:
-    """What to do where rounding takes more than a tenth of the change; None where it does not."""
-    kept = told["share_survived"]
+def warning(survival: Mapping[str, float | int | None], remedies: str) -> str | None:
+    """Return what to do if rounding takes more than a tenth of the change; None if it does not."""
+    kept = survival["share_survived"]
     if kept is None or kept >= SURVIVES:
         return None
     return f"Rounding leaves {kept:.2f} of the wanted change. To keep it: {remedies}."

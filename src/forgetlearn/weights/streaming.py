@@ -2,9 +2,9 @@
 
     theta' = theta - coef * change
 
-A piece of a tensor is read, summed in float32, rounded once and written where it belongs, by as many threads as
-there are cores (numpy and the file system work outside Python's lock). The numbers are those of
-`taskvector.subtract`, bit for bit. `arithmetic.py` has what is around it: folders, checks, commands.
+A piece of a tensor is read, summed in float32, rounded once and written to its place, by as many threads as there are
+cores (numpy and the file system work outside Python's lock). The results are those of `task_vector.subtract`, bit for
+bit. `folder_arithmetic` adds folders, checks and commands.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,13 +23,14 @@ from typing import Literal
 import numpy as np
 
 from forgetlearn.errors import ModelError
-from forgetlearn.weights.checkpoint_folder import FLOATS, WIDTHS, CheckpointFolder, Entry, Shape, header_bytes, in_order
+from forgetlearn.weights.agreement import Shape
+from forgetlearn.weights.checkpoint_folder import FLOATS, WIDTHS, CheckpointFolder, Entry, header_bytes
 from forgetlearn.weights.deltas import Change, check_change
 from forgetlearn.weights.rounding import Array, Scratch, Survival, narrow, wide, widen
 
-PIECE = 1 << 17  # numbers: what a thread works on fits its core's cache
+PIECE = 1 << 17  # elements: what a thread works on fits its core's cache
 MOST_THREADS = 4  # more than that wait for memory
-LOOKED_AT = 32  # one piece in so many is compared before and after, and the first of every tensor
+SAMPLED_PIECES = 32  # one piece in so many is compared before and after, and the first of every tensor
 SPELLED = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -37,7 +39,7 @@ class Numbers:
     """How the result is stored.
 
     dtype     keep (that of each tensor of the base), float32 or bfloat16
-    rounding  nearest, or stochastic: up or down with the chance that keeps the mean; the same from the same seed
+    rounding  nearest, or stochastic: up or down with the chance that preserves the mean; the same from the same seed
     """
 
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
@@ -46,47 +48,50 @@ class Numbers:
     threads: int | None = None
 
     def stored(self, entry: Entry) -> str:
-        """The dtype that a tensor of the base gets."""
+        """Return the dtype in which a tensor of the base is stored."""
         return SPELLED.get(self.dtype, entry.dtype) if entry.dtype in FLOATS else entry.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Numbers of one tensor, `start` to `stop` in its flat order, and where they go."""
+    """Elements of one tensor, `start` to `stop` in its flat order; `dtype`, file and byte say how they are written."""
 
     entry: Entry
     index: int
     start: int
     stop: int
     dtype: str
-    into: int  # file descriptor
-    place: int  # byte in that file
+    file: int
+    offset: int
+
+    def write(self, raw: Array) -> None:
+        """Write the bytes of the result."""
+        view, done = raw.data, 0
+        while done < len(view):
+            done += os.pwrite(self.file, view[done:], self.offset + done)
 
 
 def usual_threads() -> int:
-    """The cores that this process may use, up to a few."""
+    """Return the number of cores that this process may use, up to a few."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return min(MOST_THREADS, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 class Work:
-    """Pieces done by several threads; the first error stops all. What has no coefficient is not moved.
+    """Subtracts piece by piece in several threads; the first error stops all. Tensors without a coefficient stay.
 
     After `run`, `moved` has the names of the tensors whose change is not zero everywhere.
     """
 
-    def __init__(
-        self, base: CheckpointFolder, change: Change, coefs: Mapping[str, float], numbers: Numbers, survival: Survival
-    ) -> None:
+    def __init__(self, base: CheckpointFolder, change: Change, coefs: Mapping[str, float], numbers: Numbers) -> None:
         self.base, self.change, self.coefs, self.numbers = base, change, coefs, numbers
-        self.survival = survival
-        self.files: list[int] = []
+        self.survival = Survival()
         self.moved: set[str] = set()
         self._lock = threading.Lock()
         self._stopped = False
 
     def run(self, pieces: Iterator[Piece]) -> None:
-        """Do all pieces."""
+        """Process all pieces."""
         n_threads = self.numbers.threads or usual_threads()
         with ThreadPoolExecutor(n_threads) as pool:
             futures = [pool.submit(self._take, pieces) for _ in range(n_threads)]
@@ -112,20 +117,22 @@ class Work:
         with self._lock:
             self.survival.add(survival)
 
+    def _read(self, piece: Piece, scratch: Scratch) -> Array:
+        raw = scratch.array("raw", (piece.stop - piece.start) * WIDTHS[piece.entry.dtype], np.uint8)
+        self.base.read_numbers(piece.entry, piece.start, raw, scratch)
+        return raw
+
     def _do(self, piece: Piece, survival: Survival, scratch: Scratch) -> None:
-        entry, n = piece.entry, piece.stop - piece.start
-        raw = scratch.array("raw", n * WIDTHS[entry.dtype], np.uint8)
-        self.base.read_numbers(entry, piece.start, raw, scratch)
+        entry, n, raw = piece.entry, piece.stop - piece.start, self._read(piece, scratch)
         coef = self.coefs.get(entry.name, 0)
-        moves = coef != 0
-        if not moves and piece.dtype == entry.dtype:
-            _write_all(piece, raw)
+        if coef == 0 and piece.dtype == entry.dtype:
+            piece.write(raw)
             return
         numbers = scratch.array("numbers", n, wide(entry.dtype))
         widen(raw, entry.dtype, numbers)
         stored = scratch.array("stored", n * WIDTHS[piece.dtype], np.uint8)
-        random = self._random(piece)
-        if moves:
+        wanted = None
+        if coef != 0:
             wanted = scratch.array("wanted", n, wide(entry.dtype))
             self.change.fill(entry, piece.start, numbers, wanted, scratch)
             np.multiply(wanted, wanted.dtype.type(coef), out=wanted)
@@ -133,25 +140,34 @@ class Work:
             if entry.name not in self.moved and (np.abs(wanted) > 0).any():  # inf - inf is no change
                 self.moved.add(entry.name)
         if not math.isfinite(np.dot(numbers, numbers)):
-            _keep_infinite(numbers, raw, entry, wanted if moves else None)
-        narrow(numbers, piece.dtype, stored, scratch, random)
+            _keep_infinite(numbers, raw, entry, wanted)
+        narrow(numbers, piece.dtype, stored, scratch, self._random(piece))
         if piece.dtype == "F16" and not np.isfinite(np.dot(v := stored.view(np.float16).astype(np.float32), v)):
             _refuse_overflow(stored, raw, entry)
-        if moves and (piece.index % LOOKED_AT == 0):
-            _look(survival, (raw, entry.dtype), wanted, (stored, piece.dtype), scratch)
-        _write_all(piece, stored)
+        if wanted is not None and piece.index % SAMPLED_PIECES == 0:
+            _count(survival, (raw, entry.dtype), wanted, (stored, piece.dtype), scratch)
+        piece.write(stored)
 
     def _random(self, piece: Piece) -> np.random.Generator | None:
-        """Random numbers of this piece alone, so that neither threads nor shards change the result."""
+        """Return random numbers for this piece alone, so that neither threads nor shards change the result."""
         if self.numbers.rounding == "nearest" or piece.dtype != "BF16":
             return None
         seeds = (self.numbers.seed, zlib.crc32(piece.entry.name.encode()), piece.start)
         return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seeds)))
 
-    def close(self) -> None:
-        """Close the files that were written."""
-        while self.files:
-            os.close(self.files.pop())
+
+class VectorWork(Work):
+    """Writes the change itself, in float32."""
+
+    def _do(self, piece: Piece, survival: Survival, scratch: Scratch) -> None:
+        entry, n, raw = piece.entry, piece.stop - piece.start, self._read(piece, scratch)
+        numbers, wanted = scratch.array("numbers", n, np.float32), scratch.array("wanted", n, np.float32)
+        widen(raw, entry.dtype, numbers)
+        self.change.fill(entry, piece.start, numbers, wanted, scratch)
+        check_change(entry.name, numbers, wanted)
+        if not math.isfinite(np.dot(wanted, wanted)):
+            np.copyto(wanted, 0, where=np.isinf(numbers))
+        piece.write(wanted.view(np.uint8))
 
 
 def _keep_infinite(numbers: Array, raw: Array, entry: Entry, wanted: Array | None) -> None:
@@ -161,13 +177,14 @@ def _keep_infinite(numbers: Array, raw: Array, entry: Entry, wanted: Array | Non
     """
     before = np.empty_like(numbers)
     widen(raw, entry.dtype, before)
-    if wanted is not None and (moved := np.isinf(before) & (wanted != 0) & ~np.isnan(wanted)).any():
+    infinite = np.isinf(before)
+    if wanted is not None and (moved := infinite & (wanted != 0) & ~np.isnan(wanted)).any():
         raise ModelError(
             f"{entry.name}: {np.count_nonzero(moved)} numbers are infinite in the base, and what is subtracted would "
             "move them. Is the base damaged?"
         )
-    np.copyto(numbers, before, where=np.isinf(before))
-    odd = ~np.isfinite(numbers) & ~np.isinf(before)
+    np.copyto(numbers, before, where=infinite)
+    odd = ~np.isfinite(numbers) & ~infinite
     if odd.any():
         raise ModelError(
             f"{entry.name}: {np.count_nonzero(odd)} numbers of the result are not finite. Did the training diverge? "
@@ -182,10 +199,10 @@ def _refuse_overflow(stored: Array, raw: Array, entry: Entry) -> None:
         raise ModelError(f"{entry.name}: the result is too large for float16. Pass --dtype float32 or bfloat16.")
 
 
-def _look(
+def _count(
     survival: Survival, base: tuple[Array, str], wanted: Array, result: tuple[Array, str], scratch: Scratch
 ) -> None:
-    """Count what rounding did; where the dtype changes, against the base in the new one."""
+    """Count what rounding did; where the dtype changes, compared with the base in the new one."""
     before = scratch.array("numbers", len(wanted), wanted.dtype.type)
     after = scratch.array("after", len(wanted), wanted.dtype.type)
     widen(*base, before)
@@ -194,17 +211,11 @@ def _look(
         narrow(before, result[1], rounded, scratch)
         widen(rounded, result[1], before)
     widen(*result, after)
-    survival.look(before, np.negative(wanted, out=wanted), after)
-
-
-def _write_all(piece: Piece, raw: Array) -> None:
-    view, done = raw.data, 0
-    while done < len(view):
-        done += os.pwrite(piece.into, view[done:], piece.place + done)
+    survival.count(before, np.negative(wanted, out=wanted), after)
 
 
 def pieces_of(shape: Shape) -> Iterator[tuple[int, int]]:
-    """Ranges of a tensor's flat order: whole rows, or parts of one row where rows are longer than a piece."""
+    """Yield ranges of a tensor's flat order: whole rows, or parts of one row where rows are longer than a piece."""
     n_entries, columns = math.prod(shape), shape[-1] if shape else 1
     if n_entries == 0:
         return
@@ -215,46 +226,25 @@ def pieces_of(shape: Shape) -> Iterator[tuple[int, int]]:
             yield start, min(start + step, begin + row)
 
 
-def model_pieces(base: CheckpointFolder, folder: Path, numbers: Numbers, files: list[int]) -> Iterator[Piece]:
-    """All pieces in the order of the base's bytes; each file is begun, with its header, when its turn comes."""
-    for name, entries in in_order(base):
+def model_pieces(base: CheckpointFolder, folder: Path, numbers: Numbers, files: ExitStack) -> Iterator[Piece]:
+    """Yield all pieces in the order of the base's bytes; each file is created, with its header, when its turn comes."""
+    for name, entries in base.by_file():
         dtypes = {entry.name: numbers.stored(entry) for entry in entries}
-        kept = numbers.dtype == "keep"
-        header = base.header_of(name) if kept else header_bytes(entries, base.metadata[name], dtypes)
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        files.append(file)
-        os.pwrite(file, header, 0)
-        place = len(header)
-        os.ftruncate(file, place + sum(entry.n_entries * WIDTHS[dtypes[entry.name]] for entry in entries))
-        for entry in entries:
-            width = WIDTHS[dtypes[entry.name]]
-            for index, (start, stop) in enumerate(pieces_of(entry.shape)):
-                yield Piece(entry, index, start, stop, dtypes[entry.name], file, place + start * width)
-            place += entry.n_entries * width
+        is_copy = numbers.dtype == "keep"
+        header = base.header_of(name) if is_copy else header_bytes(entries, base.metadata[name], dtypes)
+        yield from file_pieces(entries, dtypes, header, folder / name, files)
 
 
-class VectorWork(Work):
-    """Writes the change itself."""
-
-    def __init__(self, base: CheckpointFolder, change: Change, numbers: Numbers) -> None:
-        super().__init__(base, change, {}, numbers, Survival())
-
-    def _do(self, piece: Piece, survival: Survival, scratch: Scratch) -> None:
-        entry, n = piece.entry, piece.stop - piece.start
-        raw = scratch.array("raw", n * WIDTHS[entry.dtype], np.uint8)
-        self.base.read_numbers(entry, piece.start, raw, scratch)
-        numbers, wanted = scratch.array("numbers", n, np.float32), scratch.array("wanted", n, np.float32)
-        widen(raw, entry.dtype, numbers)
-        self.change.fill(entry, piece.start, numbers, wanted, scratch)
-        check_change(entry.name, numbers, wanted)
-        if not math.isfinite(np.dot(wanted, wanted)):
-            np.copyto(wanted, 0, where=np.isinf(numbers))
-        _write_all(piece, wanted.view(np.uint8))
-
-
-def vector_pieces(entries: list[Entry], file: int, place: int) -> Iterator[Piece]:
-    """All pieces of a vector's file, whose tensors begin at byte `place`."""
+def file_pieces(
+    entries: list[Entry], dtypes: Mapping[str, str], header: bytes, path: Path, files: ExitStack
+) -> Iterator[Piece]:
+    """Create a file with its header, and yield the pieces that fill it; `files` closes it."""
+    file = files.enter_context(path.open("xb", buffering=0))
+    file.write(header)
+    offset = len(header)
+    file.truncate(offset + sum(entry.n_entries * WIDTHS[dtypes[entry.name]] for entry in entries))
     for entry in entries:
+        dtype = dtypes[entry.name]
         for index, (start, stop) in enumerate(pieces_of(entry.shape)):
-            yield Piece(entry, index, start, stop, "F32", file, place + 4 * start)
-        place += 4 * entry.n_entries
+            yield Piece(entry, index, start, stop, dtype, file.fileno(), offset + start * WIDTHS[dtype])
+        offset += entry.n_entries * WIDTHS[dtype]

@@ -1,61 +1,97 @@
-"""Answer what the names and shapes of a checkpoint leave open: the orientation of a module's matrix, and the name under
-which its tensor is stored. Both come from the model that transformers builds from the config, without weights.
+"""Models without weights: what the names and shapes of a checkpoint leave open can be looked up in their modules.
 
-This needs torch and transformers, which `changes` otherwise avoids: it asks here only in doubtful cases.
+This needs torch and transformers, which arithmetic on folders otherwise avoids: it asks here only in doubtful cases.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from forgetlearn.errors import ModelError
+from forgetlearn.errors import ModelError, WeightMismatchError
+from forgetlearn.runtime import sharding
+from forgetlearn.weights.adapter_files import WEIGHT
 
 
-def skeleton(folder: Path) -> nn.Module:
-    """Build the model of a folder's config, with its weights on the meta device.
-
-    Raises:
-        ModelError: transformers makes no causal language model of that config.
-    """
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except Exception as error:  # of a config that anybody may have written
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{folder}: its config makes no model: {reason}") from error
+def weightless(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """Build the model of a config with its weights on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model
 
 
-def turned(model: nn.Module, path: str) -> bool | None:
-    """Return True if the module stores its matrix as (in, out), as GPT-2 does; None if there is no such module."""
+def skeleton(folder: Path) -> nn.Module:
+    """Build the model of a folder's config without weights; raise ModelError if transformers cannot."""
     try:
-        return isinstance(model.get_submodule(path), Conv1D)
-    except AttributeError:
-        return None
+        return weightless(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # of a config that anybody may have written
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{folder}: its config makes no model: {reason}") from error
 
 
-def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Map the model's names of weights to those of a checkpoint, as `from_pretrained` pairs them.
+def outline(model: nn.Module) -> nn.Module:
+    """Copy a model without its weights: its modules, with parameters that have names, shapes and ties only."""
+    if sharding.is_sharded(model):  # it cannot be copied
+        made: nn.Module = sharding.without_weights(model)
+        return made
+    weights = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, memo={id(weight): _on_meta(weight) for weight in weights})
 
-    Tensors that are computed during loading (fused or split) are left out.
+
+def _on_meta(weight: Tensor) -> Tensor:
+    if not weight.is_floating_point():
+        return weight  # quantised: of a class that peft asks for more than a shape, and nothing here changes it
+    empty = torch.empty_like(weight, device="meta")
+    return nn.Parameter(empty, weight.requires_grad) if isinstance(weight, nn.Parameter) else empty
+
+
+class Structure:
+    """The model of a folder's config beside the names of a checkpoint's tensors.
+
+    `stored` maps the model's names of weights to those of the checkpoint, as `from_pretrained` pairs them; tensors that
+    are computed during loading (fused or split) are left out.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    weights, prefix = model.state_dict(), getattr(model, "base_model_prefix", None)
-    found = {}
-    for name in stored:
-        own, computed = rename_source_key(name, renamings, converters, prefix, weights)
-        if own not in weights and name in weights:
-            own, computed = name, None
-        if own in weights and computed is None:
-            found[own] = name
-    return found
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.folder, self.model = folder, skeleton(folder)
+        conversions = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        weights, prefix = self.model.state_dict(), getattr(self.model, "base_model_prefix", None)
+        self.stored: dict[str, str] = {}
+        for name in names:
+            own, computed = rename_source_key(name, renamings, converters, prefix, weights)
+            if own not in weights and name in weights:
+                own, computed = name, None
+            if own in weights and computed is None:
+                self.stored[own] = name
+
+    def _module(self, path: str) -> nn.Module | None:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def holds(self, path: str) -> bool:
+        """Return True if the model has a module for the weight that the checkpoint stores at `path`."""
+        own = [name for name, stored in self.stored.items() if stored == f"{path}{WEIGHT}"]
+        return bool(own) and self._module(own[-1].removesuffix(WEIGHT)) is not None
+
+    def is_transposed(self, path: str) -> bool:
+        """Return True if a module stores its matrix as (in, out), as in GPT-2; raise an error if there is none."""
+        if (module := self._module(path)) is None:
+            raise WeightMismatchError(
+                f"{self.folder}: its config makes a model without {path}, which the adapter changes. "
+                "Is it the adapter of another base?"
+            )
+        return isinstance(module, Conv1D)

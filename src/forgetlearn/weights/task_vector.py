@@ -15,60 +15,52 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from forgetlearn.errors import ConfigError, ModelError, WeightMismatchError, some
+from forgetlearn.errors import ModelError, WeightMismatchError, some
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
-from forgetlearn.weights.checkpoint_folder import CheckpointFolder, check_same, named_in, partners
+from forgetlearn.weights.agreement import NamedTensors, Shape, check_coef, check_same, named_in, partners
+from forgetlearn.weights.checkpoint_folder import CheckpointFolder
 from forgetlearn.weights.rounding import Array
 
-SMALL_BYTES = 100_000_000  # what is smaller is copied in memory, though the disk is asked for
+SMALL_BYTES = 100_000_000  # smaller weights are copied in memory even if the disk is asked for
 SAMPLED = 1 << 14  # numbers of a weight that are compared before and after rounding
 StateDict = Mapping[str, Tensor]
-TORCH = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool},
-}
+TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Weights(Protocol):
+class Weights(NamedTensors, Protocol):
     """Named tensors, read one at a time: a state dict or a checkpoint folder."""
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape, without reading any data."""
-
-    def twins(self, name: str) -> tuple[str, ...]:
-        """The other names of a tensor."""
-
     def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU or where it is."""
+        """Return one tensor: the one in memory, or a copy of a stored one."""
 
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """Each name of a tensor that has several to all of them, in their order; no entry for the others."""
+        """Map each name of a tensor that has several names to all of them, in their order."""
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Weights in a state dict."""
+    """Weights in a state dict; names of the same memory are tied, as those of the head and the embedding may be."""
 
     tensors: StateDict
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape."""
+    def shapes(self) -> dict[str, Shape]:
+        """Return the shape of each tensor."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def twins(self, name: str) -> tuple[str, ...]:
-        """The other names of the same memory."""
+        """Return the other names of the same memory."""
         return tuple(other for other in self.tied().get(name, ()) if other != name)
 
     def get(self, name: str) -> Tensor:
-        """The tensor itself, not a copy."""
+        """Return the tensor itself, not a copy."""
         return self.tensors[name].detach()
 
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """Names of one and the same memory, as `state_dict()` gives a tied head beside the embedding."""
+        """Return the names that share memory."""
         groups: dict[object, list[str]] = {}
         for name, tensor in self.tensors.items():
             if tensor.numel() and tensor.device.type != "meta":  # otherwise there is no memory to share
@@ -78,43 +70,36 @@ class InMemory:
 
 
 class Checkpoint(CheckpointFolder):
-    """Weights in a folder of safetensors, sharded or not, as torch tensors; see `CheckpointFolder`."""
+    """Weights in a folder of safetensors, as torch tensors; see `CheckpointFolder`."""
 
     def get(self, name: str) -> Tensor:
-        """One tensor, read from its file."""
-        entry = self.entries[name]
-        if entry.n_bytes == 0:
-            return torch.empty(entry.shape, dtype=TORCH[entry.dtype])
-        found = torch.frombuffer(self.read_bytes(entry), dtype=TORCH[entry.dtype]).reshape(entry.shape)
-        self.close()
-        return found
+        """Read one tensor from its file."""
+        with safe_open(self.folder / self.entries[name].file, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """Nothing is known: a tied tensor is written once, under one name, or twice like two that are equal."""
+        """Return nothing: a tied tensor is stored once, under one name, or twice like two that are equal."""
         return {}
 
 
-def open_weights(source: StateDict | str | Path | Weights) -> Weights:
-    """`source` as weights that are read one tensor at a time."""
-    if isinstance(source, (str, Path)):
-        return Checkpoint(source)
-    if isinstance(source, Mapping):
-        return InMemory(source)
-    return source
+def open_weights(source: StateDict | str | Path) -> Weights:
+    """Open a state dict or a folder as weights that are read one tensor at a time."""
+    return InMemory(source) if isinstance(source, Mapping) else Checkpoint(source)
 
 
 def subtracted(
-    base: StateDict | str | Path | Weights,
-    tuned: StateDict | str | Path | Weights,
+    base: StateDict | str | Path,
+    tuned: StateDict | str | Path,
     coef: float,
     factors: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of `base - coef * (tuned - base)`, one at a time, under the names and in the order of `base`.
+    """Yield names and tensors of `base - coef * (tuned - base)`, under the names and in the order of `base`.
 
     Each floating-point tensor is summed in float32 (float64 where base is) and rounded once to the dtype
-    of `base`; other tensors and infinite numbers are those of `base`. The inputs are left alone. `coef=0`
-    gives the bits of `base`. With `factors` a tensor's coefficient is `coef` times its factor, and 0 where it
-    has none. Names and shapes are compared before the first tensor is given. A tied tensor may have two names
+    of `base`; other tensors and infinite numbers are those of `base`. The inputs are not changed. `coef=0`
+    gives the bits of `base`. With `factors` a tensor's coefficient is `coef` times its factor, and 0 if it
+    has none. Names and shapes are compared before the first tensor is computed. A tied tensor may have two names
     on one side, as in a state dict, and one on the other, as in a folder.
 
     Raises:
@@ -124,18 +109,17 @@ def subtracted(
         ModelError: a result is not finite where the base is.
     Source: Ni et al. 2023, arXiv:2311.08011, eq. 3.
     """
-    if not 0 <= coef < float("inf"):
-        raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Give it without a minus: 0.3 subtracts.")
+    check_coef(coef)
     left, right = open_weights(base), open_weights(tuned)
-    partners = _partners(left, right)
-    coefs = {name: coef * (1 if factors is None else factors.get(name, 0)) for name in partners}
-    return _subtracted(left, right, partners, coefs)
+    pairs = _checked_partners(left, right)
+    coefs = {name: coef * (1 if factors is None else factors.get(name, 0)) for name in pairs}
+    return _subtracted(left, right, pairs, coefs)
 
 
 def _subtracted(
-    left: Weights, right: Weights, partners: Mapping[str, str], coefs: Mapping[str, float]
+    left: Weights, right: Weights, pairs: Mapping[str, str], coefs: Mapping[str, float]
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, partner in partners.items():
+    for name, partner in pairs.items():
         start, coef = left.get(name), coefs[name]
         if coef == 0 or not start.is_floating_point():
             yield name, start.clone()
@@ -151,7 +135,7 @@ def _subtracted(
 
 
 def subtract(base: StateDict, tuned: StateDict, coef: float) -> dict[str, Tensor]:
-    """Weights moved away from what fine-tuning on the old facts added: `base - coef * (tuned - base)`.
+    """Return weights moved away from what fine-tuning on the old facts added: `base - coef * (tuned - base)`.
 
     See `subtracted` for dtypes and errors; a worked example: base 1.0, tuned 1.5, coef 0.3 gives 0.85.
     """
@@ -170,15 +154,11 @@ class TaskVector:
     deltas: Mapping[str, Tensor]
 
     @classmethod
-    def between(cls, base: StateDict | str | Path | Weights, tuned: StateDict | str | Path | Weights) -> TaskVector:
-        """`tuned - base`, for two state dicts, checkpoint folders, or one of each; tied tensors once.
-
-        Raises:
-            WeightMismatchError: see `subtracted`.
-        """
+    def between(cls, base: StateDict | str | Path, tuned: StateDict | str | Path) -> TaskVector:
+        """Return `tuned - base` for two state dicts, folders, or one of each; tied tensors once; see `subtracted`."""
         left, right = open_weights(base), open_weights(tuned)
         deltas, ties = {}, left.tied()
-        for name, partner in _partners(left, right).items():
+        for name, partner in _checked_partners(left, right).items():
             if name != ties.get(name, (name,))[0]:
                 continue
             start, end = left.get(name), right.get(partner)
@@ -186,33 +166,29 @@ class TaskVector:
                 deltas[name] = end.float() - start.float()
         return cls(deltas)
 
-    def apply_to(self, base: StateDict | str | Path | Weights) -> dict[str, Tensor]:
-        """`base + vector`, summed in float32 and rounded once to the dtype of `base`.
+    def apply_to(self, base: StateDict | str | Path) -> dict[str, Tensor]:
+        """Return `base + vector`, summed in float32 and rounded once to the dtype of `base`.
 
         Tensors that the vector does not name, under any of their names, are those of `base`.
 
         Raises:
-            WeightMismatchError: the vector names a tensor that `base` has not, or in another shape, or moves
+            WeightMismatchError: the vector names a tensor that `base` does not have, or in another shape, or moves
                 what is tied in `base` in two ways.
         """
-        return dict(self.applied(base))
-
-    def applied(self, base: StateDict | str | Path | Weights) -> Iterator[tuple[str, Tensor]]:
-        """As `apply_to`, one tensor at a time."""
-        weights = open_weights(base)
-        shapes, own = weights.shapes(), InMemory(self.deltas).shapes()
-        check_same({name: shapes[name] for name in own if name in shapes}, own, ("base", "vector"))
+        weights, vector = open_weights(base), InMemory(self.deltas)
+        shapes, own, sides = weights.shapes(), vector.shapes(), ("base", "vector")
+        check_same({name: shapes[name] for name in own if name in shapes}, own, sides)
         moved = named_in(own, weights)
-        _check_ties(weights, InMemory(self.deltas), moved, sides=("base", "vector"))
+        _check_ties(weights, vector, moved, sides)
+        found = {}
         for name in shapes:
             start = weights.get(name)
-            if name in moved:
-                yield name, (start.float() + self.deltas[moved[name]].to(start.device)).to(start.dtype)
-            else:
-                yield name, start.clone()
+            delta = self.deltas[moved[name]] if name in moved else None
+            found[name] = start.clone() if delta is None else (start.float() + delta.to(start.device)).to(start.dtype)
+        return found
 
     def norm(self) -> float:
-        """Euclidean length over all tensors."""
+        """Return the Euclidean length over all tensors."""
         return float(sum(float(delta.double().square().sum()) for delta in self.deltas.values()) ** 0.5)
 
     def __mul__(self, factor: float) -> TaskVector:
@@ -232,29 +208,26 @@ class TaskVector:
         return self + -other
 
 
-def _partners(base: Weights, tuned: Weights) -> dict[str, str]:
-    """As `checkpoints.partners`, and what is tied in `base` may not be two different tensors in `tuned`."""
+def _checked_partners(base: Weights, tuned: Weights) -> dict[str, str]:
+    """Return `partners`; refuse two different tensors in `tuned` for one that is tied in `base`."""
     found = partners(base, tuned)
-    _check_ties(base, tuned, found)
+    _check_ties(base, tuned, found, ("base", "tuned"))
     return found
 
 
-def _check_ties(
-    base: Weights, other: Weights, partners: Mapping[str, str], sides: tuple[str, str] = ("base", "tuned")
-) -> None:
+def _check_ties(base: Weights, other: Weights, pairs: Mapping[str, str], sides: tuple[str, str]) -> None:
     """Raise WeightMismatchError unless what is one tensor in `base` is one, or two equal ones, in `other`.
 
-    Raises:
-        WeightMismatchError: it is two that differ: of the two results a tied model would keep the last.
+    Of two different results a tied model would keep the last.
     """
     for name, (first, *_more) in base.tied().items():
-        mine, firsts = partners.get(name), partners.get(first)
+        mine, firsts = pairs.get(name), pairs.get(first)
         if mine != firsts and mine is not None and firsts is not None:
             one, two = other.get(mine), other.get(firsts)
             if one.dtype != two.dtype or not torch.equal(one, two):
                 raise WeightMismatchError(
                     f"{name} is tied to {first} in {sides[0]}, but in {sides[1]} the two differ. "
-                    "Is one of them a model with tied embeddings and the other without?"
+                    "Does only one of the models have tied embeddings?"
                 )
 
 
@@ -267,7 +240,7 @@ def is_finite(weight: Tensor) -> bool:
 
 
 def rounded(weight: Tensor, dtype: torch.dtype, seed: Sequence[object] | None = None) -> Tensor:
-    """A weight in another dtype: to the nearest, or with a seed, in bfloat16, so that the mean is kept.
+    """Convert a weight to another dtype: to the nearest, or with a seed and bfloat16 so that the mean is preserved.
 
     Then the lower half of each number is the chance, out of 65,536, of going one step away from zero.
     """
@@ -280,22 +253,22 @@ def rounded(weight: Tensor, dtype: torch.dtype, seed: Sequence[object] | None = 
 
 
 def sample(weight: Tensor) -> Array:
-    """Some of a weight's numbers, spread evenly over it, as float32 on the CPU; the same ones at every call."""
+    """Return some of a weight's numbers, evenly spaced, as float32 on the CPU; the same ones at every call."""
     flat = weight.detach().reshape(-1)
     found: Array = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to("cpu", torch.float32, copy=True).numpy()
     return found
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy on the CPU of the model's parameters (this process's parts); tied ones once, under their first name."""
+    """Copy the model's parameters (this process's parts) to the CPU; tied ones once, under their first name."""
     return {name: weight.cpu().clone() for name, weight in sharding.parts(model).items()}
 
 
 def snapshot_on_disk(model: torch.nn.Module, folder: Path | None) -> dict[str, Tensor]:
-    """As `snapshot`, to be read only: of a large model in float32 it takes no memory until it is looked at.
+    """Return a read-only `snapshot` that, for a large float32 model, takes no memory until it is read.
 
-    The numbers lie in a file in `folder` (None: the system's temporary folder), whose name is removed before this comes
-    back: the disk is free again when the tensors are, even after a kill.
+    The numbers are in a file in `folder` (None: the system's temporary folder) whose name is removed before this
+    returns, so the disk is free again as soon as the tensors are, even after a kill.
 
     Raises:
         RunError: the file cannot be written, to a full disk say.
@@ -319,11 +292,7 @@ def snapshot_on_disk(model: torch.nn.Module, folder: Path | None) -> dict[str, T
 
 @torch.no_grad()
 def load_into(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
-    """Copy weights into the model's parameters of the same names (this process's parts of them), one at a time.
-
-    Raises:
-        WeightMismatchError: the names are not those of the model, or two shapes differ.
-    """
+    """Copy weights one at a time into the model's parameters (this process's parts); all must fit by name and shape."""
     parameters = sharding.parts(model)
     loaded = set()
     for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:

@@ -1,0 +1,100 @@
+"""What an update with a config does, computed once, before a model is loaded: which stages, with what, on what.
+
+Whoever needs to know whether an update teaches or forgets, with which settings and seed, or what it changes, asks this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, Literal, TypeVar
+
+from forgetlearn.config.methods import KINDS, METHODS, Kind, Method
+from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, StageSettings, TrainSettings
+
+StageName = Literal["teach", "forget", "learn"]
+Phase = Literal["base", "forgotten", "updated"]
+Settings = TypeVar("Settings", bound=TrainSettings, covariant=True)
+# Each stage draws from its own stream, so that learning is the same whether or not forgetting went before.
+SEED_OFFSETS = {"learn": 0, "forget": 1_000_003, "teach": 2_000_003}
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """Return the seed of a stage (`learn`, `forget`, `teach`) of a run with this seed."""
+    return (seed + SEED_OFFSETS[stage]) % 2**32
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Settings]):
+    """One fine-tuning of an update, with all its settings."""
+
+    name: StageName
+    kind: Kind
+    settings: Settings
+    seed: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The stages of an update; None for one that it does not have."""
+
+    config: RunConfig
+
+    @property
+    def method(self) -> Method:
+        """The row of the table of methods."""
+        return METHODS[self.config.method]
+
+    @cached_property
+    def teach(self) -> Stage[TrainSettings] | None:
+        """Training all weights on the old answers first, so that the base holds them."""
+        if self.config.teach.epochs == 0:
+            return None
+        return Stage("teach", KINDS["all weights"], self.config.teaching, self.seed("teach"))
+
+    @cached_property
+    def forget(self) -> Stage[ForgetSettings] | None:
+        """Forgetting the old answers."""
+        if self.method.forgets is None or self.config.forget.coef == 0:
+            return None
+        return Stage("forget", KINDS[self.method.forgets], self.config.forgetting, self.seed("forget"))
+
+    @cached_property
+    def learn(self) -> Stage[StageSettings]:
+        """Learning the new answers."""
+        return Stage("learn", KINDS[self.method.learns], self.config.learning, self.seed("learn"))
+
+    def seed(self, stage: StageName) -> int:
+        """Return the seed of a stage."""
+        return stage_seed(self.config.seed, stage)
+
+    def __iter__(self) -> Iterator[Stage[TrainSettings]]:
+        yield from (stage for stage in (self.teach, self.forget, self.learn) if stage is not None)
+
+    @property
+    def needs_old_answers(self) -> bool:
+        """True if a stage trains on old answers."""
+        return self.teach is not None or self.forget is not None
+
+    @property
+    def chooses_coefficient(self) -> bool:
+        """True if the coefficient of forgetting is searched for (forget.coef = auto)."""
+        return self.forget is not None and self.forget.settings.coef == AUTO
+
+    @property
+    def changes_base(self) -> bool:
+        """True if a stage, or the merging of the product, needs the weights of the base itself in float32."""
+        return self.config.save_merged or not all(stage.kind.adapter for stage in self)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The states of the model that are scored, provided there is something to forget."""
+        if self.forget is not None and self.config.evaluate.every_phase:
+            return ("base", "forgotten", "updated")
+        return ("base", "updated")
+
+    @property
+    def product(self) -> str:
+        """Name of the folder, in the run folder, that holds the updated model or adapter."""
+        return "adapter" if self.method.makes_adapter else "model"

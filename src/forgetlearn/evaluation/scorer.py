@@ -1,0 +1,218 @@
+"""Ask one model in batches: read texts with teacher forcing, and let it answer prompts freely."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from forgetlearn.config.schema import EvaluateSettings
+from forgetlearn.errors import FactError, ModelError
+from forgetlearn.evaluation.generation import Generator, Room, end_ids, generator
+from forgetlearn.facts import matching
+from forgetlearn.models import attention
+from forgetlearn.models.batches import (
+    GPU_ROW_TOKENS,
+    ROW_TOKENS,
+    Layout,
+    choose_layout,
+    computing,
+    read_logits,
+    shared_rows,
+)
+from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.runtime import processes, sharding
+
+Pair = tuple[str, str]
+K = TypeVar("K")
+T = TypeVar("T")
+R = TypeVar("R")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model's prediction of each token of an answer that it is shown (teacher forcing)."""
+
+    wanted: tuple[int, ...]
+    predicted: tuple[int, ...]
+    logprob: float | None  # mean natural log-probability per answer token; None where `prefer` is not asked for
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A model's free answer: greedy, up to its end token or the line break that ends its room."""
+
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The reason why something could not be scored."""
+
+    reason: str
+
+
+class Scorer:
+    """Shows texts to one model and asks it questions, in batches."""
+
+    def __init__(self, lm: LanguageModel, settings: EvaluateSettings | None = None, name: str = "scoring") -> None:
+        self.lm, self.name = lm, name
+        self.settings = settings or EvaluateSettings()
+        self.wants_logprobs = "prefer" in self.settings.protocols
+        self.largest = self.settings.batch_size  # texts at once; less where memory has run out
+        lm.to_device()
+
+    def read(self, pairs: Iterable[Pair]) -> dict[Pair, Reading | Failure]:
+        """Read each distinct (prompt, answer) with teacher forcing."""
+        encoded = self.lm.encoder.encode_all(pairs)
+        found: dict[Pair, Reading | Failure] = {
+            pair: Failure(str(text)) for pair, text in encoded.items() if isinstance(text, FactError)
+        }
+        texts = {pair: text for pair, text in encoded.items() if isinstance(text, Encoded)}
+        model = self.lm.model.eval()
+        with sharding.no_gradients(model), computing(model, self.lm.device), attention.by_text(model):
+            layout = self._layout(texts.values(), "shared")
+            for batch in self._shown(self._batches(texts, layout), "reading"):
+                readings = self._halving([texts[pair] for pair in batch], lambda some: self._read_batch(some, layout))
+                found.update(zip(batch, readings, strict=True))
+        return processes.merged(found)
+
+    def say(self, prompts: Iterable[str], rooms: Mapping[str, Room] | None = None) -> dict[str, Generated | Failure]:
+        """Return the free answer to each distinct prompt.
+
+        `rooms` limits the answers to some prompts; others have one line of `max_new_tokens`.
+        """
+        found: dict[str, Generated | Failure] = {}
+        texts: dict[str, Encoded] = {}
+        context = self.lm.encoder.max_length
+        for prompt in dict.fromkeys(prompts):
+            try:
+                ids = self.lm.encoder.prompt_ids(prompt)
+            except FactError as error:
+                found[prompt] = Failure(str(error))
+                continue
+            if context and len(ids) >= context:
+                found[prompt] = Failure(f"the prompt is {len(ids)} tokens, the model's context {context}")
+            else:
+                texts[prompt] = Encoded(tuple(ids), len(ids))
+        usual, ends = Room(self.settings.max_new_tokens), end_ids(self.lm)
+        given = {prompt: (rooms or {}).get(prompt, usual) for prompt in texts}
+        self.lm.model.eval()
+        with generator(self.lm, self.settings) as engine:
+
+            def answer(some: list[str]) -> list[Generated | Failure]:
+                replies = engine.generate([texts[prompt].ids for prompt in some], [given[prompt] for prompt in some])
+                return [self._cut(ids, ends, given[prompt].lines) for prompt, ids in zip(some, replies, strict=True)]
+
+            for batch in self._shown(self._prompt_batches(texts, given, engine), "answering"):
+                found.update(zip(batch, self._halving(batch, answer), strict=True))
+        return processes.merged(found)
+
+    def _prompt_batches(
+        self, ids: Mapping[str, Encoded], rooms: Mapping[str, Room], engine: Generator
+    ) -> list[list[str]]:
+        """Divide prompts into batches, those with more room apart: a batch takes as long as its longest answer.
+
+        A prompt that nearly fills the context is asked by itself, because the longest of a batch limits the others.
+        """
+        if engine.batches_itself:
+            return [list(ids)] if ids else []
+        context, usual = self.lm.encoder.max_length, self.settings.max_new_tokens
+
+        def fits(prompts: Sequence[str]) -> bool:
+            widest, longest = max(len(ids[p].ids) for p in prompts), max(rooms[p].tokens for p in prompts)
+            return not context or widest + longest <= context
+
+        alone = {prompt for prompt in ids if not fits([prompt])}
+        batches: list[list[str]] = []
+        for has_more in (False, True):
+            group = {p: ids[p] for p in ids if p not in alone and (rooms[p].tokens > usual) == has_more}
+            if group:
+                batches += self._batches(group, self._layout(group.values(), "padded"))
+        together = [batch for batch in batches if fits(batch)]
+        alone |= {prompt for batch in batches if not fits(batch) for prompt in batch}
+        return [*together, *([prompt] for prompt in sorted(alone))]
+
+    def _layout(self, texts: Iterable[Encoded], best: Literal["shared", "padded"]) -> Layout:
+        return choose_layout(self.lm.model, _with_answers(texts), self.lm.pad_id, self.lm.device, best)
+
+    def _batches(self, texts: Mapping[K, Encoded], layout: Layout) -> list[list[K]]:
+        """Divide keys into batches: neighbours that share their beginnings, or texts of similar length."""
+        if layout in ("shared", "shared_by_text"):
+            room = ROW_TOKENS.get(self.lm.device.type, GPU_ROW_TOKENS)
+            return shared_rows(texts, self.settings.batch_size, room)
+        size = 1 if layout == "single" else self.settings.batch_size
+        order = sorted(texts, key=lambda key: len(texts[key].ids))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def _shown(self, batches: list[list[K]], what: str) -> Iterator[list[K]]:
+        """Yield this process's batches, with a bar on a terminal.
+
+        They are divided as for one process, so that each text is computed beside the same others.
+        """
+        own = processes.share(batches)
+        total = sum(len(batch) for batch in own)
+        with tqdm(total=total, desc=f"{self.name}: {what}", disable=processes.no_bar(), leave=False) as bar:
+            for batch in own:
+                yield batch
+                bar.update(len(batch))
+
+    def _halving(self, batch: list[T], run: Callable[[list[T]], list[R]]) -> list[R]:
+        """Run a batch, in halves if the device has no memory for the whole; later batches then start smaller.
+
+        Raises:
+            ModelError: the device has no memory for a single text, or the model is split over processes.
+        """
+        half = len(batch) // 2
+        if len(batch) <= self.largest:
+            try:
+                return run(batch)
+            except torch.OutOfMemoryError as error:
+                # The parts of a split model are computed together: no process can go on alone with a half.
+                if not half or sharding.is_sharded(self.lm.model):
+                    raise ModelError(
+                        f"{self.name}: {self.lm.device} has too little memory for {len(batch)} texts at once. Lower "
+                        "evaluate.batch_size, or take a model in bfloat16 (--set model.dtype=bfloat16)."
+                    ) from error
+            self.largest = half
+            log.warning("%s: out of memory with %d texts at once; going on with %d.", self.name, len(batch), half)
+            if self.lm.device.type != "cpu":
+                torch.accelerator.empty_cache()
+        return [*self._halving(batch[:half], run), *self._halving(batch[half:], run)]
+
+    def _read_batch(self, texts: Sequence[Encoded], layout: Layout = "padded") -> list[Reading | Failure]:
+        logits, which = read_logits(self.lm.model, texts, layout, self.lm.pad_id, self.lm.device)
+        wanted = torch.tensor([token for text in texts for token in text.answer_ids], device=logits.device)
+        best = logits.argmax(dim=-1)
+        asked = logits[which, wanted].float()
+        # A NaN anywhere is the largest of its row, and makes the sum one.
+        against = logits.float().logsumexp(dim=-1) if self.wants_logprobs else logits.gather(-1, best[:, None])[:, 0]
+        logprobs = (asked - against[which]).cpu()
+        finite = torch.isfinite(logprobs).tolist()
+        numbers = zip(best[which].tolist(), logprobs.tolist(), finite, strict=True)
+        return [self._reading(text, [next(numbers) for _token in text.answer_ids]) for text in texts]
+
+    def _reading(self, text: Encoded, tokens: list[tuple[int, float, bool]]) -> Reading | Failure:
+        predicted, logprobs, finite = zip(*tokens, strict=True)
+        if not all(finite):
+            return Failure("the model's logits are not finite")
+        return Reading(text.answer_ids, predicted, sum(logprobs) / len(tokens) if self.wants_logprobs else None)
+
+    def _cut(self, ids: list[int], ends: list[int], lines: int = 1) -> Generated:
+        """Return the answer up to its first end token or the end of its last allowed line."""
+        stops = [index for index, token in enumerate(ids) if token in ends]
+        body = self.lm.encoder.decode(ids[: stops[0]] if stops else ids).lstrip()
+        text = matching.first_lines(body, lines)
+        return Generated(text, truncated=not stops and body.count("\n") < lines)
+
+
+def _with_answers(texts: Iterable[Encoded]) -> list[Encoded]:
+    """Return texts with at least one position to predict, for the layout check (a prompt alone has none)."""
+    return [text if text.answer_ids or len(text.ids) < 2 else Encoded(text.ids, len(text.ids) - 1) for text in texts]

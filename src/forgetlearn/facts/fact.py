@@ -1,0 +1,130 @@
+"""A fact: a prompt, its old and its new answer, and how facts are hashed and written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from forgetlearn.facts.fields import is_placeholder
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A locality probe: a question that the update should leave alone, and its answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A prompt with its old and its new answer; all texts are stripped. `make_fact` gives the id."""
+
+    id: str
+    subject: str  # "" where unknown
+    prompt: str
+    ground_truth: str | None  # the OLD answer, None where unknown
+    target_new: str  # the NEW answer
+    rephrase_prompts: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    target_new_aliases: tuple[str, ...] = ()  # other ways to write the new answer: never trained on, counted as right
+    ground_truth_aliases: tuple[str, ...] = ()
+    where: str = field(default="", compare=False)  # file and record, for messages; no part of the fact
+
+    @property
+    def new_answers(self) -> tuple[str, ...]:
+        """Return every text that counts as the new answer; the first is the one that is taught."""
+        return (self.target_new, *self.target_new_aliases)
+
+    @property
+    def old_answers(self) -> tuple[str, ...]:
+        """Return every text that counts as the old answer, the one to forget first; () if unknown."""
+        return (self.ground_truth, *self.ground_truth_aliases) if self.ground_truth else ()
+
+    @property
+    def place(self) -> str:
+        """Return the fact's name in a message: its file and record, or its id where they are unknown."""
+        return self.where or f"fact {self.id}"
+
+
+def fact_id(subject: str, prompt: str, target_new: str) -> str:
+    """Return 16 hexadecimal digits of the content; the old answer, which a policy may change, does not count."""
+    return _sha256({"subject": subject, "prompt": prompt, "target_new": target_new})[:16]
+
+
+def make_fact(
+    prompt: str,
+    target_new: str,
+    *,
+    ground_truth: str | None = None,
+    subject: str = "",
+    rephrase_prompts: Iterable[str] = (),
+    locality: Iterable[Probe] = (),
+    target_new_aliases: Iterable[str] = (),
+    ground_truth_aliases: Iterable[str] = (),
+) -> Fact:
+    """Return a fact with its id, from texts that are stripped already."""
+    return Fact(
+        id=fact_id(subject, prompt, target_new),
+        subject=subject,
+        prompt=prompt,
+        ground_truth=ground_truth,
+        target_new=target_new,
+        rephrase_prompts=tuple(rephrase_prompts),
+        locality=tuple(locality),
+        target_new_aliases=tuple(target_new_aliases),
+        ground_truth_aliases=tuple(ground_truth_aliases),
+    )
+
+
+def sha256(facts: Iterable[Fact]) -> str:
+    """Return the hash of facts, with old answers, rephrases and probes, in hexadecimal.
+
+    Empty aliases are left out, so that facts without aliases keep the hash that earlier versions recorded.
+    """
+    records = [_as_record(fact) for fact in facts]
+    return _sha256(
+        [
+            {name: value for name, value in record.items() if value or not name.endswith("_aliases")}
+            for record in records
+        ]
+    )
+
+
+def write_facts(facts: Iterable[Fact], path: Path) -> None:
+    """Write the own form, one JSON object per line; `read_facts` gives equal facts back.
+
+    That holds for facts as `read_facts` gives them: stripped and of distinct prompts.
+    """
+    lines = []
+    for fact in facts:
+        record = {name: value for name, value in _as_record(fact).items() if value or name == "target_new"}
+        for name, (text, *aliases) in (("target_new", fact.new_answers), ("ground_truth", fact.old_answers or ("",))):
+            record.pop(f"{name}_aliases", None)
+            # An answer with aliases is a list, and so is an old answer that would be taken for a placeholder.
+            if aliases or (name == "ground_truth" and is_placeholder(text)):
+                record[name] = [text, *aliases]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def as_written(record: Mapping[str, object]) -> dict[str, object]:
+    """Return a line of `write_facts` with each answer as its first text (or None) and a list of aliases."""
+    answers: dict[str, object] = {}
+    for name in ("target_new", "ground_truth"):
+        value = record.get(name)
+        first, *others = value if isinstance(value, list) and value else [value]
+        answers |= {name: first, f"{name}_aliases": others}
+    return {**record, **answers}
+
+
+def _as_record(fact: Fact) -> dict[str, object]:
+    return {name: value for name, value in asdict(fact).items() if name != "where"}
+
+
+def _sha256(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

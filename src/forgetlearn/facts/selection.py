@@ -1,0 +1,289 @@
+"""From a source to facts: which records can be used, and which of their answers is the old one.
+
+Everything that is read is used, or left out and counted by its reason, or an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from forgetlearn.config.base import validate
+from forgetlearn.config.schema import FactsSettings, OldFrom
+from forgetlearn.errors import ConfigError, FactError, some
+from forgetlearn.facts.fact import Fact, Probe, make_fact
+from forgetlearn.facts.fact_set import NOTES, PROBE_REASONS, FactSet, LeftOut, Reason
+from forgetlearn.facts.fields import Answer, is_placeholder
+from forgetlearn.facts.files import read_source
+from forgetlearn.facts.forms import read_records
+from forgetlearn.facts.matching import matches, same_text
+from forgetlearn.facts.readers import Draft
+from forgetlearn.facts.tables import Source
+
+
+def read_facts(
+    source: str | Path,
+    *,
+    old_from: str | Sequence[str] = "answers",
+    limit: int | None = None,
+    strict: bool = False,
+    columns: Mapping[str, str] | None = None,
+    aliases: str | None = None,
+) -> FactSet:
+    """Return the usable facts of a file (.json, .jsonl, .csv, .tsv, .xlsx) or of a data set on the hub.
+
+    The hub's are named `owner/name:split`. `old_from` names where the old answer comes from, or several places in
+    order ("answers,model"): each fact takes the first that has an answer for it. `limit` keeps the first so many
+    usable facts. `strict` makes anything that is left out an error. `columns` says which field holds which of the own
+    form (`{"prompt": "Question"}`), and `aliases` is what divides the ways to write an answer ("|").
+
+    Raises:
+        FactError: the source cannot be read or is of no known form, a record is wrong, the policy does
+            not fit the form, or no fact is left.
+    """
+    found = read_source(source, columns or {})
+    return from_records(
+        found, source=str(source), old_from=old_from, limit=limit, strict=strict, columns=columns, aliases=aliases
+    )
+
+
+def from_records(
+    records: Sequence[object] | Source,
+    *,
+    source: str = "records",
+    old_from: str | Sequence[str] = "answers",
+    limit: int | None = None,
+    strict: bool = False,
+    columns: Mapping[str, str] | None = None,
+    aliases: str | None = None,
+) -> FactSet:
+    """Return what `read_facts` does, for records that are in memory; `source` is their name in messages.
+
+    Raises:
+        FactError: as `read_facts`.
+    """
+    found = records if isinstance(records, Source) else Source(records)
+    try:
+        policies = validate(FactsSettings, {"old_from": old_from, "limit": limit}).old_from
+    except ConfigError as error:
+        raise FactError(str(error)) from None
+    reading = read_records(found.records, source, columns or {}, found.lines)
+    if policies == ("pred",) and reading.form.name != "zsre":
+        raise FactError(
+            f"{source} is of the form {reading.form.name}, which has no 'pred'. Only the form zsre has: "
+            "take the old answers from 'answers' or from 'model'."
+        )
+    chosen = _choose(reading.drafts, policies, limit, aliases)
+    facts = tuple(chosen.facts.values())
+    without = tuple(fact.id for fact in facts if not fact.ground_truth)
+    waits = "model" in policies
+    noted = chosen.noted + Counter({"blank_row": found.blank_rows})
+    result = FactSet(
+        facts=facts,
+        source=source,
+        reader=reading.form.name,
+        old_from=policies,
+        read=chosen.read,
+        in_source=len(reading.drafts),
+        stripped=chosen.stripped,
+        ignored_fields=reading.ignored,
+        noted={note: noted[note] for note in NOTES if noted[note]},
+        records=len(found.records),
+        read_as=found.read_as,
+        old_sources=chosen.old_sources,
+        to_ask=without if waits else (),
+        without_old={"no_old_answer": len(without)} if without and not waits else {},
+    )
+    return _with_account(result, chosen.left, strict)
+
+
+def with_old_answers(
+    facts: FactSet, answers: Mapping[str, str], *, unfinished: Collection[str] = (), strict: bool = False
+) -> FactSet:
+    """Return the facts with the model's answers (fact id -> answer) as old answers of `facts.to_ask`: policy `model`.
+
+    An answer that is empty or cut off at the token limit (its id is in `unfinished`) does not count: the fact stays
+    without an old answer, counted in `without_old`. A fact is left out if the model already gives its new answer,
+    compared as `generate` compares: "Paris." equals "Paris".
+
+    Raises:
+        FactError: a fact to ask has no entry in `answers`, or no fact is left, or one is left out under `strict`.
+    """
+    missing = [key for key in facts.to_ask if key not in answers]
+    if missing:
+        raise FactError(f"{facts.source}: no answer was given for {len(missing)} facts: {some(missing)}.")
+    kept: list[Fact] = []
+    gone: dict[int, LeftOut] = {}
+    sources, without = dict(facts.old_sources), Counter(facts.without_old)
+    asked = {key: answers[key].strip() for key in facts.to_ask}
+    unusable = {item.record for item in facts.left_out_records if item.reason not in PROBE_REASONS}
+    numbers = (number for number in range(1, facts.read + 1) if number not in unusable)
+    for number, fact in zip(numbers, facts, strict=True):
+        reply = asked.get(fact.id)
+        if reply is None:
+            kept.append(fact)
+        elif reply and fact.id not in unfinished and matches(reply, fact.new_answers):
+            gone[number] = LeftOut(number, "old_equals_new", _detail(fact.prompt, reply))
+        elif reply and fact.id not in unfinished:
+            sources[fact.id] = "model"
+            kept.append(replace(fact, ground_truth=reply))
+        else:
+            without["unfinished_old_answer" if reply else "no_old_answer"] += 1
+            kept.append(fact)
+    result = replace(
+        facts,
+        facts=tuple(kept),
+        stripped=facts.stripped + sum(answers[key] != reply for key, reply in asked.items()),
+        old_sources=sources,
+        to_ask=(),
+        without_old=dict(without),
+    )
+    # A probe is only counted for a fact that stays.
+    left = [item for item in facts.left_out_records if item.record not in gone]
+    return _with_account(result, [*left, *gone.values()], strict)
+
+
+# Drafts to facts ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Chosen:
+    """The facts of the drafts read so far, by number of record, and the account of the rest."""
+
+    facts: dict[int, Fact] = field(default_factory=dict)
+    read: int = 0
+    old_sources: dict[str, OldFrom] = field(default_factory=dict)
+    left: list[LeftOut] = field(default_factory=list)
+    stripped: int = 0
+    noted: Counter[str] = field(default_factory=Counter)
+
+
+def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | None, separator: str | None) -> _Chosen:
+    """Return the facts of all drafts that can be used, without probes that ask the prompt of one of them."""
+    chosen = _Chosen()
+    earlier: dict[str, int] = {}
+    for number, draft in enumerate(drafts, 1):
+        chosen.read = number
+        fact, policy = _fact(draft, policies, separator, chosen)
+        first = earlier.get(fact.prompt, 0)
+        if reason := _why_not(fact, draft, chosen.facts.get(first)):
+            detail = _detail(fact.prompt, fact.target_new)
+            if reason in ("repeated_fact", "repeated_prompt"):
+                detail += f" (record {first}: {chosen.facts[first].target_new})"
+            chosen.left.append(LeftOut(number, reason, detail))
+            continue
+        earlier[fact.prompt] = number
+        chosen.facts[number] = fact
+        if policy:
+            chosen.old_sources[fact.id] = policy
+        for question, answer in draft.probes:
+            if bool(question.strip()) != bool(answer.strip()):  # with neither it is an empty cell, not a probe
+                detail = _detail(question.strip(), answer.strip())
+                chosen.left.append(LeftOut(number, "empty_locality_probe", detail))
+        if len(chosen.facts) == limit:
+            break
+    for number, fact in chosen.facts.items():
+        kept = tuple(probe for probe in fact.locality if probe.prompt not in earlier)
+        edits = [probe for probe in fact.locality if probe.prompt in earlier]
+        chosen.left += [LeftOut(number, "locality_is_edit_prompt", _detail(p.prompt, p.answer)) for p in edits]
+        chosen.facts[number] = replace(fact, locality=kept) if edits else fact
+    return chosen
+
+
+def _why_not(fact: Fact, draft: Draft, earlier: Fact | None) -> Reason | None:
+    """Return why a fact is left out, None if it is usable; `earlier` is a usable fact with the same prompt."""
+    if not draft.is_one_turn:
+        return "not_one_turn"
+    if not fact.target_new:
+        return "empty_new_answer"
+    if fact.ground_truth == fact.target_new:
+        return "old_equals_new"
+    if earlier:
+        return "repeated_fact" if earlier.target_new == fact.target_new else "repeated_prompt"
+    return None
+
+
+def _fact(
+    draft: Draft, policies: Sequence[OldFrom], separator: str | None, chosen: _Chosen
+) -> tuple[Fact, OldFrom | None]:
+    """Return the fact of a draft, and the policy that gave its old answer; count in `chosen` what was changed."""
+    prompt = draft.prompt.strip()
+    if not prompt and draft.is_one_turn:
+        raise FactError(f"{draft.where} has no prompt. Give it one, or remove the record.")
+    new_answer = _split(draft.new, separator)
+    given: dict[OldFrom, Answer] = {  # the model is asked later
+        "answers": _split(draft.old, separator),
+        "pred": replace(_split(Answer(draft.pred), separator), aliases=()),
+    }
+    for name, answer in given.items():
+        if not answer.is_list and is_placeholder(answer.text):
+            chosen.noted["placeholder"] += 1
+            given[name] = Answer()
+    policy = next((name for name in policies if name in given and given[name].text.strip()), None)
+    old_answer = given[policy] if policy else Answer()
+    new, old = new_answer.text.strip(), old_answer.text.strip()
+    all_new, all_old = (_aliases(answer) for answer in (new_answer, old_answer))
+    new_aliases = [alias for alias in all_new if not (old and same_text(alias, old))]
+    old_aliases = [alias for alias in all_old if not any(same_text(alias, other) for other in (new, *new_aliases))]
+    chosen.stripped += (new_answer.text != new) + (old_answer.text != old)
+    chosen.noted["shared_alias"] += len(all_new) + len(all_old) - len(new_aliases) - len(old_aliases)
+    chosen.noted["bar"] += ("|" in new) + ("|" in old)
+    probes = (Probe(question.strip(), answer.strip()) for question, answer in draft.probes)
+    fact = make_fact(
+        prompt,
+        new,
+        ground_truth=old or None,
+        subject=draft.subject.strip(),
+        rephrase_prompts=[text.strip() for text in draft.rephrases if text.strip()],
+        locality=[probe for probe in probes if probe.prompt and probe.answer],
+        target_new_aliases=new_aliases,
+        ground_truth_aliases=old_aliases,
+    )
+    return replace(fact, where=draft.where), policy
+
+
+def _split(answer: Answer, separator: str | None) -> Answer:
+    """Return an answer whose text is divided into text and aliases at `separator`."""
+    if not separator or separator not in answer.text:
+        return answer
+    parts = [part.strip() for part in answer.text.split(separator) if part.strip()]
+    return replace(answer, text=parts[0] if parts else "", aliases=(*parts[1:], *answer.aliases))
+
+
+def _aliases(answer: Answer) -> list[str]:
+    """Return the other ways to write an answer, stripped, each once."""
+    stripped = dict.fromkeys(text.strip() for text in answer.aliases)
+    return [text for text in stripped if text and text != answer.text.strip()]
+
+
+# The account -------------------------------------------------------------------------------------
+
+
+def _with_account(result: FactSet, left: Sequence[LeftOut], strict: bool) -> FactSet:
+    """Return the result with what was left out.
+
+    Raises:
+        FactError: everything is left out, or anything under `strict`.
+    """
+    in_order = sorted(left, key=lambda item: item.record)
+    numbers: dict[Reason, list[int]] = {}
+    for item in in_order:
+        numbers.setdefault(item.reason, []).append(item.record)
+    account = "; ".join(f"{len(found)} {reason} (record {some(found)})" for reason, found in numbers.items())
+    if strict and left:
+        raise FactError(f"{result.source}: strict, and not everything can be used.\n{account}")
+    if not result.facts:
+        raise FactError(f"{result.source}: no fact is left of {result.read} records.\n{account}")
+    return replace(
+        result,
+        left_out=dict(Counter(item.reason for item in left if item.reason not in PROBE_REASONS)),
+        left_out_probes=dict(Counter(item.reason for item in left if item.reason in PROBE_REASONS)),
+        left_out_records=tuple(in_order),
+    )
+
+
+def _detail(prompt: str, answer: str) -> str:
+    shown = prompt if len(prompt) <= 60 else prompt[:59] + "…"
+    return f"{shown} -> {answer}" if answer else shown

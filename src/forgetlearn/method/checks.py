@@ -1,0 +1,119 @@
+"""Checks that a model can be made to forget and to learn with the given settings, before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from forgetlearn.config.methods import KINDS, How
+from forgetlearn.config.schema import ForgetSettings, LoraSettings, StageSettings, TuningSettings
+from forgetlearn.errors import ConfigError, some
+from forgetlearn.models import lora, module_names
+from forgetlearn.models import modules as selection
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.training.finetune import check_computing
+from forgetlearn.weights.adapter_files import ALL_LINEAR
+
+log = logging.getLogger("forgetlearn")
+
+
+def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> None:
+    """Raise ConfigError if this model cannot be made to forget with these settings.
+
+    Raises:
+        ConfigError: the device lacks the dtype; `modules` match nothing, or nothing that is trained; LoRA does not fit
+            its targets; `rows` where rows are not subtracted from.
+    """
+    kind = KINDS[how]
+    check_computing(settings, lm.device)
+    factors = selection.factors(lm.model, settings.modules)
+    targets = lora.check_targets(lm.model, settings.lora) if kind.adapter else list(factors)
+    if not any(name in factors for name in targets):
+        raise ConfigError(
+            f"forget.modules = {settings.modules!r}: the adapter changes none of these weights, but for example "
+            f"{targets[0]}. Name some that lora.target_modules cover."
+        )
+    if kind.adapter and settings.modules != module_names.ALL:
+        matrices = {name for name, weight in lm.model.named_parameters() if weight.dim() > 1}
+        if out_of_reach := [name for name in factors if name in matrices and name not in targets]:
+            log.warning(
+                "forget.modules = %s: lora.target_modules leaves out %d of its matrices, which stay: %s",
+                *(settings.modules, len(out_of_reach), some(out_of_reach)),
+            )
+    if settings.rows != "all":
+        if lm.is_sharded:
+            raise ConfigError(f"forget.rows = {settings.rows}: needs whole matrices, and model.shard splits them.")
+        if not kind.subtracts_from_base:
+            raise ConfigError(f"forget.rows = {settings.rows}: needs forgetting with all weights (method f-ft).")
+        _check_vocabulary(lm, settings, "forget")
+    if not kind.subtracts and settings.modules != module_names.ALL:
+        raise ConfigError("forget.modules: this method subtracts nothing. Leave it at all.")
+
+
+def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
+    """Raise ConfigError if learning cannot train what the settings name.
+
+    Raises:
+        ConfigError: the device lacks the dtype; LoRA does not fit its targets; `modules` match nothing, give a factor,
+            or the method chooses itself what it trains; see `check_rows`.
+    """
+    kind = KINDS[how]
+    if settings.rows != "all":
+        check_rows(lm, settings, how)
+    check_computing(settings, lm.device)
+    if kind.adapter:
+        lora.check_targets(lm.model, settings.lora)
+    if settings.modules == module_names.ALL:
+        return
+    if not kind.chooses_weights:
+        raise ConfigError(
+            f"learn.modules = {settings.modules!r}: only learning with all weights takes modules; "
+            "LoRA takes lora.target_modules, and locft chooses its module."
+        )
+    if isinstance(settings.modules, dict):
+        raise ConfigError("learn.modules: a weight is trained or not, so give names without factors.")
+    selection.factors(lm.model, settings.modules, "learn.modules")
+
+
+def check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
+    """Raise ConfigError if learning cannot be restricted to rows of the vocabulary's matrices.
+
+    Raises:
+        ConfigError: the rows are not `facts`; the kind of stage, or `modules`, train no such rows; the matrices are
+            split; weight decay would change the other rows.
+    """
+    if settings.rows != "facts":
+        raise ConfigError(f"learn.rows = {settings.rows}: only forgetting takes this. Learning takes all or facts.")
+    if not KINDS[how].chooses_weights:
+        raise ConfigError(
+            "learn.rows = facts: only learning with all weights takes rows (ft, f-ft, f-lora-ft, ft-c, ga). locft and "
+            "LoRA leave the embeddings and the head alone, unless lora.target_modules names them."
+        )
+    _check_vocabulary(lm, settings, "learn")
+    if lm.is_sharded or settings.deepspeed:
+        raise ConfigError("learn.rows = facts: needs whole matrices, and model.shard and DeepSpeed split them.")
+    if settings.weight_decay:
+        raise ConfigError(
+            f"learn.rows = facts: the rows of other tokens stay, and train.weight_decay = {settings.weight_decay:g} "
+            "would shrink them. Set one of the two to its default."
+        )
+
+
+def _check_vocabulary(lm: LanguageModel, settings: TuningSettings, stage: str) -> None:
+    changed = selection.factors(lm.model, settings.modules, f"{stage}.modules")
+    if not any(name in changed for name in selection.groups(lm.model).get("vocabulary", ())):
+        raise ConfigError(
+            f"{stage}.rows = {settings.rows}: {stage}.modules = {settings.modules!r} leave the embeddings and the head "
+            "as they are, and only these have a row for each token. Name head, embeddings or vocabulary among them."
+        )
+
+
+def out_of_loras_reach(model: nn.Module, settings: LoraSettings) -> str | None:
+    """Describe which matrices the adapters of an update do not reach under all-linear; None if they reach all.
+
+    One example is experts fused into one tensor: peft adapts modules, and these have none.
+    """
+    if settings.target_modules != ALL_LINEAR:
+        return None
+    return selection.out_of_reach(model, lora.check_targets(model, settings))

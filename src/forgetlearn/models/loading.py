@@ -1,0 +1,329 @@
+"""Load a model's config, weights and tokenizer from a folder or the hub, with a clear error for whatever is wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from forgetlearn.config.schema import ModelSettings
+from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_installed, plain, shown, some
+from forgetlearn.models import hub
+from forgetlearn.runtime import sharding
+from forgetlearn.weights.adapter_files import CONFIG, MOST_LAYERS, read_adapter_config
+from forgetlearn.weights.checkpoint_folder import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
+from forgetlearn.weights.task_vector import is_finite
+
+MOST_COUNTED = 100_000  # of anything (labels, experts) that a config counts
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+log = logging.getLogger("forgetlearn")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Return the device to compute on, for `auto` an accelerator if there is one; or raise ConfigError."""
+    if wanted == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[wanted]:
+        raise ConfigError(f"model.device = {wanted}: there is no such device here. Use auto or cpu.")
+    return torch.device(wanted)
+
+
+def adapter_base(settings: ModelSettings) -> str | None:
+    """Return the base of an adapter folder; None if the name is not one."""
+    folder = Path(str(settings.name))
+    if not (folder / CONFIG).is_file():
+        return None
+    base = read_adapter_config(folder).base_model_name_or_path
+    if not base:
+        raise ModelError(f"{folder / CONFIG}: names no base_model_name_or_path. Set it to the base's folder or hub id.")
+    return base
+
+
+def read_outline(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, list[str]]:
+    """Return config and tokenizer of a model without its weights, and a note if the tokenizer cannot be loaded.
+
+    Raises:
+        ModelError: as `load_base`; or it is an adapter.
+    """
+    if not settings.name:
+        raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
+    if adapter_base(settings) is not None:
+        raise ModelError(f"{settings.name}: is an adapter. Give the whole model that is to be updated.")
+    config = read_config(settings, settings.name)
+    try:
+        return config, load_tokenizer(settings, settings.name), []
+    except ModelError as error:
+        return config, None, [str(error)]
+
+
+def read_config(settings: ModelSettings, name: str) -> PreTrainedConfig:
+    """Return the config of a causal language model.
+
+    Raises:
+        ModelError: it is the config of another kind of model, is unreadable, or has an absurd number of layers.
+    """
+    _check_folder(name)
+    with refusing(name):
+        config = AutoConfig.from_pretrained(name, **_source_options(settings, name))
+        _check_causal(name, config, settings)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and not 0 <= layers <= MOST_LAYERS:  # building them would take minutes
+        raise ModelError(f"{name}: config.json: num_hidden_layers = {shown(layers)}: expected 0 to {MOST_LAYERS}.")
+    return config
+
+
+def load_base(settings: ModelSettings, name: str) -> PreTrainedModel:
+    """Load a causal language model, and check all of its weights; for errors see `language_model.load_model`."""
+    _check_folder(name)
+    # Otherwise transformers asks a service on the hub to convert pickles, and sends it the user's token.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    options = _source_options(settings, name)
+    split = sharding.loading_options() if settings.shard else {}
+    quantized = _in_four_bits(settings) if settings.quantization == "4bit" else {}
+    config = read_config(settings, name)
+    stored = CheckpointFolder(name, any_dtype=True) if Path(name).is_dir() else None
+    with refusing(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=settings.dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported by _check_loaded, with the tensor and its shapes
+            output_loading_info=True,
+            **split,
+            **quantized,
+            **options,
+        )
+    _check_loaded(name, info)
+    stored = stored or _stored_from_hub(name, config)
+    if stored is not None:
+        _check_dtypes(stored, model, info["unexpected_keys"])
+        if quantized:  # packed weights hide NaN
+            stored.check_finite()
+    check_finite(model, stored)
+    if quantized:
+        # On such CPUs bitsandbytes packs the weights anew at the first forward pass of scoring, and gradients through
+        # packed weights are wrong (0.50.2: cosine -0.05 with the right ones, 0.998 without).
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if settings.shard:
+        sharding.check_sharded(model)
+    return model
+
+
+def load_tokenizer(settings: ModelSettings, name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub id, and try it on a text."""
+    for file in filter(Path.is_file, (Path(name) / file for file in TOKENIZER_FILES)):
+        length = read_object(file).get("model_max_length")
+        if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or not length > 0):
+            raise ModelError(f"{file}: model_max_length = {shown(length)}: expected a number of tokens, or null.")
+    try:
+        with refusing(name, "its tokenizer cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(name, **_source_options(settings, name))
+            tokenizer.decode(tokenizer("a text", add_special_tokens=True)["input_ids"])
+    except ModelError as error:
+        if "instantiate the backend tokenizer" in str(error.__cause__):
+            raise ModelError(f"{name}: has no tokenizer. Save it there with tokenizer.save_pretrained.") from error
+        raise
+    return tokenizer
+
+
+def own_dtype(settings: ModelSettings, name: str) -> torch.dtype:
+    """Return the dtype in which a model would be loaded; float32 if its config states none."""
+    asked = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    found: torch.dtype | None = asked or getattr(read_config(settings, name).get_text_config(), "dtype", None)
+    return found or torch.float32
+
+
+@contextmanager
+def refusing(name: str, what: str = "cannot be loaded") -> Iterator[None]:
+    """Turn whatever transformers or a tokenizer raises about the files into a ModelError that names the folder."""
+    try:
+        yield
+    except (ForgetLearnError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(f"{name}: {_loading_problem(name, error, what)}") from error
+
+
+def _loading_problem(name: str, error: Exception, what: str) -> str:
+    if reason := hub.problem(error, name):
+        return reason
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code from its repository. If you trust that code, pass --set model.trust_remote_code=true."
+        )
+    if "Unrecognized configuration class" in text:
+        return "is no causal language model."
+    if "model_type" in text and "Unrecognized model" in text:
+        return "has no config.json that names a model_type, so it is no saved model (is it an adapter?)."
+    if "safetensors" in text and ("does not appear" in text or "not found" in text or "no file named" in text):
+        return "has no safetensors weights. Pickled weights can run code when they are read; convert them first."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # The type's name as well if the text alone says little.
+    kind = "" if lines and isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__} "
+    return f"{what}: {plain((kind + (lines[0] if lines else '')).strip()[:300])}"
+
+
+def _in_four_bits(settings: ModelSettings) -> dict[str, object]:
+    """Return the options to load a base in 4 bits, as QLoRA has it: NF4, the scales quantised too."""
+    check_installed("bitsandbytes", "model.quantization = 4bit", "qlora")
+    device = pick_device(settings.device)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _source_options(settings: ModelSettings, name: str) -> dict[str, object]:
+    options: dict[str, object] = {"trust_remote_code": settings.trust_remote_code}
+    if Path(name).is_dir():
+        return options
+    return {**options, "revision": settings.revision, "local_files_only": not hub.is_reachable()}
+
+
+def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse weights that would stay random; warn of those in the files that the product will not hold."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise ModelError(f"{name}: {len(missing)} tensors are not in its files, the first is {missing[0]}.")
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{name}: {len(mismatched)} tensors have another shape in its files than its config says, "
+            f"the first is {key}: {tuple(stored)}, expected {tuple(wanted)}."
+        )
+    if unexpected:
+        log.warning(
+            "%s: %d tensors of its files have no place in the model (transformers leaves them out), so the "
+            "product will not hold them; the first is %s",
+            *(name, len(unexpected), unexpected[0]),
+        )
+
+
+def _stored_from_hub(name: str, config: PreTrainedConfig) -> CheckpointFolder | None:
+    """Return the files of a model that was just loaded from the hub's cache; None if they are not found."""
+    found = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+    folder = Path(found).parent if isinstance(found, str) else None
+    if folder is None or not any((folder / file).is_file() for file in (WHOLE, INDEX)):
+        return None
+    return CheckpointFolder(folder, any_dtype=True)
+
+
+def _check_dtypes(stored: CheckpointFolder, model: PreTrainedModel, unused: Iterable[str]) -> None:
+    """Raise ModelError if weights are stored as integers or in 8 bits without a quantization_config.
+
+    transformers would read 8-bit numbers as the weights themselves, without their scales. Buffers (masks, counts) may
+    be integers, and tensors that the model does not use may have any dtype.
+    """
+    if getattr(model.config, "quantization_config", None):
+        return
+    prefix = getattr(model, "base_model_prefix", "")
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    buffers = {name for name, _buffer in model.named_buffers()}
+    odd = [
+        entry
+        for entry in stored.entries.values()
+        if entry.dtype not in FLOATS
+        and not buffers & {entry.name, f"{prefix}.{entry.name}"}
+        and entry.name not in unused
+        and not any(re.search(pattern, entry.name) for pattern in ignored)
+    ]
+    if odd:
+        raise ModelError(
+            f"{stored.folder / odd[0].file}: {len(odd)} weights are stored in none of float32, float16 and "
+            f"bfloat16: {some([f'{entry.name} ({entry.dtype})' for entry in odd])}. config.json has no "
+            "quantization_config that says how to read them. Take the checkpoint that this one was made from."
+        )
+
+
+def check_finite(model: nn.Module, stored: CheckpointFolder | None = None) -> None:
+    """Raise ModelError if a weight contains NaN or infinity; `stored` gives its file. Takes 0.2 s per GB.
+
+    Buffers are not checked: masks contain -inf by design.
+    """
+    odd = [name for name, weight in model.named_parameters() if not is_finite(sharding.local(weight))]
+    if odd:
+        entry = stored.entries.get(odd[0]) if stored else None
+        where = f"{stored.folder / entry.file}: " if stored and entry else ""
+        raise ModelError(
+            f"{where}{len(odd)} weights hold numbers that are not finite (NaN or inf): {some(odd)}. "
+            "Did the training diverge, or is the file damaged?"
+        )
+
+
+def _check_folder(name: str) -> None:
+    """Refuse a folder that cannot be a model before the hub is asked for something of that name."""
+    folder = Path(name)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
+    if not folder.exists():
+        if looks_like_path:
+            near = hub.near_models(folder)
+            raise ModelError(f"{name}: there is no such folder. Give the folder of a saved model, or a hub id.{near}")
+        return
+    if not folder.is_dir():
+        raise ModelError(f"{name}: is a file. Give the folder of a saved model, or a hub id.")
+    files = [path.name for path in folder.iterdir()]
+    if "config.json" not in files:
+        products = [f"{name}/{product}" for product in ("adapter", "model") if product in files]
+        hint = f" Did you mean {products[0]}?" if products else " Give the folder that save_pretrained wrote."
+        raise ModelError(f"{name}: has no config.json, so it is no saved model.{hint}")
+    if not any(file.endswith(".safetensors") for file in files):
+        pickles = [file for file in files if file.endswith(PICKLES)]
+        found = (
+            f"only pickled weights ({pickles[0]}), which can run code when they are read" if pickles else "no weights"
+        )
+        raise ModelError(f"{name}: has {found}. Save it with save_pretrained, which writes safetensors.")
+    _check_counts(folder / "config.json")
+    if "generation_config.json" in files:
+        read_object(folder / "generation_config.json")
+    if INDEX in files:
+        weight_files(folder)  # an index may name only files of the folder
+
+
+def _check_counts(file: Path) -> None:
+    """Raise ModelError if a number in config.json is NaN or a count absurd: transformers would build so many layers."""
+    config = read_object(file)
+    text = config.get("text_config")
+    for name, value in [*config.items(), *(text.items() if isinstance(text, dict) else ())]:
+        if value != value:
+            raise ModelError(f"{file}: {plain(name)} = NaN: expected a number.")
+        if name.startswith("num_") and isinstance(value, (int, float)) and value > MOST_COUNTED:
+            raise ModelError(f"{file}: {plain(name)} = {shown(value)}: expected at most {MOST_COUNTED:,}.")
+
+
+def _check_causal(name: str, config: PreTrainedConfig, settings: ModelSettings) -> None:
+    architectures = list(config.architectures or [])
+    known: set[str] = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known.update([value] if isinstance(value, str) else value)
+    if architectures and not known.intersection(architectures) and not settings.trust_remote_code:
+        remote = ". It brings its own code: pass --set model.trust_remote_code=true if you trust it"
+        hint = remote if getattr(config, "auto_map", None) else ", which is no causal language model"
+        raise ModelError(f"{name}: its architecture is {architectures[0]}{hint}.")

@@ -1,0 +1,203 @@
+"""From a config and facts to the load of every stage: its texts, and one traced step."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from forgetlearn.config.recipe import Recipe, Stage
+from forgetlearn.config.schema import TrainSettings, TuningSettings
+from forgetlearn.errors import ForgetLearnError
+from forgetlearn.evaluation.scoring import MARGIN_TOKENS
+from forgetlearn.facts import Fact, FactSet
+from forgetlearn.method.checks import out_of_loras_reach
+from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, shared_rows
+from forgetlearn.models.encoding import Encoded, Encoder
+from forgetlearn.planning.estimate import FLOAT32, Load
+from forgetlearn.planning.outline import Outline
+from forgetlearn.weights.task_vector import SMALL_BYTES
+
+T = TypeVar("T")
+WORD_TOKENS = 1.5  # tokens per word if there is no tokenizer
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts that a stage reads, and their number, with those that cannot be encoded."""
+
+    encoded: tuple[Encoded, ...]
+    number: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all of them."""
+        return round(_n_tokens(self.encoded) / len(self.encoded) * self.number)
+
+    def largest_batch(self, size: int, passes: int, seed: int = 0) -> list[Encoded]:
+        """Return the batch with the most tokens that random orders of these texts make."""
+        draw, size = random.Random(seed), min(size, self.number)
+        batches = [draw.choices(self.encoded, k=size) for _ in range(passes * math.ceil(self.number / size))]
+        return max(batches, key=_n_tokens)
+
+    def fullest_row(self, size: int, room: int) -> list[Encoded]:
+        """Return the texts of the row of scoring that has the most tokens."""
+        texts = dict(enumerate(self.encoded))
+        return max(([texts[key] for key in row] for row in shared_rows(texts, size, room)), key=_n_tokens)
+
+
+def _n_tokens(texts: Iterable[Encoded]) -> int:
+    return sum(len(text.ids) for text in texts)
+
+
+def loads_of(outline: Outline, recipe: Recipe, facts: FactSet, device: str) -> tuple[list[Load], list[str]]:
+    """Return the load of each stage on a kind of device, in their order, and notes on what was assumed.
+
+    Raises:
+        ConfigError: a stage's settings do not fit the model.
+    """
+    notes: list[str] = []
+    config = recipe.config
+    waiting = frozenset(facts.to_ask)  # answers that are not known yet: taken to be as long as the new ones
+    old = [(f.prompt, f.ground_truth or f.target_new) for f in facts if f.ground_truth or f.id in waiting]
+    new = [(f.prompt, f.target_new) for f in facts]
+    read = [pair for fact in facts for pair in _read(fact)]
+    encoded = _encoded(outline.encoder, [*old, *new, *read])
+
+    def texts(pairs: list[tuple[str, str]]) -> Texts:
+        return Texts(tuple(encoded[pair] for pair in pairs if pair in encoded), len(pairs))
+
+    if outline.encoder is None:
+        notes.append(f"there is no tokenizer: {WORD_TOKENS} tokens per word are assumed")
+    loads: list[Load] = []
+    for stage, own, passes, frozen in stages(recipe, texts(old), texts(new)):
+        load, problem = _train_load(outline, stage, own, passes, frozen)
+        left = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
+        if stage.name == "forget" and stage.kind.subtracts_from_base:
+            # The base beside it, for the subtraction: on the CPU, or in a file if the CPU trains a large model.
+            in_memory = recipe.chooses_coefficient or load.weights_bytes < SMALL_BYTES
+            size = load.weights_bytes
+            load = replace(load, host_bytes=size) if in_memory else replace(load, base_bytes=size)
+        loads.append(load)
+        notes += [note for note in (left, problem) if note]
+    if config.forget.only_known and recipe.method.forgets and recipe.teach is None:
+        notes.append("forgetting takes only facts that the model holds (forget.only_known); all are counted here")
+    if config.evaluate.engine == "vllm":
+        notes.append("answers are planned as those of transformers; vLLM uses all free memory of a GPU for a while")
+    load, problem = _score_load(outline, recipe, texts(read), facts, device)
+    loads.append(load)
+    notes += [problem] if problem else []
+    return loads, list(dict.fromkeys(notes))
+
+
+def stages(
+    recipe: Recipe, old: Texts, new: Texts
+) -> Iterator[tuple[Stage[TrainSettings], Texts, int, list[TuningSettings]]]:
+    """Yield the stages that train, with their texts, passes over these, and the adapters of stages before."""
+    forget = recipe.forget if old.number else None
+    before = [forget.settings] if forget and forget.kind.adapter else []
+    trials = forget.settings.trials if forget and recipe.chooses_coefficient else 1
+    for stage in (recipe.teach, forget):
+        if stage and old.number:
+            yield stage, old, stage.settings.epochs, []
+    yield recipe.learn, new, recipe.learn.settings.epochs * trials, [*before] if recipe.learn.kind.adapter else []
+
+
+def _train_load(
+    outline: Outline, stage: Stage[TrainSettings], texts: Texts, passes: int, frozen: Sequence[TuningSettings]
+) -> tuple[Load, str | None]:
+    """Return the load of a stage, and what kept its step from being traced."""
+    settings, kind = stage.settings, stage.kind
+    skeleton = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
+    trained = skeleton.prepare(kind.name, settings, frozen)
+    micro = settings.micro_batch_size or settings.batch_size
+    step, problem = _traced(lambda: skeleton.train_step(texts.largest_batch(micro, passes), settings, pad_id=0))
+    load = Load(
+        name=stage.name,
+        how=kind.name,
+        texts=texts.number,
+        tokens=texts.tokens,
+        passes=passes,
+        batch_size=settings.batch_size,
+        micro_batch_size=micro,
+        weights_bytes=skeleton.weights_bytes,
+        trained=trained,
+        kept_bytes=FLOAT32 * trained if kind.bounded else 0,
+        largest_layer_bytes=skeleton.largest_layer_bytes,
+        step=step,
+        states_bytes=skeleton.states_bytes(settings.optim),
+        paged=settings.optim.startswith("paged"),
+    )
+    return load, problem
+
+
+def _score_load(outline: Outline, recipe: Recipe, read: Texts, facts: FactSet, device: str) -> tuple[Load, str | None]:
+    """Return the load of scoring in all phases, with the answers that are generated, as long as they may be."""
+    settings = recipe.config.evaluate
+    size, longest, phases = settings.batch_size, settings.max_new_tokens, len(recipe.phases)
+    n_prompts = len({prompt for fact in facts for prompt in _prompts(fact)})
+    batches = math.ceil(n_prompts / size) if "generate" in settings.protocols else 0
+    rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.encoded] or [longest]
+    skeleton = outline.skeleton(None if recipe.method.makes_adapter else torch.float32)
+    row = read.fullest_row(size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))
+    step, problem = _traced(lambda: skeleton.read_step(row))
+    if problem:  # a model that takes no such mask
+        step, problem = _traced(lambda: skeleton.read_step(row, shared=False))
+    answers = None
+    if batches or (recipe.forget and recipe.forget.settings.only_known):  # the known facts are found by asking too
+        widest = max(text.n_prompt_tokens for text in read.encoded)
+        prompts = min(size, n_prompts)
+        answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, max(rooms)))
+    load = Load(
+        name="score",
+        how=f"{phases} phases",
+        texts=read.number,
+        tokens=read.tokens,
+        passes=phases,
+        batch_size=size,
+        micro_batch_size=size,
+        weights_bytes=skeleton.weights_bytes,
+        step=step,
+        answer_steps=round(phases * batches * sum(rooms) / len(rooms)),
+        answer_bytes=answers or 0,
+    )
+    return load, problem
+
+
+def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what was traced, or why it failed: a model may read numbers in its forward pass, and there are none."""
+    try:
+        return trace(), None
+    except ForgetLearnError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        return None, f"a step of this model cannot be traced, so activations and time are left out: {reason}"
+
+
+def _prompts(fact: Fact) -> tuple[str, ...]:
+    return (fact.prompt, *fact.rephrase_prompts)
+
+
+def _read(fact: Fact) -> Iterator[tuple[str, str]]:
+    """Yield the pairs that scoring reads."""
+    for prompt in _prompts(fact):
+        yield prompt, fact.target_new
+        if fact.ground_truth:
+            yield prompt, fact.ground_truth
+    yield from ((probe.prompt, probe.answer) for probe in fact.locality)
+
+
+def _encoded(encoder: Encoder | None, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Encoded]:
+    """Return the token ids of pairs, without those that scoring would count as errored; without a tokenizer a guess."""
+    if encoder is not None:
+        return {p: text for p, text in encoder.encode_all(pairs, end=True).items() if isinstance(text, Encoded)}
+    found = {}
+    for pair in pairs:
+        before, after = (max(1, round(WORD_TOKENS * len(text.split()))) for text in pair)
+        found[pair] = Encoded((0,) * (1 + before + after + 1), 1 + before)
+    return found

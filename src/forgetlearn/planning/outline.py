@@ -1,0 +1,96 @@
+"""A model as far as it can be known without its weights: its config, tokenizer and safetensors headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
+from huggingface_hub.errors import NotASafetensorsRepoError
+from transformers import PreTrainedConfig
+
+from forgetlearn.config.schema import ModelSettings
+from forgetlearn.errors import ModelError
+from forgetlearn.models.encoding import Encoder
+from forgetlearn.models.language_model import context_length
+from forgetlearn.models.loading import read_outline
+from forgetlearn.planning.trace import Skeleton
+from forgetlearn.weights.checkpoint_folder import INDEX, WHOLE, CheckpointFolder
+from forgetlearn.weights.task_vector import TORCH
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model without its weights; `stored` is None if no headers could be read, `encoder` if no tokenizer."""
+
+    name: str
+    config: PreTrainedConfig
+    encoder: Encoder | None
+    dtype: torch.dtype
+    stored: dict[str, int] | None = None  # numbers by dtype, as safetensors spells it
+    trust_remote_code: bool = False
+    notes: tuple[str, ...] = ()
+
+    def skeleton(self, dtype: torch.dtype | None = None) -> Skeleton:
+        """Return the model without numbers, in its own dtype or another."""
+        return Skeleton(self.config, dtype or self.dtype, trust_remote_code=self.trust_remote_code)
+
+
+def outline_of(settings: ModelSettings) -> Outline:
+    """Read the outline of the model that the settings name.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    name = str(settings.name)
+    config, tokenizer, notes = read_outline(settings)
+    stored, why_not = _stored(name, settings.revision)
+    encoder = None
+    if tokenizer is not None:
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+        encoder = Encoder(tokenizer, settings.prompt_template, context_length(config), rows)
+    dtype = _dtype(settings.dtype, config, stored)
+    return Outline(name, config, encoder, dtype, stored, settings.trust_remote_code, (*notes, *why_not))
+
+
+def _stored(name: str, revision: str | None) -> tuple[dict[str, int] | None, list[str]]:
+    """Return numbers by dtype from the headers of a folder, the hub's cache or the hub; or why there are none."""
+    folder = Path(name)
+    if not folder.is_dir():
+        cached = (try_to_load_from_cache(name, file, revision=revision) for file in (WHOLE, INDEX))
+        found = next((Path(path).parent for path in cached if isinstance(path, str)), None)
+        if found is None:
+            return _stored_on_hub(name, revision)
+        folder = found
+    try:
+        counts: Counter[str] = Counter()
+        for entry in CheckpointFolder(folder).entries.values():
+            counts[entry.dtype] += entry.n_entries
+    except ModelError as error:
+        if Path(name).is_dir():
+            raise
+        return None, [f"the headers in the hub's cache cannot be read ({error}); sizes are those of the config"]
+    return dict(counts), []
+
+
+def _stored_on_hub(name: str, revision: str | None) -> tuple[dict[str, int] | None, list[str]]:
+    try:
+        counts = get_safetensors_metadata(name, revision=revision).parameter_count
+        return {str(dtype): n for dtype, n in counts.items()}, []
+    except NotASafetensorsRepoError:
+        return None, [f"{name} has no safetensors on the hub, which update needs; sizes are those of its config"]
+    except Exception as error:  # of the network, the hub and its answers: nothing in common
+        return None, [f"no headers from the hub ({type(error).__name__}); sizes are those of the config"]
+
+
+def _dtype(wanted: str, config: PreTrainedConfig, stored: dict[str, int] | None) -> torch.dtype:
+    """Return the dtype that transformers loads the weights in."""
+    if wanted != "auto":
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
+    own = getattr(config, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    floats = {name: n for name, n in (stored or {}).items() if name in TORCH and TORCH[name].is_floating_point}
+    return TORCH[max(floats, key=lambda name: floats[name])] if floats else torch.float32

@@ -1,0 +1,210 @@
+"""The steps of an update, written once: teach, score, forget, score, learn, score. A store keeps what they make.
+
+`update` keeps it in a run folder, to go on from after a kill; `compare` shares it between cells; the search for a
+coefficient needs none of it again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from torch import Tensor
+
+from forgetlearn.config.recipe import Recipe, Stage
+from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
+from forgetlearn.evaluation import general_ability, scoring
+from forgetlearn.facts import Fact
+from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
+from forgetlearn.method.kinds import STAGE_KINDS, to_own_form
+from forgetlearn.models import lora
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.storage.records import Row
+from forgetlearn.training.finetune import StageLog
+from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights.task_vector import StateDict, load_into, snapshot
+
+log = logging.getLogger("forgetlearn")
+P = ParamSpec("P")
+T = TypeVar("T")
+Tuned = tuple[dict[str, Tensor], StageLog]
+Train = Callable[[StageIO], StageLog | None]
+
+
+class Store:
+    """Where the steps of an update are kept. This one keeps nothing: what is asked for is computed."""
+
+    def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Return the rows of a step."""
+        return compute()
+
+    def files(self, step: str, write: Callable[[Path], None]) -> Path:
+        """Return the folder that a step wrote its files into."""
+        raise NotImplementedError
+
+    def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> Callable[[], None] | None:
+        """Change the model; return None, or what changes it in the same way if an earlier process did the stage."""
+        compute(StageIO())
+        return None
+
+    def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
+        """Return the weights that fine-tuning on the old answers ends at; None if nobody shares them."""
+        return None
+
+    def learned(self) -> tuple[StateDict, StageLog] | None:
+        """Return what has been learned already, and its log."""
+        return None
+
+
+class HeldBase:
+    """A base in memory, which can be restored without reading it from the disk."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self.weights = snapshot(lm.model)
+
+    def restore(self) -> None:
+        """Make the model the base again, to the bit."""
+        to_own_form(self.lm)
+        load_into(self.lm.model, self.weights)
+
+
+class Pipeline:
+    """One update of a model. `rows`, by phase, and `known` are filled as it goes on.
+
+    With `base` the model may be anything that came of it: the base is restored before the first step that needs it.
+    `scored` are the facts that are scored, all unless they are given.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        facts: Sequence[Fact],
+        config: RunConfig,
+        store: Store,
+        base: HeldBase | None = None,
+        scored: Sequence[Fact] | None = None,
+    ) -> None:
+        self.lm, self.facts, self.store, self.base = lm, facts, store, base
+        self.scored = facts if scored is None else scored
+        self.config, self.recipe = config, Recipe(config)
+        self.rows: dict[str, list[Row]] = {}
+        self._measured: dict[str, Path] = {}  # folders with general ability, by phase
+        self.known: list[Fact] = []  # facts whose old answer the base gives
+        # What makes the model the one that the next step needs; loaded only once a step is really done.
+        self._pending: dict[str, Callable[[], None]] = {"base": base.restore} if base else {}
+
+    def ready(self, compute: Callable[P, T]) -> Callable[P, T]:
+        """Return `compute`, preceded by making the model what the stages so far made of it.
+
+        Every step that looks at the model or changes it goes through here, and weights are put back nowhere else.
+        """
+
+        def on_model(*args: P.args, **options: P.kwargs) -> T:
+            while self._pending:
+                self._pending.pop(next(iter(self._pending)))()
+            return compute(*args, **options)
+
+        return on_model
+
+    def prepare(self) -> None:
+        """Teach the base, score it, and find out which old answers it gives."""
+        if stage := self.recipe.teach:
+            self._train(stage, None, lambda stage_io: self._teach(stage, stage_io))
+        self._score("base")
+        self._measure("base")
+        self.known = scoring.held_facts(self.facts, self.rows["base"], self._probe)
+
+    @property
+    def to_forget(self) -> list[Fact]:
+        """Facts whose old answer is forgotten."""
+        stage = self.recipe.forget
+        return scoring.facts_to_forget(self.facts, self.known, stage.settings) if stage else []
+
+    def update(self) -> None:
+        """Forget, learn, and score what comes of it."""
+        if (stage := self.recipe.forget) and (facts := self.to_forget):
+            tuned = self.store.tuned(self.ready(self.tune)) if stage.kind.subtracts else None
+            self._train(stage, len(facts), lambda stage_io: self._forget(stage, facts, tuned, stage_io))
+            if "forgotten" in self.recipe.phases:
+                self._score("forgotten")
+        elif stage:
+            log.warning("The model gives none of the old answers, so there is nothing to forget; it only learns.")
+        self._train(self.recipe.learn, len(self.facts), self._learn)
+        self._score("updated")
+        self._measure("updated")
+
+    def set_coefficient(self, coef: float) -> None:
+        """Forget this much of the old answers."""
+        settings = self.config.forget.model_copy(update={"coef": coef})
+        self.config = self.config.model_copy(update={"forget": settings})
+        self.recipe = Recipe(self.config)
+
+    def tune(self, stage_io: StageIO) -> Tuned:
+        """Return what fine-tuning on the old answers ends in: all weights, or an adapter's. Needs a held base."""
+        stage = self.recipe.forget
+        assert stage is not None, "there is something to forget"
+        assert self.base is not None, "it is restored afterwards"
+        self._pending["base"] = self.base.restore
+        how = stage.kind.name
+        stage_log = tune_on_old(self.lm, self.to_forget, stage.settings, how, seed=stage.seed, stage_io=stage_io)
+        state = STAGE_KINDS[how].state(self.lm, lora.FORGET)
+        return {name: weight.cpu().clone() for name, weight in state.items()}, stage_log
+
+    def _teach(self, stage: Stage[TrainSettings], stage_io: StageIO) -> StageLog:
+        return teach(self.lm, old_pairs(self.facts), stage.settings, seed=stage.seed, stage_io=stage_io)
+
+    def _forget(
+        self, stage: Stage[ForgetSettings], facts: Sequence[Fact], tuned: StateDict | None, stage_io: StageIO
+    ) -> StageLog | None:
+        how = stage.kind.name
+        log.info("forgetting %d facts (%s)", len(facts), how)
+        if tuned is None:
+            return forget(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io)
+        forget_tuned(self.lm, tuned, facts, stage.settings, how)
+        return None
+
+    def _learn(self, stage_io: StageIO) -> StageLog:
+        stage = self.recipe.learn
+        if learned := self.store.learned():
+            STAGE_KINDS[stage.kind.name].put_product(self.lm, stage.settings, learned[0])
+            return learned[1]
+        log.info("learning %d facts (%s)", len(self.facts), stage.kind.name)
+        return learn(self.lm, self.facts, stage.settings, stage.kind.name, seed=stage.seed, stage_io=stage_io)
+
+    def _train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
+        if change := self.store.train(stage, n_facts, self.ready(compute)):
+            if stage.name == "learn":
+                self._pending.pop("forget", None)  # the product holds it
+            self._pending[stage.name] = change
+
+    def _probe(self) -> list[Row]:
+        probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
+        return self.store.rows("probe", probe)
+
+    def _score(self, phase: str) -> None:
+        def compute() -> list[Row]:
+            log.info("scoring the %s model", phase)
+            reference = scoring.locality_predictions(self.rows["base"]) if phase != "base" else None
+            evaluate = self.config.evaluate
+            return scoring.score(self.lm, self.scored, phase=phase, settings=evaluate, reference=reference)
+
+        self.rows[phase] = self.store.rows(f"score_{phase}", self.ready(compute))
+
+    def _measure(self, phase: str) -> None:
+        """Measure general ability, if the config asks for it."""
+        if not general_ability.asked(self.config.evaluate):
+            return
+
+        def write(folder: Path) -> None:
+            log.info("measuring the general ability of the %s model", phase)
+            general_ability.measure(self.lm, self.config.evaluate, folder, self._measured.get("base"))
+
+        self._measured[phase] = self.store.files(f"general_{phase}", self.ready(write))
+
+    @property
+    def general(self) -> dict[str, object]:
+        """General ability by phase, as it was measured."""
+        return {phase: general_ability.found_in(folder) for phase, folder in self._measured.items()}

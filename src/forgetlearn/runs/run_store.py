@@ -1,0 +1,160 @@
+"""The steps of an update in a run folder, each done once: a killed run goes on after the last one that was finished."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from forgetlearn.config.recipe import Recipe, Stage
+from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
+from forgetlearn.method.kinds import STAGE_KINDS, fold_in
+from forgetlearn.models import lora
+from forgetlearn.models.language_model import LanguageModel, load_model
+from forgetlearn.runs.coefficient import WEIGHTS, Choice, Search, read_choice, read_learned
+from forgetlearn.runs.pipeline import Pipeline, Store, Train, Tuned
+from forgetlearn.runtime import sharding
+from forgetlearn.storage import disk
+from forgetlearn.storage.records import Row, load_rows, save_rows
+from forgetlearn.storage.run_folder import RunFolder
+from forgetlearn.training.finetune import StageLog
+from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights import rounding
+from forgetlearn.weights.task_vector import StateDict
+
+log = logging.getLogger("forgetlearn")
+REMEDIES = (
+    "--set model.dtype=float32 (twice the size), or a method that learns with LoRA, whose adapter is not rounded, or "
+    "--set model.rounding=stochastic (with a little noise)"
+)
+FORGOTTEN_WEIGHTS = "weights.safetensors"
+
+
+class RunStore(Store):
+    """Keeps the steps of one update in its run folder. `base_name` is what an adapter's config calls its base."""
+
+    def __init__(self, run: RunFolder, config: RunConfig, lm: LanguageModel, base_name: str) -> None:
+        self.run, self.config, self.lm = run, config, lm
+        self.recipe = Recipe(config)
+        self.base_name = str((run.path / "taught").resolve()) if self.recipe.teach else base_name
+        self.choice: Choice | None = None
+
+    def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Return the rows of a step, as they were written."""
+        folder = self.files(step, lambda folder: save_rows(compute(), folder / "rows.jsonl"))
+        return load_rows(Row, folder / "rows.jsonl")
+
+    def files(self, step: str, write: Callable[[Path], None]) -> Path:
+        """Return the folder `stages/<step>`, after the step was done."""
+        self.run.do(step, write)
+        return self.run.path / "stages" / step
+
+    def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> Callable[[], None] | None:
+        """Change the model, and write what it became; if that was done before, return what loads it."""
+
+        def write(unfinished: Path) -> dict[str, object]:
+            noted: dict[str, object] = {} if n_facts is None else {"facts": n_facts}
+            if stage_log := compute(self._stage_io(stage.name)):
+                noted |= self._log_stage(stage.name, stage_log)
+            self._save(stage, unfinished)
+            return noted
+
+        was_done = self.run.is_done(stage.name)
+        self.run.do(stage.name, write, self._folder(stage).relative_to(self.run.path).as_posix())
+        return functools.partial(self._load, stage) if was_done else None
+
+    def _folder(self, stage: Stage[TrainSettings]) -> Path:
+        names = {"teach": "taught", "forget": "stages/forget", "learn": self.recipe.product}
+        return self.run.path / names[stage.name]
+
+    def _save(self, stage: Stage[TrainSettings], folder: Path) -> None:
+        kind = STAGE_KINDS[stage.kind.name]
+        if stage.name == "forget":  # to the last bit, in float32
+            sharding.save_parts(kind.state(self.lm, lora.FORGET), self.lm.model, folder / FORGOTTEN_WEIGHTS)
+        else:
+            kind.save_product(self.lm, folder, self._base_of_adapter())
+
+    def _load(self, stage: Stage[TrainSettings]) -> None:
+        folder, settings = self._folder(stage), stage.settings
+        if isinstance(settings, ForgetSettings):
+            weights = sharding.load_parts(self.lm.model, folder / FORGOTTEN_WEIGHTS)
+            STAGE_KINDS[stage.kind.name].put_state(self.lm, settings, weights)
+        elif stage.kind.adapter:
+            self.lm.model = lora.load(self.lm.model, folder, lora.PRODUCT, device=self.lm.device)
+        else:
+            self.lm.model = nn.Identity()  # so that the base is not held beside what replaces it
+            named = self.lm.settings.model_copy(update={"name": str(folder)})
+            self.lm.model = load_model(named, all_weights=self.recipe.changes_base).model
+
+    def _base_of_adapter(self) -> str:
+        """Return what the adapter's config names as its base: the hub id if the user gave one."""
+        if self.recipe.teach is None and self.config.model.base_model_id:
+            return self.config.model.base_model_id
+        folder = Path(self.base_name)
+        return str(folder.resolve()) if folder.is_dir() else self.base_name
+
+    def choose(self, pipeline: Pipeline) -> float:
+        """Return the coefficient of forgetting, searched for once."""
+
+        def search(folder: Path) -> dict[str, object]:
+            known, rows = pipeline.known, pipeline.rows["base"]
+            stage_io = self._stage_io("coefficient")
+            choice, stage_log = Search(self.lm, pipeline.facts, self.config, rows, known, folder, stage_io).run()
+            return {"coef": choice.coef, "why": choice.why, **self._log_stage("forget", stage_log)}
+
+        self.run.do("coefficient", pipeline.ready(search))
+        self.choice = read_choice(self._chosen)
+        log.info(self.choice.why)
+        return self.choice.coef
+
+    @property
+    def _chosen(self) -> Path:
+        return self.run.path / "stages/coefficient"
+
+    def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
+        """Return the weights that the search for the coefficient started from, if there was one."""
+        if self.choice is None or self.run.is_done("forget"):
+            return None
+        return sharding.load_parts(self.lm.model, self._chosen / WEIGHTS)
+
+    def learned(self) -> tuple[StateDict, StageLog] | None:
+        """Return what the best trial of the search learned, if there was one."""
+        return read_learned(self._chosen, self.lm) if self.choice else None
+
+    def merge(self, pipeline: Pipeline) -> None:
+        """Write the adapter folded into the base's weights, beside it."""
+
+        def compute(folder: Path) -> dict[str, object]:
+            fold_in(self.lm, lora.PRODUCT)
+            survival = self.lm.to_own_dtypes(self.recipe.learn.seed)
+            self.lm.save(folder)
+            return _tell_rounding(survival)
+
+        self.run.do("merge", pipeline.ready(compute), folder="merged")
+
+    def _stage_io(self, stage: str) -> StageIO:
+        config, logs = self.config, self.run.path / "logs"
+        return StageIO(stage, self.run.points(stage), config.checkpoint_minutes, config.report_to, logs / "trackers")
+
+    def _log_stage(self, stage: str, stage_log: StageLog) -> dict[str, object]:
+        """Write every step's numbers to the run folder; return the gist for the manifest."""
+        logs = self.run.path / "logs"
+        (logs / "seconds").mkdir(parents=True, exist_ok=True)
+        disk.write_rows(logs / f"{stage}.jsonl", stage_log.steps)
+        times = [{"step": step, "seconds": seconds} for step, seconds in enumerate(stage_log.seconds, 1)]
+        disk.write_rows(logs / "seconds" / f"{stage}.jsonl", times)
+        gist = {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss, **stage_log.how()}
+        return gist | _tell_rounding(stage_log.rounding)
+
+
+def _tell_rounding(survival: Mapping[str, float | int | None] | None) -> dict[str, object]:
+    """Log how much of the change survives the rounding of the product; return it for the manifest."""
+    if survival is None:
+        return {}
+    log.info("%s", rounding.in_words(survival))
+    if warning := rounding.warning(survival, REMEDIES):
+        log.warning("%s", warning)
+    return {"rounding": dict(survival)}
