@@ -143,17 +143,6 @@ def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
     return len(place) > len(outer) and place[: len(outer)] == outer
 
 
-def upgraded(kind: type[Settings], recorded: Mapping[str, object]) -> dict[str, object]:
-    """Return settings that an earlier version recorded, with newer ones at their defaults.
-
-    If this version cannot read them, they come back as they were recorded.
-    """
-    try:
-        return validate(kind, recorded).model_dump(mode="json")
-    except ConfigError:
-        return dict(recorded)
-
-
 def _problem(kind: type[Settings], item: Mapping[str, Any], where: str | None, elsewhere: frozenset[str]) -> str:
     """Return one line for one of pydantic's errors; it names the file unless a flag gave the value."""
     loc = tuple(part for part in item["loc"] if part not in TAGS)
