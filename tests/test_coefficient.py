@@ -153,7 +153,7 @@ def test_the_facts_set_aside_are_updated_and_listed_but_not_scored(chosen, metho
     aside = set(result.summary.choice.validation)
     assert len(aside) == ASIDE
     counts = result.summary.facts
-    assert (counts["used"], counts["scored"], counts["set_aside"]) == (USED, USED - ASIDE, ASIDE)
+    assert (counts.used, counts.scored, counts.set_aside) == (USED, USED - ASIDE, ASIDE)
     rows = disk.read_rows(result.output / "facts.jsonl")
     assert {row["fact"] for row in rows if row.get("split") == "validation"} == aside
     assert set(Counter(row["fact"] for row in rows).values()) == {21}  # 3 phases x 7 protocols
