@@ -230,7 +230,7 @@ def test_case_13_each_alias_counts_as_right_in_what_is_said_and_costs_nothing(lm
     said = ("annie.", "It is Ann Bo", "Cyrus")
     plain, read = scored(lm, monkeypatch, fact, *said)
     rows, read_too = scored(lm, monkeypatch, aliased, *said)
-    assert [plain["generate"][q] for q in scoring.QUANTITIES] == [0, 0, 0]
+    assert [plain["generate"].score(q) for q in scoring.QUANTITIES] == [0, 0, 0]
     assert [rows["generate"].score(q) for q in scoring.QUANTITIES] == [1, 0, pytest.approx(1 / 3)]
     assert [rows["contains"].score(q) for q in scoring.QUANTITIES] == [1, 0.5, pytest.approx(1 / 3)]
     assert read_too == read  # no text more
