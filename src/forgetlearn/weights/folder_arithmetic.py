@@ -145,8 +145,8 @@ def _write(
             if not any_base and change.made_on is not None and not is_recorded(Path(base), change.made_on):
                 raise ModelError(
                     f"{next(iter(given.values()))} was made from another base than {base}: the SHA-256 of its "
-                    "files (of a base from the hub, its commit) is not the one that was recorded. Pass --any-base to move this "
-                    "base all the same."
+                    "files (of a base from the hub, its commit) is not the one that was recorded. Pass --any-base "
+                    "to move this base all the same."
                 )
             work = Work(weights, change, _coefs(weights, change, coef, factors), numbers)
             check_space(output, sum(e.n_entries * WIDTHS[numbers.stored(e)] for e in weights.entries.values()))
