@@ -75,7 +75,7 @@ def _common(
     if processes.launched() > 1 and context.invoked_subcommand not in TOGETHER:
         raise ConfigError(
             f"{context.invoked_subcommand} is for one process, and {processes.launched()} were started. "
-            f"Start it without torchrun; {' and '.join(TOGETHER)} share their work out."
+            f"Start it without torchrun; {' and '.join(TOGETHER)} can share the work among several."
         )
     processes.silence_other_ranks()
 
@@ -237,7 +237,7 @@ def compare(
     if epochs is not None and "learn.epochs" in given.values:
         raise ConfigError("learn.epochs: not used by compare with --epochs. Leave one of them out.")
     if slurm_setting and not slurm:
-        raise ConfigError("--slurm-set is for jobs: pass --slurm too.")
+        raise ConfigError("--slurm-set needs --slurm: it configures the submitted jobs.")
     from forgetlearn.comparison.cells import CompareSettings
     from forgetlearn.comparison.grid import fill
     from forgetlearn.comparison.slurm import Jobs, fill_on_cluster

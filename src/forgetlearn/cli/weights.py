@@ -123,15 +123,20 @@ def apply(
 
     if is_run(what):
         if factor != 1 or ((dtype, rounding) != ("keep", "nearest") and not merge):
-            raise ConfigError("--factor is for vectors; --dtype and --rounding are for vectors and --merge.")
+            raise ConfigError(
+                "--factor applies only to a vector; --dtype and --rounding apply only to a vector or with --merge."
+            )
         if revision is not None:
-            raise ConfigError("--revision is for vectors: of a run's base the commit is taken that the run recorded.")
+            raise ConfigError(
+                "--revision applies only to a vector: for a run, "
+                "forgetlearn uses the base commit that the run recorded."
+            )
         from forgetlearn.products.restore import apply_run
 
         say(apply_run(what, base, output, merge=merge, numbers=numbers, overwrite=overwrite))
         return
     if merge:
-        raise ConfigError(f"--merge is for runs, and {what} is none.")
+        raise ConfigError(f"--merge needs a run folder; {what} is not one.")
     from forgetlearn.weights.folder_arithmetic import apply_vector
 
     written = apply_vector(what, _folder_of(base, revision), output, factor, numbers=numbers, overwrite=overwrite)

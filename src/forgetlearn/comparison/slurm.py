@@ -82,7 +82,7 @@ def fill_on_cluster(
     if comparison.open_cells():
         with executor.batch():
             submitted = [executor.submit(Job(comparison)) for _ in range(jobs.n)]
-        log.info("%d jobs submitted, logs in %s; they go on if this process ends", jobs.n, executor.folder)
+        log.info("%d jobs submitted, logs in %s; they keep running after this process ends", jobs.n, executor.folder)
         _wait(submitted, comparison)
     return comparison.cells
 

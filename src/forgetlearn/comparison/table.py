@@ -39,7 +39,7 @@ def write_table(path: Path) -> Table:
     run = RunFolder.open(path)
     recorded = run.manifest.config
     if not {"compare", "run"} <= recorded.keys():
-        raise RunError(f"{path} holds no comparison.")
+        raise RunError(f"{path} does not contain a comparison. Give the folder of `forgetlearn compare`.")
     settings, config = validate(CompareSettings, recorded["compare"]), validate(RunConfig, recorded["run"])
     groups = _groups(path, cells_of(settings, config))
     overall = _overall_columns(groups.values())
@@ -90,7 +90,10 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
     groups = {label: _Group(path, members) for label, members in by_label.items()}
     counts = {scores.shape[-1] for group in groups.values() for own in group.phases.values() for scores in own.values()}
     if len(counts) > 1:
-        raise RunError(f"{path / CELLS}: cells have {some(sorted(counts))} facts, and should have the same. Run again.")
+        raise RunError(
+            f"{path / CELLS}: the cells cover different numbers of "
+            f"facts ({some(sorted(counts))}). Run the comparison again."
+        )
     order = list(METHODS)
 
     def key(label: str) -> tuple[int, str, float, str, int]:
@@ -102,7 +105,7 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
 
 def _rows_of(folder: Path) -> list[Row]:
     if not is_run(folder):
-        raise RunError(f"{folder.parent.parent}: the cell {folder.name} is not done. Go on with --resume.")
+        raise RunError(f"{folder.parent.parent}: the cell {folder.name} is not finished. Continue with --resume.")
     RunFolder.open(folder).check_results(f"remove {folder} and go on with --resume")
     return load_rows(Row, folder / ROWS)
 

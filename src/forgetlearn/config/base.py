@@ -64,7 +64,9 @@ def read_yaml(file: Path, given_as: str = "config") -> dict[str, object]:
         if file.exists() and not file.is_file():  # a pipe or a device might never end
             raise ConfigError(f"{given_as} {file}: is not a regular file. Give an existing YAML file.")
         if file.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{given_as} {file}: has more than {MOST_BYTES:,} bytes, so it holds no settings.")
+            raise ConfigError(
+                f"{given_as} {file}: has more than {MOST_BYTES:,} bytes, so it is not a file of settings."
+            )
         data = safe_yaml.load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{given_as} {file}: {error.strerror or error}. Give an existing YAML file.") from None

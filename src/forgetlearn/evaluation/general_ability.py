@@ -106,7 +106,10 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
     if text := read_text(settings):
         digest = hashlib.sha256(f"{settings.general_tokens}:{text}".encode()).hexdigest()
         if before is not None and found_in(before)["text"]["sha256"] != digest:
-            raise FactError(f"evaluate.general = {settings.general}: is not the text that was read before the update.")
+            raise FactError(
+                f"evaluate.general = {settings.general}: is not the text that "
+                "was read before the update: the file changed during the run."
+            )
         on_text = score_text(lm, text, settings, keep=None if before else folder, before=before)
         source = {"source": Path(str(settings.general)).name, "sha256": digest}
         found["text"] = {**source, **asdict(on_text), "perplexity": on_text.perplexity}
@@ -189,7 +192,7 @@ def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict
     known = tasks.TaskManager(include_path=settings.task_folder)
     if unknown := [name for name in settings.tasks if name not in known.all_tasks]:
         raise FactError(
-            f"evaluate.tasks: lm-evaluation-harness knows no task {unknown[0]!r}. `lm-eval ls tasks` lists them; "
+            f"evaluate.tasks: lm-evaluation-harness has no task named {unknown[0]!r}. `lm-eval ls tasks` lists them; "
             "evaluate.task_folder names a folder with tasks of your own."
         )
     wrapped = models.HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=settings.batch_size)

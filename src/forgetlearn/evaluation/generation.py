@@ -197,7 +197,9 @@ def _rank(folder: Path) -> int:
         raise ModelError(f"{folder}: peft_type = {config.peft_type}: vLLM takes LoRA only. Leave --engine out.")
     rank = max(config.ranks(), default=8)
     if rank > VLLM_RANKS[-1]:
-        raise ModelError(f"{folder}: the adapter's rank is {rank}, vLLM takes {VLLM_RANKS[-1]}. Leave --engine out.")
+        raise ModelError(
+            f"{folder}: the adapter's rank is {rank}, but vLLM takes at most {VLLM_RANKS[-1]}. Leave --engine out."
+        )
     return next(known for known in VLLM_RANKS if known >= rank)
 
 
@@ -234,7 +236,7 @@ def _plain_generation(model: nn.Module) -> Iterator[None]:
     """Set the model's own generation settings aside: a repetition penalty in them would change greedy answers."""
     inner = attention.plain(model)
     if not hasattr(inner, "generation_config"):
-        raise ModelError("The model cannot generate.")
+        raise ModelError("The model has no generate method, so it cannot answer prompts. Give a causal language model.")
     own, inner.generation_config = inner.generation_config, GenerationConfig()
     try:
         yield

@@ -381,7 +381,7 @@ def _knots(curve: Curve) -> list[Floats]:
     for points in np.stack(rows, axis=1):
         points = points[:, ~np.isnan(points).any(axis=0)]
         if points.shape[1] == 0:
-            raise ValueError("A seed's curve has no point: every one has a NaN.")
+            raise ValueError("A seed's curve has no usable point: each contains a NaN.")
         reliability, place, count = np.unique(points[0], return_inverse=True, return_counts=True)
         others = [np.bincount(place, weights=row) / count for row in points[1:]]
         found.append(np.vstack([reliability, *others]))

@@ -56,7 +56,7 @@ def as_text(value: object, place: str) -> str:
         try:
             return str(value)
         except ValueError:  # Python refuses to write thousands of digits
-            raise FactError(f"{place} is a number of thousands of digits. Write it as text, in quotes.") from None
+            raise FactError(f"{place} is a number with thousands of digits. Write it as text, in quotes.") from None
     if not isinstance(value, str) and not (isinstance(value, float) and math.isfinite(value)):
         raise FactError(f"{place} is {kind(value)}. Text is expected.")
     text = str(value)

@@ -72,7 +72,7 @@ def _parse_file(path: Path, columns: Mapping[str, str]) -> Source:
     if not path.exists():
         raise FactError(f"{path} does not exist. {_near_files(path)}")
     if not path.is_file():
-        raise FactError(f"{path} is a pipe or a device. Write the facts to a file, and give that.")
+        raise FactError(f"{path} is a pipe or a device. Write the facts to a regular file and give that.")
     if suffix not in SUFFIXES:
         hint = f" Save it as {SAVE_AS[suffix]}." if suffix in SAVE_AS else ""
         raise FactError(f"{path}: suffix '{path.suffix}' is unknown. Known are {', '.join(SUFFIXES)}.{hint}")

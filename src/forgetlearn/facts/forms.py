@@ -152,8 +152,9 @@ def form_of(record: Record) -> Form | None:
     fitting = [form for form in OTHERS if form.fits(record)]
     if len(fitting) > 1:
         raise FactError(
-            f"its fields are those of {' and of '.join(form.shown for form in fitting)}. Take the fields of one out, "
-            "or say which field is which: --columns prompt=...,target_new=..."
+            f"its fields are those of {' and of '.join(form.shown for form in fitting)}. "
+            "Remove the fields of one form, "
+            "or map the fields: --columns prompt=...,target_new=..."
         )
     return fitting[0] if fitting else None
 
@@ -226,7 +227,7 @@ def read_records(
             if not form.reads(name):
                 ignored[original] += _size(read[name])
     if form is None:
-        raise FactError(f"{source} holds no record.")
+        raise FactError(f"{source} contains no records.")
     check_columns_found(columns, source, names)
     return Reading(form, drafts, {name: n for name, n in sorted(ignored.items()) if n})
 

@@ -71,7 +71,7 @@ def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[
     if clash := [own for own in given if own in there and own not in taken]:
         raise FactError(
             f"facts.columns says {clash[0]} = '{given[clash[0]]}', but the field '{clash[0]}' exists too. "
-            f"Name that one as well, or take it out."
+            f"Map that field too, or remove it."
         )
     found = dict(given)
     rest = [name for name in names if name not in taken]
@@ -106,7 +106,7 @@ def _with_synonyms(found: dict[str, str]) -> dict[str, str]:
     for own, synonyms in SYNONYMS.items():
         there = [by_fold[fold(name)] for name in synonyms if fold(name) in by_fold]
         if own not in found and len(there) > 1:
-            raise FactError(f"fields {some(there)} could all be '{own}'. Say which: --columns {own}={there[0]}.")
+            raise FactError(f"fields {some(there)} could all be '{own}'. Choose one: --columns {own}={there[0]}.")
         if own not in found and there:
             found[own] = found.pop(there[0])
         if own == "target_new" and own not in found:

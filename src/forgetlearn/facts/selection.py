@@ -273,9 +273,9 @@ def _with_account(result: FactSet, left: Sequence[LeftOut], strict: bool) -> Fac
         numbers.setdefault(item.reason, []).append(item.record)
     account = "; ".join(f"{len(found)} {reason} (record {some(found)})" for reason, found in numbers.items())
     if strict and left:
-        raise FactError(f"{result.source}: strict, and not everything can be used.\n{account}")
+        raise FactError(f"{result.source}: --strict was given, but some records cannot be used.\n{account}")
     if not result.facts:
-        raise FactError(f"{result.source}: no fact is left of {result.read} records.\n{account}")
+        raise FactError(f"{result.source}: none of the {result.read} records can be used.\n{account}")
     return replace(
         result,
         left_out=dict(Counter(item.reason for item in left if item.reason not in PROBE_REASONS)),

@@ -133,7 +133,7 @@ def parse_xlsx(path: Path) -> Source:
     try:
         with zipfile.ZipFile(path) as packed:
             if (size := sum(part.file_size for part in packed.infolist())) > LARGEST_BOOK:
-                raise FactError(f"{path} would unpack to {size / 1e9:.1f} GB. Save it as CSV.")
+                raise FactError(f"{path} would expand to {size / 1e9:.1f} GB. Save it as CSV.")
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         try:
             return _sheet(book.worksheets, str(path))

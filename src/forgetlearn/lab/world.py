@@ -161,7 +161,7 @@ def made_up_world(n_facts: int = 200, seed: int = 0) -> list[dict[str, object]]:
         ConfigError: `n_facts` is below 1 or above `MAX_FACTS`.
     """
     if not 1 <= n_facts <= MAX_FACTS:
-        raise ConfigError(f"n_facts = {n_facts}: a made-up world has between 1 and {MAX_FACTS} facts.")
+        raise ConfigError(f"n_facts = {n_facts}: expected 1 to {MAX_FACTS} facts.")
     rng = random.Random(str(seed))  # as text, because the integers 1 and -1 seed alike
     each, rest = divmod(n_facts, len(RELATIONS))
     world = _World(each + bool(rest), rng)

@@ -48,7 +48,7 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
             raise ConfigError(f"forget.rows = {settings.rows}: needs forgetting with all weights (method f-ft).")
         _check_vocabulary(lm, settings, "forget")
     if not kind.subtracts and settings.modules != module_names.ALL:
-        raise ConfigError("forget.modules: this method subtracts nothing. Leave it at all.")
+        raise ConfigError("forget.modules: this method subtracts nothing. Set it to all.")
 
 
 def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
@@ -96,7 +96,7 @@ def check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
     if settings.weight_decay:
         raise ConfigError(
             f"learn.rows = facts: the rows of other tokens stay, and train.weight_decay = {settings.weight_decay:g} "
-            "would shrink them. Set one of the two to its default."
+            "would shrink them. Reset one of the two to its default."
         )
 
 

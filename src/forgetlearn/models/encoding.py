@@ -73,7 +73,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "The tokenizer has no EOS token, so an answer could not end. "
-                'Set one, for example tokenizer.eos_token = "</s>", and save it with the model.'
+                'Set one, e.g. tokenizer.eos_token = "</s>", and save it with the model.'
             )
         if prompt_template == "auto":
             prompt_template = "chat" if tokenizer.chat_template else "plain"
@@ -222,7 +222,7 @@ class Encoder:
     def check_embedded(self, ids: Sequence[int], where: str) -> None:
         """Raise FactError, which names `where`, if the model has no embedding for one of the ids."""
         if strangers := self._without_embedding(ids):
-            raise FactError(f"{where}: holds {strangers}. Take it out.")
+            raise FactError(f"{where}: contains {strangers}. Remove it.")
 
     def fingerprint(self) -> dict[str, str]:
         """Return `prompts.fingerprint` of the template as it was read."""
@@ -270,7 +270,7 @@ class Encoder:
             if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
                 return ids
         raise FactError(
-            f"the tokenizer merges the end of the prompt with the answer, and cannot write them apart "
+            f"the tokenizer merges the end of the prompt with the answer, so they cannot be tokenised separately "
             f"(prompt {prompt!r}, answer {answer!r}). End the prompt with a whole word."
         )
 

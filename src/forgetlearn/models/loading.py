@@ -45,7 +45,7 @@ def pick_device(wanted: str) -> torch.device:
         return accelerator or torch.device("cpu")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[wanted]:
-        raise ConfigError(f"model.device = {wanted}: there is no such device here. Use auto or cpu.")
+        raise ConfigError(f"model.device = {wanted}: this machine has no such device. Use auto or cpu.")
     return torch.device(wanted)
 
 
@@ -221,8 +221,8 @@ def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
         )
     if unexpected:
         log.warning(
-            "%s: %d tensors of its files have no place in the model (transformers leaves them out), so the "
-            "product will not hold them; the first is %s",
+            "%s: %d tensors in its files do not belong to the model (transformers ignores them), so the "
+            "product will not contain them; the first is %s",
             *(name, len(unexpected), unexpected[0]),
         )
 
@@ -285,7 +285,7 @@ def _check_folder(name: str) -> None:
     if not folder.exists():
         if looks_like_path:
             near = hub.near_models(folder)
-            raise ModelError(f"{name}: there is no such folder. Give the folder of a saved model, or a hub id.{near}")
+            raise ModelError(f"{name}: does not exist. Give the folder of a saved model, or a hub id.{near}")
         return
     if not folder.is_dir():
         raise ModelError(f"{name}: is a file. Give the folder of a saved model, or a hub id.")
@@ -293,7 +293,7 @@ def _check_folder(name: str) -> None:
     if "config.json" not in files:
         products = [f"{name}/{product}" for product in ("adapter", "model") if product in files]
         hint = f" Did you mean {products[0]}?" if products else " Give the folder that save_pretrained wrote."
-        raise ModelError(f"{name}: has no config.json, so it is no saved model.{hint}")
+        raise ModelError(f"{name}: has no config.json, so it is not a saved model.{hint}")
     if not any(file.endswith(".safetensors") for file in files):
         pickles = [file for file in files if file.endswith(PICKLES)]
         found = (

@@ -211,7 +211,7 @@ def add_adapter(
             if by_weight:
                 adapt_by_weight(adapted, config, name, by_weight)
     except re.error as error:
-        raise ConfigError(f"lora.target_modules = {targets!r} is no regular expression: {error}.") from error
+        raise ConfigError(f"lora.target_modules = {targets!r} is not a valid regular expression: {error}.") from error
     except ValueError as error:
         raise NotAdaptable(f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}") from error
     # peft writes the kind of the last module that it looked at, and nothing if the model has another adapter already.

@@ -33,7 +33,7 @@ def groups_of_folder(folder: Path) -> dict[str, list[str]]:
     try:
         return groups(skeleton(folder))
     except ModelError as error:
-        raise ModelError(f"{error} Name layers or patterns instead of parts.") from error
+        raise ModelError(f"{error} Give layers or patterns instead of parts.") from error
 
 
 def groups(model: nn.Module) -> dict[str, list[str]]:

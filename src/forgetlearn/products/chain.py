@@ -160,7 +160,10 @@ def product_files(product: Path) -> dict[str, str]:
 def check_files(model: str | Path, chain: Sequence[Update]) -> None:
     """Raise RunError if files of a model differ from those that its last update wrote, or there are none to compare."""
     if not chain or not Path(model).is_dir():
-        raise RunError(f"{model}: there are no files here that an update wrote, so there is nothing to verify.")
+        raise RunError(
+            f"{model}: there are no files here that an update wrote, "
+            "so there is nothing to verify. Was it made by forgetlearn?"
+        )
     check_product(product_of(Path(model)))
 
 
@@ -170,7 +173,7 @@ def check_product(product: Path, suffix: str = "") -> None:
     written = chain[-1].files if chain else {}
     if changed := damaged(product, {name: written[name] for name in written if name.endswith(suffix)}):
         raise RunError(
-            f"{product}: {some(changed)}: not as the last update wrote it. Something changed it since. If that was "
+            f"{product}: {some(changed)}: changed after the last update wrote it (hash mismatch). If that was "
             f"meant, remove its {HISTORY}, which describes another model."
         )
 
@@ -198,7 +201,7 @@ def product_of(folder: Path) -> Path:
     if not is_run(folder):
         return folder
     if not (folder / SUMMARY).is_file():
-        raise RunError(f"{folder}: the run is not finished. Go on with --resume.")
+        raise RunError(f"{folder}: the run is not finished. Continue with --resume.")
     name = Summary.load(folder / SUMMARY).product
     if not name:
         raise RunError(f"{folder} holds scores, not an update. Give the folder of a model or of an update.")
@@ -230,7 +233,7 @@ def _from_hub(name: str, revision: str | None) -> list[Update]:
         file = hf_hub_download(name, HISTORY, revision=revision, local_files_only=not hub.is_reachable())
         return _updates_in(Path(file))
     except errors.LocalEntryNotFoundError:
-        log.warning("%s: the hub cannot be asked whether updates made this model; its chain is taken as empty", name)
+        log.warning("%s: could not ask the hub whether earlier updates made this model; assuming that none did", name)
         return []
     except errors.EntryNotFoundError:
         return []

@@ -115,16 +115,16 @@ def inspect_change(
         raise ConfigError(f"coef = {coef}: must be a finite number.")
     base = base or _base_named_by(Path(what))
     if coef is not None and base is None:
-        raise ConfigError("--coef needs --base: what rounding leaves depends on the weights that are moved.")
+        raise ConfigError("--coef needs --base: how much survives rounding depends on the base weights.")
     with ExitStack() as stack:
         vector = _vector_in(Path(what))
         if base is None and vector is None:
-            raise ConfigError(f"{what}: is no saved vector, so --base is needed: the change is what it differs by.")
+            raise ConfigError(f"{what}: is not a saved vector, so --base is needed to compute the change.")
         weights = stack.enter_context(CheckpointFolder(base) if base else open_vector(vector or ""))
         change = stack.enter_context(closing(_open(weights, what)))
         second = stack.enter_context(closing(_open(weights, other))) if other else None
         if second and not change.moved.keys() & second.moved.keys():
-            raise WeightMismatchError(f"{what} and {other} move no tensor in common.")
+            raise WeightMismatchError(f"{what} and {other} have no changed tensor in common.")
         look = _Look(weights, change, second, coef, knows_base=base is not None)
         wanted = [
             entry for entry in weights.entries.values() if entry.name in change.moved or look.in_other(entry.name)

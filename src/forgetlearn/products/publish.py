@@ -126,10 +126,13 @@ def contents(run: str | Path, *, base_model_id: str | None = None, merged: bool 
         raise RunError(f"{product}: has no {HISTORY} that lists its files. Make the run again.")
     files = chain[-1].files
     if changed := damaged(product, files):
-        raise RunError(f"{product}: {some(changed)}: not as the run wrote it, so it is not published.")
+        raise RunError(
+            f"{product}: {some(changed)}: changed after the run wrote it "
+            "(hash mismatch), so it is not published. Restore it from a backup."
+        )
     found: dict[str, Content] = {name: product / name for name in files}
     if not any(name.endswith(".safetensors") for name in found):
-        raise RunError(f"{product}: holds no safetensors, and nothing else is published as weights.")
+        raise RunError(f"{product}: has no .safetensors file; only safetensors weights are published.")
     configs = {name: _with_base(product / name, hub_id) for name in CONFIGS if name in found}
     files = files | {name: hashlib.sha256(content).hexdigest() for name, content in configs.items()}
     chain[-1] = chain[-1].model_copy(update={"base": hub_id, "files": files})
@@ -212,4 +215,6 @@ def _refuse_local_paths(run: RunFolder, base: Base, found: Mapping[str, Content]
         else:
             text = content if isinstance(content, bytes) else content.read_bytes()
         if any(path.encode() in text for path in local):
-            raise RunError(f"{name}: holds a path of this machine, so nothing is published. Take it out of the file.")
+            raise RunError(
+                f"{name}: contains a path of this machine, so nothing is published. Remove the path from the file."
+            )

@@ -118,7 +118,7 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
         kept = "It kept no change to go back by (keep_change was false)"
         if (folder.path / "adapter").is_dir():
             kept = "Its product is an adapter, which holds nothing of the base"
-        raise RunError(f"{run} cannot be undone: {gone}. {kept}. Get the base again from where it came.")
+        raise RunError(f"{run} cannot be undone: {gone}. {kept}. Download or copy the base again from its source.")
     if output is None:
         raise RunError(f"{gone}. It can be made from the product and the kept change: pass --output DIR.")
     folder.check_stage(CHANGE)
@@ -137,7 +137,7 @@ def _check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
     own = run.path / "taught"
     if taught and run.settings.teach.epochs > 0:
         if not own.is_dir():
-            raise RunError(f"{run.path}: the adapter belongs on the taught model taught/, which is gone.")
+            raise RunError(f"{run.path}: the adapter belongs on the taught model in taught/, which is missing.")
         if sha256_of(folder) != sha256_of(own):
             raise ModelError(f"{folder}: the adapter belongs on the taught model. Pass --base {own}.")
         return
@@ -158,7 +158,7 @@ def finished_run(run: str | Path) -> RunFolder:
     """
     folder = RunFolder.open(run)
     if not folder.manifest.finished:
-        raise RunError(f"{run}: the run is not finished. Go on with --resume.")
+        raise RunError(f"{run}: the run is not finished. Continue with --resume.")
     folder.check_results()
     if not Summary.load(folder.path / SUMMARY).product:
         raise RunError(f"{run} holds scores, not an update.")
@@ -280,6 +280,4 @@ def _copy_files(folder: Path, to: Path, left_out: list[str]) -> None:
 
 def _verify(folder: Path, wanted: str) -> None:
     if sha256_of(folder) != wanted:
-        raise ModelError(
-            f"{folder}: what was made has another hash than {wanted}. Nothing was kept. Is the disk sound?"
-        )
+        raise ModelError(f"{folder}: the hash of the result is not {wanted}. Nothing was written. Is the disk damaged?")

@@ -138,7 +138,7 @@ def load_page(path: Path) -> RunPage:
     run = RunFolder.open(path)
     run.check_results()
     if not (path / SUMMARY).is_file():
-        raise RunError(f"{path}: the run is not finished, so there is nothing to report. Go on with --resume.")
+        raise RunError(f"{path}: the run is not finished, so there is nothing to report. Pass --resume to continue it.")
     return page_of(run, Summary.load(path / SUMMARY), load_rows(Row, path / ROWS))
 
 

@@ -138,13 +138,14 @@ def check_quantization(recipe: Recipe) -> None:
     place = f"model.quantization = {settings.quantization}"
     if recipe.changes_base:
         raise ConfigError(
-            f"{place}: this update changes the base's own weights, which 4 bits cannot hold. Choose lora or f-lora, "
+            f"{place}: this update changes the base's own weights, "
+            "which a 4-bit base cannot store. Choose lora or f-lora, "
             "without teach.epochs and save_merged."
         )
     if recipe.chooses_coefficient:
         raise ConfigError(f"{place}: forget.coef = auto restores the base's weights. Give a number.")
     if settings.shard:
-        raise ConfigError(f"{place}: a model that is split over processes (model.shard) cannot be quantised.")
+        raise ConfigError(f"{place}: a sharded model (model.shard) cannot be quantised.")
 
 
 def check_weights(*models: object) -> None:

@@ -131,7 +131,7 @@ class Pipeline:
             if "forgotten" in self.recipe.phases:
                 self._score("forgotten")
         elif stage:
-            log.warning("The model gives none of the old answers, so there is nothing to forget; it only learns.")
+            log.warning("The model gives none of the old answers, so there is nothing to forget: skipping to learning.")
         self._train(self.recipe.learn, len(self.facts), self._learn)
         self._score("updated")
         self._measure("updated")

@@ -57,7 +57,7 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
     chain = chain_of(model)
     if len(chain) < 2:
         made = "one update" if chain else "no update that it tells of"
-        raise RunError(f"{model}: {made} made it, so there is no earlier one to ask about. Leave --retention out.")
+        raise RunError(f"{model}: {made} made it, so there is no earlier update to check. Omit --retention.")
     looked = [*map(Path, places), *runs_before(Path(model))]
     sets = [_facts_of(number, update, looked) for number, update in enumerate(chain[:-1], 1)]
     last = find_facts(chain[-1], looked)

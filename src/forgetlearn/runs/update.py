@@ -251,7 +251,7 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
     summary = records.Summary.load(path / "summary.json")
     if not summary.product:
-        raise RunError(f"{path} holds scores, not an update. Choose another folder.")
+        raise RunError(f"{path} contains scores, not an update. Choose another folder.")
     product = path / summary.product
     if not product.is_dir():
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")

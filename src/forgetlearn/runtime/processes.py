@@ -57,7 +57,7 @@ def launched() -> int:
         tasks = os.environ.get(name, "1")
         if "WORLD_SIZE" not in os.environ and tasks.isdigit() and int(tasks) > 1:
             raise ConfigError(
-                f"{name} = {tasks}: {tasks} processes were started that do not know of each other, and each would "
+                f"{name} = {tasks}: {tasks} independent processes were started, and each would "
                 "do all of the work. Start one task per machine, and torchrun in it (docs/scaling.md)."
             )
     return asked
@@ -129,7 +129,7 @@ def _own_gpu(n_gpus: int) -> int:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES = {visible!r})"
         raise ConfigError(
-            f"Process {own} of this machine has no GPU of its own: there are {n_gpus}{shown}. "
+            f"Process {own} of this machine has no GPU: the machine has {n_gpus}{shown}. "
             f"Start as many processes as there are GPUs: --nproc_per_node={n_gpus}."
         )
     return own

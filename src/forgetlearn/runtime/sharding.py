@@ -29,7 +29,8 @@ def loading_options() -> dict[str, object]:
     """Return the arguments with which `from_pretrained` splits a model; raise ConfigError in a single process."""
     if processes.world_size() == 1:
         raise ConfigError(
-            f"model.shard: there is one process, and nothing to split over. Start several: {processes.HOW_TO_START}"
+            "model.shard: sharding needs several processes, but "
+            f"there is only one. Start them with {processes.HOW_TO_START}"
         )
     from transformers.distributed import DistributedConfig
 

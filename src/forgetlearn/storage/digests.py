@@ -40,9 +40,7 @@ def copy_own(path: Path, folder: Path) -> None:
     home, target = path.parent.resolve(), path.resolve()
     blobs = home.parent.parent / "blobs"  # what a snapshot in the hub's cache is made of
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.is_relative_to(blobs)):
-        raise RunError(
-            f"{path} is a link out of its folder, to {target}, and is not copied. Put the file itself there."
-        )
+        raise RunError(f"{path} is a link to {target}, outside its folder. Replace it by the file itself.")
     shutil.copyfile(path, folder / path.name)
 
 

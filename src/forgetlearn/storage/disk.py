@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     data = _parsed(path, _read(path))
     if not isinstance(data, dict):
-        raise RunError(f"{path}: holds no JSON object. Is it from forgetlearn?")
+        raise RunError(f"{path}: does not contain a JSON object. Was it written by forgetlearn?")
     return data
 
 
@@ -82,7 +82,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if len(rows) != len(lines):
         raise RunError(f"{path}: cannot be read: {len(lines)} lines hold {len(rows)} rows.")
     if other := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
-        raise RunError(f"{path}: row {other} is no JSON object. Is it from forgetlearn?")
+        raise RunError(f"{path}: row {other} is not a JSON object. Was it written by forgetlearn?")
     return rows
 
 

@@ -50,7 +50,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         with claimed(lock) as is_ours:
             if not is_ours:
-                raise RunError(f"{folder} is being written by {_named(holder)}. Wait until it ends, or end it.")
+                raise RunError(f"{folder} is in use by {_named(holder)}. Wait for it to finish, or stop it.")
             try:
                 with suppress(RunError):  # a full disk: let the run say what it could not write
                     disk.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})

@@ -121,7 +121,7 @@ class RunFolder:
         """Raise RunError unless this process sees the run that process 0 writes: all need the same disk."""
         if not (self.path / MANIFEST).is_file():
             raise RunError(
-                f"Process {processes.rank()} does not see {self.path}, which process 0 writes. "
+                f"Process {processes.rank()} cannot see {self.path}, which process 0 writes. "
                 "Choose an output folder on a file system that all machines share."
             )
 
@@ -273,11 +273,11 @@ def check_output(
         if path.is_file():
             raise RunError(f"{path} is a file. Give a folder that does not exist yet.")
         if resume:
-            raise RunError(f"{path} exists, but holds no run to go on with. Choose another folder.")
+            raise RunError(f"{path} exists but holds no run to resume. Choose another folder.")
         go_on = "--resume to go on with it, or " if can_resume and is_run(path) else ""
         raise RunError(f"{path} exists. Pass {go_on}--overwrite to replace it.")
     if resume:
-        raise RunError("Pass --resume to go on with the run, or --overwrite to replace it, not both.")
+        raise RunError("Pass either --resume to continue the run or --overwrite to replace it, not both.")
     if not any(_is_ours(path / name) for name in (MANIFEST, "lab.json", ARITHMETIC, HISTORY)):
         raise RunError(f"{path} was not written by forgetlearn, so --overwrite does not replace it. Choose another.")
     for read in reads:

@@ -103,7 +103,11 @@ def finetune(
             reason = str(error).splitlines()[0]
         # Only here are the activations of the error's frames gone.
         smaller = _largest_divisor(settings.batch_size, half)
-        log.warning("%s; beginning again with micro_batch_size = %d, the steps stay the same", reason, smaller)
+        log.warning(
+            "%s; starting the stage again with micro_batch_size = %d; the optimiser steps stay the same",
+            reason,
+            smaller,
+        )
         memory.release_device()
         settings = settings.model_copy(update={"micro_batch_size": smaller})
 
@@ -221,7 +225,9 @@ def check_deepspeed(file: str) -> None:
             f"{where}: ZeRO stage {stage} splits the weights. Use --shard for that, or stage 1 or 2 here."
         )
     if half:
-        raise ConfigError(f"{where}: {half[0]} makes the trained weights half precision, which loses small steps.")
+        raise ConfigError(
+            f"{where}: {half[0]} makes the trained weights half precision, which would lose small updates."
+        )
     if asked.get("gradient_clipping") != "auto":
         raise ConfigError(f'{where}: needs "gradient_clipping": "auto", or max_grad_norm has no effect.')
 

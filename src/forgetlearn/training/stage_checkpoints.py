@@ -83,7 +83,7 @@ def newest(folder: Path) -> Path | None:
     """
     for point in sorted(_points(folder), reverse=True):
         if problem := _problem(point):
-            log.warning("%s: this checkpoint is not used: %s", point, problem)
+            log.warning("%s: ignoring this checkpoint: %s", point, problem)
             continue
         was, now = disk.read_json(point / MARKER)["world_size"], processes.world_size()
         if was != now:

@@ -238,7 +238,7 @@ def open_adapter(folder: Path) -> AdapterFiles:
         if rank > max(largest, 1):
             raise ModelError(
                 f"{folder / CONFIG}: a rank of {shown(rank)}, and no tensor of {ADAPTER} has more than {largest} rows "
-                "or columns. Is it the config of another adapter?"
+                "or columns. Does the config belong to another adapter?"
             )
     tensors.check_finite()
     return AdapterFiles(folder, config, tensors)

@@ -159,7 +159,9 @@ class CheckpointFolder:
         while done < len(into):
             got = os.preadv(self._open_files[entry.file], [into[done:]], entry.start + start + done)
             if got == 0:
-                raise ModelError(f"{self.folder / entry.file}: ended inside {entry.name}. Did something change it?")
+                raise ModelError(
+                    f"{self.folder / entry.file}: ended inside {entry.name}. Did another process change it?"
+                )
             done += got
 
     def read_bytes(self, entry: Entry, start: int = 0, length: int | None = None) -> bytearray:
@@ -226,7 +228,7 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if names:
         problem = f"{len(names)} .safetensors files and no index: {some(names)}. Save the model with save_pretrained."
     elif found:
-        problem = "holds an adapter, not a whole model. Pass it as --adapter, or merge it first."
+        problem = "is an adapter, not a whole model. Pass it as --adapter, or merge it first."
     else:
         problem = "holds no .safetensors file. Pickled weights are not read: save with save_pretrained."
     raise ModelError(f"{folder}: {problem}")

@@ -144,7 +144,8 @@ def _write(
             _check_numbers(weights, numbers)
             if not any_base and change.made_on is not None and not is_recorded(Path(base), change.made_on):
                 raise ModelError(
-                    f"{next(iter(given.values()))} was made on another base than {base}: the SHA-256 of its files (of "
+                    f"{next(iter(given.values()))} was made from another "
+                    f"base than {base}: the SHA-256 of its files (of "
                     "a base from the hub, its commit) is not the one that was recorded. Pass --any-base to move this "
                     "base all the same."
                 )
@@ -169,7 +170,7 @@ def open_change(base: CheckpointFolder, given: Mapping[str, str | Path]) -> Chan
         ConfigError: none is given, or more than one.
     """
     if len(given) != 1:
-        raise ConfigError(f"{len(given)} of --tuned, --adapter and --vector are given. Give one: what is subtracted.")
+        raise ConfigError(f"{len(given)} of --tuned, --adapter and --vector were given. Give exactly one of them.")
     ((kind, source),) = given.items()
     return CHANGES[kind](base, source)
 
@@ -259,10 +260,13 @@ def check_places(output: Path, inputs: list[str | Path], overwrite: bool) -> Non
     paths = [Path(given).resolve() for given in inputs]
     for one, two in itertools.combinations(paths, 2):
         if one == two:
-            raise ConfigError(f"{inputs[0]} is given twice: what is subtracted is the difference of two checkpoints.")
+            raise ConfigError(f"{inputs[0]} is given twice: subtract needs two different checkpoints.")
     for path, given in zip(paths, inputs, strict=True):
         if output.resolve().is_relative_to(path) or path.is_relative_to(output.resolve()):
-            raise ConfigError(f"The output {output} and the input {given} lie in each other. Choose another output.")
+            raise ConfigError(
+                f"The output {output} and the input {given} are the same "
+                "folder, or one contains the other. Choose another output."
+            )
     check_output(output, resume=False, overwrite=overwrite, inputs=inputs, can_resume=False)
 
 

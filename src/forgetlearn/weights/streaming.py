@@ -180,8 +180,8 @@ def _keep_infinite(numbers: Array, raw: Array, entry: Entry, wanted: Array | Non
     infinite = np.isinf(before)
     if wanted is not None and (moved := infinite & (wanted != 0) & ~np.isnan(wanted)).any():
         raise ModelError(
-            f"{entry.name}: {np.count_nonzero(moved)} numbers are infinite in the base, and what is subtracted would "
-            "move them. Is the base damaged?"
+            f"{entry.name}: {np.count_nonzero(moved)} numbers of the base are infinite, and the subtraction would "
+            "change them. Is the base damaged?"
         )
     np.copyto(numbers, before, where=infinite)
     odd = ~np.isfinite(numbers) & ~infinite

@@ -36,7 +36,7 @@ def skeleton(folder: Path) -> nn.Module:
         return weightless(AutoConfig.from_pretrained(folder))
     except Exception as error:  # of a config that anybody may have written
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{folder}: its config makes no model: {reason}") from error
+        raise ModelError(f"{folder}: cannot build a model from its config: {reason}") from error
 
 
 def outline(model: nn.Module) -> nn.Module:
