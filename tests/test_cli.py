@@ -378,7 +378,7 @@ def test_demo(told, refused, monkeypatch, tmp_path):
 def test_demo_refuses(refused, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    refused("not written by", "demo", "--overwrite", "--output", tmp_path / "mine")
+    refused("forgetlearn demo", "demo", "--overwrite", "--output", tmp_path / "mine")
     refused("n_facts = 0", "demo", "--limit", 0, "--output", tmp_path / "new")
     refused("seed = -1", "demo", "--seed", -1, "--output", tmp_path / "new")
     refused("n_facts = 20000", "demo", "--limit", 20000, "--output", tmp_path / "new")

@@ -388,8 +388,8 @@ def test_a_paper_config_runs_on_a_lab_base_in_the_place_of_its_model(small_lab, 
     config = load_config(ROOT / f"configs/paper/{name}.yaml", {**lab_like, **places})
     result = forgetlearn.update(config=config, output=tmp_path / "run")
     facts = result.summary.facts
-    assert facts["used"] == 6
-    assert facts["known"] > 0
+    assert facts.used == 6
+    assert facts.known > 0
     stages = disk.read_json(result.output / "manifest.json")["stages"]
     assert stages["forget"]["facts"] == stages["learn"]["facts"] == 6
     assert result.summary.phases["updated"]["reliability"]["token"].mean > 50

@@ -205,7 +205,7 @@ def test_flags_and_other_answers_of_a_fact():
     (fact,) = run_page.fact_table(inputs("a", target_new="rome.", ground_truth="Oslo"), rows, ["updated"])
     assert fact.flags == fact.shown_flags == ["residue", "broken", "errored"]
     assert fact.rephrased == "Oslo (2), (nothing)"
-    assert fact.told == {"updated": "new"}
+    assert fact.which == {"updated": "new"}
     assert [mark.text for mark in fact.marks] == ["●", "◐", "!", "◐"]
 
 

@@ -108,7 +108,7 @@ def test_what_rounding_the_product_leaves_is_said(small_lab, facts, config, tmp_
     settings = config(**tiny, **{"model.dtype": "bfloat16"})
     result = update(small_lab, facts, settings, output=tmp_path / "run")
     told = result.summary.rounding
-    assert 0 <= told["share_survived"] < 0.5
+    assert 0 <= told.share_survived < 0.5
     assert run_folder.RunFolder.open(result.output).manifest.stages["learn"].rounding == told
     assert "Rounding leaves 0." in caplog.text
     assert "--set model.rounding=stochastic" in caplog.text

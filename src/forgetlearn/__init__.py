@@ -86,7 +86,7 @@ _PUBLIC = {
     "summarise": "evaluation.scoring.summarise",
     "Fact": "facts.fact_set.Fact",
     "FactSet": "facts.fact_set.FactSet",
-    "read_facts": "facts.fact_set.read_facts",
+    "read_facts": "facts.read_facts",
     "LabSettings": "lab.build.LabSettings",
     "build_lab": "lab.build.build_lab",
     "demo": "lab.demo.run_demo",

@@ -22,7 +22,7 @@ from forgetlearn.report import comparison_page
 from forgetlearn.report.comparison_page import CellAnswers, Facts
 from forgetlearn.report.render import COLUMNS
 from forgetlearn.report.table import FILE, Against, EqualReliability, Forgotten, Table, TableRow, Unpaired
-from forgetlearn.storage.records import REMEDY, Input, Row, Summary, load_rows
+from forgetlearn.storage.records import REMEDY, ComparisonConfig, Input, Row, Summary, load_rows
 from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder, is_run
 
 Column = tuple[str, str]  # quantity and protocol
@@ -37,10 +37,10 @@ def write_table(path: Path) -> Table:
         RunError: the folder holds no comparison, or a cell of it is not done.
     """
     run = RunFolder.open(path)
-    recorded = run.manifest.config
-    if not {"compare", "run"} <= recorded.keys():
+    if "compare" not in run.manifest.config:
         raise RunError(f"{path} does not contain a comparison. Give the folder of `forgetlearn compare`.")
-    settings, config = validate(CompareSettings, recorded["compare"]), validate(RunConfig, recorded["run"])
+    recorded = run.config_as(ComparisonConfig)
+    settings, config = validate(CompareSettings, recorded.compare), validate(RunConfig, recorded.run.as_json())
     groups = _groups(path, cells_of(settings, config))
     overall = _overall_columns(groups.values())
     table = Table(

@@ -14,7 +14,7 @@ from forgetlearn.evaluation.statistics import Estimate
 from forgetlearn.report import plots, render, run_page
 from forgetlearn.report.plots import Panel, Point, Style
 from forgetlearn.report.render import COLUMNS, show_difference
-from forgetlearn.report.run_page import Mark
+from forgetlearn.report.run_page import FactLine, Mark
 from forgetlearn.report.table import Table, TableRow
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import FactCounts, Input, Manifest, Row, Step, load_rows
@@ -63,17 +63,6 @@ class Facts:
     inputs: Sequence[Input]
     counts: FactCounts
     cells: Mapping[str, Sequence[CellAnswers]]  # by label
-
-
-@dataclass(frozen=True)
-class FactLine:
-    """A line of the table of facts."""
-
-    prompt: str
-    ground_truth_shown: str
-    target_new_shown: str
-    marks: list[Mark]
-    flags: list[str]
 
 
 def write_pages(path: Path, table: Table, manifest: Manifest, facts: Facts, shared: Path) -> None:

@@ -77,19 +77,25 @@ class Mark:
 
 @dataclass(frozen=True)
 class FactLine:
-    """A line of the table of facts."""
+    """A line of the table of facts: what pages of runs and of comparisons show."""
 
     prompt: str
     ground_truth_shown: str
     target_new_shown: str
-    said: dict[str, str | None]  # by phase
-    told: dict[str, str | None]  # which of its answers that is
+    marks: list[Mark]
+    flags: list[str]  # what the filters look at
+
+
+@dataclass(frozen=True)
+class RunFactLine(FactLine):
+    """A fact of a run: what was said in each phase, and which of the fact's answers that is."""
+
+    said: dict[str, str | None]
+    which: dict[str, str | None]
     rephrased: str
     state: str
-    flags: list[str]
     shown_flags: list[str]
     reason: str | None
-    marks: list[Mark]
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class RunPage:
     manifest: Manifest
     overview: Overview
     rows: list[Row]
-    facts: list[FactLine]
+    facts: list[RunFactLine]
 
     def context(self) -> dict[str, object]:
         """Return what the templates name."""
@@ -224,7 +230,7 @@ def judged_by(rows: Iterable[Row]) -> str | None:
     return next((protocol for protocol in JUDGES if protocol in found), None)
 
 
-def fact_table(inputs: Sequence[Input], rows: Sequence[Row], phases: Sequence[str]) -> list[FactLine]:
+def fact_table(inputs: Sequence[Input], rows: Sequence[Row], phases: Sequence[str]) -> list[RunFactLine]:
     """Return a line per fact: old and new answer, what the model said in each phase, its state, flags and marks."""
     judge = judged_by(rows) or ""
     scored: dict[str, dict[tuple[str, str], Row]] = {}
@@ -233,7 +239,7 @@ def fact_table(inputs: Sequence[Input], rows: Sequence[Row], phases: Sequence[st
     return [_fact_line(fact, scored.get(fact.id, {}), phases, judge) for fact in inputs]
 
 
-def _fact_line(fact: Input, own: RowsOfFact, phases: Sequence[str], judge: str) -> FactLine:
+def _fact_line(fact: Input, own: RowsOfFact, phases: Sequence[str], judge: str) -> RunFactLine:
     answers = {phase: own.get((phase, "generate")) for phase in phases}
     said = {phase: row.said if row else None for phase, row in answers.items()}
     last, agreement, answered = own.get((phases[-1], judge)), own.get((phases[-1], "agreement")), answers[phases[-1]]
@@ -247,12 +253,12 @@ def _fact_line(fact: Input, own: RowsOfFact, phases: Sequence[str], judge: str) 
         "errored": bool(reasons),
     }
     found = [name for name, is_set in flags.items() if is_set]
-    return FactLine(
+    return RunFactLine(
         prompt=fact.prompt,
         ground_truth_shown=shown_answer(fact.old),
         target_new_shown=shown_answer(fact.new),
         said=said,
-        told={phase: _which_answer(text, fact) for phase, text in said.items()},
+        which={phase: _which_answer(text, fact) for phase, text in said.items()},
         rephrased=_other_texts(answered),
         state=state,
         flags=found,

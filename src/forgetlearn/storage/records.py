@@ -358,6 +358,18 @@ class Config(Record):
     learn: Stage
 
 
+class ComparisonConfig(Record):
+    """The recorded settings of a comparison; `validate` checks the rest of their contents."""
+
+    class Run(Record):
+        """What all cells share."""
+
+        model: Config.Model
+
+    run: Run
+    compare: Object
+
+
 # A run's results ----------------------------------------------------------------------------------
 
 
