@@ -310,8 +310,8 @@ def test_a_pattern_is_tried_as_it_is_used():
     assert problem([Pattern("x", r".*\.q_proj", r".*\.q_proj")], names) is None
     said = problem([Pattern("good", ".*", ".*"), Pattern("bad", "[", "["), Pattern("ugly", HANGS, HANGS)], names)
     assert said is not None
-    assert said.startswith("bad = '[' is no regular expression")
-    assert "is no regular expression" in problem([Pattern("deep", "(" * 50_000, "(" * 50_000)], names)
+    assert said.startswith("bad = '[' is not a valid regular expression")
+    assert "is not a valid regular expression" in problem([Pattern("deep", "(" * 50_000, "(" * 50_000)], names)
 
 
 # case 23

@@ -428,4 +428,4 @@ def test_the_commands(tmp_path, capsys):
     assert main(["apply", str(tmp_path / "v"), *common, "--factor", "-0.3", "--overwrite"]) == 0
     assert equal_bits(read(tmp_path / "o"), subtract(base, read(Path(t)), 0.3))
     assert main(["apply", str(tmp_path / "v"), *common, "--merge", "--overwrite"]) == 2
-    assert "--merge is for runs" in capsys.readouterr().err
+    assert "--merge needs" in capsys.readouterr().err

@@ -329,7 +329,7 @@ def test_report(told, refused, updated, tmp_path):
         (updated / name).unlink()
     assert told("report", updated) == (0, f"{updated}/report.html\n", "")
     assert {name: (updated / name).read_bytes() for name in before} == before
-    refused("no manifest.json there, so it is no run folder", "report", tmp_path)
+    refused("manifest.json", "report", tmp_path)
     (updated / "summary.json").rename(tmp_path / "summary.json")
     refused("the run is not finished", "report", updated)
     (tmp_path / "summary.json").rename(updated / "summary.json")
@@ -381,7 +381,7 @@ def test_demo_refuses(refused, tmp_path):
     refused("forgetlearn demo", "demo", "--overwrite", "--output", tmp_path / "mine")
     refused("n_facts = 0", "demo", "--limit", 0, "--output", tmp_path / "new")
     refused("seed = -1", "demo", "--seed", -1, "--output", tmp_path / "new")
-    refused("n_facts = 20000: a made-up world has", "demo", "--limit", 20000, "--output", tmp_path / "new")
+    refused("n_facts = 20000", "demo", "--limit", 20000, "--output", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -405,7 +405,7 @@ BAD_FACTS = {
     "record of the wrong type": ("f.json", json.dumps([GOOD, "text"]).encode(), "record 2"),
     "field of the wrong type": ("f.jsonl", lines(GOOD, {**GOOD, "target_new": {"a": 1}}), "record 2: 'target_new'"),
     "no prompt": ("f.jsonl", lines(GOOD, {**GOOD, "prompt": " "}), "record 2 has no prompt"),
-    "no fact left": ("f.jsonl", lines({**GOOD, "ground_truth": "new"}), "no fact is left"),
+    "no fact left": ("f.jsonl", lines({**GOOD, "ground_truth": "new"}), "can be used"),
     "no old answer": ("f.jsonl", lines({"prompt": "a", "target_new": "b"}), "--old-from model"),
     "longer than the context": ("f.jsonl", lines({**GOOD, "prompt": "far " * 600}), "the model's context is 512"),
 }
@@ -474,7 +474,7 @@ def test_bad_model(refused, lab_facts, tmp_path, name):
 
 def test_missing_model(refused, lab_facts, tmp_path):
     argv = ("--facts", lab_facts, "--output", tmp_path / "run")
-    refused("no such folder", "update", "--model", tmp_path / "nowhere", *argv)
+    refused("does not exist", "update", "--model", tmp_path / "nowhere", *argv)
     refused("nobody/nothing", "update", "--model", "nobody/nothing", *argv)
     refused("model.name is not set", "update", *argv)
     refused("is a file", "ask", "--model", lab_facts, "hello")
@@ -594,7 +594,7 @@ def test_nothing_in_facts_steers_the_terminal(told, refused, tmp_path):
     file.write_bytes(lines({NASTY: 1}))
     assert "\x1b" not in refused("f.jsonl", "facts", file)
     # Not ESC alone: typer drops colours by itself where the output is no terminal.
-    assert "\x07" not in refused("no such folder", "ask", "--model", tmp_path / "\x1b[31mred\x07", "hello")
+    assert "\x07" not in refused("does not exist", "ask", "--model", tmp_path / "\x1b[31mred\x07", "hello")
 
 
 def test_nothing_in_answers_steers_the_terminal(told, small_lab, monkeypatch):

@@ -288,10 +288,10 @@ def test_curves_at_equal_reliability(small_lab, facts, config, tmp_path):
 def test_a_table_of_unfinished_cells_or_of_no_comparison_is_refused(small_lab, facts, config, tmp_path):
     whole = {"run": config.model_dump(mode="json"), "compare": SETTINGS.model_dump(mode="json")}
     run_folder.RunFolder.create(tmp_path / "begun", whole, {})
-    with pytest.raises(RunError, match=r"the cell .* is not done. Go on with --resume"):
+    with pytest.raises(RunError, match=r"the cell .* is not finished"):
         write_table(tmp_path / "begun")
     run_folder.RunFolder.create(tmp_path / "run", config.model_dump(mode="json"), {})
-    with pytest.raises(RunError, match="holds no comparison"):
+    with pytest.raises(RunError, match="does not contain a comparison"):
         write_table(tmp_path / "run")
 
 

@@ -127,8 +127,8 @@ def test_the_product_of_what_has_none(twice, tmp_path):
     [
         ('{"updates":[{"when":"x","facts":{}}]}', "updates.0.method"),
         ('{"updates": {}}', "updates"),
-        ("null", "no JSON object"),
-        ('"text"', "no JSON object"),
+        ("null", "JSON object"),
+        ('"text"', "JSON object"),
         ("[" * 100_000, "deep"),
         ('{"updates": ' + "[" * 300 + "]" * 300 + "}", "deep"),
         (json.dumps({"updates": [an_update(facts={"used": "3"})]}), "updates.0.facts.used"),

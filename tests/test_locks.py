@@ -17,7 +17,7 @@ from forgetlearn.storage.locks import claimed, only_writer
 def test_the_second_writer_is_told_who_the_first_is(tmp_path):
     run = tmp_path / "run"
     with only_writer(run):
-        with pytest.raises(RunError, match=f"written by process {os.getpid()} on {socket.gethostname()}"):
+        with pytest.raises(RunError, match=f"by process {os.getpid()} on {socket.gethostname()}"):
             update("a model", "facts", output=run, resume=True)
         (run / "result").touch()
     assert [path.name for path in run.iterdir()] == ["result"]

@@ -106,7 +106,7 @@ class TestLoad:
         assert "no place" not in caplog.text
         change_weights(damaged, lambda weights: weights.update({"model.layers.2.bias": torch.ones(3)}))
         load(damaged)
-        assert "1 tensors of its files have no place in the model" in caplog.text
+        assert "1 tensors in its files do not belong to the model" in caplog.text
         assert "model.layers.2.bias" in caplog.text
 
 

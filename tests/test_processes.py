@@ -298,7 +298,7 @@ def test_an_update_goes_on_after_a_stage_with_as_many_processes(update, shard):
     change_manifest(done, forget_stages("learn", "score_updated"))
     command = [*disk.read_json(done / "manifest.json")["command"][1:], "--resume"]
     fewer = forgetlearn(1, *command, code=2)
-    assert ("there is one process" if shard else "inputs.processes = 2, now it is None") in fewer
+    assert ("there is only one" if shard else "inputs.processes = 2, now it is None") in fewer
     forgetlearn(2, *command)
     assert largest_difference(before, weights_of(done)) == 0
 

@@ -169,7 +169,7 @@ class TestUndo:
 
     def test_the_output_may_not_lie_in_the_base_or_the_run(self, made):
         for inside in ("base", "lora"):
-            with pytest.raises(ConfigError, match="lie in each other"):
+            with pytest.raises(ConfigError, match="The output"):
                 restore.undo_run(made / "lora", made / inside / "again")
 
     def test_the_base_from_the_product(self, moved, tmp_path):

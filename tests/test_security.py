@@ -91,7 +91,7 @@ def moved(damaged, tmp_path):
 def test_a_link_out_of_a_model_is_not_copied(damaged, moved, tmp_path):
     (tmp_path / "id_rsa").write_text("private")
     (damaged / "LICENSE.txt").symlink_to(tmp_path / "id_rsa")
-    with pytest.raises(RunError, match=r"LICENSE\.txt is a link out of its folder"):
+    with pytest.raises(RunError, match=r"LICENSE\.txt is a link"):
         subtract_folders(damaged, tmp_path / "out", 1.0, tuned=moved)
     assert not (tmp_path / "out").exists()
     (damaged / "LICENSE.txt").unlink()

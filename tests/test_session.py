@@ -378,7 +378,7 @@ def test_aliases_are_scored_shown_and_kept(small_lab, records, config, tmp_path)
 def test_policy_model_with_no_fact_left_writes_nothing(small_lab, records, config, tmp_path):
     held = [{"prompt": record["prompt"], "target_new": record["ground_truth"]} for record in records]
     file = write_lines(tmp_path / "facts.jsonl", held)
-    with pytest.raises(FactError, match="no fact is left"):
+    with pytest.raises(FactError, match="can be used"):
         update(small_lab, file, config(facts__old_from="model"), output=tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["facts.jsonl"]
 

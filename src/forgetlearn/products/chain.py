@@ -201,7 +201,7 @@ def product_of(folder: Path) -> Path:
     if not is_run(folder):
         return folder
     if not (folder / SUMMARY).is_file():
-        raise RunError(f"{folder}: the run is not finished. Go on with --resume.")
+        raise RunError(f"{folder}: the run is not finished. Continue with --resume.")
     name = Summary.load(folder / SUMMARY).product
     if not name:
         raise RunError(f"{folder} holds scores, not an update. Give the folder of a model or of an update.")

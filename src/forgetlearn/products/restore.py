@@ -158,7 +158,7 @@ def finished_run(run: str | Path) -> RunFolder:
     """
     folder = RunFolder.open(run)
     if not folder.manifest.finished:
-        raise RunError(f"{run}: the run is not finished. Go on with --resume.")
+        raise RunError(f"{run}: the run is not finished. Continue with --resume.")
     folder.check_results()
     if not Summary.load(folder.path / SUMMARY).product:
         raise RunError(f"{run} holds scores, not an update.")

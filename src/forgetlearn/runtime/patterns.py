@@ -57,7 +57,7 @@ def problem(patterns: Sequence[Pattern], names: Sequence[str]) -> str | None:
         return _describe(tried, late.stdout, f"takes more than {MOST_SECONDS:g} s to match the names of modules")
     if done.returncode != 0:
         reason = done.stderr.decode(errors="replace").strip() if done.returncode == 3 else ""
-        return _describe(tried, done.stdout, f"is no regular expression{': ' if reason else ''}{reason[:200]}")
+        return _describe(tried, done.stdout, f"is not a valid regular expression{': ' if reason else ''}{reason[:200]}")
     return None
 
 

@@ -100,7 +100,7 @@ class RunFolder:
         """
         file = Path(path) / MANIFEST
         if not file.is_file():
-            raise RunError(f"{path}: is no run folder: it has no {MANIFEST}.")
+            raise RunError(f"{path}: is not a run folder: it has no {MANIFEST}.")
         data = read_json(file)
         written = data.pop("sha256", None)
         manifest = Manifest.parse(data, file)
