@@ -24,6 +24,7 @@ from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runtime import processes
 from forgetlearn.storage import disk
+from forgetlearn.storage.records import Row, load_rows, save_rows
 from forgetlearn.training.finetune import facts_at_once
 from forgetlearn.training.trainer import own_part
 from written_by_hand import change_manifest, forget_stages
@@ -73,7 +74,7 @@ def as_process(place, port, folder):
             for how in ("all weights", "lora"):
                 rows, weights = learn_and_score(how)
                 assert all(part == rows for part in processes.gather(rows))
-                disk.write_rows(folder / f"{how}.jsonl", rows)
+                save_rows(rows, folder / f"{how}.jsonl")
                 if processes.is_main():
                     save_file(weights, folder / f"{how}.safetensors")
     except BaseException:
@@ -96,7 +97,7 @@ def test_two_processes_learn_and_score_as_one_does(tmp_path):
     assert not [file.read_text() for file in tmp_path.glob("failure-*")]
     assert [process.exitcode for process in started] == [0, 0]
     for how, (rows, weights) in alone.items():
-        assert disk.read_rows(tmp_path / f"{how}.jsonl") == rows
+        assert load_rows(Row, tmp_path / f"{how}.jsonl") == rows
         assert largest_difference(weights, load_file(tmp_path / f"{how}.safetensors")) < TOLERANCE
 
 
