@@ -397,11 +397,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 0
         if code == INTERRUPTED:
-            say("Interrupted. Finished stages are kept; go on with --resume.", err=True)
+            say("Interrupted. Finished stages are kept; continue with --resume.", err=True)
         return code
     except signals.Interrupted as stop:
         if processes.launched_rank() == 0:
-            say(f"Interrupted. What was done is kept. Go on with:\n  {_with_resume(argv)}", err=True)
+            say(f"Interrupted. What was done is kept. Continue with:\n  {_with_resume(argv)}", err=True)
         return stop.exit_code
     except Exception as error:
         if processes.is_reported(error):

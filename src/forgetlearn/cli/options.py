@@ -55,7 +55,7 @@ SetOption = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what forgetlearn wrote there.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 ProcessesOption = Annotated[

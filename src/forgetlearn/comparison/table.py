@@ -106,7 +106,7 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
 def _rows_of(folder: Path) -> list[Row]:
     if not is_run(folder):
         raise RunError(f"{folder.parent.parent}: the cell {folder.name} is not finished. Continue with --resume.")
-    RunFolder.open(folder).check_results(f"remove {folder} and go on with --resume")
+    RunFolder.open(folder).check_results(f"remove {folder} and continue with --resume")
     return load_rows(Row, folder / ROWS)
 
 

@@ -52,7 +52,7 @@ def run_demo(
     marker = output / "demo.json"
     if output.exists() and any(output.iterdir()):
         if not (resume or overwrite):
-            raise RunError(f"{output} exists. Pass --resume to go on with it, or --overwrite to replace it.")
+            raise RunError(f"{output} exists. Pass --resume to continue it, or --overwrite to replace it.")
         if not marker.is_file():
             raise RunError(f"{output} was not created by `forgetlearn demo`. Choose another folder.")
     with disk.naming(output):

@@ -274,7 +274,7 @@ def check_output(
             raise RunError(f"{path} is a file. Give a folder that does not exist yet.")
         if resume:
             raise RunError(f"{path} exists but holds no run to resume. Choose another folder.")
-        go_on = "--resume to go on with it, or " if can_resume and is_run(path) else ""
+        go_on = "--resume to continue it, or " if can_resume and is_run(path) else ""
         raise RunError(f"{path} exists. Pass {go_on}--overwrite to replace it.")
     if resume:
         raise RunError("Pass either --resume to continue the run or --overwrite to replace it, not both.")
