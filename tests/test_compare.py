@@ -423,7 +423,7 @@ def test_a_variant_that_learns_otherwise_is_held_against_what_learns_like_it(sma
         ("f-ft", "held_attn"): "ft held",
         ("f-ft", "mlp"): "ft",  # no plain fine-tuning learns like it here
     }
-    assert {curve["variant"]: curve["against"] for curve in table["curves"]}["held_attn"] == "ft held"
+    assert {curve.variant: curve.against for curve in table.curves}["held_attn"] == "ft held"
     for name, learned in (("f-ft-held_attn-coef0.5", ("all", "facts")), ("f-ft-mlp-coef0.5", ("mlp", "all"))):
         own = load_config(tmp_path / "out" / "cells" / f"{name}-1epochs-seed0" / "config.yaml").learn
         assert (own.modules, own.rows) == learned
