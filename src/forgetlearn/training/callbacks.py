@@ -7,8 +7,10 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 
+import torch
+from torch import distributed
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from forgetlearn.errors import ConfigError, TrainingError
@@ -107,10 +109,10 @@ class Saving(TrainerCallback):  # type: ignore[misc]
         self.name, self.seconds = name, 60 * minutes if minutes else math.inf
         self.last, self.took = time.monotonic(), 0.0
 
-    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Ask for a checkpoint, alone or with an end; all processes do the same, the most that one of them wants."""
         is_due = time.monotonic() - self.last >= max(self.seconds, TIMES_AS_LONG * self.took)
-        wish = max(processes.gather(STOP if signals.requested() else SAVE if is_due else GO_ON))
+        wish = _highest(STOP if signals.requested() else SAVE if is_due else GO_ON, args.device)
         if wish == GO_ON:
             return
         control.should_save = True
@@ -124,6 +126,15 @@ class Saving(TrainerCallback):  # type: ignore[misc]
         """Note how long it took."""
         now = time.monotonic()
         self.took, self.last = now - self.last, now
+
+
+def _highest(wish: int, device: torch.device) -> int:
+    """Return the highest wish of all processes. Every step waits for it, so it is one small tensor, not an object."""
+    if processes.world_size() == 1:
+        return wish
+    wishes = torch.tensor(wish, device=device)
+    distributed.all_reduce(wishes, distributed.ReduceOp.MAX)
+    return int(wishes)
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
