@@ -70,7 +70,7 @@ PLAIN = make_row("ft", 50.0)
             "+2.0 [-1.0, +5.0] points against ft with as many epochs, an interval that includes zero",
         ),
         ((2.0, 0.1, 3.9, 0.03), "an interval without zero, but not by enough for the best of many"),
-        ((2.0, 0.9, 3.1, 0.001), "which stands for all comparisons made here"),
+        ((2.0, 0.9, 3.1, 0.001), "which holds for all comparisons made here"),
         ((2.0, None, None, 0.001), "+2.0 points against ft with as many epochs, without an interval"),
     ],
 )

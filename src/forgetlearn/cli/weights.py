@@ -204,7 +204,7 @@ def inspect(
     from forgetlearn.products.inspect import inspect_change, plot_change
 
     if revision is not None and base is None:
-        raise ConfigError(f"--revision {revision} is of a base on the hub: give its id with --base.")
+        raise ConfigError(f"--revision {revision} needs a base on the hub. Pass its id with --base.")
     found = inspect_change(what, other=other, base=_folder_of(base, revision) if base else None, coef=coef)
     if plot:
         plot_change(found, plot)

@@ -123,7 +123,10 @@ def begin(
         )
     check_engine(config.evaluate, changed_by="compare")
     if config.model.quantization != "none":
-        raise ConfigError("model.quantization: compare restores the base's weights for each cell. Use update, or none.")
+        raise ConfigError(
+            f"model.quantization = {config.model.quantization}: compare restores the base's weights for each cell, which "
+            "a 4-bit base does not allow. Run update, or set model.quantization = none."
+        )
     cells = cells_of(settings, config)
     check_names(settings, cells)
     run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
@@ -178,7 +181,7 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
             helper.terminate()
     failed = [helper.exitcode for helper in helpers if helper.exitcode]
     if failed:
-        log.warning("%d of %d workers failed; this process did their cells", len(failed), len(helpers))
+        log.warning("%d of %d workers failed; this process filled their cells", len(failed), len(helpers))
 
 
 def _help(comparison: Comparison, n_threads: int) -> None:

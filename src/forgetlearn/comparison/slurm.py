@@ -129,7 +129,7 @@ def _wait(jobs: Sequence[Any], comparison: Comparison) -> None:
             f"The jobs' logs are in {comparison.path / JOBS}. Continue with --resume."
         )
     if failed:
-        log.warning("%d of %d jobs failed; the other jobs did their cells", len(failed), len(jobs))
+        log.warning("%d of %d jobs failed; the other jobs filled their cells", len(failed), len(jobs))
 
 
 def _reason(error: Exception) -> str:

@@ -77,7 +77,7 @@ def read_text(settings: EvaluateSettings) -> str:
     except UnicodeDecodeError as error:
         raise FactError(f"{place}: is not UTF-8 at byte {error.start}. Give a plain text file.") from error
     if not text.strip():
-        raise FactError(f"{place}: is empty. Give some thousand words of ordinary text.")
+        raise FactError(f"{place}: is empty. Use a text of a few thousand ordinary words.")
     return text
 
 
@@ -162,7 +162,7 @@ def _windows(lm: LanguageModel, text: str, n_tokens: int) -> Iterator[list[int]]
     pieces = [bos + ids[start : start + size] for start in range(0, len(ids), size)]
     long_enough = [piece for piece in pieces if len(piece) > 1]
     if not long_enough:
-        raise FactError(f"evaluate.general: the text has {len(ids)} tokens. Give some thousand words.")
+        raise FactError(f"evaluate.general: the text has {len(ids)} tokens. Use a text of a few thousand words.")
     yield from long_enough
 
 

@@ -163,5 +163,5 @@ def old_pairs(facts: Iterable[Fact]) -> Pairs:
     """
     pairs = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     if not pairs:
-        raise FactError("No fact has an old answer to forget. Give ground_truth, or read them with old_from = model.")
+        raise FactError("No fact has an old answer to forget. Give ground_truth, or set facts.old_from = model.")
     return pairs

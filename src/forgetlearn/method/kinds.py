@@ -108,7 +108,7 @@ class Adapter(StageKind):
         return adapted
 
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
-        """Train at the learning rate of adapters."""
+        """Return the settings with the learning rate of adapters."""
         assert isinstance(settings, TuningSettings), "teaching trains no adapter"
         return settings.model_copy(update={"learning_rate": settings.lora_learning_rate}), Variant()
 
@@ -167,7 +167,7 @@ class Bounded(StageKind):
     """Keep every weight within `max_change` of where it was."""
 
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
-        """Train within the bound."""
+        """Return the settings, and `max_change` as the bound on how far a weight may move."""
         assert isinstance(settings, StageSettings), "a kind of learning"
         return settings, Variant(max_change=settings.max_change)
 
@@ -176,7 +176,7 @@ class Ascent(StageKind):
     """Climb the loss of the old answers, which forgets them; nothing is subtracted."""
 
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
-        """Scale the rate by `coef`, because Adam does not see the scale of a loss."""
+        """Return the settings with `coef` times the rate (Adam ignores the scale of a loss), and the loss negated."""
         assert isinstance(settings, ForgetSettings), "a kind of forgetting"
         slower = settings.model_copy(update={"learning_rate": settings.number * settings.learning_rate})
         return slower, Variant(loss_sign=-1)

@@ -72,7 +72,7 @@ def _sha256(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> str:
 
 
 def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors, sorted, each on the CPU in its own dtype; of a split model this process's part."""
+    """Yield (name, tensor), sorted by name, on the CPU, in the dtype it was loaded in; of a sharded model, our part."""
     own = {sharding.local(p).data_ptr(): dtypes[name] for name, p in model.named_parameters() if name in dtypes}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, value in sorted(model.state_dict().items()):

@@ -34,7 +34,7 @@ class Outline:
     notes: tuple[str, ...] = ()
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Skeleton:
-        """Return the model without numbers, in its own dtype or another."""
+        """Return the model's structure without weight values, in `dtype` or else its own."""
         return Skeleton(self.config, dtype or self.dtype, trust_remote_code=self.trust_remote_code)
 
 

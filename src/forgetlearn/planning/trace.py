@@ -198,7 +198,7 @@ class _Live(TorchDispatchMode):
 
 @contextmanager
 def _live(model: nn.Module) -> Iterator[_Live]:
-    """Count operations in the body, without weights and buffers, but with the gradients that exist already."""
+    """Yield a counter of operations and live bytes; bytes exclude weights and buffers, and include gradients."""
     live = _Live()
     for weight in (*model.parameters(), *model.buffers()):
         live.add(weight, counts=False)

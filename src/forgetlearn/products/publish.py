@@ -156,7 +156,7 @@ def _hub_id(folder: RunFolder, base: Base, given: str | None, product: Path) -> 
         )
     if hub_id is None:
         raise ConfigError(
-            f"The base is {base.name}, which is no hub id. Pass --base-model-id with the id that others find it by."
+            f"The base is {base.name}, which is not a hub id. Pass --base-model-id with the id under which others find it."
         )
     _check_id(hub_id, "--base-model-id", named=given is not None)
     return hub_id
@@ -170,7 +170,7 @@ def _check_id(name: str, flag: str, *, named: bool = True) -> None:
     except errors.HFValidationError:
         is_path = True
     if is_path:
-        raise ConfigError(f"{flag} {name}: is no hub id (user/name).")
+        raise ConfigError(f"{flag} {name}: is not a hub id (user/name).")
 
 
 def _with_base(file: Path, base: str) -> bytes:

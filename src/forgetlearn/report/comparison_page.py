@@ -49,7 +49,7 @@ class CellAnswers:
 
     @classmethod
     def of(cls, folder: Path, rows: Iterable[Row]) -> CellAnswers:
-        """Look for the answers in the rows of a cell."""
+        """Return the updated model's answers, taken from the rows of a cell."""
         updated = [row for row in rows if row.phase == "updated"]
         judge = run_page.judged_by(updated)
         asked = {row.fact: Answered(run_page.state_of(row), row.said) for row in updated if row.protocol == judge}
@@ -140,7 +140,7 @@ def _against(row: TableRow, table: Table) -> str:
     if difference.low <= 0 <= difference.high:
         return f"{text}, an interval that includes zero, so no difference is shown"
     if difference.p_value * _comparisons(table) < ALPHA:
-        return f"{text}, which stands for all comparisons made here (p times their number is below {ALPHA:g})"
+        return f"{text}, which holds for all comparisons made here (p times their number is below {ALPHA:g})"
     return f"{text}, an interval without zero, but not by enough for the best of many"
 
 

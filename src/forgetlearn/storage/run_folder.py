@@ -209,7 +209,8 @@ class RunFolder:
 
     def _check(self, written: Mapping[str, str], remedy: str = "") -> None:
         if changed := damaged(self.path, written):
-            raise RunError(f"{self.path}: {some(changed)}: not as the run wrote it. {REMEDY}{remedy}.")
+            names = some(changed)
+            raise RunError(f"{self.path}: {names}: changed after the run wrote it (hash mismatch). {REMEDY}{remedy}.")
 
     def _drop_damaged_stages(self) -> None:
         """Begin again at the first stage whose files were changed: later ones were made from them."""

@@ -40,7 +40,7 @@ BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 class StageLog:
     """A finished stage: a row of numbers per optimiser step, the layout of its batches, its attention.
 
-    `seconds` of each step stand apart: all else is the same, to the bit, if the stage is done again.
+    `seconds` of each step are kept separate: all else is the same, to the bit, if the stage is done again.
     """
 
     steps: tuple[dict[str, float], ...]
@@ -219,7 +219,7 @@ def check_deepspeed(file: str) -> None:
         stage = asked.get("zero_optimization", {}).get("stage", 0)
         half = [name for name in ("bf16", "fp16") if asked.get(name, {}).get("enabled")]
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{where}: is no DeepSpeed config in JSON: {error}") from None
+        raise ConfigError(f"{where}: is not a DeepSpeed config in JSON: {error}") from None
     if stage > 2:
         raise ConfigError(
             f"{where}: ZeRO stage {stage} splits the weights. Use --shard for that, or stage 1 or 2 here."

@@ -286,7 +286,7 @@ def read_object(path: Path) -> dict[str, Any]:
             it afterwards would take minutes, or end in a RecursionError.
     """
     if not path.is_file():
-        raise ModelError(f"{path}: {'is no file' if os.path.lexists(path) else 'there is no such file'}.")
+        raise ModelError(f"{path}: {'is not a file' if os.path.lexists(path) else 'does not exist'}.")
     if (size := path.stat().st_size) > MOST_JSON_BYTES:
         raise ModelError(f"{path}: {size:,} bytes, expected at most {MOST_JSON_BYTES:,}. Is it another file?")
     try:
