@@ -124,8 +124,8 @@ def begin(
     check_engine(config.evaluate, changed_by="compare")
     if config.model.quantization != "none":
         raise ConfigError(
-            f"model.quantization = {config.model.quantization}: compare restores the base's weights for each cell, which "
-            "a 4-bit base does not allow. Run update, or set model.quantization = none."
+            f"model.quantization = {config.model.quantization}: compare restores the base's weights for each cell, "
+            "which a 4-bit base does not allow. Run update, or set model.quantization = none."
         )
     cells = cells_of(settings, config)
     check_names(settings, cells)

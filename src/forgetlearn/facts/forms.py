@@ -65,7 +65,7 @@ def _flat(
     marks: str = "",
     **names: str,
 ) -> Form:
-    """Return a flat form, recognised by the fields of its prompt and new answer; `names` are the arguments of `Flat`."""
+    """Return a flat form, recognised by the fields of its prompt and new answer; `names` are arguments of `Flat`."""
     return Form(name, (prompt, new), Flat(prompt, new, **names), tuple(names.values()), fits_too, marks)
 
 

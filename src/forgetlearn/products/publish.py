@@ -156,7 +156,7 @@ def _hub_id(folder: RunFolder, base: Base, given: str | None, product: Path) -> 
         )
     if hub_id is None:
         raise ConfigError(
-            f"The base is {base.name}, which is not a hub id. Pass --base-model-id with the id under which others find it."
+            f"The base is {base.name}, which is not a hub id. Pass the id that others find it by as --base-model-id."
         )
     _check_id(hub_id, "--base-model-id", named=given is not None)
     return hub_id
