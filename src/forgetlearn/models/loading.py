@@ -320,9 +320,8 @@ def _check_counts(file: Path) -> None:
 
 def _check_causal(name: str, config: PreTrainedConfig, settings: ModelSettings) -> None:
     architectures = list(config.architectures or [])
-    known: set[str] = set()
-    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        known.update([value] if isinstance(value, str) else value)
+    values = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = {name for value in values for name in ([value] if isinstance(value, str) else value)}
     if architectures and not known.intersection(architectures) and not settings.trust_remote_code:
         remote = ". It brings its own code: pass --set model.trust_remote_code=true if you trust it"
         hint = remote if getattr(config, "auto_map", None) else ", which is no causal language model"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -103,15 +103,6 @@ class CheckpointFolder:
     def shapes(self) -> dict[str, Shape]:
         """Return the shape of each tensor."""
         return {name: entry.shape for name, entry in self.entries.items()}
-
-    def dtypes(self) -> dict[str, str]:
-        """Return the dtype of each tensor, as the headers spell it."""
-        return {name: entry.dtype for name, entry in self.entries.items()}
-
-    def by_file(self) -> Iterator[tuple[str, list[Entry]]]:
-        """Yield each file with its entries in the order of their bytes, in which they were read."""
-        for file in self.files:
-            yield file, [entry for entry in self.entries.values() if entry.file == file]
 
     def twins(self, name: str) -> tuple[str, ...]:
         """Return the names of other matrices with the same bits, such as a tied head that was stored as well.
