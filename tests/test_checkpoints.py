@@ -208,5 +208,5 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(folder):
         file.truncate(file.seek(0, 2) - 4)
     last = max(found.entries.values(), key=lambda entry: entry.start)
     with pytest.raises(ModelError, match=f"ended inside {last.name}"):
-        found.read_bytes(last)
+        found.read_bytes(last, 0, last.n_bytes)
     found.close()

@@ -69,7 +69,6 @@ class Encoder:
         max_length: int | None = None,
         n_ids: int | None = None,
     ) -> None:
-        """Check the tokenizer, and learn how a text begins and an answer ends."""
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "The tokenizer has no EOS token, so an answer could not end. "
@@ -310,9 +309,6 @@ class Encoder:
 
         A space belongs to the answer, since tokenizers join it to the next word. The end is the token by
         which the template ends an assistant's turn; where it has none, EOS.
-
-        Raises:
-            ModelError: the template fails, or does not pass on what it is given.
         """
         messages = [self._message("user", probe) for probe in PROBES]
         asked, other = (self._render([message], add_generation_prompt=True) for message in messages)

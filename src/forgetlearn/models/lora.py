@@ -57,11 +57,7 @@ def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> Pe
 
 
 def check_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """Return the names of the weights that the stage's adapter will change; tries it on an outline of the model.
-
-    Raises:
-        ConfigError: as `attach`.
-    """
+    """Return the names of the weights that `attach` would change, or raise its errors: tries it on an outline."""
     with torch.random.fork_rng(devices=[]):  # peft draws the first A
         # The rank is small because it decides nothing.
         adapted = _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)

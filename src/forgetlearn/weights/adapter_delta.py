@@ -169,12 +169,7 @@ class Adapter(Change):
 
 
 def _plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
-    """Open an adapter that consists of LoRA factors alone, and return its config as well.
-
-    Raises:
-        ModelError: there is no such adapter, see `open_adapter`, or subtracting its factors would not subtract what it
-            does.
-    """
+    """Open an adapter and return its config too; raise ModelError unless its LoRA factors are all that it changes."""
     files = open_adapter(folder)
     config = files.config.model_dump()
     if not isinstance(files.config, LoraAdapterConfig) or files.config.r is None or files.config.lora_alpha is None:

@@ -155,9 +155,9 @@ class CheckpointFolder:
                 )
             done += got
 
-    def read_bytes(self, entry: Entry, start: int = 0, length: int | None = None) -> bytearray:
-        """Return bytes of a tensor, all of them by default."""
-        found = bytearray(entry.n_bytes - start if length is None else length)
+    def read_bytes(self, entry: Entry, start: int, length: int) -> bytearray:
+        """Return bytes of a tensor; see `read_into`."""
+        found = bytearray(length)
         self.read_into(entry, start, memoryview(found))
         return found
 

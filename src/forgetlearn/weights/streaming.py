@@ -231,8 +231,7 @@ def model_pieces(base: CheckpointFolder, folder: Path, numbers: Numbers, files: 
     for name in base.files:
         entries = [entry for entry in base.entries.values() if entry.file == name]
         dtypes = {entry.name: numbers.stored(entry) for entry in entries}
-        is_copy = numbers.dtype == "keep"
-        header = base.header_of(name) if is_copy else header_bytes(entries, base.metadata[name], dtypes)
+        header = base.header_of(name) if numbers.dtype == "keep" else header_bytes(entries, base.metadata[name], dtypes)
         yield from file_pieces(entries, dtypes, header, folder / name, files)
 
 
