@@ -249,11 +249,7 @@ def as_language_model(
     *,
     all_weights: bool = False,
 ) -> LanguageModel:
-    """Return a model that is passed in (with its tokenizer) or named (folder, hub id) as a language model.
-
-    Raises:
-        ModelError: see `load_model`; or a model in memory comes without a tokenizer.
-    """
+    """Return a model that is passed in (with its tokenizer) or named (folder, hub id) as a language model."""
     settings = settings or ModelSettings()
     if isinstance(model, LanguageModel):
         return model

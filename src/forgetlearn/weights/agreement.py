@@ -28,11 +28,7 @@ def check_coef(coef: float) -> None:
 
 
 def partners(base: NamedTensors, other: NamedTensors) -> dict[str, str]:
-    """Map each name of `base` to the name of the same tensor in `other`; a tied tensor may have another name there.
-
-    Raises:
-        WeightMismatchError: a name is missing on one side, or two shapes differ.
-    """
+    """Map each name in `base` to that in `other`, where a tied tensor may have another; errors as in `check_same`."""
     ours, theirs = base.shapes(), other.shapes()
     found = named_in(theirs, base)
     seen = {name: theirs[partner] for name, partner in found.items()}

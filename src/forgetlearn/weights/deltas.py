@@ -46,7 +46,6 @@ class Difference(Change):
 
     Raises:
         WeightMismatchError: names, shapes or kinds of numbers differ.
-        ModelError: see `CheckpointFolder`.
     """
 
     def __init__(self, base: CheckpointFolder, tuned: str | Path) -> None:
@@ -74,7 +73,6 @@ class SavedVector(Change):
 
     Raises:
         WeightMismatchError: it names a tensor that the base does not have, or in another shape.
-        ModelError: there is none.
     """
 
     def __init__(self, base: CheckpointFolder, vector: str | Path) -> None:
