@@ -162,11 +162,7 @@ class CheckpointFolder:
         return found
 
     def read_numbers(self, entry: Entry, start: int, raw: Array, scratch: Scratch) -> None:
-        """Fill `raw` with the bytes of a tensor's elements from element `start` on, and check them for NaN.
-
-        Raises:
-            ModelError: an element is NaN, or the file is too short. Infinity is allowed: masks contain it.
-        """
+        """Fill `raw` with a tensor's elements from `start` on; raise ModelError for NaN, not for infinity (masks)."""
         self.read_into(entry, start * WIDTHS[entry.dtype], raw.data)
         if entry.dtype in FLOATS and odd_numbers(raw, entry.dtype, scratch) == "NaN":
             raise ModelError(f"{self.folder / entry.file}: {entry.name} {HOLDS_NAN}")
