@@ -95,8 +95,8 @@ def test_case_4_a_model_updated_twice_in_memory_tells_of_both(folder):
     for name in FACTS:
         forgetlearn.update(lm, folder / f"{name}.jsonl", FT, output=folder / f"run-{name}")
     first, second = chain.chain_of(folder / "run-late")
-    assert [first["facts"]["source"], second["facts"]["source"]] == ["early.jsonl", "late.jsonl"]
-    assert second["base_sha256"] == digests.sha256_of(folder / "run-early/model") != first["base_sha256"]
+    assert [first.facts.source, second.facts.source] == ["early.jsonl", "late.jsonl"]
+    assert second.base_sha256 == digests.sha256_of(folder / "run-early/model") != first.base_sha256
     assert chain.runs_before(folder / "run-late")[1:] == [folder / "run-early"]
     # the same as the same two updates by folders
     for base, name in (("base", "early"), ("own-early/model", "late")):
@@ -125,7 +125,7 @@ def test_case_4_changed_weights_are_not_their_folder(folder, capsys, method):
         "weights_sha256": own,
     }
     (only,) = chain.chain_of(folder / "run")
-    assert (only["base"], only["base_sha256"], only["weights_sha256"]) == (None, None, own)
+    assert (only.base, only.base_sha256, only.weights_sha256) == (None, None, own)
     assert main(["log", str(folder / "run")]) == 0
     assert f"a model in memory, and what made it is not known; hash of its weights {own}" in capsys.readouterr().out
     if method == "lora":  # loaded on the folder it would be another model

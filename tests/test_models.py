@@ -21,7 +21,6 @@ from forgetlearn.models.language_model import (
     context_length,
     load_model,
     parameter_count,
-    save_model,
     wrap,
 )
 from forgetlearn.models.loading import pick_device
@@ -93,7 +92,7 @@ class TestLoad:
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_dtype_auto_is_that_of_the_checkpoint(self, tiny_model, char_tokenizer, tmp_path, dtype):
-        save_model(tiny_model().to(getattr(torch, dtype)), char_tokenizer, tmp_path)
+        wrap(tiny_model().to(getattr(torch, dtype)), char_tokenizer).save(tmp_path)
         lm = load(tmp_path)
         assert set(lm.dtypes.values()) == {getattr(torch, dtype)}
         assert {weight.dtype for weight in lm.model.parameters()} == {getattr(torch, dtype)}
@@ -273,7 +272,7 @@ class TestAdapter:
         assert "adapter_model" in refused(adapter)
 
     def test_adapter_of_another_model(self, adapter, saved, tiny_model, char_tokenizer, tmp_path):
-        save_model(tiny_model(hidden_size=64), char_tokenizer, tmp_path / "wide")
+        wrap(tiny_model(hidden_size=64), char_tokenizer).save(tmp_path / "wide")
         file = adapter / "adapter_config.json"
         file.write_text(file.read_text().replace(str(saved), str(tmp_path / "wide")))
         assert "does not fit" in refused(adapter)
@@ -283,7 +282,7 @@ class TestSave:
     @pytest.mark.parametrize("tied", [False, True])
     def test_comes_back_bit_for_bit(self, tiny_model, char_tokenizer, tmp_path, tied):
         model = tiny_model(tied=tied)
-        save_model(model, char_tokenizer, tmp_path)
+        wrap(model, char_tokenizer).save(tmp_path)
         stored = load_file(tmp_path / "model.safetensors")
         assert ("lm_head.weight" in stored) is not tied
         back = load(tmp_path)
@@ -296,11 +295,11 @@ class TestSave:
 
     def test_chat_template_goes_with_it(self, tiny_model, new_char_tokenizer, tmp_path):
         tokenizer = new_char_tokenizer(chat_template="[{{ messages[-1].content }}]")
-        save_model(tiny_model(), tokenizer, tmp_path)
+        wrap(tiny_model(), tokenizer).save(tmp_path)
         assert load(tmp_path).encoder.prompt_text("a") == Encoder(tokenizer).prompt_text("a") == "[a]"
 
     def test_is_written_in_the_dtype_of_its_weights(self, tiny_model, char_tokenizer, tmp_path):
-        save_model(tiny_model().bfloat16(), char_tokenizer, tmp_path)
+        wrap(tiny_model().bfloat16(), char_tokenizer).save(tmp_path)
         stored = load_file(tmp_path / "model.safetensors")
         assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
         assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
@@ -325,7 +324,7 @@ class TestSave:
         file = damaged / "generation_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False, "temperature": 0.9}))
         lm = load(damaged)
-        save_model(lm.model, lm.tokenizer, tmp_path / "again")
+        lm.save(tmp_path / "again")
         assert load(tmp_path / "again").model.generation_config.temperature == 0.9
 
     def test_no_pickle_is_written(self, saved):

@@ -69,7 +69,6 @@ class Encoder:
         max_length: int | None = None,
         n_ids: int | None = None,
     ) -> None:
-        """Check the tokenizer, and learn how a text begins and an answer ends."""
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "The tokenizer has no EOS token, so an answer could not end. "
@@ -116,11 +115,7 @@ class Encoder:
         return self.prompt_template == "chat"
 
     def prompt_text(self, prompt: str) -> str:
-        """Return the text that the model reads before it answers.
-
-        Raises:
-            TextError: the chat template does not write the prompt as it is.
-        """
+        """Return what the model reads before it answers; raise TextError if the chat template alters the prompt."""
         if not self.is_chat:
             return self._before + prompt + self._after
         text = self._render([self._message("user", prompt)], add_generation_prompt=True) + self._after
@@ -132,11 +127,7 @@ class Encoder:
         return text
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the ids of the prompt alone, with the special tokens that open a text.
-
-        Raises:
-            TextError: the prompt holds a special token, or one that the model has no embedding for.
-        """
+        """Return the ids of the prompt alone, with the special tokens that open a text; TextErrors as in `encode`."""
         ids = self._prompt_ids(prompt)
         self._check_ids("prompt", prompt, ids, self._own_specials)
         return list(ids)
@@ -310,9 +301,6 @@ class Encoder:
 
         A space belongs to the answer, since tokenizers join it to the next word. The end is the token by
         which the template ends an assistant's turn; where it has none, EOS.
-
-        Raises:
-            ModelError: the template fails, or does not pass on what it is given.
         """
         messages = [self._message("user", probe) for probe in PROBES]
         asked, other = (self._render([message], add_generation_prompt=True) for message in messages)

@@ -110,11 +110,16 @@ class LanguageModel:
         return survival.as_dict() if survival.wanted else None
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer, as `save_model`. Every process calls it; process 0 writes."""
+        """Write model and tokenizer so that `from_pretrained` loads them: safetensors, each weight in its dtype.
+
+        Every process calls it; process 0 writes.
+        """
         if self.is_sharded:
             sharding.save_whole(self.model, self.tokenizer, self.dtypes, folder)
         elif processes.is_main():
-            save_model(self.model, self.tokenizer, folder)
+            saved: PreTrainedModel = self.model
+            saved.save_pretrained(folder, max_shard_size="5GB")
+            self.tokenizer.save_pretrained(folder)
 
     def name_end_token(self) -> None:
         """Add the token that ends an answer to the model's generation settings, with a warning, if it is missing.
@@ -244,11 +249,7 @@ def as_language_model(
     *,
     all_weights: bool = False,
 ) -> LanguageModel:
-    """Return a model that is passed in (with its tokenizer) or named (folder, hub id) as a language model.
-
-    Raises:
-        ModelError: see `load_model`; or a model in memory comes without a tokenizer.
-    """
+    """Return a model that is passed in (with its tokenizer) or named (folder, hub id) as a language model."""
     settings = settings or ModelSettings()
     if isinstance(model, LanguageModel):
         return model
@@ -268,16 +269,8 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 def embedding_rows(model: nn.Module) -> int | None:
     """Return the number of token ids that the model knows; None for a model that does not tell."""
-    find = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if find else None, "weight", None)
+    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     return None if weight is None else int(weight.shape[0])
-
-
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model and tokenizer so that `from_pretrained` loads them: safetensors, each weight in its dtype."""
-    saved: PreTrainedModel = model
-    saved.save_pretrained(folder, max_shard_size="5GB")
-    tokenizer.save_pretrained(folder)
 
 
 def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -61,11 +61,7 @@ def adapter_base(settings: ModelSettings) -> str | None:
 
 
 def read_outline(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, list[str]]:
-    """Return config and tokenizer of a model without its weights, and a note if the tokenizer cannot be loaded.
-
-    Raises:
-        ModelError: as `load_base`; or it is an adapter.
-    """
+    """Return config and tokenizer of a model (no adapter), or a note in place of a tokenizer that cannot be loaded."""
     if not settings.name:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
     if adapter_base(settings) is not None:
@@ -78,11 +74,7 @@ def read_outline(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedT
 
 
 def read_config(settings: ModelSettings, name: str) -> PreTrainedConfig:
-    """Return the config of a causal language model.
-
-    Raises:
-        ModelError: it is the config of another kind of model, is unreadable, or has an absurd number of layers.
-    """
+    """Return the config of a causal language model; raise ModelError if it is of another kind or has absurd values."""
     _check_folder(name)
     with refusing(name):
         config = AutoConfig.from_pretrained(name, **_source_options(settings, name))
@@ -320,9 +312,8 @@ def _check_counts(file: Path) -> None:
 
 def _check_causal(name: str, config: PreTrainedConfig, settings: ModelSettings) -> None:
     architectures = list(config.architectures or [])
-    known: set[str] = set()
-    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        known.update([value] if isinstance(value, str) else value)
+    values = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = {name for value in values for name in ([value] if isinstance(value, str) else value)}
     if architectures and not known.intersection(architectures) and not settings.trust_remote_code:
         remote = ". It brings its own code: pass --set model.trust_remote_code=true if you trust it"
         hint = remote if getattr(config, "auto_map", None) else ", which is no causal language model"

@@ -57,11 +57,7 @@ def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> Pe
 
 
 def check_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """Return the names of the weights that the stage's adapter will change; tries it on an outline of the model.
-
-    Raises:
-        ConfigError: as `attach`.
-    """
+    """Return the names of the weights that `attach` would change, or raise its errors: tries it on an outline."""
     with torch.random.fork_rng(devices=[]):  # peft draws the first A
         # The rank is small because it decides nothing.
         adapted = _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)
@@ -126,8 +122,8 @@ def fold_in(model: PeftModel, name: str) -> None:
 
 
 @torch.no_grad()
-def compose(model: PeftModel, names: Sequence[str], into: str = PRODUCT) -> None:
-    """Replace adapters by one whose change is the sum of theirs; it alone is active afterwards.
+def compose(model: PeftModel, names: Sequence[str]) -> None:
+    """Replace adapters by one, the product, whose change is the sum of theirs; it alone is active afterwards.
 
     The A factors are stacked, the B factors set side by side with the scalings folded in, so the rank is
     the sum of the ranks, the new scaling is 1, and nothing is approximated.
@@ -138,22 +134,22 @@ def compose(model: PeftModel, names: Sequence[str], into: str = PRODUCT) -> None
     by_weight = sorted({path for name in names for path in paths_by_weight(model.peft_config[name])})
     named = [path for path in targets if path not in by_weight]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=named, task_type=TaskType.CAUSAL_LM)
-    add_adapter(model, config, into, named, by_weight)
+    add_adapter(model, config, PRODUCT, named, by_weight)
     for path, layer in adapted_layers(model):
         if path in targets:
-            _stack(layer, ranks, into)
-    activate(model, [into])
+            _stack(layer, ranks)
+    activate(model, [PRODUCT])
     for name in names:
         model.delete_adapter(name)
     # Servers such as vLLM match on the last part of a module's name; the full path stays if a short one matches more.
     short = {path.rsplit(".", 1)[-1] for path in named}
     if {path for path, _module in base_of(model).named_modules() if path.rsplit(".", 1)[-1] in short} == set(named):
-        model.peft_config[into].target_modules = short
+        model.peft_config[PRODUCT].target_modules = short
 
 
-def _stack(layer: LoraLayer, ranks: dict[str, int], into: str) -> None:
-    """Copy the factors of one layer's adapters to rows (A) and columns (B) of the new one."""
-    new_a, new_b = layer.lora_A[into].weight, layer.lora_B[into].weight
+def _stack(layer: LoraLayer, ranks: dict[str, int]) -> None:
+    """Copy the factors of one layer's adapters to rows (A) and columns (B) of the product."""
+    new_a, new_b = layer.lora_A[PRODUCT].weight, layer.lora_B[PRODUCT].weight
     new_a.zero_()
     new_b.zero_()
     start = 0

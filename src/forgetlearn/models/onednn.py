@@ -58,7 +58,6 @@ def _slow_mkl() -> bool:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Replace `nn.Linear.forward`."""
     weight, bias = layer.weight, layer.bias
     if not _suits(x, weight) or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, weight, bias)

@@ -69,7 +69,7 @@ class Adapter(Change):
         self._check_complete()
         self.transposed = {name: self._check_target(name, path) for name, path in self.paths.items()}
         self.made_on = _base_of_run(self.folder)
-        self._cache: dict[str, tuple[Array, Array]] = {}
+        self._factors_of = functools.lru_cache(CACHED)(self._load)
         self._lock = threading.Lock()
 
     @functools.cached_property
@@ -146,23 +146,16 @@ class Adapter(Change):
 
     def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
         """Compute some rows of the product, or a part of one row."""
-        left, right = self._factors_of(entry.name)
+        with self._lock:  # one thread reads them, and the others wait
+            left, right = self._factors_of(entry.name)
         columns = entry.shape[1]
         row, column = divmod(start, columns)
         rows = max(1, len(into) // columns)
         width = columns if column == 0 and len(into) >= columns else len(into)
         np.matmul(left[row : row + rows], right[:, column : column + width], out=into.reshape(rows, width))
 
-    def _factors_of(self, name: str) -> tuple[Array, Array]:
-        """Return two factors whose product is the change of a matrix, from the cache if they were used just before."""
-        with self._lock:
-            if name not in self._cache:
-                while len(self._cache) >= CACHED:
-                    self._cache.pop(next(iter(self._cache)))
-                self._cache[name] = self._load(name)
-            return self._cache[name]
-
     def _load(self, name: str) -> tuple[Array, Array]:
+        """Return two factors whose product is the change of a matrix."""
         path = self.paths[name]
         a, b = (self._matrix(self._factor(path, letter)) for letter in "AB")
         rank = len(a)
@@ -176,12 +169,7 @@ class Adapter(Change):
 
 
 def _plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
-    """Open an adapter that consists of LoRA factors alone, and return its config as well.
-
-    Raises:
-        ModelError: there is no such adapter, see `open_adapter`, or subtracting its factors would not subtract what it
-            does.
-    """
+    """Open an adapter and return its config too; raise ModelError unless its LoRA factors are all that it changes."""
     files = open_adapter(folder)
     config = files.config.model_dump()
     if not isinstance(files.config, LoraAdapterConfig) or files.config.r is None or files.config.lora_alpha is None:

@@ -192,11 +192,7 @@ def _fits(value: object, hint: type[object]) -> bool:
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Return the config of an adapter folder, as a `LoraAdapterConfig` if it is LoRA.
-
-    Raises:
-        ModelError: a field has a wrong value; the message says which, and what was expected.
-    """
+    """Return an adapter's config, of LoRA a `LoraAdapterConfig`; raise ModelError if a field has a wrong value."""
     file = folder / CONFIG
     fields = read_object(file)
     is_lora = fields.get("peft_type") == LORA

@@ -27,17 +27,13 @@ def check_coef(coef: float) -> None:
         raise ConfigError(f"coef = {coef}: must be a finite number >= 0. Give it without a minus: 0.3 subtracts.")
 
 
-def partners(base: NamedTensors, other: NamedTensors, sides: tuple[str, str] = ("base", "tuned")) -> dict[str, str]:
-    """Map each name of `base` to the name of the same tensor in `other`; a tied tensor may have another name there.
-
-    Raises:
-        WeightMismatchError: a name is missing on one side, or two shapes differ.
-    """
+def partners(base: NamedTensors, other: NamedTensors) -> dict[str, str]:
+    """Map each name in `base` to that in `other`, where a tied tensor may have another; errors as in `check_same`."""
     ours, theirs = base.shapes(), other.shapes()
     found = named_in(theirs, base)
     seen = {name: theirs[partner] for name, partner in found.items()}
     seen |= {name: theirs[name] for name in theirs if name not in ours and not ours.keys() & set(other.twins(name))}
-    check_same(ours, seen, sides)
+    check_same(ours, seen, ("base", "tuned"))
     return found
 
 

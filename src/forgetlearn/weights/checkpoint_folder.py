@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -104,15 +104,6 @@ class CheckpointFolder:
         """Return the shape of each tensor."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
-    def dtypes(self) -> dict[str, str]:
-        """Return the dtype of each tensor, as the headers spell it."""
-        return {name: entry.dtype for name, entry in self.entries.items()}
-
-    def by_file(self) -> Iterator[tuple[str, list[Entry]]]:
-        """Yield each file with its entries in the order of their bytes, in which they were read."""
-        for file in self.files:
-            yield file, [entry for entry in self.entries.values() if entry.file == file]
-
     def twins(self, name: str) -> tuple[str, ...]:
         """Return the names of other matrices with the same bits, such as a tied head that was stored as well.
 
@@ -164,18 +155,14 @@ class CheckpointFolder:
                 )
             done += got
 
-    def read_bytes(self, entry: Entry, start: int = 0, length: int | None = None) -> bytearray:
-        """Return bytes of a tensor, all of them by default."""
-        found = bytearray(entry.n_bytes - start if length is None else length)
+    def read_bytes(self, entry: Entry, start: int, length: int) -> bytearray:
+        """Return bytes of a tensor; see `read_into`."""
+        found = bytearray(length)
         self.read_into(entry, start, memoryview(found))
         return found
 
     def read_numbers(self, entry: Entry, start: int, raw: Array, scratch: Scratch) -> None:
-        """Fill `raw` with the bytes of a tensor's elements from element `start` on, and check them for NaN.
-
-        Raises:
-            ModelError: an element is NaN, or the file is too short. Infinity is allowed: masks contain it.
-        """
+        """Fill `raw` with a tensor's elements from `start` on; raise ModelError for NaN, not for infinity (masks)."""
         self.read_into(entry, start * WIDTHS[entry.dtype], raw.data)
         if entry.dtype in FLOATS and odd_numbers(raw, entry.dtype, scratch) == "NaN":
             raise ModelError(f"{self.folder / entry.file}: {entry.name} {HOLDS_NAN}")

@@ -7,7 +7,6 @@ change is opened, before anything is written.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from forgetlearn.weights.rounding import Array, Scratch, widen
 VECTOR = "vector.safetensors"
 
 
-class Change(ABC):
+class Change:
     """What is subtracted, times a coefficient.
 
     source   the tensors that it is read from
@@ -33,9 +32,9 @@ class Change(ABC):
     def __init__(self, source: CheckpointFolder, moved: dict[str, str]) -> None:
         self.source, self.moved = source, moved
 
-    @abstractmethod
     def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
         """Write the change of a tensor's elements from `start` on to `into`; `base` holds the base's elements there."""
+        read_wide(self.source, self.source.entries[self.moved[entry.name]], start, into, scratch)
 
     def close(self) -> None:
         """Close the files."""
@@ -47,15 +46,13 @@ class Difference(Change):
 
     Raises:
         WeightMismatchError: names, shapes or kinds of numbers differ.
-        ModelError: see `CheckpointFolder`.
     """
 
     def __init__(self, base: CheckpointFolder, tuned: str | Path) -> None:
         source = CheckpointFolder(tuned)
         refuse_quantised(source)
         found = partners(base, source)
-        ours, theirs = base.dtypes(), source.dtypes()
-        kinds = {name: (ours[name], theirs[partner]) for name, partner in found.items()}
+        kinds = {name: (base.entries[name].dtype, source.entries[partner].dtype) for name, partner in found.items()}
         if odd := [name for name, (one, two) in kinds.items() if (one in FLOATS) != (two in FLOATS)]:
             first, second = kinds[odd[0]]
             whole = "tuned" if first in FLOATS else "base"
@@ -63,11 +60,11 @@ class Difference(Change):
                 f"{len(odd)} of {len(found)} tensors are floating-point on one side and integers on the other: "
                 f"{some(odd)} ({first} in base, {second} in tuned). Is {whole} quantised? Save it as bfloat16."
             )
-        super().__init__(source, {name: found[name] for name, dtype in ours.items() if dtype in FLOATS})
+        super().__init__(source, {name: found[name] for name, (dtype, _theirs) in kinds.items() if dtype in FLOATS})
 
     def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
         """Read elements of tuned and subtract those of the base."""
-        read_wide(self.source, self.source.entries[self.moved[entry.name]], start, into, scratch)
+        super().fill(entry, start, base, into, scratch)
         np.subtract(into, base, out=into)
 
 
@@ -76,7 +73,6 @@ class SavedVector(Change):
 
     Raises:
         WeightMismatchError: it names a tensor that the base does not have, or in another shape.
-        ModelError: there is none.
     """
 
     def __init__(self, base: CheckpointFolder, vector: str | Path) -> None:
@@ -87,10 +83,6 @@ class SavedVector(Change):
         if whole := [name for name in moved if base.entries[name].dtype not in FLOATS]:
             raise WeightMismatchError(f"The vector moves {some(whole)}, which hold integers in {base.folder}.")
         super().__init__(source, moved)
-
-    def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
-        """Read the vector's elements."""
-        read_wide(self.source, self.source.entries[self.moved[entry.name]], start, into, scratch)
 
 
 def read_wide(folder: CheckpointFolder, entry: Entry, start: int, into: Array, scratch: Scratch) -> None:

@@ -163,11 +163,7 @@ def _write(
 
 
 def open_change(base: CheckpointFolder, given: Mapping[str, str | Path]) -> Change:
-    """Open the change that is given, as `tuned`, `adapter` or `vector`.
-
-    Raises:
-        ConfigError: none is given, or more than one.
-    """
+    """Open the change that is given as `tuned`, `adapter` or `vector`; raise ConfigError unless it is exactly one."""
     if len(given) != 1:
         raise ConfigError(f"{len(given)} of --tuned, --adapter and --vector were given. Give exactly one of them.")
     ((kind, source),) = given.items()
@@ -250,12 +246,7 @@ def _check_numbers(base: CheckpointFolder, numbers: Numbers) -> None:
 
 
 def check_places(output: Path, inputs: list[str | Path], overwrite: bool) -> None:
-    """Raise an error unless the output may be written, and inputs and output are separate folders.
-
-    Raises:
-        ConfigError: two are the same, or the output lies in an input or contains one.
-        RunError: the output exists.
-    """
+    """Raise ConfigError unless inputs and output are separate folders, and RunError if the output exists."""
     paths = [Path(given).resolve() for given in inputs]
     for one, two in itertools.combinations(paths, 2):
         if one == two:

@@ -228,10 +228,10 @@ def pieces_of(shape: Shape) -> Iterator[tuple[int, int]]:
 
 def model_pieces(base: CheckpointFolder, folder: Path, numbers: Numbers, files: ExitStack) -> Iterator[Piece]:
     """Yield all pieces in the order of the base's bytes; each file is created, with its header, when its turn comes."""
-    for name, entries in base.by_file():
+    for name in base.files:
+        entries = [entry for entry in base.entries.values() if entry.file == name]
         dtypes = {entry.name: numbers.stored(entry) for entry in entries}
-        is_copy = numbers.dtype == "keep"
-        header = base.header_of(name) if is_copy else header_bytes(entries, base.metadata[name], dtypes)
+        header = base.header_of(name) if numbers.dtype == "keep" else header_bytes(entries, base.metadata[name], dtypes)
         yield from file_pieces(entries, dtypes, header, folder / name, files)
 
 

@@ -269,9 +269,6 @@ def snapshot_on_disk(model: torch.nn.Module, folder: Path | None) -> dict[str, T
 
     The numbers are in a file in `folder` (None: the system's temporary folder) whose name is removed before this
     returns, so the disk is free again as soon as the tensors are, even after a kill.
-
-    Raises:
-        RunError: the file cannot be written, to a full disk say.
     """
     weights = sharding.parts(model)
     sizes = [weight.numel() for weight in weights.values()]
