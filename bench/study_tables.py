@@ -6,7 +6,7 @@ A row is whatever cells of it are done: with `n` seeds it is compared over the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.evaluation import statistics
-from forgetlearn.report.comparison_page import show_difference
+from forgetlearn.report.render import Interval, show_difference
 from forgetlearn.storage import disk, run_folder
 
 PROTOCOLS = ("token", "exact", "generate")
@@ -67,7 +67,7 @@ def read_rows(folders: Mapping[Path, str]) -> dict[str, Row]:
     """Rows by label, of all cells that are done in these comparisons; each folder's text is added to its labels."""
     rows: dict[str, Row] = {}
     for folder, suffix in folders.items():
-        config = run_folder.RunFolder.open(folder).manifest["config"]
+        config = run_folder.RunFolder.open(folder).manifest.config
         settings, run = validate(CompareSettings, config["compare"]), validate(RunConfig, config["run"])
         for cell in cells_of(settings, run):
             path = folder / CELLS / cell.name
@@ -128,13 +128,13 @@ def _line(label: str, ours: Row, other: Row | None, protocol: str) -> str:
     for quantity in QUANTITIES:
         pair = [row.matrix(quantity, protocol, shared[-1], seeds) for row in (ours, other)]
         there = pair[0] is not None and pair[1] is not None
-        cells.append(bold(asdict(statistics.paired_difference(*pair, rng=0))) if there else "–")
+        cells.append(bold(statistics.paired_difference(*pair, rng=0)) if there else "–")
     if cells[0] == "–":
         return ""
     equal = (
         statistics.at_equal_reliability(*curves) if (curves := _curves(ours, other, protocol, shared, seeds)) else None
     )
-    cells += [bold(asdict(equal.generality)), bold(asdict(equal.locality))] if equal else ["–", "–"]
+    cells += [bold(equal.generality), bold(equal.locality)] if equal else ["–", "–"]
     return f"| {label} | {len(seeds)} | {shared[-1]} | {' | '.join(cells)} |"
 
 
@@ -155,10 +155,10 @@ def _curves(
     return curves
 
 
-def bold(difference: Mapping[str, Any]) -> str:
+def bold(difference: Interval) -> str:
     """A difference with its interval, in bold where that is clear of zero."""
     text = show_difference(difference)
-    low, high = difference["low"], difference["high"]
+    low, high = difference.low, difference.high
     return f"**{text}**" if low is not None and (low > 0 or high < 0) else text
 
 

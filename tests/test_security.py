@@ -30,7 +30,7 @@ from forgetlearn.weights.folder_arithmetic import save_vector, subtract_folders
 from test_cli import FEW, NASTY, PLAIN
 from test_models import load
 from test_page import make_run
-from written_by_hand import change_manifest
+from written_by_hand import an_update, change_manifest, write_chain
 
 ROOT = Path(__file__).parents[1]
 HUB_TOKEN, WANDB_KEY = "hf_" + "aB3x" * 9, "0123456789abcdef" * 2
@@ -55,7 +55,7 @@ def forge_header(file: Path, header: bytes, length: int | None = None) -> None:
 @pytest.mark.parametrize("length", [2**63, 10**11])
 def test_a_header_that_claims_to_be_huge(damaged, length):
     forge_header(damaged / "model.safetensors", b"{}", length)
-    with pytest.raises(ModelError, match=r"model\.safetensors: 10 bytes"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: .*header too large"):
         load(damaged)
 
 
@@ -63,7 +63,7 @@ def test_a_header_that_claims_to_be_huge(damaged, length):
 def test_tensors_that_claim_to_be_huge(damaged, shape):
     told = {"model.norm.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
     forge_header(damaged / "model.safetensors", json.dumps(told).encode() + b"    ")
-    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
         load(damaged)
 
 
@@ -74,7 +74,7 @@ def test_an_index_reads_no_file_outside_its_folder(damaged, place):
     weights.rename(damaged.parent / "outside.safetensors")
     (damaged / "other.safetensors").write_bytes(b"")
     (damaged / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, place)}))
-    with pytest.raises(ModelError, match="not there"):
+    with pytest.raises(ModelError, match="missing"):
         load(damaged)
 
 
@@ -179,11 +179,16 @@ def test_nothing_in_the_log_steers_the_terminal(capsys):
 
 
 def test_nothing_in_a_models_history_steers_the_terminal(tmp_path, capsys):
-    facts = {"source": NASTY, "used": 1, "known": None, "sha256": NASTY}
     name = NASTY.replace("/", "")
-    update = {"when": NASTY, "facts": facts, "method": NASTY, "scores": {}, "coef": None, "seed": 0, "product": name}
-    update |= {"base": NASTY, "base_sha256": NASTY, "taught_first": False, "files": {name: NASTY}}
-    (tmp_path / "forgetlearn.json").write_text(json.dumps({"updates": [update]}))
+    told = {
+        "when": NASTY,
+        "method": NASTY,
+        "base": NASTY,
+        "base_sha256": NASTY,
+        "product": name,
+        "files": {name: NASTY},
+    }
+    write_chain(tmp_path, an_update(facts={"source": NASTY, "sha256": NASTY}, **told))
     for flags in ([], ["--json"]):
         assert main(["log", str(tmp_path), *flags]) == 0
         out = capsys.readouterr()

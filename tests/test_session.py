@@ -20,7 +20,7 @@ import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError, RunError
-from forgetlearn.evaluation import generation, scoring
+from forgetlearn.evaluation import generation, scorer, scoring
 from forgetlearn.facts import make_fact
 from forgetlearn.products import chain
 from forgetlearn.runs.update import update
@@ -819,7 +819,7 @@ def test_bad_target_modules_are_found_before_anything_is_written(small_lab, fact
 
 
 def test_an_old_answer_that_was_cut_off_is_none(small_lab, new_only, config, tmp_path, monkeypatch):
-    for module in (scoring, generation):
+    for module in (scorer, generation):
         monkeypatch.setattr(module, "end_ids", lambda lm: [lm.pad_id])  # which no model says: it goes on and on
     settings = config("f-lora", facts__old_from="model")
     with pytest.raises(FactError, match=rf"(?s){USED} unfinished_old_answer.*evaluate\.max_new_tokens"):

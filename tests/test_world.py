@@ -152,7 +152,7 @@ def test_the_largest_world_is_whole():
 
 @pytest.mark.parametrize("n_facts", [0, -1, MAX_FACTS + 1])
 def test_a_size_out_of_bounds_is_refused_and_the_maximum_named(n_facts):
-    with pytest.raises(ConfigError, match=rf"n_facts = {n_facts}: .* between 1 and {MAX_FACTS}") as caught:
+    with pytest.raises(ConfigError, match=rf"n_facts = {n_facts}: .*{MAX_FACTS}") as caught:
         made_up_world(n_facts)
     assert isinstance(caught.value, ValueError)
 

@@ -13,7 +13,16 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from forgetlearn.errors import RunError, plain, shown
 from forgetlearn.storage import disk
@@ -123,6 +132,13 @@ class Score(Record):
     high: Percent | None
     n: Count
     errored: Count
+
+    @field_validator("n")
+    @classmethod
+    def _has_a_mean(cls, n: int, fields: ValidationInfo) -> int:
+        if n and fields.data.get("mean", 0) is None:
+            raise ValueError("but mean is null")
+        return n
 
 
 class Mean(Score):

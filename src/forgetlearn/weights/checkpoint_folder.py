@@ -207,7 +207,7 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
             raise ModelError(f"{folder / INDEX}: has no weight_map from names to files.")
         names = sorted(set(index.values()))
         if missing := [name for name in names if name not in found]:
-            raise ModelError(f"{folder}: {INDEX} names {some(missing)}, which are missing. Is the download complete?")
+            raise ModelError(f"{folder}: {INDEX} names missing files: {some(missing)}. Is the download complete?")
         return names, index
     names = [name for name in found if name != ADAPTER]
     if len(names) == 1:
