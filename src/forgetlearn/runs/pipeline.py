@@ -121,7 +121,9 @@ class Pipeline:
     def to_forget(self) -> list[Fact]:
         """Facts whose old answer is forgotten."""
         stage = self.recipe.forget
-        return scoring.facts_to_forget(self.facts, self.known, stage.settings) if stage else []
+        if stage is None:
+            return []
+        return self.known if stage.settings.only_known else [fact for fact in self.facts if fact.ground_truth]
 
     def update(self) -> None:
         """Forget, learn, and score what comes of it."""

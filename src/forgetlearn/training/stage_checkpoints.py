@@ -54,7 +54,8 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
     Raises:
         RunError: it cannot be written, because the disk is full, say.
     """
-    unfinished, final = folder / f".{_name(step)}{disk.UNFINISHED}", folder / _name(step)
+    final = folder / f"step-{step:08d}"
+    unfinished = folder / f".{final.name}{disk.UNFINISHED}"
     with disk.naming(folder):
         if processes.is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -112,10 +113,6 @@ def _problem(point: Path) -> str:
     except (RunError, KeyError, TypeError, ValueError, AttributeError):
         return f"{MARKER} is damaged"
     return ""
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _points(folder: Path) -> list[Path]:
