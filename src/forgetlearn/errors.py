@@ -82,12 +82,12 @@ def plain(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def shown(value: object, most: int = 60) -> str:
+def shown(value: object) -> str:
     """Format a value from a JSON file for a message, in one short line."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
     text = "null" if value is None else repr(value)
-    return plain(text if len(text) <= most else f"{text[:most]}…")
+    return plain(text if len(text) <= 60 else f"{text[:60]}…")
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

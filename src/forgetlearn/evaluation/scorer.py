@@ -165,11 +165,7 @@ class Scorer:
                 bar.update(len(batch))
 
     def _halving(self, batch: list[T], run: Callable[[list[T]], list[R]]) -> list[R]:
-        """Run a batch, in halves if the device has no memory for the whole; later batches then start smaller.
-
-        Raises:
-            ModelError: the device has no memory for a single text, or the model is split over processes.
-        """
+        """Run a batch, in halves if the device has no memory for the whole; later batches then start smaller."""
         half = len(batch) // 2
         if len(batch) <= self.largest:
             try:

@@ -137,11 +137,7 @@ LISTS = ("rephrase_prompt", "locality")  # columns of tables in which a cell tha
 
 
 def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
-    """Return the form of a record (None if none fits), and its fields: the name to read -> the name in the file.
-
-    Raises:
-        FactError: several forms fit, and none of them has the own names.
-    """
+    """Return the form of a record (None if none fits), and its fields: the name to read -> the name in the file."""
     originals = renamed(tuple(record), KNOWN, tuple(columns.items()))
     read = {name: record[original] for name, original in originals.items()}
     for form in FORMS:

@@ -38,9 +38,9 @@ class Texts:
         """Tokens of all of them."""
         return round(_n_tokens(self.encoded) / len(self.encoded) * self.number)
 
-    def largest_batch(self, size: int, passes: int, seed: int = 0) -> list[Encoded]:
+    def largest_batch(self, size: int, passes: int) -> list[Encoded]:
         """Return the batch with the most tokens that random orders of these texts make."""
-        draw, size = random.Random(seed), min(size, self.number)
+        draw, size = random.Random(0), min(size, self.number)
         batches = [draw.choices(self.encoded, k=size) for _ in range(passes * math.ceil(self.number / size))]
         return max(batches, key=_n_tokens)
 

@@ -7,7 +7,6 @@ process every function here does nothing, and torch is not imported.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import pickle
@@ -86,12 +85,6 @@ def main_speaks() -> Iterator[None]:
         return
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
-
-
-def silence_other_ranks() -> None:
-    """Let only rank 0 log."""
-    if launched_rank() > 0:
-        logging.getLogger("forgetlearn").setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -225,10 +218,10 @@ def no_bar() -> bool | None:
     return None if is_main() else True
 
 
-def check_enough_for(n_facts: int, what: str = "facts") -> None:
+def check_enough_for(n_facts: int) -> None:
     """Raise ConfigError unless every process gets a fact."""
     if n_facts < world_size():
-        raise ConfigError(f"{world_size()} processes for {n_facts} {what}. Start {max(1, n_facts)} at most.")
+        raise ConfigError(f"{world_size()} processes for {n_facts} facts. Start {max(1, n_facts)} at most.")
 
 
 def gather(own: T) -> list[T]:
