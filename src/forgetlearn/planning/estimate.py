@@ -174,7 +174,6 @@ def plan_stage(load: Load, devices: Devices, speed: Speed | None = None) -> Stag
 
 
 def _memory(load: Load, devices: Devices) -> dict[str, float]:
-    """Return the bytes on each device, by part."""
     share = devices.number if devices.shard else 1
     gradients = FLOAT32 * load.trained
     leaves = load.paged and devices.kind != "cpu"

@@ -55,11 +55,7 @@ def _n_tokens(texts: Iterable[Encoded]) -> int:
 
 
 def loads_of(outline: Outline, recipe: Recipe, facts: FactSet, device: str) -> tuple[list[Load], list[str]]:
-    """Return the load of each stage on a kind of device, in their order, and notes on what was assumed.
-
-    Raises:
-        ConfigError: a stage's settings do not fit the model.
-    """
+    """Return the load of each stage on a kind of device, in their order, and notes on what was assumed."""
     notes: list[str] = []
     config = recipe.config
     waiting = frozenset(facts.to_ask)  # answers that are not known yet: taken to be as long as the new ones

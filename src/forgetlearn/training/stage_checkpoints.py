@@ -126,11 +126,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Put what `save_weights` wrote into the model.
-
-    Raises:
-        RunError: the model trains other weights.
-    """
+    """Put what `save_weights` wrote into the model; raise RunError if it trains other weights."""
     saved, trained = load_file(folder / WEIGHTS), _trained(model)
     if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in trained.items()}:
         raise RunError(f"{folder}: holds {len(saved)} weights, expected the {len(trained)} that this stage trains.")
