@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import AUTO, RunConfig
@@ -43,7 +42,7 @@ def write_results(
     facts: FactSet,
     rows: Mapping[str, list[Row]],
     done: Done | None = None,
-    general: Mapping[str, Any] | None = None,
+    general: Mapping[str, records.General] | None = None,
 ) -> Results:
     """Write everything that a report is made from to `path`; without `done`, of a run that only scores.
 
@@ -76,7 +75,7 @@ def _summary(
     scored: Mapping[str, list[Row]],
     done: Done | None,
     n_aside: int,
-    general: Mapping[str, Any],
+    general: Mapping[str, records.General],
 ) -> Summary:
     did = done or Done()
     counts = records.FactCounts(
@@ -105,8 +104,7 @@ def _summary(
         product=did.product,
         rounding=did.rounding,
     )
-    measured = {phase: records.General.model_validate(found) for phase, found in general.items()}
-    return summary.model_copy(update={"general": measured}) if measured else summary
+    return summary.model_copy(update={"general": dict(general)}) if general else summary
 
 
 def _coef(config: RunConfig, choice: Choice | None) -> float:
