@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import AUTO, RunConfig
@@ -42,7 +43,7 @@ def write_results(
     facts: FactSet,
     rows: Mapping[str, list[Row]],
     done: Done | None = None,
-    general: Mapping[str, records.General] | None = None,
+    general: Mapping[str, Any] | None = None,
 ) -> Results:
     """Write everything that a report is made from to `path`; without `done`, of a run that only scores.
 
