@@ -38,11 +38,7 @@ def asked(settings: EvaluateSettings) -> bool:
 
 
 def read_text(settings: EvaluateSettings) -> str:
-    """Return the text that `evaluate.general` names; "" if none is named.
-
-    Raises:
-        FactError: it cannot be read, is not UTF-8, or is empty.
-    """
+    """Return the text that `evaluate.general` names; "" if none is named. Raise FactError if it cannot be used."""
     if settings.general is None:
         return ""
     place = f"evaluate.general = {settings.general}"
@@ -171,12 +167,7 @@ def _divergence(before: Tensor, now: Tensor) -> float:
 
 
 def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict[str, TaskScore]]:
-    """Return task -> metric -> value and standard error, in the units of lm-evaluation-harness.
-
-    Raises:
-        FactError: the harness does not know a task.
-        MissingExtraError: it is not installed.
-    """
+    """Return task -> metric -> value and standard error, in the units of lm-evaluation-harness."""
     evaluator, tasks, models = _harness()
     known = tasks.TaskManager(include_path=settings.task_folder)
     if unknown := [name for name in settings.tasks if name not in known.all_tasks]:

@@ -138,8 +138,7 @@ GivenFacts = FactSet | Iterable[Fact] | str | Path | None
 def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
     """Return facts in memory (a list, a generator) as a FactSet; a FactSet, a source or None as it is.
 
-    Raises:
-        FactError: the list is empty, an item is not a Fact, or a fact occurs twice.
+    Raise FactError if the list is empty, an item is not a Fact, or a fact occurs twice.
     """
     if facts is None or isinstance(facts, (FactSet, str, Path)):
         return facts

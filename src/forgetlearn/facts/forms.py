@@ -180,10 +180,7 @@ def read_records(
     """Return the form that all records share, and the drafts of their facts.
 
     `columns` gives names of the own form to fields of other names; `lines` are those of the records in their file.
-
-    Raises:
-        FactError: no record; one that is no object, of no known form or of another form than the
-            first; a field of the wrong type, or named in `columns` and in no record.
+    Raise FactError if there are no records, or one is of no known form, of another one than the first, or malformed.
     """
     check_columns(columns)
     form: Form | None = None

@@ -59,8 +59,7 @@ def _find(column: str, names: Iterable[str]) -> str | None:
 def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
     """Map the name by which each field is read to its name in the file; `columns` are the pairs of `--columns`.
 
-    Raises:
-        FactError: two fields would be read as the same one.
+    Raise FactError if two fields would be read as the same one.
     """
     there = set(names)
     given = {own: name for own, column in columns if (name := _find(column, names)) is not None}

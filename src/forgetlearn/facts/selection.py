@@ -104,8 +104,7 @@ def with_old_answers(
     without an old answer, counted in `without_old`. A fact is left out if the model already gives its new answer,
     compared as `generate` compares: "Paris." equals "Paris".
 
-    Raises:
-        FactError: a fact to ask has no entry in `answers`, or no fact is left, or one is left out under `strict`.
+    Raise FactError if a fact to ask has no entry in `answers`, no fact is left, or one is left out under `strict`.
     """
     missing = [key for key in facts.to_ask if key not in answers]
     if missing:

@@ -56,9 +56,6 @@ class Skeleton:
         """Let the weights that a stage trains, and only they, require gradients; return their number.
 
         `frozen` are the settings of LoRA stages before it, whose adapters the model still carries.
-
-        Raises:
-            ConfigError: the settings name something that the model does not have.
         """
         modules = settings.modules if isinstance(settings, TuningSettings) else module_names.ALL
         with torch.random.fork_rng(devices=[]):

@@ -39,8 +39,7 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 def launched() -> int:
     """Return the number of processes that the launcher started; 1 without a launcher.
 
-    Raises:
-        ConfigError: several were started in a way that does not let them find each other.
+    Raise ConfigError if several were started in a way that does not let them find each other.
     """
     try:
         asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -91,10 +90,7 @@ def main_speaks() -> Iterator[None]:
 def joined(device: str = "auto") -> Iterator[None]:
     """Join the processes of this launch, and part when all are done; nested calls do nothing.
 
-    `device` is the setting model.device.
-
-    Raises:
-        ConfigError: there is no GPU for this process.
+    `device` is the setting model.device. Raise ConfigError if there is no GPU for this process.
     """
     if launched() == 1 or _joined():
         yield

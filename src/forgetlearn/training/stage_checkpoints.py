@@ -49,10 +49,7 @@ class StageIO:
 def writing(folder: Path, step: int) -> Iterator[Path]:
     """Yield a folder for the checkpoint after `step`, which counts, and replaces older ones, only if all went well.
 
-    All processes call this at the same step.
-
-    Raises:
-        RunError: it cannot be written, because the disk is full, say.
+    All processes call this at the same step. Raise RunError if the disk is full, say.
     """
     final = folder / f"step-{step:08d}"
     unfinished = folder / f".{final.name}{disk.UNFINISHED}"
@@ -79,8 +76,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint to continue from; None if there is none that is whole. Damaged ones are logged.
 
-    Raises:
-        RunError: it was written by another number of processes, which draw other random numbers.
+    Raise RunError if another number of processes wrote it: they draw other random numbers.
     """
     for point in sorted(_points(folder), reverse=True):
         if problem := _problem(point):
