@@ -385,7 +385,7 @@ def test_a_point_that_another_dominates_stays_in_the_area():
 
 
 def test_a_curve_without_a_point_is_refused():
-    with pytest.raises(ValueError, match="no point"):
+    with pytest.raises(ValueError, match="no usable point"):
         area([NAN, NAN], [90, 80], 10, 20)
 
 
