@@ -18,7 +18,6 @@ from forgetlearn.facts import (
     Fact,
     FactSet,
     Probe,
-    as_written,
     fact_id,
     from_records,
     make_fact,
@@ -499,14 +498,6 @@ def test_facts_without_aliases_keep_their_hash():
     facts = from_records([own(1), own(2, ground_truth=None)])
     assert facts.sha256() == "471d00093002b912b61aabc864f546d683b8ce2c75431ed3508c384bad7e3172"  # as at e89f7b9
     assert sha256([make_fact("a", "b", target_new_aliases=["c"])]) != sha256([make_fact("a", "b")])
-
-
-def test_a_written_line_has_each_answer_and_its_aliases_apart(tmp_path):
-    facts = [make_fact("a", "b", ground_truth="c", ground_truth_aliases=["d", "e"]), make_fact("f", "g")]
-    write_facts(facts, tmp_path / "facts.jsonl")
-    lines = [as_written(json.loads(line)) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
-    names = ("target_new", "target_new_aliases", "ground_truth", "ground_truth_aliases")
-    assert [[line[name] for name in names] for line in lines] == [["b", [], "c", ["d", "e"]], ["g", [], None, []]]
 
 
 def test_a_fact_without_pred_stays_too():

@@ -17,6 +17,7 @@ from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import FactError, MissingExtraError
 from forgetlearn.evaluation import general_ability, statistics
 from forgetlearn.storage import disk
+from forgetlearn.storage.records import TaskScore
 
 TEXT = "The sun went down behind the hills, and nobody in the village said a word about it. " * 12
 
@@ -141,7 +142,8 @@ def test_tasks_are_the_harnesss_own_numbers(lm, monkeypatch):
     models = types.SimpleNamespace(HFLM=lambda **given: given)
     monkeypatch.setattr(general_ability, "_harness", lambda: (evaluator, tasks, models))
     found = general_ability.score_tasks(lm, settings(tasks=("arc",), task_limit=7))
-    assert found == {"arc": {"acc": {"value": 0.5, "stderr": 0.1}, "acc (strict)": {"value": 0.25, "stderr": None}}}
+    acc, strict = TaskScore(value=0.5, stderr=0.1), TaskScore(value=0.25, stderr=None)
+    assert found == {"arc": {"acc": acc, "acc (strict)": strict}}
     assert (asked["tasks"], asked["limit"]) == (["arc"], 7)
     with pytest.raises(FactError, match=r"evaluate\.tasks: .*'ark'"):
         general_ability.score_tasks(lm, settings(tasks=("ark",)))
@@ -157,5 +159,5 @@ def test_a_task_of_ones_own_with_the_harness_itself(lm, tmp_path):
         "metric_list: [{metric: perplexity}, {metric: acc}]\n"
     )
     found = general_ability.score_tasks(lm, settings(tasks=("own",), task_folder=str(tmp_path)))
-    assert found["own"]["acc"]["value"] in (0.0, 0.5, 1.0)
-    assert found["own"]["perplexity"]["value"] > 1
+    assert found["own"]["acc"].value in (0.0, 0.5, 1.0)
+    assert found["own"]["perplexity"].value > 1

@@ -6,10 +6,11 @@ expected, what to do. The command line prints it and exits with code 2; `--debug
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # Tokens that show by their shape whose they are, name and password of a URL, and what a name such as token= or
 # WANDB_API_KEY= is given; the group is what stays in front.
@@ -67,11 +68,7 @@ def missing_extra(purpose: str, extra: str, error: ImportError) -> MissingExtraE
 
 
 def check_installed(package: str, purpose: str, extra: str) -> None:
-    """Raise MissingExtraError unless an optional package is installed; it is not imported.
-
-    Raises:
-        MissingExtraError: it is not there.
-    """
+    """Raise MissingExtraError unless an optional package is installed; it is not imported."""
     if importlib.util.find_spec(package) is None:
         raise missing_extra(purpose, extra, ImportError(f"the package {package} is not installed"))
 
@@ -85,12 +82,18 @@ def plain(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def shown(value: object, most: int = 60) -> str:
+def shown(value: object) -> str:
     """Format a value from a JSON file for a message, in one short line."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
     text = "null" if value is None else repr(value)
-    return plain(text if len(text) <= most else f"{text[:most]}…")
+    return plain(text if len(text) <= 60 else f"{text[:60]}…")
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return " Did you mean ...?" for the known name that is most like `name`, after `prefix`; "" if none is."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean '{prefix}{near[0]}'?" if near else ""
 
 
 def without_secrets(text: str) -> str:

@@ -77,7 +77,8 @@ def _common(
             f"{context.invoked_subcommand} is for one process, and {processes.launched()} were started. "
             f"Start it without torchrun; {' and '.join(TOGETHER)} can share the work among several."
         )
-    processes.silence_other_ranks()
+    if processes.launched_rank() > 0:  # only rank 0 logs
+        logging.getLogger("forgetlearn").setLevel(logging.CRITICAL)
 
 
 class _State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pydantic.fields import FieldInfo
 
 from forgetlearn.config import safe_yaml
-from forgetlearn.errors import ConfigError
+from forgetlearn.errors import ConfigError, did_you_mean
 
 TAGS = ("a number", "one name", "several names", "names and factors")  # forms of one setting: no part of its name
 MOST_BYTES = 1 << 22  # of a file of settings
@@ -169,8 +168,7 @@ def _problem(kind: type[Settings], item: Mapping[str, Any], where: str | None, e
 
 def _nearest_choice(item: Mapping[str, Any]) -> str:
     choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-    near = difflib.get_close_matches(str(item["input"]), choices, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    return did_you_mean(str(item["input"]), choices)
 
 
 def _known_items(field: FieldInfo | None) -> str:
@@ -188,10 +186,8 @@ def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
         elsewhere = [wanted]
     if elsewhere:
         return f" Did you mean {' or '.join(repr(name) for name in elsewhere)}?"
-    near = difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean '{'.'.join([*map(str, loc[:-1]), near[0]])}'?"
-    return f" Known here: {', '.join(siblings)}."
+    hint = did_you_mean(wanted, siblings, "".join(f"{part}." for part in loc[:-1]))
+    return hint or f" Known here: {', '.join(siblings)}."
 
 
 def locate(kind: type[Settings], loc: tuple[int | str, ...]) -> tuple[type[Settings], FieldInfo | None]:

@@ -11,10 +11,8 @@ import hashlib
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,33 +25,11 @@ from forgetlearn.evaluation.statistics import mean_of
 from forgetlearn.models.batches import computing, forward_parameters
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.runtime import processes, sharding
-from forgetlearn.storage import disk
+from forgetlearn.storage.records import General, OnText, TaskScore, load_rows, save_rows
 
 WINDOW = 512  # most tokens of the text that are read at once
 FOUND = "general.jsonl"
 LOG_PROBS = "window-{:05d}.safetensors"
-
-
-@dataclass(frozen=True)
-class OnText:
-    """A model's loss on a text, in nats per token with 95 % intervals over windows, and its distance from another.
-
-    `kl` is the mean over tokens of KL(before || now) in nats; None if no reading of the model before was given.
-    """
-
-    tokens: int
-    windows: int
-    loss: float
-    loss_low: float | None
-    loss_high: float | None
-    kl: float | None = None
-    kl_low: float | None = None
-    kl_high: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the loss."""
-        return math.exp(self.loss)
 
 
 def asked(settings: EvaluateSettings) -> bool:
@@ -62,11 +38,7 @@ def asked(settings: EvaluateSettings) -> bool:
 
 
 def read_text(settings: EvaluateSettings) -> str:
-    """Return the text that `evaluate.general` names; "" if none is named.
-
-    Raises:
-        FactError: it cannot be read, is not UTF-8, or is empty.
-    """
+    """Return the text that `evaluate.general` names; "" if none is named. Raise FactError if it cannot be used."""
     if settings.general is None:
         return ""
     place = f"evaluate.general = {settings.general}"
@@ -95,33 +67,32 @@ def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
         lm.encoder.check_embedded(ids, f"evaluate.general = {settings.general}")
 
 
-def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> dict[str, Any]:
+def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> General:
     """Measure what the settings ask for; write it to `folder` too, with what a later call needs as `before`.
 
     Raises:
         FactError: the text has fewer than two tokens or is another than before, or a task is not known.
         ModelError: the two models have different vocabularies.
     """
-    found: dict[str, Any] = {}
+    found = General()
     if text := read_text(settings):
         digest = hashlib.sha256(f"{settings.general_tokens}:{text}".encode()).hexdigest()
-        if before is not None and found_in(before)["text"]["sha256"] != digest:
+        if before is not None and (was := found_in(before).text) is not None and was.sha256 != digest:
             raise FactError(
                 f"evaluate.general = {settings.general}: is not the text that was read before the update: the "
                 "file changed during the run."
             )
         on_text = score_text(lm, text, settings, keep=None if before else folder, before=before)
-        source = {"source": Path(str(settings.general)).name, "sha256": digest}
-        found["text"] = {**source, **asdict(on_text), "perplexity": on_text.perplexity}
+        found = found.model_copy(update={"text": on_text.model_copy(update={"sha256": digest})})
     if settings.tasks:
-        found["tasks"] = score_tasks(lm, settings)
-    processes.on_main(lambda: disk.write_rows(folder / FOUND, [found]))
+        found = found.model_copy(update={"tasks": score_tasks(lm, settings)})
+    processes.on_main(lambda: save_rows([found], folder / FOUND))
     return found
 
 
-def found_in(folder: Path) -> dict[str, Any]:
+def found_in(folder: Path) -> General:
     """Read what `measure` wrote."""
-    return disk.read_rows(folder / FOUND)[0]
+    return load_rows(General, folder / FOUND)[0]
 
 
 def score_text(
@@ -134,6 +105,7 @@ def score_text(
 ) -> OnText:
     """Read the first `evaluate.general_tokens` tokens of a text, in windows that do not overlap.
 
+    The loss is in nats per token, with 95 % intervals over windows; `kl` is the mean over tokens of KL(before || now).
     `keep` is a folder for this model's log-probabilities (tokens times vocabulary, float32), `before` one with those
     of another model.
     """
@@ -148,9 +120,22 @@ def score_text(
                 save_file({"log_probs": log_probs}, keep / LOG_PROBS.format(index))
             if before is not None:
                 divergences.append(_divergence(load_file(before / LOG_PROBS.format(index))["log_probs"], log_probs))
-    loss = mean_of([loss / count for loss, count in zip(losses, counts, strict=True)], counts)
-    kl = mean_of([kl / count for kl, count in zip(divergences, counts, strict=True)], counts) if before else ()
-    return OnText(sum(counts), len(counts), *loss, *kl)
+    loss, loss_low, loss_high = mean_of([loss / n for loss, n in zip(losses, counts, strict=True)], counts)
+    kl = kl_low = kl_high = None
+    if before is not None:
+        kl, kl_low, kl_high = mean_of([kl / n for kl, n in zip(divergences, counts, strict=True)], counts)
+    return OnText(
+        source=Path(settings.general or "").name,
+        tokens=sum(counts),
+        windows=len(counts),
+        loss=loss,
+        loss_low=loss_low,
+        loss_high=loss_high,
+        kl=kl,
+        kl_low=kl_low,
+        kl_high=kl_high,
+        perplexity=math.exp(loss),
+    )
 
 
 def _windows(lm: LanguageModel, text: str, n_tokens: int) -> Iterator[list[int]]:
@@ -181,13 +166,8 @@ def _divergence(before: Tensor, now: Tensor) -> float:
     return float(functional.kl_div(now, before, log_target=True, reduction="sum"))
 
 
-def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return task -> metric -> value and standard error, in the units of lm-evaluation-harness.
-
-    Raises:
-        FactError: the harness does not know a task.
-        MissingExtraError: it is not installed.
-    """
+def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict[str, TaskScore]]:
+    """Return task -> metric -> value and standard error, in the units of lm-evaluation-harness."""
     evaluator, tasks, models = _harness()
     known = tasks.TaskManager(include_path=settings.task_folder)
     if unknown := [name for name in settings.tasks if name not in known.all_tasks]:
@@ -203,16 +183,16 @@ def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict
     return {task: _metrics(result) for task, result in found["results"].items()}
 
 
-def _metrics(result: Mapping[str, object]) -> dict[str, dict[str, float | None]]:
+def _metrics(result: Mapping[str, object]) -> dict[str, TaskScore]:
     """Turn `{"acc,none": 0.5, "acc_stderr,none": 0.1}` into `{"acc": {"value": 0.5, "stderr": 0.1}}`."""
     values = {name: value for name, value in result.items() if isinstance(value, (int, float)) and "," in name}
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[str, TaskScore] = {}
     for name, value in values.items():
         metric, _comma, how = name.partition(",")
         if metric.endswith("_stderr"):
             continue
         stderr = values.get(f"{metric}_stderr,{how}")
-        found[metric if how == "none" else f"{metric} ({how})"] = {"value": float(value), "stderr": stderr}
+        found[metric if how == "none" else f"{metric} ({how})"] = TaskScore(value=float(value), stderr=stderr)
     return found
 
 

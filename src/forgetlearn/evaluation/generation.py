@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -34,19 +33,6 @@ class Room:
 
     tokens: int
     lines: int = 1
-
-
-class Generator(Protocol):
-    """Answers prompts greedily, each as if it were alone."""
-
-    batches_itself: bool  # wants all prompts at once
-
-    def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
-        """Return new ids for each prompt, up to its room, an end token or the end of the context.
-
-        Ids after the first end token, or after the last line that it has room for, are not part of the answer.
-        """
-        ...
 
 
 def end_ids(lm: LanguageModel) -> list[int]:
@@ -93,7 +79,10 @@ class TransformersGenerator:
         self.lm, self.ends = lm, end_ids(lm)
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
-        """See `Generator`."""
+        """Return new ids for each prompt, greedily, up to its room, an end token or the end of the context.
+
+        Ids after the first end token, or after the last line that it has room for, are not part of the answer.
+        """
         lm = self.lm
         at_most = max(room.tokens for room in rooms)
         width = max(len(prompt) for prompt in prompts)
@@ -119,7 +108,7 @@ class VllmGenerator:
     The engine lives for one call, so that the next step has the device's memory.
     """
 
-    batches_itself = True
+    batches_itself = True  # wants all prompts at once
 
     def __init__(self, lm: LanguageModel) -> None:
         """Raise ModelError for a model that has no folder and no hub id."""
@@ -128,7 +117,7 @@ class VllmGenerator:
         self.lm, self.ends = lm, end_ids(lm)
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
-        """See `Generator`."""
+        """Return what `TransformersGenerator.generate` does."""
         vllm, lora = _vllm()
         context = self.lm.encoder.max_length
         limits = [
@@ -180,8 +169,10 @@ class VllmGenerator:
         return ids + self.ends[:1] if stopped else ids
 
 
+Generator = TransformersGenerator | VllmGenerator
+
+
 def _vllm() -> tuple[ModuleType, ModuleType]:
-    """Import vLLM and its module of LoRA requests."""
     try:
         import vllm
         import vllm.lora.request

@@ -141,7 +141,9 @@ class Scorer:
         return [*together, *([prompt] for prompt in sorted(alone))]
 
     def _layout(self, texts: Iterable[Encoded], best: Literal["shared", "padded"]) -> Layout:
-        return choose_layout(self.lm.model, _with_answers(texts), self.lm.pad_id, self.lm.device, best)
+        # The check needs a position to predict, and a prompt alone has none: its last token is taken for an answer.
+        checked = [t if t.answer_ids or len(t.ids) < 2 else Encoded(t.ids, len(t.ids) - 1) for t in texts]
+        return choose_layout(self.lm.model, checked, self.lm.pad_id, self.lm.device, best)
 
     def _batches(self, texts: Mapping[K, Encoded], layout: Layout) -> list[list[K]]:
         """Divide keys into batches: neighbours that share their beginnings, or texts of similar length."""
@@ -165,11 +167,7 @@ class Scorer:
                 bar.update(len(batch))
 
     def _halving(self, batch: list[T], run: Callable[[list[T]], list[R]]) -> list[R]:
-        """Run a batch, in halves if the device has no memory for the whole; later batches then start smaller.
-
-        Raises:
-            ModelError: the device has no memory for a single text, or the model is split over processes.
-        """
+        """Run a batch, in halves if the device has no memory for the whole; later batches then start smaller."""
         half = len(batch) // 2
         if len(batch) <= self.largest:
             try:
@@ -211,8 +209,3 @@ class Scorer:
         body = self.lm.encoder.decode(ids[: stops[0]] if stops else ids).lstrip()
         text = matching.first_lines(body, lines)
         return Generated(text, truncated=not stops and body.count("\n") < lines)
-
-
-def _with_answers(texts: Iterable[Encoded]) -> list[Encoded]:
-    """Return texts with at least one position to predict, for the layout check (a prompt alone has none)."""
-    return [text if text.answer_ids or len(text.ids) < 2 else Encoded(text.ids, len(text.ids) - 1) for text in texts]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from forgetlearn.config.schema import EvaluateSettings, ForgetSection
+from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Pair, Reading, Scorer
 from forgetlearn.evaluation.statistics import mean_with_interval
@@ -39,10 +39,10 @@ def score(
     settings = settings or EvaluateSettings()
     facts = list(facts)
     scorer = Scorer(lm, settings, phase)
-    read = scorer.read(pair for fact in facts for pair in _pairs(fact))
+    read = scorer.read(pair for fact in facts for pair in pairs_to_read(fact))
     said: dict[str, Generated | Failure] = {}
     if "generate" in settings.protocols:
-        said = scorer.say((p for fact in facts for p in _prompts(fact)), answer_rooms(lm, facts, settings))
+        said = scorer.say((prompt for fact in facts for prompt in fact.prompts), answer_rooms(lm, facts, settings))
     protocols = {*settings.protocols, *(["contains"] if "generate" in settings.protocols else [])}
     rows: list[Row] = []
     for fact in facts:
@@ -82,7 +82,7 @@ def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSet
         room = Room(max([settings.max_new_tokens, *lengths]), lines)
         if room == Room(settings.max_new_tokens):
             continue
-        for prompt in _prompts(fact):
+        for prompt in fact.prompts:
             other = rooms.get(prompt, room)
             rooms[prompt] = Room(max(room.tokens, other.tokens), max(room.lines, other.lines))
     return rooms
@@ -119,15 +119,6 @@ def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[]
     return known_facts(facts, base_rows if was_asked else ask())
 
 
-def facts_to_forget(facts: Iterable[Fact], known: Iterable[Fact], settings: ForgetSection) -> list[Fact]:
-    """Return the facts whose old answer is forgotten: those for which the base gives it, or all that have one."""
-    return list(known) if settings.only_known else [fact for fact in facts if fact.ground_truth]
-
-
-def _prompts(fact: Fact) -> tuple[str, ...]:
-    return (fact.prompt, *fact.rephrase_prompts)
-
-
 @dataclass(frozen=True)
 class _Question:
     """A prompt, the answers that count as right (first the one that is taught or forgotten), and those against it."""
@@ -138,16 +129,15 @@ class _Question:
 
 
 def _questions(fact: Fact) -> dict[str, list[_Question]]:
-    """Return the questions of each quantity."""
     new, old = fact.new_answers, fact.old_answers
     return {
         "reliability": [_Question(fact.prompt, new, old)],
         "generality": [_Question(prompt, new, old) for prompt in fact.rephrase_prompts],
-        "residue": [_Question(prompt, old, new) for prompt in _prompts(fact)] if old else [],
+        "residue": [_Question(prompt, old, new) for prompt in fact.prompts] if old else [],
     }
 
 
-def _pairs(fact: Fact) -> Iterator[Pair]:
+def pairs_to_read(fact: Fact) -> Iterator[Pair]:
     """Yield each prompt with the answers to read: those that are taught or forgotten, without their aliases."""
     for questions in _questions(fact).values():
         yield from ((asked.prompt, asked.answers[0]) for asked in questions)
@@ -213,7 +203,7 @@ def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, Sequence[Sc
 
 
 def _texts(fact: Fact, said: Replies) -> dict[str, object]:
-    replies = [said[prompt] for prompt in _prompts(fact)]
+    replies = [said[prompt] for prompt in fact.prompts]
     texts = [reply.text if isinstance(reply, Generated) else None for reply in replies]
     truncated = sum(isinstance(reply, Generated) and reply.truncated for reply in replies)
     return {"said": texts[0], "said_rephrased": texts[1:], "truncated": truncated}

@@ -238,11 +238,7 @@ class _Parts:
 
 
 def _matrix(scores: ArrayLike, lowest: float, highest: float) -> Floats:
-    """Return the scores as a matrix of floats.
-
-    Raises:
-        ValueError: it is no matrix, holds no number, or one is outside the range.
-    """
+    """Return the scores as floats; raise ValueError unless they are a matrix with numbers, all within the range."""
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or np.isnan(values).all():
         raise ValueError(f"Scores must be a matrix (seeds, facts) with at least one number, not {scores!r:.200}.")
@@ -371,11 +367,7 @@ def _random_flips(values: Floats, resamples: int, rng: np.random.Generator) -> F
 
 
 def _knots(curve: Curve) -> list[Floats]:
-    """Return, per seed, the rows reliability (rising), locality, generality; points of equal reliability averaged.
-
-    Raises:
-        ValueError: every point of a seed has a NaN.
-    """
+    """Return, per seed, the rows reliability (rising), locality, generality; points of equal reliability averaged."""
     rows = [np.asarray(each, dtype=np.float64) for each in (curve.reliability, curve.locality, curve.generality)]
     found = []
     for points in np.stack(rows, axis=1):

@@ -7,7 +7,6 @@ finds old answers and aliases, and gives a `FactSet`: the facts that can be used
 
 from forgetlearn.facts.fact import Fact as Fact
 from forgetlearn.facts.fact import Probe as Probe
-from forgetlearn.facts.fact import as_written as as_written
 from forgetlearn.facts.fact import fact_id as fact_id
 from forgetlearn.facts.fact import make_fact as make_fact
 from forgetlearn.facts.fact import sha256 as sha256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,11 @@ class Fact:
     target_new_aliases: tuple[str, ...] = ()  # other ways to write the new answer: never trained on, counted as right
     ground_truth_aliases: tuple[str, ...] = ()
     where: str = field(default="", compare=False)  # file and record, for messages; no part of the fact
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return every text that asks for the fact; the first is the one that is trained on."""
+        return (self.prompt, *self.rephrase_prompts)
 
     @property
     def new_answers(self) -> tuple[str, ...]:
@@ -85,13 +90,8 @@ def sha256(facts: Iterable[Fact]) -> str:
 
     Empty aliases are left out, so that facts without aliases keep the hash that earlier versions recorded.
     """
-    records = [_as_record(fact) for fact in facts]
-    return _sha256(
-        [
-            {name: value for name, value in record.items() if value or not name.endswith("_aliases")}
-            for record in records
-        ]
-    )
+    records = map(_as_record, facts)
+    return _sha256([{k: v for k, v in record.items() if v or not k.endswith("_aliases")} for record in records])
 
 
 def write_facts(facts: Iterable[Fact], path: Path) -> None:
@@ -109,16 +109,6 @@ def write_facts(facts: Iterable[Fact], path: Path) -> None:
                 record[name] = [text, *aliases]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
-
-
-def as_written(record: Mapping[str, object]) -> dict[str, object]:
-    """Return a line of `write_facts` with each answer as its first text (or None) and a list of aliases."""
-    answers: dict[str, object] = {}
-    for name in ("target_new", "ground_truth"):
-        value = record.get(name)
-        first, *others = value if isinstance(value, list) and value else [value]
-        answers |= {name: first, f"{name}_aliases": others}
-    return {**record, **answers}
 
 
 def _as_record(fact: Fact) -> dict[str, object]:

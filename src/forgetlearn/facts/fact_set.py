@@ -119,11 +119,9 @@ class FactSet:
         return sha256(self.facts)
 
     def __len__(self) -> int:
-        """Return the number of usable facts."""
         return len(self.facts)
 
     def __iter__(self) -> Iterator[Fact]:
-        """Iterate over the usable facts in the order of the source."""
         return iter(self.facts)
 
     @overload
@@ -131,7 +129,6 @@ class FactSet:
     @overload
     def __getitem__(self, index: slice) -> tuple[Fact, ...]: ...
     def __getitem__(self, index: int | slice) -> Fact | tuple[Fact, ...]:
-        """Return one fact, or a tuple of them for a slice."""
         return self.facts[index]
 
 
@@ -141,8 +138,7 @@ GivenFacts = FactSet | Iterable[Fact] | str | Path | None
 def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
     """Return facts in memory (a list, a generator) as a FactSet; a FactSet, a source or None as it is.
 
-    Raises:
-        FactError: the list is empty, an item is not a Fact, or a fact occurs twice.
+    Raise FactError if the list is empty, an item is not a Fact, or a fact occurs twice.
     """
     if facts is None or isinstance(facts, (FactSet, str, Path)):
         return facts

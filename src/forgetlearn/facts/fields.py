@@ -45,11 +45,7 @@ def is_missing(value: object) -> bool:
 
 
 def as_text(value: object, place: str) -> str:
-    """Return a text or a number as text, unstripped; null and NaN are "".
-
-    Raises:
-        FactError: the value is of another kind, too long a number, or text that UTF-8 cannot encode.
-    """
+    """Return a text or a number as text, unstripped; null and NaN are "". Raise FactError for any other value."""
     if is_missing(value):
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -153,11 +149,7 @@ class Fields:
 
 
 def loads(text: str, source: str, first_line: int | None = None) -> object:
-    """Parse a JSON text; NaN becomes null. `first_line` is the text's line in its file, for messages.
-
-    Raises:
-        FactError: the text is not JSON, is cut short, is nested too deep or names a field twice in one object.
-    """
+    """Parse a JSON text, or raise FactError; NaN becomes null. `first_line` is its line in the file, for messages."""
     where = f"{source}, line {first_line}" if first_line else source
 
     def constant(name: str) -> None:

@@ -76,11 +76,6 @@ def _fits_knowedit(record: Record) -> bool:
     return groups or not ("prompt" in record and "target_new" in record)  # without groups the own names say the same
 
 
-def _fits_rippleedits(record: Record) -> bool:
-    edit = record["edit"]
-    return isinstance(edit, Mapping) and "prompt" in edit
-
-
 # The first that fits. Flat COUNTERFACT and KnowEdit also have the names of the own form.
 FORMS = (
     _flat(
@@ -112,7 +107,8 @@ FORMS = (
 OTHERS = (
     Form(
         "rippleedits", ("edit",), read_rippleedits, ("Subject_Aliasing", *RIPPLE_PROBES),
-        fits_too=_fits_rippleedits, marks="edit with a prompt",
+        fits_too=lambda record: isinstance(record["edit"], Mapping) and "prompt" in record["edit"],
+        marks="edit with a prompt",
     ),
     _flat(  # the set has no old answers; its pipeline writes ZsRE's names instead
         "wikibigedit", "update", "ans",
@@ -140,28 +136,20 @@ KNOWN = frozenset(name for form in (*FORMS, *OTHERS) for name in (*form.needs, *
 LISTS = ("rephrase_prompt", "locality")  # columns of tables in which a cell that begins with [ is a list
 
 
-def form_of(record: Record) -> Form | None:
-    """Return the form of a record, by its fields; None if no form fits.
-
-    Raises:
-        FactError: several fit, and none of them has the own names.
-    """
+def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
+    """Return the form of a record (None if none fits), and its fields: the name to read -> the name in the file."""
+    originals = renamed(tuple(record), KNOWN, tuple(columns.items()))
+    read = {name: record[original] for name, original in originals.items()}
     for form in FORMS:
-        if form.fits(record):
-            return form
-    fitting = [form for form in OTHERS if form.fits(record)]
+        if form.fits(read):
+            return form, originals
+    fitting = [form for form in OTHERS if form.fits(read)]
     if len(fitting) > 1:
         raise FactError(
             f"its fields are those of {' and of '.join(form.shown for form in fitting)}. Remove the fields of one "
             "form, or map the fields: --columns prompt=...,target_new=..."
         )
-    return fitting[0] if fitting else None
-
-
-def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
-    """Return the form of a record, and the name in the file of each field by the name under which it is read."""
-    originals = renamed(tuple(record), KNOWN, tuple(columns.items()))
-    return form_of({name: record[original] for name, original in originals.items()}), originals
+    return (fitting[0] if fitting else None), originals
 
 
 def is_record(value: Record, columns: Mapping[str, str]) -> bool:
@@ -192,10 +180,7 @@ def read_records(
     """Return the form that all records share, and the drafts of their facts.
 
     `columns` gives names of the own form to fields of other names; `lines` are those of the records in their file.
-
-    Raises:
-        FactError: no record; one that is no object, of no known form or of another form than the
-            first; a field of the wrong type, or named in `columns` and in no record.
+    Raise FactError if there are no records, or one is of no known form, of another one than the first, or malformed.
     """
     check_columns(columns)
     form: Form | None = None
@@ -271,10 +256,7 @@ def _size(value: object) -> int:
 
 # Common data sets that are no files of facts, or only with --columns.
 LOOKS_LIKE = {
-    (
-        "chosen",
-        "rejected",
-    ): "pairs of preference. {}\nIf the chosen text is the new answer and the rejected one "
+    ("chosen", "rejected"): "pairs of preference. {}\nIf the chosen text is the new answer and the rejected one "
     "the old: --columns prompt=prompt,target_new=chosen,ground_truth=rejected.",
     ("subject", "relation", "object"): "triples. {}\nA fact needs a prompt: add the field prompt, with the question or "
     "the beginning of the sentence.",

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
-from forgetlearn.errors import FactError, some
+from forgetlearn.errors import FactError, did_you_mean, some
 
 OPTIONAL = (
     "ground_truth", "subject", "rephrase_prompt", "rephrase_prompts",
@@ -35,9 +35,8 @@ def check_columns(columns: Iterable[str]) -> None:
     """Raise FactError if `--columns` assigns to a name that is not a field of a fact."""
     for own in columns:
         if own not in OWN and not NUMBERED.fullmatch(own):
-            near = difflib.get_close_matches(own, sorted(OWN), 1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"Known are {', '.join(sorted(OWN))}."
-            raise FactError(f"facts.columns: '{own}' is not a field of a fact. {hint}")
+            hint = did_you_mean(own, sorted(OWN)) or f" Known are {', '.join(sorted(OWN))}."
+            raise FactError(f"facts.columns: '{own}' is not a field of a fact.{hint}")
 
 
 def check_columns_found(columns: Mapping[str, str], source: str, names: Iterable[str]) -> None:
@@ -45,11 +44,9 @@ def check_columns_found(columns: Mapping[str, str], source: str, names: Iterable
     there = sorted(names)
     for own, column in columns.items():
         if _find(column, there) is None:
-            near = difflib.get_close_matches(column, there, 1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
             raise FactError(
-                f"{source}: facts.columns says {own} = '{column}', which no record has.{hint} "
-                f"Fields found: {some(there, 12) or 'none'}."
+                f"{source}: facts.columns says {own} = '{column}', which no record has."
+                f"{did_you_mean(column, there)} Fields found: {some(there, 12) or 'none'}."
             )
 
 
@@ -62,8 +59,7 @@ def _find(column: str, names: Iterable[str]) -> str | None:
 def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
     """Map the name by which each field is read to its name in the file; `columns` are the pairs of `--columns`.
 
-    Raises:
-        FactError: two fields would be read as the same one.
+    Raise FactError if two fields would be read as the same one.
     """
     there = set(names)
     given = {own: name for own, column in columns if (name := _find(column, names)) is not None}

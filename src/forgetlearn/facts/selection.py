@@ -59,11 +59,7 @@ def from_records(
     columns: Mapping[str, str] | None = None,
     aliases: str | None = None,
 ) -> FactSet:
-    """Return what `read_facts` does, for records that are in memory; `source` is their name in messages.
-
-    Raises:
-        FactError: as `read_facts`.
-    """
+    """Return what `read_facts` does, for records that are in memory; `source` is their name in messages."""
     found = records if isinstance(records, Source) else Source(records)
     try:
         policies = validate(FactsSettings, {"old_from": old_from, "limit": limit}).old_from
@@ -108,8 +104,7 @@ def with_old_answers(
     without an old answer, counted in `without_old`. A fact is left out if the model already gives its new answer,
     compared as `generate` compares: "Paris." equals "Paris".
 
-    Raises:
-        FactError: a fact to ask has no entry in `answers`, or no fact is left, or one is left out under `strict`.
+    Raise FactError if a fact to ask has no entry in `answers`, no fact is left, or one is left out under `strict`.
     """
     missing = [key for key in facts.to_ask if key not in answers]
     if missing:
@@ -262,11 +257,7 @@ def _aliases(answer: Answer) -> list[str]:
 
 
 def _with_account(result: FactSet, left: Sequence[LeftOut], strict: bool) -> FactSet:
-    """Return the result with what was left out.
-
-    Raises:
-        FactError: everything is left out, or anything under `strict`.
-    """
+    """Return the result with what was left out; raise FactError if that is all, or anything under `strict`."""
     in_order = sorted(left, key=lambda item: item.record)
     numbers: dict[Reason, list[int]] = {}
     for item in in_order:

@@ -41,9 +41,6 @@ def parse_csv(text: str, source: str, columns: Iterable[str], usual: str) -> Sou
     """Read a table of text; the delimiter is the one that gives the header the most known names.
 
     `columns` are names that the header is known to have; `usual` is the delimiter if several do equally well.
-
-    Raises:
-        FactError: the text is not CSV, a row and the header differ in cells, or a column name is repeated.
     """
     start = len(text) - len(text.lstrip("\r\n"))
     lines = io.StringIO(text, newline="")
@@ -120,12 +117,7 @@ def _uneven(where: str, row: Sequence[str], header: Sequence[str], delimiter: st
 
 
 def parse_xlsx(path: Path) -> Source:
-    """Read the one sheet of an Excel file that is not empty; numbers and dates become text.
-
-    Raises:
-        FactError: the file is not .xlsx, unpacks to more than a gigabyte, or has several sheets with something in them.
-        MissingExtraError: openpyxl is not installed.
-    """
+    """Read the one sheet of an Excel file that is not empty; numbers and dates become text."""
     try:
         import openpyxl
     except ImportError as error:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from pathlib import Path
 
-from forgetlearn.errors import ConfigError
+from forgetlearn.errors import ConfigError, did_you_mean
 
 MOST_BYTES = 1 << 20  # of a file with a prompt template
 PLACE = "{prompt}"
@@ -31,8 +30,7 @@ def read_template(name: str) -> str:
         return TEMPLATES[name]
     place, file = f"model.prompt_template = {name}", Path(name)
     if not file.is_file():  # a pipe or a device might never end
-        near = difflib.get_close_matches(name, NAMED, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(name, NAMED)
         raise ConfigError(f"{place}: must be {', '.join(NAMED)}, or a text file that contains {PLACE}.{hint}")
     try:
         if file.stat().st_size > MOST_BYTES:

@@ -65,11 +65,6 @@ class Load:
         """Optimiser steps; batches of a stage that only reads."""
         return self.passes * math.ceil(self.texts / self.batch_size)
 
-    @property
-    def micro_steps(self) -> int:
-        """Passes through the model."""
-        return self.passes * math.ceil(self.texts / self.micro_batch_size)
-
 
 @dataclass(frozen=True)
 class Devices:
@@ -179,7 +174,6 @@ def plan_stage(load: Load, devices: Devices, speed: Speed | None = None) -> Stag
 
 
 def _memory(load: Load, devices: Devices) -> dict[str, float]:
-    """Return the bytes on each device, by part."""
     share = devices.number if devices.shard else 1
     gradients = FLOAT32 * load.trained
     leaves = load.paged and devices.kind != "cpu"
@@ -201,7 +195,8 @@ def _memory(load: Load, devices: Devices) -> dict[str, float]:
 
 
 def _seconds(load: Load, step: Step, devices: Devices, speed: Speed, flops: float) -> float:
-    passes = math.ceil(load.micro_steps / devices.number) + load.answer_steps
+    micro_steps = load.passes * math.ceil(load.texts / load.micro_batch_size)
+    passes = math.ceil(micro_steps / devices.number) + load.answer_steps
     per_pass = PASSES_OVER_WEIGHTS if load.trained else 1
     moved = per_pass * load.weights_bytes * passes
     moved += (MOVED_PER_TRAINED * load.trained + 2 * load.states_bytes) * load.steps

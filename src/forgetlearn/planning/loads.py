@@ -13,8 +13,8 @@ import torch
 from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import TrainSettings, TuningSettings
 from forgetlearn.errors import ForgetLearnError
-from forgetlearn.evaluation.scoring import MARGIN_TOKENS
-from forgetlearn.facts import Fact, FactSet
+from forgetlearn.evaluation.scoring import MARGIN_TOKENS, pairs_to_read
+from forgetlearn.facts import FactSet
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder
@@ -38,9 +38,9 @@ class Texts:
         """Tokens of all of them."""
         return round(_n_tokens(self.encoded) / len(self.encoded) * self.number)
 
-    def largest_batch(self, size: int, passes: int, seed: int = 0) -> list[Encoded]:
+    def largest_batch(self, size: int, passes: int) -> list[Encoded]:
         """Return the batch with the most tokens that random orders of these texts make."""
-        draw, size = random.Random(seed), min(size, self.number)
+        draw, size = random.Random(0), min(size, self.number)
         batches = [draw.choices(self.encoded, k=size) for _ in range(passes * math.ceil(self.number / size))]
         return max(batches, key=_n_tokens)
 
@@ -55,17 +55,13 @@ def _n_tokens(texts: Iterable[Encoded]) -> int:
 
 
 def loads_of(outline: Outline, recipe: Recipe, facts: FactSet, device: str) -> tuple[list[Load], list[str]]:
-    """Return the load of each stage on a kind of device, in their order, and notes on what was assumed.
-
-    Raises:
-        ConfigError: a stage's settings do not fit the model.
-    """
+    """Return the load of each stage on a kind of device, in their order, and notes on what was assumed."""
     notes: list[str] = []
     config = recipe.config
     waiting = frozenset(facts.to_ask)  # answers that are not known yet: taken to be as long as the new ones
     old = [(f.prompt, f.ground_truth or f.target_new) for f in facts if f.ground_truth or f.id in waiting]
     new = [(f.prompt, f.target_new) for f in facts]
-    read = [pair for fact in facts for pair in _read(fact)]
+    read = [pair for fact in facts for pair in pairs_to_read(fact)]
     encoded = _encoded(outline.encoder, [*old, *new, *read])
 
     def texts(pairs: list[tuple[str, str]]) -> Texts:
@@ -139,7 +135,7 @@ def _score_load(outline: Outline, recipe: Recipe, read: Texts, facts: FactSet, d
     """Return the load of scoring in all phases, with the answers that are generated, as long as they may be."""
     settings = recipe.config.evaluate
     size, longest, phases = settings.batch_size, settings.max_new_tokens, len(recipe.phases)
-    n_prompts = len({prompt for fact in facts for prompt in _prompts(fact)})
+    n_prompts = len({prompt for fact in facts for prompt in fact.prompts})
     batches = math.ceil(n_prompts / size) if "generate" in settings.protocols else 0
     rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.encoded] or [longest]
     skeleton = outline.skeleton(None if recipe.method.makes_adapter else torch.float32)
@@ -177,19 +173,6 @@ def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         return None, f"a step of this model cannot be traced, so activations and time are left out: {reason}"
-
-
-def _prompts(fact: Fact) -> tuple[str, ...]:
-    return (fact.prompt, *fact.rephrase_prompts)
-
-
-def _read(fact: Fact) -> Iterator[tuple[str, str]]:
-    """Yield the pairs that scoring reads."""
-    for prompt in _prompts(fact):
-        yield prompt, fact.target_new
-        if fact.ground_truth:
-            yield prompt, fact.ground_truth
-    yield from ((probe.prompt, probe.answer) for probe in fact.locality)
 
 
 def _encoded(encoder: Encoder | None, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Encoded]:

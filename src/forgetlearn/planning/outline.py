@@ -39,11 +39,7 @@ class Outline:
 
 
 def outline_of(settings: ModelSettings) -> Outline:
-    """Read the outline of the model that the settings name.
-
-    Raises:
-        ModelError: see `load_model`.
-    """
+    """Read the outline of the model that the settings name; raise ModelError where `load_model` does."""
     name = str(settings.name)
     config, tokenizer, notes = read_outline(settings)
     stored, why_not = _stored(name, settings.revision)

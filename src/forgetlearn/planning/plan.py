@@ -188,8 +188,7 @@ def _seconds_of(run: Callable[[], object], seconds: float) -> float:
 def speed_of(text: str, planned: Sequence[StagePlan], config: RunConfig, devices: Devices) -> Speed:
     """Read a rate: `400` is TFLOP/s per device, `12000tokens/s` of all in training; `measure` times this device.
 
-    Raises:
-        ConfigError: it is none of them, or no stage has FLOPs to convert tokens with.
+    Raise ConfigError if it is none of them, or no stage has FLOPs to convert tokens with.
     """
     if text == MEASURE:
         halves = config.train.dtype == "bfloat16"

@@ -10,8 +10,7 @@ import copy
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,9 +56,6 @@ class Skeleton:
         """Let the weights that a stage trains, and only they, require gradients; return their number.
 
         `frozen` are the settings of LoRA stages before it, whose adapters the model still carries.
-
-        Raises:
-            ConfigError: the settings name something that the model does not have.
         """
         modules = settings.modules if isinstance(settings, TuningSettings) else module_names.ALL
         with torch.random.fork_rng(devices=[]):
@@ -148,7 +144,7 @@ def measure(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
     log = logging.getLogger(FakeTensorMode.__module__)
     was_disabled, log.disabled = log.disabled, True  # it logs the traceback of handled errors too
     try:
-        with _live(model) as live, FlopCounterMode(display=False) as counter:
+        with _Live(model) as live, FlopCounterMode(display=False) as counter:
             step()
     finally:
         log.disabled = was_disabled
@@ -167,12 +163,19 @@ def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Counts operations, and the bytes of all storages that they made and that are still referenced."""
+    """Counts operations, and the bytes of all storages that they made and that are still referenced.
 
-    def __init__(self) -> None:
+    Weights and buffers do not count, the gradients that exist already do.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.operations = 0
         self.sizes: dict[int, int] = {}
+        for weight in (*model.parameters(), *model.buffers()):
+            self.add(weight, counts=False)
+            if weight.grad is not None:
+                self.add(weight.grad)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = operation(*args, **(kwargs or {}))
@@ -194,16 +197,3 @@ class _Live(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
-
-
-@contextmanager
-def _live(model: nn.Module) -> Iterator[_Live]:
-    """Yield a counter of operations and live bytes; bytes exclude weights and buffers, and include gradients."""
-    live = _Live()
-    for weight in (*model.parameters(), *model.buffers()):
-        live.add(weight, counts=False)
-        if weight.grad is not None:
-            live.add(weight.grad)
-    live.operations = 0
-    with live:
-        yield live

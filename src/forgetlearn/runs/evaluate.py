@@ -31,6 +31,7 @@ from forgetlearn.runs.checks import (
 from forgetlearn.runs.results import write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import run_folder
+from forgetlearn.storage.records import General
 
 
 def evaluate(
@@ -98,7 +99,7 @@ def _scored(
         updates = retention.earlier_updates(str(config.model.name), fact_set, earlier)
     general_ability.check(config.evaluate)
     rows, before, vocabulary = {}, None, None
-    measured: dict[str, object] = {}
+    measured: dict[str, General] = {}
     if reference is not None:
         base = as_language_model(reference, None, config.model)
         general_ability.check_embedded(base, config.evaluate)

@@ -21,7 +21,7 @@ from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teac
 from forgetlearn.method.kinds import STAGE_KINDS, to_own_form
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.storage.records import Row
+from forgetlearn.storage.records import General, Row
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict, load_into, snapshot
@@ -121,7 +121,9 @@ class Pipeline:
     def to_forget(self) -> list[Fact]:
         """Facts whose old answer is forgotten."""
         stage = self.recipe.forget
-        return scoring.facts_to_forget(self.facts, self.known, stage.settings) if stage else []
+        if stage is None:
+            return []
+        return self.known if stage.settings.only_known else [fact for fact in self.facts if fact.ground_truth]
 
     def update(self) -> None:
         """Forget, learn, and score what comes of it."""
@@ -205,6 +207,6 @@ class Pipeline:
         self._measured[phase] = self.store.files(f"general_{phase}", self.ready(write))
 
     @property
-    def general(self) -> dict[str, object]:
+    def general(self) -> dict[str, General]:
         """General ability by phase, as it was measured."""
         return {phase: general_ability.found_in(folder) for phase, folder in self._measured.items()}

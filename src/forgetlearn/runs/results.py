@@ -76,7 +76,7 @@ def _summary(
     scored: Mapping[str, list[Row]],
     done: Done | None,
     n_aside: int,
-    general: Mapping[str, Any],
+    general: Mapping[str, records.General],
 ) -> Summary:
     did = done or Done()
     counts = records.FactCounts(
@@ -105,8 +105,7 @@ def _summary(
         product=did.product,
         rounding=did.rounding,
     )
-    measured = {phase: records.General.model_validate(found) for phase, found in general.items()}
-    return summary.model_copy(update={"general": measured}) if measured else summary
+    return summary.model_copy(update={"general": dict(general)}) if general else summary
 
 
 def _coef(config: RunConfig, choice: Choice | None) -> float:

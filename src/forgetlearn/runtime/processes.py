@@ -7,7 +7,6 @@ process every function here does nothing, and torch is not imported.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import pickle
@@ -40,8 +39,7 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 def launched() -> int:
     """Return the number of processes that the launcher started; 1 without a launcher.
 
-    Raises:
-        ConfigError: several were started in a way that does not let them find each other.
+    Raise ConfigError if several were started in a way that does not let them find each other.
     """
     try:
         asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,20 +86,11 @@ def main_speaks() -> Iterator[None]:
         yield
 
 
-def silence_other_ranks() -> None:
-    """Let only rank 0 log."""
-    if launched_rank() > 0:
-        logging.getLogger("forgetlearn").setLevel(logging.CRITICAL)
-
-
 @contextmanager
 def joined(device: str = "auto") -> Iterator[None]:
     """Join the processes of this launch, and part when all are done; nested calls do nothing.
 
-    `device` is the setting model.device.
-
-    Raises:
-        ConfigError: there is no GPU for this process.
+    `device` is the setting model.device. Raise ConfigError if there is no GPU for this process.
     """
     if launched() == 1 or _joined():
         yield
@@ -225,10 +214,10 @@ def no_bar() -> bool | None:
     return None if is_main() else True
 
 
-def check_enough_for(n_facts: int, what: str = "facts") -> None:
+def check_enough_for(n_facts: int) -> None:
     """Raise ConfigError unless every process gets a fact."""
     if n_facts < world_size():
-        raise ConfigError(f"{world_size()} processes for {n_facts} {what}. Start {max(1, n_facts)} at most.")
+        raise ConfigError(f"{world_size()} processes for {n_facts} facts. Start {max(1, n_facts)} at most.")
 
 
 def gather(own: T) -> list[T]:

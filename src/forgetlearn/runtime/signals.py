@@ -83,6 +83,6 @@ def requested() -> bool:
     return _State.requested is not None
 
 
-def request(signum: int = signal.SIGTERM) -> None:
-    """Act as if the signal had come, because another process of this run received it."""
-    _State.requested = _State.requested or signum
+def request() -> None:
+    """Act as if SIGTERM had come, because another process of this run received a signal."""
+    _State.requested = _State.requested or signal.SIGTERM

@@ -90,11 +90,11 @@ def finetune(
         Interrupted: a signal came; if checkpoints are kept, the step was finished and saved.
     """
     check_trainable(model, texts, settings, device)
-    stage = _Stage(model, texts, seed, pad_id, device, variant or Variant(), stage_io or StageIO())
+    variant, stage_io = variant or Variant(), stage_io or StageIO()
     asked = settings
     while True:
         try:
-            stage_log = stage.train(settings)
+            stage_log = _train(model, texts, settings, seed, pad_id, device, variant, stage_io)
             return stage_log if settings is asked else replace(stage_log, micro_batch_size=settings.micro_batch_size)
         except memory.OutOfMemory as error:
             half = (settings.micro_batch_size or settings.batch_size) // 2
@@ -112,56 +112,53 @@ def finetune(
         settings = settings.model_copy(update={"micro_batch_size": smaller})
 
 
-@dataclass(frozen=True)
-class _Stage:
-    model: nn.Module
-    texts: Sequence[Encoded]
-    seed: int
-    pad_id: int
-    device: torch.device | None
-    variant: Variant
-    stage_io: StageIO
-
-    def train(self, settings: TrainSettings) -> StageLog:
-        model, texts, stage_io = self.model, self.texts, self.stage_io
-        with _folder_for_trainer(stage_io) as folder:
-            arguments = _arguments(settings, self.seed, folder, n_texts=len(texts), use_cpu=_on_cpu(self.device))
-            arguments.report_to, arguments.run_name = list(stage_io.trackers), stage_io.name
-            # One process, one device: Trainer would spread a batch over all GPUs, and a packed row cannot be cut.
-            arguments._n_gpu = min(1, arguments.n_gpu)
-            if not sharding.is_sharded(model):
-                model.to(arguments.device)
-            layout = processes.gather(choose_layout(model, texts, self.pad_id, arguments.device))[0]
-            if layout == "single":
-                arguments.per_device_train_batch_size = batch = facts_at_once(settings, layout)
-                arguments.gradient_accumulation_steps = settings.batch_size // batch
-            steps = Steps(stage_io.name, len(texts), settings.epochs * sum(len(text.ids) for text in texts))
-            with (
-                attention_by_text(model, texts, layout, self.pad_id, arguments.device) as is_by_text,
-                computing(model, arguments.device),
-                memory.collector_at_rest(model),
-            ):
-                sharding.ready_to_train(model)
-                if memory.is_large(model):
-                    memory.trim()  # what loading, scoring or the subtraction left
-                bound = self.variant.max_change
-                watch = memory.Watch(model)
-                trainer = FactTrainer(
-                    model=model,
-                    args=arguments,
-                    train_dataset=list(texts),
-                    data_collator=Collator(layout, self.pad_id, is_by_text),
-                    callbacks=[steps, watch, *([] if bound is None else [Ball(model, bound)])],
-                    loss_sign=self.variant.loss_sign,
-                    points=stage_io.points,
-                )
-                trainer.remove_callback(PrinterCallback)
-                micro_batch_size = settings.micro_batch_size or settings.batch_size
-                with _put_back(model, trainer, settings), memory.enough(stage_io.name, micro_batch_size, watch):
-                    trainer.train_with_points(stage_io)
-        model.eval()
-        attends = "sdpa, text by text" if is_by_text else attention.implementation(model)
-        return StageLog(tuple(steps.rows), layout, attends, seconds=tuple(steps.seconds))
+def _train(
+    model: nn.Module,
+    texts: Sequence[Encoded],
+    settings: TrainSettings,
+    seed: int,
+    pad_id: int,
+    device: torch.device | None,
+    variant: Variant,
+    stage_io: StageIO,
+) -> StageLog:
+    with _folder_for_trainer(stage_io) as folder:
+        arguments = _arguments(settings, seed, folder, n_texts=len(texts), use_cpu=_on_cpu(device))
+        arguments.report_to, arguments.run_name = list(stage_io.trackers), stage_io.name
+        # One process, one device: Trainer would spread a batch over all GPUs, and a packed row cannot be cut.
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        if not sharding.is_sharded(model):
+            model.to(arguments.device)
+        layout = processes.gather(choose_layout(model, texts, pad_id, arguments.device))[0]
+        if layout == "single":
+            arguments.per_device_train_batch_size = batch = facts_at_once(settings, layout)
+            arguments.gradient_accumulation_steps = settings.batch_size // batch
+        steps = Steps(stage_io.name, len(texts), settings.epochs * sum(len(text.ids) for text in texts))
+        with (
+            attention_by_text(model, texts, layout, pad_id, arguments.device) as is_by_text,
+            computing(model, arguments.device),
+            memory.collector_at_rest(model),
+        ):
+            sharding.ready_to_train(model)
+            if memory.is_large(model):
+                memory.trim()  # what loading, scoring or the subtraction left
+            watch = memory.Watch(model)
+            trainer = FactTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=list(texts),
+                data_collator=Collator(layout, pad_id, is_by_text),
+                callbacks=[steps, watch, *([] if variant.max_change is None else [Ball(model, variant.max_change)])],
+                loss_sign=variant.loss_sign,
+                points=stage_io.points,
+            )
+            trainer.remove_callback(PrinterCallback)
+            micro_batch_size = settings.micro_batch_size or settings.batch_size
+            with _put_back(model, trainer, settings), memory.enough(stage_io.name, micro_batch_size, watch):
+                trainer.train_with_points(stage_io)
+    model.eval()
+    attends = "sdpa, text by text" if is_by_text else attention.implementation(model)
+    return StageLog(tuple(steps.rows), layout, attends, seconds=tuple(steps.seconds))
 
 
 @contextmanager
@@ -252,11 +249,7 @@ def _on_cpu(device: torch.device | None) -> bool:
 
 
 def _arguments(settings: TrainSettings, seed: int, folder: str, *, n_texts: int, use_cpu: bool) -> TrainingArguments:
-    """Return the arguments for Trainer.
-
-    Raises:
-        TrainingError: Trainer does not see the running processes; each of them would train alone.
-    """
+    """Return the arguments for Trainer; raise TrainingError if it does not see all processes."""
     batch = facts_at_once(settings)
     arguments = TrainingArguments(
         output_dir=folder,

@@ -49,12 +49,10 @@ class StageIO:
 def writing(folder: Path, step: int) -> Iterator[Path]:
     """Yield a folder for the checkpoint after `step`, which counts, and replaces older ones, only if all went well.
 
-    All processes call this at the same step.
-
-    Raises:
-        RunError: it cannot be written, because the disk is full, say.
+    All processes call this at the same step. Raise RunError if the disk is full, say.
     """
-    unfinished, final = folder / f".{_name(step)}{disk.UNFINISHED}", folder / _name(step)
+    final = folder / f"step-{step:08d}"
+    unfinished = folder / f".{final.name}{disk.UNFINISHED}"
     with disk.naming(folder):
         if processes.is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -78,8 +76,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint to continue from; None if there is none that is whole. Damaged ones are logged.
 
-    Raises:
-        RunError: it was written by another number of processes, which draw other random numbers.
+    Raise RunError if another number of processes wrote it: they draw other random numbers.
     """
     for point in sorted(_points(folder), reverse=True):
         if problem := _problem(point):
@@ -114,10 +111,6 @@ def _problem(point: Path) -> str:
     return ""
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def _points(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if path.is_dir()]
 
@@ -129,11 +122,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Put what `save_weights` wrote into the model.
-
-    Raises:
-        RunError: the model trains other weights.
-    """
+    """Put what `save_weights` wrote into the model; raise RunError if it trains other weights."""
     saved, trained = load_file(folder / WEIGHTS), _trained(model)
     if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in trained.items()}:
         raise RunError(f"{folder}: holds {len(saved)} weights, expected the {len(trained)} that this stage trains.")
