@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from forgetlearn.comparison.cells import Cell, CompareSettings, Variants, cell_config, cells_of, check_names
 from forgetlearn.config import preflight
 from forgetlearn.config.recipe import Recipe, Stage
-from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, TrainSettings
+from forgetlearn.config.schema import AUTO, RunConfig, TrainSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
@@ -276,6 +276,8 @@ class CellStore(Store):
 
     def __init__(self, shared: Shared, recipe: Recipe, variant: str) -> None:
         self.shared, self.recipe, self.variant = shared, recipe, variant
+        self.how = recipe.forget.kind.name.replace(" ", "-") if recipe.forget else ""
+        self.seed = f"seed{recipe.config.seed}"
         self.logs: dict[str, StageLog | None] = {}
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
@@ -283,7 +285,7 @@ class CellStore(Store):
         if step == "score_updated":
             return compute()
         if step == "score_forgotten" and (stage := self.recipe.forget):
-            parts = ("forgotten", self._how(stage), self.variant, f"coef{stage.settings.number}", self._seed)
+            parts = ("forgotten", self.how, self.variant, f"coef{stage.settings.number}", self.seed)
             return self.shared.rows("-".join(filter(None, parts)), compute)
         if step not in self.shared.of_base:
             self.shared.of_base[step] = self.shared.rows(step.removeprefix("score_"), compute)
@@ -295,14 +297,4 @@ class CellStore(Store):
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
         """Return what every coefficient, and every variant, of a kind of stage and a seed starts from."""
-        stage = self.recipe.forget
-        assert stage is not None, "asked for when there is something to forget"
-        return self.shared.weights(f"old-{self._how(stage)}-{self._seed}", lambda: tune(StageIO()))
-
-    @staticmethod
-    def _how(stage: Stage[ForgetSettings]) -> str:
-        return stage.kind.name.replace(" ", "-")
-
-    @property
-    def _seed(self) -> str:
-        return f"seed{self.recipe.config.seed}"
+        return self.shared.weights(f"old-{self.how}-{self.seed}", lambda: tune(StageIO()))

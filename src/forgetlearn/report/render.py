@@ -13,11 +13,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Protocol
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from forgetlearn.evaluation.statistics import Estimate, OverSeeds
+from forgetlearn.storage.records import Score
+
+Interval = Estimate | OverSeeds | Score  # a mean with its 95 % interval, in percent or points
 COLUMNS = (
     ("reliability", "token"),
     ("generality", "token"),
@@ -76,22 +79,6 @@ def render_page(template: str, context: Mapping[str, object]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # our own files
     return render(template, {**context, **inlined})
-
-
-class Interval(Protocol):
-    """A mean with its 95 % interval, in percent or points; None if nothing was scored, or shows how scores vary."""
-
-    @property
-    def mean(self) -> float | None:
-        """The mean."""
-
-    @property
-    def low(self) -> float | None:
-        """The lower end."""
-
-    @property
-    def high(self) -> float | None:
-        """The upper end."""
 
 
 def show_score(cell: Interval | None, *, interval: bool = False) -> str:

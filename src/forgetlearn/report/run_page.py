@@ -161,7 +161,14 @@ def overview(summary: Summary) -> Overview:
     """Return what the summary of a run says."""
     phases = [phase for phase in PHASES if phase in summary.phases]
     measured = [phase for phase in phases if phase in summary.general]
-    lines = [*account(summary.facts), *_chosen(summary), *_rounded(summary)]
+    lines, facts = account(summary.facts), summary.facts
+    if summary.choice:  # of `coef: auto`
+        lines.append(summary.choice.why)
+        lines.append(
+            f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
+        )
+    if summary.rounding and (words := in_words(summary.rounding.as_json())):
+        lines.append(f"the product as it is stored: {words}")
     return Overview(summary, phases, verdict(summary, phases), lines, measured, _general(summary.general, measured))
 
 
@@ -207,21 +214,6 @@ def account(facts: FactCounts) -> list[str]:
     if facts.not_read:
         lines.append(f"fields that were not read: {', '.join(facts.not_read)}")
     return lines
-
-
-def _chosen(summary: Summary) -> list[str]:
-    """Describe how `coef: auto` was chosen and what became of the facts that it was chosen on."""
-    if summary.choice is None:
-        return []
-    counts = summary.facts
-    aside = f"{counts.scored} facts are scored; the {counts.set_aside} set aside are updated and listed, not scored"
-    return [summary.choice.why, aside]
-
-
-def _rounded(summary: Summary) -> list[str]:
-    """Describe what storing the product left of its change, if it was rounded."""
-    words = in_words(summary.rounding.as_json()) if summary.rounding else ""
-    return [f"the product as it is stored: {words}"] if words else []
 
 
 def judged_by(rows: Iterable[Row]) -> str | None:

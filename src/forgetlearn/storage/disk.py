@@ -135,8 +135,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         RunError: writing failed, for example on a full disk; nothing is left behind.
     """
     if processes.world_size() > 1:
-        with _shared_folder(final) as unfinished:
+        with ExitStack() as stack:  # of process 0, which creates the folder, and renames it when all are done
+            unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
             yield unfinished
+            processes.barrier()
+            processes.on_main(stack.close)
         return
     with naming(final):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -164,16 +167,6 @@ def _beginning(final: Path) -> str:
     """Return how names of unfinished files begin; it leaves room in the 255 bytes of a name."""
     is_short = len(os.fsencode(final.name)) <= MOST_BYTES
     return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
-
-
-@contextmanager
-def _shared_folder(final: Path) -> Iterator[Path]:
-    """Do the same for several processes: process 0 creates the folder, and renames it when all are done."""
-    with ExitStack() as stack:
-        unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
-        yield unfinished
-        processes.barrier()
-        processes.on_main(stack.close)
 
 
 @contextmanager

@@ -320,11 +320,6 @@ class Manifest(Record):
     results: dict[str, Text] = {}  # hashes
     peak_memory_gb: Number = 0
 
-    def input_hash(self, name: str) -> str | None:
-        """Return a hash among the inputs, such as base_sha256."""
-        found = self.inputs.get(name)
-        return found if isinstance(found, str) else None
-
 
 class Config(Record):
     """The recorded settings of a run that are read again."""

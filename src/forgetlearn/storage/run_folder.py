@@ -185,11 +185,8 @@ class RunFolder:
     def note(self, **changes: object) -> None:
         """Add to the manifest, or change a field of it."""
         self.manifest = Manifest.parse(self.manifest.as_json() | _plain(changes), self.path / MANIFEST)
-        self._save()
-
-    def _save(self) -> None:
-        told = self.manifest.as_json()
-        write_json(self.path / MANIFEST, {**told, "sha256": hash_of(told)})
+        noted = self.manifest.as_json()
+        write_json(self.path / MANIFEST, {**noted, "sha256": hash_of(noted)})
 
     def finish(self) -> None:
         """Note that the run is done, its peak memory, and the hashes of its results."""
@@ -265,7 +262,9 @@ def check_output(
     for read in reads:
         if read.is_dir() and path.resolve().is_relative_to(read.resolve()):
             raise RunError(f"{path} lies in {read}, which this run reads. Choose a folder outside of it.")
-    if not path.exists() or (path.is_dir() and all(_is_leftover(child.name) for child in path.iterdir())):
+    if not path.exists() or (
+        path.is_dir() and all(UNFINISHED in child.name or child.name in LOCKS for child in path.iterdir())
+    ):  # all that a process leaves that was killed early
         return
     if resume and not overwrite and is_run(path):
         return
@@ -295,11 +294,6 @@ def _check_name(path: Path) -> None:
         raise RunError(
             f"{path}: the name is not UTF-8, and safetensors and tokenizers write to no such path. Choose another."
         ) from None
-
-
-def _is_leftover(name: str) -> bool:
-    """Return True if a process that was killed early leaves a file or folder of this name."""
-    return UNFINISHED in name or name in LOCKS
 
 
 def _is_ours(file: Path) -> bool:
