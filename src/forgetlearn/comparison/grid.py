@@ -82,11 +82,7 @@ def fill(
 ) -> list[Cell]:
     """Fill all cells of a comparison, each in `output/cells/`; cells that are done stay as they are.
 
-    Several processes may call this with `resume=True` on one folder; `workers` starts that many here (the model must
-    then be named, since each loads its own).
-
-    Raises:
-        RunError: the folder was started with other facts, another base or other settings.
+    Several processes may call this with `resume=True` on one folder. `compare` says more.
     """
     if workers > 1:
         check_named(model, f"workers = {workers}")
@@ -152,8 +148,10 @@ def check_named(model: object, why: str) -> None:
         raise ConfigError(f"{why}: each loads its own model, so give a folder or a hub id.")
 
 
-def help_fill(comparison: Comparison) -> None:
+def help_fill(comparison: Comparison, n_threads: int | None = None) -> None:
     """Load the model and fill the cells that no other process fills; return when all are done."""
+    if n_threads is not None:
+        torch.set_num_threads(n_threads)
     _Worker(comparison, load_model(comparison.config.model)).work()
 
 
@@ -162,7 +160,7 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
     """Start `n` more processes that fill cells of the same folder; they end when this one finishes or dies."""
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
-    call = pickle.dumps((_help, (comparison, n_threads)))
+    call = pickle.dumps((help_fill, (comparison, n_threads)))
     helpers = [context.Process(target=processes.run_tied, args=(call,)) for _ in range(n)]
     for helper in helpers:
         helper.start()
@@ -181,11 +179,6 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
         log.warning("%d of %d workers failed; this process did their cells", len(failed), len(helpers))
 
 
-def _help(comparison: Comparison, n_threads: int) -> None:
-    torch.set_num_threads(n_threads)
-    help_fill(comparison)
-
-
 class _Worker:
     """One process that fills cells. It holds the base's weights and the last fine-tuning on old facts."""
 
@@ -197,7 +190,6 @@ class _Worker:
                 (comparison.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
-        """Fill every cell that no other process fills; return when all are done."""
         store = CellStore(self.shared, Recipe(self.comparison.config), "")
         Pipeline(self.lm, self.comparison.facts.facts, self.comparison.config, store).prepare()  # the base's rows
         while open_cells := self.comparison.open_cells():

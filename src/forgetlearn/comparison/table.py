@@ -33,8 +33,7 @@ RESIDUES: tuple[Column, ...] = (("residue", "generate"), ("residue", "token"))
 def write_table(path: Path) -> Table:
     """Make the table of a comparison's folder; write it to `compare.json`, `compare.md` and `report.html`.
 
-    Raises:
-        RunError: the folder holds no comparison, or a cell of it is not done.
+    Raise RunError if the folder holds no comparison, or a cell of it is not done.
     """
     run = RunFolder.open(path)
     if "compare" not in run.manifest.config:
@@ -71,7 +70,10 @@ class _Group:
         self.answers: list[CellAnswers] = []
         for cell in ordered:
             folder = path / CELLS / cell.name
-            rows = _rows_of(folder)
+            if not is_run(folder):
+                raise RunError(f"{path}: the cell {cell.name} is not finished. Continue with --resume.")
+            RunFolder.open(folder).check_results(f"remove {folder} and continue with --resume")
+            rows = load_rows(Row, folder / ROWS)
             tables.append(_scores(folder, rows))
             self.answers.append(CellAnswers.of(folder, rows))
         self.phases = {
@@ -103,13 +105,6 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
         return order.index(first.method), first.variant, first.coef or 0, first.budget, first.epochs
 
     return {label: groups[label] for label in sorted(groups, key=key)}
-
-
-def _rows_of(folder: Path) -> list[Row]:
-    if not is_run(folder):
-        raise RunError(f"{folder.parent.parent}: the cell {folder.name} is not finished. Continue with --resume.")
-    RunFolder.open(folder).check_results(f"remove {folder} and continue with --resume")
-    return load_rows(Row, folder / ROWS)
 
 
 def _scores(folder: Path, rows: Iterable[Row]) -> Scores:

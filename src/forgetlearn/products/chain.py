@@ -189,11 +189,7 @@ def chain_of(model: str | Path) -> list[Update]:
 
 
 def product_of(folder: Path) -> Path:
-    """Return the product's folder of a run folder; any other folder as it is.
-
-    Raises:
-        RunError: the run is not finished, only scored, or its product is gone.
-    """
+    """Return a run's product; any other folder as it is. Raise RunError if the run has none: unfinished, say."""
     if not is_run(folder):
         return folder
     if not (folder / SUMMARY).is_file():

@@ -25,7 +25,6 @@ from forgetlearn.storage.records import (
     General,
     Input,
     Manifest,
-    Mean,
     Row,
     Summary,
     load_rows,
@@ -56,12 +55,6 @@ class Overview:
     account: list[str]
     measured: list[str]  # phases in which general ability was measured
     general: list[tuple[str, list[str]]]  # a measure, and its cell in each of these phases
-
-    @property
-    def table(self) -> list[tuple[str, list[Mean | None]]]:
-        """Phase by phase, a cell for each of COLUMNS."""
-        scores = self.summary.phases
-        return [(phase, [scores[phase].get(q, {}).get(protocol) for q, protocol in COLUMNS]) for phase in self.phases]
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,8 @@ class RunPage:
 
     def context(self) -> dict[str, object]:
         """Return what the templates name."""
-        phases, table = self.overview.phases, self.overview.table
+        phases, scores = self.overview.phases, self.overview.summary.phases
+        table = [(phase, [scores[phase].get(q, {}).get(protocol) for q, protocol in COLUMNS]) for phase in phases]
         columns = [row for row in zip(COLUMNS, *(cells for _phase, cells in table), strict=True) if any(row[1:])]
         return {
             **vars(self.overview),
@@ -131,16 +125,12 @@ class RunPage:
             "counts": counts((fact.flags for fact in self.facts), FILTERS),
             "errors": _errors(self.rows),
             "retention": self.overview.summary.retention,
-            "asked_again": list(self.overview.summary.phases[phases[-1]].get("retention", {})),
+            "asked_again": list(scores[phases[-1]].get("retention", {})),
         }
 
 
 def load_page(path: Path) -> RunPage:
-    """Read the page of a finished run from its folder.
-
-    Raises:
-        RunError: the run is not finished, or a file is damaged.
-    """
+    """Read the page of a run from its folder; raise RunError if the run is not finished, or a file is damaged."""
     run = RunFolder.open(path)
     run.check_results()
     if not (path / SUMMARY).is_file():

@@ -53,13 +53,9 @@ class RunFolder:
         overwrite: bool = False,
         remove_leftovers: bool = True,
     ) -> RunFolder:
-        """Return a new run folder, or with `resume` the existing one, if it was begun with the same settings.
+        """Return a new run folder, or with `resume` the existing one; see `check_output` and `check_same` for errors.
 
         Without `remove_leftovers` other processes may be writing in the folder.
-
-        Raises:
-            RunError: the folder exists and neither flag is given, or the run in it was begun with another config or
-                other inputs (the message names the first difference).
         """
         path = Path(path)
         check_output(path, resume=resume, overwrite=overwrite)
@@ -93,11 +89,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Open the run in a folder.
-
-        Raises:
-            RunError: there is none, or its manifest cannot be read or was changed since it was written.
-        """
+        """Open the run in a folder; raise RunError if there is none, or its manifest was damaged or changed."""
         file = Path(path) / MANIFEST
         if not file.is_file():
             raise RunError(f"{path}: is not a run folder: it has no {MANIFEST}.")
@@ -253,9 +245,8 @@ def check_output(
 ) -> None:
     """Raise RunError unless a run can be written to this folder without losing anything else.
 
-    Raises:
-        RunError: the folder exists and neither flag is given, or forgetlearn did not write it, or it holds one of
-            `inputs` (what the run reads), or lies in one of them.
+    Without a flag it must not exist; with one it must be forgetlearn's. It must neither hold one of `inputs` (what the
+    run reads) nor lie in one.
     """
     path, reads = Path(path), [Path(read) for read in inputs if read]
     _check_name(path)
