@@ -18,17 +18,7 @@ from forgetlearn.facts import matching, tell_old
 from forgetlearn.report import plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import (
-    REMEDY,
-    Config,
-    FactCounts,
-    General,
-    Input,
-    Manifest,
-    Row,
-    Summary,
-    load_rows,
-)
+from forgetlearn.storage.records import REMEDY, Config, FactCounts, General, Input, Manifest, Row, Summary, load_rows
 from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder
 from forgetlearn.weights.rounding import in_words
 

@@ -177,6 +177,9 @@ class RunFolder:
     def note(self, **changes: object) -> None:
         """Add to the manifest, or change a field of it."""
         self.manifest = Manifest.parse(self.manifest.as_json() | _plain(changes), self.path / MANIFEST)
+        self._save()
+
+    def _save(self) -> None:
         noted = self.manifest.as_json()
         write_json(self.path / MANIFEST, {**noted, "sha256": hash_of(noted)})
 
