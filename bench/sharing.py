@@ -131,7 +131,8 @@ def run_alone(folder: Path, cells: Mapping[str, RunConfig]) -> Spent:
 def cells_alone(config: RunConfig, settings: CompareSettings, every_seed: bool) -> dict[str, RunConfig]:
     """The configs of the updates that are done one by one, by the names of their cells."""
     seeds = settings.seeds if every_seed else settings.seeds[:1]
-    return {cell.name: cell_config(config, cell) for cell in cells_of(settings, config) if cell.seed in seeds}
+    cells = [cell for cell in cells_of(settings, config) if cell.seed in seeds]
+    return {cell.name: cell_config(config, cell, settings.variants) for cell in cells}
 
 
 def as_yaml(config: RunConfig) -> str:

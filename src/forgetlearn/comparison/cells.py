@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -19,7 +18,6 @@ from forgetlearn.errors import ConfigError, some
 Budget = Literal["equal-epochs", "equal-steps"]
 Variants = Mapping[str, "VariantSettings"]
 WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.subtracts_from_base)
-NO_VARIANTS: Variants = MappingProxyType({})
 
 
 def _above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -158,7 +156,7 @@ def check_names(settings: CompareSettings, cells: Sequence[Cell]) -> None:
         )
 
 
-def cell_config(config: RunConfig, cell: Cell, variants: Variants = NO_VARIANTS) -> RunConfig:
+def cell_config(config: RunConfig, cell: Cell, variants: Variants) -> RunConfig:
     """Return the config of an update that does what the cell does."""
     forgetting: dict[str, object] = {} if cell.coef is None else {"coef": cell.coef}
     learning: dict[str, object] = {"epochs": cell.epochs}

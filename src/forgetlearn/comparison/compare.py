@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from forgetlearn.comparison.cells import CompareSettings
 from forgetlearn.comparison.grid import fill
 from forgetlearn.comparison.table import write_table
-from forgetlearn.config.schema import RunConfig
 from forgetlearn.facts import GivenFacts
-from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.report.run_page import write_run
 from forgetlearn.report.table import Table
+from forgetlearn.runs.checks import GivenConfig, GivenModel
 from forgetlearn.storage.run_folder import RunFolder
 
 
 def compare(
-    model: LanguageModel | nn.Module | str | Path | None = None,
+    model: GivenModel = None,
     facts: GivenFacts = None,
     settings: CompareSettings | None = None,
-    config: RunConfig | Mapping[str, Any] | None = None,
+    config: GivenConfig = None,
     *,
     output: str | Path,
     resume: bool = False,

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from forgetlearn.comparison.cells import Cell, CompareSettings, Variants, cell_config, cells_of, check_names
 from forgetlearn.config import preflight
 from forgetlearn.config.recipe import Recipe, Stage
-from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, TrainSettings
+from forgetlearn.config.schema import AUTO, RunConfig, TrainSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
@@ -82,11 +82,7 @@ def fill(
 ) -> list[Cell]:
     """Fill all cells of a comparison, each in `output/cells/`; cells that are done stay as they are.
 
-    Several processes may call this with `resume=True` on one folder; `workers` starts that many here (the model must
-    then be named, since each loads its own).
-
-    Raises:
-        RunError: the folder was started with other facts, another base or other settings.
+    Several processes may call this with `resume=True` on one folder. `compare` says more.
     """
     if workers > 1:
         check_named(model, f"workers = {workers}")
@@ -155,8 +151,10 @@ def check_named(model: object, why: str) -> None:
         raise ConfigError(f"{why}: each loads its own model, so give a folder or a hub id.")
 
 
-def help_fill(comparison: Comparison) -> None:
+def help_fill(comparison: Comparison, n_threads: int | None = None) -> None:
     """Load the model and fill the cells that no other process fills; return when all are done."""
+    if n_threads is not None:
+        torch.set_num_threads(n_threads)
     _Worker(comparison, load_model(comparison.config.model)).work()
 
 
@@ -165,7 +163,7 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
     """Start `n` more processes that fill cells of the same folder; they end when this one finishes or dies."""
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
-    call = pickle.dumps((_help, (comparison, n_threads)))
+    call = pickle.dumps((help_fill, (comparison, n_threads)))
     helpers = [context.Process(target=processes.run_tied, args=(call,)) for _ in range(n)]
     for helper in helpers:
         helper.start()
@@ -184,11 +182,6 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
         log.warning("%d of %d workers failed; this process filled their cells", len(failed), len(helpers))
 
 
-def _help(comparison: Comparison, n_threads: int) -> None:
-    torch.set_num_threads(n_threads)
-    help_fill(comparison)
-
-
 class _Worker:
     """One process that fills cells. It holds the base's weights and the last fine-tuning on old facts."""
 
@@ -200,7 +193,6 @@ class _Worker:
                 (comparison.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
-        """Fill every cell that no other process fills; return when all are done."""
         store = CellStore(self.shared, Recipe(self.comparison.config), "")
         Pipeline(self.lm, self.comparison.facts.facts, self.comparison.config, store).prepare()  # the base's rows
         while open_cells := self.comparison.open_cells():
@@ -279,6 +271,8 @@ class CellStore(Store):
 
     def __init__(self, shared: Shared, recipe: Recipe, variant: str) -> None:
         self.shared, self.recipe, self.variant = shared, recipe, variant
+        self.how = recipe.forget.kind.name.replace(" ", "-") if recipe.forget else ""
+        self.seed = f"seed{recipe.config.seed}"
         self.logs: dict[str, StageLog | None] = {}
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
@@ -286,7 +280,7 @@ class CellStore(Store):
         if step == "score_updated":
             return compute()
         if step == "score_forgotten" and (stage := self.recipe.forget):
-            parts = ("forgotten", self._how(stage), self.variant, f"coef{stage.settings.number}", self._seed)
+            parts = ("forgotten", self.how, self.variant, f"coef{stage.settings.number}", self.seed)
             return self.shared.rows("-".join(filter(None, parts)), compute)
         if step not in self.shared.of_base:
             self.shared.of_base[step] = self.shared.rows(step.removeprefix("score_"), compute)
@@ -298,14 +292,4 @@ class CellStore(Store):
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
         """Return what every coefficient, and every variant, of a kind of stage and a seed starts from."""
-        stage = self.recipe.forget
-        assert stage is not None, "asked for when there is something to forget"
-        return self.shared.weights(f"old-{self._how(stage)}-{self._seed}", lambda: tune(StageIO()))
-
-    @staticmethod
-    def _how(stage: Stage[ForgetSettings]) -> str:
-        return stage.kind.name.replace(" ", "-")
-
-    @property
-    def _seed(self) -> str:
-        return f"seed{self.recipe.config.seed}"
+        return self.shared.weights(f"old-{self.how}-{self.seed}", lambda: tune(StageIO()))

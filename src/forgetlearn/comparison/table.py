@@ -19,11 +19,11 @@ from forgetlearn.errors import RunError, plain, some
 from forgetlearn.evaluation import statistics
 from forgetlearn.evaluation.statistics import Difference, Estimate, Floats
 from forgetlearn.report import comparison_page
-from forgetlearn.report.comparison_page import CellAnswers, Facts
+from forgetlearn.report.comparison_page import CellAnswers
 from forgetlearn.report.render import COLUMNS
 from forgetlearn.report.table import FILE, Against, EqualReliability, Forgotten, Table, TableRow, Unpaired
-from forgetlearn.storage.records import REMEDY, ComparisonConfig, Input, Row, Summary, load_rows
-from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder, is_run
+from forgetlearn.storage.records import REMEDY, ComparisonConfig, Input, Row, load_rows
+from forgetlearn.storage.run_folder import INPUTS, ROWS, RunFolder, is_run
 
 Column = tuple[str, str]  # quantity and protocol
 Scores = dict[str, dict[Column, list[float]]]  # phase -> column -> the score of each fact, in the order of the facts
@@ -33,8 +33,7 @@ RESIDUES: tuple[Column, ...] = (("residue", "generate"), ("residue", "token"))
 def write_table(path: Path) -> Table:
     """Make the table of a comparison's folder; write it to `compare.json`, `compare.md` and `report.html`.
 
-    Raises:
-        RunError: the folder holds no comparison, or a cell of it is not done.
+    Raise RunError if the folder holds no comparison, or a cell of it is not done.
     """
     run = RunFolder.open(path)
     if "compare" not in run.manifest.config:
@@ -47,15 +46,17 @@ def write_table(path: Path) -> Table:
         seeds=list(settings.seeds),
         overall=[f"{quantity}.{protocol}" for quantity, protocol in overall],
         rows=[_row(group, _baselines(group, groups.values(), settings, config), overall) for group in groups.values()],
-        unpaired=_unpaired(settings),
+        unpaired=[
+            Unpaired(method=method, plain=plain)
+            for method in settings.methods
+            if (plain := METHODS[method].plain) not in settings.methods
+        ],
         curves=_curves(groups, settings) if len(settings.epochs) > 1 else None,
     )
     table.save(path / FILE)
-    cells = {label: group.answers for label, group in groups.items()}
-    first = comparison_page.best_rows(table)
-    some_cell = cells[next(iter(first.values())).label][0].folder
-    facts = Facts(load_rows(Input, some_cell / INPUTS), Summary.load(some_cell / SUMMARY).facts, cells)
-    comparison_page.write_pages(path, table, run.manifest, facts, path / SHARED)
+    comparison_page.write_pages(
+        path, table, run.manifest, {label: group.answers for label, group in groups.items()}, path / SHARED
+    )
     return table
 
 
@@ -69,7 +70,10 @@ class _Group:
         self.answers: list[CellAnswers] = []
         for cell in ordered:
             folder = path / CELLS / cell.name
-            rows = _rows_of(folder)
+            if not is_run(folder):
+                raise RunError(f"{path}: the cell {cell.name} is not finished. Continue with --resume.")
+            RunFolder.open(folder).check_results(f"remove {folder} and continue with --resume")
+            rows = load_rows(Row, folder / ROWS)
             tables.append(_scores(folder, rows))
             self.answers.append(CellAnswers.of(folder, rows))
         self.phases = {
@@ -101,13 +105,6 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
         return order.index(first.method), first.variant, first.coef or 0, first.budget, first.epochs
 
     return {label: groups[label] for label in sorted(groups, key=key)}
-
-
-def _rows_of(folder: Path) -> list[Row]:
-    if not is_run(folder):
-        raise RunError(f"{folder.parent.parent}: the cell {folder.name} is not finished. Continue with --resume.")
-    RunFolder.open(folder).check_results(f"remove {folder} and continue with --resume")
-    return load_rows(Row, folder / ROWS)
 
 
 def _scores(folder: Path, rows: Iterable[Row]) -> Scores:
@@ -220,12 +217,6 @@ def _learns_like(cell: Cell, settings: CompareSettings) -> str:
     return next((name for name in like if settings.variants[name].learning == own.learning), "")
 
 
-def _unpaired(settings: CompareSettings) -> list[Unpaired]:
-    """Return the methods that have nothing to be paired with: the plain one is not compared."""
-    wanted = {method: METHODS[method].plain for method in settings.methods}
-    return [Unpaired(method=method, plain=plain) for method, plain in wanted.items() if plain not in settings.methods]
-
-
 def _estimate(scores: Floats) -> Estimate | None:
     return statistics.interval(scores) if np.isfinite(scores).any() else None
 
@@ -244,25 +235,24 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[Equ
     curves = {key: _curve(members) for key, members in lines.items()}
     found = []
     for (method, variant, coef), curve in curves.items():
-        how = METHODS[method]
-        against = how.plain
+        against = METHODS[method].plain
         like = _learns_like(lines[method, variant, coef][0].first, settings)
         plain = curves.get((against, like, None)) if variant or method not in PLAIN_METHODS else None
-        against = " ".join(filter(None, (against, like)))
         if curve is None or plain is None:
             continue
         equal = statistics.at_equal_reliability(curve, plain)
-        entry = EqualReliability(
-            method=method,
-            variant=variant,
-            coef=coef,
-            against=against,
-            at_equal_reliability=equal,
-            area=[statistics.mean_locality(each, equal.low, equal.high) for each in (curve, plain)]
-            if equal and equal.low < equal.high
-            else None,
+        found.append(
+            EqualReliability(
+                method=method,
+                variant=variant,
+                coef=coef,
+                against=" ".join(filter(None, (against, like))),
+                at_equal_reliability=equal,
+                area=[statistics.mean_locality(each, equal.low, equal.high) for each in (curve, plain)]
+                if equal and equal.low < equal.high
+                else None,
+            )
         )
-        found.append(entry)
     return found
 
 

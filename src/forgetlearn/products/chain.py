@@ -38,8 +38,8 @@ class Base:
         """Return the base that a run recorded."""
         manifest, model = run.manifest, run.settings.model
         name = model.name or (manifest.parent.name if manifest.parent else None)
-        hashes = (manifest.input_hash(which) for which in ("base_sha256", "weights_sha256"))
-        return cls(name, model.base_model_id, *hashes)
+        hashes = (manifest.inputs.get(which) for which in ("base_sha256", "weights_sha256"))
+        return cls(name, model.base_model_id, *(found if isinstance(found, str) else None for found in hashes))
 
     @property
     def commit(self) -> str | None:
@@ -87,18 +87,14 @@ def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet, summary: 
     base, when = Base.of(run), datetime.now(UTC).isoformat(timespec="seconds")
     earlier = base.chain()
     for product in products:
-        _write_chain(product, [*earlier, _update(run, base, when, product, facts, summary)])
+        write_text(product / HISTORY, as_json([*earlier, _update(run, base, when, product, facts, summary)]))
 
 
 def carry_over(product: Path, to: Path, name: str) -> None:
     """Write a product's chain beside what was made of it: merged weights, or a copy that names another base."""
     if chain := read_chain(product):
         chain[-1] = chain[-1].model_copy(update={"product": name, "files": product_files(to)})
-        _write_chain(to, chain)
-
-
-def _write_chain(product: Path, chain: Sequence[Update]) -> None:
-    write_text(product / HISTORY, as_json(chain))
+        write_text(to / HISTORY, as_json(chain))
 
 
 def as_json(chain: Sequence[Update]) -> str:
@@ -193,11 +189,7 @@ def chain_of(model: str | Path) -> list[Update]:
 
 
 def product_of(folder: Path) -> Path:
-    """Return the product's folder of a run folder; any other folder as it is.
-
-    Raises:
-        RunError: the run is not finished, only scored, or its product is gone.
-    """
+    """Return a run's product; any other folder as it is. Raise RunError if the run has none: unfinished, say."""
     if not is_run(folder):
         return folder
     if not (folder / SUMMARY).is_file():

@@ -137,12 +137,11 @@ def contents(run: str | Path, *, base_model_id: str | None = None, merged: bool 
     files = files | {name: hashlib.sha256(content).hexdigest() for name, content in configs.items()}
     chain[-1] = chain[-1].model_copy(update={"base": hub_id, "files": files})
     command = public_command(folder, base, hub_id)
-    texts = {
+    found |= {
         **configs,
         HISTORY: as_json(chain).encode(),
         CARD: card(load_page(folder.path), product.name, base_model_id=hub_id, command=command).encode(),
     }
-    found |= texts
     _refuse_local_paths(folder, base, found, hub_id)
     return found
 

@@ -151,11 +151,7 @@ def _check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
 
 
 def finished_run(run: str | Path) -> RunFolder:
-    """Return the update in a run folder.
-
-    Raises:
-        RunError: there is none, it is not finished, it only scored, or its rows or summary were changed since.
-    """
+    """Return the update in a run folder; raise RunError if there is none, or it is unfinished or was changed since."""
     folder = RunFolder.open(run)
     if not folder.manifest.finished:
         raise RunError(f"{run}: the run is not finished. Continue with --resume.")
@@ -185,8 +181,7 @@ def check_keeping(base: Base) -> None:
 def keep_change(run: RunFolder, product: Path, folder: Path) -> dict[str, int]:
     """Write what takes the base to the product and back, bit for bit; return its size.
 
-    Raises:
-        RunError: the base is gone or was changed since the run began, or the disk is full.
+    Raise RunError if the base is gone or was changed since the run began, or the disk is full.
     """
     base = Base.of(run)
     place = base.folder()

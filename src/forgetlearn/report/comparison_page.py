@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,8 @@ from forgetlearn.report.render import COLUMNS, show_difference
 from forgetlearn.report.run_page import FactLine, Mark
 from forgetlearn.report.table import Table, TableRow
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import FactCounts, Input, Manifest, Row, Step, load_rows
+from forgetlearn.storage.records import Input, Manifest, Row, Step, Summary, load_rows
+from forgetlearn.storage.run_folder import INPUTS, SUMMARY
 
 FILTERS = {
     "all": "all",
@@ -56,39 +57,12 @@ class CellAnswers:
         return cls(folder, judge, asked)
 
 
-@dataclass(frozen=True)
-class Facts:
-    """The facts of a comparison, what became of the records, and the answers of each row's cells, by seed."""
-
-    inputs: Sequence[Input]
-    counts: FactCounts
-    cells: Mapping[str, Sequence[CellAnswers]]  # by label
-
-
-def write_pages(path: Path, table: Table, manifest: Manifest, facts: Facts, shared: Path) -> None:
-    """Write `compare.md` and `report.html` of a comparison's folder."""
-    context = page_context(path, table, manifest)
-    disk.write_text(path / "compare.md", render.render("compare.md.j2", context))
-    chosen = best_rows(table)
-    styles = plots.styles(dict.fromkeys(row.line for row in table.rows))
-    front = front_of(table)
-    shown = {
-        "styles": styles,
-        "front": [table.name_of(row) for row in front],
-        "trade_offs": [plots.plot_trade_off(*axes, styles) for axes in trade_offs(table, front)],
-        "panels": [plots.plot_coefficients(panel, styles) for panel in coefficient_panels(table)],
-        "panel_epochs": max(row.epochs for row in table.at_equal_epochs),
-        "losses": _loss_panels(chosen, facts, shared, styles),
-        "chosen": {line: table.name_of(row) for line, row in chosen.items()},
-        **_facts_context(chosen, facts),
-    }
-    disk.write_text(path / "report.html", render.render_page("compare.html.j2", {**context, **shown}))
-
-
-def page_context(path: Path, table: Table, manifest: Manifest) -> dict[str, object]:
-    """Return what the templates of both pages name."""
+def write_pages(
+    path: Path, table: Table, manifest: Manifest, cells: Mapping[str, Sequence[CellAnswers]], shared: Path
+) -> None:
+    """Write `compare.md` and `report.html` of a comparison's folder, given the cells of each row (by label)."""
     sentence, remarks = verdict(table)
-    return {
+    context = {
         **{name: getattr(table, name) for name in ("seeds", "overall", "rows", "curves")},
         "title": path.resolve().name,
         "manifest": manifest,
@@ -102,6 +76,22 @@ def page_context(path: Path, table: Table, manifest: Manifest) -> dict[str, obje
         "widest": _widest(table),
         "averaged": ", ".join(map(_words, table.overall)),
     }
+    best = best_rows(table)
+    chosen = {line: cells[row.label] for line, row in best.items()}
+    styles = plots.styles(dict.fromkeys(row.line for row in table.rows))
+    front = front_of(table)
+    shown = {
+        "styles": styles,
+        "front": [table.name_of(row) for row in front],
+        "trade_offs": [plots.plot_trade_off(*axes, styles) for axes in trade_offs(table, front)],
+        "panels": [plots.plot_coefficients(panel, styles) for panel in coefficient_panels(table)],
+        "panel_epochs": max(row.epochs for row in table.at_equal_epochs),
+        "losses": _loss_panels(chosen, shared, styles),
+        "chosen": {line: table.name_of(row) for line, row in best.items()},
+        **_facts_context(chosen, {line: _plain_line(row, best) for line, row in best.items()}),
+    }
+    disk.write_text(path / "compare.md", render.render("compare.md.j2", context))
+    disk.write_text(path / "report.html", render.render_page("compare.html.j2", {**context, **shown}))
 
 
 def verdict(table: Table) -> tuple[str, list[str]]:
@@ -238,37 +228,31 @@ def coefficient_panels(table: Table) -> list[Panel]:
     protocol = next((row.forgotten.protocol for row in forgetting if row.forgotten), None)
     panels = []
     if protocol:
-        lost = _by_coefficient(forgetting, lambda row: row.forgotten.lost if row.forgotten else None)
-        place = _by_coefficient(forgetting, lambda row: row.forgotten.locality if row.forgotten else None)
+        lost = _by_coefficient((row, row.forgotten.lost) for row in forgetting if row.forgotten)
+        place = _by_coefficient((row, row.forgotten.locality) for row in forgetting if row.forgotten)
         panels.append(Panel(f"old answers lost ({protocol})", "after forgetting, points", lost, {}))
         panels.append(Panel("locality (agreement)", "after forgetting, percent", place, {}))
     for quantity, by in COLUMNS[:4] if forgetting else ():
         name = f"{quantity}.{by}"
-        lines = _by_coefficient(forgetting, _score_of(name))
+        lines = _by_coefficient((row, row.scores.get(name)) for row in forgetting)
         plain = {row.line: cell for row in rows if row.coef is None and (cell := row.scores.get(name))}
         panels.append(Panel(_words(name), "after learning, percent", lines, plain))
     return [panel for panel in panels if panel.lines]
 
 
-def _score_of(column: str) -> Callable[[TableRow], Estimate | None]:
-    return lambda row: row.scores.get(column)
-
-
-def _by_coefficient(
-    rows: Iterable[TableRow], cell_of: Callable[[TableRow], Estimate | None]
-) -> dict[str, list[tuple[float, Estimate]]]:
+def _by_coefficient(cells: Iterable[tuple[TableRow, Estimate | None]]) -> dict[str, list[tuple[float, Estimate]]]:
     lines: dict[str, list[tuple[float, Estimate]]] = {}
-    for row in rows:
-        if (cell := cell_of(row)) and row.coef is not None:
+    for row, cell in cells:
+        if cell and row.coef is not None:
             lines.setdefault(row.line, []).append((row.coef, cell))
     return {line: sorted(points, key=lambda point: point[0]) for line, points in lines.items()}
 
 
 def _loss_panels(
-    chosen: Mapping[str, TableRow], facts: Facts, shared: Path, styles: Mapping[str, Style]
+    chosen: Mapping[str, Sequence[CellAnswers]], shared: Path, styles: Mapping[str, Style]
 ) -> list[Markup]:
     """Plot the loss of the first seed: of fine-tuning on the old answers, by kind, and of learning, by method."""
-    learning = {line: facts.cells[row.label][0].folder / "logs" / "learn.jsonl" for line, row in chosen.items()}
+    learning = {line: cells[0].folder / "logs" / "learn.jsonl" for line, cells in chosen.items()}
     old = {file.parent.name.removeprefix("old-"): file for file in sorted(shared.glob("old-*/steps.jsonl"))}
     first = {name.rsplit("-seed", 1)[0]: file for name, file in reversed(old.items())}
     panels = [("fine-tuning on the old answers", first, {}), ("learning the new answers", learning, styles)]
@@ -279,19 +263,20 @@ def _loss_panels(
     ]
 
 
-def _facts_context(chosen: Mapping[str, TableRow], facts: Facts) -> dict[str, object]:
+def _facts_context(chosen: Mapping[str, Sequence[CellAnswers]], plain: Mapping[str, str | None]) -> dict[str, object]:
     """The table of facts: for each method at its best row, what every seed's updated model answers."""
-    cells = {line: facts.cells[row.label] for line, row in chosen.items()}
-    answers = {line: [cell.by_fact for cell in seeds] for line, seeds in cells.items()}
-    plain = {line: _plain_line(row, chosen) for line, row in chosen.items()}
-    lines = [fact_line(fact, answers, plain) for fact in facts.inputs]
+    cells = [cell for seeds in chosen.values() for cell in seeds]
+    folder = cells[0].folder  # all cells have the same facts
+    answers = {line: [cell.by_fact for cell in seeds] for line, seeds in chosen.items()}
+    lines = [fact_line(fact, answers, plain) for fact in load_rows(Input, folder / INPUTS)]
+    counts = Summary.load(folder / SUMMARY).facts.model_copy(update={"forgotten": None})
     return {
         "facts": lines,
-        "judged_by": next((cell.judge for seeds in cells.values() for cell in seeds if cell.judge), None),
+        "judged_by": next((cell.judge for cell in cells if cell.judge), None),
         "signs": SIGNS,
         "filters": FILTERS,
         "counts": run_page.counts((line.flags for line in lines), FILTERS),
-        "account": run_page.account(facts.counts.model_copy(update={"forgotten": None})),
+        "account": run_page.account(counts),
     }
 
 

@@ -90,7 +90,7 @@ def _lines(protocols: Sequence[str], cells: Sequence[Mapping[str, Interval]]) ->
 
 
 def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Interval | None]], phases: Sequence[str]) -> Markup:
-    figure, axes = _figure(2.3, 1.9)
+    figure, axes = _figure(2.3, 1.9, f"{quantity} (lower is better)" if quantity == "residue" else quantity)
     for protocol, cells in lines.items():
         free = protocol == "generate"
         found = [(place, cell) for place, cell in enumerate(cells) if cell and cell.mean is not None]
@@ -106,9 +106,6 @@ def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Interval | None]], 
     axes.set_ylim(-3, 103)
     axes.grid(axis="y", color=LINE, lw=0.6)
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set_title(
-        quantity + (" (lower is better)" if quantity == "residue" else ""), loc="left", fontsize=9, fontweight="bold"
-    )
     words = [f"{name} {', '.join(show_score(cell) for cell in cells)}" for name, cells in lines.items()]
     return _svg(figure, quantity, f"{quantity} in percent, {', '.join(phases)}: {'; '.join(words)}")
 
@@ -147,7 +144,7 @@ def plot_trade_off(
     looks: Mapping[str, Style],
 ) -> Markup:
     """Plot one quantity against another, a line per method and tag; rings around the points of the front."""
-    figure, axes = _figure(4.6, 3.4)
+    figure, axes = _figure(4.6, 3.4, y_name)
     for name, own in lines.items():
         for tag, points in own.items():
             look = looks[name]
@@ -160,7 +157,6 @@ def plot_trade_off(
                 )
     axes.plot([p.x for p in front], [p.y for p in front], "o", ms=11, mfc="none", mec="#262626", mew=0.9, clip_on=False)
     axes.set_xlabel(x_name, fontsize=8.5, color=DIM)
-    axes.set_title(y_name, loc="left", fontsize=9, fontweight="bold")
     axes.margins(0.08)
     _open_frame(axes)
     ends = [f"{name} {points[-1].x:.1f}, {points[-1].y:.1f}" for name, own in lines.items() for points in own.values()]
@@ -169,7 +165,7 @@ def plot_trade_off(
 
 def plot_coefficients(panel: Panel, looks: Mapping[str, Style]) -> Markup:
     """Plot means with 95 % intervals against the coefficient (logarithmic); plain methods are dashed levels."""
-    figure, axes = _figure(2.9, 2.2)
+    figure, axes = _figure(2.9, 2.2, panel.title)
     coefs = sorted({coef for points in panel.lines.values() for coef, _cell in points})
     span = max(math.log10(coefs[-1] / coefs[0]), 0.5)
     for place, (name, points) in enumerate(panel.lines.items()):
@@ -183,7 +179,6 @@ def plot_coefficients(panel: Panel, looks: Mapping[str, Style]) -> Markup:
         axes.axhline(cell.mean, ls="--", lw=1.1, color=looks[name].colour)
     axes.set_xticks([math.log10(coef) for coef in coefs], [f"{coef:g}" for coef in coefs])
     axes.set_xlim(math.log10(coefs[0]) - 0.12 * span, math.log10(coefs[-1]) + 0.12 * span)
-    axes.set_title(panel.title, loc="left", fontsize=9, fontweight="bold")
     axes.set_xlabel(panel.unit, fontsize=8, color=DIM)
     _open_frame(axes)
     words = [
@@ -196,7 +191,7 @@ def plot_coefficients(panel: Panel, looks: Mapping[str, Style]) -> Markup:
 
 def plot_training(title: str, curves: Mapping[str, Sequence[Step]], looks: Mapping[str, Style]) -> Markup:
     """Plot running means of the loss over the steps, a line per name; without a look the name is beside its line."""
-    figure, axes = _figure(4.6, 1.9)
+    figure, axes = _figure(4.6, 1.9, title)
     for place, (name, log) in enumerate(curves.items()):
         look = looks.get(name)
         steps, losses = _thinned(log)
@@ -206,7 +201,6 @@ def plot_training(title: str, curves: Mapping[str, Sequence[Step]], looks: Mappi
         if not look:
             at = (0.99, 0.9 - 0.11 * place)
             axes.text(*at, name, transform=axes.transAxes, ha="right", fontsize=8, color=colour)
-    axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     _open_frame(axes)
@@ -254,7 +248,7 @@ def _thinned(log: Sequence[Step]) -> tuple[list[float], list[float]]:
     return steps, [sum(step.loss for step in chunk) / len(chunk) for chunk in chunks]
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
     """Return a transparent figure without a frame, and without pyplot, which would keep global state."""
     from matplotlib.figure import Figure
 
@@ -264,6 +258,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0, labelsize=8.5, labelcolor=DIM)
+    axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     return figure, axes
 
 

@@ -13,11 +13,14 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Protocol
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from forgetlearn.evaluation.statistics import Estimate, OverSeeds
+from forgetlearn.storage.records import Score
+
+Interval = Estimate | OverSeeds | Score  # a mean with its 95 % interval, in percent or points
 COLUMNS = (
     ("reliability", "token"),
     ("generality", "token"),
@@ -33,8 +36,6 @@ QUESTIONS = {
     "locality": "is everything else as it was?",
     "residue": "does it still give the old answer? (lower is better)",
 }
-TEMPLATES = resources.files("forgetlearn.report") / "templates"
-ASSETS = ("page.css", "page.js")
 # Control characters but tab and line break, and those that change the direction of text.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -72,26 +73,11 @@ def _environment() -> Environment:
 
 def render_page(template: str, context: Mapping[str, object]) -> str:
     """Fill a page, with its style and script in it; the policy in its head forbids other scripts, and requests."""
-    style, script = (TEMPLATES.joinpath(name).read_text("utf-8") for name in ASSETS)
+    templates = resources.files("forgetlearn.report") / "templates"
+    style, script = (templates.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # our own files
     return render(template, {**context, **inlined})
-
-
-class Interval(Protocol):
-    """A mean with its 95 % interval, in percent or points; None if nothing was scored, or shows how scores vary."""
-
-    @property
-    def mean(self) -> float | None:
-        """The mean."""
-
-    @property
-    def low(self) -> float | None:
-        """The lower end."""
-
-    @property
-    def high(self) -> float | None:
-        """The upper end."""
 
 
 def show_score(cell: Interval | None, *, interval: bool = False) -> str:

@@ -18,18 +18,7 @@ from forgetlearn.facts import matching, tell_old
 from forgetlearn.report import plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import (
-    REMEDY,
-    Config,
-    FactCounts,
-    General,
-    Input,
-    Manifest,
-    Mean,
-    Row,
-    Summary,
-    load_rows,
-)
+from forgetlearn.storage.records import REMEDY, Config, FactCounts, General, Input, Manifest, Row, Summary, load_rows
 from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder
 from forgetlearn.weights.rounding import in_words
 
@@ -56,12 +45,6 @@ class Overview:
     account: list[str]
     measured: list[str]  # phases in which general ability was measured
     general: list[tuple[str, list[str]]]  # a measure, and its cell in each of these phases
-
-    @property
-    def table(self) -> list[tuple[str, list[Mean | None]]]:
-        """Phase by phase, a cell for each of COLUMNS."""
-        scores = self.summary.phases
-        return [(phase, [scores[phase].get(q, {}).get(protocol) for q, protocol in COLUMNS]) for phase in self.phases]
 
 
 @dataclass(frozen=True)
@@ -111,7 +94,8 @@ class RunPage:
 
     def context(self) -> dict[str, object]:
         """Return what the templates name."""
-        phases, table = self.overview.phases, self.overview.table
+        phases, scores = self.overview.phases, self.overview.summary.phases
+        table = [(phase, [scores[phase].get(q, {}).get(protocol) for q, protocol in COLUMNS]) for phase in phases]
         columns = [row for row in zip(COLUMNS, *(cells for _phase, cells in table), strict=True) if any(row[1:])]
         return {
             **vars(self.overview),
@@ -131,16 +115,12 @@ class RunPage:
             "counts": counts((fact.flags for fact in self.facts), FILTERS),
             "errors": _errors(self.rows),
             "retention": self.overview.summary.retention,
-            "asked_again": list(self.overview.summary.phases[phases[-1]].get("retention", {})),
+            "asked_again": list(scores[phases[-1]].get("retention", {})),
         }
 
 
 def load_page(path: Path) -> RunPage:
-    """Read the page of a finished run from its folder.
-
-    Raises:
-        RunError: the run is not finished, or a file is damaged.
-    """
+    """Read the page of a run from its folder; raise RunError if the run is not finished, or a file is damaged."""
     run = RunFolder.open(path)
     run.check_results()
     if not (path / SUMMARY).is_file():
@@ -161,7 +141,14 @@ def overview(summary: Summary) -> Overview:
     """Return what the summary of a run says."""
     phases = [phase for phase in PHASES if phase in summary.phases]
     measured = [phase for phase in phases if phase in summary.general]
-    lines = [*account(summary.facts), *_chosen(summary), *_rounded(summary)]
+    lines, facts = account(summary.facts), summary.facts
+    if summary.choice:  # of `coef: auto`
+        lines.append(summary.choice.why)
+        lines.append(
+            f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
+        )
+    if summary.rounding and (words := in_words(summary.rounding.as_json())):
+        lines.append(f"the product as it is stored: {words}")
     return Overview(summary, phases, verdict(summary, phases), lines, measured, _general(summary.general, measured))
 
 
@@ -207,21 +194,6 @@ def account(facts: FactCounts) -> list[str]:
     if facts.not_read:
         lines.append(f"fields that were not read: {', '.join(facts.not_read)}")
     return lines
-
-
-def _chosen(summary: Summary) -> list[str]:
-    """Describe how `coef: auto` was chosen and what became of the facts that it was chosen on."""
-    if summary.choice is None:
-        return []
-    counts = summary.facts
-    aside = f"{counts.scored} facts are scored; the {counts.set_aside} set aside are updated and listed, not scored"
-    return [summary.choice.why, aside]
-
-
-def _rounded(summary: Summary) -> list[str]:
-    """Describe what storing the product left of its change, if it was rounded."""
-    words = in_words(summary.rounding.as_json()) if summary.rounding else ""
-    return [f"the product as it is stored: {words}"] if words else []
 
 
 def judged_by(rows: Iterable[Row]) -> str | None:

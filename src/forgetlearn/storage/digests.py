@@ -32,10 +32,9 @@ def licences(folder: Path) -> list[Path]:
 
 
 def copy_own(path: Path, folder: Path) -> None:
-    """Copy a file of a model into `folder`. A link may lead within the model's folder, or into the hub's cache.
+    """Copy a file of a model into `folder`; raise RunError if it is a link to outside of its folder or the hub's cache.
 
-    Raises:
-        RunError: it is a link to somewhere else: that file is not the model's, and could be published with it.
+    What lies elsewhere is not the model's, and could be published with it.
     """
     home, target = path.parent.resolve(), path.resolve()
     blobs = home.parent.parent / "blobs"  # what a snapshot in the hub's cache is made of

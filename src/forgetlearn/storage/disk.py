@@ -54,11 +54,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file that forgetlearn wrote.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
+    """Return the object in a JSON file that forgetlearn wrote; raise RunError if the file is missing or damaged."""
     data = _parsed(path, _read(path))
     if not isinstance(data, dict):
         raise RunError(f"{path}: does not contain a JSON object. Was it written by forgetlearn?")
@@ -71,11 +67,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSONL file.
-
-    Raises:
-        RunError: the file is missing, or a line is damaged.
-    """
+    """Return the rows of a JSONL file; raise RunError if the file is missing or a line is damaged."""
     lines = read_lines(path)
     # All lines at once: a quarter of the time of a call for each, and names that rows share are held once.
     rows: list[dict[str, Any]] = _parsed(path, f"[{','.join(lines)}]")
@@ -94,11 +86,7 @@ def _read(path: Path) -> str:
 
 
 def _parsed(path: Path, text: str) -> Any:
-    """Return the JSON in a text.
-
-    Raises:
-        RunError: it is no JSON, is nested too deeply, or holds halves of characters, which cannot be written again.
-    """
+    """Return the JSON in a text; raise RunError if it is none, nests too deeply, or holds halves of characters."""
     try:
         data = json.loads(text)
         if text.count("[") + text.count("{") > DEEPEST and is_deep(data):
@@ -112,19 +100,10 @@ def _parsed(path: Path, text: str) -> Any:
     return data
 
 
-def is_deep(data: object) -> bool:
-    """Return True if lists and objects are nested more than DEEPEST levels deep."""
-    level = [data]
-    for _depth in range(DEEPEST + 1):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
+def is_deep(data: object, levels: int = DEEPEST + 1) -> bool:
+    """Return True if lists and objects are nested more than so many levels deep."""
+    inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return levels == 0 or any(is_deep(part, levels - 1) for part in inner if isinstance(part, (dict, list)))
 
 
 @contextmanager
@@ -135,8 +114,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         RunError: writing failed, for example on a full disk; nothing is left behind.
     """
     if processes.world_size() > 1:
-        with _shared_folder(final) as unfinished:
+        with ExitStack() as stack:  # of process 0, which creates the folder, and renames it when all are done
+            unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
             yield unfinished
+            processes.barrier()
+            processes.on_main(stack.close)
         return
     with naming(final):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -164,16 +146,6 @@ def _beginning(final: Path) -> str:
     """Return how names of unfinished files begin; it leaves room in the 255 bytes of a name."""
     is_short = len(os.fsencode(final.name)) <= MOST_BYTES
     return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
-
-
-@contextmanager
-def _shared_folder(final: Path) -> Iterator[Path]:
-    """Do the same for several processes: process 0 creates the folder, and renames it when all are done."""
-    with ExitStack() as stack:
-        unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
-        yield unfinished
-        processes.barrier()
-        processes.on_main(stack.close)
 
 
 @contextmanager

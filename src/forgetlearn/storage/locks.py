@@ -17,11 +17,7 @@ from forgetlearn.storage import disk, run_folder
 
 @contextmanager
 def claimed(lock: Path, *, waits: bool = False) -> Iterator[bool]:
-    """Yield True if this process got the lock; it waits for the lock only with `waits`.
-
-    Raises:
-        RunError: the lock file cannot be created, for example on a full disk.
-    """
+    """Yield True if this process got the lock (it waits only with `waits`); raise RunError if the disk is full, say."""
     claim = FileLock(lock)
     with disk.naming(lock), suppress(Timeout):
         claim.acquire(blocking=waits)
@@ -35,10 +31,8 @@ def claimed(lock: Path, *, waits: bool = False) -> Iterator[bool]:
 def only_writer(folder: Path) -> Iterator[None]:
     """Keep other processes from writing a run into this folder, which is created; remove it again if it stays empty.
 
-    Of several processes of one run (torchrun) the first holds the lock for all.
-
-    Raises:
-        RunError: another process is writing there; the message says which.
+    Of several processes of one run (torchrun) the first holds the lock for all. Raise RunError, naming the process, if
+    another one is writing there.
     """
     if not processes.is_main():
         yield

@@ -69,8 +69,7 @@ class Record(BaseModel):
     def parse(cls, data: object, file: Path, inside: str = "") -> Self:
         """Return the record in data from `file`, where it may lie inside another field.
 
-        Raises:
-            RunError: a field is missing, or has a value that it cannot have; the message names both.
+        Raise RunError, naming file and field, if one is missing or has a value that it cannot have.
         """
         try:
             return cls.model_validate(data)
@@ -97,11 +96,7 @@ def _rows_of(kind: type[R]) -> TypeAdapter[list[R]]:
 
 
 def load_rows(kind: type[R], file: Path) -> list[R]:
-    """Return the records in the lines of a JSONL file; errors count rows from 1.
-
-    Raises:
-        RunError: the file cannot be read, or a row is not a record of this kind.
-    """
+    """Return the records in the lines of a JSONL file; raise RunError, naming the row (from 1), if one is damaged."""
     lines = disk.read_lines(file)
     try:
         rows = _rows_of(kind).validate_json(f"[{','.join(lines)}]")
@@ -335,11 +330,6 @@ class Manifest(Record):
     finished: bool = False
     results: dict[str, Text] = {}  # hashes
     peak_memory_gb: Number = 0
-
-    def input_hash(self, name: str) -> str | None:
-        """Return a hash among the inputs, such as base_sha256."""
-        found = self.inputs.get(name)
-        return found if isinstance(found, str) else None
 
 
 class Config(Record):

@@ -53,13 +53,9 @@ class RunFolder:
         overwrite: bool = False,
         remove_leftovers: bool = True,
     ) -> RunFolder:
-        """Return a new run folder, or with `resume` the existing one, if it was begun with the same settings.
+        """Return a new run folder, or with `resume` the existing one; see `check_output` and `check_same` for errors.
 
         Without `remove_leftovers` other processes may be writing in the folder.
-
-        Raises:
-            RunError: the folder exists and neither flag is given, or the run in it was begun with another config or
-                other inputs (the message names the first difference).
         """
         path = Path(path)
         check_output(path, resume=resume, overwrite=overwrite)
@@ -93,11 +89,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Open the run in a folder.
-
-        Raises:
-            RunError: there is none, or its manifest cannot be read or was changed since it was written.
-        """
+        """Open the run in a folder; raise RunError if there is none, or its manifest was damaged or changed."""
         file = Path(path) / MANIFEST
         if not file.is_file():
             raise RunError(f"{path}: is not a run folder: it has no {MANIFEST}.")
@@ -188,8 +180,8 @@ class RunFolder:
         self._save()
 
     def _save(self) -> None:
-        told = self.manifest.as_json()
-        write_json(self.path / MANIFEST, {**told, "sha256": hash_of(told)})
+        noted = self.manifest.as_json()
+        write_json(self.path / MANIFEST, {**noted, "sha256": hash_of(noted)})
 
     def finish(self) -> None:
         """Note that the run is done, its peak memory, and the hashes of its results."""
@@ -257,16 +249,17 @@ def check_output(
 ) -> None:
     """Raise RunError unless a run can be written to this folder without losing anything else.
 
-    Raises:
-        RunError: the folder exists and neither flag is given, or forgetlearn did not write it, or it holds one of
-            `inputs` (what the run reads), or lies in one of them.
+    Without a flag it must not exist; with one it must be forgetlearn's. It must neither hold one of `inputs` (what the
+    run reads) nor lie in one.
     """
     path, reads = Path(path), [Path(read) for read in inputs if read]
     _check_name(path)
     for read in reads:
         if read.is_dir() and path.resolve().is_relative_to(read.resolve()):
             raise RunError(f"{path} lies in {read}, which this run reads. Choose a folder outside of it.")
-    if not path.exists() or (path.is_dir() and all(_is_leftover(child.name) for child in path.iterdir())):
+    if not path.exists() or (
+        path.is_dir() and all(UNFINISHED in child.name or child.name in LOCKS for child in path.iterdir())
+    ):  # all that a process leaves that was killed early
         return
     if resume and not overwrite and is_run(path):
         return
@@ -296,11 +289,6 @@ def _check_name(path: Path) -> None:
         raise RunError(
             f"{path}: the name is not UTF-8, and safetensors and tokenizers write to no such path. Choose another."
         ) from None
-
-
-def _is_leftover(name: str) -> bool:
-    """Return True if a process that was killed early leaves a file or folder of this name."""
-    return UNFINISHED in name or name in LOCKS
 
 
 def _is_ours(file: Path) -> bool:
