@@ -102,8 +102,7 @@ def subtract(
     lm: LanguageModel, base: StateDict | None, facts: Iterable[Fact], settings: ForgetSettings, how: How
 ) -> None:
     """Make the tuned model the forgotten one, `base - coef * (tuned - base)`: the second half of forgetting."""
-    tokens = tokens_of(lm, old_pairs(facts), settings.rows) if settings.rows != "all" else set()
-    STAGE_KINDS[how].subtract(lm, settings, base, tokens)
+    STAGE_KINDS[how].subtract(lm, settings, base, tokens_of(lm, old_pairs(facts), settings.rows))
 
 
 def forget_tuned(

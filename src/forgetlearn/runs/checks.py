@@ -45,11 +45,7 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     return settings
 
 
-AS_READ: dict[str, object] = {
-    "limit": None,
-    "columns": {},
-    "aliases": None,
-}  # facts that are passed in were read already
+AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # facts passed in were read already
 
 
 def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:

@@ -115,7 +115,8 @@ class Pipeline:
             self._train(stage, None, lambda stage_io: self._teach(stage, stage_io))
         self._score("base")
         self._measure("base")
-        self.known = scoring.held_facts(self.facts, self.rows["base"], self._probe)
+        probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
+        self.known = scoring.held_facts(self.facts, self.rows["base"], lambda: self.store.rows("probe", probe))
 
     @property
     def to_forget(self) -> list[Fact]:
@@ -179,10 +180,6 @@ class Pipeline:
             if stage.name == "learn":
                 self._pending.pop("forget", None)  # the product holds it
             self._pending[stage.name] = change
-
-    def _probe(self) -> list[Row]:
-        probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-        return self.store.rows("probe", probe)
 
     def _score(self, phase: str) -> None:
         def compute() -> list[Row]:

@@ -14,11 +14,11 @@ from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.method.kinds import STAGE_KINDS, fold_in
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel, load_model
-from forgetlearn.runs.coefficient import WEIGHTS, Choice, Search, read_choice, read_learned
+from forgetlearn.runs.coefficient import CHOICE, WEIGHTS, Search, read_learned
 from forgetlearn.runs.pipeline import Pipeline, Store, Train, Tuned
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import Row, load_rows, save_rows
+from forgetlearn.storage.records import Choice, Row, load_rows, save_rows
 from forgetlearn.storage.run_folder import RunFolder
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
@@ -34,12 +34,18 @@ FORGOTTEN_WEIGHTS = "weights.safetensors"
 
 
 class RunStore(Store):
-    """Keeps the steps of one update in its run folder. `base_name` is what an adapter's config calls its base."""
+    """Keeps the steps of one update in its run folder.
+
+    An adapter's config names as its base the hub id if the user gave one, else `base_name`.
+    """
 
     def __init__(self, run: RunFolder, config: RunConfig, lm: LanguageModel, base_name: str) -> None:
         self.run, self.config, self.lm = run, config, lm
         self.recipe = Recipe(config)
-        self.base_name = str((run.path / "taught").resolve()) if self.recipe.teach else base_name
+        base = Path(base_name)
+        self.base_name = config.model.base_model_id or (str(base.resolve()) if base.is_dir() else base_name)
+        if self.recipe.teach:
+            self.base_name = str((run.path / "taught").resolve())
         self.choice: Choice | None = None
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
@@ -75,7 +81,7 @@ class RunStore(Store):
         if stage.name == "forget":  # to the last bit, in float32
             sharding.save_parts(kind.state(self.lm, lora.FORGET), self.lm.model, folder / FORGOTTEN_WEIGHTS)
         else:
-            kind.save_product(self.lm, folder, self._base_of_adapter())
+            kind.save_product(self.lm, folder, self.base_name)
 
     def _load(self, stage: Stage[TrainSettings]) -> None:
         folder, settings = self._folder(stage), stage.settings
@@ -89,13 +95,6 @@ class RunStore(Store):
             named = self.lm.settings.model_copy(update={"name": str(folder)})
             self.lm.model = load_model(named, all_weights=self.recipe.changes_base).model
 
-    def _base_of_adapter(self) -> str:
-        """Return what the adapter's config names as its base: the hub id if the user gave one."""
-        if self.recipe.teach is None and self.config.model.base_model_id:
-            return self.config.model.base_model_id
-        folder = Path(self.base_name)
-        return str(folder.resolve()) if folder.is_dir() else self.base_name
-
     def choose(self, pipeline: Pipeline) -> float:
         """Return the coefficient of forgetting, searched for once."""
 
@@ -106,7 +105,7 @@ class RunStore(Store):
             return {"coef": choice.coef, "why": choice.why, **self._log_stage("forget", stage_log)}
 
         self.run.do("coefficient", pipeline.ready(search))
-        self.choice = read_choice(self._chosen)
+        self.choice = Choice.load(self._chosen / CHOICE)
         log.info(self.choice.why)
         return self.choice.coef
 

@@ -37,7 +37,7 @@ from forgetlearn.runs.checks import (
     with_the_models_answers,
 )
 from forgetlearn.runs.pipeline import Pipeline
-from forgetlearn.runs.results import Done, Results, write_results
+from forgetlearn.runs.results import Done, write_results
 from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, records, run_folder
@@ -202,22 +202,22 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         choice=store.choice,
         rounding=run.rounding("learn", "merge"),
     )
-    results = processes.on_main(lambda: _write(run, facts, pipeline, recipe, products, done))
+    summary, rows = processes.on_main(lambda: _write(run, facts, pipeline, recipe, products, done))
     if not recipe.method.makes_adapter:
         lm.saved_in(product)
-    return UpdateResult(run.path, product, results.summary, results.rows)
+    return UpdateResult(run.path, product, summary, rows)
 
 
 def _write(
     run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, recipe: Recipe, products: list[Path], done: Done
-) -> Results:
-    """Write everything that is made from the scores and the products; return the scores."""
+) -> tuple[Summary, list[Row]]:
+    """Write everything that is made from the scores and the products; return the summary and the rows."""
     path, config = run.path, recipe.config
-    results = write_results(path, config, facts, pipeline.rows, done, pipeline.general)
-    page = run_page.page_of(run, results.summary, results.rows)
+    summary, rows = write_results(path, config, facts, pipeline.rows, done, pipeline.general)
+    page = run_page.page_of(run, summary, rows)
     for product in products:
         run_page.write_card(product, page)
-    chain.carry_on(run, products, facts, results.summary)
+    chain.carry_on(run, products, facts, summary)
     if config.keep_change and not recipe.method.makes_adapter:
         run.do("change", lambda folder: restore.keep_change(run, products[0], folder), restore.CHANGE)
     run_page.write_run(path, replace(page, manifest=run.manifest))  # last, as it tells of all stages
@@ -225,7 +225,7 @@ def _write(
     log.info(plan.took(run.manifest, pipeline.lm.device))
     if not config.keep_stages:  # after the end, since a killed run needs them to go on
         run.remove_stage_weights()
-    return results
+    return summary, rows
 
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
