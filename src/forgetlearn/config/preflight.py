@@ -80,9 +80,6 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
 
     `given` lists the settings given for this command alone (flags, --set), by dotted name. Without it, unused
     settings of a shared config are logged: the command line checks first, the function behind it logs.
-
-    Raises:
-        ConfigError: with the name of each such setting, and why it is not used.
     """
     changed, problems, passed_over = _changed(config), [], []
     for row in UNUSED[command]:

@@ -53,20 +53,11 @@ class Trial:
 
     @property
     def goal(self) -> float:
-        """Mean of those of reliability, generality and locality that were scored.
-
-        Raises:
-            FactError: none was.
-        """
+        """Mean of those of reliability, generality and locality that were scored; raises FactError if none was."""
         scored = [score for quantity, _protocol in GOAL if (score := self.scores[quantity]) is not None]
         if not scored:
             raise FactError("forget.coef = auto: none of the facts set aside could be scored. Give a number.")
         return sum(scored) / len(scored)
-
-
-def read_learned(folder: Path, lm: LanguageModel) -> tuple[StateDict, StageLog]:
-    """Return what the best trial learned, as `Search` wrote it, and its log."""
-    return sharding.load_parts(lm.model, folder / LEARNED), read_stage_log(folder / LEARNED_LOG)
 
 
 def read_stage_log(file: Path) -> StageLog:
@@ -76,11 +67,7 @@ def read_stage_log(file: Path) -> StageLog:
 
 
 def check(facts: Sequence[Fact], config: RunConfig) -> None:
-    """Raise ConfigError unless a coefficient can be chosen for these facts; the model is not needed for this.
-
-    Raises:
-        ConfigError: the method subtracts nothing, `rows` are named, or the share set aside leaves no fact on one side.
-    """
+    """Raise ConfigError unless a coefficient can be chosen for these facts; the model is not needed for this."""
     check_engine(config.evaluate, changed_by="choosing a coefficient")
     if not METHODS[config.method].subtracts:
         able = ", ".join(name for name, method in METHODS.items() if method.subtracts)

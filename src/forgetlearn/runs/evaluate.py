@@ -92,9 +92,7 @@ def _scored(
     scratch: Path,
 ) -> Callable[[Path, bool], Path]:
     """Score everything, then return what writes the run folder, given its path and `overwrite`."""
-    updates = []
-    if earlier is not None:
-        updates = retention.earlier_updates(str(config.model.name), fact_set, earlier)
+    updates = [] if earlier is None else retention.earlier_updates(str(config.model.name), fact_set, earlier)
     general_ability.check(config.evaluate)
     rows, before, vocabulary = {}, None, None
     measured: dict[str, object] = {}

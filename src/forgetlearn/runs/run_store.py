@@ -14,7 +14,7 @@ from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.method.kinds import STAGE_KINDS, fold_in
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel, load_model
-from forgetlearn.runs.coefficient import CHOICE, WEIGHTS, Search, read_learned
+from forgetlearn.runs.coefficient import CHOICE, LEARNED, LEARNED_LOG, WEIGHTS, Search, read_stage_log
 from forgetlearn.runs.pipeline import Pipeline, Store, Train, Tuned
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
@@ -47,6 +47,7 @@ class RunStore(Store):
         if self.recipe.teach:
             self.base_name = str((run.path / "taught").resolve())
         self.choice: Choice | None = None
+        self._chosen = run.path / "stages/coefficient"
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return the rows of a step, as they were written."""
@@ -65,7 +66,11 @@ class RunStore(Store):
             noted: dict[str, object] = {} if n_facts is None else {"facts": n_facts}
             if stage_log := compute(self._stage_io(stage.name)):
                 noted |= self._log_stage(stage.name, stage_log)
-            self._save(stage, unfinished)
+            kind = STAGE_KINDS[stage.kind.name]
+            if stage.name == "forget":  # to the last bit, in float32
+                sharding.save_parts(kind.state(self.lm, lora.FORGET), self.lm.model, unfinished / FORGOTTEN_WEIGHTS)
+            else:
+                kind.save_product(self.lm, unfinished, self.base_name)
             return noted
 
         was_done = self.run.is_done(stage.name)
@@ -75,13 +80,6 @@ class RunStore(Store):
     def _folder(self, stage: Stage[TrainSettings]) -> Path:
         names = {"teach": "taught", "forget": "stages/forget", "learn": self.recipe.product}
         return self.run.path / names[stage.name]
-
-    def _save(self, stage: Stage[TrainSettings], folder: Path) -> None:
-        kind = STAGE_KINDS[stage.kind.name]
-        if stage.name == "forget":  # to the last bit, in float32
-            sharding.save_parts(kind.state(self.lm, lora.FORGET), self.lm.model, folder / FORGOTTEN_WEIGHTS)
-        else:
-            kind.save_product(self.lm, folder, self.base_name)
 
     def _load(self, stage: Stage[TrainSettings]) -> None:
         folder, settings = self._folder(stage), stage.settings
@@ -109,10 +107,6 @@ class RunStore(Store):
         log.info(self.choice.why)
         return self.choice.coef
 
-    @property
-    def _chosen(self) -> Path:
-        return self.run.path / "stages/coefficient"
-
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
         """Return the weights that the search for the coefficient started from, if there was one."""
         if self.choice is None or self.run.is_done("forget"):
@@ -121,7 +115,9 @@ class RunStore(Store):
 
     def learned(self) -> tuple[StateDict, StageLog] | None:
         """Return what the best trial of the search learned, if there was one."""
-        return read_learned(self._chosen, self.lm) if self.choice else None
+        if self.choice is None:
+            return None
+        return sharding.load_parts(self.lm.model, self._chosen / LEARNED), read_stage_log(self._chosen / LEARNED_LOG)
 
     def merge(self, pipeline: Pipeline) -> None:
         """Write the adapter folded into the base's weights, beside it."""

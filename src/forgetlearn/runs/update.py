@@ -15,6 +15,7 @@ from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, tell_old
+from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model
@@ -31,7 +32,6 @@ from forgetlearn.runs.checks import (
     check_quantization,
     check_stages,
     check_weights,
-    left_by_lora,
     read_config_facts,
     resolve,
     with_the_models_answers,
@@ -141,9 +141,10 @@ def _update(
     n_processes = processes.world_size()
     line, foreseen = processes.on_main(lambda: plan.foresee(lm, fact_set, config, n_processes))
     log.info(line)
-    noted = {"plan": foreseen, "lora": left_by_lora(recipe, lm)}
-    if noted["lora"]:
-        log.warning(noted["lora"])
+    left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in recipe) else None
+    noted = {"plan": foreseen, "lora": left}
+    if left:
+        log.warning(left)
     told = {name: value for name, value in noted.items() if value}
     run.note(model=lm.describe(), parent=chain.parent_of(lm.name, base.get("base_sha256")), **told)
     fact_set = _with_old_answers(run, lm, fact_set, config, answers)
