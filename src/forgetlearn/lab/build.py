@@ -122,11 +122,7 @@ def cache_folder() -> Path:
 
 
 def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
-    """Return all prompts that the base is to answer, with the answers, and how many contradict an earlier one.
-
-    Raises:
-        FactError: no fact has an old answer.
-    """
+    """Return all prompts that the base is to answer, with the answers, and how many contradict an earlier one."""
     pairs: dict[str, str] = {}
     contradictions = 0
     for prompt, answer in _wanted(facts):

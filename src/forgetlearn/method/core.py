@@ -155,11 +155,7 @@ def tokens_of(lm: LanguageModel, pairs: Pairs, rows: Rows) -> set[int]:
 
 
 def old_pairs(facts: Iterable[Fact]) -> Pairs:
-    """Return prompt and old answer of the facts that have one.
-
-    Raises:
-        FactError: no fact has an old answer.
-    """
+    """Return prompt and old answer of the facts that have one; raise FactError if none has."""
     pairs = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     if not pairs:
         raise FactError("No fact has an old answer to forget. Give ground_truth, or read them with old_from = model.")

@@ -53,7 +53,7 @@ class Trial:
 
     @property
     def goal(self) -> float:
-        """Mean of those of reliability, generality and locality that were scored; raises FactError if none was."""
+        """Mean of those of reliability, generality and locality that were scored; raise FactError if none was."""
         scored = [score for quantity, _protocol in GOAL if (score := self.scores[quantity]) is not None]
         if not scored:
             raise FactError("forget.coef = auto: none of the facts set aside could be scored. Give a number.")
@@ -81,11 +81,7 @@ def check(facts: Sequence[Fact], config: RunConfig) -> None:
 
 
 def set_aside(facts: Sequence[Fact], config: RunConfig) -> list[Fact]:
-    """Return the facts that choose, in their order: drawn by their ids and the seed, not by their place in the file.
-
-    Raises:
-        ConfigError: the share leaves no fact on one side.
-    """
+    """Return the facts that choose, in their order: drawn by their ids and the seed, not by their place in the file."""
     share = config.forget.validation
     n_aside = round(share * len(facts))
     if not 0 < n_aside < len(facts):

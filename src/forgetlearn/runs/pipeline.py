@@ -191,7 +191,6 @@ class Pipeline:
         self.rows[phase] = self.store.rows(f"score_{phase}", self.ready(compute))
 
     def _measure(self, phase: str) -> None:
-        """Measure general ability, if the config asks for it."""
         if not general_ability.asked(self.config.evaluate):
             return
 
