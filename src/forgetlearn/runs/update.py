@@ -190,10 +190,11 @@ def _with_old_answers(
 
 
 def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
-    recipe, lm = store.recipe, pipeline.lm
+    """Write everything that is made from the scores and the products."""
+    recipe, lm, config = store.recipe, pipeline.lm, store.config
     product = run.path / recipe.product
     products = [product]
-    if recipe.config.save_merged and recipe.method.makes_adapter:
+    if config.save_merged and recipe.method.makes_adapter:
         store.merge(pipeline)
         products.append(run.path / "merged")
     done = Done(
@@ -203,30 +204,26 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         choice=store.choice,
         rounding=run.rounding("learn", "merge"),
     )
-    summary, rows = processes.on_main(lambda: _write(run, facts, pipeline, recipe, products, done))
+
+    def write() -> tuple[Summary, list[Row]]:
+        summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general)
+        page = run_page.page_of(run, summary, rows)
+        for each in products:
+            run_page.write_card(each, page)
+        chain.carry_on(run, products, facts, summary)
+        if config.keep_change and not recipe.method.makes_adapter:
+            run.do("change", lambda folder: restore.keep_change(run, product, folder), restore.CHANGE)
+        run_page.write_run(run.path, replace(page, manifest=run.manifest))  # last, as it tells of all stages
+        run.finish()
+        log.info(plan.took(run.manifest, lm.device))
+        if not config.keep_stages:  # after the end, since a killed run needs them to go on
+            run.remove_stage_weights()
+        return summary, rows
+
+    summary, rows = processes.on_main(write)
     if not recipe.method.makes_adapter:
         lm.saved_in(product)
     return UpdateResult(run.path, product, summary, rows)
-
-
-def _write(
-    run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, recipe: Recipe, products: list[Path], done: Done
-) -> tuple[Summary, list[Row]]:
-    """Write everything that is made from the scores and the products; return the summary and the rows."""
-    path, config = run.path, recipe.config
-    summary, rows = write_results(path, config, facts, pipeline.rows, done, pipeline.general)
-    page = run_page.page_of(run, summary, rows)
-    for product in products:
-        run_page.write_card(product, page)
-    chain.carry_on(run, products, facts, summary)
-    if config.keep_change and not recipe.method.makes_adapter:
-        run.do("change", lambda folder: restore.keep_change(run, products[0], folder), restore.CHANGE)
-    run_page.write_run(path, replace(page, manifest=run.manifest))  # last, as it tells of all stages
-    run.finish()
-    log.info(plan.took(run.manifest, pipeline.lm.device))
-    if not config.keep_stages:  # after the end, since a killed run needs them to go on
-        run.remove_stage_weights()
-    return summary, rows
 
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
