@@ -283,7 +283,7 @@ def test_micro_batches_need_to_divide_only_the_batches_of_stages_that_run():
 
 
 def test_every_setting_is_described():
-    rows = {name: (default, text) for name, _type, default, text in describe(RunConfig)}
+    rows = {name: (default, text) for name, default, text in describe(RunConfig)}
     assert rows["forget.coef"][0] == "0.3"
     assert rows["facts.limit"][0] == "null"
     assert all(text for _default, text in rows.values())

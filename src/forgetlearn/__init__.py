@@ -30,45 +30,30 @@ from typing import TYPE_CHECKING
 from forgetlearn._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from forgetlearn.comparison.cells import CompareSettings as CompareSettings
-    from forgetlearn.comparison.compare import compare as compare
-    from forgetlearn.comparison.compare import write_report as write_report
-    from forgetlearn.config.methods import METHODS as METHODS
-    from forgetlearn.config.schema import ForgetSettings as ForgetSettings
-    from forgetlearn.config.schema import RunConfig as RunConfig
-    from forgetlearn.config.schema import StageSettings as StageSettings
-    from forgetlearn.config.schema import TrainSettings as TrainSettings
-    from forgetlearn.config.schema import load_config as load_config
-    from forgetlearn.errors import ForgetLearnError as ForgetLearnError
-    from forgetlearn.evaluation.scoring import score as score
-    from forgetlearn.evaluation.scoring import summarise as summarise
-    from forgetlearn.facts import Fact as Fact
-    from forgetlearn.facts import FactSet as FactSet
-    from forgetlearn.facts import read_facts as read_facts
-    from forgetlearn.lab.build import LabSettings as LabSettings
-    from forgetlearn.lab.build import build_lab as build_lab
+    from forgetlearn.comparison.cells import CompareSettings
+    from forgetlearn.comparison.compare import compare, write_report
+    from forgetlearn.config.methods import METHODS
+    from forgetlearn.config.schema import ForgetSettings, RunConfig, StageSettings, TrainSettings, load_config
+    from forgetlearn.errors import ForgetLearnError
+    from forgetlearn.evaluation.scoring import score, summarise
+    from forgetlearn.facts import Fact, FactSet, read_facts
+    from forgetlearn.lab.build import LabSettings, build_lab
     from forgetlearn.lab.demo import run_demo as demo
-    from forgetlearn.method.core import forget as forget
-    from forgetlearn.method.core import learn as learn
-    from forgetlearn.models.language_model import LanguageModel as LanguageModel
-    from forgetlearn.models.language_model import load_model as load_model
-    from forgetlearn.models.language_model import wrap as wrap
+    from forgetlearn.method.core import forget, learn
+    from forgetlearn.models.language_model import LanguageModel, load_model, wrap
     from forgetlearn.planning.plan import plan_update as plan
     from forgetlearn.products.chain import chain_of as log
     from forgetlearn.products.inspect import inspect_change as inspect
-    from forgetlearn.products.publish import push as push
-    from forgetlearn.products.publish import save as save
-    from forgetlearn.products.restore import apply_run as apply_run
+    from forgetlearn.products.publish import push, save
+    from forgetlearn.products.restore import apply_run
     from forgetlearn.products.restore import undo_run as undo
-    from forgetlearn.runs.coefficient import choose_coefficient as choose_coefficient
-    from forgetlearn.runs.evaluate import ask as ask
-    from forgetlearn.runs.evaluate import evaluate as evaluate
-    from forgetlearn.runs.update import update as update
-    from forgetlearn.weights.folder_arithmetic import apply_vector as apply_vector
-    from forgetlearn.weights.folder_arithmetic import save_vector as save_vector
+    from forgetlearn.runs.coefficient import choose_coefficient
+    from forgetlearn.runs.evaluate import ask, evaluate
+    from forgetlearn.runs.update import update
+    from forgetlearn.weights.folder_arithmetic import apply_vector, save_vector
     from forgetlearn.weights.folder_arithmetic import subtract_folders as subtract
-    from forgetlearn.weights.streaming import Numbers as Numbers
-    from forgetlearn.weights.task_vector import TaskVector as TaskVector
+    from forgetlearn.weights.streaming import Numbers
+    from forgetlearn.weights.task_vector import TaskVector
 
 # Public name -> where it is; loaded on first use, so that `import forgetlearn` is instant.
 _PUBLIC = {

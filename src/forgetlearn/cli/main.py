@@ -29,7 +29,7 @@ from forgetlearn.cli.options import (
     ResumeOption,
     takes,
 )
-from forgetlearn.cli.terminal import PlainLines, nested, print_facts, print_scores, print_table, say
+from forgetlearn.cli.terminal import PlainLines, print_facts, print_scores, print_table, say
 from forgetlearn.config.base import describe, parse_assignments, read_yaml, validate
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ConfigError, ForgetLearnError, is_out_of_memory, plain
@@ -260,7 +260,8 @@ def compare(
     else:
         fill(settings=settings, config=config, output=output, resume=resume, overwrite=overwrite, workers=workers)
     table = write_table(output)
-    print_table(COLUMNS, [(row.label, nested(row.scores)) for row in table.rows], "")
+    columns = [f"{quantity}.{protocol}" for quantity, protocol in COLUMNS]
+    print_table([(row.label, [row.scores.get(name) for name in columns]) for row in table.rows], "")
     say(f"\n{verdict(table)[0]}\nreport   {output / 'report.html'}\ncells    {output / 'cells'}, a run folder each")
 
 
@@ -345,11 +346,10 @@ def demo(
 ) -> None:
     """Run the paper's five methods on a made-up world that a small model, built here, holds."""
     from forgetlearn.lab.demo import run_demo
-    from forgetlearn.report.render import COLUMNS
 
     with signals.handled():
         result = run_demo(output, n_facts=limit, seed=seed, resume=resume, overwrite=overwrite)
-    print_table(COLUMNS, list(result.rows), "method")
+    print_table(result.rows, "method")
     say(
         "Percent. Locality is agreement with the original; residue, the old answer, is better when it is lower.\n"
         f"A run folder for each method lies in {result.output}; open {result.output / 'f-ft' / 'report.html'}."
@@ -371,7 +371,7 @@ def settings(
         return
     if markdown:
         say("| setting | default | |\n|---|---|---|")
-    for name, _type, default, description in describe(kind):
+    for name, default, description in describe(kind):
         line = f"| `{name}` | `{default}` | {description} |" if markdown else f"{name} = {default}\n    {description}"
         say(line)
 

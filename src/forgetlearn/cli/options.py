@@ -45,7 +45,7 @@ INPUTS = ("model.name", "facts.source", *READING, "model.prompt_template")
 # The default is shown unless it only says that nothing is set.
 HELP = {
     name: description if default in ("null", "[]", "{}", "false") else f"{description} Default: {default}."
-    for name, _type, default, description in describe(RunConfig)
+    for name, default, description in describe(RunConfig)
 }
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags and --set win.")]

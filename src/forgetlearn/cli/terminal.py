@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -17,6 +17,7 @@ from forgetlearn.errors import plain, some, without_secrets
 if TYPE_CHECKING:
     from forgetlearn.facts import FactSet
     from forgetlearn.products.inspect import Tally
+    from forgetlearn.report.render import Interval
     from forgetlearn.report.run_page import Overview
 
 
@@ -89,35 +90,23 @@ def _account(found: FactSet) -> list[str]:
 
 def print_scores(found: Overview) -> None:
     """Print what the summary of a run says."""
-    from forgetlearn.report.render import COLUMNS
-
     for line in found.account:
         say(plain(line))
-    print_table(COLUMNS, [(phase, found.summary.phases[phase]) for phase in found.phases], "phase")
+    print_table(found.table, "phase")
     for name, cells in found.general:
         shown = (f"{phase} {cell}" for phase, cell in zip(found.measured, cells, strict=True) if cell)
         say(plain(f"{name}: {', '.join(shown)}"))
 
 
-def nested(scores: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return `{"reliability.token": cell}` as quantity -> protocol -> cell."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, cell in scores.items():
-        quantity, protocol = name.split(".")
-        found.setdefault(quantity, {})[protocol] = cell
-    return found
+def print_table(rows: Sequence[tuple[str, Sequence[Interval | None]]], first: str) -> None:
+    """Print plain lines in the report's columns: readable on a terminal, in a log and by `awk`."""
+    from forgetlearn.report.render import COLUMNS, show_score
 
-
-def print_table(columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Any]], first: str) -> None:
-    """Print plain lines in columns: readable on a terminal, in a log and by `awk`."""
-    from forgetlearn.report.render import show_score
-
-    widths = [max(len(quantity), len(protocol)) for quantity, protocol in columns]
+    widths = [max(len(quantity), len(protocol)) for quantity, protocol in COLUMNS]
     name_width = max([len(first), *(len(name) for name, _cells in rows)])
-    quantities, protocols = ([column[index] for column in columns] for index in (0, 1))
+    quantities, protocols = ([column[index] for column in COLUMNS] for index in (0, 1))
     lines = [(first, quantities), ("", protocols)]
-    for name, scores in rows:
-        lines.append((name, [show_score(scores.get(quantity, {}).get(protocol)) for quantity, protocol in columns]))
+    lines += [(name, [show_score(cell) for cell in cells]) for name, cells in rows]
     for name, shown in lines:
         cells = "  ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True))
         say(f"{name:<{name_width}}  {cells}")

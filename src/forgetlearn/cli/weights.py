@@ -262,12 +262,8 @@ def _factors(base: Path, modules: str) -> dict[str, float]:
     return module_names.factors_among(module_names.stored_groups(sizes), wanted, "--modules")
 
 
-def _folder_of(base: str, revision: str | None = None) -> Path:
-    """Return the folder of a base, downloaded into the hub's cache if it is named by a hub id.
-
-    Raises:
-        ConfigError: a revision is given for a path.
-    """
+def _folder_of(base: str, revision: str | None) -> Path:
+    """Return the folder of a base, downloaded into the hub's cache if it is named by a hub id."""
     if Path(base).exists() or base.count("/") != 1:  # the hub's client takes a while to import
         if revision is not None:
             raise ConfigError(f"--revision {revision}: {base} is a path, and only the hub has revisions. Leave it out.")

@@ -91,9 +91,9 @@ def validate(
         return kind.model_validate(data)
     except ValidationError as error:
         items = error.errors()
-        places = [item["loc"] for item in items]
+        places = [(item, item["loc"]) for item in items]
         # pydantic also calls a list empty if its items are wrong: the items are the problem.
-        inner = [item for item in items if not any(_is_inside(place, item["loc"]) for place in places)]
+        inner = [item for item, loc in places if not any(loc == at[: len(loc)] != at for _item, at in places)]
         raise ConfigError("\n".join(_problem(kind, item, where, elsewhere) for item in inner)) from None
 
 
@@ -116,8 +116,8 @@ def parse_assignments(assignments: list[str], flag: str = "--set") -> dict[str, 
     return parsed
 
 
-def describe(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield dotted name, type, default and description of every setting, for help and documentation."""
+def describe(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield dotted name, default and description of every setting, for help and documentation."""
     for name, field in kind.model_fields.items():
         inner = _inner_settings(field.annotation)
         if inner is not None:
@@ -125,10 +125,7 @@ def describe(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, str,
         else:
             default = field.get_default(call_default_factory=True)
             shown = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
-            type_name = str(field.annotation).replace("typing.", "")
-            if isinstance(field.annotation, type):
-                type_name = field.annotation.__name__
-            yield prefix + name, type_name, shown.replace("\n...", "").strip(), field.description or ""
+            yield prefix + name, shown.replace("\n...", "").strip(), field.description or ""
 
 
 def _unshared(data: Mapping[str, object]) -> dict[str, object]:
@@ -138,10 +135,6 @@ def _unshared(data: Mapping[str, object]) -> dict[str, object]:
 
 def _inner_settings(annotation: object) -> type[Settings] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
-
-
-def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
-    return len(place) > len(outer) and place[: len(outer)] == outer
 
 
 def _problem(kind: type[Settings], item: Mapping[str, Any], where: str | None, elsewhere: frozenset[str]) -> str:

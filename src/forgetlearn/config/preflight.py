@@ -34,10 +34,6 @@ class Unused:
     why: str
     always: bool = False
 
-    def covers(self, name: str) -> bool:
-        """Return True if the setting is one of these."""
-        return _is_within(name, self.names)
-
 
 PRODUCTS = ("save_merged", "keep_change", "report_to")
 TRAINING = (
@@ -84,14 +80,11 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
 
     `given` lists the settings given for this command alone (flags, --set), by dotted name. Without it, unused
     settings of a shared config are logged: the command line checks first, the function behind it logs.
-
-    Raises:
-        ConfigError: with the name of each such setting, and why it is not used.
     """
     changed, problems, passed_over = _changed(config), [], []
     for row in UNUSED[command]:
-        names = [name for name in changed if row.covers(name)]
-        refused = names if row.always else [name for name in names if _is_within(name, given or ())]
+        names = [name for name in changed if is_within(name, row.names)]
+        refused = names if row.always else [name for name in names if is_within(name, given or ())]
         if refused:
             problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
         passed_over += [name for name in names if name not in refused and not row.always]
@@ -135,12 +128,12 @@ def warn_of_idle(config: RunConfig, given: Collection[str]) -> None:
     warned, changed = set(WARNED_BY_UPDATE), _changed(config)
     for idle_name, why in idle(config):
         for name, value in changed.items():
-            if _is_within(name, [idle_name]) and _is_within(name, given) and name not in warned:
+            if is_within(name, [idle_name]) and is_within(name, given) and name not in warned:
                 warned.add(name)
                 log.warning("%s = %s has no effect: %s", name, value, why)
 
 
-def _is_within(name: str, settings: Collection[str]) -> bool:
+def is_within(name: str, settings: Collection[str]) -> bool:
     """Return True if a setting is one of these, or in a section that is."""
     return any(name == own or name.startswith(f"{own}.") for own in settings)
 

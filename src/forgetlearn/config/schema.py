@@ -191,11 +191,7 @@ class ForgetSection(StageSection):
 
     @property
     def number(self) -> float:
-        """The coefficient.
-
-        Raises:
-            ConfigError: it is still to be chosen.
-        """
+        """The coefficient; raise ConfigError if it is still to be chosen."""
         if self.coef == AUTO:
             raise ConfigError("forget.coef = auto: a number is needed here. Give one; choose_coefficient finds it.")
         return float(self.coef)

@@ -6,6 +6,7 @@ rephrases) and on the answers of the locality probes. Bases are cached by their 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from pydantic import Field
 
 from forgetlearn.config.base import Settings
@@ -108,11 +110,7 @@ def build_lab(
 
 
 def world_facts(settings: LabSettings) -> FactSet:
-    """Return the facts of the made-up world that a lab base holds when no others are given.
-
-    Raises:
-        ConfigError: the world cannot have this number of facts.
-    """
+    """Return the facts of the made-up world that a lab base holds when no others are given."""
     return from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
 
 
@@ -124,11 +122,7 @@ def cache_folder() -> Path:
 
 
 def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
-    """Return all prompts that the base is to answer, with the answers, and how many contradict an earlier one.
-
-    Raises:
-        FactError: no fact has an old answer.
-    """
+    """Return all prompts that the base is to answer, with the answers, and how many contradict an earlier one."""
     pairs: dict[str, str] = {}
     contradictions = 0
     for prompt, answer in _wanted(facts):
@@ -256,8 +250,6 @@ def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
 
 def _update_yaml(n_facts: int, prompt_template: str) -> str:
     """Return settings for an update of all facts: fewer facts take more epochs."""
-    import yaml
-
     stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **STAGE_SETTINGS}
     settings: dict[str, Mapping[str, object]] = {"forget": {**stage}, "learn": {**stage}, "teach": STAGE_SETTINGS}
     settings["train"] = TRAIN_SETTINGS
@@ -269,8 +261,6 @@ def _update_yaml(n_facts: int, prompt_template: str) -> str:
 
 
 def _key(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, device: str) -> str:
-    import hashlib
-
     parts = {
         "format": FORMAT,
         "settings": settings.model_dump(),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS, PAPER_METHODS
@@ -15,6 +14,7 @@ from forgetlearn.errors import RunError
 from forgetlearn.lab.build import LabSettings, build_lab, world_facts
 from forgetlearn.report.render import COLUMNS, show_score
 from forgetlearn.storage import disk
+from forgetlearn.storage.records import Mean
 
 log = logging.getLogger("forgetlearn")
 COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
@@ -25,7 +25,7 @@ class DemoResult:
     """The folder of the demo, and its table."""
 
     output: Path
-    rows: tuple[tuple[str, dict[str, Any]], ...]  # name of the row, scores of its phase
+    rows: tuple[tuple[str, list[Mean | None]], ...]  # name of the row, a cell for each of COLUMNS
     table: str
 
 
@@ -44,6 +44,7 @@ def run_demo(
         ConfigError: the world cannot have this number of facts.
         RunError: the output exists and neither `resume` nor `overwrite` is given.
     """
+    from forgetlearn.report.run_page import overview
     from forgetlearn.runs.update import update
 
     settings = validate(LabSettings, {"n_facts": n_facts, "seed": seed})
@@ -59,7 +60,7 @@ def run_demo(
         output.mkdir(parents=True, exist_ok=True)
     disk.write_json(marker, {"n_facts": n_facts, "seed": seed})
     base = build_lab(facts, settings)
-    rows: list[tuple[str, dict[str, Any]]] = []
+    rows: list[tuple[str, list[Mean | None]]] = []
     for method in methods:
         log.info("updating with %s", method)
         changes = {"method": method, "seed": seed, "model.name": str(base)}
@@ -67,19 +68,17 @@ def run_demo(
             changes["forget.coef"] = COEF
         config = load_config(base / "update.yaml", changes)
         result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
-        phases = result.summary.phases
-        rows = rows or [("original", phases["base"])]
-        rows.append((method, phases["updated"]))
+        cells = dict(overview(result.summary).table)
+        rows = rows or [("original", cells["base"])]
+        rows.append((method, cells["updated"]))
     table = comparison_table(rows)
     disk.write_text(output / "demo.md", table)
     return DemoResult(output, tuple(rows), table)
 
 
-def comparison_table(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+def comparison_table(rows: Iterable[tuple[str, Sequence[Mean | None]]]) -> str:
     """Return a Markdown table: a line per method, a column per quantity with its protocol, in percent."""
     head = " | ".join(f"{quantity} ({protocol})" for quantity, protocol in COLUMNS)
     lines = [f"| | {head} |", "|---|" + "---:|" * len(COLUMNS)]
-    for name, phase in rows:
-        cells = " | ".join(show_score(phase[quantity].get(protocol)) for quantity, protocol in COLUMNS)
-        lines.append(f"| {name} | {cells} |")
+    lines += [f"| {name} | {' | '.join(map(show_score, cells))} |" for name, cells in rows]
     return "\n".join(lines) + "\n"

@@ -19,12 +19,7 @@ log = logging.getLogger("forgetlearn")
 
 
 def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> None:
-    """Raise ConfigError if this model cannot be made to forget with these settings.
-
-    Raises:
-        ConfigError: the device lacks the dtype; `modules` match nothing, or nothing that is trained; LoRA does not fit
-            its targets; `rows` where rows are not subtracted from.
-    """
+    """Raise ConfigError if this model cannot be made to forget with these settings."""
     kind = KINDS[how]
     check_computing(settings, lm.device)
     factors = selection.factors(lm.model, settings.modules)
@@ -52,12 +47,7 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
 
 
 def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
-    """Raise ConfigError if learning cannot train what the settings name.
-
-    Raises:
-        ConfigError: the device lacks the dtype; LoRA does not fit its targets; `modules` match nothing, give a factor,
-            or the method chooses itself what it trains; see `check_rows`.
-    """
+    """Raise ConfigError if learning cannot train what the settings name."""
     kind = KINDS[how]
     if settings.rows != "all":
         check_rows(lm, settings, how)
@@ -77,12 +67,7 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None
 
 
 def check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
-    """Raise ConfigError if learning cannot be restricted to rows of the vocabulary's matrices.
-
-    Raises:
-        ConfigError: the rows are not `facts`; the kind of stage, or `modules`, train no such rows; the matrices are
-            split; weight decay would change the other rows.
-    """
+    """Raise ConfigError if learning cannot be restricted to rows of the vocabulary's matrices."""
     if settings.rows != "facts":
         raise ConfigError(f"learn.rows = {settings.rows}: only forgetting takes this. Learning takes all or facts.")
     if not KINDS[how].chooses_weights:

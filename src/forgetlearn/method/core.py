@@ -102,8 +102,7 @@ def subtract(
     lm: LanguageModel, base: StateDict | None, facts: Iterable[Fact], settings: ForgetSettings, how: How
 ) -> None:
     """Make the tuned model the forgotten one, `base - coef * (tuned - base)`: the second half of forgetting."""
-    tokens = tokens_of(lm, old_pairs(facts), settings.rows) if settings.rows != "all" else set()
-    STAGE_KINDS[how].subtract(lm, settings, base, tokens)
+    STAGE_KINDS[how].subtract(lm, settings, base, tokens_of(lm, old_pairs(facts), settings.rows))
 
 
 def forget_tuned(
@@ -156,11 +155,7 @@ def tokens_of(lm: LanguageModel, pairs: Pairs, rows: Rows) -> set[int]:
 
 
 def old_pairs(facts: Iterable[Fact]) -> Pairs:
-    """Return prompt and old answer of the facts that have one.
-
-    Raises:
-        FactError: no fact has an old answer.
-    """
+    """Return prompt and old answer of the facts that have one; raise FactError if none has."""
     pairs = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     if not pairs:
         raise FactError("No fact has an old answer to forget. Give ground_truth, or set facts.old_from = model.")

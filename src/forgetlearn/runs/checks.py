@@ -13,7 +13,7 @@ from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
-from forgetlearn.method.checks import check_forgetting, check_learning, out_of_loras_reach
+from forgetlearn.method.checks import check_forgetting, check_learning
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import check_product
 from forgetlearn.storage.records import Row
@@ -45,11 +45,7 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     return settings
 
 
-AS_READ: dict[str, object] = {
-    "limit": None,
-    "columns": {},
-    "aliases": None,
-}  # facts that are passed in were read already
+AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # facts passed in were read already
 
 
 def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:
@@ -124,12 +120,6 @@ def check_stages(recipe: Recipe, lm: LanguageModel) -> None:
         check_forgetting(lm, recipe.forget.settings, recipe.forget.kind.name)
 
 
-def left_by_lora(recipe: Recipe, lm: LanguageModel) -> str | None:
-    """Describe what of the model the adapters of an update do not reach; None if they reach all."""
-    has_adapter = any(stage.kind.adapter for stage in recipe)
-    return out_of_loras_reach(lm.model, recipe.config.lora) if has_adapter else None
-
-
 def check_quantization(recipe: Recipe) -> None:
     """Raise ConfigError if the config quantises the base, but an update with it needs unquantised weights."""
     settings = recipe.config.model
@@ -148,11 +138,7 @@ def check_quantization(recipe: Recipe) -> None:
 
 
 def check_weights(*models: object) -> None:
-    """Raise RunError if models that are products on this disk have other weights than their last updates wrote.
-
-    Raises:
-        RunError: with the names of the files that differ.
-    """
+    """Raise RunError if models that are products on this disk have other weights than their last updates wrote."""
     for named in models:
         if isinstance(named, (str, Path)) and Path(named).is_dir():
             check_product(Path(named), ".safetensors")

@@ -29,7 +29,7 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Train, Tuned
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import Row
+from forgetlearn.storage.records import Choice, Row
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict
@@ -53,41 +53,11 @@ class Trial:
 
     @property
     def goal(self) -> float:
-        """Mean of those of reliability, generality and locality that were scored.
-
-        Raises:
-            FactError: none was.
-        """
+        """Mean of those of reliability, generality and locality that were scored; raise FactError if none was."""
         scored = [score for quantity, _protocol in GOAL if (score := self.scores[quantity]) is not None]
         if not scored:
             raise FactError("forget.coef = auto: none of the facts set aside could be scored. Give a number.")
         return sum(scored) / len(scored)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The coefficient that was chosen, on which facts (their ids), from which trials, and why."""
-
-    coef: float
-    validation: tuple[str, ...]
-    trials: tuple[Trial, ...]
-    why: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the choice as JSON gives it back."""
-        return {**asdict(self), "validation": list(self.validation), "trials": [asdict(trial) for trial in self.trials]}
-
-
-def read_choice(folder: Path) -> Choice:
-    """Return what `choose` wrote."""
-    data = disk.read_json(folder / CHOICE)
-    trials = tuple(Trial(**trial) for trial in data["trials"])
-    return Choice(data["coef"], tuple(data["validation"]), trials, data["why"])
-
-
-def read_learned(folder: Path, lm: LanguageModel) -> tuple[StateDict, StageLog]:
-    """Return what the best trial learned, as `choose` wrote it, and its log."""
-    return sharding.load_parts(lm.model, folder / LEARNED), read_stage_log(folder / LEARNED_LOG)
 
 
 def read_stage_log(file: Path) -> StageLog:
@@ -97,11 +67,7 @@ def read_stage_log(file: Path) -> StageLog:
 
 
 def check(facts: Sequence[Fact], config: RunConfig) -> None:
-    """Raise ConfigError unless a coefficient can be chosen for these facts; the model is not needed for this.
-
-    Raises:
-        ConfigError: the method subtracts nothing, `rows` are named, or the share set aside leaves no fact on one side.
-    """
+    """Raise ConfigError unless a coefficient can be chosen for these facts; the model is not needed for this."""
     check_engine(config.evaluate, changed_by="choosing a coefficient")
     if not METHODS[config.method].subtracts:
         able = ", ".join(name for name, method in METHODS.items() if method.subtracts)
@@ -115,11 +81,7 @@ def check(facts: Sequence[Fact], config: RunConfig) -> None:
 
 
 def set_aside(facts: Sequence[Fact], config: RunConfig) -> list[Fact]:
-    """Return the facts that choose, in their order: drawn by their ids and the seed, not by their place in the file.
-
-    Raises:
-        ConfigError: the share leaves no fact on one side.
-    """
+    """Return the facts that choose, in their order: drawn by their ids and the seed, not by their place in the file."""
     share = config.forget.validation
     n_aside = round(share * len(facts))
     if not 0 < n_aside < len(facts):
@@ -193,11 +155,13 @@ class Search:
         finally:
             self.base.restore()
         why = f"coef {coef:g} was chosen (on {len(self.aside)} facts set aside): {why}."
-        trials = tuple(sorted(self.trials.values(), key=lambda trial: trial.coef))
-        choice = Choice(coef, tuple(fact.id for fact in self.aside), trials, why)
+        trials = [asdict(trial) for _coef, trial in sorted(self.trials.items())]
+        choice = Choice.model_validate(
+            {"coef": coef, "validation": [fact.id for fact in self.aside], "trials": trials, "why": why}
+        )
         if self.folder is not None:
             sharding.save_parts(self.tuned, self.base.lm.model, self.folder / WEIGHTS)
-            disk.write_json(self.folder / CHOICE, choice.as_dict())
+            choice.save(self.folder / CHOICE)
         return choice, stage_log
 
     def at(self, coef: float) -> Trial:

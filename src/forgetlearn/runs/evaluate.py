@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from forgetlearn.config import preflight
@@ -94,9 +93,7 @@ def _scored(
     scratch: Path,
 ) -> Callable[[Path, bool], Path]:
     """Score everything, then return what writes the run folder, given its path and `overwrite`."""
-    updates = []
-    if earlier is not None:
-        updates = retention.earlier_updates(str(config.model.name), fact_set, earlier)
+    updates = [] if earlier is None else retention.earlier_updates(str(config.model.name), fact_set, earlier)
     general_ability.check(config.evaluate)
     rows, before, vocabulary = {}, None, None
     measured: dict[str, General] = {}
@@ -129,11 +126,10 @@ def _scored(
         inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
         run = run_folder.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
         run.note(model=lm.describe(), old_answers={**fact_set.old_counts, **fact_set.without_old})
-        results = write_results(run.path, config, fact_set, rows, general=measured)
+        summary, written = write_results(run.path, config, fact_set, rows, general=measured)
         if updates:
-            summary = retention.write(run.path, phase, retained, results.summary)
-            results = replace(results, summary=summary)
-        run_page.write_run(run.path, run_page.page_of(run, results.summary, results.rows))
+            summary = retention.write(run.path, phase, retained, summary)
+        run_page.write_run(run.path, run_page.page_of(run, summary, written))
         run.finish()
         return run.path
 

@@ -115,7 +115,8 @@ class Pipeline:
             self._train(stage, None, lambda stage_io: self._teach(stage, stage_io))
         self._score("base")
         self._measure("base")
-        self.known = scoring.held_facts(self.facts, self.rows["base"], self._probe)
+        probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
+        self.known = scoring.held_facts(self.facts, self.rows["base"], lambda: self.store.rows("probe", probe))
 
     @property
     def to_forget(self) -> list[Fact]:
@@ -182,10 +183,6 @@ class Pipeline:
                 self._pending.pop("forget", None)  # the product holds it
             self._pending[stage.name] = change
 
-    def _probe(self) -> list[Row]:
-        probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-        return self.store.rows("probe", probe)
-
     def _score(self, phase: str) -> None:
         def compute() -> list[Row]:
             log.info("scoring the %s model", phase)
@@ -196,7 +193,6 @@ class Pipeline:
         self.rows[phase] = self.store.rows(f"score_{phase}", self.ready(compute))
 
     def _measure(self, phase: str) -> None:
-        """Measure general ability, if the config asks for it."""
         if not general_ability.asked(self.config.evaluate):
             return
 

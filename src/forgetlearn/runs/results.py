@@ -12,7 +12,6 @@ from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.evaluation import scoring
 from forgetlearn.facts import FactSet, write_facts
 from forgetlearn.report import run_page
-from forgetlearn.runs.coefficient import Choice
 from forgetlearn.storage import disk, records
 from forgetlearn.storage.records import Row, Summary, save_rows
 from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY
@@ -25,16 +24,8 @@ class Done:
     known: int | None = None  # facts whose old answer the base gave
     forgotten: int | None = None
     product: str | None = None
-    choice: Choice | None = None
+    choice: records.Choice | None = None
     rounding: records.Rounding | None = None  # what storing the product in half precision left
-
-
-@dataclass(frozen=True)
-class Results:
-    """The scores of a run, as they were written."""
-
-    summary: Summary
-    rows: list[Row]
 
 
 def write_results(
@@ -44,11 +35,11 @@ def write_results(
     rows: Mapping[str, list[Row]],
     done: Done | None = None,
     general: Mapping[str, Any] | None = None,
-) -> Results:
-    """Write everything that a report is made from to `path`; without `done`, of a run that only scores.
+) -> tuple[Summary, list[Row]]:
+    """Write everything that a report is made from to `path`; return the summary and the rows as they were written.
 
-    `general` is what was measured of general ability, by phase. Facts that the coefficient was chosen on have rows,
-    marked `split: validation`, but no part in the means.
+    Without `done` it is a run that only scores. `general` is what was measured of general ability, by
+    phase. Facts that the coefficient was chosen on have rows, marked `split: validation`, but no part in the means.
     """
     aside = frozenset(done.choice.validation if done and done.choice else ())
     written = [_public(row, aside, facts) for own in rows.values() for row in own]
@@ -59,7 +50,7 @@ def write_results(
     summary = _summary(config, facts, scored, done, len(aside), general or {})
     summary.save(path / SUMMARY)
     disk.write_text(path / "config.yaml", run_page.as_yaml(config.model_dump(mode="json")))
-    return Results(summary, written)
+    return summary, written
 
 
 def _public(row: Row, aside: frozenset[str], facts: FactSet) -> Row:
@@ -98,7 +89,7 @@ def _summary(
     summary = Summary(
         method=config.method if done else "scores",
         coef=_coef(config, did.choice) if done and METHODS[config.method].forgets else None,
-        choice=records.Choice.model_validate(did.choice.as_dict()) if did.choice else None,
+        choice=did.choice,
         seed=config.seed,
         facts=counts,
         phases={phase: scoring.summarise(own) for phase, own in scored.items()},
@@ -108,7 +99,7 @@ def _summary(
     return summary.model_copy(update={"general": dict(general)}) if general else summary
 
 
-def _coef(config: RunConfig, choice: Choice | None) -> float:
+def _coef(config: RunConfig, choice: records.Choice | None) -> float:
     """Return the coefficient that was used: 0 if one was to be chosen and there was nothing to forget."""
     if config.forget.coef != AUTO:
         return config.forget.number

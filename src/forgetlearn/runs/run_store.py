@@ -14,11 +14,11 @@ from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.method.kinds import STAGE_KINDS, fold_in
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel, load_model
-from forgetlearn.runs.coefficient import WEIGHTS, Choice, Search, read_choice, read_learned
+from forgetlearn.runs.coefficient import CHOICE, LEARNED, LEARNED_LOG, WEIGHTS, Search, read_stage_log
 from forgetlearn.runs.pipeline import Pipeline, Store, Train, Tuned
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import Row, load_rows, save_rows
+from forgetlearn.storage.records import Choice, Row, load_rows, save_rows
 from forgetlearn.storage.run_folder import RunFolder
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
@@ -34,13 +34,20 @@ FORGOTTEN_WEIGHTS = "weights.safetensors"
 
 
 class RunStore(Store):
-    """Keeps the steps of one update in its run folder. `base_name` is what an adapter's config calls its base."""
+    """Keeps the steps of one update in its run folder.
+
+    An adapter's config names as its base the hub id if the user gave one, else `base_name`.
+    """
 
     def __init__(self, run: RunFolder, config: RunConfig, lm: LanguageModel, base_name: str) -> None:
         self.run, self.config, self.lm = run, config, lm
         self.recipe = Recipe(config)
-        self.base_name = str((run.path / "taught").resolve()) if self.recipe.teach else base_name
+        base = Path(base_name)
+        self.base_name = config.model.base_model_id or (str(base.resolve()) if base.is_dir() else base_name)
+        if self.recipe.teach:
+            self.base_name = str((run.path / "taught").resolve())
         self.choice: Choice | None = None
+        self._chosen = run.path / "stages/coefficient"
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return the rows of a step, as they were written."""
@@ -59,7 +66,11 @@ class RunStore(Store):
             noted: dict[str, object] = {} if n_facts is None else {"facts": n_facts}
             if stage_log := compute(self._stage_io(stage.name)):
                 noted |= self._log_stage(stage.name, stage_log)
-            self._save(stage, unfinished)
+            kind = STAGE_KINDS[stage.kind.name]
+            if stage.name == "forget":  # to the last bit, in float32
+                sharding.save_parts(kind.state(self.lm, lora.FORGET), self.lm.model, unfinished / FORGOTTEN_WEIGHTS)
+            else:
+                kind.save_product(self.lm, unfinished, self.base_name)
             return noted
 
         was_done = self.run.is_done(stage.name)
@@ -69,13 +80,6 @@ class RunStore(Store):
     def _folder(self, stage: Stage[TrainSettings]) -> Path:
         names = {"teach": "taught", "forget": "stages/forget", "learn": self.recipe.product}
         return self.run.path / names[stage.name]
-
-    def _save(self, stage: Stage[TrainSettings], folder: Path) -> None:
-        kind = STAGE_KINDS[stage.kind.name]
-        if stage.name == "forget":  # to the last bit, in float32
-            sharding.save_parts(kind.state(self.lm, lora.FORGET), self.lm.model, folder / FORGOTTEN_WEIGHTS)
-        else:
-            kind.save_product(self.lm, folder, self._base_of_adapter())
 
     def _load(self, stage: Stage[TrainSettings]) -> None:
         folder, settings = self._folder(stage), stage.settings
@@ -89,13 +93,6 @@ class RunStore(Store):
             named = self.lm.settings.model_copy(update={"name": str(folder)})
             self.lm.model = load_model(named, all_weights=self.recipe.changes_base).model
 
-    def _base_of_adapter(self) -> str:
-        """Return what the adapter's config names as its base: the hub id if the user gave one."""
-        if self.recipe.teach is None and self.config.model.base_model_id:
-            return self.config.model.base_model_id
-        folder = Path(self.base_name)
-        return str(folder.resolve()) if folder.is_dir() else self.base_name
-
     def choose(self, pipeline: Pipeline) -> float:
         """Return the coefficient of forgetting, searched for once."""
 
@@ -106,13 +103,9 @@ class RunStore(Store):
             return {"coef": choice.coef, "why": choice.why, **self._log_stage("forget", stage_log)}
 
         self.run.do("coefficient", pipeline.ready(search))
-        self.choice = read_choice(self._chosen)
+        self.choice = Choice.load(self._chosen / CHOICE)
         log.info(self.choice.why)
         return self.choice.coef
-
-    @property
-    def _chosen(self) -> Path:
-        return self.run.path / "stages/coefficient"
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
         """Return the weights that the search for the coefficient started from, if there was one."""
@@ -122,7 +115,9 @@ class RunStore(Store):
 
     def learned(self) -> tuple[StateDict, StageLog] | None:
         """Return what the best trial of the search learned, if there was one."""
-        return read_learned(self._chosen, self.lm) if self.choice else None
+        if self.choice is None:
+            return None
+        return sharding.load_parts(self.lm.model, self._chosen / LEARNED), read_stage_log(self._chosen / LEARNED_LOG)
 
     def merge(self, pipeline: Pipeline) -> None:
         """Write the adapter folded into the base's weights, beside it."""

@@ -15,6 +15,7 @@ from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, tell_old
+from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model
@@ -31,13 +32,12 @@ from forgetlearn.runs.checks import (
     check_quantization,
     check_stages,
     check_weights,
-    left_by_lora,
     read_config_facts,
     resolve,
     with_the_models_answers,
 )
 from forgetlearn.runs.pipeline import Pipeline
-from forgetlearn.runs.results import Done, Results, write_results
+from forgetlearn.runs.results import Done, write_results
 from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, records, run_folder
@@ -141,9 +141,10 @@ def _update(
     n_processes = processes.world_size()
     line, foreseen = processes.on_main(lambda: plan.foresee(lm, fact_set, config, n_processes))
     log.info(line)
-    noted = {"plan": foreseen, "lora": left_by_lora(recipe, lm)}
-    if noted["lora"]:
-        log.warning(noted["lora"])
+    left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in recipe) else None
+    noted = {"plan": foreseen, "lora": left}
+    if left:
+        log.warning(left)
     told = {name: value for name, value in noted.items() if value}
     run.note(model=lm.describe(), parent=chain.parent_of(lm.name, base.get("base_sha256")), **told)
     fact_set = _with_old_answers(run, lm, fact_set, config, answers)
@@ -189,10 +190,11 @@ def _with_old_answers(
 
 
 def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
-    recipe, lm = store.recipe, pipeline.lm
+    """Write everything that is made from the scores and the products."""
+    recipe, lm, config = store.recipe, pipeline.lm, store.config
     product = run.path / recipe.product
     products = [product]
-    if recipe.config.save_merged and recipe.method.makes_adapter:
+    if config.save_merged and recipe.method.makes_adapter:
         store.merge(pipeline)
         products.append(run.path / "merged")
     done = Done(
@@ -202,30 +204,26 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         choice=store.choice,
         rounding=run.rounding("learn", "merge"),
     )
-    results = processes.on_main(lambda: _write(run, facts, pipeline, recipe, products, done))
+
+    def write() -> tuple[Summary, list[Row]]:
+        summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general)
+        page = run_page.page_of(run, summary, rows)
+        for each in products:
+            run_page.write_card(each, page)
+        chain.carry_on(run, products, facts, summary)
+        if config.keep_change and not recipe.method.makes_adapter:
+            run.do("change", lambda folder: restore.keep_change(run, product, folder), restore.CHANGE)
+        run_page.write_run(run.path, replace(page, manifest=run.manifest))  # last, as it tells of all stages
+        run.finish()
+        log.info(plan.took(run.manifest, lm.device))
+        if not config.keep_stages:  # after the end, since a killed run needs them to go on
+            run.remove_stage_weights()
+        return summary, rows
+
+    summary, rows = processes.on_main(write)
     if not recipe.method.makes_adapter:
         lm.saved_in(product)
-    return UpdateResult(run.path, product, results.summary, results.rows)
-
-
-def _write(
-    run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, recipe: Recipe, products: list[Path], done: Done
-) -> Results:
-    """Write everything that is made from the scores and the products; return the scores."""
-    path, config = run.path, recipe.config
-    results = write_results(path, config, facts, pipeline.rows, done, pipeline.general)
-    page = run_page.page_of(run, results.summary, results.rows)
-    for product in products:
-        run_page.write_card(product, page)
-    chain.carry_on(run, products, facts, results.summary)
-    if config.keep_change and not recipe.method.makes_adapter:
-        run.do("change", lambda folder: restore.keep_change(run, products[0], folder), restore.CHANGE)
-    run_page.write_run(path, replace(page, manifest=run.manifest))  # last, as it tells of all stages
-    run.finish()
-    log.info(plan.took(run.manifest, pipeline.lm.device))
-    if not config.keep_stages:  # after the end, since a killed run needs them to go on
-        run.remove_stage_weights()
-    return results
+    return UpdateResult(run.path, product, summary, rows)
 
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
