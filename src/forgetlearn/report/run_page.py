@@ -18,7 +18,18 @@ from forgetlearn.facts import matching, tell_old
 from forgetlearn.report import plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import REMEDY, Config, FactCounts, General, Input, Manifest, Row, Summary, load_rows
+from forgetlearn.storage.records import (
+    REMEDY,
+    Config,
+    FactCounts,
+    General,
+    Input,
+    Manifest,
+    Mean,
+    Row,
+    Summary,
+    load_rows,
+)
 from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder
 from forgetlearn.weights.rounding import in_words
 
@@ -45,6 +56,12 @@ class Overview:
     account: list[str]
     measured: list[str]  # phases in which general ability was measured
     general: list[tuple[str, list[str]]]  # a measure, and its cell in each of these phases
+
+    @property
+    def table(self) -> list[tuple[str, list[Mean | None]]]:
+        """Phase by phase, a cell for each of COLUMNS."""
+        scores = self.summary.phases
+        return [(phase, [scores[phase].get(q, {}).get(protocol) for q, protocol in COLUMNS]) for phase in self.phases]
 
 
 @dataclass(frozen=True)
@@ -94,8 +111,7 @@ class RunPage:
 
     def context(self) -> dict[str, object]:
         """Return what the templates name."""
-        phases, scores = self.overview.phases, self.overview.summary.phases
-        table = [(phase, [scores[phase].get(q, {}).get(protocol) for q, protocol in COLUMNS]) for phase in phases]
+        phases, scores, table = self.overview.phases, self.overview.summary.phases, self.overview.table
         columns = [row for row in zip(COLUMNS, *(cells for _phase, cells in table), strict=True) if any(row[1:])]
         return {
             **vars(self.overview),
