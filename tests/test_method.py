@@ -13,9 +13,11 @@ from forgetlearn.evaluation.scoring import score, summarise
 from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.method.checks import check_forgetting, check_learning
 from forgetlearn.method.core import forget, learn
+from forgetlearn.method.kinds import STAGE_KINDS, StageKind
 from forgetlearn.models import lora
 from forgetlearn.models import modules as selection
 from forgetlearn.models.language_model import editable_module, load_model, wrap
+from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import TaskVector, snapshot, subtract
 
@@ -391,3 +393,21 @@ def test_learning_that_cannot_be_done(world, changes, how, message):
     if "rows" in changes and "deepspeed" not in changes:
         with pytest.raises(ConfigError, match=message):
             learn(*world, LEARN.model_copy(update=changes), how)
+
+
+def test_a_kind_of_stage_may_edit_in_closed_form(lm, monkeypatch):
+    class Edit(StageKind):
+        """Double the last projection of the last MLP."""
+
+        def fit(self, lm, pairs, settings, seed, stage_io):
+            assert pairs == [("q", "new")]
+            lm.model.model.layers[-1].mlp.down_proj.weight.data.mul_(2)
+            return StageLog(())
+
+    monkeypatch.setitem(STAGE_KINDS, "edit", Edit())
+    base = snapshot(lm.model)
+    log = learn(lm, [make_fact("q", "new", "old")], StageSettings(), "edit")
+    moved = {name: weight for name, weight in snapshot(lm.model).items() if not torch.equal(weight, base[name])}
+    (name,) = moved
+    assert torch.equal(moved[name], 2 * base[name])
+    assert (log.steps, log.final_loss) == ((), None)

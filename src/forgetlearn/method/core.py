@@ -10,7 +10,7 @@ arXiv:2311.08011.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -19,15 +19,13 @@ from forgetlearn.config.schema import ForgetSettings, Rows, StageSettings, Train
 from forgetlearn.errors import FactError
 from forgetlearn.facts import Fact
 from forgetlearn.method.checks import check_rows
-from forgetlearn.method.kinds import STAGE_KINDS, StageKind
+from forgetlearn.method.kinds import STAGE_KINDS, Pairs
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.modules import only_rows_train
-from forgetlearn.training.finetune import StageLog, finetune
+from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict
-
-Pairs = Sequence[tuple[str, str]]  # prompts with answers
 
 
 def forget(
@@ -78,7 +76,7 @@ def learn(
     both = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
     tokens = tokens_of(lm, both, settings.rows)
     with only_rows_train(lm.model, tokens, settings.rows) if settings.rows != "all" else nullcontext():
-        stage_log = _train(lm, news, settings, kind, seed, replace(stage_io or StageIO(), name="learning"))
+        stage_log = kind.fit(lm, news, settings, seed, replace(stage_io or StageIO(), name="learning"))
     return kind.finish(lm, stage_log, seed)
 
 
@@ -95,7 +93,7 @@ def tune_on_old(
     kind, olds = STAGE_KINDS[how], old_pairs(facts)
     kind.ready(lm)
     lm.model = kind.prepare(lm.model, settings, lora.FORGET, seed)
-    return _train(lm, olds, settings, kind, seed, replace(stage_io or StageIO(), name="forgetting"))
+    return kind.fit(lm, olds, settings, seed, replace(stage_io or StageIO(), name="forgetting"))
 
 
 def subtract(
@@ -123,26 +121,9 @@ def teach(
     kind = STAGE_KINDS["all weights"]
     kind.ready(lm)
     kind.prepare(lm.model, settings, "", seed)
-    stage_log = _train(lm, pairs, settings, kind, seed, replace(stage_io or StageIO(), name="teaching"))
+    stage_log = kind.fit(lm, pairs, settings, seed, replace(stage_io or StageIO(), name="teaching"))
     lm.to_own_dtypes(seed)
     return stage_log
-
-
-def _train(
-    lm: LanguageModel, pairs: Pairs, settings: TrainSettings, kind: StageKind, seed: int, stage_io: StageIO
-) -> StageLog:
-    texts = [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
-    settings, variant = kind.training(settings)
-    return finetune(
-        lm.model,
-        texts,
-        settings,
-        seed=seed,
-        pad_id=lm.pad_id,
-        device=lm.device,
-        variant=variant,
-        stage_io=stage_io,
-    )
 
 
 def tokens_of(lm: LanguageModel, pairs: Pairs, rows: Rows) -> set[int]:

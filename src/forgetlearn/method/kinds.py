@@ -5,7 +5,7 @@ A new kind is a row in `config.methods.KINDS` and a class here, or in a file of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +17,13 @@ from forgetlearn.models import lora, module_names
 from forgetlearn.models import modules as selection
 from forgetlearn.models.language_model import LanguageModel, editable_module
 from forgetlearn.runtime import processes, sharding
-from forgetlearn.training.finetune import StageLog
+from forgetlearn.training.finetune import StageLog, finetune
+from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.training.trainer import Variant
 from forgetlearn.weights import task_vector
 from forgetlearn.weights.task_vector import StateDict
+
+Pairs = Sequence[tuple[str, str]]  # prompts with answers
 
 
 class StageKind:
@@ -48,6 +51,13 @@ class StageKind:
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
         """Return the settings to train with, and where the training departs from plain fine-tuning."""
         return settings, Variant()
+
+    def fit(self, lm: LanguageModel, pairs: Pairs, settings: TrainSettings, seed: int, stage_io: StageIO) -> StageLog:
+        """Make the model give these answers to these prompts: by fine-tuning, unless a kind knows another way."""
+        texts = [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
+        settings, variant = self.training(settings)
+        options = {"seed": seed, "pad_id": lm.pad_id}
+        return finetune(lm.model, texts, settings, **options, device=lm.device, variant=variant, stage_io=stage_io)
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:
         """Return a copy of the weights to subtract from; a large one on the CPU lies on the disk unless `in_memory`."""

@@ -93,7 +93,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
 
 
 def final_loss(rows: Sequence[Mapping[str, float]]) -> float:
-    """Return the mean loss per answer token over the last tenth of the steps, in nats."""
+    """Return the mean loss per answer token over the last tenth of the steps, in nats; there is at least one."""
     tail = rows[-max(1, len(rows) // 10) :]
     return sum(row["loss"] for row in tail) / len(tail)
 

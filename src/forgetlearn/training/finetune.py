@@ -44,7 +44,7 @@ class StageLog:
     """
 
     steps: tuple[dict[str, float], ...]
-    layout: Layout
+    layout: Layout | None = None  # None for a stage that does not fine-tune
     attention: str | None = None
     rounding: Mapping[str, float | int | None] | None = None  # what storing the product left (rounding.Survival)
     micro_batch_size: int | None = None  # if it was made smaller for lack of memory
@@ -56,9 +56,9 @@ class StageLog:
         return {"layout": self.layout, "attention": self.attention, **smaller}
 
     @property
-    def final_loss(self) -> float:
-        """Mean loss per answer token over the last tenth of the steps, in nats."""
-        return final_loss(self.steps)
+    def final_loss(self) -> float | None:
+        """Mean loss per answer token over the last tenth of the steps, in nats; None for a stage without steps."""
+        return final_loss(self.steps) if self.steps else None
 
 
 @torch.inference_mode(False)  # and with gradients, in whatever mode it is called
