@@ -406,7 +406,7 @@ def test_a_kind_of_stage_may_edit_in_closed_form(lm, monkeypatch):
 
     monkeypatch.setitem(STAGE_KINDS, "edit", Edit())
     base = snapshot(lm.model)
-    log = learn(lm, [make_fact("q", "new", "old")], StageSettings(), "edit")
+    log = learn(lm, [make_fact("q", "new")], StageSettings(), "edit")
     moved = {name: weight for name, weight in snapshot(lm.model).items() if not torch.equal(weight, base[name])}
     (name,) = moved
     assert torch.equal(moved[name], 2 * base[name])
