@@ -146,7 +146,7 @@ class Bench:
 
         def run() -> None:
             log = finetune(self.model, self.texts, STAGE, seed=0, pad_id=self.tokenizer.pad_token_id, device=CPU)
-            assert log.how() == {"layout": "packed", "attention": "sdpa, text by text"}, log.how()
+            assert log.batching() == {"layout": "packed", "attention": "sdpa, text by text"}, log.batching()
             self.loss[OURS] = statistics.mean(step["loss"] for step in log.steps)
 
         return run

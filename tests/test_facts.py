@@ -18,12 +18,12 @@ from forgetlearn.facts import (
     Fact,
     FactSet,
     Probe,
+    describe_old_answers,
     fact_id,
     from_records,
     make_fact,
     read_facts,
     sha256,
-    tell_old,
     with_old_answers,
     write_facts,
 )
@@ -463,12 +463,12 @@ def test_the_model_is_asked_for_what_the_file_does_not_have():
 
 def test_what_is_said_of_old_answers_adds_up():
     records = [own(1), own(2, ground_truth=None), own(3, ground_truth=None)]
-    assert tell_old({}, {"no_old_answer": 3}) == []  # a file of new answers only
+    assert describe_old_answers({}, {"no_old_answer": 3}) == []  # a file of new answers only
     waiting = from_records(records, old_from="answers,model")
-    (line,) = tell_old(waiting.old_counts, waiting.without_old, len(waiting.to_ask))
+    (line,) = describe_old_answers(waiting.old_counts, waiting.without_old, len(waiting.to_ask))
     assert "1 from answers, 2 from the model" in line
     without = from_records(records)
-    (line,) = tell_old(without.old_counts, without.without_old)
+    (line,) = describe_old_answers(without.old_counts, without.without_old)
     assert line.startswith("2 of 3 facts have no old answer: they are learned without being forgotten")
 
 

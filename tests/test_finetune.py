@@ -97,10 +97,10 @@ def test_the_first_loss_is_the_mean_over_answer_tokens(lm):
 
 def test_packed_padded_and_single_train_the_same_weights(lm, monkeypatch):
     packed, log = trained(lm)
-    assert log.how() == {"layout": "packed", "attention": "sdpa, text by text"}
+    assert log.batching() == {"layout": "packed", "attention": "sdpa, text by text"}
     monkeypatch.setattr("forgetlearn.models.batches._agrees_by_text", lambda *args: False)
     masked, log = trained(lm)
-    assert log.how() == {"layout": "packed", "attention": "sdpa"}
+    assert log.batching() == {"layout": "packed", "attention": "sdpa"}
     assert 0 < distance(packed, masked) < 1e-4
     monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "padded")
     padded, _log = trained(lm)
@@ -363,7 +363,7 @@ def test_out_of_memory_before_the_first_step_halves_the_micro_batch(lm, monkeypa
     out_of_memory_at(1, monkeypatch)
     log = finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0)
     assert (log.micro_batch_size, wanted_log.micro_batch_size) == (2, None)
-    assert log.how()["micro_batch_size"] == 2
+    assert log.batching()["micro_batch_size"] == 2
     assert all(torch.equal(weight, wanted[name]) for name, weight in lm.model.named_parameters())
 
 

@@ -67,7 +67,7 @@ def _answers(answers: Sequence[str]) -> str:
 
 def _account(found: FactSet) -> list[str]:
     """Describe how a source was read, what was left out or reinterpreted, and what is missing."""
-    from forgetlearn.facts import NOTES, REASONS, tell_old
+    from forgetlearn.facts import NOTES, REASONS, describe_old_answers
 
     lines = [f"read as {found.read_as}"] if found.read_as else []
     for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
@@ -75,7 +75,7 @@ def _account(found: FactSet) -> list[str]:
     lines += [NOTES[note][count != 1].format(count) for note, count in found.noted.items()]
     if found.with_aliases:
         lines.append(f"facts with several ways to write an answer: {found.with_aliases}")
-    lines += tell_old(found.old_counts, found.without_old, len(found.to_ask))
+    lines += describe_old_answers(found.old_counts, found.without_old, len(found.to_ask))
     if found.ignored_fields:
         unread = [f"{name} ({count})" for name, count in found.ignored_fields.items()]
         lines.append(f"fields that are not read (number of values): {some(unread, 30)}")
@@ -116,11 +116,12 @@ def print_tallies(rows: list[tuple[str, Tally]]) -> None:
     """Print lines in columns, without the columns that are empty."""
     shown = [(name, tally.as_dict()) for name, tally in rows]
     columns = ["tensors", "numbers", "norm", "rms", "relative", "cosine", "share_changed", "share_survived"]
-    columns = [column for column in columns if any(told[column] is not None for _name, told in shown)]
-    width = max(len(name) for name, _told in shown)
+    columns = [column for column in columns if any(numbers[column] is not None for _name, numbers in shown)]
+    width = max(len(name) for name, _cells in shown)
     say(" " * width + "".join(f"{column.replace('_', ' '):>15}" for column in columns))
-    for name, told in shown:
+    for name, numbers in shown:
         cells = (
-            "" if told[c] is None else f"{told[c]:,}" if type(told[c]) is int else f"{told[c]:.4g}" for c in columns
+            "" if numbers[c] is None else f"{numbers[c]:,}" if type(numbers[c]) is int else f"{numbers[c]:.4g}"
+            for c in columns
         )
         say(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))

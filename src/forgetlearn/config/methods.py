@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-How = Literal["all weights", "lora", "one module", "bounded", "ascent"]
+KindName = Literal["all weights", "lora", "one module", "bounded", "ascent"]
 
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of fine-tuning stage: which weights it trains, and what may be asked of it."""
 
-    name: How
+    name: KindName
     adapter: bool = False  # trains a LoRA adapter beside the base; otherwise weights of the base itself
     subtracts: bool = False  # forgetting subtracts what it added; otherwise the training itself forgets
     chooses_weights: bool = False  # learn.modules and learn.rows restrict what it trains
@@ -41,8 +41,8 @@ KINDS: Mapping[str, Kind] = {
 class Method:
     """The kind of stage a method forgets with (None if it does not forget), and the kind it learns with."""
 
-    forgets: How | None
-    learns: How
+    forgets: KindName | None
+    learns: KindName
     source: str = "Ni et al. 2023, arXiv:2311.08011"
 
     @property

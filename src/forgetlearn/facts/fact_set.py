@@ -168,7 +168,7 @@ def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
     )
 
 
-def tell_old(counts: Mapping[str, int], without: Mapping[str, int], to_ask: int = 0) -> list[str]:
+def describe_old_answers(counts: Mapping[str, int], without: Mapping[str, int], to_ask: int = 0) -> list[str]:
     """Describe, in lines, the sources of old answers if there are several, and the facts without one.
 
     Return no lines if no fact has an old answer.

@@ -6,7 +6,7 @@ import logging
 
 from torch import nn
 
-from forgetlearn.config.methods import KINDS, How
+from forgetlearn.config.methods import KINDS, KindName
 from forgetlearn.config.schema import ForgetSettings, LoraSettings, StageSettings, TuningSettings
 from forgetlearn.errors import ConfigError, some
 from forgetlearn.models import lora, module_names
@@ -18,7 +18,7 @@ from forgetlearn.weights.adapter_files import ALL_LINEAR
 log = logging.getLogger("forgetlearn")
 
 
-def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> None:
+def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: KindName) -> None:
     """Raise ConfigError if this model cannot be made to forget with these settings."""
     kind = KINDS[how]
     check_computing(settings, lm.device)
@@ -46,7 +46,7 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: How) -> N
         raise ConfigError("forget.modules: this method subtracts nothing. Set it to all.")
 
 
-def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None:
+def check_learning(lm: LanguageModel, settings: StageSettings, how: KindName) -> None:
     """Raise ConfigError if learning cannot train what the settings name."""
     kind = KINDS[how]
     if settings.rows != "all":
@@ -66,7 +66,7 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: How) -> None
     selection.factors(lm.model, settings.modules, "learn.modules")
 
 
-def check_rows(lm: LanguageModel, settings: StageSettings, how: How) -> None:
+def check_rows(lm: LanguageModel, settings: StageSettings, how: KindName) -> None:
     """Raise ConfigError if learning cannot be restricted to rows of the vocabulary's matrices."""
     if settings.rows != "facts":
         raise ConfigError(f"learn.rows = {settings.rows}: only forgetting takes this. Learning takes all or facts.")

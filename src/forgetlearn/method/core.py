@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 
-from forgetlearn.config.methods import How
+from forgetlearn.config.methods import KindName
 from forgetlearn.config.schema import ForgetSettings, Rows, StageSettings, TrainSettings
 from forgetlearn.errors import FactError
 from forgetlearn.facts import Fact
@@ -32,7 +32,7 @@ def forget(
     lm: LanguageModel,
     facts: Iterable[Fact],
     settings: ForgetSettings,
-    how: How = "lora",
+    how: KindName = "lora",
     *,
     seed: int = 0,
     stage_io: StageIO | None = None,
@@ -57,7 +57,7 @@ def learn(
     lm: LanguageModel,
     facts: Iterable[Fact],
     settings: StageSettings,
-    how: How = "lora",
+    how: KindName = "lora",
     *,
     seed: int = 0,
     stage_io: StageIO | None = None,
@@ -84,7 +84,7 @@ def tune_on_old(
     lm: LanguageModel,
     facts: Iterable[Fact],
     settings: ForgetSettings,
-    how: How,
+    how: KindName,
     *,
     seed: int = 0,
     stage_io: StageIO | None = None,
@@ -97,14 +97,14 @@ def tune_on_old(
 
 
 def subtract(
-    lm: LanguageModel, base: StateDict | None, facts: Iterable[Fact], settings: ForgetSettings, how: How
+    lm: LanguageModel, base: StateDict | None, facts: Iterable[Fact], settings: ForgetSettings, how: KindName
 ) -> None:
     """Make the tuned model the forgotten one, `base - coef * (tuned - base)`: the second half of forgetting."""
     STAGE_KINDS[how].subtract(lm, settings, base, tokens_of(lm, old_pairs(facts), settings.rows))
 
 
 def forget_tuned(
-    lm: LanguageModel, tuned: StateDict, facts: Iterable[Fact], settings: ForgetSettings, how: How
+    lm: LanguageModel, tuned: StateDict, facts: Iterable[Fact], settings: ForgetSettings, how: KindName
 ) -> None:
     """Make the base what `forget` makes of it, given the state (`StageKind.state`) that `tune_on_old` ends in."""
     kind = STAGE_KINDS[how]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from forgetlearn.config.methods import How
+from forgetlearn.config.methods import KindName
 from forgetlearn.config.schema import ForgetSettings, Modules, StageSettings, TrainSettings, TuningSettings
 from forgetlearn.models import lora, module_names
 from forgetlearn.models import modules as selection
@@ -201,7 +201,7 @@ class Ascent(StageKind):
         """Leave the model as it is."""
 
 
-STAGE_KINDS: Mapping[How, StageKind] = {
+STAGE_KINDS: Mapping[KindName, StageKind] = {
     "all weights": StageKind(),
     "lora": Adapter(),
     "one module": OneModule(),

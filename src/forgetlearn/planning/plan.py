@@ -212,7 +212,7 @@ def speed_of(text: str, planned: Sequence[StagePlan], config: RunConfig, devices
 # In the log of an update ----------------------------------------------------------------------------------
 
 
-def foresee(
+def plan_line(
     lm: LanguageModel, facts: FactSet, config: RunConfig, n_processes: int = 1
 ) -> tuple[str, dict[str, float | None]]:
     """Return a line about an update of a model in memory, and its figures for the manifest.
@@ -249,5 +249,5 @@ def took(manifest: Manifest, device: torch.device) -> str:
     line = f"took {show_seconds(seconds)}, at most {show_bytes(manifest.peak_memory_gb * GB)}"
     if device.type == "cuda":
         line += f" and {show_bytes(torch.cuda.max_memory_allocated(device))} on the device"
-    foreseen = manifest.plan
-    return line + (f" (planned {show_bytes(foreseen['peak_memory_gb'] * GB)})" if foreseen else "")
+    planned = manifest.plan
+    return line + (f" (planned {show_bytes(planned['peak_memory_gb'] * GB)})" if planned else "")

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from forgetlearn.config.methods import How
+from forgetlearn.config.methods import KindName
 from forgetlearn.config.schema import TrainSettings, TuningSettings
 from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora, module_names
@@ -52,7 +52,7 @@ class Skeleton:
         layers = layer_list(self.model)[1]
         return max((sum(w.numel() * w.itemsize for w in layer.parameters()) for layer in layers), default=0)
 
-    def prepare(self, how: How, settings: TrainSettings, frozen: Sequence[TuningSettings] = ()) -> int:
+    def prepare(self, how: KindName, settings: TrainSettings, frozen: Sequence[TuningSettings] = ()) -> int:
         """Let the weights that a stage trains, and only they, require gradients; return their number.
 
         `frozen` are the settings of LoRA stages before it, whose adapters the model still carries.

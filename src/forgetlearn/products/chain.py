@@ -100,8 +100,8 @@ def carry_over(product: Path, to: Path, name: str) -> None:
 def as_json(chain: Sequence[Update]) -> str:
     """Return what `forgetlearn.json` holds."""
     updates = [update.as_json() for update in chain]
-    told = {"format": 1, "versions": {"forgetlearn": __version__}, "updates": updates, "sha256": hash_of(updates)}
-    return json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    fields = {"format": 1, "versions": {"forgetlearn": __version__}, "updates": updates, "sha256": hash_of(updates)}
+    return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _update(run: RunFolder, base: Base, when: str, product: Path, facts: FactSet, summary: Summary) -> Update:

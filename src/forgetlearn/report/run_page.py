@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from forgetlearn.errors import RunError
-from forgetlearn.facts import matching, tell_old
+from forgetlearn.facts import describe_old_answers, matching
 from forgetlearn.report import plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.storage import disk
@@ -204,7 +204,7 @@ def account(facts: FactCounts) -> list[str]:
         sentence += f"; the base gave the old answer to {facts.known}"
     if facts.forgotten is not None:
         sentence += f"; {facts.forgotten} were forgotten"
-    lines = [f"{sentence}.", *tell_old(facts.old_answers, facts.without_old)]
+    lines = [f"{sentence}.", *describe_old_answers(facts.old_answers, facts.without_old)]
     lines += [f"left out, {reason}: {count}" for reason, count in facts.left_out.items()]
     lines += [f"locality probes left out, {reason}: {count}" for reason, count in facts.left_out_probes.items()]
     if facts.not_read:

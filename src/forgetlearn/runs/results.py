@@ -55,10 +55,10 @@ def write_results(
 
 def _public(row: Row, aside: frozenset[str], facts: FactSet) -> Row:
     """Return a row without the token ids that only resume needs, marked if its fact was set aside."""
-    told = {name: getattr(row, name) for name in row.model_fields_set if name != "predicted"}
+    fields = {name: getattr(row, name) for name in row.model_fields_set if name != "predicted"}
     if row.fact in aside:
-        told["split"] = "validation"
-    return Row(**told, old_from=facts.old_sources.get(row.fact))
+        fields["split"] = "validation"
+    return Row(**fields, old_from=facts.old_sources.get(row.fact))
 
 
 def _summary(

@@ -126,7 +126,7 @@ class RunStore(Store):
             fold_in(self.lm, lora.PRODUCT)
             survival = self.lm.to_own_dtypes(self.recipe.learn.seed)
             self.lm.save(folder)
-            return _tell_rounding(survival)
+            return _log_rounding(survival)
 
         self.run.do("merge", pipeline.ready(compute), folder="merged")
 
@@ -141,11 +141,11 @@ class RunStore(Store):
         disk.write_rows(logs / f"{stage}.jsonl", stage_log.steps)
         times = [{"step": step, "seconds": seconds} for step, seconds in enumerate(stage_log.seconds, 1)]
         disk.write_rows(logs / "seconds" / f"{stage}.jsonl", times)
-        gist = {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss, **stage_log.how()}
-        return gist | _tell_rounding(stage_log.rounding)
+        gist = {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss, **stage_log.batching()}
+        return gist | _log_rounding(stage_log.rounding)
 
 
-def _tell_rounding(survival: Mapping[str, float | int | None] | None) -> dict[str, object]:
+def _log_rounding(survival: Mapping[str, float | int | None] | None) -> dict[str, object]:
     """Log how much of the change survives the rounding of the product; return it for the manifest."""
     if survival is None:
         return {}

@@ -14,7 +14,7 @@ from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
-from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, tell_old
+from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, describe_old_answers
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
@@ -139,14 +139,14 @@ def _update(
     )
     run.check_seen()
     n_processes = processes.world_size()
-    line, foreseen = processes.on_main(lambda: plan.foresee(lm, fact_set, config, n_processes))
+    line, planned = processes.on_main(lambda: plan.plan_line(lm, fact_set, config, n_processes))
     log.info(line)
     left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in recipe) else None
-    noted = {"plan": foreseen, "lora": left}
+    noted = {"plan": planned, "lora": left}
     if left:
         log.warning(left)
-    told = {name: value for name, value in noted.items() if value}
-    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, base.get("base_sha256")), **told)
+    known = {name: value for name, value in noted.items() if value}
+    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, base.get("base_sha256")), **known)
     fact_set = _with_old_answers(run, lm, fact_set, config, answers)
     base_name = lm.name if inputs.get("base_sha256") else f"a {type(lm.model).__name__} in memory"
     store = RunStore(run, config, lm, base_name)
@@ -184,7 +184,7 @@ def _with_old_answers(
         facts = with_the_models_answers(facts, load_rows(Row, run.path / "stages/old_answers/rows.jsonl"), config)
     run.note(old_answers={**facts.old_counts, **facts.without_old})
     if Recipe(config).method.forgets:
-        for line in tell_old(facts.old_counts, facts.without_old):
+        for line in describe_old_answers(facts.old_counts, facts.without_old):
             log.info(line)
     return facts
 
@@ -228,7 +228,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
     """Raise RunError if the run was begun on weights other than those of the given model."""
-    was, now = ([told.get(name) for name in NAMES] for told in (run.manifest.inputs, base))
+    was, now = ([inputs.get(name) for name in NAMES] for inputs in (run.manifest.inputs, base))
     if was != now:
         begun, given = (next(filter(None, hashes), "unknown") for hashes in (was, now))
         raise RunError(

@@ -325,7 +325,7 @@ class Manifest(Record):
     replaces: bool = False  # a run in the folder that is still to be removed
     model: ModelNotes | None = None
     parent: Parent | None = None
-    plan: Object = {}  # what was foreseen
+    plan: Object = {}  # what was planned
     lora: Text | None = None  # what LoRA leaves alone
     finished: bool = False
     results: dict[str, Text] = {}  # hashes

@@ -50,7 +50,7 @@ class StageLog:
     micro_batch_size: int | None = None  # if it was made smaller for lack of memory
     seconds: tuple[float, ...] = ()
 
-    def how(self) -> dict[str, str | int | None]:
+    def batching(self) -> dict[str, str | int | None]:
         """Return how the batches were computed, for the manifest."""
         smaller = {"micro_batch_size": self.micro_batch_size} if self.micro_batch_size else {}
         return {"layout": self.layout, "attention": self.attention, **smaller}
