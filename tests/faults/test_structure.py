@@ -49,7 +49,7 @@ def without_waiting():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _descriptor: None)
         patch.setattr(plots, "_svg", lambda _figure, _name, words: Markup("<title>{}</title>").format(words))
-        patch.setattr(plots, "_figure", lambda _width, _height: (None, _Axes()))
+        patch.setattr(plots, "_figure", lambda *_size: (None, _Axes()))
         yield
 
 
