@@ -73,9 +73,9 @@ def places(paths: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 @contextmanager
 def by_text(model: nn.Module) -> Iterator[bool]:
-    """Within the `with` block, make `model` use this attention; yield False if its own attention is not sdpa.
+    """Within the `with` block, make `model` attend text by text; yield False if its own attention is not sdpa.
 
-    Only rows with `places` use it. Other batches are computed as before.
+    This applies only to rows with `places`. Other batches are computed as before.
     """
     inner = plain(model)
     if implementation(model) != "sdpa" or not hasattr(inner, "set_attn_implementation"):

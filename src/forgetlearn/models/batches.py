@@ -3,7 +3,7 @@
 Five layouts give the same logits:
 
 packed          All texts are in one row, with restarting position ids and no padding. Attention runs text by text, or
-                under a block-diagonal mask, which transformers builds only without an attention mask and a cache.
+                under a block-diagonal mask, which transformers builds only if there is no attention mask and no cache.
 shared_by_text  All texts are in one row, and texts that begin alike share their beginning. Attention runs text by text.
 shared          The same row, but attention runs under a mask.
 padded          Each text has its own row, padded on the left.
@@ -100,8 +100,8 @@ class SharedRow:
     """One row (1, T) of texts, in which a beginning that several texts share occurs only once.
 
     `paths` are the places in the row of each text's tokens; a text that is part of an earlier one adds no tokens.
-    `positions` (K,) are the places whose logits are wanted. `which` (N,) holds, for each answer token of text after
-    text, the index of the logit that predicts it.
+    `positions` (K,) are the places whose logits are wanted. `which` (N,) holds, for each answer token (text after
+    text), the index of the logits that predict it.
     """
 
     input_ids: Tensor
@@ -150,7 +150,7 @@ def share(texts: Sequence[Encoded], multiple: int = 1) -> SharedRow:
 def read_logits(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return logits (K, V) and, for each answer token of text after text, the index of its logit (N,)."""
+    """Return logits (K, V) and, for each answer token (text after text), the index of its logits (N,)."""
     if layout not in ("shared", "shared_by_text"):
         logits = _flat_logits(model, pad_left(texts, pad_id), device)
         return logits, torch.arange(len(logits), device=device)
@@ -191,7 +191,7 @@ def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
 
 
 def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_tokens: int = MAX_PACKED_TOKENS) -> Batch:
-    """Lay texts out in a layout; pad them instead if a packed row would be too long."""
+    """Lay texts out packed or padded, as `layout` says; pad them if a packed row would be too long."""
     if layout == "packed" and sum(len(text.ids) for text in texts) <= max_packed_tokens:
         return pack(texts)
     return pad_left(texts, pad_id)
@@ -290,7 +290,7 @@ def attention_by_text(
 ) -> Iterator[bool]:
     """Within the `with` block, compute packed rows text by text (`attention.by_text`), and yield True.
 
-    Change nothing and yield False if the logits of up to four texts then differ.
+    Change nothing and yield False if `layout` is not packed, or if that would change the logits of up to four texts.
     """
     with attention.by_text(model) as switched:
         if switched and layout == "packed" and _agrees_by_text(model, _sample(texts), pad_id, device):

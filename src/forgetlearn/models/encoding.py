@@ -28,7 +28,7 @@ Message = dict[str, str | list[dict[str, str]]]  # of a chat
 class TextError(FactError):
     """Raised if a text contains a forbidden token; `part` is "prompt" or "answer"."""
 
-    def __init__(self, message: str, part: str = "prompt") -> None:  # a default, so that it can be pickled
+    def __init__(self, message: str, part: str = "prompt") -> None:  # a default, so that the error can be pickled
         super().__init__(message)
         self.part = part
 
@@ -111,7 +111,7 @@ class Encoder:
 
     @property
     def is_chat(self) -> bool:
-        """True if the chat template of the tokenizer writes prompts as the user's messages."""
+        """True if prompts are written as the user's messages in the tokenizer's chat template."""
         return self.prompt_template == "chat"
 
     def prompt_text(self, prompt: str) -> str:

@@ -46,7 +46,10 @@ def _named(lm: LanguageModel) -> str | None:
 
 
 def _stored_sha256(lm: LanguageModel) -> str | None:
-    """Load the model's name again, and hash its weights in the dtypes of those in memory; None if that fails."""
+    """Load the model again by its name, and return the hash of its weights; None if it cannot be loaded.
+
+    The weights are hashed in the dtypes of those in memory.
+    """
     try:
         return _sha256(load_base(lm.settings.model_copy(update={"dtype": "auto"}), lm.name), lm.dtypes)
     except ForgetLearnError:

@@ -165,7 +165,7 @@ def wrap(
     settings: ModelSettings | None = None,
     dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """Return a LanguageModel of a model and tokenizer in memory, ready to be scored and updated.
+    """Return a LanguageModel made of a model and tokenizer in memory, ready to be scored and updated.
 
     `dtype` is the checkpoint's dtype, if the model was loaded in another.
 

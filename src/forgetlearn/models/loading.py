@@ -32,14 +32,14 @@ from forgetlearn.weights.adapter_files import CONFIG, MOST_LAYERS, read_adapter_
 from forgetlearn.weights.checkpoint_folder import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
 from forgetlearn.weights.task_vector import is_finite
 
-MOST_COUNTED = 100_000  # labels, experts or anything else that a config counts
+MOST_COUNTED = 100_000  # the most labels, experts or other things that a config may count
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 log = logging.getLogger("forgetlearn")
 
 
 def pick_device(wanted: str) -> torch.device:
-    """Return the device to compute on; raise ConfigError if it is missing. `auto` prefers an accelerator."""
+    """Return the device to compute on; raise ConfigError if it is not available. `auto` prefers an accelerator."""
     if wanted == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -61,7 +61,7 @@ def adapter_base(settings: ModelSettings) -> str | None:
 
 
 def read_outline(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, list[str]]:
-    """Return a model's config, its tokenizer, and notes; an adapter raises ModelError.
+    """Return a model's config, its tokenizer, and notes; raise ModelError for an adapter.
 
     If the tokenizer cannot be loaded, it is None, and a note says why.
     """

@@ -57,7 +57,7 @@ def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> Pe
 
 
 def check_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """Return the names of the weights that `attach` would change, or raise its errors, by trying it on an outline."""
+    """Try `attach` on an outline; return the names of the weights that it would change, or raise its errors."""
     with torch.random.fork_rng(devices=[]):  # peft draws A at random
         # The rank is small, since it makes no difference here.
         adapted = _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)
@@ -88,7 +88,7 @@ def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftMod
 
 
 def activate(model: PeftModel, names: Sequence[str], trained: str | None = None) -> None:
-    """Activate these adapters together. Only `trained` is trained and has dropout."""
+    """Activate these adapters together. Only `trained` gets gradients and dropout."""
     sharding.to_parts(model)
     model.base_model.set_adapter(list(names))
     for layer_name, parameter in model.named_parameters():
@@ -123,7 +123,7 @@ def fold_in(model: PeftModel, name: str) -> None:
 
 @torch.no_grad()
 def compose(model: PeftModel, names: Sequence[str]) -> None:
-    """Replace adapters with the product, a single adapter whose change is the sum of theirs; only it stays active.
+    """Replace adapters with one, the product, whose change is the sum of theirs. Only the product is then active.
 
     The A factors are stacked, and the B factors are set side by side with their scalings folded in. So the rank is the
     sum of the ranks, the new scaling is 1, and nothing is approximated.

@@ -2,7 +2,7 @@
 
 A layer is adapted only if peft computes it alike merged and unmerged, and can load its adapter again. peft refuses some
 layers, and mistakes layers with certain names for projections of fused experts (which are not modules). Classes alone
-do not show which, so an adapter is tried on an outline of the model. Mistaken layers are listed by their weights.
+do not show which, so an adapter is tried on an outline of the model. Layers that it mistakes are listed by weight.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def have_plain_weights(base: nn.Module, paths: Sequence[str]) -> bool:
 
 
 def _adaptable(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the paths of the adaptable linear layers except the output head: those by name, those by weight."""
+    """Return the paths of the adaptable linear layers except the output head, as (by name, by weight)."""
     base = base_of(model)
     head = getattr(base, "get_output_embeddings", lambda: None)()
     wanted = [
@@ -121,7 +121,7 @@ def _adaptable(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> tuple[list[str], list[str]]:
-    """Return the paths that peft adapts: those by name, and those by weight.
+    """Return the paths that peft adapts, as (by name, by weight).
 
     Paths that differ only in a number are tried together.
     """

@@ -84,7 +84,10 @@ def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
 def only_rows(
     base: StateDict, forgotten: Iterable[tuple[str, Tensor]], names: Collection[str], tokens: Iterable[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield `forgotten`, but in the matrices `names` keep the rows of all other tokens as in `base`, bit for bit."""
+    """Yield `forgotten`, but in the matrices `names` let only the rows of `tokens` differ from `base`.
+
+    All other rows of those matrices keep the bits of `base`.
+    """
     chosen = sorted(set(tokens))
     for name, moved in forgotten:
         if name in names:

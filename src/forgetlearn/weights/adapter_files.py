@@ -26,7 +26,7 @@ ALL_LINEAR = "all-linear"
 LORA = "LORA"
 DEFAULT = 8  # peft's default for both r and lora_alpha
 MOST_LAYERS = 1000
-MOST_NUMBER = 1_000_000  # in the config of an adapter other than LoRA
+MOST_NUMBER = 1_000_000  # the largest number in the config of an adapter other than LoRA
 
 Rank = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]

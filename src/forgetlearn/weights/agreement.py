@@ -42,7 +42,7 @@ def partners(base: NamedTensors, other: NamedTensors) -> dict[str, str]:
 
 
 def named_in(names: Mapping[str, object], weights: NamedTensors) -> dict[str, str]:
-    """Map the name of each tensor of `weights` to whichever of its names is in `names`; omit it if none is."""
+    """Map the name of each tensor of `weights` to whichever of its names is in `names`; skip tensors without one."""
     found = {}
     for name in weights.shapes():
         # Finding twins reads tensors, so it is done only if needed.

@@ -1,7 +1,7 @@
 """Convert stored numbers to float32 and back in numpy, rounding once, and measure how much of a change survives.
 
 numpy has no bfloat16, which is the upper half of a float32, so its bits are shifted here. The results equal torch's bit
-for bit (to nearest, ties to even), but importing torch takes a second and 200 MB.
+for bit (to nearest, ties to even), but torch, whose import takes a second and 200 MB, is not needed.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Survival(Sums):
     seen     numbers in the sample
     wanted   numbers whose intended change is not 0
     changed  numbers that differ once stored
-    along    sum of intended x actual change, the latter measured on the stored numbers
+    along    sum of intended x actual change, with the actual change measured on the stored numbers
     squared  sum of intended x intended change
     """
 
@@ -143,7 +143,7 @@ class Survival(Sums):
 
     @property
     def share_survived(self) -> float | None:
-        """The actual change, projected on the intended change and divided by it: 1 if rounding loses nothing."""
+        """The actual change, projected on the intended change, as a share of it: 1 if rounding loses nothing."""
         return self.along / self.squared if self.squared else None
 
     def as_dict(self) -> dict[str, float | int | None]:

@@ -151,7 +151,7 @@ class Work:
     def _random(self, piece: Piece) -> np.random.Generator | None:
         """Return a generator seeded by this piece alone, or None to round to nearest.
 
-        So neither threads nor shards change the result.
+        The result therefore depends on neither threads nor shards.
         """
         if self.numbers.rounding == "nearest" or piece.dtype != "BF16":
             return None

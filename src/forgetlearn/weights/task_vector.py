@@ -1,4 +1,4 @@
-"""Compute the method's arithmetic (difference, scaling, subtraction) by tensor, in float32, rounding once.
+"""Compute the method's arithmetic (difference, scaling, subtraction) tensor by tensor, in float32, rounding once.
 
 task vector   tau    = tuned - base
 forgetting    theta' = base - coef * tau
@@ -135,7 +135,7 @@ def _subtracted(
 
 
 def subtract(base: StateDict, tuned: StateDict, coef: float) -> dict[str, Tensor]:
-    """Return weights moved away from what fine-tuning on the old facts added: `base - coef * (tuned - base)`.
+    """Return `base - coef * (tuned - base)`: the base, moved away from what fine-tuning on the old facts added.
 
     See `subtracted` for dtypes and errors. For example, base 1.0, tuned 1.5, coef 0.3 gives 0.85.
     """
@@ -175,8 +175,8 @@ class TaskVector:
         Tensors that the vector does not contain under any of their names are copied from `base`.
 
         Raises:
-            WeightMismatchError: the vector names a tensor that `base` lacks or has in another shape, or changes the
-                names of a tied tensor differently.
+            WeightMismatchError: the vector names a tensor that `base` lacks or has in another shape, or gives
+                the names of a tied tensor different changes.
         """
         weights, vector = open_weights(base), InMemory(self.deltas)
         shapes, own, sides = weights.shapes(), vector.shapes(), ("base", "vector")
