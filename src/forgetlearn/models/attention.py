@@ -1,8 +1,8 @@
-"""Attention within each text of a packed row: no mask, and no work between texts that must not see each other.
+"""Compute attention within each text of a packed row, without a mask and without work between texts.
 
-transformers itself uses a mask over the whole row, quadratic in its length. Here queries, keys
-and values are laid out as a row per text, padded at the end, for the attention alone: it is causal, so no
-text sees its padding. Everything else in a model treats tokens one by one and stays packed.
+transformers itself uses a mask over the whole row, quadratic in the row's length. Here, for attention alone, queries,
+keys and values are laid out with one row per text, padded at the end. Attention is causal, so no text sees its padding.
+The rest of a model treats each token by itself, so it stays packed.
 Shapes: B texts of at most L tokens, T tokens in all, H heads, D width of a head.
 """
 
@@ -31,9 +31,9 @@ def attend_by_text(
     token_places: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, None]:
-    """Return the output (1, T, H, D) of causal attention within each text; without the two places plain sdpa.
+    """Return the output (1, T, H, D) of causal attention within each text; without the last two tensors, use sdpa.
 
-    Padding repeats a text's last token. No real token attends to it, so its gradients are exactly 0.
+    Padding repeats a text's last token. No real token attends to padding, so its gradients are exactly 0.
     """
     if text_tokens is None or token_places is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
@@ -50,12 +50,13 @@ def _by_text(packed: Tensor, text_tokens: Tensor) -> Tensor:
 
 
 def places(paths: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Return where each token of a row (1, T) goes when every text has a row of its own.
+    """Return the indices that turn a packed row (1, T) into one row per text (B, L) and back.
 
-    `paths` are the places in the row of each text's tokens; texts may share their first ones. `text_tokens` (B, L)
-    are indices into the row, a text's last one repeated; `token_places` (T,) are indices into those, flattened. A
-    token that several texts share is taken from the first; it is the same in all, for it sees the same before it.
-    `attention_mask` is a stand-in of four dimensions that keeps transformers from building its own, and is not read.
+    `paths` lists the places in the row of each text's tokens; texts may share their first tokens. `text_tokens` (B, L)
+    are indices into the row, padded by repeating a text's last token. `token_places` (T,) are indices into the
+    flattened `text_tokens`. A token that several texts share is taken from the first text; it is the same in all of
+    them, because the tokens before it are. `attention_mask` is a four-dimensional dummy that keeps transformers from
+    building its own mask; it is never read.
     """
     longest = max(map(len, paths))
     text_tokens = [[*path, *path[-1:] * (longest - len(path))] for path in map(list, paths)]
@@ -72,9 +73,9 @@ def places(paths: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 @contextmanager
 def by_text(model: nn.Module) -> Iterator[bool]:
-    """Give `model` this attention in the body, for rows with `places`; yield False if it has another one than sdpa.
+    """Within the `with` block, make `model` attend text by text; yield False if its own attention is not sdpa.
 
-    A batch without `places` is computed as before.
+    This applies only to rows with `places`. Other batches are computed as before.
     """
     inner = plain(model)
     if implementation(model) != "sdpa" or not hasattr(inner, "set_attn_implementation"):

@@ -1,10 +1,14 @@
 """Lay encoded texts out as batches, and compute logits at their answer positions.
 
-Five layouts give the same logits. `packed`: all texts in one row with restarting position ids, no
-padding at all; attention runs text by text, or under a block-diagonal mask, which transformers builds only
-when there is no attention mask and no cache. `shared_by_text` and `shared`: one row too, which holds a beginning
-that several texts share only once; attention runs text by text, or under a mask. `padded`: one row per text,
-padding on the left. `single`: one text per forward pass.
+Five layouts give the same logits:
+
+packed          All texts are in one row, with restarting position ids and no padding. Attention runs text by text, or
+                under a block-diagonal mask, which transformers builds only if there is no attention mask and no cache.
+shared_by_text  All texts are in one row, and texts that begin alike share their beginning. Attention runs text by text.
+shared          The same row, but attention runs under a mask.
+padded          Each text has its own row, padded on the left.
+single          Each text has its own forward pass.
+
 Shapes: B batch, T tokens, K answer positions, V vocabulary.
 """
 
@@ -31,25 +35,25 @@ from forgetlearn.models.onednn import fast_linear_layers
 K = TypeVar("K")
 Layout = Literal["packed", "shared_by_text", "shared", "padded", "single"]
 IGNORE = -100
-# Of 192 to 1,024 tokens in a row of shared beginnings 512 were the fastest on a CPU, text by text.
+# Tokens in a row of shared beginnings. Of 192 to 1,024, 512 were fastest on a CPU, with attention text by text.
 ROW_TOKENS = {"cpu": 512}
 GPU_ROW_TOKENS = 2048
-ROUNDED_TO = 32  # tokens: oneDNN keeps what it prepares for each length of row that it meets, 0.2 MB a product
-MAX_PACKED_TOKENS = 1024  # of a row whose attention needs a mask over the whole row, which is quadratic in it
+ROUNDED_TO = 32  # tokens: for every new row length, oneDNN caches 0.2 MB per product
+MAX_PACKED_TOKENS = 1024  # in a row whose attention needs a mask, which is quadratic in the row's length
 LONG = 1.5  # times the median length
 SMALL_MODEL = 20_000_000  # parameters
-# Two layouts sum in another order. Root mean square of what that does to the logits, as a share of their
-# standard deviation: 1e-6 in float32, up to 0.02 in bfloat16 (24 layers); a wrong mask does 0.3 to 1.2.
+# Layouts sum in different orders, which changes the logits. The root mean square of the change, as a share of the
+# logits' standard deviation, is 1e-6 in float32 and up to 0.02 in bfloat16 (24 layers); for a wrong mask, 0.3 to 1.2.
 AGREEMENT_TOLERANCE = 1e-3
 HALF_PRECISION_TOLERANCE = 0.06
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs, and the id to be predicted at each logit that comes back.
+    """Model inputs, and the token id to be predicted by each logit that comes back.
 
-    `labels` is (B, K) with IGNORE where a row has fewer answer tokens than the longest;
-    `positions` (K,) are the positions of a row whose logits are wanted.
+    `labels` is (B, K), with IGNORE where a row has fewer answer tokens than others. `positions` (K,) are the positions
+    in each row whose logits are wanted.
     """
 
     inputs: dict[str, Tensor]
@@ -71,10 +75,10 @@ def pack(texts: Sequence[Encoded]) -> Batch:
 
 
 def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> list[list[K]]:
-    """Divide the texts' keys into rows of neighbours by their ids, as `share` reads them, each within both limits.
+    """Sort the texts by their ids, and return their keys in rows for `share`, each within both limits.
 
-    Texts that are much longer than most are in rows of their own: text by text, attention to a row costs as if all
-    were as long as its longest.
+    Texts that are much longer than most get rows of their own: text by text, attention costs as much as if all texts of
+    a row were as long as the longest.
     """
     rows: list[list[K]] = []
     size = 0
@@ -93,11 +97,11 @@ def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> 
 
 @dataclass(frozen=True)
 class SharedRow:
-    """One row (1, T) that holds a beginning that several texts share only once.
+    """One row (1, T) of texts, in which a beginning that several texts share occurs only once.
 
-    `paths` are the places of each text's tokens in the row; a text that is part of an earlier one has none of its
-    own. `positions` (K,) are the places whose logits are wanted, and `which` (N,) says for each answer token of the
-    texts, one after the other, which of them predicts it.
+    `paths` are the places in the row of each text's tokens; a text that is part of an earlier one adds no tokens.
+    `positions` (K,) are the places whose logits are wanted. `which` (N,) holds, for each answer token (text after
+    text), the index of the logits that predict it.
     """
 
     input_ids: Tensor
@@ -107,17 +111,17 @@ class SharedRow:
     which: Tensor
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return the inputs of the model, without those that say which tokens see each other."""
+        """Return the model inputs, except those that decide which tokens see each other."""
         return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
 
 def share(texts: Sequence[Encoded], multiple: int = 1) -> SharedRow:
-    """Lay the texts out as one row, without the last token of each, from which nothing is predicted.
+    """Lay the texts out as one row, without each text's last token, which predicts nothing.
 
-    Its length and the number of its positions are rounded up to a multiple: by one more text, which is ignored, and
-    by the last position again.
+    The row's length and its number of positions are rounded up to a multiple of `multiple`: one more text, whose logits
+    are ignored, fills the row, and the last position is repeated.
     """
-    places: dict[tuple[int, int], int] = {}  # (place of the token before it, token) -> place in the row
+    places: dict[tuple[int, int], int] = {}  # (place of the previous token, token) -> place in the row
     ids: list[int] = []
     depths: list[int] = []
     paths: list[list[int]] = []
@@ -146,7 +150,7 @@ def share(texts: Sequence[Encoded], multiple: int = 1) -> SharedRow:
 def read_logits(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return logits (K, V), and which of them predicts each answer token of the texts, one after the other (N,)."""
+    """Return logits (K, V) and, for each answer token (text after text), the index of its logits (N,)."""
     if layout not in ("shared", "shared_by_text"):
         logits = _flat_logits(model, pad_left(texts, pad_id), device)
         return logits, torch.arange(len(logits), device=device)
@@ -161,7 +165,7 @@ def read_logits(
 
 
 def _mask(row: SharedRow, dtype: torch.dtype) -> Tensor:
-    """Return a mask (1, 1, T, T): 0 for the tokens up to itself that each token sees in its text, else the minimum."""
+    """Return a mask (1, 1, T, T): 0 for each token itself and those before it in its text, else the minimum."""
     length = row.input_ids.shape[1]
     sees = np.zeros((length, length), dtype=bool)
     for path in row.paths:
@@ -172,7 +176,7 @@ def _mask(row: SharedRow, dtype: torch.dtype) -> Tensor:
 
 
 def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
-    """Lay out a row per text, padded on the left, so that all answers end in the last column."""
+    """Lay out one row per text, padded on the left, so that all answers end in the last column."""
     width = max(len(text.ids) for text in texts)
     n_answer = max(len(text.answer_ids) for text in texts)
     rows = [(width - len(text.ids), text.ids) for text in texts]
@@ -187,7 +191,7 @@ def pad_left(texts: Sequence[Encoded], pad_id: int) -> Batch:
 
 
 def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_tokens: int = MAX_PACKED_TOKENS) -> Batch:
-    """Lay texts out as asked; a packed row that would be too long is padded instead."""
+    """Lay texts out packed or padded, as `layout` says; pad them if a packed row would be too long."""
     if layout == "packed" and sum(len(text.ids) for text in texts) <= max_packed_tokens:
         return pack(texts)
     return pad_left(texts, pad_id)
@@ -196,12 +200,12 @@ def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_to
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
     """Return logits (B, K, V) at the given positions, in the dtype of the model.
 
-    The output head runs on these positions alone if the model can do that.
+    The output head runs on these positions alone if the model supports that.
     """
     accepted = forward_parameters(model)
     inputs = {name: value for name, value in inputs.items() if name in accepted or name in attention.PLACES}
     if "use_cache" in accepted:
-        # With a cache transformers takes the whole row for one text.
+        # With a cache, transformers would treat the whole row as one text.
         inputs["use_cache"] = False  # type: ignore[assignment]
     if "logits_to_keep" in accepted:
         logits: Tensor = model(**inputs, logits_to_keep=positions).logits
@@ -212,10 +216,10 @@ def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor
 
 @contextmanager
 def computing(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Use the fitting number of threads and, on the CPU, the faster of torch's two libraries for linear layers.
+    """Within the `with` block, use the right number of threads and the faster library for linear layers on the CPU.
 
-    A small model computes in one thread. Its operations are so short that a second thread gains nothing, and if
-    another process wants that core each of them waits for it: the same stage then took ten times as long.
+    A small model computes in one thread. Its operations are so short that a second thread gains nothing; and if another
+    process is using that core, each operation waits for it, which made a stage ten times slower.
     """
     before = torch.get_num_threads()
     on_cpu = device.type == "cpu"
@@ -229,7 +233,7 @@ def computing(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """Return the names of the arguments of the causal language model itself, inside any wrapper."""
+    """Return the names of the arguments that the causal language model itself accepts, inside any wrapper."""
     return _parameters(type(attention.plain(model)).forward)
 
 
@@ -256,10 +260,10 @@ def choose_layout(
     device: torch.device,
     best: Literal["packed", "shared", "padded"] = "packed",
 ) -> Layout:
-    """Return `best`, or the next layout whose logits are those of each text by itself, tried on up to four texts.
+    """Return `best`, or else the next layout that gives each of up to four texts the logits that it gets alone.
 
-    A batch that is too long to be packed is padded, so `packed` means that both are right. `shared` is
-    `shared_by_text` if the model was switched to that (`attention.by_text`).
+    A batch that is too long to be packed is padded, so `packed` means that both layouts are right. For `shared`, return
+    `shared_by_text` if the model was switched to that attention (`attention.by_text`).
 
     Raises:
         ModelError: the model's logits are not finite.
@@ -284,7 +288,10 @@ def choose_layout(
 def attention_by_text(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> Iterator[bool]:
-    """Compute packed rows text by text in the body (`attention.by_text`), if that agrees on up to four texts."""
+    """Within the `with` block, compute packed rows text by text (`attention.by_text`), and yield True.
+
+    Change nothing and yield False if `layout` is not packed, or if that would change the logits of up to four texts.
+    """
     with attention.by_text(model) as switched:
         if switched and layout == "packed" and _agrees_by_text(model, _sample(texts), pad_id, device):
             yield True
@@ -299,7 +306,7 @@ def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], pad_id: int, de
 
 
 def by_text(batch: Batch) -> Batch:
-    """Return a packed row with what attention by text needs."""
+    """Return a packed row with the inputs that attention by text needs."""
     positions = batch.inputs["position_ids"][0].tolist()
     starts = [place for place, position in enumerate(positions) if position == 0]
     paths = [range(*ends) for ends in pairwise([*starts, len(positions)])]
@@ -307,7 +314,7 @@ def by_text(batch: Batch) -> Batch:
 
 
 def _sample(texts: Sequence[Encoded]) -> list[Encoded]:
-    """Return up to four texts of different lengths, the longest among them: equal ones would hide a wrong mask."""
+    """Return up to four texts of different lengths, with the longest: equal lengths would hide a wrong mask."""
     by_length = sorted(texts, key=lambda text: len(text.ids))
     spread = dict.fromkeys(index * (len(by_length) - 1) // 3 for index in range(4)) if by_length else {}
     return [by_length[index] for index in spread]
@@ -316,28 +323,29 @@ def _sample(texts: Sequence[Encoded]) -> list[Encoded]:
 def _sharing(
     model: nn.Module, sample: Sequence[Encoded], alone: Tensor, pad_id: int, device: torch.device
 ) -> Layout | None:
-    """Return the layout in which texts that share beginnings get the logits (N, V) that they get alone.
+    """Return the shared layout that gives texts with shared beginnings the logits (N, V) that they get `alone`.
 
-    Each of the sample follows a sibling that begins like it and ends differently.
+    Before each text of the sample comes another that begins alike and ends differently. Return None if no layout
+    agrees.
     """
     own = attention.implementation(model)
     layouts: dict[Layout, bool] = {
         "shared_by_text": own == attention.BY_TEXT,
-        "shared": own in ("sdpa", "eager", attention.BY_TEXT),  # the others take no mask of this form
+        "shared": own in ("sdpa", "eager", attention.BY_TEXT),  # others do not accept a mask of this form
     }
     siblings = [Encoded(t.ids[: len(t.ids) // 2] + t.ids[len(t.ids) // 2 :][::-1], t.n_prompt_tokens) for t in sample]
     for layout in (layout for layout, possible in layouts.items() if possible):
         try:
             logits, which = read_logits(model, [*siblings, *sample], layout, pad_id, device)
         except (RuntimeError, ValueError, TypeError, IndexError):
-            continue  # a model that cannot take such a row fails in its own way
+            continue  # each model that does not accept this row fails in its own way
         if _agree(logits[which[-len(alone) :]], alone):
             return layout
     return None
 
 
 def _agree(together: Tensor, alone: Tensor) -> bool:
-    """Return True if two computations (N, V) of the same logits differ by rounding only."""
+    """Return True if two computations (N, V) of the same logits differ only by rounding."""
     tolerance = HALF_PRECISION_TOLERANCE if alone.dtype.itemsize == 2 else AGREEMENT_TOLERANCE
     together, alone = together.float(), alone.float()
     return bool((together - alone).square().mean().sqrt() <= tolerance * alone.std())

@@ -1,9 +1,9 @@
-"""Prompt and answer to token ids: the only place that tokenises.
+"""Convert prompts and answers to token ids. Nothing else in the package tokenises.
 
-A text is what the prompt template writes before the prompt, the prompt, what it writes after it, and the answer; the
-prompt's ids are those of all before the answer alone, and are a prefix of the whole. With a chat template the prompt is
-the user's message and the answer the assistant's; what the template writes between the two (the space of Llama 2, the
-empty thinking block of Qwen 3) stays between them.
+A text is the prompt, with what the prompt template writes before and after it, and then the answer. The prompt's ids
+are those of everything before the answer, tokenised alone; the text's ids begin with them. With a chat template, the
+prompt is the user's message and the answer is the assistant's. What the template writes between the two (a space for
+Llama 2, an empty thinking block for Qwen 3) stays between them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from forgetlearn.models import prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AT_ONCE = 1000  # pairs in a call of the tokenizer, which holds much more than their ids
-PROBES = ("Quibblet one", "Zanzimar TWO")  # prompts that prove a chat template: no character that one would escape
+AT_ONCE = 1000  # pairs per call of the tokenizer, which returns much more than their ids
+PROBES = ("Quibblet one", "Zanzimar TWO")  # prompts to test a chat template, without characters that one would escape
 PROBE_ANSWER = "Wistervale THREE"
 Message = dict[str, str | list[dict[str, str]]]  # of a chat
 
 
 class TextError(FactError):
-    """Raised if a text contains a token that it must not; `part` says whether in the prompt or the answer."""
+    """Raised if a text contains a forbidden token; `part` is "prompt" or "answer"."""
 
-    def __init__(self, message: str, part: str = "prompt") -> None:  # so that it can be pickled
+    def __init__(self, message: str, part: str = "prompt") -> None:  # a default, so that the error can be pickled
         super().__init__(message)
         self.part = part
 
@@ -42,7 +42,7 @@ class Encoded:
 
     @property
     def answer_ids(self) -> tuple[int, ...]:
-        """Return what the model should say after the prompt, EOS included where it was asked for."""
+        """Return the ids that the model should say after the prompt, including EOS if it was requested."""
         return self.ids[self.n_prompt_tokens :]
 
     @property
@@ -52,13 +52,13 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer, and the form in which a model is asked (`model.prompt_template`); a text is tokenised once.
+    """A tokenizer and a prompt template (`model.prompt_template`). Each text is tokenised only once.
 
-    `n_ids` is the number of ids that the model has embeddings for; None leaves that unchecked.
+    `n_ids` is the number of ids for which the model has embeddings; None skips that check.
 
     Raises:
-        ModelError: the tokenizer has no EOS token, no chat template where one is asked for, or one that does not pass
-            prompts and answers on.
+        ModelError: the tokenizer has no EOS token, no chat template although one is requested, or a chat template that
+            alters prompts or answers.
         ConfigError: see `prompts.read_template`.
     """
 
@@ -111,7 +111,7 @@ class Encoder:
 
     @property
     def is_chat(self) -> bool:
-        """True if prompts are the user's messages of the tokenizer's chat template."""
+        """True if prompts are written as the user's messages in the tokenizer's chat template."""
         return self.prompt_template == "chat"
 
     def prompt_text(self, prompt: str) -> str:
@@ -127,18 +127,18 @@ class Encoder:
         return text
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the ids of the prompt alone, with the special tokens that open a text; TextErrors as in `encode`."""
+        """Return the ids of the prompt alone, with leading special tokens. Raise TextError as `encode` does."""
         ids = self._prompt_ids(prompt)
         self._check_ids("prompt", prompt, ids, self._own_specials)
         return list(ids)
 
     def encode(self, prompt: str, answer: str, *, end: bool = False) -> Encoded:
-        """Return the ids of prompt and answer; `end=True` adds the token that ends an answer (training wants it).
+        """Return the ids of prompt and answer; `end=True` adds the token that ends an answer, for training.
 
         Raises:
             FactError: the prompt or the answer is empty, the tokenizer merges the two, they are longer than the
                 model's context, or the tokenizer has no token for any part of one of them.
-            TextError: one of them holds a special token, or one that the model has no embedding for.
+            TextError: one of them contains a special token, or a token for which the model has no embedding.
         """
         found = self.encode_all([(prompt, answer)], end=end)[prompt, answer]
         if isinstance(found, FactError):
@@ -148,7 +148,7 @@ class Encoder:
     def encode_all(
         self, pairs: Iterable[tuple[str, str]], *, end: bool = False
     ) -> dict[tuple[str, str], Encoded | FactError]:
-        """Return what `encode` returns or raises for each distinct (prompt, answer)."""
+        """Map each distinct (prompt, answer) to the result of `encode`, or to the error that it would raise."""
         pairs = list(dict.fromkeys(pairs))
         new = [pair for pair in pairs if pair not in self._texts]
         for start in range(0, len(new), AT_ONCE):
@@ -186,7 +186,7 @@ class Encoder:
         return found
 
     def _separated(self, prompt: str, answer: str, whole: list[int]) -> Encoded:
-        """Return the ids of prompt and answer, given those of the whole text; see `encode`."""
+        """Return the ids of prompt and answer, given `whole`, the ids of both together; raise as `encode` does."""
         if not prompt.strip() or not answer:
             raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
         before = self._prompts[prompt]
@@ -207,16 +207,16 @@ class Encoder:
         return text
 
     def has_unknown(self, ids: Sequence[int]) -> bool:
-        """Return True if one of the ids is <unk>, the tokenizer's token for text that it cannot write."""
+        """Return True if one of the ids is <unk>, the tokenizer's token for text that it cannot encode."""
         return self._unknown is not None and self._unknown in ids
 
     def check_embedded(self, ids: Sequence[int], where: str) -> None:
-        """Raise FactError, which names `where`, if the model has no embedding for one of the ids."""
+        """Raise FactError, naming `where`, if the model has no embedding for one of the ids."""
         if strangers := self._without_embedding(ids):
             raise FactError(f"{where}: contains {strangers}. Remove it.")
 
     def fingerprint(self) -> dict[str, str]:
-        """Return `prompts.fingerprint` of the template as it was read."""
+        """Return `prompts.fingerprint` of the template that was read."""
         return self._fingerprint
 
     def _check_ids(self, part: str, text: str, ids: Sequence[int], expected: Counter[int] | None = None) -> None:
@@ -254,8 +254,8 @@ class Encoder:
     def _answer_ids(self, prompt: str, answer: str, before: list[int], whole: list[int]) -> list[int]:
         if whole[: len(before)] == before and len(whole) > len(before):
             return whole[len(before) :]
-        # The last token of the prompt merged with the first of the answer. Tokenised apart they say the
-        # same text, and at generation the model does see the prompt's own tokens.
+        # The tokenizer merged the prompt's last token with the answer's first. Tokenised separately they give the same
+        # text, and during generation the model sees the prompt's own tokens too.
         for part in (self._joint + answer, answer):
             (ids,) = self._tokenize(part)
             if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
@@ -286,7 +286,7 @@ class Encoder:
         return text
 
     def _proven_chat_form(self) -> tuple[str, str, list[int]]:
-        """Return `_chat_form`, with messages as texts, or as lists of parts if the template accepts only those."""
+        """Return `_chat_form()`, with messages as texts, or as lists of parts if the template accepts only those."""
         try:
             return self._chat_form()
         except ModelError as error:
@@ -297,16 +297,16 @@ class Encoder:
                 raise error from None
 
     def _chat_form(self) -> tuple[str, str, list[int]]:
-        """Return what the template writes before an answer (as part of the prompt, and of the answer) and after it.
+        """Return the text that ends the prompt, the spaces that begin the answer, and the ids of the end token.
 
-        A space belongs to the answer, since tokenizers join it to the next word. The end is the token by
-        which the template ends an assistant's turn; where it has none, EOS.
+        Spaces go with the answer, since tokenizers join them to the next word. The end token is the one with which the
+        template ends an assistant's turn, or EOS if it writes none.
         """
         messages = [self._message("user", probe) for probe in PROBES]
         asked, other = (self._render([message], add_generation_prompt=True) for message in messages)
         if asked == other:
             raise _bad_chat_template("drops the question: two different prompts render alike")
-        written_out = self._as_parts and str(messages[0]["content"][0]) in asked  # a part, as Python shows it
+        written_out = self._as_parts and str(messages[0]["content"][0]) in asked  # the repr of a part
         if PROBES[0] not in asked or PROBES[1] not in other or written_out:
             raise _bad_chat_template("alters the question: what it writes does not contain the prompt")
         turn = [messages[0], self._message("assistant", PROBE_ANSWER)]
@@ -329,7 +329,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, frozen
     """Return the id of <unk> (None if there is none) and the ids of all other special tokens."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     unknown = tokenizer.unk_token_id
-    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):  # GPT-2 names its end as its unknown token
+    if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):  # GPT-2's unknown token is its end token
         unknown = None
     return unknown, frozenset({*added, *tokenizer.all_special_ids} - {unknown})
 

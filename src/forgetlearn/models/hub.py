@@ -1,4 +1,4 @@
-"""Read the model hub: whether it can be reached, a model's files at a commit, and plain words for what fails."""
+"""Read the model hub: check whether it can be reached, find a model's files at a revision, explain errors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from forgetlearn.facts.files import is_hub_id
 from forgetlearn.storage.digests import LICENCES, MODEL_SUFFIXES
 
 TIMEOUT_S = 10
-# Errors of the hub's client, which transformers wraps in its own; the first that fits counts. After each, True if the
-# name may be a mistyped folder.
+# Errors of the hub's client, which transformers wraps in its own errors; the first match counts. The second field is
+# True if the name may be a mistyped folder.
 PROBLEMS: tuple[tuple[type[Exception], bool, str], ...] = (
     (errors.GatedRepoError, False, "is gated. Ask for access on its page, then set HF_TOKEN (or run `hf auth login`)."),
     (
@@ -39,14 +39,14 @@ PROBLEMS: tuple[tuple[type[Exception], bool, str], ...] = (
 
 @functools.cache
 def is_reachable() -> bool:
-    """Return True if the hub can be reached; tried once in a process.
+    """Return True if the hub can be reached. Each process tries only once.
 
     The hub's client itself tries six times for each file, which takes 23 s before it reports a mistyped name.
     """
     if constants.is_offline_mode():
         return False
     client = logging.getLogger("huggingface_hub.utils._http")
-    client.disabled, was = True, client.disabled  # it would log the failed try; the error says more
+    client.disabled, was = True, client.disabled  # it would log the failed attempt; our error says more
     try:
         http_backoff("HEAD", constants.ENDPOINT, max_retries=0, retry_on_status_codes=(), timeout=TIMEOUT_S)
     except Exception:  # errors of the network and of proxies have no common base
@@ -57,7 +57,7 @@ def is_reachable() -> bool:
 
 
 def problem(error: Exception, name: str) -> str | None:
-    """Describe what went wrong between here and the hub, to follow a model's name; None if it was something else."""
+    """Return the end of a sentence that starts with a model's name and explains a hub error; None for other errors."""
     causes = tuple(_causes(error))
     for kind, may_be_mistyped, words in PROBLEMS:
         if any(isinstance(cause, kind) for cause in causes):
@@ -66,7 +66,7 @@ def problem(error: Exception, name: str) -> str | None:
 
 
 def near_models(folder: Path) -> str:
-    """Return a sentence that names the models beside a missing folder whose names are similar; empty if none are."""
+    """Return a sentence that lists similarly named models beside a missing folder; return "" if there are none."""
     try:
         models = [other.name for other in folder.parent.iterdir() if os.access(other / "config.json", os.R_OK)]
     except OSError:  # the parent does not exist or cannot be read
@@ -76,16 +76,16 @@ def near_models(folder: Path) -> str:
 
 
 def folder_of(name: str | Path, revision: str | None = None) -> Path:
-    """Return a model's folder; that of a hub id (owner/name) is in the cache, downloaded if needed.
+    """Return a model's folder; for a hub id (owner/name), its folder in the cache, downloading files if needed.
 
     Raises:
-        ModelError: the hub has no such model, does not show it, or cannot be reached and the cache is incomplete.
+        ModelError: the hub lacks the model or denies access to it, or cannot be reached and the cache is incomplete.
     """
     return snapshot(str(name), revision) if is_hub_id(str(name)) else Path(name)
 
 
 def snapshot(name: str, revision: str | None) -> Path:
-    """Return the folder in the cache with a hub model's files at a revision, downloaded if needed; see `folder_of`."""
+    """Return the cache folder of a hub model's files at a revision, downloading them if needed; see `folder_of`."""
     wanted = [*(f"*{suffix}" for suffix in MODEL_SUFFIXES), *(f"{name}*" for name in LICENCES)]
     try:
         return Path(
@@ -93,7 +93,7 @@ def snapshot(name: str, revision: str | None) -> Path:
                 name,
                 revision=revision,
                 allow_patterns=wanted,
-                ignore_patterns=["*/*.safetensors"],  # other forms of the same weights
+                ignore_patterns=["*/*.safetensors"],  # the same weights in other formats
                 local_files_only=not is_reachable(),
             )
         )

@@ -20,14 +20,14 @@ from forgetlearn.runtime import processes, sharding
 from forgetlearn.storage import digests
 
 Identity = dict[str, str | None]
-NAMES = ("base_sha256", "weights_sha256")  # of a run's inputs, and of an update in a chain
+NAMES = ("base_sha256", "weights_sha256")  # entries in a run's inputs, and in each update of a chain
 
 
 def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
-    """Return the entries for the base in a run's inputs; every process must call it, and gets the same result.
+    """Return the entries for the base in a run's inputs. Every process must call this, and all get the same result.
 
     `base_sha256` is the hash of the base's folder (`digests.sha256_of`) or its commit on the hub. It is None for a
-    model in memory whose weights differ from those its name stands for; `weights_sha256` then identifies them.
+    model in memory whose weights differ from those that its name loads; `weights_sha256` then identifies them.
     """
     named = processes.on_main(lambda: _named(lm))
     if not in_memory:
@@ -38,7 +38,7 @@ def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
 
 
 def _named(lm: LanguageModel) -> str | None:
-    """Return the hash of the folder that a model is named after, or its commit on the hub; None if it has neither."""
+    """Return the hash of the model's folder, or its commit on the hub; None if it has neither."""
     folder = Path(lm.name)
     if folder.is_dir():
         return digests.sha256_of(folder)
@@ -46,7 +46,10 @@ def _named(lm: LanguageModel) -> str | None:
 
 
 def _stored_sha256(lm: LanguageModel) -> str | None:
-    """Return the hash of the weights that the model's name stands for, in the dtypes of those in memory."""
+    """Load the model again by its name, and return the hash of its weights; None if it cannot be loaded.
+
+    The weights are hashed in the dtypes of those in memory.
+    """
     try:
         return _sha256(load_base(lm.settings.model_copy(update={"dtype": "auto"}), lm.name), lm.dtypes)
     except ForgetLearnError:
@@ -72,7 +75,10 @@ def _sha256(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> str:
 
 
 def _tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor), sorted by name, on the CPU, in the dtype it was loaded in; of a sharded model, our part."""
+    """Yield (name, tensor), sorted by name, on the CPU, in the dtype it was loaded in.
+
+    For a sharded model, yield only this process's part.
+    """
     own = {sharding.local(p).data_ptr(): dtypes[name] for name, p in model.named_parameters() if name in dtypes}
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, value in sorted(model.state_dict().items()):

@@ -33,26 +33,27 @@ log = logging.getLogger("forgetlearn")
 
 @dataclass
 class LanguageModel:
-    """A causal language model, the encoder that asks it, and where it came from."""
+    """A causal language model, its encoder, and its origin."""
 
     model: nn.Module
     encoder: Encoder
     name: str
     device: torch.device
     settings: ModelSettings
-    dtypes: Mapping[str, torch.dtype]  # of each weight, as it was loaded and as it will be saved
-    _before: dict[str, Array] = field(default_factory=dict)  # a sample of each weight that is in float32 for now
+    dtypes: Mapping[str, torch.dtype]  # of each weight, when loaded and when saved
+    _before: dict[str, Array] = field(default_factory=dict)  # a sample of each weight, taken by `to_float32`
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the encoder."""
+        """The encoder's tokenizer."""
         return self.encoder.tokenizer
 
     @property
     def pad_id(self) -> int:
-        """An id for padding. Masks decide what is padding, never this id, so EOS will do.
+        """The id to pad with: the pad token, or EOS if the model has no embedding for that.
 
-        A pad token that was added to the tokenizer only has no row among the embeddings.
+        A pad token that was added only to the tokenizer has no embedding. EOS will do, since masks decide what is
+        padding.
         """
         pad, rows = self.tokenizer.pad_token_id, embedding_rows(self.model)
         usable = pad is not None and (rows is None or pad < rows)
@@ -65,7 +66,7 @@ class LanguageModel:
         config.name_or_path = self.name
 
     def to_device(self) -> None:
-        """Move the weights to the device that computes; a split model is there already."""
+        """Move the weights to the device that computes; those of a split model are already there."""
         if not self.is_sharded:
             self.model.to(self.device)
 
@@ -78,7 +79,7 @@ class LanguageModel:
         """Convert every floating-point weight to float32, for training. Buffers keep their dtype.
 
         Raises:
-            ModelError: the model is split over processes, and was loaded in another dtype.
+            ModelError: the model is split over processes and was loaded in another dtype.
         """
         if self.is_sharded:
             sharding.check_float32(self.model)
@@ -91,9 +92,9 @@ class LanguageModel:
     def to_own_dtypes(self, seed: int = 0) -> dict[str, float | int | None] | None:
         """Convert every weight to the dtype in which it was loaded, rounding once if it was trained.
 
-        Returns what that left of the change since `to_float32`, counted on a sample; None if nothing had changed or
-        been rounded. In a model that is split over processes, the weights are rounded but stay in float32, and nothing
-        is counted.
+        Return how much of the change since `to_float32` survived rounding, counted on a sample; None if nothing was
+        changed or rounded. If the model is split over processes, its weights are rounded but stay in float32, and
+        nothing is counted.
         """
         if self.is_sharded:
             sharding.round_to(self.model, self.dtypes)
@@ -112,7 +113,7 @@ class LanguageModel:
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that `from_pretrained` loads them: safetensors, each weight in its dtype.
 
-        Every process calls it; process 0 writes.
+        Every process must call this; process 0 writes.
         """
         if self.is_sharded:
             sharding.save_whole(self.model, self.tokenizer, self.dtypes, folder)
@@ -124,7 +125,8 @@ class LanguageModel:
     def name_end_token(self) -> None:
         """Add the token that ends an answer to the model's generation settings, with a warning, if it is missing.
 
-        Plain `generate` stops only at these tokens, and would not stop after an answer. `save` writes them.
+        Plain `generate` stops only at the tokens in these settings, so it would not stop after an answer. `save` writes
+        the settings.
         """
         generation: GenerationConfig | None = getattr(self.model, "generation_config", None)
         if generation is None:
@@ -145,7 +147,7 @@ class LanguageModel:
         generation.eos_token_id = [*ends, *missing] if ends else missing[0]
 
     def describe(self) -> dict[str, str | int]:
-        """Return what `auto` in the settings was resolved to, for the manifest."""
+        """Return the values that `auto` settings were resolved to, for the manifest."""
         dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()})
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         asked = {"chat": "chat template", "plain": "plain text"}.get(self.encoder.prompt_template)
@@ -163,13 +165,13 @@ def wrap(
     settings: ModelSettings | None = None,
     dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """Return a model and tokenizer in memory as a language model, ready to be asked and updated.
+    """Return a LanguageModel made of a model and tokenizer in memory, ready to be scored and updated.
 
-    `dtype` is that of its checkpoint, if it was loaded in another.
+    `dtype` is the checkpoint's dtype, if the model was loaded in another.
 
     Raises:
-        ModelError: a weight is not finite, or the tokenizer has no EOS token, no chat template although one is asked
-            for, or ids that the model has no embedding for.
+        ModelError: a weight is not finite, or the tokenizer has no EOS token, no chat template although one is
+            requested, or ids for which the model has no embedding.
     """
     check_finite(model)
     return _wrapped(model, tokenizer, settings or ModelSettings(), dtype)
@@ -196,15 +198,15 @@ def _wrapped(
     return LanguageModel(model, encoder, settings.name or name, pick_device(settings.device), settings, dtypes)
 
 
-@torch.inference_mode(False)  # tensors made in that mode cannot be trained
+@torch.inference_mode(False)  # tensors made in inference mode cannot be trained
 def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = False) -> LanguageModel:
-    """Load the model and tokenizer of a folder or hub id, or that settings name; an adapter is loaded on its base.
+    """Load a model and its tokenizer, given settings, a folder or a hub id; load an adapter on its base.
 
-    `all_weights` says that they will be trained: a model that is split over processes is then in float32.
+    `all_weights` says that all weights will be trained; a model split over processes is then loaded in float32.
 
     Raises:
-        ModelError: it does not exist, is no causal language model, has only pickled weights, needs remote
-            code, or its tokenizer cannot be used.
+        ModelError: the model does not exist, is not a causal language model, has only pickled weights, or needs remote
+            code; or its tokenizer cannot be used.
     """
     if isinstance(settings, (str, Path)):
         settings = ModelSettings(name=str(settings))
@@ -230,7 +232,7 @@ def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = Fals
 
 
 def _load_adapter(settings: ModelSettings, folder: Path, base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an adapter on its base, and the tokenizer beside it or, if there is none, that of the base."""
+    """Load an adapter on its base, with the tokenizer in its folder or, if there is none, the base's."""
     from forgetlearn.models import lora
 
     try:
@@ -249,7 +251,7 @@ def as_language_model(
     *,
     all_weights: bool = False,
 ) -> LanguageModel:
-    """Return a model that is passed in (with its tokenizer) or named (folder, hub id) as a language model."""
+    """Return a LanguageModel for a model in memory (with its tokenizer), a folder or a hub id."""
     settings = settings or ModelSettings()
     if isinstance(model, LanguageModel):
         return model
@@ -261,36 +263,35 @@ def as_language_model(
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Return the longest text in tokens that the model was made for; None if its config does not say."""
+    """Return the model's maximum length in tokens; None if its config does not state it."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(text_config, "max_position_embeddings", None)
     return int(length) if isinstance(length, int) and length > 0 else None
 
 
 def embedding_rows(model: nn.Module) -> int | None:
-    """Return the number of token ids that the model knows; None for a model that does not tell."""
+    """Return the number of token ids that have embeddings; None if the model does not expose its embeddings."""
     weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     return None if weight is None else int(weight.shape[0])
 
 
 def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the path and layers of the list of modules that holds the most weights; empty if there is no list.
+    """Return the ModuleList that holds the most weights, and its path; both are empty if there is none.
 
-    Not the longest one: a model with 24 layers may have 64 experts in each.
+    It need not be the longest list: a model with 24 layers may have 64 experts in each.
     """
     stacks = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return max(stacks, key=lambda item: parameter_count(item[1]), default=("", nn.ModuleList()))
 
 
 def editable_module(model: nn.Module) -> str:
-    """Return the path of the module that holds facts best by LocFT-BF's finding, from the model's structure alone.
+    """Return the path of the module that LocFT-BF found best for editing facts, from the model's structure alone.
 
-    It is the MLP's last projection, seven tenths of the way up: in the list of layers, at index
-    int(0.7 n), the linear module with the most inputs among those whose output has the width of the
-    model. For Llama-3-8B that is layer 22 of 32, `down_proj`.
+    It is the MLP's last projection in layer int(0.7 n) of n: among the linear modules whose output is as wide as the
+    model, the one with the most inputs. For Llama-3-8B that is `down_proj` in layer 22 of 32.
 
     Raises:
-        ModelError: the model has no list of layers, or no such module in it.
+        ModelError: the model has no list of layers, or that layer has no such module.
     """
     path, stack = layer_list(model)
     index = int(0.7 * len(stack))
@@ -309,5 +310,5 @@ def editable_module(model: nn.Module) -> str:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return the number of weights, tied ones once."""
+    """Return the number of weights; tied weights count once."""
     return sum(weight.numel() for weight in model.parameters())

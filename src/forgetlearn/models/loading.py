@@ -32,14 +32,14 @@ from forgetlearn.weights.adapter_files import CONFIG, MOST_LAYERS, read_adapter_
 from forgetlearn.weights.checkpoint_folder import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
 from forgetlearn.weights.task_vector import is_finite
 
-MOST_COUNTED = 100_000  # of anything (labels, experts) that a config counts
+MOST_COUNTED = 100_000  # the most labels, experts or other things that a config may count
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 log = logging.getLogger("forgetlearn")
 
 
 def pick_device(wanted: str) -> torch.device:
-    """Return the device to compute on, for `auto` an accelerator if there is one; or raise ConfigError."""
+    """Return the device to compute on; raise ConfigError if it is not available. `auto` prefers an accelerator."""
     if wanted == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -50,7 +50,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def adapter_base(settings: ModelSettings) -> str | None:
-    """Return the base of an adapter folder; None if the name is not one."""
+    """Return the base of an adapter folder; None if `settings.name` is not an adapter folder."""
     folder = Path(str(settings.name))
     if not (folder / CONFIG).is_file():
         return None
@@ -61,7 +61,10 @@ def adapter_base(settings: ModelSettings) -> str | None:
 
 
 def read_outline(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, list[str]]:
-    """Return config and tokenizer of a model (no adapter), or a note in place of a tokenizer that cannot be loaded."""
+    """Return a model's config, its tokenizer, and notes; raise ModelError for an adapter.
+
+    If the tokenizer cannot be loaded, it is None, and a note says why.
+    """
     if not settings.name:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
     if adapter_base(settings) is not None:
@@ -86,7 +89,7 @@ def read_config(settings: ModelSettings, name: str) -> PreTrainedConfig:
 
 
 def load_base(settings: ModelSettings, name: str) -> PreTrainedModel:
-    """Load a causal language model, and check all of its weights; for errors see `language_model.load_model`."""
+    """Load a causal language model and check all of its weights; for errors see `language_model.load_model`."""
     _check_folder(name)
     # Otherwise transformers asks a service on the hub to convert pickles, and sends it the user's token.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -115,8 +118,8 @@ def load_base(settings: ModelSettings, name: str) -> PreTrainedModel:
             stored.check_finite()
     check_finite(model, stored)
     if quantized:
-        # On such CPUs bitsandbytes packs the weights anew at the first forward pass of scoring, and gradients through
-        # packed weights are wrong (0.50.2: cosine -0.05 with the right ones, 0.998 without).
+        # On CPUs with AVX512-BF16, bitsandbytes repacks the weights at the first forward pass of scoring, and gradients
+        # through repacked weights are wrong (0.50.2: cosine with the correct ones -0.05; without repacking, 0.998).
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -175,13 +178,13 @@ def _loading_problem(name: str, error: Exception, what: str) -> str:
     if "safetensors" in text and ("does not appear" in text or "not found" in text or "no file named" in text):
         return "has no safetensors weights. Pickled weights can run code when they are read; convert them first."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # The type's name as well if the text alone says little.
+    # Add the type's name if the text alone says little.
     kind = "" if lines and isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__} "
     return f"{what}: {plain((kind + (lines[0] if lines else '')).strip()[:300])}"
 
 
 def _in_four_bits(settings: ModelSettings) -> dict[str, object]:
-    """Return the options to load a base in 4 bits, as QLoRA has it: NF4, the scales quantised too."""
+    """Return options that load a base in 4 bits as in QLoRA: NF4, with quantised scales."""
     check_installed("bitsandbytes", "model.quantization = 4bit", "qlora")
     device = pick_device(settings.device)
     config = BitsAndBytesConfig(
@@ -201,7 +204,7 @@ def _source_options(settings: ModelSettings, name: str) -> dict[str, object]:
 
 
 def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
-    """Refuse weights that would stay random; warn of those in the files that the product will not hold."""
+    """Raise ModelError for weights that are not in the files; warn of weights in the files that the product lacks."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise ModelError(f"{name}: {len(missing)} tensors are not in its files, the first is {missing[0]}.")
@@ -271,7 +274,7 @@ def check_finite(model: nn.Module, stored: CheckpointFolder | None = None) -> No
 
 
 def _check_folder(name: str) -> None:
-    """Refuse a folder that cannot be a model before the hub is asked for something of that name."""
+    """Raise ModelError if `name` is a path without a usable model, before the hub is asked for that name."""
     folder = Path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
     if not folder.exists():
@@ -300,7 +303,7 @@ def _check_folder(name: str) -> None:
 
 
 def _check_counts(file: Path) -> None:
-    """Raise ModelError if a number in config.json is NaN or a count absurd: transformers would build so many layers."""
+    """Raise ModelError if config.json has NaN or an absurd count: transformers would build that many modules."""
     config = read_object(file)
     text = config.get("text_config")
     for name, value in [*config.items(), *(text.items() if isinstance(text, dict) else ())]:

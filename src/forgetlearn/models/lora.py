@@ -1,7 +1,7 @@
-"""LoRA adapters on a model in memory: attach, scale, fold in, compose into one, save and load.
+"""Attach, scale, fold in, compose, save and load LoRA adapters on a model in memory.
 
 A LoRA adapter changes a weight by `scaling * B A`, with scaling = lora_alpha / r (lora_alpha / sqrt(r)
-under rsLoRA). Folding `-coef` into B turns an adapter trained on the old facts into the forgetting of them.
+under rsLoRA). Folding `-coef` into B makes an adapter trained on the old facts forget them.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ FORGET, LEARN, PRODUCT = "forget", "learn", "default"
 
 
 def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> PeftModel:
-    """Return `model` with a new adapter that trains; adapters that it already has stay active, frozen.
+    """Return `model` with a new trainable adapter; adapters that it already has stay active but frozen.
 
-    The adapter starts as no change at all (B = 0). The same seed gives the same A.
+    The new adapter starts with B = 0, so it changes nothing yet. The same seed gives the same A.
 
     Raises:
         ConfigError: target_modules match nothing, or something that cannot be subtracted exactly.
@@ -57,9 +57,9 @@ def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> Pe
 
 
 def check_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """Return the names of the weights that `attach` would change, or raise its errors: tries it on an outline."""
-    with torch.random.fork_rng(devices=[]):  # peft draws the first A
-        # The rank is small because it decides nothing.
+    """Try `attach` on an outline; return the names of the weights that it would change, or raise its errors."""
+    with torch.random.fork_rng(devices=[]):  # peft draws A at random
+        # The rank is small, since it makes no difference here.
         adapted = _new_adapter(outline(model), settings.model_copy(update={"r": 1}), LEARN)
         if settings.target_modules != ALL_LINEAR and (lost := not_loaded(adapted, LEARN)):
             raise NotAdaptable(
@@ -88,7 +88,7 @@ def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftMod
 
 
 def activate(model: PeftModel, names: Sequence[str], trained: str | None = None) -> None:
-    """Make these adapters act together; only `trained` learns, and only it has dropout."""
+    """Activate these adapters together. Only `trained` gets gradients and dropout."""
     sharding.to_parts(model)
     model.base_model.set_adapter(list(names))
     for layer_name, parameter in model.named_parameters():
@@ -101,9 +101,9 @@ def activate(model: PeftModel, names: Sequence[str], trained: str | None = None)
 
 @torch.no_grad()
 def scale(model: PeftModel, name: str, factor: float, factors: Mapping[str, float] | None = None) -> None:
-    """Multiply what an adapter adds by `factor`, in its float32 weights: -coef makes it forget.
+    """Multiply an adapter's change by `factor`, in its float32 weights; with -coef, the adapter forgets.
 
-    `factors`, by the names of the base's weights, multiply as well; a weight without a factor gets 0.
+    `factors` maps names of the base's weights to further factors; a weight without one gets 0.
     """
     for path, layer in adapted_layers(model):
         if name in layer.lora_B:
@@ -113,7 +113,7 @@ def scale(model: PeftModel, name: str, factor: float, factors: Mapping[str, floa
 
 @torch.no_grad()
 def fold_in(model: PeftModel, name: str) -> None:
-    """Add what an adapter changes to the weights under it, in place, one at a time; the adapter stays."""
+    """Add an adapter's change to the weights under it, in place, one at a time; the adapter remains."""
     sharding.to_parts(model)
     for _path, layer in adapted_layers(model):
         if name in layer.lora_B:
@@ -123,10 +123,10 @@ def fold_in(model: PeftModel, name: str) -> None:
 
 @torch.no_grad()
 def compose(model: PeftModel, names: Sequence[str]) -> None:
-    """Replace adapters by one, the product, whose change is the sum of theirs; it alone is active afterwards.
+    """Replace adapters with one, the product, whose change is the sum of theirs. Only the product is then active.
 
-    The A factors are stacked, the B factors set side by side with the scalings folded in, so the rank is
-    the sum of the ranks, the new scaling is 1, and nothing is approximated.
+    The A factors are stacked, and the B factors are set side by side with their scalings folded in. So the rank is the
+    sum of the ranks, the new scaling is 1, and nothing is approximated.
     """
     ranks = {name: int(model.peft_config[name].r) for name in names}
     targets = sorted({path for path, layer in adapted_layers(model) for name in names if name in layer.lora_A})
@@ -141,7 +141,7 @@ def compose(model: PeftModel, names: Sequence[str]) -> None:
     activate(model, [PRODUCT])
     for name in names:
         model.delete_adapter(name)
-    # Servers such as vLLM match on the last part of a module's name; the full path stays if a short one matches more.
+    # Servers such as vLLM match on the last part of a module's name; keep full paths if short ones match more.
     short = {path.rsplit(".", 1)[-1] for path in named}
     if {path for path, _module in base_of(model).named_modules() if path.rsplit(".", 1)[-1] in short} == set(named):
         model.peft_config[PRODUCT].target_modules = short
@@ -161,7 +161,7 @@ def _stack(layer: LoraLayer, ranks: dict[str, int]) -> None:
 
 
 def weights_of(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """Copy an adapter's factors to the CPU, by their names in the model."""
+    """Return copies of an adapter's factors on the CPU, by their names in the model."""
     return {
         path: weight.detach().cpu().clone()
         for path, weight in model.named_parameters()
@@ -171,7 +171,7 @@ def weights_of(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_weights(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
-    """Restore what `weights_of` returned."""
+    """Restore the factors that `weights_of` returned."""
     parameters = dict(model.named_parameters())
     for path, weight in weights.items():
         parameters[path].copy_(weight)
@@ -192,8 +192,8 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
     """Return `model` with a saved adapter, for inference.
 
     Raises:
-        ModelError: the folder holds no safetensors adapter, see `open_adapter`, or does not fit the model: peft
-            fails, a tensor that the config promises on this model is missing, or one is left over.
+        ModelError: the folder holds no valid safetensors adapter (see `open_adapter`), or the adapter does not fit the
+            model: peft fails, the file lacks a tensor that the config requires, or it has one that fits nothing.
     """
     files = open_adapter(folder)
     files.tensors.close()
@@ -208,7 +208,7 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
                 if getattr(config, field, {}) is None:  # null counts as absent
                     setattr(config, field, {})
             by_weight = _taken_by_weight(model, config)
-            # As PeftModel.from_pretrained, which does not return which tensors did not fit.
+            # As in PeftModel.from_pretrained, which does not report the tensors that did not fit.
             renamed = getattr(model, "_checkpoint_conversion_mapping", {})
             adapted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config, name)
             if by_weight:
@@ -216,12 +216,12 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
             found = adapted.load_adapter(str(folder), name, is_trainable=False, key_mapping=renamed)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever peft raises, for any config that somebody wrote
+    except Exception as error:  # peft may raise anything for a config that anybody may have written
         reason = plain((str(error).splitlines() or [""])[0][:200])
         if not reason or isinstance(error, LookupError):
             reason = f"{type(error).__name__} {reason}"
         raise ModelError(f"{folder}: the adapter does not fit this base model: {reason}") from error
-    if not adapted.peft_config[name].is_prompt_learning:  # a prompt is no part of the model, and checked by its shape
+    if not adapted.peft_config[name].is_prompt_learning:  # a prompt is not part of the model; its shape is checked
         _check_complete(adapted, files, name, found.missing_keys, found.unexpected_keys)
     if device is not None:
         adapted.to(device)
@@ -230,7 +230,10 @@ def load(model: nn.Module, folder: Path, name: str, *, device: torch.device | No
 
 
 def _taken_by_weight(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Return the linear layers that a config names by their weights; removes those names, to adapt them as modules."""
+    """Return the linear layers that a config names by their weights, to be adapted as modules.
+
+    Those names are removed from the config.
+    """
     paths, modules = paths_by_weight(config), dict(model.named_modules())
     if not all(f"{path}{WEIGHT}" in config.target_parameters and path in modules for path in paths):
         return []
@@ -244,7 +247,7 @@ def _taken_by_weight(model: nn.Module, config: PeftConfig) -> list[str]:
 def _check_complete(
     model: PeftModel, files: AdapterFiles, name: str, missing_keys: Sequence[str], unexpected: Sequence[str]
 ) -> None:
-    """Raise ModelError if tensors that the config promises are not in the file, or tensors of the file fit nothing."""
+    """Raise ModelError if the file lacks tensors that the config requires, or has tensors that fit nothing."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(weight) for path, weight in weights.items() if path not in missing_keys}
     missing = [path for path in missing_keys if id(weights.get(path)) not in loaded]  # some have two names
@@ -273,13 +276,13 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
         return
     config = model.peft_config[name]
     config.base_model_name_or_path = base_model
-    if isinstance(config.target_modules, set):  # peft would write it in the order of the process's hash seed
+    if isinstance(config.target_modules, set):  # peft would write it in an order that varies by process
         config.target_modules = sorted(config.target_modules)
-    # Its own weights, since peft would otherwise gather all of a model that is split over processes.
+    # Pass the adapter's weights; otherwise peft would gather the whole of a model that is split over processes.
     own = weights_of(model, name)
     model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False, state_dict=own)
     nested = folder / name
-    if nested.is_dir():  # peft puts every adapter but "default" one folder down
+    if nested.is_dir():  # peft puts every adapter but "default" in a subfolder
         for file in nested.iterdir():
             file.rename(folder / file.name)
         nested.rmdir()

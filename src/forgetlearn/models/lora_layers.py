@@ -1,8 +1,8 @@
 """Decide which layers of a model get a LoRA adapter, and put it on them with peft.
 
-Only layers that peft computes alike, merged and unmerged, and can load again are adapted. peft refuses some layers, and
-takes some names for projections of fused experts (which are no modules) wherever they occur. The classes alone do not
-tell which, so an adapter is tried on an outline of the model. Layers with such names are named by their weights.
+A layer is adapted only if peft computes it alike merged and unmerged, and can load its adapter again. peft refuses some
+layers, and mistakes layers with certain names for projections of fused experts (which are not modules). Classes alone
+do not show which, so an adapter is tried on an outline of the model. Layers that it mistakes are listed by weight.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from forgetlearn.weights.adapter_files import ALL_LINEAR, WEIGHT, AdapterConfig
 from forgetlearn.weights.structure import outline
 
 TRIED = "tried"  # the adapter's name on an outline
-# What can be adapted, by name and by weight: several stages of a run ask about the same model.
+# The layers that can be adapted, by name and by weight, cached since several stages of a run ask about one model.
 _tried: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _READ_WHOLE = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|size|data)\b| *=[^=])")
 
 
 class NotAdaptable(ConfigError):
-    """`target_modules` name something that cannot be adapted."""
+    """Raised if `target_modules` names something that cannot be adapted."""
 
 
 def targets_for(model: nn.Module, chosen: str | list[str]) -> tuple[str | list[str], list[str]]:
-    """Return what peft needs to adapt the chosen modules: its target modules, and paths to name by their weights."""
+    """Return the chosen modules in two parts for peft: target modules, and paths to list by their weights."""
     if isinstance(chosen, str) and chosen != ALL_LINEAR:
         pattern = Pattern("lora.target_modules", chosen, chosen)
         if reason := problem([pattern], [path for path, _module in model.named_modules()]):
@@ -65,13 +65,13 @@ def targets_for(model: nn.Module, chosen: str | list[str]) -> tuple[str | list[s
 
 
 def what_works(model: nn.Module) -> str:
-    """Return a sentence for an error: the names that `target_modules` may list."""
+    """Return a sentence for an error message with the names that `target_modules` may list."""
     names = sorted({path.rsplit(".", 1)[-1] for paths in _adaptable(model) for path in paths})
     return f"It can be target_modules=[{','.join(names)}], or {ALL_LINEAR} for all of them." if names else ""
 
 
 def check_layers(model: PeftModel, name: str) -> None:
-    """Refuse what peft computes differently merged and unmerged: subtracting it would be silently wrong."""
+    """Raise ConfigError if peft computes a layer differently merged and unmerged: subtracting it would be wrong."""
     base = base_of(model)
     owners: dict[int, list[str]] = {}
     for path, parameter in base.named_parameters(remove_duplicate=False):
@@ -92,19 +92,19 @@ def check_layers(model: PeftModel, name: str) -> None:
 
 
 def not_loaded(outlined: PeftModel, name: str) -> list[str]:
-    """Return the factors that peft saves but cannot load again, since it renames some when loading."""
+    """Return the names of factors that peft saves but cannot load again, because it renames them when loading."""
     saved = get_peft_model_state_dict(outlined, adapter_name=name, save_embedding_layers=False)
     return list(set_peft_model_state_dict(outlined, saved, adapter_name=name).unexpected_keys)
 
 
 def have_plain_weights(base: nn.Module, paths: Sequence[str]) -> bool:
-    """Return True if peft adapts the weights of these modules, named as parameters, as it adapts the modules."""
+    """Return True if peft adapts these modules in the same way, whether listed as modules or by their weights."""
     layers = [own_layer(base.get_submodule(path)) for path in paths]
     return all(isinstance(layer, nn.Linear) and layer.weight.dtype in _PLAIN for layer in layers)
 
 
 def _adaptable(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the paths of the linear layers that can be adapted, except the output head: by name, and by weight."""
+    """Return the paths of the adaptable linear layers except the output head, as (by name, by weight)."""
     base = base_of(model)
     head = getattr(base, "get_output_embeddings", lambda: None)()
     wanted = [
@@ -121,7 +121,10 @@ def _adaptable(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> tuple[list[str], list[str]]:
-    """Return those of these paths that peft adapts, tried together if they differ only in a number."""
+    """Return the paths that peft adapts, as (by name, by weight).
+
+    Paths that differ only in a number are tried together.
+    """
     alike: dict[str, list[str]] = {}
     for path in wanted:
         alike.setdefault(re.sub(r"\b\d+\b", "*", path), []).append(path)
@@ -167,14 +170,14 @@ def _why_not(base: nn.Module, path: str, module: nn.Module) -> str | None:
 
 @functools.cache
 def _weights_read(mro: tuple[type, ...]) -> frozenset[str]:
-    """Return the modules whose weights the code of a class and its bases reads directly, instead of calling them.
+    """Return the names of modules whose weights a class or its bases read directly, instead of calling the modules.
 
-    Kernels of state-space models take weights, and so does torch's own attention. Only the code tells: which path runs
-    depends on the device.
+    Kernels of state-space models do so, and so does torch's own attention. Only the source code shows it, since the
+    device decides which path runs.
     """
     found: set[str] = set()
     for one in mro[: mro.index(nn.Module)]:
-        with contextlib.suppress(OSError, TypeError):  # made at run time
+        with contextlib.suppress(OSError, TypeError):  # the class was made at run time
             found |= set(_READ_WHOLE.findall(inspect.getsource(one)))
     return frozenset(found)
 
@@ -187,7 +190,7 @@ def _gives_the_product(linear: nn.Linear | Conv1D) -> bool:
     n_in, n_out = weight.shape if isinstance(linear, Conv1D) else reversed(weight.shape)
     try:
         given = outline(linear)(torch.empty(1, n_in, device="meta"))
-    except Exception:  # whatever code of a model's own raises
+    except Exception:  # a model's own code may raise anything
         return False
     return isinstance(given, Tensor) and given.shape == (1, n_out)
 
@@ -195,9 +198,9 @@ def _gives_the_product(linear: nn.Linear | Conv1D) -> bool:
 def add_adapter(
     model: nn.Module, config: LoraConfig, name: str, targets: object, by_weight: Sequence[str] = ()
 ) -> PeftModel:
-    """Return the model with an adapter of this config; an error names its target modules `targets`.
+    """Return the model with an adapter of this config; errors name its target modules as `targets`.
 
-    The linear layers `by_weight` are adapted too, like any others, and named by their weights in the config.
+    The linear layers `by_weight` are adapted like any others, but the config lists them by their weights.
     """
     if by_weight and not config.target_modules:
         config.target_modules = DUMMY_TARGET_MODULES
@@ -214,19 +217,19 @@ def add_adapter(
         raise ConfigError(f"lora.target_modules = {targets!r} is not a valid regular expression: {error}.") from error
     except ValueError as error:
         raise NotAdaptable(f"lora.target_modules = {targets!r}: {str(error).splitlines()[0]}") from error
-    # peft writes the kind of the last module that it looked at, and nothing if the model has another adapter already.
+    # peft sets fan_in_fan_out by the last module that it visits, and not at all if the model has another adapter.
     bases = [layer.get_base_layer() for _path, layer in adapted_layers(adapted) if name in layer.lora_A]
     config.fan_in_fan_out = bool(bases) and all(isinstance(base, Conv1D) for base in bases)
     return adapted
 
 
 def adapt_by_weight(model: PeftModel, config: PeftConfig, name: str, paths: Sequence[str]) -> None:
-    """Put an adapter on more linear layers, and write the names of their weights into its config.
+    """Extend an adapter to more linear layers, and list them by their weights in its config.
 
-    From a list of tensors peft takes the paths as they are. When the config is loaded, peft computes the same numbers
-    in another class of layer, which makes the dense change at each step and allows no dropout.
+    If peft is given a list of tensors, it uses their paths unchanged. When it loads the config, it computes the same
+    numbers in another class of layer, which builds the dense change at each step and allows no dropout.
     """
-    if config.target_modules == DUMMY_TARGET_MODULES:  # with it peft adapts nothing
+    if config.target_modules == DUMMY_TARGET_MODULES:  # with this value peft adapts nothing
         config.target_modules = set()
     tensors = {f"{path}.lora_A.weight": torch.empty(0) for path in paths}
     model.base_model.inject_adapter(model.base_model.model, name, state_dict=tensors)
@@ -241,10 +244,10 @@ def paths_by_weight(config: PeftConfig) -> list[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings of peft that are not for the user.
+    """Within the `with` block, silence peft's warnings that are not for the user.
 
-    It uses a deprecated name of transformers, warns of tied heads, which are refused where they matter, and of a list
-    of tensors that is not what the config says.
+    They are about a deprecated name of transformers, about tied heads (refused where they matter), and about a list of
+    tensors that differs from the config.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(is_gradient_checkpointing|tie_word_embeddings|fan_in_fan_out).*")
@@ -253,7 +256,7 @@ def quiet() -> Iterator[None]:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """Return the model itself, without adapters' wrapper around it."""
+    """Return the model itself, without peft's wrapper."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 

@@ -1,6 +1,6 @@
-"""Name parts of a model: which weights `layers.0-3`, `mlp` or a pattern stand for, and with which factor.
+"""Resolve names of a model's parts, such as `layers.0-3`, `mlp` or a pattern, to weights and their factors.
 
-`modules` lists the parts of a model in memory; from a checkpoint's names alone, layers and patterns are known.
+`modules` finds the parts of a model in memory. A checkpoint's names alone show only its layers and what patterns match.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ _LAYERS = re.compile(r"layers\.(\d+)(?:-(\d+))?")
 def factors_among(known: Mapping[str, list[str]], modules: Modules, setting: str) -> dict[str, float]:
     """Return the factor of every weight that `modules` names.
 
-    `modules` is one name, several, or names with a factor each (on top of the coefficient). A name is one of `known`,
-    whose `all` are all weights, or `layers.4-7` (the last included), or a pattern with `*` and `?` over the weights'
-    names; `attention@layers.0-3` is what two names share.
+    `modules` is one name, several names, or a mapping from names to factors, which multiply the coefficient. A name is
+    a key of `known` (`all` means all weights), a layer or range of layers such as `layers.4-7` (the last included), or
+    a pattern with `*` and `?` over the names of weights. `attention@layers.0-3` means the weights that both names
+    match.
 
     Raises:
         ConfigError: a name matches nothing, is listed twice, or two of them match the same weight.
@@ -41,9 +42,10 @@ def factors_among(known: Mapping[str, list[str]], modules: Modules, setting: str
 
 
 def stored_groups(sizes: Mapping[str, int]) -> dict[str, list[str]]:
-    """Return the parts that names of stored weights reveal: all of them, and the layers.
+    """Return the parts that can be found from the names of stored weights: all weights, and the layers.
 
-    Layers are the numbered entries of the stack that holds the most numbers (`sizes`: how many each weight has).
+    Layers are the numbered entries of the list that holds the most elements; `sizes` has each weight's number of
+    elements.
     """
     stacks: dict[str, dict[int, list[str]]] = {}
     for name in sizes:
@@ -54,7 +56,7 @@ def stored_groups(sizes: Mapping[str, int]) -> dict[str, list[str]]:
 
 
 def needs_structure(modules: Modules) -> bool:
-    """Return True if a name is neither `all`, nor a layer, nor a pattern, so that the model's structure decides."""
+    """Return True if a name is not `all`, a layer or a pattern, so that resolving it needs the model's structure."""
     parts = [part.strip() for name in _as_mapping(modules, "modules") for part in name.split("@")]
     return not all(part == ALL or _LAYERS.fullmatch(part) or set(part) & set("*?.") for part in parts)
 
@@ -63,7 +65,7 @@ def parse(text: str) -> dict[str, float] | tuple[str, ...]:
     """Parse the names of a flag: `mlp,head`, or with a factor each, `mlp=1.5,head=0.5`.
 
     Raises:
-        ConfigError: only some have a factor, one is no number, or a name is listed twice.
+        ConfigError: only some names have a factor, a factor is not a number, or a name is listed twice.
     """
     pairs = [part.strip().partition("=") for part in text.split(",")]
     names = tuple(name.strip() for name, _equals, _factor in pairs)
@@ -93,7 +95,7 @@ def _check_once(names: Sequence[str], setting: str) -> None:
 
 
 def _matched(name: str, known: Mapping[str, list[str]], setting: str) -> list[str]:
-    """Return the parameters that a name stands for; `a@b` are those that both a and b stand for."""
+    """Return the parameters that a name matches; `a@b` matches those that both a and b match."""
     parts = [set(_one(part.strip(), known)) for part in name.split("@")]
     both = [parameter for parameter in known[ALL] if all(parameter in part for part in parts)]
     if not both:

@@ -1,8 +1,8 @@
-"""Which weights forgetting acts on: names such as `embeddings` or `layers.0-3`, found from the model's structure.
+"""Find the weights that names such as `embeddings` or `layers.0-3` stand for, from the model's structure.
 
-Nothing here depends on a model's name. A layer is an entry of the list of modules that holds the most weights;
-attention is what has "attention" in its class's name in there, norms what has "norm", and the MLP (or whatever else a
-layer is made of) the rest.
+Nothing here depends on a model's name. The layers are the entries of the list of modules that holds the most weights.
+In a layer, modules with "attention" in their class's name are attention, modules with "norm" are norms, and the rest is
+the MLP (or whatever else the layer contains).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from forgetlearn.weights.task_vector import StateDict
 
 
 def factors(model: nn.Module, modules: Modules, setting: str = "forget.modules") -> dict[str, float]:
-    """Return the factor of every parameter that `modules` names, among the parts of `groups`; see `factors_among`."""
+    """Return the factor of every parameter that `modules` selects from `groups(model)`; see `factors_among`."""
     return factors_among(groups(model), modules, setting)
 
 
 def groups_of_folder(folder: Path) -> dict[str, list[str]]:
-    """Return `groups` for the model of a folder; reads its config and no weights."""
+    """Return `groups` for the model of a folder, reading its config but no weights."""
     try:
         return groups(skeleton(folder))
     except ModelError as error:
@@ -37,10 +37,10 @@ def groups_of_folder(folder: Path) -> dict[str, list[str]]:
 
 
 def groups(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of this model's parts, each with the parameters that belong to it; no empty ones.
+    """Map the name of each part of the model to the names of its parameters; omit empty parts.
 
-    `embeddings` are the input embeddings, `head` the output head: one and the same parameter where they are tied.
-    `vocabulary` is both. Tied parameters have their first name.
+    `embeddings` are the input embeddings and `head` is the output head; if they are tied, both are the same parameter.
+    `vocabulary` is both. A tied parameter appears under its first name.
     """
     names = {id(weight): _own_name(name) for name, weight in model.named_parameters() if ".lora_" not in name}
     found: dict[str, list[str]] = {ALL: list(names.values())}
@@ -60,7 +60,7 @@ def groups(model: nn.Module) -> dict[str, list[str]]:
 
 
 def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
-    """Describe the layers' matrices that are not among `reached`, in a sentence; None if all are reached.
+    """Return a sentence about the layers' matrices that are not among `reached`; None if all of them are.
 
     Matrices that differ only in the number of their layer (or expert) count once. Shares are of the layers' parameters.
     """
@@ -84,7 +84,10 @@ def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
 def only_rows(
     base: StateDict, forgotten: Iterable[tuple[str, Tensor]], names: Collection[str], tokens: Iterable[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield `forgotten`; of the matrices `names` only the rows of `tokens`, the others as in `base`, to the bit."""
+    """Yield `forgotten`, but in the matrices `names` let only the rows of `tokens` differ from `base`.
+
+    All other rows of those matrices keep the bits of `base`.
+    """
     chosen = sorted(set(tokens))
     for name, moved in forgotten:
         if name in names:
@@ -94,9 +97,10 @@ def only_rows(
 
 @contextmanager
 def only_rows_train(model: nn.Module, tokens: Iterable[int], rows: Rows) -> Iterator[None]:
-    """Meanwhile, give gradients only to these rows of the vocabulary's matrices (see `only_rows`); `all`: every row.
+    """Within the `with` block, give gradients only to the rows of `tokens` in the vocabulary's matrices.
 
-    A row without gradients keeps its bits if the optimiser decays no weights.
+    With `rows` = `all`, every row gets gradients. A row without gradients does not change if the optimiser decays no
+    weights.
     """
     names, chosen = groups(model).get("vocabulary", ()), sorted(set(tokens))
     with ExitStack() as stack:
@@ -121,7 +125,7 @@ def _own_name(name: str) -> str:
 
 
 def _kind(layer: nn.Module, parameter: str) -> str:
-    """Return the part of a layer that a parameter belongs to, by the classes of the modules that hold it."""
+    """Return the part of a layer to which a parameter belongs, by the classes of the modules that hold it."""
     module, classes = layer, []
     for part in parameter.split(".")[:-1]:
         module = getattr(module, part)

@@ -1,7 +1,7 @@
-"""Compute linear layers on the CPU through oneDNN where torch's own choice, MKL, is half as fast.
+"""Compute linear layers on the CPU with oneDNN where torch's default, MKL, is half as fast.
 
-MKL computes with AVX2 on processors that are not Intel's. oneDNN, which is part of torch too, uses AVX-512
-there: the same float32 products at 200 in place of 100 GFLOP/s on one core (bench/linear.py).
+On processors that are not Intel's, MKL uses AVX2. oneDNN, which torch includes too, uses AVX-512 and computes the same
+float32 products at 200 instead of 100 GFLOP/s on one core (bench/linear.py).
 Shapes: x (..., K), weight (N, K), result (..., N).
 """
 
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Multiplications in a product below which the overhead of a call to oneDNN outweighs it.
+# With fewer multiplications in a product, the overhead of calling oneDNN outweighs the gain.
 WORTHWHILE = 1 << 21
 PLAIN = (Tensor, nn.Parameter)
 
 
 @contextmanager
 def fast_linear_layers() -> Iterator[None]:
-    """Let every `nn.Linear` compute its larger float32 products through oneDNN meanwhile, where that is faster.
+    """Within the `with` block, compute larger float32 products of every `nn.Linear` with oneDNN if that is faster.
 
-    The class is changed, not the models, so a copy of a model that is made meanwhile keeps nothing of it.
-    `torch.backends.mkldnn.enabled = False` switches it off.
+    The class is changed, not the models, so a copy of a model that is made in the block is an ordinary one.
+    `torch.backends.mkldnn.enabled = False` disables this.
     """
     if not onednn_is_faster():
         yield
@@ -41,7 +41,10 @@ def fast_linear_layers() -> Iterator[None]:
 
 
 def onednn_is_faster() -> bool:
-    """Return True on certain processors; not measured, since a resumed run must compute the same bits."""
+    """Return True on processors on which oneDNN is known to be faster.
+
+    Speed is not measured, since a resumed run must compute the same bits.
+    """
     return bool(torch.backends.mkldnn.enabled) and _slow_mkl()
 
 
@@ -68,7 +71,7 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Return True for large plain float32 tensors on the CPU: no shard of a larger one, no quantised weight."""
+    """Return True if both are large plain float32 tensors on the CPU, neither shards nor quantised."""
     return (
         type(weight) in PLAIN
         and type(x) in PLAIN
@@ -88,7 +91,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # The input is kept for the gradient of the weight alone: not where that is frozen, as under LoRA.
+        # Only the weight's gradient needs the input, so it is not kept if the weight is frozen, as under LoRA.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return _multiply(x, weight, bias)
 

@@ -1,4 +1,4 @@
-"""Prompt templates: the text around a prompt, by name or from a file. Pure text."""
+"""Read prompt templates, the text around a prompt, by name or from a file, as plain text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from forgetlearn.errors import ConfigError, did_you_mean
 
 MOST_BYTES = 1 << 20  # of a file with a prompt template
 PLACE = "{prompt}"
-# Stanford Alpaca's, for a record without input; there too the answer follows without a space.
+# Stanford Alpaca's template for a record without input. As in Alpaca, the answer follows without a space.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     f"### Instruction:\n{PLACE}\n\n### Response:"
@@ -19,9 +19,9 @@ NAMED = ("auto", "plain", "chat", "alpaca")  # values of model.prompt_template t
 
 
 def read_template(name: str) -> str:
-    """Return the text of a prompt template (`plain`, `alpaca` or a file), with one {prompt}; the answer follows it.
+    """Return the text of a prompt template (`plain`, `alpaca` or a file), with one {prompt}.
 
-    One line break at the end of a file, as editors leave it, is not part of it.
+    The answer follows this text. If a file ends with a line break, as editors add it, that is dropped.
 
     Raises:
         ConfigError: the file does not exist, is not UTF-8, or does not contain {prompt} exactly once.
@@ -48,7 +48,7 @@ def read_template(name: str) -> str:
 def fingerprint(prompt_template: str, text: str | None = None) -> dict[str, str]:
     """Return the hash of a prompt template in a file as an entry of a run's inputs; empty for a named template.
 
-    `text` is the template's, if it has been read already.
+    `text` is the template's text, if it has already been read.
     """
     if prompt_template in NAMED:
         return {}
@@ -57,7 +57,10 @@ def fingerprint(prompt_template: str, text: str | None = None) -> dict[str, str]
 
 
 def split(template: str) -> tuple[str, str, str]:
-    """Return the text before the prompt, the text after it, and its final spaces, which join the answer's tokens."""
+    """Return the text before the prompt, the text after it, and the template's final spaces.
+
+    Those spaces are tokenised with the answer.
+    """
     before, _place, rest = template.partition(PLACE)
     after = rest.rstrip(" ")
     return before, after, rest[len(after) :]

@@ -25,15 +25,15 @@ class _Text:
     is_trained: bool = False
 
     def place(self, part: str) -> str:
-        """Return how a message names the prompt or the answer (`part`)."""
+        """Return a name for the prompt or the answer (`part`) in messages."""
         return f"{self.fact.place}, {self.prompt_field if part == 'prompt' else self.answer_field}"
 
 
 def check_texts(encoder: Encoder, facts: Iterable[Fact]) -> None:
-    """Raise FactError, naming the first five, if texts of the facts cannot be trained on or read.
+    """Raise FactError if texts of the facts cannot be trained on or read; the error names the first five.
 
-    A text that is only scored may be too long: scoring counts it as errored. What the tokenizer can write only as
-    <unk> is counted in a warning.
+    A text that is only scored may be too long: scoring counts it as errored. A warning counts the texts that the
+    tokenizer can encode only with <unk>.
     """
     asked = [text for fact in facts for text in _texts_of(fact)]
     found = encoder.encode_all(((text.prompt, text.answer) for text in asked), end=True)
@@ -62,7 +62,7 @@ def check_texts(encoder: Encoder, facts: Iterable[Fact]) -> None:
 
 
 def _texts_of(fact: Fact) -> Iterator[_Text]:
-    """Yield every text, paired as it is trained on or scored."""
+    """Yield every pair of prompt and answer that is trained on or scored."""
     for field, answer in (("target_new", fact.target_new), ("ground_truth", fact.ground_truth)):
         if answer:
             yield _Text(fact, "prompt", fact.prompt, field, answer, is_trained=True)

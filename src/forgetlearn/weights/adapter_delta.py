@@ -1,6 +1,6 @@
 """The change that a LoRA adapter makes to a checkpoint, computed from its factors a few rows at a time.
 
-Torch and transformers are imported only where names and shapes leave open how a module stores its matrix.
+Torch and transformers are imported only if names and shapes do not show how a module stores its matrix.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HARMLESS = {
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "lora_alpha", "lora_dropout", "peft_type", "peft_version", "qalora_group_size", "r"),
     *("rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "megatron_core"),
-    *("loftq_config", "corda_config", "lora_ga_config"),  # without effect unless init_lora_weights names them
+    *("loftq_config", "corda_config", "lora_ga_config"),  # no effect unless init_lora_weights names them
 }
 KEEPS_BASE = (True, False, None, "true", "gaussian", "eva", "orthogonal")  # initialisations that do not change the base
 WHY_NOT = {
@@ -47,15 +47,16 @@ WHY_NOT = {
 
 
 class Adapter(Change):
-    """`scaling * B A` of a LoRA adapter's factors; the dense matrix never exists as a whole.
+    """The change `scaling * B A` that a LoRA adapter makes. The dense matrix is never built as a whole.
 
-    The scaling is lora_alpha / r, under rsLoRA lora_alpha / sqrt(r), with the patterns of the config. A module that
-    stores its matrix as (in, out), as in GPT-2, gets the product transposed. The shapes tell which modules do, and for
-    a square matrix the model's structure: `fan_in_fan_out` is one value for all modules, and peft itself gets it wrong.
+    The scaling is lora_alpha / r (lora_alpha / sqrt(r) under rsLoRA), with the config's patterns applied. If a module
+    stores its matrix as (in, out), as in GPT-2, the product is transposed. The shapes show which modules do. For a
+    square matrix the model's structure shows it, because `fan_in_fan_out` is one value for all modules, and peft itself
+    gets it wrong.
 
     Raises:
-        ModelError: the folder holds no safetensors adapter, or one with more than LoRA factors on matrices; or the
-            base's config makes no model, where its structure is needed.
+        ModelError: the folder holds no safetensors adapter, the adapter has more than LoRA factors on matrices, or the
+            model's structure is needed and cannot be built from the base's config.
         WeightMismatchError: the factors do not fit the base.
     """
 
@@ -74,13 +75,13 @@ class Adapter(Change):
 
     @functools.cached_property
     def structure(self) -> Structure:
-        """The structure of the base's model, built when it is first needed, which takes seconds."""
+        """The structure of the base model. The first access builds it, which takes seconds."""
         from forgetlearn.weights.structure import Structure
 
         return Structure(self.base.folder, self.base.entries)
 
     def _stored_name(self, name: str) -> str:
-        """Return the name under which the base stores the weight that the model calls `name`: older files differ."""
+        """Return the base's name for the weight that the model calls `name`; older files use other names."""
         if name in self.base.entries or not self.base.config():
             return name
         return self.structure.stored.get(name, name)
@@ -89,7 +90,7 @@ class Adapter(Change):
         """Raise WeightMismatchError if the config names modules of the base for which the file has no factors.
 
         Modules that the model does not use are ignored: layers beyond num_hidden_layers, lists of layers (a vision
-        tower, layers for drafting) in which nothing is adapted, and experts that it fuses while it loads.
+        tower, draft layers) without an adapted module, and experts that are fused during loading.
         """
         stacks = {_stack_of(name)[0] for name in self.paths}
         layers = _number_of_layers(self.base.config())
@@ -135,18 +136,18 @@ class Adapter(Change):
         if base.entries[name].dtype not in FLOATS:
             raise WeightMismatchError(f"{self.folder}: adapts {path}, which holds integers in {base.folder}.")
         if self.config.targets_weight(path):
-            return False  # as a parameter it is taken as it is stored
+            return False  # peft adapts a named parameter in its stored orientation
         if straight != transposed:
             return shape == transposed
-        # All modules of transformers that store it as (in, out) have a bias.
+        # All transformers modules that store their matrix as (in, out) have a bias.
         return f"{name.removesuffix('weight')}bias" in base.entries and self.structure.is_transposed(path)
 
     def _factor(self, path: str, letter: str) -> Entry:
         return self.source.entries[f"base_model.model.{path}.lora_{letter}.weight"]
 
     def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
-        """Compute some rows of the product, or a part of one row."""
-        with self._lock:  # one thread reads them, and the others wait
+        """Fill `into` with some rows of the product, or part of one row."""
+        with self._lock:  # one thread reads the factors while the others wait
             left, right = self._factors_of(entry.name)
         columns = entry.shape[1]
         row, column = divmod(start, columns)
@@ -155,7 +156,7 @@ class Adapter(Change):
         np.matmul(left[row : row + rows], right[:, column : column + width], out=into.reshape(rows, width))
 
     def _load(self, name: str) -> tuple[Array, Array]:
-        """Return two factors whose product is the change of a matrix."""
+        """Return the two factors whose product is the change of a tensor."""
         path = self.paths[name]
         a, b = (self._matrix(self._factor(path, letter)) for letter in "AB")
         rank = len(a)
@@ -169,14 +170,14 @@ class Adapter(Change):
 
 
 def _plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
-    """Open an adapter and return its config too; raise ModelError unless its LoRA factors are all that it changes."""
+    """Return an adapter's files and config; raise ModelError if it holds anything but plain LoRA factors."""
     files = open_adapter(folder)
     config = files.config.model_dump()
     if not isinstance(files.config, LoraAdapterConfig) or files.config.r is None or files.config.lora_alpha is None:
         raise ModelError(f"{folder}: peft_type = {plain(files.config.peft_type)}, expected LORA with r and lora_alpha.")
     has_patterns = config["rank_pattern"] or config["alpha_pattern"]
     if not has_patterns and all(name.endswith(WEIGHT) for name in config["target_parameters"] or ()):
-        del config["target_parameters"]  # weights of modules, with the same factors as the modules themselves
+        del config["target_parameters"]  # adapting a module's weight gives the same factors as adapting the module
     used = [name for name, value in config.items() if name not in HARMLESS and value and value != "none"]
     if used:
         reason = WHY_NOT.get(used[0], "forgetlearn does not know what that adds")
@@ -214,7 +215,7 @@ def _adapted_paths(factors: CheckpointFolder) -> list[str]:
 
 
 def _stack_of(path: str) -> tuple[str, int | None]:
-    """Return a module's list of layers and the number of its layer: `model.layers.3.mlp` gives (model.layers, 3)."""
+    """Return the path of a module's layer list and its layer's number: `model.layers.3.mlp` gives (model.layers, 3)."""
     found = re.match(r"(.*?)\.(\d+)(?:\.|$)", path)
     return (found[1], int(found[2])) if found else ("", None)
 
@@ -230,7 +231,7 @@ def _number_of_layers(config: Mapping[str, object]) -> int | None:
 
 
 def _base_of_run(folder: Path) -> str | None:
-    """Return the hash of the base in the manifest of the run whose product the folder is."""
+    """Return the base's hash from the manifest of the run that wrote this folder; None if there is none."""
     manifest = folder.resolve().parent / MANIFEST
     inputs = read_object(manifest).get("inputs") if manifest.is_file() else None
     found = inputs.get("base_sha256") if isinstance(inputs, dict) else None

@@ -1,7 +1,7 @@
 """Read adapter folders as peft writes them, without torch: a typed, validated config, and the tensors.
 
-An adapter may come from a stranger. Every command that reads one goes through here, so that whatever is wrong is
-reported before peft, which trusts the config, sees it.
+An adapter may come from a stranger, and peft trusts its config. Every command therefore reads adapters through this
+module, which reports errors before peft sees the config.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ CONFIG = "adapter_config.json"
 WEIGHT = ".weight"
 ALL_LINEAR = "all-linear"
 LORA = "LORA"
-DEFAULT = 8  # peft's own, of both r and lora_alpha
+DEFAULT = 8  # peft's default for both r and lora_alpha
 MOST_LAYERS = 1000
-MOST_NUMBER = 1_000_000  # of anything in the config of an adapter that is no LoRA
+MOST_NUMBER = 1_000_000  # the largest number in the config of an adapter other than LoRA
 
 Rank = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -57,7 +57,7 @@ class AdapterConfig(BaseModel):
     megatron_config: None = Field(None, description="null: peft would import the module that megatron_core names")
 
     def _layer_patterns(self) -> list[tuple[str, str]]:
-        """Return each name of a list of layers with the regular expression that peft makes of it."""
+        """Return (name, regular expression) for each entry of `layers_pattern`, as peft builds the expression."""
         names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
         return [(name, rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in names]
 
@@ -88,7 +88,7 @@ class AdapterConfig(BaseModel):
 
 
 class LoraAdapterConfig(AdapterConfig):
-    """adapter_config.json of a LoRA adapter."""
+    """The fields of a LoRA adapter's adapter_config.json."""
 
     r: Rank | None = Field(None, description="a whole number of at least 1")
     lora_alpha: Alpha | None = Field(None, description="a finite number")
@@ -111,11 +111,11 @@ class LoraAdapterConfig(AdapterConfig):
     )
 
     def targets(self, path: str) -> bool:
-        """Return True if the module at this path gets an adapter, named itself or by its weight."""
+        """Return True if peft would adapt the module at this path, listed as a module or by its weight."""
         return self.targets_weight(path) or super().targets(path)
 
     def targets_weight(self, path: str) -> bool:
-        """Return True if the module's weight is named as a parameter to adapt, by peft's rules."""
+        """Return True if `target_parameters` names the weight of the module at this path, by peft's rules."""
         return _matches(self.target_parameters, f"{path}{WEIGHT}")
 
     def rank(self, path: str) -> int:
@@ -144,13 +144,13 @@ def _first_match(path: str, by_pattern: Mapping[str, float] | None, default: flo
 
 
 def _suffix(text: str) -> str:
-    """Return the regular expression that peft makes of a name in rank_pattern or alpha_pattern."""
+    """Return the regular expression that peft builds from a name in rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({text})$"
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter folder: its config, and the tensors of its one file."""
+    """An adapter folder: its config, and the tensors of its only file."""
 
     folder: Path
     config: AdapterConfig
@@ -162,9 +162,9 @@ class AdapterFiles:
             raise ModelError(f"{self.folder / CONFIG}: {reason}.")
 
     def check_types(self, kind: type) -> None:
-        """Raise ModelError if a field is of another type than in `kind`, peft's own class for such a config.
+        """Raise ModelError if a field does not have the type that `kind`, peft's class for this config, declares.
 
-        peft itself would take 0.5 for true. Null counts as absent, and `alpha` may be a fraction, whatever peft
+        peft itself would accept 0.5 as true. Null counts as absent, and `alpha` may be a fraction, whatever type peft
         declares.
         """
         own, hints = type(self.config).model_fields, typing.get_type_hints(kind)
@@ -178,21 +178,21 @@ class AdapterFiles:
 
 
 def _type_name(hint: object) -> str:
-    """Return a type as one writes it: `int`, `list[str] | None`."""
+    """Return a type as it is written in source code: `int`, `list[str] | None`."""
     return re.sub(r"\b(?:\w+\.)+", "", hint.__name__ if isinstance(hint, type) else str(hint))
 
 
 def _fits(value: object, hint: type[object]) -> bool:
-    """Return True if a value from a JSON file is of a type; numbers must be finite."""
+    """Return True if a value from a JSON file has the type `hint`; numbers must be finite."""
     try:
         TypeAdapter(hint).validate_json(json.dumps(value, allow_nan=False), strict=True)
-    except Exception:  # peft's classes check their values too, and raise anything
+    except Exception:  # peft's classes check their values too, and may raise anything
         return False
     return True
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Return an adapter's config, of LoRA a `LoraAdapterConfig`; raise ModelError if a field has a wrong value."""
+    """Return an adapter's config (for LoRA a `LoraAdapterConfig`); raise ModelError if a field has a wrong value."""
     file = folder / CONFIG
     fields = read_object(file)
     is_lora = fields.get("peft_type") == LORA
@@ -215,7 +215,7 @@ def open_adapter(folder: Path) -> AdapterFiles:
     """Open an adapter folder, and check its config against its tensors as far as possible without the base.
 
     Raises:
-        ModelError: there is no safetensors adapter, its config is wrong, a tensor is not finite, a factor of a LoRA
+        ModelError: the folder has no safetensors adapter, its config is wrong, a tensor is not finite, a LoRA factor
             is stored as integers, or a rank is larger than any tensor.
     """
     file = folder / ADAPTER

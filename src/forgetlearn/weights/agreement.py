@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 class NamedTensors(Protocol):
-    """Tensors that have names, shapes and, where they are tied, more than one name."""
+    """Tensors with names and shapes. A tied tensor has more than one name."""
 
     def shapes(self) -> dict[str, Shape]:
         """Return the shape of each tensor, without reading any data."""
@@ -28,7 +28,11 @@ def check_coef(coef: float) -> None:
 
 
 def partners(base: NamedTensors, other: NamedTensors) -> dict[str, str]:
-    """Map each name in `base` to that in `other`, where a tied tensor may have another; errors as in `check_same`."""
+    """Map the name of each tensor in `base` to its name in `other`; only a tied tensor's names may differ.
+
+    Raises:
+        WeightMismatchError: see `check_same`.
+    """
     ours, theirs = base.shapes(), other.shapes()
     found = named_in(theirs, base)
     seen = {name: theirs[partner] for name, partner in found.items()}
@@ -38,10 +42,10 @@ def partners(base: NamedTensors, other: NamedTensors) -> dict[str, str]:
 
 
 def named_in(names: Mapping[str, object], weights: NamedTensors) -> dict[str, str]:
-    """Map those tensors of `weights` that are among `names`, under any of their names, to the name found there."""
+    """Map the name of each tensor of `weights` to whichever of its names is in `names`; skip tensors without one."""
     found = {}
     for name in weights.shapes():
-        # The twins are looked for only if needed: that reads tensors.
+        # Finding twins reads tensors, so it is done only if needed.
         match = name if name in names else next((twin for twin in weights.twins(name) if twin in names), None)
         if match is not None:
             found[name] = match

@@ -1,7 +1,7 @@
-"""Read checkpoint folders without torch: which files hold the model, what their headers say, tensors by their bytes.
+"""Read the files, headers and tensor bytes of checkpoint folders, without torch.
 
-Every header is checked against its file and the index before any of it is used, so that a truncated, forged or
-mixed-up checkpoint raises an error and never gives a wrong model.
+Every header is checked against its file and the index before it is used, so a truncated, forged or mixed-up checkpoint
+raises an error and never gives a wrong model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HOLDS_NAN = "holds NaN (not a number). Did the training diverge, or is the file 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies: `dtype` as the header spells it, `start` in bytes from the beginning of the file."""
+    """The place of one tensor: `dtype` is spelled as in the header, `start` is the first byte's offset in the file."""
 
     name: str
     dtype: str
@@ -49,15 +49,15 @@ class Entry:
 
 
 class CheckpointFolder:
-    """The tensors of a folder of safetensors files. Only the headers are read at first; the files stay open.
+    """The tensors of a folder of safetensors files. Opening it reads only the headers; the files stay open.
 
-    The files are those that transformers reads: `model.safetensors`, else those of the index; a folder with neither
-    may hold one other file of weights. `file` reads that file alone, whatever else is in the folder. `any_dtype` also
-    admits the dtypes of quantised weights, with which nothing here can compute.
+    It reads the files that transformers would: `model.safetensors`, or else the files in the index. A folder with
+    neither may hold one other file of weights. With `file`, only that file is read. `any_dtype` also admits the dtypes
+    of quantised weights, which can be read but not computed with.
 
     Raises:
-        ModelError: there are no safetensors, several without an index, index and shards disagree, a name is in two
-            shards, or a header does not fit its file.
+        ModelError: the folder has no safetensors file, or several without an index; or index and shards disagree, a
+            name is in two shards, or a header does not fit its file.
     """
 
     def __init__(self, folder: str | Path, *, file: str | None = None, any_dtype: bool = False) -> None:
@@ -70,7 +70,7 @@ class CheckpointFolder:
             self.metadata[name], entries = read_header(self.folder / name)
             self._open_files[name] = os.open(self.folder / name, os.O_RDONLY)
             for entry in entries:
-                if (twice := self.entries.get(entry.name)) is not None:  # libraries disagree about which of them counts
+                if (twice := self.entries.get(entry.name)) is not None:  # libraries disagree about which one counts
                     raise ModelError(
                         f"{self.folder}: {entry.name} is in two shards, {twice.file} and {name}. Are the shards of "
                         "another model among them? Download the model again."
@@ -86,7 +86,7 @@ class CheckpointFolder:
 
     @classmethod
     def of_file(cls, path: Path) -> Self:
-        """Open one file, whatever else is in its folder."""
+        """Open one file, and ignore the rest of its folder."""
         return cls(path.parent, file=path.name)
 
     def _check_index(self, index: Mapping[str, str]) -> None:
@@ -105,9 +105,9 @@ class CheckpointFolder:
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def twins(self, name: str) -> tuple[str, ...]:
-        """Return the names of other matrices with the same bits, such as a tied head that was stored as well.
+        """Return the names of other matrices with the same bits, such as a tied head that is stored too.
 
-        There are none if the config says that nothing is tied.
+        Return () if the config says that the head is not tied.
         """
         entry = self.entries[name]
         if len(entry.shape) < 2 or _says_untied(self.config()):
@@ -117,11 +117,11 @@ class CheckpointFolder:
         return tuple(other.name for other in alike if self._same_bits(entry, other))
 
     def _same_bits(self, one: Entry, two: Entry) -> bool:
-        """Return True if two tensors are equal and more than a constant: two fresh matrices of zeros are not tied."""
+        """Return True if two tensors are equal and not constant: two fresh matrices of zeros do not count as tied."""
         start, varied, width = 0, False, WIDTHS[one.dtype]
         first = self.read_bytes(one, 0, min(width, one.n_bytes))
         while start < one.n_bytes:
-            length = min(BLOCK_BYTES if start else 256, one.n_bytes - start)  # most matrices differ at once
+            length = min(BLOCK_BYTES if start else 256, one.n_bytes - start)  # most matrices differ in the first bytes
             left = self.read_bytes(one, start, length)
             if left != self.read_bytes(two, start, length):
                 return False
@@ -130,18 +130,18 @@ class CheckpointFolder:
         return varied
 
     def config(self) -> dict[str, object]:
-        """Return the contents of `config.json`; empty if there is no such file."""
+        """Return the contents of `config.json`, or {} if there is no such file."""
         file = self.folder / "config.json"
         return read_object(file) if file.is_file() else {}
 
     def header_of(self, file: str) -> bytes:
-        """Return the bytes of a file before its tensors."""
+        """Return the bytes that precede the tensors in a file."""
         with (self.folder / file).open("rb") as stream:
             length = stream.read(8)
             return length + stream.read(int.from_bytes(length, "little"))
 
     def read_into(self, entry: Entry, start: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of a tensor from its byte `start` on; several threads may do so at once.
+        """Fill `into` with a tensor's bytes from byte `start` on. Several threads may call this at once.
 
         Raises:
             ModelError: the file has been truncated since its header was read.
@@ -162,13 +162,13 @@ class CheckpointFolder:
         return found
 
     def read_numbers(self, entry: Entry, start: int, raw: Array, scratch: Scratch) -> None:
-        """Fill `raw` with a tensor's elements from `start` on; raise ModelError for NaN, not for infinity (masks)."""
+        """Fill `raw` with a tensor's elements from `start` on; raise ModelError for NaN, but allow infinity (masks)."""
         self.read_into(entry, start * WIDTHS[entry.dtype], raw.data)
         if entry.dtype in FLOATS and odd_numbers(raw, entry.dtype, scratch) == "NaN":
             raise ModelError(f"{self.folder / entry.file}: {entry.name} {HOLDS_NAN}")
 
     def check_finite(self) -> None:
-        """Raise ModelError if an element of any tensor is NaN or infinite; reads all of the files."""
+        """Raise ModelError if an element of any tensor is NaN or infinite. This reads all files."""
         scratch = Scratch()
         for entry in filter(lambda entry: entry.dtype in FLOATS, self.entries.values()):
             for start in range(0, entry.n_bytes, BLOCK_BYTES):
@@ -222,11 +222,11 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[Entry]]:
-    """Return metadata and entries of a safetensors file, the entries in the order of their bytes.
+    """Return a safetensors file's metadata, and its entries in the order of their bytes.
 
     Raises:
-        ModelError: the file is truncated or no safetensors file, or its header does not fit it: safetensors checks
-            names, dtypes, shapes, offsets and size.
+        ModelError: the file is truncated or not a safetensors file, or its header does not fit it (safetensors checks
+            names, dtypes, shapes, offsets and size).
     """
     try:
         with safe_open(path, "numpy"), path.open("rb") as file:
@@ -266,11 +266,11 @@ def header_bytes(entries: list[Entry], metadata: Mapping[str, str], dtypes: Mapp
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model or an adapter; every such file is read here.
+    """Return the object in a JSON file of a model or an adapter.
 
     Raises:
-        ModelError: it is no JSON object, is larger than 50 MB, or nests deeper than 100 levels: libraries that process
-            it afterwards would take minutes, or end in a RecursionError.
+        ModelError: the file is not a JSON object, is larger than 50 MB, or nests deeper than 100 levels. Libraries that
+            process it afterwards would take minutes, or raise a RecursionError.
     """
     if not path.is_file():
         raise ModelError(f"{path}: {'is not a file' if os.path.lexists(path) else 'does not exist'}.")
@@ -290,7 +290,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _says_untied(config: Mapping[str, object]) -> bool:
-    """Return True if a config says that embedding and head are two tensors."""
+    """Return True if a config says that embedding and head are not tied."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     return config.get("tie_word_embeddings", inner) is False

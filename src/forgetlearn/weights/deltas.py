@@ -1,8 +1,8 @@
-"""The changes that can be subtracted from a checkpoint, read piece by piece: another checkpoint, or a saved vector.
+"""Read changes to subtract from a checkpoint, piece by piece: another checkpoint's difference, or a saved vector.
 
-`adapter_delta` has the third: a LoRA adapter. Each change lists the tensors of the base that it moves and gives, for a
-range of one tensor's elements, the change in the width in which it is summed. All names and shapes are compared when a
-change is opened, before anything is written.
+`adapter_delta` has the third kind of change, a LoRA adapter. Each change lists the tensors of the base that it moves,
+and computes the change of a range of one tensor's elements in float32 or float64, as they are summed. All names and
+shapes are compared when a change is opened, before anything is written.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ VECTOR = "vector.safetensors"
 
 
 class Change:
-    """What is subtracted, times a coefficient.
+    """A change to a checkpoint, to be multiplied by a coefficient and subtracted.
 
-    source   the tensors that it is read from
+    source   the tensors from which the change is read
     moved    maps each tensor of the base that is moved to its name in `source`
-    made_on  SHA-256 of the only base that it may be subtracted from, as `digests.sha256_of`; None for any
+    made_on  hash (`digests.sha256_of`) of the only base that the change may be subtracted from; None for any base
     """
 
     made_on: str | None = None
@@ -33,7 +33,7 @@ class Change:
         self.source, self.moved = source, moved
 
     def fill(self, entry: Entry, start: int, base: Array, into: Array, scratch: Scratch) -> None:
-        """Write the change of a tensor's elements from `start` on to `into`; `base` holds the base's elements there."""
+        """Fill `into` with the change of a tensor's elements from `start` on; `base` holds the base's own elements."""
         read_wide(self.source, self.source.entries[self.moved[entry.name]], start, into, scratch)
 
     def close(self) -> None:
@@ -42,10 +42,10 @@ class Change:
 
 
 class Difference(Change):
-    """`tuned - base`, for another checkpoint of the same architecture, whatever its shards, order and dtypes.
+    """The change `tuned - base`. Both have the same architecture; shards, order and dtypes may differ.
 
     Raises:
-        WeightMismatchError: names, shapes or kinds of numbers differ.
+        WeightMismatchError: names or shapes differ, or a tensor is floating-point on one side only.
     """
 
     def __init__(self, base: CheckpointFolder, tuned: str | Path) -> None:
@@ -69,10 +69,10 @@ class Difference(Change):
 
 
 class SavedVector(Change):
-    """A saved task vector: float32 tensors under the names of its base, for that base or any model of the same shape.
+    """A saved task vector: float32 tensors under its base's names, for that base or any model with the same shapes.
 
     Raises:
-        WeightMismatchError: it names a tensor that the base does not have, or in another shape.
+        WeightMismatchError: the vector names a tensor that the base lacks or has in another shape.
     """
 
     def __init__(self, base: CheckpointFolder, vector: str | Path) -> None:
@@ -86,7 +86,7 @@ class SavedVector(Change):
 
 
 def read_wide(folder: CheckpointFolder, entry: Entry, start: int, into: Array, scratch: Scratch) -> None:
-    """Fill `into` with elements of a tensor, converted to its width; raise ModelError if one is NaN."""
+    """Fill `into` with a tensor's elements from `start` on, converted to its dtype; raise ModelError for NaN."""
     if entry.dtype == "F32" and into.dtype == np.float32:
         folder.read_numbers(entry, start, into.view(np.uint8), scratch)
         return
@@ -105,7 +105,7 @@ def check_change(name: str, base: Array, change: Array) -> None:
 
 
 def open_vector(vector: str | Path) -> CheckpointFolder:
-    """Open a saved vector's folder or file; its metadata record where it came from."""
+    """Open a saved vector, given its folder or file; its metadata record its origin."""
     folder = Path(vector)
     file = folder if folder.suffix == ".safetensors" else folder / VECTOR
     if not file.is_file():

@@ -1,6 +1,6 @@
-"""Checkpoints made from checkpoints: subtract a change, save a vector, apply it. Folders, checks and companion files.
+"""Make checkpoint folders from others: subtract a change, save or apply a vector, merge an adapter.
 
-Nothing is written before all names and shapes agree and the disk has room, and the output gets its name last.
+Nothing is written until all names and shapes agree and the disk has room. The output gets its name last.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from forgetlearn.weights.streaming import SPELLED, Numbers, VectorWork, Work, fi
 REMEDIES = (
     "--dtype float32, or a kept adapter instead of merged weights, or --rounding stochastic (with a little noise)"
 )
-# Files that training and other programs left in the base's folder; its card stays there too, for it is about the base.
+# Files of training and other programs, which are not copied with the base. Nor is its card, which describes the base.
 LEFT_BEHIND = (
     *("trainer_state.json", "adapter_config.json", "all_results.json", "train_results.json"),
     *("lab.json", MANIFEST, ARITHMETIC),
@@ -44,9 +44,10 @@ CHANGES: dict[str, Callable[[CheckpointFolder, str | Path], Change]] = {
 
 @dataclass
 class Written:
-    """A summary of what was written: `moved` counts the tensors with a nonzero change (in a vector: all it holds).
+    """A summary of what was written.
 
-    `survival` is what the one rounding left of the intended change, counted on a sample.
+    `moved` counts the tensors with a nonzero change (for a vector, all of its tensors). `survival` measures on a sample
+    how much of the intended change survived rounding.
     """
 
     output: Path
@@ -63,7 +64,7 @@ class Written:
         return f"{self.output}: {self.parameters:,} numbers, {moved}"
 
     def warning(self) -> str | None:
-        """Return what to do if rounding takes more than a tenth of the change; None if it does not."""
+        """Return a warning with remedies if rounding lost more than a tenth of the change, else None."""
         return warning(self.survival.as_dict(), REMEDIES)
 
 
@@ -82,17 +83,18 @@ def subtract_folders(  # noqa: PLR0913 (three of them are one choice)
 ) -> Written:
     """Write `base - coef * change` as a checkpoint folder with the shards, index, config and tokenizer of `base`.
 
-    The change is what one of `tuned`, `adapter` and `vector` holds. Sums are in float32 (float64 where base
-    is), rounded once; integers, infinite numbers and tensors that nothing moves are those of the base.
-    `coef=0` gives the base's bits. With `factors` a tensor's coefficient is `coef` times its factor (that of its other
-    name if it is tied), and a tensor without a factor stays. A run records the hash of the base that its adapter was
-    trained on, and another base is refused unless `any_base`. A negative `coef` is refused: `apply_vector` adds.
+    Exactly one of `tuned`, `adapter` and `vector` gives the change. Results are computed in float32 (float64 for
+    float64 tensors of the base) and rounded once. Integers, infinite numbers and unmoved tensors are copied from the
+    base; with `coef=0`, everything is. With `factors`, a tensor's coefficient is `coef` times its factor (for a tied
+    tensor, the factor of either name), and a tensor without a factor is not changed. A run records the hash of the
+    base on which its adapter was trained, and another base is refused unless `any_base`. A negative `coef` is refused;
+    `apply_vector` adds.
 
     Raises:
-        ConfigError: coef is negative or not finite, two folders are the same, or `factors` name no tensor that
-            the change moves, or one that base does not have.
+        ConfigError: coef is negative or not finite, two folders are the same, or `factors` names a tensor that
+            the base lacks, or none that the change moves.
         ModelError: a checkpoint or adapter is damaged, quantised, or not supported; or a result is not finite.
-        WeightMismatchError: the two do not belong together.
+        WeightMismatchError: the change does not belong to the base.
         RunError: the output exists, or the disk is full. Nothing is left under the output's name.
     Source: Ni et al. 2023, arXiv:2311.08011, eq. 3.
     """
@@ -119,7 +121,7 @@ def apply_vector(
 def merge_adapter(
     adapter: str | Path, base: str | Path, output: str | Path, *, numbers: Numbers, overwrite: bool = False
 ) -> Written:
-    """Write the base with an adapter added; see `subtract_folders`. The caller checks that it is the right base."""
+    """Write the base with an adapter merged in; see `subtract_folders`. The caller checks that the base is right."""
     return _write(base, output, -1.0, {"adapter": adapter}, numbers, any_base=True, overwrite=overwrite)
 
 
@@ -163,7 +165,7 @@ def _write(
 
 
 def open_change(base: CheckpointFolder, given: Mapping[str, str | Path]) -> Change:
-    """Open the change that is given as `tuned`, `adapter` or `vector`; raise ConfigError unless it is exactly one."""
+    """Open the change given as `tuned`, `adapter` or `vector`; raise ConfigError unless exactly one is given."""
     if len(given) != 1:
         raise ConfigError(f"{len(given)} of --tuned, --adapter and --vector were given. Give exactly one of them.")
     ((kind, source),) = given.items()
@@ -173,7 +175,7 @@ def open_change(base: CheckpointFolder, given: Mapping[str, str | Path]) -> Chan
 def _coefs(
     base: CheckpointFolder, change: Change, coef: float, factors: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """Return the coefficient of each tensor that is moved."""
+    """Return the coefficient of each tensor that the change moves."""
     if factors is None:
         return dict.fromkeys(change.moved, coef)
     if odd := [f"{name} = {factor}" for name, factor in factors.items() if not math.isfinite(factor)]:
@@ -197,7 +199,7 @@ def _note(
     survival: Survival | None = None,
     factors: Mapping[str, float] | None = None,
 ) -> None:
-    """Record how the folder was made, which also marks it as one that may be replaced."""
+    """Record how the folder was made. The record also marks the folder as one that may be overwritten."""
     record: dict[str, object] = {"format": 1, "command": command_line(), "versions": versions(), "did": what}
     record |= {name: value if isinstance(value, (int, float)) else str(value) for name, value in inputs.items()}
     if numbers:
@@ -210,7 +212,7 @@ def _note(
 
 
 def _copy_companions(base: CheckpointFolder, folder: Path, numbers: Numbers) -> None:
-    """Copy config, tokenizer, generation config, chat templates and index, with the new dtype where they state it."""
+    """Copy config, tokenizer, generation config, chat templates and index; update the dtype where they state it."""
     for path in model_files(base.folder) + licences(base.folder):
         is_left = path.name in LEFT_BEHIND or path.name.endswith((".safetensors", ".index.json"))
         if path.is_file() and not is_left and not path.name.startswith("."):
@@ -233,7 +235,7 @@ def _copy_companions(base: CheckpointFolder, folder: Path, numbers: Numbers) -> 
 
 
 def _with_dtype(config: dict[str, object], dtype: str) -> dict[str, object]:
-    """Return a config with every dtype in it replaced, also in nested configs."""
+    """Return a config with every dtype in it replaced, including those in nested configs."""
     changed = {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in config.items()}
     return changed | {name: dtype for name in ("dtype", "torch_dtype") if isinstance(config.get(name), str)}
 
@@ -261,7 +263,7 @@ def check_places(output: Path, inputs: list[str | Path], overwrite: bool) -> Non
 
 
 def check_space(output: Path, n_bytes: int) -> None:
-    """Raise RunError unless the output's disk has room for so many bytes."""
+    """Raise RunError unless the output's disk has room for `n_bytes`."""
     there = next(parent for parent in output.absolute().parents if parent.exists())
     with naming(output):
         free = shutil.disk_usage(there).free
@@ -272,7 +274,7 @@ def check_space(output: Path, n_bytes: int) -> None:
 def save_vector(
     base: str | Path, tuned: str | Path, output: str | Path, *, overwrite: bool = False, threads: int | None = None
 ) -> Written:
-    """Write `tuned - base` in float32 as `vector.safetensors` with its origin as metadata; see `subtract_folders`."""
+    """Write `tuned - base` in float32 as `vector.safetensors`, its origin in the metadata; see `subtract_folders`."""
     began = time.perf_counter()
     output = Path(output)
     check_places(output, [base, tuned], overwrite)
@@ -295,7 +297,7 @@ def save_vector(
 
 
 def _origin(base: str | Path, tuned: str | Path) -> dict[str, str]:
-    """Return the base's hash and, if a run made `tuned`, its method, coefficient and hash of the facts, as texts."""
+    """Return the base's hash and, if a run made `tuned`, that run's method, coefficient and hash of the facts."""
     found = {"base_sha256": sha256_of(Path(base))}
     manifest = Path(tuned).resolve().parent / MANIFEST
     if not manifest.is_file():

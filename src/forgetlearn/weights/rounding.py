@@ -1,7 +1,7 @@
-"""Convert stored numbers to float32 and back in numpy, rounding once, and measure what rounding leaves of a change.
+"""Convert stored numbers to float32 and back in numpy, rounding once, and measure how much of a change survives.
 
-bfloat16 is the upper half of a float32; numpy does not know it, so its bits are shifted here. The results are those of
-torch, bit for bit (nearest, ties to even), without the second and the 200 MB that importing torch takes.
+numpy has no bfloat16, which is the upper half of a float32, so its bits are shifted here. The results equal torch's bit
+for bit (to nearest, ties to even), but torch, whose import takes a second and 200 MB, is not needed.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-SURVIVES = 0.9  # the user is warned below it
-# Read as unsigned integers without their sign bit, infinity is the largest number, and only NaN is above it.
+SURVIVES = 0.9  # the user is warned if a smaller share survives
+# Read as unsigned integers without the sign bit, finite numbers are less than infinity, and only NaN is greater.
 UNSIGNED: dict[str, type[np.generic]] = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
 NEAR_HALF, UPPER, ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
 
 
 class Scratch:
-    """Buffers of one thread that are used again for every piece: fresh memory costs more than the arithmetic."""
+    """Buffers that one thread reuses for every piece, since allocating memory costs more than the arithmetic."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Array] = {}
 
     def array(self, name: str, n: int, dtype: type[np.generic]) -> Array:
-        """Return `n` uninitialised numbers; the next call with this name gives the same memory."""
+        """Return `n` uninitialised numbers; the next call with this name returns the same memory."""
         n_bytes = n * np.dtype(dtype).itemsize
         if name not in self._buffers or len(self._buffers[name]) < n_bytes:
             self._buffers[name] = np.empty(n_bytes, np.uint8)
@@ -42,7 +42,7 @@ def wide(dtype: str) -> type[np.float32 | np.float64]:
 
 
 def widen(raw: Array, dtype: str, into: Array) -> None:
-    """Convert stored bytes to numbers; `into` is float32 or float64."""
+    """Convert stored bytes to numbers in `into`, which is float32 or float64."""
     stored = raw.view(STORED[dtype])
     if dtype != "BF16":
         np.copyto(into, stored, casting="unsafe")
@@ -57,7 +57,7 @@ def widen(raw: Array, dtype: str, into: Array) -> None:
 def odd_numbers(raw: Array, dtype: str, scratch: Scratch) -> Literal["", "infinite", "NaN"]:
     """Return "NaN" if the stored bytes contain NaN, else "infinite" if they contain infinity, else "".
 
-    Takes 0.2 s per GB on one core, and `scratch` memory of the size of `raw`.
+    Takes 0.2 s per GB on one core, and as much memory in `scratch` as `raw` has.
     """
     if not len(raw):
         return ""
@@ -70,10 +70,10 @@ def odd_numbers(raw: Array, dtype: str, scratch: Scratch) -> Literal["", "infini
 
 
 def narrow(numbers: Array, dtype: str, raw: Array, scratch: Scratch, random: np.random.Generator | None = None) -> None:
-    """Convert finite (or infinite) numbers to stored bytes, rounding once.
+    """Convert numbers, none of them NaN, to stored bytes, rounding once.
 
-    With `random`, bfloat16 is rounded so that the mean is preserved: the lower half of each number is the chance,
-    out of 65,536, of going one step away from zero.
+    With `random`, numbers are rounded to bfloat16 stochastically, which preserves the mean: the lower 16 bits of each
+    float32, divided by 65,536, are the chance of rounding away from zero.
     """
     stored = raw.view(STORED[dtype])
     if dtype != "BF16":
@@ -94,10 +94,10 @@ def narrow(numbers: Array, dtype: str, raw: Array, scratch: Scratch, random: np.
 
 @dataclass
 class Sums:
-    """Base of dataclasses whose fields are counts, sums and further `Sums`."""
+    """Base class of dataclasses whose fields are counts, sums or other `Sums`."""
 
     def add(self, other: Self) -> None:
-        """Add another's fields to these."""
+        """Add each field of `other` to the same field of this object."""
         for field in fields(self):
             own, more = getattr(self, field.name), getattr(other, field.name)
             if isinstance(own, Sums):
@@ -108,12 +108,12 @@ class Sums:
 
 @dataclass
 class Survival(Sums):
-    """What the one rounding leaves of the intended change, over a sample of the numbers.
+    """Counts that show how much of the intended change survives rounding, on a sample of the numbers.
 
     seen     numbers in the sample
-    wanted   those whose intended change is not 0
-    changed  those whose stored number differs afterwards
-    along    sum of intended x actual change; the actual change is that of the stored numbers
+    wanted   numbers whose intended change is not 0
+    changed  numbers that differ once stored
+    along    sum of intended x actual change, with the actual change measured on the stored numbers
     squared  sum of intended x intended change
     """
 
@@ -124,13 +124,13 @@ class Survival(Sums):
     squared: float = 0.0
 
     def count(self, before: Array, change: Array, after: Array) -> None:
-        """Count numbers before, their intended change, and numbers after; overwrites the last two arrays."""
+        """Count numbers before and after rounding, and their intended change. Overwrites `change` and `after`."""
         self.seen += before.size
         self.wanted += int(np.count_nonzero(change))
         done = np.subtract(after, before, out=after)
         self.changed += int(np.count_nonzero(done))
         largest = float(np.abs(change).max(initial=0))
-        if largest > 0:  # squares of small changes would be 0 in float32
+        if largest > 0:  # otherwise squares of small changes are 0 in float32
             change /= change.dtype.type(largest)
             done /= done.dtype.type(largest)
             self.along += float(np.dot(change, done)) * largest**2
@@ -138,12 +138,12 @@ class Survival(Sums):
 
     @property
     def share_changed(self) -> float | None:
-        """The share of the numbers that should change and do; None if none should."""
+        """Of the numbers that should change, the share that do; None if none should."""
         return self.changed / self.wanted if self.wanted else None
 
     @property
     def share_survived(self) -> float | None:
-        """The actual change, projected on the intended one, over the intended one: 1 if rounding takes nothing."""
+        """The actual change, projected on the intended change, as a share of it: 1 if rounding loses nothing."""
         return self.along / self.squared if self.squared else None
 
     def as_dict(self) -> dict[str, float | int | None]:
@@ -152,7 +152,7 @@ class Survival(Sums):
 
 
 def in_words(survival: Mapping[str, float | int | None]) -> str:
-    """Return a sentence of `Survival.as_dict()`; empty if nothing was to change."""
+    """Describe `Survival.as_dict()` in a sentence; return "" if nothing was to change."""
     changed, survived, seen = survival["share_changed"], survival["share_survived"], survival["looked_at"]
     if changed is None or survived is None:
         return ""
@@ -163,7 +163,7 @@ def in_words(survival: Mapping[str, float | int | None]) -> str:
 
 
 def warning(survival: Mapping[str, float | int | None], remedies: str) -> str | None:
-    """Return what to do if rounding takes more than a tenth of the change; None if it does not."""
+    """Return a warning with `remedies` if rounding lost more than a tenth of the change, else None."""
     kept = survival["share_survived"]
     if kept is None or kept >= SURVIVES:
         return None

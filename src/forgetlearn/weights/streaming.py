@@ -1,10 +1,10 @@
-"""Arithmetic on checkpoints a piece at a time: memory does not grow with the model.
+"""Compute with checkpoints one piece at a time, so that memory use does not grow with the model.
 
     theta' = theta - coef * change
 
-A piece of a tensor is read, summed in float32, rounded once and written to its place, by as many threads as there are
-cores (numpy and the file system work outside Python's lock). The results are those of `task_vector.subtract`, bit for
-bit. `folder_arithmetic` adds folders, checks and commands.
+Several threads each read a piece of a tensor, compute the result in float32, round it once and write it to its place
+(numpy and file access release Python's lock). The results equal those of `task_vector.subtract` bit for bit.
+`folder_arithmetic` adds folders and checks.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from forgetlearn.weights.checkpoint_folder import FLOATS, WIDTHS, CheckpointFold
 from forgetlearn.weights.deltas import Change, check_change
 from forgetlearn.weights.rounding import Array, Scratch, Survival, narrow, wide, widen
 
-PIECE = 1 << 17  # elements: what a thread works on fits its core's cache
-MOST_THREADS = 4  # more than that wait for memory
-SAMPLED_PIECES = 32  # one piece in so many is compared before and after, and the first of every tensor
+PIECE = 1 << 17  # elements, so that a thread's data fit its core's cache
+MOST_THREADS = 4  # more threads would only wait for memory
+SAMPLED_PIECES = 32  # one piece in this many, and each tensor's first, is compared before and after
 SPELLED = {"float32": "F32", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """How the result is stored.
+    """Settings for how the result is stored.
 
-    dtype     keep (that of each tensor of the base), float32 or bfloat16
-    rounding  nearest, or stochastic: up or down with the chance that preserves the mean; the same from the same seed
+    dtype     keep (each tensor's dtype in the base), float32 or bfloat16
+    rounding  nearest, or stochastic, which preserves the mean; the same seed gives the same numbers
     """
 
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
@@ -48,13 +48,13 @@ class Numbers:
     threads: int | None = None
 
     def stored(self, entry: Entry) -> str:
-        """Return the dtype in which a tensor of the base is stored."""
+        """Return the dtype in which the result stores a tensor of the base."""
         return SPELLED.get(self.dtype, entry.dtype) if entry.dtype in FLOATS else entry.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements of one tensor, `start` to `stop` in its flat order; `dtype`, file and byte say how they are written."""
+    """Elements `start` to `stop` of one flattened tensor, and the dtype, file and offset to write them with."""
 
     entry: Entry
     index: int
@@ -72,15 +72,15 @@ class Piece:
 
 
 def usual_threads() -> int:
-    """Return the number of cores that this process may use, up to a few."""
+    """Return the number of cores that this process may use, at most MOST_THREADS."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return min(MOST_THREADS, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 class Work:
-    """Subtracts piece by piece in several threads; the first error stops all. Tensors without a coefficient stay.
+    """Subtracts a change piece by piece in several threads. Tensors without a coefficient are copied.
 
-    After `run`, `moved` has the names of the tensors whose change is not zero everywhere.
+    The first error stops all threads. After `run`, `moved` has the names of the tensors with a nonzero change.
     """
 
     def __init__(self, base: CheckpointFolder, change: Change, coefs: Mapping[str, float], numbers: Numbers) -> None:
@@ -137,7 +137,7 @@ class Work:
             self.change.fill(entry, piece.start, numbers, wanted, scratch)
             np.multiply(wanted, wanted.dtype.type(coef), out=wanted)
             np.subtract(numbers, wanted, out=numbers)
-            if entry.name not in self.moved and (np.abs(wanted) > 0).any():  # inf - inf is no change
+            if entry.name not in self.moved and (np.abs(wanted) > 0).any():  # inf - inf is not a change
                 self.moved.add(entry.name)
         if not math.isfinite(np.dot(numbers, numbers)):
             _keep_infinite(numbers, raw, entry, wanted)
@@ -149,7 +149,10 @@ class Work:
         piece.write(stored)
 
     def _random(self, piece: Piece) -> np.random.Generator | None:
-        """Return random numbers for this piece alone, so that neither threads nor shards change the result."""
+        """Return a generator seeded by this piece alone, or None to round to nearest.
+
+        The result therefore depends on neither threads nor shards.
+        """
         if self.numbers.rounding == "nearest" or piece.dtype != "BF16":
             return None
         seeds = (self.numbers.seed, zlib.crc32(piece.entry.name.encode()), piece.start)
@@ -171,9 +174,9 @@ class VectorWork(Work):
 
 
 def _keep_infinite(numbers: Array, raw: Array, entry: Entry, wanted: Array | None) -> None:
-    """Restore infinite numbers of the base, as in a stored mask; raise ModelError if any other is not finite.
+    """Restore the base's infinite numbers (a stored mask); raise ModelError if any other number is not finite.
 
-    A mask is infinite in tuned as well (the difference is then NaN), and a saved vector holds 0 there.
+    Where the base has a mask, tuned is infinite too, so their difference is NaN; a saved vector holds 0.
     """
     before = np.empty_like(numbers)
     widen(raw, entry.dtype, before)
@@ -202,7 +205,10 @@ def _refuse_overflow(stored: Array, raw: Array, entry: Entry) -> None:
 def _count(
     survival: Survival, base: tuple[Array, str], wanted: Array, result: tuple[Array, str], scratch: Scratch
 ) -> None:
-    """Count what rounding did; where the dtype changes, compared with the base in the new one."""
+    """Add what rounding did to `survival`.
+
+    If the dtype changes, compare the result with the base rounded to the new dtype.
+    """
     before = scratch.array("numbers", len(wanted), wanted.dtype.type)
     after = scratch.array("after", len(wanted), wanted.dtype.type)
     widen(*base, before)
@@ -215,7 +221,7 @@ def _count(
 
 
 def pieces_of(shape: Shape) -> Iterator[tuple[int, int]]:
-    """Yield ranges of a tensor's flat order: whole rows, or parts of one row where rows are longer than a piece."""
+    """Yield (start, stop) of a flattened tensor's pieces: whole rows, or parts of a row that is longer than a piece."""
     n_entries, columns = math.prod(shape), shape[-1] if shape else 1
     if n_entries == 0:
         return
@@ -227,7 +233,7 @@ def pieces_of(shape: Shape) -> Iterator[tuple[int, int]]:
 
 
 def model_pieces(base: CheckpointFolder, folder: Path, numbers: Numbers, files: ExitStack) -> Iterator[Piece]:
-    """Yield all pieces in the order of the base's bytes; each file is created, with its header, when its turn comes."""
+    """Yield all pieces in the base's byte order; create each file, with its header, when its first piece is due."""
     for name in base.files:
         entries = [entry for entry in base.entries.values() if entry.file == name]
         dtypes = {entry.name: numbers.stored(entry) for entry in entries}
@@ -238,7 +244,7 @@ def model_pieces(base: CheckpointFolder, folder: Path, numbers: Numbers, files: 
 def file_pieces(
     entries: list[Entry], dtypes: Mapping[str, str], header: bytes, path: Path, files: ExitStack
 ) -> Iterator[Piece]:
-    """Create a file with its header, and yield the pieces that fill it; `files` closes it."""
+    """Create a file with its header, and yield the pieces that fill it; `files` closes the file."""
     file = files.enter_context(path.open("xb", buffering=0))
     file.write(header)
     offset = len(header)

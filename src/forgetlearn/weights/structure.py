@@ -1,6 +1,7 @@
-"""Models without weights: what the names and shapes of a checkpoint leave open can be looked up in their modules.
+"""Build models without weights, to look up what a checkpoint's names and shapes do not show.
 
-This needs torch and transformers, which arithmetic on folders otherwise avoids: it asks here only in doubtful cases.
+This module imports torch and transformers. Arithmetic on folders otherwise needs neither, so it uses this module only
+if names and shapes are ambiguous.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def skeleton(folder: Path) -> nn.Module:
     """Build the model of a folder's config without weights; raise ModelError if transformers cannot."""
     try:
         return weightless(AutoConfig.from_pretrained(folder))
-    except Exception as error:  # of a config that anybody may have written
+    except Exception as error:  # anybody may have written the config
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{folder}: cannot build a model from its config: {reason}") from error
 
 
 def outline(model: nn.Module) -> nn.Module:
-    """Copy a model without its weights: its modules, with parameters that have names, shapes and ties only."""
-    if sharding.is_sharded(model):  # it cannot be copied
+    """Copy a model without its weights: parameters keep their names, shapes and ties, but have no data."""
+    if sharding.is_sharded(model):  # deepcopy fails on a sharded model
         made: nn.Module = sharding.without_weights(model)
         return made
     weights = (*model.parameters(), *model.buffers())
@@ -50,16 +51,16 @@ def outline(model: nn.Module) -> nn.Module:
 
 def _on_meta(weight: Tensor) -> Tensor:
     if not weight.is_floating_point():
-        return weight  # quantised: of a class that peft asks for more than a shape, and nothing here changes it
+        return weight  # quantised: peft reads more of it than its shape, and nothing here changes it
     empty = torch.empty_like(weight, device="meta")
     return nn.Parameter(empty, weight.requires_grad) if isinstance(weight, nn.Parameter) else empty
 
 
 class Structure:
-    """The model of a folder's config beside the names of a checkpoint's tensors.
+    """The weightless model of a folder's config, with its weights' names in the checkpoint.
 
-    `stored` maps the model's names of weights to those of the checkpoint, as `from_pretrained` pairs them; tensors that
-    are computed during loading (fused or split) are left out.
+    `stored` maps the model's name of each weight to the checkpoint's, as `from_pretrained` pairs them. It omits tensors
+    that are computed during loading (fused or split).
     """
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
@@ -88,7 +89,11 @@ class Structure:
         return bool(own) and self._module(own[-1].removesuffix(WEIGHT)) is not None
 
     def is_transposed(self, path: str) -> bool:
-        """Return True if a module stores its matrix as (in, out), as in GPT-2; raise an error if there is none."""
+        """Return True if the module at `path` stores its matrix as (in, out), as in GPT-2.
+
+        Raises:
+            WeightMismatchError: the model has no module at `path`.
+        """
         if (module := self._module(path)) is None:
             raise WeightMismatchError(
                 f"{self.folder}: its config makes a model without {path}, which the adapter changes. "

@@ -1,4 +1,4 @@
-"""The arithmetic of the method: difference, scale, subtract; tensor by tensor, in float32, rounded once.
+"""Compute the method's arithmetic (difference, scaling, subtraction) tensor by tensor, in float32, rounding once.
 
 task vector   tau    = tuned - base
 forgetting    theta' = base - coef * tau
@@ -25,7 +25,7 @@ from forgetlearn.weights.agreement import NamedTensors, Shape, check_coef, check
 from forgetlearn.weights.checkpoint_folder import CheckpointFolder
 from forgetlearn.weights.rounding import Array
 
-SMALL_BYTES = 100_000_000  # smaller weights are copied in memory even if the disk is asked for
+SMALL_BYTES = 100_000_000  # smaller snapshots are kept in memory even if a folder is given
 SAMPLED = 1 << 14  # numbers of a weight that are compared before and after rounding
 StateDict = Mapping[str, Tensor]
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,15 +35,15 @@ class Weights(NamedTensors, Protocol):
     """Named tensors, read one at a time: a state dict or a checkpoint folder."""
 
     def get(self, name: str) -> Tensor:
-        """Return one tensor: the one in memory, or a copy of a stored one."""
+        """Return one tensor: the tensor in memory itself, or one read from its file."""
 
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """Map each name of a tensor that has several names to all of them, in their order."""
+        """Map each name of a tied tensor to all of its names, in order."""
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Weights in a state dict; names of the same memory are tied, as those of the head and the embedding may be."""
+    """Weights in a state dict. Names that share memory are tied, as the head and the embedding often are."""
 
     tensors: StateDict
 
@@ -52,7 +52,7 @@ class InMemory:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def twins(self, name: str) -> tuple[str, ...]:
-        """Return the other names of the same memory."""
+        """Return the other names that share this tensor's memory."""
         return tuple(other for other in self.tied().get(name, ()) if other != name)
 
     def get(self, name: str) -> Tensor:
@@ -60,7 +60,7 @@ class InMemory:
         return self.tensors[name].detach()
 
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """Return the names that share memory."""
+        """Map each name that shares memory to all names that share it."""
         groups: dict[object, list[str]] = {}
         for name, tensor in self.tensors.items():
             if tensor.numel() and tensor.device.type != "meta":  # otherwise there is no memory to share
@@ -79,7 +79,7 @@ class Checkpoint(CheckpointFolder):
         return tensor
 
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """Return nothing: a tied tensor is stored once, under one name, or twice like two that are equal."""
+        """Return {}: files store a tied tensor under one name, or as two equal tensors."""
         return {}
 
 
@@ -94,16 +94,16 @@ def subtracted(
     coef: float,
     factors: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of `base - coef * (tuned - base)`, under the names and in the order of `base`.
+    """Yield (name, tensor) of `base - coef * (tuned - base)`, with the names and in the order of `base`.
 
-    Each floating-point tensor is summed in float32 (float64 where base is) and rounded once to the dtype
-    of `base`; other tensors and infinite numbers are those of `base`. The inputs are not changed. `coef=0`
-    gives the bits of `base`. With `factors` a tensor's coefficient is `coef` times its factor, and 0 if it
-    has none. Names and shapes are compared before the first tensor is computed. A tied tensor may have two names
-    on one side, as in a state dict, and one on the other, as in a folder.
+    Each floating-point tensor is computed in float32 (float64 if it is float64 in `base`) and rounded once to its
+    dtype in `base`. Other tensors and infinite numbers are copied from `base`; with `coef=0`, everything is. The
+    inputs are not changed. With `factors`, a tensor's coefficient is `coef` times its factor, and a tensor without a
+    factor is not changed. Names and shapes are compared before the first tensor is computed. A tied tensor may have
+    two names on one side (in a state dict) and one on the other (in a folder).
 
     Raises:
-        WeightMismatchError: a name is missing on one side, two shapes differ, or what is tied in `base` is
+        WeightMismatchError: a name is missing on one side, two shapes differ, or a tensor that is tied in `base` is
             two different tensors in `tuned`.
         ConfigError: coef is negative or not finite.
         ModelError: a result is not finite where the base is.
@@ -135,19 +135,19 @@ def _subtracted(
 
 
 def subtract(base: StateDict, tuned: StateDict, coef: float) -> dict[str, Tensor]:
-    """Return weights moved away from what fine-tuning on the old facts added: `base - coef * (tuned - base)`.
+    """Return `base - coef * (tuned - base)`: the base, moved away from what fine-tuning on the old facts added.
 
-    See `subtracted` for dtypes and errors; a worked example: base 1.0, tuned 1.5, coef 0.3 gives 0.85.
+    See `subtracted` for dtypes and errors. For example, base 1.0, tuned 1.5, coef 0.3 gives 0.85.
     """
     return dict(subtracted(base, tuned, coef))
 
 
 @dataclass(frozen=True)
 class TaskVector:
-    """What fine-tuning added to each floating-point tensor, in float32; operators as in the paper's equations.
+    """The change that fine-tuning made to each floating-point tensor, in float32, with the paper's operators.
 
-    `(v + w)`, `-v`, `0.3 * v` are vectors; `v.apply_to(base)` is base + v, and `(-0.3 * v).apply_to(base)`
-    the forgetting of the method.
+    `v + w`, `v - w`, `-v` and `0.3 * v` are task vectors. `v.apply_to(base)` returns base + v, and
+    `(-0.3 * v).apply_to(base)` forgets as the method does.
     Source: Ilharco et al. 2023, arXiv:2212.04089.
     """
 
@@ -155,7 +155,10 @@ class TaskVector:
 
     @classmethod
     def between(cls, base: StateDict | str | Path, tuned: StateDict | str | Path) -> TaskVector:
-        """Return `tuned - base` for two state dicts, folders, or one of each; tied tensors once; see `subtracted`."""
+        """Return `tuned - base`, where each side is a state dict or a folder. A tied tensor appears once.
+
+        Raises like `subtracted`.
+        """
         left, right = open_weights(base), open_weights(tuned)
         deltas, ties = {}, left.tied()
         for name, partner in _checked_partners(left, right).items():
@@ -169,11 +172,11 @@ class TaskVector:
     def apply_to(self, base: StateDict | str | Path) -> dict[str, Tensor]:
         """Return `base + vector`, summed in float32 and rounded once to the dtype of `base`.
 
-        Tensors that the vector does not name, under any of their names, are those of `base`.
+        Tensors that the vector does not contain under any of their names are copied from `base`.
 
         Raises:
-            WeightMismatchError: the vector names a tensor that `base` does not have, or in another shape, or moves
-                what is tied in `base` in two ways.
+            WeightMismatchError: the vector names a tensor that `base` lacks or has in another shape, or gives
+                the names of a tied tensor different changes.
         """
         weights, vector = open_weights(base), InMemory(self.deltas)
         shapes, own, sides = weights.shapes(), vector.shapes(), ("base", "vector")
@@ -188,7 +191,7 @@ class TaskVector:
         return found
 
     def norm(self) -> float:
-        """Return the Euclidean length over all tensors."""
+        """Return the Euclidean norm over all tensors."""
         return float(sum(float(delta.double().square().sum()) for delta in self.deltas.values()) ** 0.5)
 
     def __mul__(self, factor: float) -> TaskVector:
@@ -209,16 +212,16 @@ class TaskVector:
 
 
 def _checked_partners(base: Weights, tuned: Weights) -> dict[str, str]:
-    """Return `partners`; refuse two different tensors in `tuned` for one that is tied in `base`."""
+    """Return `partners(base, tuned)`; raise WeightMismatchError if tensors tied in `base` differ in `tuned`."""
     found = partners(base, tuned)
     _check_ties(base, tuned, found, ("base", "tuned"))
     return found
 
 
 def _check_ties(base: Weights, other: Weights, pairs: Mapping[str, str], sides: tuple[str, str]) -> None:
-    """Raise WeightMismatchError unless what is one tensor in `base` is one, or two equal ones, in `other`.
+    """Raise WeightMismatchError if a tensor that is tied in `base` is two different tensors in `other`.
 
-    Of two different results a tied model would keep the last.
+    A tied model would keep only the last of the two results.
     """
     for name, (first, *_more) in base.tied().items():
         mine, firsts = pairs.get(name), pairs.get(first)
@@ -232,7 +235,7 @@ def _check_ties(base: Weights, other: Weights, pairs: Mapping[str, str], sides: 
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Return False if a floating-point tensor contains NaN or infinity; takes 0.2 s per GB and makes no copy."""
+    """Return False if a floating-point tensor contains NaN or infinity. Takes 0.2 s per GB and makes no copy."""
     if not weight.is_floating_point() or weight.is_meta or not weight.numel():
         return True
     least, most = torch.aminmax(weight if weight.itemsize > 1 else weight.float())
@@ -240,9 +243,10 @@ def is_finite(weight: Tensor) -> bool:
 
 
 def rounded(weight: Tensor, dtype: torch.dtype, seed: Sequence[object] | None = None) -> Tensor:
-    """Convert a weight to another dtype: to the nearest, or with a seed and bfloat16 so that the mean is preserved.
+    """Convert a weight to another dtype, rounding to nearest; with `seed`, round to bfloat16 stochastically.
 
-    Then the lower half of each number is the chance, out of 65,536, of going one step away from zero.
+    Stochastic rounding preserves the mean: the lower 16 bits of each float32, divided by 65,536, are the chance of
+    rounding away from zero.
     """
     if seed is None or dtype != torch.bfloat16:
         return weight.to(dtype)
@@ -253,22 +257,25 @@ def rounded(weight: Tensor, dtype: torch.dtype, seed: Sequence[object] | None = 
 
 
 def sample(weight: Tensor) -> Array:
-    """Return some of a weight's numbers, evenly spaced, as float32 on the CPU; the same ones at every call."""
+    """Return evenly spaced numbers of a weight as float32 on the CPU, the same ones at every call."""
     flat = weight.detach().reshape(-1)
     found: Array = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to("cpu", torch.float32, copy=True).numpy()
     return found
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy the model's parameters (this process's parts) to the CPU; tied ones once, under their first name."""
+    """Copy the model's parameters to the CPU; a tied parameter is copied once, under its first name.
+
+    For a sharded model, copy only this process's part.
+    """
     return {name: weight.cpu().clone() for name, weight in sharding.parts(model).items()}
 
 
 def snapshot_on_disk(model: torch.nn.Module, folder: Path | None) -> dict[str, Tensor]:
     """Return a read-only `snapshot` that, for a large float32 model, takes no memory until it is read.
 
-    The numbers are in a file in `folder` (None: the system's temporary folder) whose name is removed before this
-    returns, so the disk is free again as soon as the tensors are, even after a kill.
+    The numbers are in a file in `folder` (None: the system's temporary folder). The file's name is removed before this
+    returns, so its space is freed together with the tensors, even if the process is killed.
     """
     weights = sharding.parts(model)
     sizes = [weight.numel() for weight in weights.values()]
@@ -289,7 +296,11 @@ def snapshot_on_disk(model: torch.nn.Module, folder: Path | None) -> dict[str, T
 
 @torch.no_grad()
 def load_into(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
-    """Copy weights one at a time into the model's parameters (this process's parts); all must fit by name and shape."""
+    """Copy weights into the model's parameters, one at a time; in a sharded model, into this process's part.
+
+    Raises:
+        WeightMismatchError: a name or shape does not fit the model, or a parameter is missing.
+    """
     parameters = sharding.parts(model)
     loaded = set()
     for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
