@@ -116,7 +116,7 @@ class Fields:
         return [] if is_missing(value) else [as_text(value, place)]
 
     def answer(self, name: str) -> Answer:
-        """Return the field as an answer. In a list, the first non-blank text is the answer, and the rest are aliases."""
+        """Return the field as an answer. In a list, the first non-blank text is the answer, the rest are aliases."""
         value = self._value(name)
         if not isinstance(value, list | tuple):
             return Answer(as_text(value, self.place(name)))
