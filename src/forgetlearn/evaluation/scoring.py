@@ -40,16 +40,16 @@ def score(
     facts = list(facts)
     scorer = Scorer(lm, settings, phase)
     read = scorer.read(pair for fact in facts for pair in pairs_to_read(fact))
-    said: dict[str, Generated | Failure] = {}
+    replies: dict[str, Generated | Failure] = {}
     if "generate" in settings.protocols:
-        said = scorer.say((prompt for fact in facts for prompt in fact.prompts), answer_rooms(lm, facts, settings))
+        replies = scorer.say((prompt for fact in facts for prompt in fact.prompts), answer_rooms(lm, facts, settings))
     protocols = {*settings.protocols, *(["contains"] if "generate" in settings.protocols else [])}
     rows: list[Row] = []
     for fact in facts:
         questions = _questions(fact)
         for protocol in (name for name in PROTOCOLS if name in protocols):
-            scores = {name: [_judge(protocol, asked, read, said) for asked in own] for name, own in questions.items()}
-            texts = _texts(fact, said) if protocol == "generate" else {}
+            scores = {name: [_judge(protocol, asked, read, replies) for asked in own] for name, own in questions.items()}
+            texts = _texts(fact, replies) if protocol == "generate" else {}
             rows.append(_row(fact, phase, protocol, scores, **texts))
         rows += _locality_rows(fact, phase, read, (reference or {}).get(fact.id))
     return rows
@@ -58,10 +58,10 @@ def score(
 def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> list[Row]:
     """Return the model's answer to each prompt, as rows for `known_facts`."""
     facts = list(facts)
-    said = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), answer_rooms(lm, facts, settings))
+    replies = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), answer_rooms(lm, facts, settings))
     rows = []
     for fact in facts:
-        reply = said[fact.prompt]
+        reply = replies[fact.prompt]
         text, truncated = (reply.text, reply.truncated) if isinstance(reply, Generated) else (None, False)
         rows.append(
             Row(fact=fact.id, phase="probe", protocol="generate", errors={}, said=text, truncated=int(truncated))
@@ -109,8 +109,8 @@ def summarise(rows: Sequence[Row]) -> Phase:
 
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Return the facts whose old answer the model gives when asked, according to rows of the protocol `generate`."""
-    said = {row.fact: row.said or "" for row in rows if row.protocol == "generate"}
-    return [fact for fact in facts if matching.matches(said.get(fact.id, ""), fact.old_answers)]
+    replies = {row.fact: row.said or "" for row in rows if row.protocol == "generate"}
+    return [fact for fact in facts if matching.matches(replies.get(fact.id, ""), fact.old_answers)]
 
 
 def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Fact]:
@@ -164,10 +164,10 @@ TEXT_RULES = {"generate": matching.same_text, "contains": matching.contains}
 PROTOCOLS = ("token", "exact", "prefer", "generate", "contains")  # in the order of rows
 
 
-def _judge(protocol: str, asked: _Question, read: Readings, said: Replies) -> Score:
+def _judge(protocol: str, asked: _Question, read: Readings, replies: Replies) -> Score:
     """Return a score from 0 to 1. `prefer` gives 1 if the answer is likelier than its opposite (ROME's ES and PS)."""
     if rule := TEXT_RULES.get(protocol):
-        reply = said[asked.prompt]
+        reply = replies[asked.prompt]
         return reply if isinstance(reply, Failure) else matching.matches(reply.text, asked.answers, rule)
     if protocol == "prefer" and not asked.others:
         return None
@@ -202,10 +202,10 @@ def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, Sequence[Sc
     )
 
 
-def _texts(fact: Fact, said: Replies) -> dict[str, object]:
-    replies = [said[prompt] for prompt in fact.prompts]
-    texts = [reply.text if isinstance(reply, Generated) else None for reply in replies]
-    truncated = sum(isinstance(reply, Generated) and reply.truncated for reply in replies)
+def _texts(fact: Fact, replies: Replies) -> dict[str, object]:
+    own = [replies[prompt] for prompt in fact.prompts]
+    texts = [reply.text if isinstance(reply, Generated) else None for reply in own]
+    truncated = sum(isinstance(reply, Generated) and reply.truncated for reply in own)
     return {"said": texts[0], "said_rephrased": texts[1:], "truncated": truncated}
 
 

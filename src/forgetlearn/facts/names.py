@@ -17,7 +17,7 @@ OPTIONAL = (
 OWN = frozenset({"id", "case_id", "prompt", "target_new", *OPTIONAL})
 NUMBERED = re.compile(r"(rephrase_prompt|locality_prompt|locality_ground_truth)_[1-9][0-9]*")
 NUMBERED_FOLDED = re.compile(r"(rephraseprompt|localityprompt|localitygroundtruth)([1-9][0-9]*)")
-# Other names for fields of the own form, accepted if its own name is absent.
+# Other names for fields of the own form, accepted if the own name is absent.
 SYNONYMS = {
     "target_new": ("new_answer", "answer_new", "new_target", "new"),
     "ground_truth": ("old_answer", "answer_old", "old_target", "target_old", "target_true", "old"),
@@ -57,7 +57,7 @@ def _find(column: str, names: Iterable[str]) -> str | None:
 
 @lru_cache(maxsize=64)  # most records of a file have the same fields
 def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Return the name that each field is read under -> its name in the file. `columns` are the pairs of `--columns`.
+    """Map the name under which each field is read to its name in the file. `columns` are the pairs of `--columns`.
 
     Raise FactError if two fields would be read under the same name.
     """

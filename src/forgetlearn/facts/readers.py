@@ -117,7 +117,7 @@ def _hop_answer(rewrite: Fields, name: str, hops: Sequence[Fields]) -> Answer:
 
 
 def read_knowedit(fields: Fields) -> Draft:
-    """Read KnowEdit, with the locality probes of every group. The first accepted answer counts, others are aliases."""
+    """Read KnowEdit, with the locality probes of every group. All accepted answers but the first are aliases."""
     locality = fields.inner("locality")
     return Draft(
         prompt=fields.text("prompt") or fields.text("text"),

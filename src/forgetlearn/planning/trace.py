@@ -115,7 +115,7 @@ class Skeleton:
             return measure(model, step, width)
 
     def answer_bytes(self, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
-        """Return the bytes in use besides the weights while a batch is answered: its prompts, and all keys and values."""
+        """Return the bytes in use besides the weights while a batch is answered: for its prompts, keys and values."""
         model = self._without_numbers().eval()
         held: list[int] = []
 
