@@ -1,7 +1,7 @@
 """Measure general ability: on a text unrelated to the facts, and on benchmark tasks.
 
 Perplexity and the divergence from the earlier model need only a text file. Tasks are named as in
-lm-evaluation-harness, which is the extra `lm-eval`.
+lm-evaluation-harness (the extra `lm-eval`).
 """
 
 from __future__ import annotations

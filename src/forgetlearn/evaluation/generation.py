@@ -63,7 +63,7 @@ def check_engine(settings: EvaluateSettings, models: Iterable[object] = (), chan
 
 @contextmanager
 def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generator]:
-    """Yield the generator that `evaluate.engine` chooses, for this model."""
+    """Yield the generator for this model that `evaluate.engine` selects."""
     if settings.engine == "vllm":
         yield VllmGenerator(lm)
         return
@@ -80,7 +80,7 @@ class TransformersGenerator:
         self.lm, self.ends = lm, end_ids(lm)
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
-        """Return the new token ids for each prompt, greedily, up to its room, an end token or the end of the context.
+        """Return greedily chosen ids for each prompt, up to its room, an end token or the end of the context.
 
         Ids after the first end token, or after the last line that the room allows, are not part of the answer.
         """

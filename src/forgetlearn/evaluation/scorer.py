@@ -118,7 +118,7 @@ class Scorer:
     def _prompt_batches(
         self, ids: Mapping[str, Encoded], rooms: Mapping[str, Room], engine: Generator
     ) -> list[list[str]]:
-        """Divide prompts into batches. Prompts with more room come apart: a batch takes as long as its longest answer.
+        """Divide prompts into batches with similar room, because a batch takes as long as its longest answer.
 
         A prompt that nearly fills the context gets its own batch, because the longest prompt of a batch limits all
         its answers.
@@ -191,7 +191,7 @@ class Scorer:
         wanted = torch.tensor([token for text in texts for token in text.answer_ids], device=logits.device)
         best = logits.argmax(dim=-1)
         asked = logits[which, wanted].float()
-        # A NaN in a row is its maximum and makes its sum NaN, so the check below finds it either way.
+        # argmax picks a NaN in a row, and logsumexp of the row is then NaN, so the check below finds it either way.
         against = logits.float().logsumexp(dim=-1) if self.wants_logprobs else logits.gather(-1, best[:, None])[:, 0]
         logprobs = (asked - against[which]).cpu()
         finite = torch.isfinite(logprobs).tolist()

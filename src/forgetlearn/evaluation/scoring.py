@@ -48,7 +48,9 @@ def score(
     for fact in facts:
         questions = _questions(fact)
         for protocol in (name for name in PROTOCOLS if name in protocols):
-            scores = {name: [_judge(protocol, asked, read, replies) for asked in own] for name, own in questions.items()}
+            scores = {
+                name: [_judge(protocol, asked, read, replies) for asked in own] for name, own in questions.items()
+            }
             texts = _texts(fact, replies) if protocol == "generate" else {}
             rows.append(_row(fact, phase, protocol, scores, **texts))
         rows += _locality_rows(fact, phase, read, (reference or {}).get(fact.id))

@@ -129,10 +129,10 @@ def paired_difference(
     2^N ways if that is at most `resamples`).
 
     These flips alone would test only these very runs: with 3 seeds that differ by 5 points, 31 % of equal methods
-    would pass for different at 0.05. To test new seeds, each flip gets an error of the seeds, a t with S - 1 degrees
-    of freedom as in the interval. Then 7 % pass, and under 5 % if seeds differ less. With one seed, or with seeds
-    that vary no more than chance, this is the plain permutation test. Flipping whole seeds would be valid but
-    useless: 3 seeds have 8 flips, and no p-value under 0.25.
+    would be called different at 0.05. To test new seeds, a random error of the seeds is added to each flip, a t with
+    S - 1 degrees of freedom as in the interval. Then 7 % are called different, and under 5 % if seeds differ less.
+    With one seed, or with seeds that vary no more than chance, this is the plain permutation test. Flipping whole
+    seeds would be valid but useless: 3 seeds have 8 flips, and no p-value under 0.25.
 
     Raises:
         ValueError: the shapes differ; see `interval`.

@@ -132,7 +132,7 @@ def _train_load(
 
 
 def _score_load(outline: Outline, recipe: Recipe, read: Texts, facts: FactSet, device: str) -> tuple[Load, str | None]:
-    """Return the load of scoring in all phases, if each generated answer fills its room; and why tracing failed."""
+    """Return the load of scoring in all phases, with answers that fill their rooms, and why tracing failed, if it did."""
     settings = recipe.config.evaluate
     size, longest, phases = settings.batch_size, settings.max_new_tokens, len(recipe.phases)
     n_prompts = len({prompt for fact in facts for prompt in fact.prompts})

@@ -162,7 +162,10 @@ def mark_reported() -> None:
 
 
 def _first_to_fail() -> bool:
-    """Return True in the first process that fails. The launcher ends all when one ends, so the others wait first."""
+    """Return True in the first process that fails, False in the others.
+
+    The launcher ends all processes when one ends, so the others first wait until the error has been printed.
+    """
     from torch.distributed import distributed_c10d
 
     with suppress(RuntimeError):  # the store was in a process that has ended

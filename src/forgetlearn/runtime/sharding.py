@@ -74,7 +74,10 @@ def like(whole: Tensor, weight: Tensor) -> Tensor:
 
 
 def no_gradients(model: nn.Module) -> AbstractContextManager[None]:
-    """Disable gradients by inference mode, or by `no_grad` for a sharded model, which FSDP2 could not train later."""
+    """Disable gradients, by inference mode unless the model is sharded.
+
+    After inference mode, FSDP2 could not train a sharded model.
+    """
     return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
@@ -109,7 +112,7 @@ def to_parts(model: nn.Module) -> None:
 def ready_to_train(model: nn.Module) -> None:
     """Make the parts the model's parameters, and tell FSDP2 which of them are trained.
 
-    From the first forward pass on, FSDP2 keeps a whole copy of each weight, with its own `requires_grad`. So a base
+    From the first forward pass on, FSDP2 keeps a whole copy of each weight, with its own `requires_grad`. Without this, a base
     that was scored and then frozen under an adapter would get gradients, which would be clipped with the adapter's.
     """
     to_parts(model)

@@ -1,4 +1,7 @@
-"""Handle Ctrl-C and SIGTERM: fine-tuning first finishes its step and saves; a second signal ends it at once."""
+"""Handle Ctrl-C and SIGTERM.
+
+Fine-tuning finishes its step and saves. Everything else ends at once, and so does fine-tuning at a second signal.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ class _State:
 def handled() -> Iterator[None]:
     """Raise `Interrupted` in the body on either signal; restore the earlier handlers afterwards.
 
-    Only the command uses this: the library leaves signals to the program that uses it. In other threads than the main
-    one, and for a signal that is ignored (nohup), nothing changes.
+    Only the command uses this: the library leaves signals to the program that uses it. Nothing changes outside the main
+    thread, or for a signal that is ignored (nohup).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -68,7 +71,7 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Delay a signal during the body, which can ask for it by `requested`; raise it as `Interrupted` at the end."""
+    """Hold a signal back during the body, where `requested` reports it, and raise `Interrupted` at the end."""
     _State.waits = True
     try:
         yield

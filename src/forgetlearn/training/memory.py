@@ -29,8 +29,8 @@ class OutOfMemory(TrainingError):
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Notes when a stage begins to change weights. Trims memory between the steps of a large model on the CPU.
 
-    The gaps between memory blocks grow with each step, since batches differ in size. Just before the optimiser steps,
-    activations are already free, and gradients must stay.
+    The gaps between memory blocks grow with each step, since batches differ in size. Just before an optimiser
+    step, the activations are already free, but the gradients are still needed.
     """
 
     def __init__(self, model: nn.Module) -> None:

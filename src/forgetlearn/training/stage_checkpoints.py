@@ -48,7 +48,7 @@ class StageIO:
 
 @contextmanager
 def writing(folder: Path, step: int) -> Iterator[Path]:
-    """Yield a folder for the checkpoint after `step`. Only if the body succeeds is it valid and replaces older ones.
+    """Yield a folder for the checkpoint after `step`. If the body succeeds, it becomes valid and replaces older ones.
 
     All processes call this at the same step. Raise RunError if a file cannot be written, for example on a full disk.
     """
