@@ -137,7 +137,7 @@ LISTS = ("rephrase_prompt", "locality")  # columns of tables where a cell that b
 
 
 def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
-    """Return a record's form (None if none fits), and the map from names to read under to names in the file."""
+    """Return a record's form (None if none fits), and the names of its fields as mapped by `renamed`."""
     originals = renamed(tuple(record), KNOWN, tuple(columns.items()))
     read = {name: record[original] for name, original in originals.items()}
     for form in FORMS:

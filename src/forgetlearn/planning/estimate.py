@@ -19,7 +19,7 @@ FLOAT32 = 4
 MOVED_PER_TRAINED = 28
 PASSES_OVER_WEIGHTS = 3  # one forward, two backward
 CLOSE = 1.23  # planned and measured peaks were within this factor (docs/benchmarks.md)
-# Memory of Python, torch and transformers once they are loaded and train; for cuda, of its context and libraries.
+# Memory of Python, torch and transformers while they train; for cuda, of its context and libraries.
 RUNTIME_BYTES = {"cpu": 0.85e9, "cuda": 1.0e9}
 
 
@@ -55,7 +55,7 @@ class Load:
     host_bytes: int = 0
     largest_layer_bytes: int = 0
     step: Step | None = None
-    answer_steps: int = 0  # steps of generation, each of one token for a batch
+    answer_steps: int = 0  # steps of generation; each makes one token for every prompt of a batch
     states_bytes: int = 0
     base_bytes: int = 0
     paged: bool = False
@@ -63,7 +63,7 @@ class Load:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps, or batches if the stage only reads."""
+        """Number of optimiser steps, or of batches if the stage only reads."""
         return self.passes * math.ceil(self.texts / self.batch_size)
 
 
@@ -167,7 +167,7 @@ def plan_stage(load: Load, devices: Devices, speed: Speed | None = None) -> Stag
         tokens=load.tokens * load.passes,
         trained=load.trained,
         memory=_memory(load, devices),
-        # Main memory is counted apart only if the device has memory of its own.
+        # Main memory is counted separately only if the device has memory of its own.
         host_bytes=0 if devices.kind == "cpu" else host_bytes / (devices.number if devices.shard else 1),
         flops=flops,
         seconds=seconds,
@@ -185,7 +185,7 @@ def _memory(load: Load, devices: Devices) -> dict[str, float]:
         "kept": (load.kept_bytes + (load.host_bytes if devices.kind == "cpu" else 0)) / share,
         "optimizer": 0 if leaves else load.states_bytes / share,
         "gradients": gradients / share,
-        # Memory besides the gradients at the step's peak. The peak is often near the step's end, where this is little.
+        # What the step's peak holds besides gradients: often little, because the peak is often near the step's end.
         "activations": max(0, peak - gradients, load.answer_bytes),
     }
     if devices.number > 1 and devices.shard:

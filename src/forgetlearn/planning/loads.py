@@ -35,11 +35,11 @@ class Texts:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all texts; those that cannot be encoded count as average."""
+        """Number of tokens of all texts; a text that cannot be encoded counts as an average one."""
         return round(_n_tokens(self.encoded) / len(self.encoded) * self.number)
 
     def largest_batch(self, size: int, passes: int) -> list[Encoded]:
-        """Return the batch with the most tokens in this many passes, each in a random order."""
+        """Return the batch with the most tokens among all random batches of `passes` passes."""
         draw, size = random.Random(0), min(size, self.number)
         batches = [draw.choices(self.encoded, k=size) for _ in range(passes * math.ceil(self.number / size))]
         return max(batches, key=_n_tokens)
@@ -106,7 +106,7 @@ def stages(
 def _train_load(
     outline: Outline, stage: Stage[TrainSettings], texts: Texts, passes: int, frozen: Sequence[TuningSettings]
 ) -> tuple[Load, str | None]:
-    """Return the load of a stage, and why its step could not be traced (None if it was)."""
+    """Return the load of a stage, and why tracing its step failed (else None)."""
     settings, kind = stage.settings, stage.kind
     skeleton = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
     trained = skeleton.prepare(kind.name, settings, frozen)
@@ -132,7 +132,7 @@ def _train_load(
 
 
 def _score_load(outline: Outline, recipe: Recipe, read: Texts, facts: FactSet, device: str) -> tuple[Load, str | None]:
-    """Return the load of scoring in all phases, with answers that fill their rooms, and why tracing failed, if it did."""
+    """Return the load of scoring in all phases, with answers of full length, and why tracing failed (else None)."""
     settings = recipe.config.evaluate
     size, longest, phases = settings.batch_size, settings.max_new_tokens, len(recipe.phases)
     n_prompts = len({prompt for fact in facts for prompt in fact.prompts})

@@ -29,7 +29,7 @@ class Outline:
     config: PreTrainedConfig
     encoder: Encoder | None
     dtype: torch.dtype
-    stored: dict[str, int] | None = None  # dtype, as safetensors spells it -> how many numbers
+    stored: dict[str, int] | None = None  # dtype, as safetensors spells it -> count of numbers
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
 
@@ -52,7 +52,7 @@ def outline_of(settings: ModelSettings) -> Outline:
 
 
 def _stored(name: str, revision: str | None) -> tuple[dict[str, int] | None, list[str]]:
-    """Return dtype -> how many numbers, from the headers in a folder, the hub's cache or the hub; or why not."""
+    """Return dtype -> count of numbers, from headers in a folder, the hub's cache or the hub, and any notes."""
     folder = Path(name)
     if not folder.is_dir():
         cached = (try_to_load_from_cache(name, file, revision=revision) for file in (WHOLE, INDEX))

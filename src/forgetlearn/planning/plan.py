@@ -131,7 +131,7 @@ def _advice(
 
 
 def _alternatives(config: RunConfig, devices: Devices) -> Iterator[tuple[str, RunConfig | None, Devices]]:
-    """Yield flags, the config that they lead to (None if it is unchanged) and the devices."""
+    """Yield (flags, the config that they result in, the devices); the config is None if it is unchanged."""
     if any((config.train.micro_batch_size or stage.batch_size) > 1 for stage in (config.forget, config.learn)):
         train = config.train.model_copy(update={"micro_batch_size": 1})
         yield "--set train.micro_batch_size=1", config.model_copy(update={"train": train}), devices
@@ -161,7 +161,7 @@ def devices_here(config: RunConfig, *, number: int = 1, memory_gb: float | None 
 
 
 def measured_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Speed:
-    """Return the speed of a device: briefly time matrix products, copies and the smallest operation on it."""
+    """Return a device's speed, from briefly timing matrix products, copies and its smallest operation."""
     side = 4096 if device.type == "cuda" else 768
     one, two = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = _seconds_of(lambda: one @ two, seconds)
@@ -180,7 +180,7 @@ def measured_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.
 
 
 def _seconds_of(run: Callable[[], object], seconds: float) -> float:
-    """Return the seconds of one call: the median over repeated calls, for about `seconds` in all."""
+    """Return the median seconds of one call, from calls repeated for about `seconds`."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=seconds).median)
 

@@ -127,8 +127,8 @@ def _own_gpu(n_gpus: int) -> int:
 def run_tied(pickled: bytes) -> None:
     """Run a pickled `(function, arguments)` in a spawned process, and exit at once when the parent ends.
 
-    The pipe between the two closes however the parent ends. The call is unpickled only after the watching thread has
-    started, because its imports take seconds.
+    However the parent ends, the pipe between the two closes, which ends this process too. The call is unpickled only
+    after the watching thread has started, because its imports take seconds.
     """
     parent = multiprocessing.parent_process()
 

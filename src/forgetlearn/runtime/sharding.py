@@ -112,8 +112,9 @@ def to_parts(model: nn.Module) -> None:
 def ready_to_train(model: nn.Module) -> None:
     """Make the parts the model's parameters, and tell FSDP2 which of them are trained.
 
-    From the first forward pass on, FSDP2 keeps a whole copy of each weight, with its own `requires_grad`. Without this, a base
-    that was scored and then frozen under an adapter would get gradients, which would be clipped with the adapter's.
+    From the first forward pass on, FSDP2 keeps a whole copy of each weight, with its own `requires_grad`. Without
+    this call, a base that was scored and then frozen under an adapter would get gradients, and they would be clipped
+    together with the adapter's.
     """
     to_parts(model)
     # Keep all their names: a tied head and its embedding are two parameters while they are whole.
