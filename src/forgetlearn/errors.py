@@ -1,7 +1,7 @@
-"""The errors that forgetlearn raises: one small tree, each also a standard type.
+"""The errors that forgetlearn raises. Each is a ForgetLearnError and also a built-in exception.
 
-A message answers, in at most three lines: which value, where (file, record, tensor), what was
-expected, what to do. The command line prints it and exits with code 2; `--debug` shows the traceback.
+A message says, in at most three lines, which value is wrong, where it is (file, record, tensor), what was expected
+and what to do. The command line prints it and exits with code 2; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-# Tokens that show by their shape whose they are, name and password of a URL, and what a name such as token= or
-# WANDB_API_KEY= is given; the group is what stays in front.
+# Matches tokens of a known shape, the name and password in a URL, and the value after a name such as token= or
+# WANDB_API_KEY=. The group is the part of the match that is kept.
 SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[opsru]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}"
     r"|\bsk-(?=[\w-]*\d)[\w-]{16,}|\bxox[a-z]-[\w-]{10,}|\bA[KS]IA[A-Z0-9]{16}\b|\bAIza[\w-]{30,}|\bpypi-[\w-]{16,}"
@@ -22,16 +22,17 @@ SECRET = re.compile(
     r"|((?i:(?:token|api_?key|access_?key|secret|passw(?:or)?d|passphrase|credentials?|(?:\b|_)(?:pass|pwd|pat|auth))="
     r"|\b(?:bearer|basic)\s+(?=\S*\d)(?=\S{8})))[^&\s\"']+"
 )
-# Of environment variables: MYTOKEN, PGPASSWORD, DB_PASS, GITHUB_PAT, but not TOKENIZERS_PARALLELISM, PATH or KEYBOARD.
+# Matches names of environment variables that hold secrets: MYTOKEN, PGPASSWORD, DB_PASS, GITHUB_PAT, but not
+# TOKENIZERS_PARALLELISM, PATH or KEYBOARD.
 SECRET_NAME = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?:KEY|PASS|PWD)(?:S?(?:_|$))|(?:^|_)(?:PAT|AUTH|JWT)(?:_|$)"
 )
 SHORTEST_SECRET = 8
-SHORTEST_MIXED = 6  # of letters and something else
+SHORTEST_MIXED = 6  # for a value that is neither all letters nor all digits
 
 
 class ForgetLearnError(Exception):
-    """Anything that forgetlearn refuses, with a message for the person who asked for it."""
+    """The base class of all errors that forgetlearn raises on purpose. The message is written for the user."""
 
 
 class ConfigError(ForgetLearnError, ValueError):
@@ -43,7 +44,7 @@ class FactError(ForgetLearnError, ValueError):
 
 
 class ModelError(ForgetLearnError, ValueError):
-    """A model, an adapter or a tokenizer cannot be loaded or does not fit what is asked of it."""
+    """A model, an adapter or a tokenizer cannot be loaded, or cannot be used for the task."""
 
 
 class WeightMismatchError(ForgetLearnError, ValueError):
@@ -51,11 +52,11 @@ class WeightMismatchError(ForgetLearnError, ValueError):
 
 
 class TrainingError(ForgetLearnError, RuntimeError):
-    """A stage of fine-tuning went wrong: its loss is not finite, say."""
+    """A stage of fine-tuning failed, for example because its loss is not finite."""
 
 
 class RunError(ForgetLearnError, RuntimeError):
-    """A run folder is there already, is damaged, or belongs to another run."""
+    """A run folder already exists, is damaged, or belongs to another run."""
 
 
 class MissingExtraError(ForgetLearnError, ImportError):
@@ -63,21 +64,21 @@ class MissingExtraError(ForgetLearnError, ImportError):
 
 
 def missing_extra(purpose: str, extra: str, error: ImportError) -> MissingExtraError:
-    """What to raise where the import of an optional package fails: why it is needed, how to install it."""
+    """Return the error for a missing optional package: why the package is needed and how to install it."""
     return MissingExtraError(f"{purpose}: {error}. Install what that needs: pip install 'forgetlearn[{extra}]'")
 
 
 def check_installed(package: str, purpose: str, extra: str) -> None:
-    """Raise MissingExtraError unless an optional package is installed; it is not imported."""
+    """Raise MissingExtraError unless an optional package is installed. The package is not imported."""
     if importlib.util.find_spec(package) is None:
         raise missing_extra(purpose, extra, ImportError(f"the package {package} is not installed"))
 
 
 def plain(text: str) -> str:
-    """Text from facts, models and file names for one line of a terminal or a log: nothing in it steers the terminal.
+    """Return a text from facts, models or file names that is safe on one line of a terminal or log.
 
-    What does not print (control characters, marks that turn the direction of text, halves of surrogate pairs) is
-    written as its escape: `\\x1b`, `\\u202e`. Applied twice it is as applied once.
+    Characters that do not print (control characters, marks that change the direction of text, halves of surrogate
+    pairs) become escapes: `\\x1b`, `\\u202e`. A second call changes nothing.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -91,25 +92,25 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return " Did you mean ...?" for the known name that is most like `name`, after `prefix`; "" if none is."""
+    """Return " Did you mean ...?" with the known name closest to `name`, after `prefix`; "" if none is close."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f" Did you mean '{prefix}{near[0]}'?" if near else ""
 
 
 def without_secrets(text: str) -> str:
-    """The text with `***` in place of anything that looks like a token or password, or is one of the environment's."""
+    """Return the text with `***` for whatever looks like a token or password, or is a secret in the environment."""
     for name, value in os.environ.items():
         if SECRET_NAME.search(name.upper()) and _may_be_secret(value) and value in text:
-            # A short one may be a part of other words.
+            # A short secret may also be a part of another word.
             edges = ("", "") if len(value) > 2 * SHORTEST_SECRET else (r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])")
             text = re.sub(edges[0] + re.escape(value) + edges[1], "***", text)
     return SECRET.sub(lambda found: f"{found[1] or ''}***", text)
 
 
 def _may_be_secret(value: str) -> bool:
-    """Return False for harmless values of variables with such names: switches, numbers, paths, sockets."""
+    """Return False for values that are not secrets, whatever the variable's name: switches, numbers, paths, sockets."""
     looks_like_path = value.startswith(("/", "~/", "./"))
-    # Not pathlib, which raises where the value is too long for a path.
+    # pathlib would raise an error if the value is too long for a path.
     is_path = looks_like_path and ("." in value.rpartition("/")[2] or os.path.exists(value))  # noqa: PTH110
     shortest = SHORTEST_SECRET if value.isalpha() or value.isdigit() else SHORTEST_MIXED
     return len(value) >= shortest and not is_path and value.lower() not in ("disabled", "enabled", "required")
@@ -127,6 +128,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def some(items: Sequence[object], most: int = 5) -> str:
-    """A long list for a message: the first five, each of one line, then "and n more"."""
+    """Format a list for a message: its first `most` items, each on one line, then "and n more"."""
     shown = ", ".join(plain(str(item)) for item in items[:most])
     return shown if len(items) <= most else f"{shown}, and {len(items) - most} more"

@@ -1,1 +1,1 @@
-"""Ask a model and score what it says: rows per fact, means with intervals."""
+"""Ask a model questions and score its answers: rows per fact, and means with intervals."""

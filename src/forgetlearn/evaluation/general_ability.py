@@ -1,7 +1,7 @@
-"""Measure general ability: on a text that has nothing to do with the facts, and on other tasks.
+"""Measure general ability: on a text unrelated to the facts, and on benchmark tasks.
 
-Perplexity and the divergence from the model before need only a text file; tasks are those of lm-evaluation-harness
-(the extra `lm-eval`), by name.
+Perplexity and the divergence from the earlier model need only a text file. Tasks are named as in
+lm-evaluation-harness (the extra `lm-eval`).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.storage.records import General, OnText, TaskScore, load_rows, save_rows
 
-WINDOW = 512  # most tokens of the text that are read at once
+WINDOW = 512  # the most tokens of the text that are read at once
 FOUND = "general.jsonl"
 LOG_PROBS = "window-{:05d}.safetensors"
 
 
 def asked(settings: EvaluateSettings) -> bool:
-    """Return True if general ability is to be measured."""
+    """Return True if the settings ask for general ability to be measured."""
     return settings.general is not None or bool(settings.tasks)
 
 
 def read_text(settings: EvaluateSettings) -> str:
-    """Return the text that `evaluate.general` names; "" if none is named. Raise FactError if it cannot be used."""
+    """Return the text of the file `evaluate.general`, "" if none is set. Raise FactError if the file cannot be used."""
     if settings.general is None:
         return ""
     place = f"evaluate.general = {settings.general}"
@@ -54,24 +54,27 @@ def read_text(settings: EvaluateSettings) -> str:
 
 
 def check(settings: EvaluateSettings) -> None:
-    """Raise FactError if the text cannot be read, and MissingExtraError if tasks need the harness."""
+    """Raise FactError if the text cannot be read, and MissingExtraError if tasks are set but the harness is missing."""
     read_text(settings)
     if settings.tasks:
         _harness()
 
 
 def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
-    """Raise FactError if the text contains a token for which the model has no embedding."""
+    """Raise FactError if the text contains a token that has no embedding in the model."""
     if text := read_text(settings):
         ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][: settings.general_tokens]
         lm.encoder.check_embedded(ids, f"evaluate.general = {settings.general}")
 
 
 def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> General:
-    """Measure what the settings ask for; write it to `folder` too, with what a later call needs as `before`.
+    """Measure what the settings ask for, and write it to `folder`.
+
+    `before` is the folder of an earlier call to compare with. Without it, `folder` also gets the log-probabilities
+    that a later call needs.
 
     Raises:
-        FactError: the text has fewer than two tokens or is another than before, or a task is not known.
+        FactError: the text has fewer than two tokens or has changed since `before`, or a task is unknown.
         ModelError: the two models have different vocabularies.
     """
     found = General()
@@ -91,7 +94,7 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
 
 
 def found_in(folder: Path) -> General:
-    """Read what `measure` wrote."""
+    """Read the result that `measure` wrote to a folder."""
     return load_rows(General, folder / FOUND)[0]
 
 
@@ -103,11 +106,11 @@ def score_text(
     keep: Path | None = None,
     before: Path | None = None,
 ) -> OnText:
-    """Read the first `evaluate.general_tokens` tokens of a text, in windows that do not overlap.
+    """Score the first `evaluate.general_tokens` tokens of a text, in windows that do not overlap.
 
-    The loss is in nats per token, with 95 % intervals over windows; `kl` is the mean over tokens of KL(before || now).
-    `keep` is a folder for this model's log-probabilities (tokens times vocabulary, float32), `before` one with those
-    of another model.
+    The loss is in nats per token, with a 95 % interval over windows; `kl` is the mean over tokens of KL(before ||
+    now). `keep` is a folder for this model's log-probabilities (tokens x vocabulary, float32), and `before` is a
+    folder with those of an earlier model.
     """
     losses, divergences, counts = [], [], []
     with computing(lm.model, lm.device), sharding.no_gradients(lm.model):
@@ -139,7 +142,7 @@ def score_text(
 
 
 def _windows(lm: LanguageModel, text: str, n_tokens: int) -> Iterator[list[int]]:
-    """Yield the text's tokens in pieces, each after BOS if the tokenizer puts one first."""
+    """Yield the tokens of the text in windows, each starting with BOS if the tokenizer adds one."""
     start = lm.tokenizer(text[:1])["input_ids"][:1]
     bos = start if start == [lm.tokenizer.bos_token_id] else []
     ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"][:n_tokens]
@@ -152,7 +155,7 @@ def _windows(lm: LanguageModel, text: str, n_tokens: int) -> Iterator[list[int]]
 
 
 def _log_probs(lm: LanguageModel, window: Sequence[int]) -> Tensor:
-    """Return the log-probabilities for every token but the first: (T - 1, V), float32, on the CPU."""
+    """Return the log-probabilities of each token after the first: (T - 1, V), float32, on the CPU."""
     ids = torch.tensor([list(window)], device=lm.device)
     more = {"use_cache": False} if "use_cache" in forward_parameters(lm.model) else {}
     logits = lm.model(input_ids=ids, **more).logits[0, :-1]
@@ -160,7 +163,7 @@ def _log_probs(lm: LanguageModel, window: Sequence[int]) -> Tensor:
 
 
 def _divergence(before: Tensor, now: Tensor) -> float:
-    """Return the sum over tokens of KL(before || now) in nats."""
+    """Return the sum over tokens of KL(before || now), in nats."""
     if before.shape != now.shape:
         raise ModelError(f"General ability: {tuple(before.shape)} probabilities before, {tuple(now.shape)} now.")
     return float(functional.kl_div(now, before, log_target=True, reduction="sum"))

@@ -1,4 +1,4 @@
-"""Generate greedy answers to prompts of token ids, by transformers or by vLLM."""
+"""Generate greedy answers to prompts of token ids, with transformers or vLLM."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ from forgetlearn.runtime import processes, sharding
 from forgetlearn.weights.adapter_files import LoraAdapterConfig, read_adapter_config
 
 Ids = Sequence[int]
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # values that its max_lora_rank may have
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # the values that vLLM accepts as max_lora_rank
 VLLM_SHARE = 0.9  # of the device's free memory
 
 
 @dataclass(frozen=True)
 class Room:
-    """The limits of a free answer, in tokens and in lines; lines count from the first that is not blank."""
+    """The limits of a free answer, in tokens and lines. Lines are counted from the first that is not blank."""
 
     tokens: int
     lines: int = 1
 
 
 def end_ids(lm: LanguageModel) -> list[int]:
-    """Return the ids that end an answer."""
+    """Return the token ids that end an answer."""
     return sorted({*lm.encoder.end_ids, lm.tokenizer.eos_token_id})
 
 
 def check_engine(settings: EvaluateSettings, models: Iterable[object] = (), changed_by: str | None = None) -> None:
-    """Raise ConfigError if vLLM is asked for and cannot be used for these models (None: the one in the config).
+    """Raise ConfigError if vLLM is asked for but cannot be used for these models (None: the model in the config).
 
-    It cannot for a model in memory, nor in a command that changes weights (`changed_by`), nor in several processes.
+    vLLM cannot be used for a model in memory, in a command that changes weights (`changed_by`), or in several
+    processes.
     """
     if settings.engine != "vllm":
         return
@@ -62,7 +63,7 @@ def check_engine(settings: EvaluateSettings, models: Iterable[object] = (), chan
 
 @contextmanager
 def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generator]:
-    """Yield what generates for this model, by `evaluate.engine`."""
+    """Yield the generator for this model that `evaluate.engine` selects."""
     if settings.engine == "vllm":
         yield VllmGenerator(lm)
         return
@@ -71,7 +72,7 @@ def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generat
 
 
 class TransformersGenerator:
-    """Calls `generate` of the model in memory, on one batch that is padded on the left."""
+    """Generates with the model in memory, on one batch padded on the left."""
 
     batches_itself = False
 
@@ -79,9 +80,9 @@ class TransformersGenerator:
         self.lm, self.ends = lm, end_ids(lm)
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
-        """Return new ids for each prompt, greedily, up to its room, an end token or the end of the context.
+        """Return greedily chosen ids for each prompt, up to its room, an end token or the end of the context.
 
-        Ids after the first end token, or after the last line that it has room for, are not part of the answer.
+        Ids after the first end token, or after the last line that the room allows, are not part of the answer.
         """
         lm = self.lm
         at_most = max(room.tokens for room in rooms)
@@ -103,28 +104,28 @@ class TransformersGenerator:
 
 
 class VllmGenerator:
-    """Runs vLLM's offline engine on the folder or hub id that the model was loaded from; an adapter on its base.
+    """Runs vLLM on the folder or hub id that the model was loaded from; for an adapter, on its base with the adapter.
 
     The engine lives for one call, so that the next step has the device's memory.
     """
 
-    batches_itself = True  # wants all prompts at once
+    batches_itself = True  # takes all prompts at once
 
     def __init__(self, lm: LanguageModel) -> None:
-        """Raise ModelError for a model that has no folder and no hub id."""
+        """Raise ModelError if the model has neither a folder nor a hub id."""
         if lm.settings.name is None:
             raise ModelError("evaluate.engine = vllm: the model is in memory, and vLLM reads a folder or hub id.")
         self.lm, self.ends = lm, end_ids(lm)
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
-        """Return what `TransformersGenerator.generate` does."""
+        """Return new token ids for each prompt, as `TransformersGenerator.generate` does."""
         vllm, lora = _vllm()
         context = self.lm.encoder.max_length
         limits = [
             min(room.tokens, context - len(prompt)) if context else room.tokens
             for prompt, room in zip(prompts, rooms, strict=True)
         ]
-        # Greedy. A line break is no stop string: one that comes before any text belongs to the answer.
+        # Greedy. A line break is not a stop string, because one that comes before any text belongs to the answer.
         params = [
             vllm.SamplingParams(temperature=0, max_tokens=limit, stop_token_ids=self.ends, detokenize=False)
             for limit in limits
@@ -133,7 +134,7 @@ class VllmGenerator:
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         folder = str(self.lm.settings.name)
         adapter = lora.LoRARequest("product", 1, folder) if adapter_base(self.lm.settings) else None
-        self.lm.model.to("cpu")  # the device's memory is the engine's meanwhile
+        self.lm.model.to("cpu")  # leaves the device's memory to the engine
         _free_memory()
         try:
             engine = vllm.LLM(**self._options(longest))
@@ -148,7 +149,7 @@ class VllmGenerator:
         lm, settings = self.lm, self.lm.settings
         base = adapter_base(settings)
         dtypes = {dtype for dtype in lm.dtypes.values() if dtype.is_floating_point}
-        # vLLM's default computes a float32 model in half precision.
+        # By default, vLLM computes a float32 model in half precision.
         dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "auto"
         options: dict[str, object] = {
             "model": base or settings.name,
@@ -182,7 +183,7 @@ def _vllm() -> tuple[ModuleType, ModuleType]:
 
 
 def _rank(folder: Path) -> int:
-    """Return the smallest rank that vLLM accepts and that the adapter fits in; raise ModelError if there is none."""
+    """Return the smallest rank that vLLM accepts and that is enough for the adapter; raise ModelError if none is."""
     config = read_adapter_config(folder)
     if not isinstance(config, LoraAdapterConfig):
         raise ModelError(f"{folder}: peft_type = {config.peft_type}: vLLM takes LoRA only. Leave --engine out.")
@@ -195,7 +196,7 @@ def _rank(folder: Path) -> int:
 
 
 def _share_of_memory(device: torch.device) -> float:
-    """Return the share of the device's memory, free or not, that vLLM may take."""
+    """Return the share of the device's total memory that vLLM may take."""
     if device.type != "cuda":
         return VLLM_SHARE
     free, total = torch.cuda.mem_get_info(device)
@@ -209,7 +210,7 @@ def _free_memory() -> None:
 
 
 class _Full(StoppingCriteria):  # type: ignore[misc]
-    """Stops each row at the end of its room."""
+    """Stops each row when its answer fills its room."""
 
     def __init__(self, decode: Callable[[Iterable[int]], str], width: int, rooms: Sequence[Room]) -> None:
         self.decode, self.width, self.rooms = decode, width, rooms

@@ -1,4 +1,4 @@
-"""Ask one model in batches: read texts with teacher forcing, and let it answer prompts freely."""
+"""Question one model in batches: read texts with teacher forcing, and generate free answers to prompts."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reading:
-    """A model's prediction of each token of an answer that it is shown (teacher forcing)."""
+    """A model's prediction of each token of a given answer (teacher forcing)."""
 
     wanted: tuple[int, ...]
     predicted: tuple[int, ...]
-    logprob: float | None  # mean natural log-probability per answer token; None where `prefer` is not asked for
+    logprob: float | None  # mean natural log-probability per answer token; None without the protocol `prefer`
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A model's free answer: greedy, up to its end token or the line break that ends its room."""
+    """A model's free answer: greedy, up to its end token or the end of its room."""
 
     text: str
     truncated: bool
@@ -54,7 +54,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Failure:
-    """The reason why something could not be scored."""
+    """The reason why a text or prompt could not be scored."""
 
     reason: str
 
@@ -66,11 +66,11 @@ class Scorer:
         self.lm, self.name = lm, name
         self.settings = settings or EvaluateSettings()
         self.wants_logprobs = "prefer" in self.settings.protocols
-        self.largest = self.settings.batch_size  # texts at once; less where memory has run out
+        self.largest = self.settings.batch_size  # texts at once; lowered if memory runs out
         lm.to_device()
 
     def read(self, pairs: Iterable[Pair]) -> dict[Pair, Reading | Failure]:
-        """Read each distinct (prompt, answer) with teacher forcing."""
+        """Return the model's reading of each distinct (prompt, answer), with teacher forcing."""
         encoded = self.lm.encoder.encode_all(pairs)
         found: dict[Pair, Reading | Failure] = {
             pair: Failure(str(text)) for pair, text in encoded.items() if isinstance(text, FactError)
@@ -87,7 +87,7 @@ class Scorer:
     def say(self, prompts: Iterable[str], rooms: Mapping[str, Room] | None = None) -> dict[str, Generated | Failure]:
         """Return the free answer to each distinct prompt.
 
-        `rooms` limits the answers to some prompts; others have one line of `max_new_tokens`.
+        `rooms` limits the answers to some prompts; the others get one line of at most `max_new_tokens`.
         """
         found: dict[str, Generated | Failure] = {}
         texts: dict[str, Encoded] = {}
@@ -118,9 +118,10 @@ class Scorer:
     def _prompt_batches(
         self, ids: Mapping[str, Encoded], rooms: Mapping[str, Room], engine: Generator
     ) -> list[list[str]]:
-        """Divide prompts into batches, those with more room apart: a batch takes as long as its longest answer.
+        """Divide prompts into batches with similar room, because a batch takes as long as its longest answer.
 
-        A prompt that nearly fills the context is asked by itself, because the longest of a batch limits the others.
+        A prompt that nearly fills the context gets its own batch, because the longest prompt of a batch limits all
+        its answers.
         """
         if engine.batches_itself:
             return [list(ids)] if ids else []
@@ -141,12 +142,12 @@ class Scorer:
         return [*together, *([prompt] for prompt in sorted(alone))]
 
     def _layout(self, texts: Iterable[Encoded], best: Literal["shared", "padded"]) -> Layout:
-        # The check needs a position to predict, and a prompt alone has none: its last token is taken for an answer.
+        # The check needs an answer to predict. A prompt alone has none, so its last token is taken as the answer.
         checked = [t if t.answer_ids or len(t.ids) < 2 else Encoded(t.ids, len(t.ids) - 1) for t in texts]
         return choose_layout(self.lm.model, checked, self.lm.pad_id, self.lm.device, best)
 
     def _batches(self, texts: Mapping[K, Encoded], layout: Layout) -> list[list[K]]:
-        """Divide keys into batches: neighbours that share their beginnings, or texts of similar length."""
+        """Divide keys into batches of texts that share their beginnings, or of texts of similar length."""
         if layout in ("shared", "shared_by_text"):
             room = ROW_TOKENS.get(self.lm.device.type, GPU_ROW_TOKENS)
             return shared_rows(texts, self.settings.batch_size, room)
@@ -155,9 +156,9 @@ class Scorer:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def _shown(self, batches: list[list[K]], what: str) -> Iterator[list[K]]:
-        """Yield this process's batches, with a bar on a terminal.
+        """Yield this process's batches, with a progress bar in a terminal.
 
-        They are divided as for one process, so that each text is computed beside the same others.
+        Batches are the same as in a single process, so that each text is computed beside the same others.
         """
         own = processes.share(batches)
         total = sum(len(batch) for batch in own)
@@ -167,13 +168,13 @@ class Scorer:
                 bar.update(len(batch))
 
     def _halving(self, batch: list[T], run: Callable[[list[T]], list[R]]) -> list[R]:
-        """Run a batch, in halves if the device has no memory for the whole; later batches then start smaller."""
+        """Run a batch, in halves if the device runs out of memory; later batches then start smaller."""
         half = len(batch) // 2
         if len(batch) <= self.largest:
             try:
                 return run(batch)
             except torch.OutOfMemoryError as error:
-                # The parts of a split model are computed together: no process can go on alone with a half.
+                # All processes compute a sharded model together, so none of them can go on alone with half a batch.
                 if not half or sharding.is_sharded(self.lm.model):
                     raise ModelError(
                         f"{self.name}: {self.lm.device} has too little memory for {len(batch)} texts at once. Lower "
@@ -190,7 +191,7 @@ class Scorer:
         wanted = torch.tensor([token for text in texts for token in text.answer_ids], device=logits.device)
         best = logits.argmax(dim=-1)
         asked = logits[which, wanted].float()
-        # A NaN anywhere is the largest of its row, and makes the sum one.
+        # argmax picks a NaN in a row, and logsumexp of the row is then NaN, so the check below finds it either way.
         against = logits.float().logsumexp(dim=-1) if self.wants_logprobs else logits.gather(-1, best[:, None])[:, 0]
         logprobs = (asked - against[which]).cpu()
         finite = torch.isfinite(logprobs).tolist()

@@ -1,8 +1,8 @@
 """Score what a model knows of facts: a row per fact and protocol, and a summary of rows whose counts add up.
 
-The model reads each distinct (prompt, answer) once, in rows in which texts share their beginnings, and answers each
-distinct prompt once, in batches sorted by length. Rows are then computed from its readings and answers alone.
-A protocol is an entry of PROTOCOLS.
+The model reads each distinct (prompt, answer) once, in rows of texts that share their beginnings, and answers each
+distinct prompt once, in batches sorted by length. Rows are computed from these readings and answers alone. A protocol
+is an entry of PROTOCOLS.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.storage.records import Phase, Row
 
 QUANTITIES = ("reliability", "generality", "residue")
-MARGIN_TOKENS = 8  # beyond an answer's own tokens: for its end, and for a model that splits it into more of them
+MARGIN_TOKENS = 8  # beyond an answer's own tokens: for its end token, and in case a model splits it into more tokens
 
 
 def score(
@@ -31,25 +31,27 @@ def score(
     settings: EvaluateSettings | None = None,
     reference: Mapping[str, list[list[int]]] | None = None,
 ) -> list[Row]:
-    """Return a row per fact and protocol: what the model knows in this phase.
+    """Return one row per fact and protocol, with the model's scores in this phase.
 
     `reference` holds, per fact, the ids that the base predicts at the answer of each locality probe
-    (`locality_predictions` of its rows); without it the model is its own reference.
+    (`locality_predictions` of its rows). Without it, the model is its own reference.
     """
     settings = settings or EvaluateSettings()
     facts = list(facts)
     scorer = Scorer(lm, settings, phase)
     read = scorer.read(pair for fact in facts for pair in pairs_to_read(fact))
-    said: dict[str, Generated | Failure] = {}
+    replies: dict[str, Generated | Failure] = {}
     if "generate" in settings.protocols:
-        said = scorer.say((prompt for fact in facts for prompt in fact.prompts), answer_rooms(lm, facts, settings))
+        replies = scorer.say((prompt for fact in facts for prompt in fact.prompts), answer_rooms(lm, facts, settings))
     protocols = {*settings.protocols, *(["contains"] if "generate" in settings.protocols else [])}
     rows: list[Row] = []
     for fact in facts:
         questions = _questions(fact)
         for protocol in (name for name in PROTOCOLS if name in protocols):
-            scores = {name: [_judge(protocol, asked, read, said) for asked in own] for name, own in questions.items()}
-            texts = _texts(fact, said) if protocol == "generate" else {}
+            scores = {
+                name: [_judge(protocol, asked, read, replies) for asked in own] for name, own in questions.items()
+            }
+            texts = _texts(fact, replies) if protocol == "generate" else {}
             rows.append(_row(fact, phase, protocol, scores, **texts))
         rows += _locality_rows(fact, phase, read, (reference or {}).get(fact.id))
     return rows
@@ -58,10 +60,10 @@ def score(
 def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> list[Row]:
     """Return the model's answer to each prompt, as rows for `known_facts`."""
     facts = list(facts)
-    said = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), answer_rooms(lm, facts, settings))
+    replies = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), answer_rooms(lm, facts, settings))
     rows = []
     for fact in facts:
-        reply = said[fact.prompt]
+        reply = replies[fact.prompt]
         text, truncated = (reply.text, reply.truncated) if isinstance(reply, Generated) else (None, False)
         rows.append(
             Row(fact=fact.id, phase="probe", protocol="generate", errors={}, said=text, truncated=int(truncated))
@@ -70,12 +72,12 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
 
 
 def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> dict[str, Room]:
-    """Return the room of each prompt whose accepted answers need more than one line of `max_new_tokens`."""
+    """Return a room for each prompt with an answer that may exceed one line or `max_new_tokens`."""
     rooms: dict[str, Room] = {}
     for fact in facts:
         answers = (*fact.new_answers, *fact.old_answers)
         lines = max(map(matching.lines_of, answers))
-        # Only an answer with that many bytes can have that many tokens, so that most are not tokenised here.
+        # An answer has at most as many tokens as bytes, so most answers need not be tokenised here.
         long = [answer for answer in answers if len(answer.encode()) + MARGIN_TOKENS > settings.max_new_tokens]
         found = lm.encoder.encode_all((fact.prompt, answer) for answer in long) if long else {}
         lengths = [len(text.answer_ids) + MARGIN_TOKENS for text in found.values() if isinstance(text, Encoded)]
@@ -89,12 +91,12 @@ def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSet
 
 
 def locality_predictions(rows: Iterable[Row]) -> dict[str, list[list[int]]]:
-    """Return, per fact, the ids predicted at the locality probes: the reference for later phases."""
+    """Return, per fact, the ids predicted at its locality probes, which are the reference for later phases."""
     return {row.fact: row.predicted for row in rows if row.protocol == "agreement" and row.has("predicted")}
 
 
 def summarise(rows: Sequence[Row]) -> Phase:
-    """Return quantity -> protocol -> mean in percent with its interval and counts, for the rows of one phase."""
+    """Return quantity -> protocol -> mean in percent, with its interval and counts, over the rows of one phase."""
     table: Phase = {}
     for quantity in (*QUANTITIES, "locality"):
         for protocol in dict.fromkeys(row.protocol for row in rows if row.has(quantity)):
@@ -108,20 +110,20 @@ def summarise(rows: Sequence[Row]) -> Phase:
 
 
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
-    """Return the facts whose old answer the model gives when it is asked (rows of the `generate` protocol)."""
-    said = {row.fact: row.said or "" for row in rows if row.protocol == "generate"}
-    return [fact for fact in facts if matching.matches(said.get(fact.id, ""), fact.old_answers)]
+    """Return the facts whose old answer the model gives when asked, according to rows of the protocol `generate`."""
+    replies = {row.fact: row.said or "" for row in rows if row.protocol == "generate"}
+    return [fact for fact in facts if matching.matches(replies.get(fact.id, ""), fact.old_answers)]
 
 
 def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Fact]:
-    """Return the facts whose old answer the base gives, by its rows if `generate` was scored, else by `ask`."""
+    """Return the facts whose old answer the base gives, by its rows if `generate` was scored, else by calling `ask`."""
     was_asked = any(row.protocol == "generate" for row in base_rows)
     return known_facts(facts, base_rows if was_asked else ask())
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A prompt, the answers that count as right (first the one that is taught or forgotten), and those against it."""
+    """A prompt, the answers that count as right (first the one taught or forgotten), and the opposite answers."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -138,7 +140,7 @@ def _questions(fact: Fact) -> dict[str, list[_Question]]:
 
 
 def pairs_to_read(fact: Fact) -> Iterator[Pair]:
-    """Yield each prompt with the answers to read: those that are taught or forgotten, without their aliases."""
+    """Yield each (prompt, answer) to read, including locality probes; aliases of answers are not read."""
     for questions in _questions(fact).values():
         yield from ((asked.prompt, asked.answers[0]) for asked in questions)
     yield from ((probe.prompt, probe.answer) for probe in fact.locality)
@@ -152,7 +154,7 @@ Score = float | Failure | None  # None: the protocol does not ask this question
 
 
 def token_accuracy(predicted: Sequence[int], wanted: Sequence[int]) -> float:
-    """Return the share of the wanted ids predicted at their position. Source: EasyEdit, Ni et al. 2023."""
+    """Return the share of positions where the predicted id is the wanted one. Source: EasyEdit, Ni et al. 2023."""
     return sum(p == w for p, w in zip(predicted, wanted, strict=True)) / len(wanted)
 
 
@@ -164,10 +166,10 @@ TEXT_RULES = {"generate": matching.same_text, "contains": matching.contains}
 PROTOCOLS = ("token", "exact", "prefer", "generate", "contains")  # in the order of rows
 
 
-def _judge(protocol: str, asked: _Question, read: Readings, said: Replies) -> Score:
-    """Return a score from 0 to 1. `prefer` is 1 if the answer is likelier than the other one (ROME's ES and PS)."""
+def _judge(protocol: str, asked: _Question, read: Readings, replies: Replies) -> Score:
+    """Return a score from 0 to 1. `prefer` gives 1 if the answer is likelier than its opposite (ROME's ES and PS)."""
     if rule := TEXT_RULES.get(protocol):
-        reply = said[asked.prompt]
+        reply = replies[asked.prompt]
         return reply if isinstance(reply, Failure) else matching.matches(reply.text, asked.answers, rule)
     if protocol == "prefer" and not asked.others:
         return None
@@ -188,7 +190,7 @@ def _judge(protocol: str, asked: _Question, read: Readings, said: Replies) -> Sc
 
 
 def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, Sequence[Score]], **answers: object) -> Row:
-    """Return a row with the mean per quantity: None if nothing was asked, or if it failed, with the reason."""
+    """Return a row with the mean of each quantity, None if nothing was asked or a question failed (see `errors`)."""
     errors: dict[str, str] = {}
     means: dict[str, float | None] = {}
     for quantity, values in scores.items():
@@ -202,10 +204,10 @@ def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, Sequence[Sc
     )
 
 
-def _texts(fact: Fact, said: Replies) -> dict[str, object]:
-    replies = [said[prompt] for prompt in fact.prompts]
-    texts = [reply.text if isinstance(reply, Generated) else None for reply in replies]
-    truncated = sum(isinstance(reply, Generated) and reply.truncated for reply in replies)
+def _texts(fact: Fact, replies: Replies) -> dict[str, object]:
+    own = [replies[prompt] for prompt in fact.prompts]
+    texts = [reply.text if isinstance(reply, Generated) else None for reply in own]
+    truncated = sum(isinstance(reply, Generated) and reply.truncated for reply in own)
     return {"said": texts[0], "said_rephrased": texts[1:], "truncated": truncated}
 
 

@@ -1,16 +1,16 @@
-"""Intervals over seeds and facts, paired differences, trade-off curves. Pure functions; results are in percent.
+"""Compute intervals over seeds and facts, paired differences and trade-off curves. Results are in percent.
 
-A cell's scores are a matrix of S seeds x N facts, each score between 0 and 1, NaN where a fact was not
-asked or could not be scored. Facts are crossed with seeds (every seed is asked the same facts), so a score is
+A cell's scores are a matrix of S seeds x N facts, each score between 0 and 1, NaN where a fact was not asked or could
+not be scored. Facts are crossed with seeds (every seed is asked the same facts), so a score is
 
-    mean + seed's effect + fact's effect + the rest
+    mean + effect of its seed + effect of its fact + residual
 
-and the mean's error has two sources: few seeds (training again moves every fact together) and the facts
-that were drawn. The bootstrap gets the first one wrong: from 3 seeds and 300 facts, resampling seeds and
-then facts within each holds the truth in 81 to 92 % of draws instead of 95, resampling both as crossed in
-90 to 98 %. So the facts' part is a t of N - 1 degrees of freedom, the seeds' part (their variance beyond
-what facts and chance explain) a t of S - 1, and the interval is that of the sum of both
-(Behrens-Fisher). tests/test_statistics.py measures the coverage: 93 to 97 %.
+The mean's error has two sources: there are few seeds (training again moves all facts together), and the facts are a
+sample. The bootstrap gets the first wrong: with 3 seeds and 300 facts, resampling seeds and then facts within each
+covers the true mean in 81 to 92 % of draws instead of 95 %, and resampling both as crossed in 90 to 98 %. Here, the
+error from facts is a t with N - 1 degrees of freedom, the error from seeds (their variance beyond what facts and
+chance explain) is a t with S - 1, and the interval is that of their sum (Behrens-Fisher). tests/test_statistics.py
+measures a coverage of 93 to 97 %.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from forgetlearn.storage.records import Mean
 Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
-STRATA = 2000  # values taken of each chi-square: the ends of an interval are exact to about 0.1 % of its width
+STRATA = 2000  # values of each chi-square, with which the ends of an interval are exact to about 0.1 % of its width
 RESAMPLES = 9999
 BATCH = 500  # sign flips held in memory at once
-ROUNDING = 1e-12  # scores that differ by less are equal: sums in another order differ in the last bits
+ROUNDING = 1e-12  # scores that differ by less count as equal, because sums in another order differ in the last bits
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in percent with its 95 % interval, which is None if there is one fact.
+    """A mean in percent with its 95 % interval, which is None if there is only one fact.
 
-    `n_seeds` and `n_facts` have at least one score, `n_scores` is the number of scores.
+    `n_seeds` and `n_facts` count those with at least one score; `n_scores` is the number of scores.
     """
 
     mean: float
@@ -51,14 +51,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """Ours minus the baseline in percentage points. Positive: ours is higher."""
+    """Ours minus the baseline, in percentage points; positive if ours is higher."""
 
     p_value: float
 
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """A mean over seeds in percent with its 95 % t-interval, which is None for one seed and for equal ones."""
+    """A mean over seeds in percent with its 95 % t-interval, which is None for one seed or if all seeds are equal."""
 
     mean: float
     low: float | None
@@ -68,7 +68,7 @@ class OverSeeds:
 
 @dataclass(frozen=True)
 class AtEqualReliability:
-    """Ours minus the baseline, in points, averaged over the reliabilities `low` to `high` (percent) that both reach."""
+    """Ours minus the baseline, in points, averaged over the reliabilities (`low` to `high` percent) that both reach."""
 
     low: float
     high: float
@@ -78,9 +78,9 @@ class AtEqualReliability:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's scores at each setting (epochs, say), per seed: three matrices of S seeds x P points, in percent.
+    """A method's scores at each setting (of epochs, say), per seed: three matrices of S seeds x P points, in percent.
 
-    Points need no order. A point with a NaN in any of the three is left out.
+    Points may come in any order. A point with a NaN in any of the three is left out.
     """
 
     reliability: ArrayLike
@@ -91,11 +91,11 @@ class Curve:
 def interval(scores: ArrayLike) -> Estimate:
     """Return the mean of scores (S, N) in percent, with its 95 % interval over new seeds and new facts.
 
-    With one seed, over new facts only. The interval is made on the logit of the mean, so it stays
-    within 0 and 100 and is longer towards the middle. Where all scores are equal, nothing shows how they
-    vary: the interval then allows that up to 1 - 0.025^(1/N) of all facts score otherwise
-    (Clopper-Pearson; 300 facts at 100 %: 98.8 to 100). Every score weighs the same, missing ones nothing.
-    No random numbers: the same scores give the same interval.
+    With one seed, the interval is over new facts only. It is computed on the logit of the mean, so it stays within 0
+    and 100 and is longer towards the middle. If all scores are equal, nothing shows how they vary; the interval then
+    allows that up to 1 - 0.025^(1/N) of all facts score otherwise (Clopper-Pearson; 300 facts at 100 %: 98.8 to 100).
+    All scores have equal weight, and missing ones are ignored. No random numbers are used: the same scores give the
+    same interval.
 
     Raises:
         ValueError: the scores are not a matrix, none is finite, or one is outside 0 to 1.
@@ -108,7 +108,7 @@ def interval(scores: ArrayLike) -> Estimate:
 
 
 def mean_with_interval(scores: Sequence[float], *, errored: int = 0, not_asked: int = 0) -> Mean:
-    """Return the mean of the scores (0 to 1) of one run, in percent, with `interval` over facts."""
+    """Return the mean of one run's scores (0 to 1) in percent, with its `interval` over facts."""
     if not scores:
         return Mean(mean=None, low=None, high=None, n=0, errored=errored, not_asked=not_asked)
     found = interval([scores])
@@ -121,16 +121,18 @@ def paired_difference(
 ) -> Difference:
     """Return ours minus the baseline, both (S, N) over the same seeds and facts, with interval and p-value.
 
-    A pair with a NaN on either side is left out. The interval is that of `interval` without the logit.
+    A pair with a NaN on either side is left out. The interval is computed as in `interval`, but without the logit.
 
-    The p-value is two-sided, for the hypothesis that the methods do not differ. Under it, the names "ours" and
-    "baseline" can be swapped for any fact, in all its seeds together: its scores under several seeds
-    depend on each other, so single cells must not be flipped. The signs of the facts' mean differences
-    are flipped at random (all 2^N ways if that is at most `resamples`). That alone tests these very runs: with 3
-    seeds that differ by 5 points, 31 % of methods that are equal would pass for different at 0.05. To test new seeds,
-    each flip is given an error of the seeds, a t of S - 1 degrees of freedom as in the interval; then it is 7 %, and
-    under 5 % if seeds differ less. With one seed, or seeds that vary no more than chance, it is the plain permutation
-    test. Flipping whole seeds would be valid but useless: 3 seeds have 8 flips, and no p-value under 0.25.
+    The p-value is two-sided, for the hypothesis that the methods do not differ. Under this hypothesis, the names
+    "ours" and "baseline" can be swapped for any fact, but only in all its seeds together, because its scores under
+    several seeds depend on each other. So the test flips the signs of the facts' mean differences at random (in all
+    2^N ways if that is at most `resamples`).
+
+    These flips alone would test only these very runs: with 3 seeds that differ by 5 points, 31 % of equal methods
+    would be called different at 0.05. To test new seeds, a random error of the seeds is added to each flip, a t with
+    S - 1 degrees of freedom as in the interval. Then 7 % are called different, and under 5 % if seeds differ less.
+    With one seed, or with seeds that vary no more than chance, this is the plain permutation test. Flipping whole
+    seeds would be valid but useless: 3 seeds have 8 flips, and no p-value under 0.25.
 
     Raises:
         ValueError: the shapes differ; see `interval`.
@@ -148,9 +150,9 @@ def paired_difference(
 def mean_over_seeds(values: ArrayLike, *, differences: bool = False) -> OverSeeds:
     """Return the mean of one percentage per seed (S,) with its 95 % t-interval over seeds, for these facts.
 
-    As in `interval` it is made on the logit of the mean, so it stays within 0 and 100: two or three seeds that vary
-    would reach beyond otherwise. Of `differences` it is not, and it ends at -100 and 100. Seeds that are equal
-    have no interval: a t-interval of no width would claim certainty.
+    The interval is computed on the logit of the mean, as in `interval`, so it stays within 0 and 100; with two or
+    three seeds that vary, it would otherwise reach further. For `differences` the logit is not used, and the interval
+    is cut at -100 and 100. Equal seeds have no interval, because one of no width would claim certainty.
     """
     given = np.asarray(values, dtype=np.float64)
     mean, n = float(given.mean()), len(given)
@@ -164,9 +166,9 @@ def mean_over_seeds(values: ArrayLike, *, differences: bool = False) -> OverSeed
 
 
 def mean_of(values: ArrayLike, weights: ArrayLike) -> tuple[float, float | None, float | None]:
-    """Return the weighted mean of numbers (N,) on any scale and the ends of its 95 % t-interval (None for one number).
+    """Return the weighted mean of numbers (N,) and the ends of its 95 % t-interval (None for one number).
 
-    The interval takes the numbers for independent draws and the weights for their sizes.
+    The numbers may be on any scale. They are treated as independent draws, and the weights as their sizes.
     """
     given, sizes = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     shares = sizes / sizes.sum()
@@ -180,9 +182,10 @@ def mean_of(values: ArrayLike, weights: ArrayLike) -> tuple[float, float | None,
 def at_equal_reliability(ours: Curve, baseline: Curve) -> AtEqualReliability | None:
     """Return the differences in locality and generality at equal reliability; None if no reliability is shared.
 
-    Within each seed both curves are interpolated linearly between points sorted by reliability, and
-    ours minus the baseline is averaged over the range that every seed of both reaches (one range for all seeds, so
-    that each measures the same). Seeds are paired by their row. The intervals are over seeds, for these facts.
+    Within each seed, both curves are interpolated linearly between points sorted by reliability. Ours minus the
+    baseline is then averaged over the range of reliability that every seed of both reaches; all seeds share this
+    range, so that each measures the same. Seeds are paired by their row. The intervals are over seeds, for these
+    facts.
     """
     first, second = _knots(ours), _knots(baseline)
     low, high = (max(float(knots[0, 0]) for knots in first + second), min(float(k[0, -1]) for k in first + second))
@@ -202,18 +205,18 @@ def at_equal_reliability(ours: Curve, baseline: Curve) -> AtEqualReliability | N
 def mean_locality(curve: Curve, low: float, high: float) -> OverSeeds:
     """Return the mean locality over the reliabilities from `low` to `high`, both of which every seed reaches.
 
-    It is the area under the reliability-locality curve, by trapezoids, as a share of the full area. A point that
-    another one dominates (more epochs, and worse in both) stays in: the upper envelope would keep the
-    luckiest points, and favour the method with more of them.
+    It is the area under the reliability-locality curve, by trapezoids, as a share of the full area. A dominated point
+    (more epochs, and worse in both) stays in: the upper envelope would keep only the luckiest points, and favour the
+    method with more of them.
     """
     return mean_over_seeds([_average(knots[0], knots[1], low, high) for knots in _knots(curve)])
 
 
 def pareto_front(points: ArrayLike) -> list[int]:
-    """Return the indices of the points (P, coordinates) that no other one dominates; higher is better in each.
+    """Return the indices of the points (P, coordinates) that no other point dominates; higher is better in each.
 
-    One point dominates another if it is nowhere lower and somewhere higher, so equal points stay
-    together. A point with a NaN is never on the front, and dominates nothing.
+    A point dominates another if it is nowhere lower and somewhere higher, so equal points stay together. A point with
+    a NaN is never on the front, and dominates nothing.
     """
     given = np.asarray(points, dtype=np.float64)
 
@@ -228,7 +231,7 @@ def pareto_front(points: ArrayLike) -> list[int]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A mean, as a share, and the variance of its error: from facts (at given seeds), and from seeds beyond that."""
+    """A mean (as a share), and the variance of its error due to facts (at given seeds) and, beyond that, to seeds."""
 
     mean: float
     of_facts: float
@@ -238,7 +241,7 @@ class _Parts:
 
 
 def _matrix(scores: ArrayLike, lowest: float, highest: float) -> Floats:
-    """Return the scores as floats; raise ValueError unless they are a matrix with numbers, all within the range."""
+    """Return the scores as floats; raise ValueError unless they are a matrix with a number in it, and in the range."""
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or np.isnan(values).all():
         raise ValueError(f"Scores must be a matrix (seeds, facts) with at least one number, not {scores!r:.200}.")
@@ -250,9 +253,9 @@ def _matrix(scores: ArrayLike, lowest: float, highest: float) -> Floats:
 
 
 def _parts(values: Floats) -> _Parts:
-    """Return mean and components of a matrix with missing entries: mean squares of the two-way layout, by totals.
+    """Return the mean and variance components of a matrix that may have gaps, from two-way mean squares.
 
-    If no score is missing: var(means of facts) / N, and max(0, var(means of seeds) / S - residual / (S N)).
+    If no score is missing, they are var(means of facts) / N and max(0, var(means of seeds) / S - residual / (S N)).
     """
     known = ~np.isnan(values)
     values, known = values[known.any(axis=1)], known[known.any(axis=1)]
@@ -269,20 +272,20 @@ def _parts(values: Floats) -> _Parts:
         rest = np.where(known, rest - (rest.sum(axis=1) / known.sum(axis=1))[:, None], 0.0)
         free = total - seeds - facts + 1
         residual = float((rest**2).sum()) / free / total if free > 0 else 0.0
-        of_facts = max(of_facts, residual)  # its expectation is never less: matters for a handful of facts
+        of_facts = max(of_facts, residual)  # its expectation is never less; this matters for a handful of facts
         of_seeds = seeds / (seeds - 1) * float((error.sum(axis=1) ** 2).sum()) / total**2 - residual
         of_seeds = of_seeds if of_seeds > ROUNDING**2 else 0.0
     return _Parts(mean, of_facts, of_seeds, constant, (seeds, facts, total))
 
 
 def _t_quantile(n: int) -> float:
-    """Return half the width of a 95 % t-interval in standard errors, from n draws."""
+    """Return half the width of a 95 % t-interval from n draws, in standard errors."""
     return float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
 
 
 @lru_cache(maxsize=64)
 def _chi_squares(seeds: int, facts: int) -> tuple[Floats, Floats]:
-    """Return pairs of a chi-square for seeds and one for facts, each over its degrees of freedom, evenly spread."""
+    """Return evenly spread pairs of chi-squares, one for seeds and one for facts, each over its degrees of freedom."""
     levels = (np.arange(STRATA) + 0.5) / STRATA
     of_facts = 2 * special.gammaincinv((facts - 1) / 2, levels) / (facts - 1)
     of_seeds = 2 * special.gammaincinv((seeds - 1) / 2, levels) / (seeds - 1)
@@ -290,9 +293,9 @@ def _chi_squares(seeds: int, facts: int) -> tuple[Floats, Floats]:
 
 
 def _half_width(parts: _Parts) -> float:
-    """Return half the 95 % interval of a sum of two t: `sqrt(of_seeds)` t(S - 1) + `sqrt(of_facts)` t(N - 1).
+    """Return half the width of the 95 % interval of `sqrt(of_seeds)` t(S - 1) + `sqrt(of_facts)` t(N - 1).
 
-    A t is a normal over the root of a chi-square: given the two chi-squares, the sum is normal.
+    A t is a normal variable over the root of a chi-square, so for given chi-squares the sum is normal.
     """
     seeds, facts, _ = parts.counts
     if parts.of_seeds == 0:
@@ -308,7 +311,7 @@ def _half_width(parts: _Parts) -> float:
 
 
 def _ends(parts: _Parts, lowest: float, highest: float, *, on_logit: bool = False) -> tuple[float | None, float | None]:
-    """Return both ends of the interval around the mean, within the range of scores; None for one fact."""
+    """Return both ends of the interval around the mean, within the range of scores; None and None for one fact."""
     _, facts, _ = parts.counts
     if facts == 1:
         return None, None
@@ -322,7 +325,7 @@ def _ends(parts: _Parts, lowest: float, highest: float, *, on_logit: bool = Fals
 
 
 def _on_logit(mean: float, half: float) -> tuple[float, float]:
-    """Return both ends of the interval of a share, given half its width on the share's own scale."""
+    """Return both ends of a share's interval, computed on the logit; `half` is half its width before that."""
     centre, half = special.logit(mean), half / (mean * (1 - mean))
     return float(special.expit(centre - half)), float(special.expit(centre + half))
 
@@ -332,7 +335,7 @@ def _percent(share: float | None) -> float | None:
 
 
 def _p_value(values: Floats, parts: _Parts, resamples: int, rng: np.random.Generator) -> float:
-    """Return the two-sided p-value of a mean difference: flips per fact, each with an error of the seeds added."""
+    """Return the two-sided p-value of a mean difference, from flips of facts, each with a random error of the seeds."""
     seeds, _, total = parts.counts
     of_fact = np.nansum(values, axis=0) / total  # each fact's share of the mean; 0 where it has no score
     of_fact = of_fact[np.abs(of_fact) > ROUNDING / total]
@@ -367,7 +370,7 @@ def _random_flips(values: Floats, resamples: int, rng: np.random.Generator) -> F
 
 
 def _knots(curve: Curve) -> list[Floats]:
-    """Return, per seed, the rows reliability (rising), locality, generality; points of equal reliability averaged."""
+    """Return, per seed, the rows reliability (rising), locality, generality; equal reliabilities are averaged."""
     rows = [np.asarray(each, dtype=np.float64) for each in (curve.reliability, curve.locality, curve.generality)]
     found = []
     for points in np.stack(rows, axis=1):
@@ -381,7 +384,7 @@ def _knots(curve: Curve) -> list[Floats]:
 
 
 def _average(x: Floats, y: Floats, low: float, high: float) -> float:
-    """Return the mean over x from `low` to `high` of the straight lines through the points; y(low) if low is high."""
+    """Return the mean height, from x = `low` to `high`, of the line through the points; y(low) if low equals high."""
     if low == high:
         return float(np.interp(low, x, y))
     at = np.concatenate([[low], x[(x > low) & (x < high)], [high]])

@@ -1,8 +1,8 @@
-"""Facts, from a file to what a model is taught: source -> records -> form -> drafts -> facts.
+"""Read facts from a file: source -> records -> form -> drafts -> facts.
 
-`files` and `tables` read the records of a source. `names` and `forms` recognise the form that all records share, and
-`readers` (with `fields`) make a draft of each record: texts as they are in it. `selection` strips and checks drafts,
-finds old answers and aliases, and gives a `FactSet`: the facts that can be used and the account of the rest.
+`files` and `tables` read the records of a source. `names` and `forms` recognise the form that all records share.
+`readers` (with `fields`) turn each record into a draft, whose texts are unchanged. `selection` strips and checks
+drafts, finds old answers and aliases, and returns a `FactSet`: the usable facts and an account of the rest.
 """
 
 from forgetlearn.facts.fact import Fact as Fact

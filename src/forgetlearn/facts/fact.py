@@ -1,4 +1,4 @@
-"""A fact: a prompt, its old and its new answer, and how facts are hashed and written."""
+"""Define a fact (a prompt, its old and its new answer), and hash and write facts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Fact:
-    """A prompt with its old and its new answer; all texts are stripped. `make_fact` gives the id."""
+    """A prompt with its old and its new answer. All texts are stripped, and `make_fact` computes the id."""
 
     id: str
     subject: str  # "" where unknown
@@ -30,33 +30,33 @@ class Fact:
     target_new: str  # the NEW answer
     rephrase_prompts: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
-    target_new_aliases: tuple[str, ...] = ()  # other ways to write the new answer: never trained on, counted as right
+    target_new_aliases: tuple[str, ...] = ()  # other ways to write the new answer; right, but never trained on
     ground_truth_aliases: tuple[str, ...] = ()
-    where: str = field(default="", compare=False)  # file and record, for messages; no part of the fact
+    where: str = field(default="", compare=False)  # file and record, for messages; neither compared nor hashed
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Return every text that asks for the fact; the first is the one that is trained on."""
+        """Return all prompts that ask for the fact, first the one that is trained on."""
         return (self.prompt, *self.rephrase_prompts)
 
     @property
     def new_answers(self) -> tuple[str, ...]:
-        """Return every text that counts as the new answer; the first is the one that is taught."""
+        """Return all texts that count as the new answer, first the one that is taught."""
         return (self.target_new, *self.target_new_aliases)
 
     @property
     def old_answers(self) -> tuple[str, ...]:
-        """Return every text that counts as the old answer, the one to forget first; () if unknown."""
+        """Return all texts that count as the old answer, first the one to forget; () if it is unknown."""
         return (self.ground_truth, *self.ground_truth_aliases) if self.ground_truth else ()
 
     @property
     def place(self) -> str:
-        """Return the fact's name in a message: its file and record, or its id where they are unknown."""
+        """Return the fact's name for messages: its file and record, or its id if they are unknown."""
         return self.where or f"fact {self.id}"
 
 
 def fact_id(subject: str, prompt: str, target_new: str) -> str:
-    """Return 16 hexadecimal digits of the content; the old answer, which a policy may change, does not count."""
+    """Return 16 hexadecimal digits that identify a fact, without its old answer, which a policy may change."""
     return _sha256({"subject": subject, "prompt": prompt, "target_new": target_new})[:16]
 
 
@@ -71,7 +71,7 @@ def make_fact(
     target_new_aliases: Iterable[str] = (),
     ground_truth_aliases: Iterable[str] = (),
 ) -> Fact:
-    """Return a fact with its id, from texts that are stripped already."""
+    """Return a fact with its id. The texts must already be stripped."""
     return Fact(
         id=fact_id(subject, prompt, target_new),
         subject=subject,
@@ -86,7 +86,7 @@ def make_fact(
 
 
 def sha256(facts: Iterable[Fact]) -> str:
-    """Return the hash of facts, with old answers, rephrases and probes, in hexadecimal.
+    """Return the hexadecimal hash of facts, with their old answers, rephrasings and probes.
 
     Empty aliases are left out, so that facts without aliases keep the hash that earlier versions recorded.
     """
@@ -95,16 +95,16 @@ def sha256(facts: Iterable[Fact]) -> str:
 
 
 def write_facts(facts: Iterable[Fact], path: Path) -> None:
-    """Write the own form, one JSON object per line; `read_facts` gives equal facts back.
+    """Write facts in the project's own form, one JSON object per line.
 
-    That holds for facts as `read_facts` gives them: stripped and of distinct prompts.
+    `read_facts` reads equal facts back if their texts are stripped and their prompts are distinct.
     """
     lines = []
     for fact in facts:
         record = {name: value for name, value in _as_record(fact).items() if value or name == "target_new"}
         for name, (text, *aliases) in (("target_new", fact.new_answers), ("ground_truth", fact.old_answers or ("",))):
             record.pop(f"{name}_aliases", None)
-            # An answer with aliases is a list, and so is an old answer that would be taken for a placeholder.
+            # An answer with aliases is written as a list, and so is an old answer that would be read as a placeholder.
             if aliases or (name == "ground_truth" and is_placeholder(text)):
                 record[name] = [text, *aliases]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A set of facts with the account of its source: what was used, and what was left out and why."""
+"""A set of usable facts with an account of its source: what was used, and what was left out and why."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ REASONS: Mapping[str, str] = {
     "empty_locality_probe": "The probe has no prompt or no answer.",
 }
 PROBE_REASONS = ("locality_is_edit_prompt", "empty_locality_probe")
-WITHOUT_OLD: Mapping[str, str] = {  # why a used fact has no old answer: it is learned without being forgotten
+WITHOUT_OLD: Mapping[str, str] = {  # reasons why a used fact has no old answer; it is learned, but nothing is forgotten
     "no_old_answer": "None of --old-from has an old answer for it.",
     "unfinished_old_answer": "The model's own answer did not end within evaluate.max_new_tokens, so it is not fully "
     "known. Raise that setting, or take the old answers from the file.",
 }
-# Counted without leaving a fact out: the message for one, and for several.
+# Things that are counted without leaving a fact out: the message for one case, and for several.
 NOTES: Mapping[str, tuple[str, str]] = {
     "blank_row": ("{} blank row was skipped", "{} blank rows were skipped"),
     "placeholder": (
@@ -56,7 +56,7 @@ NOTES: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A fact or a probe that is not used: the number of its record from 1, the reason, and which it was."""
+    """A fact or a probe that is not used: the number of its record (from 1), the reason, and its prompt and answer."""
 
     record: int
     reason: Reason
@@ -65,32 +65,32 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class FactSet:
-    """The usable facts of one source, in its order, and the account of all that was read.
+    """The usable facts of one source, in its order, and an account of everything that was read.
 
-    `read == used + sum(left_out.values())`. `left_out` counts facts, `left_out_probes` counts locality
-    probes of facts that stay; `left_out_records` lists both, in the order of the records. A record is one
-    fact, except in MQuAKE, where it has several: each counts as a record here, numbered through the file.
+    `read == used + sum(left_out.values())`. `left_out` counts facts; `left_out_probes` counts locality probes of
+    facts that are used. `left_out_records` lists both, in the order of the records. A record is one fact, except in
+    MQuAKE, where it holds several: here each of them counts as a record, numbered through the file.
 
-    `used == len(old_sources) + len(to_ask) + sum(without_old.values())`: a used fact has an old answer, waits for
-    the model to be asked, or has none and is learned without being forgotten.
+    `used == len(old_sources) + len(to_ask) + sum(without_old.values())`: a used fact has an old answer, will get one
+    from the model, or has none and is learned without being forgotten.
     """
 
     facts: tuple[Fact, ...]
     source: str
     reader: str
-    old_from: tuple[OldFrom, ...]  # in the order in which they are looked at
-    read: int  # facts examined: up to the last usable one where a limit was reached
+    old_from: tuple[OldFrom, ...]  # in the order in which they are tried
+    read: int  # facts examined; if a limit was reached, those up to the last usable one
     in_source: int  # facts in the source
     left_out: Mapping[str, int] = field(default_factory=dict)
     left_out_probes: Mapping[str, int] = field(default_factory=dict)
-    stripped: int = 0  # new and old answers of examined records that had outer white space
+    stripped: int = 0  # new and old answers of examined records that had white space around them
     left_out_records: tuple[LeftOut, ...] = ()
-    ignored_fields: Mapping[str, int] = field(default_factory=dict)  # fields that nothing reads: how many values
-    noted: Mapping[str, int] = field(default_factory=dict)  # how often each of NOTES
+    ignored_fields: Mapping[str, int] = field(default_factory=dict)  # name of an unread field -> number of values
+    noted: Mapping[str, int] = field(default_factory=dict)  # key of NOTES -> how often it applied
     records: int = 0  # records in the source; in MQuAKE fewer than facts
-    read_as: str = ""  # how the file was read (delimiter, encoding, sheet), where that had to be found out
+    read_as: str = ""  # how the file was read (delimiter, encoding, sheet), if that had to be detected
     old_sources: Mapping[str, OldFrom] = field(default_factory=dict)  # fact id -> where its old answer comes from
-    to_ask: tuple[str, ...] = ()  # ids of the facts whose old answer the model has still to be asked for
+    to_ask: tuple[str, ...] = ()  # ids of the facts whose old answer the model must still be asked for
     without_old: Mapping[str, int] = field(default_factory=dict)  # facts without an old answer, by reason
 
     @property
@@ -106,7 +106,7 @@ class FactSet:
 
     @property
     def without_old_answer(self) -> int:
-        """Return the number of usable facts without an old answer: they are learned, but not forgotten."""
+        """Return the number of usable facts without an old answer. They are learned, but not forgotten."""
         return sum(fact.ground_truth is None for fact in self.facts)
 
     @property
@@ -115,7 +115,7 @@ class FactSet:
         return sum(bool(fact.target_new_aliases or fact.ground_truth_aliases) for fact in self.facts)
 
     def sha256(self) -> str:
-        """Return the hash of the facts alone (with old answers, rephrases, probes), in hexadecimal."""
+        """Return the hexadecimal hash of the facts (with old answers, rephrasings and probes), without the account."""
         return sha256(self.facts)
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ GivenFacts = FactSet | Iterable[Fact] | str | Path | None
 
 
 def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
-    """Return facts in memory (a list, a generator) as a FactSet; a FactSet, a source or None as it is.
+    """Return facts in memory (a list, a generator) as a FactSet; return a FactSet, a source or None unchanged.
 
     Raise FactError if the list is empty, an item is not a Fact, or a fact occurs twice.
     """
@@ -169,7 +169,7 @@ def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
 
 
 def describe_old_answers(counts: Mapping[str, int], without: Mapping[str, int], to_ask: int = 0) -> list[str]:
-    """Describe, in lines, the sources of old answers if there are several, and the facts without one.
+    """Return lines on the sources of old answers, if there are several, and on facts without an old answer.
 
     Return no lines if no fact has an old answer.
     """

@@ -22,7 +22,7 @@ class Answer:
 
     text: str = ""
     aliases: tuple[str, ...] = ()
-    is_list: bool = False  # given as a list, so that "None" or "-" is meant as written
+    is_list: bool = False  # given as a list, which means that "None" or "-" is meant literally
 
 
 NO_ANSWER = Answer()
@@ -45,7 +45,7 @@ def is_missing(value: object) -> bool:
 
 
 def as_text(value: object, place: str) -> str:
-    """Return a text or a number as text, unstripped; null and NaN are "". Raise FactError for any other value."""
+    """Return a text or a number as text, unstripped, and "" for null and NaN. Raise FactError for any other value."""
     if is_missing(value):
         return ""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -67,19 +67,19 @@ def has_half_a_pair(text: str) -> bool:
 
 
 def is_placeholder(text: str) -> bool:
-    """Return True for text that stands for no answer: n/a, none, null, NaN, only dashes, only question marks."""
+    """Return True for a text that means "no answer": n/a, none, null, NaN, only dashes, only question marks."""
     return PLACEHOLDER.fullmatch(text.strip()) is not None
 
 
 def first_text(value: object, place: str) -> str:
-    """Return the text itself, or the first one of a list, or of a list of lists (of aliases)."""
+    """Return a text, or the first text in a list or in nested lists (of aliases)."""
     while isinstance(value, list | tuple):
         value = value[0] if value else None
     return as_text(value, place)
 
 
 def _flat(value: object, place: str, depth: int = 0) -> Iterator[str]:
-    """Yield the texts of a list or of nested lists (of aliases), or the single text."""
+    """Yield the texts in a list or in nested lists (of aliases), or the single text."""
     if not isinstance(value, list | tuple):
         yield as_text(value, place)
         return
@@ -91,32 +91,32 @@ def _flat(value: object, place: str, depth: int = 0) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Fields:
-    """Reads one record field by field; `where` is "file, record 17", and "" as a name is a field that is absent."""
+    """Reads a record field by field. `where` is its place ("file, record 17"); the name "" means an absent field."""
 
     record: Record
     where: str
     prefix: str = ""
 
     def place(self, name: str) -> str:
-        """Return file, record and field, for a message."""
+        """Return a field's place for a message: file, record and field."""
         return f"{self.where}: '{self.prefix}{name}'"
 
     def _value(self, name: str) -> object:
         return self.record.get(name) if name else None
 
     def text(self, name: str) -> str:
-        """Return the field as text, "" if absent."""
+        """Return the field as text, or "" if it is absent."""
         return as_text(self._value(name), self.place(name))
 
     def texts(self, name: str) -> list[str]:
-        """Return the field as a list of texts; one text is a list of one, and an absent field an empty list."""
+        """Return the field as a list of texts. A single text becomes a list of one, an absent field an empty list."""
         value, place = self._value(name), self.place(name)
         if isinstance(value, list | tuple):
             return [as_text(item, f"{place}, item {number}") for number, item in enumerate(value, 1)]
         return [] if is_missing(value) else [as_text(value, place)]
 
     def answer(self, name: str) -> Answer:
-        """Return the field as an answer: its text; of a list the first text that is not blank, the rest as aliases."""
+        """Return the field as an answer. In a list, the first non-blank text is the answer, the rest are aliases."""
         value = self._value(name)
         if not isinstance(value, list | tuple):
             return Answer(as_text(value, self.place(name)))
@@ -124,11 +124,11 @@ class Fields:
         return Answer(texts[0], tuple(texts[1:]), is_list=True) if texts else NO_ANSWER
 
     def inner(self, name: str) -> Fields:
-        """Return the object in a field, empty if absent."""
+        """Return the object in a field, or an empty one if the field is absent."""
         return self._object(self._value(name), name)
 
     def objects(self, name: str) -> list[Fields]:
-        """Return the objects of the list in a field, empty if absent."""
+        """Return the objects in a field's list, or an empty list if the field is absent."""
         return [self._object(item, f"{name}[{number}]") for number, item in enumerate(self.items(name), 1)]
 
     def _object(self, value: object, name: str) -> Fields:
@@ -139,7 +139,7 @@ class Fields:
         return Fields(value, self.where, f"{self.prefix}{name}.")
 
     def items(self, name: str) -> list[object]:
-        """Return the list in a field, empty if absent."""
+        """Return the list in a field, or an empty one if the field is absent."""
         value = self._value(name)
         if is_missing(value) or value == "":
             return []
@@ -149,7 +149,7 @@ class Fields:
 
 
 def loads(text: str, source: str, first_line: int | None = None) -> object:
-    """Parse a JSON text, or raise FactError; NaN becomes null. `first_line` is its line in the file, for messages."""
+    """Parse a JSON text, with NaN as null, or raise FactError. `first_line` is the text's first line in its file."""
     where = f"{source}, line {first_line}" if first_line else source
 
     def constant(name: str) -> None:
@@ -158,7 +158,7 @@ def loads(text: str, source: str, first_line: int | None = None) -> object:
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
-        if len(found) < len(pairs):  # json would keep the last one and lose the others in silence
+        if len(found) < len(pairs):  # json would silently keep only the last one
             counts = Counter(name for name, _value in pairs)
             twice = next(name for name, count in counts.items() if count > 1)
             values = [kind(value) for name, value in pairs if name == twice]
@@ -176,5 +176,5 @@ def loads(text: str, source: str, first_line: int | None = None) -> object:
         raise FactError(f"{source} cannot be read as JSON: its brackets are nested too deep.") from error
     except FactError:
         raise
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise FactError(f"{where} holds a number of thousands of digits. Write it as text, in quotes.") from error

@@ -18,7 +18,7 @@ from forgetlearn.facts.tables import Source, parse_csv, parse_xlsx
 TABLES = (".csv", ".tsv")
 SUFFIXES = (".json", ".jsonl", *TABLES, ".xlsx")
 SAVE_AS = {".xls": ".xlsx", ".ods": ".xlsx", ".txt": ".csv or .tsv, if it is a table", ".parquet": ".jsonl"}
-# The longer mark first: that of UTF-32 begins with that of UTF-16.
+# UTF-32 comes first, because the mark of UTF-32-LE begins with the mark of UTF-16-LE.
 MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
     (codecs.BOM_UTF32_LE, "UTF-32-LE"),
@@ -31,22 +31,22 @@ HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>[\w.%:\[\]-]+)
 
 
 def is_hub_id(source: str) -> bool:
-    """Return True for a data set id on the hub, `owner/name` or `owner/name:split`, that is not a path."""
+    """Return True for the id of a data set on the hub, `owner/name` or `owner/name:split`, that is not a path."""
     return bool(HUB.fullmatch(source)) and not source.lower().endswith(SUFFIXES) and not Path(source).exists()
 
 
 def read_source(source: str | Path, columns: Mapping[str, str]) -> Source:
-    """Return the records, not yet checked, of a JSON, JSONL, CSV, TSV or Excel file, or of a data set on the hub.
+    """Return the unchecked records of a JSON, JSONL, CSV, TSV or Excel file, or of a data set on the hub.
 
     Raises:
-        FactError: the file is missing, a folder, a pipe, empty, of another suffix, damaged or in no known encoding,
-            or the data set cannot be loaded.
-        MissingExtraError: openpyxl, for an Excel file, or `datasets`, for the hub, is not installed.
+        FactError: the file is missing, empty, damaged, a folder or a pipe, its suffix or encoding is unknown, or the
+            data set cannot be loaded.
+        MissingExtraError: openpyxl (for an Excel file) or `datasets` (for the hub) is not installed.
     """
     name = str(source)
     try:
         return _load_hub(name) if is_hub_id(name) else _parse_file(Path(source), columns)
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # the name is too long, or the folder may not be entered
         raise FactError(f"{name[:200]}: {error.strerror or error}. Give an existing file of facts.") from None
 
 
@@ -58,7 +58,7 @@ def _load_hub(source: str) -> Source:
         raise missing_extra(f"{source}, a data set on the hub", "hub", error) from error
     try:
         return Source(list(datasets.load_dataset(name, split=split or "train")))
-    except Exception as error:  # whatever the library raises, over the network and for any data set
+    except Exception as error:  # the library may raise anything, depending on the network and the data set
         reason = " ".join(str(error).split())[:300]
         raise FactError(
             f"{source} is not a path here, and could not be loaded from the hub: {type(error).__name__}: {reason}"
@@ -89,7 +89,7 @@ def _parse_file(path: Path, columns: Mapping[str, str]) -> Source:
 
 
 def _near_files(path: Path) -> str:
-    """Return a hint for a missing file: similar names in its folder."""
+    """Return a hint for a missing file: files with similar names in its folder."""
     if not path.parent.is_dir():
         return f"The folder {path.parent} does not exist either. Check the path."
     near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], 3)
@@ -97,7 +97,7 @@ def _near_files(path: Path) -> str:
 
 
 def _decoded(path: Path, is_table: bool) -> tuple[str, str]:
-    """Return the text without its byte-order mark, and its encoding: by the mark, else UTF-8, else (tables) cp1252."""
+    """Return the text without its byte-order mark, and its encoding: the mark's, else UTF-8, else (tables) cp1252."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -119,12 +119,12 @@ def _decoded(path: Path, is_table: bool) -> tuple[str, str]:
 
 
 def _is_damaged_utf8(data: bytes) -> bool:
-    """Return True if some non-ASCII letters are valid UTF-8: reading them as cp1252 would garble them."""
+    """Return True if some non-ASCII letters are valid UTF-8, so that reading them as cp1252 would garble them."""
     return any(letter > "\x7f" and letter != "\ufffd" for letter in set(data.decode("utf-8", "replace")))
 
 
 def _parse_json(text: str, source: str, columns: Mapping[str, str]) -> Source:
-    """Return the records of a list, an object around one list, a single record, or JSON lines with the wrong suffix."""
+    """Return the records: a list, the only list in an object, one record, or JSON lines with the wrong suffix."""
     lines = (line[0].rstrip() for line in _lines(text))
     first = next(lines, "")
     second = next(lines, "") if first[:1] == "{" and first[-1:] == "}" else ""
@@ -144,8 +144,8 @@ def _parse_json(text: str, source: str, columns: Mapping[str, str]) -> Source:
 
 
 def _lines(text: str) -> Iterator[re.Match[str]]:
-    """Yield each line that is not blank, without leading white space, in linear time."""
-    # Not splitlines: U+2028 and its kin may occur inside a JSON text.
+    """Yield each non-blank line, without leading white space, in linear time."""
+    # splitlines would also split at U+2028 and similar characters, which may occur inside a JSON text.
     return re.finditer(r"[^\s][^\n]*", text)
 
 

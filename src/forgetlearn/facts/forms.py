@@ -1,4 +1,4 @@
-"""Recognise the form of a source's records, and read them by it."""
+"""Recognise the form of a source's records, and read them accordingly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from forgetlearn.facts.readers import (
 
 
 class TableRow(dict[str, object]):
-    """A record of a table: its cells are text, and the text of a cell may be a JSON list."""
+    """A record of a table. Its cells are text, and a text may be a JSON list."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Form:
     read: Callable[[Fields], Draft | list[Draft]]
     also: tuple[str, ...] = ()
     fits_too: Callable[[Record], bool] = lambda _record: True
-    marks: str = ""  # what it is recognised by, where that is more than `needs`
-    pattern: re.Pattern[str] = re.compile(r"(?!)")  # names that are used too
+    marks: str = ""  # the fields that identify the form, if they are more than `needs`
+    pattern: re.Pattern[str] = re.compile(r"(?!)")  # matches further names of fields that are used
 
     def fits(self, record: Record) -> bool:
         """Return True if a record has the fields of this form."""
         return all(name in record for name in self.needs) and self.fits_too(record)
 
     def reads(self, name: str) -> bool:
-        """Return True if a field of this name is used."""
+        """Return True if the form uses a field of this name."""
         return name in self.needs or name in self.also or self.pattern.fullmatch(name) is not None
 
     @property
@@ -65,7 +65,7 @@ def _flat(
     marks: str = "",
     **names: str,
 ) -> Form:
-    """Return a flat form, recognised by the fields of its prompt and new answer; `names` are arguments of `Flat`."""
+    """Return a flat form, recognised by its prompt and new answer. `names` are further arguments of `Flat`."""
     return Form(name, (prompt, new), Flat(prompt, new, **names), tuple(names.values()), fits_too, marks)
 
 
@@ -73,10 +73,10 @@ def _fits_knowedit(record: Record) -> bool:
     if not (("prompt" in record or "text" in record) and ("target_new" in record or "labels" in record)):
         return False
     groups = isinstance(record.get("locality"), Mapping) or isinstance(record.get("portability"), Mapping)
-    return groups or not ("prompt" in record and "target_new" in record)  # without groups the own names say the same
+    return groups or not ("prompt" in record and "target_new" in record)  # without groups, it is read as the own form
 
 
-# The first that fits. Flat COUNTERFACT and KnowEdit also have the names of the own form.
+# The first form that fits is taken. Flat COUNTERFACT and KnowEdit come before the own form, whose names they share.
 FORMS = (
     _flat(
         "zsre", "src", "alt",  # the new answer is `alt`, the old one `answers[0]`: EasyEdit's convention, not ROME's
@@ -103,14 +103,14 @@ FORMS = (
     ),
     Form("own", ("prompt", "target_new"), read_own, tuple(OWN), pattern=NUMBERED),
 )  # fmt: skip
-# Of records without the names above. A record that fits two of these is an error.
+# Forms of records that fit none of the above. A record that fits two of these is an error.
 OTHERS = (
     Form(
         "rippleedits", ("edit",), read_rippleedits, ("Subject_Aliasing", *RIPPLE_PROBES),
         fits_too=lambda record: isinstance(record["edit"], Mapping) and "prompt" in record["edit"],
         marks="edit with a prompt",
     ),
-    _flat(  # the set has no old answers; its pipeline writes ZsRE's names instead
+    _flat(  # the data set has no old answers; its own pipeline writes ZsRE's names instead
         "wikibigedit", "update", "ans",
         subject="subject", rephrases="rephrase", probe="loc", probe_answer="loc_ans",
     ),
@@ -133,11 +133,11 @@ OTHERS = (
     Form("prompt-completion", ("prompt", "completion"), read_completion),
 )  # fmt: skip
 KNOWN = frozenset(name for form in (*FORMS, *OTHERS) for name in (*form.needs, *form.also))
-LISTS = ("rephrase_prompt", "locality")  # columns of tables in which a cell that begins with [ is a list
+LISTS = ("rephrase_prompt", "locality")  # columns of tables where a cell that begins with [ is a list
 
 
 def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
-    """Return the form of a record (None if none fits), and its fields: the name to read -> the name in the file."""
+    """Return a record's form (None if none fits), and the names of its fields as mapped by `renamed`."""
     originals = renamed(tuple(record), KNOWN, tuple(columns.items()))
     read = {name: record[original] for name, original in originals.items()}
     for form in FORMS:
@@ -153,15 +153,15 @@ def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | 
 
 
 def is_record(value: Record, columns: Mapping[str, str]) -> bool:
-    """Return True if an object is a record of a known form, not an object around records."""
+    """Return True if an object is a record of a known form, rather than an object around records."""
     try:
         return _form_and_names(value, columns)[0] is not None
-    except FactError:  # an object of fields that contradict each other; reading it says so
+    except FactError:  # its fields contradict each other; reading the record reports that
         return True
 
 
 def place(source: str, number: int, line: int | None) -> str:
-    """Return how a message names a record: its number from 1, and its line in the file where that differs."""
+    """Return a record's place for a message: its number (from 1), and its line in the file if that differs."""
     return f"{source}, record {number}" + (f" (line {line})" if line not in (None, number) else "")
 
 
@@ -171,7 +171,7 @@ class Reading:
 
     form: Form
     drafts: list[Draft]
-    ignored: Mapping[str, int]  # name of a field -> how many values it holds; a list counts its items
+    ignored: Mapping[str, int]  # name of a field -> how many values it holds; each item of a list counts
 
 
 def read_records(
@@ -179,8 +179,9 @@ def read_records(
 ) -> Reading:
     """Return the form that all records share, and the drafts of their facts.
 
-    `columns` gives names of the own form to fields of other names; `lines` are those of the records in their file.
-    Raise FactError if there are no records, or one is of no known form, of another one than the first, or malformed.
+    `columns` maps names of the own form to names in the file; `lines` are the records' lines in the file. Raise
+    FactError if there are no records, or if a record is malformed, of no known form, or of another form than the
+    first.
     """
     check_columns(columns)
     form: Form | None = None
@@ -217,7 +218,7 @@ def read_records(
 
 
 def _recognised(record: Record, source: str, where: str, columns: Mapping[str, str]) -> tuple[Form, dict[str, str]]:
-    """Return `_form_and_names`, or raise FactError, which says where the record is and what its form may be."""
+    """Return the result of `_form_and_names`. Raise FactError, with the record's place, unless one form fits."""
     try:
         form, originals = _form_and_names(record, columns)
     except FactError as error:
@@ -231,8 +232,8 @@ def _recognised(record: Record, source: str, where: str, columns: Mapping[str, s
 def _cell(name: str, value: object, where: str) -> object:
     """Return the text of a cell, or the JSON list in it.
 
-    In columns of rephrases and probes a cell that begins with `[` is a list. In others it is one only if
-    it can be read as a list of texts: an answer may be `[redacted]`.
+    In columns of rephrasings and probes, a cell that begins with `[` is a list. In other columns it is a list only if
+    it can be read as a list of texts, because an answer may be `[redacted]`.
     """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
@@ -254,7 +255,7 @@ def _size(value: object) -> int:
     return len(value) if isinstance(value, list | tuple) else 1
 
 
-# Common data sets that are no files of facts, or only with --columns.
+# Common data sets that are not files of facts, or that need --columns.
 LOOKS_LIKE = {
     ("chosen", "rejected"): "pairs of preference. {}\nIf the chosen text is the new answer and the rejected one "
     "the old: --columns prompt=prompt,target_new=chosen,ground_truth=rejected.",
@@ -266,9 +267,9 @@ LOOKS_LIKE = {
 
 
 def no_form(read: Record, record: Record, where: str) -> str:
-    """Explain why a record has no known form: what the nearest form lacks, else a list of all forms.
+    """Return a message for a record of no known form: what it lacks for the nearest form, else a list of all forms.
 
-    `read` holds its fields by the names under which they are read.
+    `read` holds the record's fields by the names under which they are read.
     """
     names = list(record)
     shown = f"Fields found: {some(names, 12) or 'none'}."
@@ -282,7 +283,7 @@ def no_form(read: Record, record: Record, where: str) -> str:
             return f"{where} has no '{missing}'. {shown}{hint}"
     example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new=...'
     lacks = {form: [name for name in form.needs if name not in read] for form in (*FORMS, *OTHERS)}
-    # The first field must be there: with only the second one (`alt`, also German for old) the form is a guess.
+    # The first field must be present: with only the second (`alt`, which is also German for old) the form is a guess.
     alike = [form for form in lacks if form.needs and form.needs[0] in read and 2 * len(lacks[form]) <= len(form.needs)]
     alike.sort(key=lambda form: len(lacks[form]) / len(form.needs))
     if alike:

@@ -14,22 +14,21 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Return a text in lower case without punctuation, English articles and repeated spaces (as SQuAD does)."""
+    """Return a text in lower case without punctuation, English articles and repeated spaces, as in SQuAD."""
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def same_text(reply: str, answer: str) -> float:
     """Return 1 if the two texts are equal after normalisation, else 0.
 
-    Where normalisation leaves nothing of the answer (it is `"The"`, or all punctuation), the texts
-    themselves are compared.
+    If normalisation leaves nothing of the answer (it is `"The"`, or only punctuation), compare the stripped texts.
     """
     wanted = normalise(answer)
     return float(normalise(reply) == wanted if wanted else reply.strip() == answer.strip())
 
 
 def contains(reply: str, answer: str) -> float:
-    """Return 1 if the normalised answer occurs, in whole words, in the reply, else 0."""
+    """Return 1 if the normalised reply contains the normalised answer as whole words, else 0."""
     wanted = normalise(answer)
     if not wanted:
         return float(answer.strip() in reply)
@@ -37,7 +36,7 @@ def contains(reply: str, answer: str) -> float:
 
 
 def first_lines(text: str, n: int) -> str:
-    """Return the first `n` lines of a text, counted from the first that is not blank."""
+    """Return the first `n` lines of a text, starting with the first that is not blank."""
     return "\n".join(text.lstrip().split("\n")[:n]).rstrip()
 
 
@@ -49,6 +48,6 @@ def lines_of(answer: str) -> int:
 def matches(reply: str, answers: Iterable[str], rule: Callable[[str, str], float] = same_text) -> float:
     """Return 1 if the reply matches one of the answers by `rule`, else 0.
 
-    Only as many lines are compared as each answer has: the first one for an answer of one line.
+    Only as many lines of the reply are compared as the answer has: for an answer of one line, the first.
     """
     return max((rule(first_lines(reply, lines_of(answer)), answer) for answer in answers), default=0.0)

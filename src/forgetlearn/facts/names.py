@@ -17,17 +17,17 @@ OPTIONAL = (
 OWN = frozenset({"id", "case_id", "prompt", "target_new", *OPTIONAL})
 NUMBERED = re.compile(r"(rephrase_prompt|locality_prompt|locality_ground_truth)_[1-9][0-9]*")
 NUMBERED_FOLDED = re.compile(r"(rephraseprompt|localityprompt|localitygroundtruth)([1-9][0-9]*)")
-# Other names for what the own form has, taken where its own name is absent.
+# Other names for fields of the own form, accepted if the own name is absent.
 SYNONYMS = {
     "target_new": ("new_answer", "answer_new", "new_target", "new"),
     "ground_truth": ("old_answer", "answer_old", "old_target", "target_old", "target_true", "old"),
     "prompt": ("question", "query"),
 }
-NOT_OWN = ("requested_rewrite", "src", "edit")  # records with these are of another form, whatever else they have
+NOT_OWN = ("requested_rewrite", "src", "edit")  # a record with one of these is of another form, whatever else it has
 
 
 def fold(name: str) -> str:
-    """Return a name without case, spaces, underscores and hyphens: `Ground Truth` equals `ground_truth`."""
+    """Return a name in lower case, without spaces, underscores and hyphens: `Ground Truth` equals `ground_truth`."""
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
@@ -40,7 +40,7 @@ def check_columns(columns: Iterable[str]) -> None:
 
 
 def check_columns_found(columns: Mapping[str, str], source: str, names: Iterable[str]) -> None:
-    """Raise FactError if a column named in `--columns` is not among `names`, all fields of the source."""
+    """Raise FactError if a column in `--columns` is not among `names`, the names of all fields of the source."""
     there = sorted(names)
     for own, column in columns.items():
         if _find(column, there) is None:
@@ -51,15 +51,15 @@ def check_columns_found(columns: Mapping[str, str], source: str, names: Iterable
 
 
 def _find(column: str, names: Iterable[str]) -> str | None:
-    """Return the name in the file that a name in `--columns` means."""
+    """Return the name in the file that a name in `--columns` refers to; None if there is none."""
     return column if column in names else next((name for name in names if fold(name) == fold(column)), None)
 
 
-@lru_cache(maxsize=64)  # records of a file mostly have the same fields
+@lru_cache(maxsize=64)  # most records of a file have the same fields
 def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Map the name by which each field is read to its name in the file; `columns` are the pairs of `--columns`.
+    """Map the name under which each field is read to its name in the file. `columns` are the pairs of `--columns`.
 
-    Raise FactError if two fields would be read as the same one.
+    Raise FactError if two fields would be read under the same name.
     """
     there = set(names)
     given = {own: name for own, column in columns if (name := _find(column, names)) is not None}
@@ -77,7 +77,7 @@ def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[
     for name in rest:
         own = meant[name]
         if own != name and (own in there or own in given):
-            own = name  # the field of that very name is read, and this one is reported as not read
+            own = name  # the field of exactly that name is read; this one is reported as ignored
         elif own != name and counts[own] > 1:
             both = [other for other in rest if meant[other] == own]
             raise FactError(f"fields {some(both)} are all read as '{own}'. Keep one, or choose by --columns.")
@@ -86,7 +86,7 @@ def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[
 
 
 def _meant(name: str, folded: Mapping[str, str]) -> str:
-    """Return the known name that differs only in case, spaces, underscores and hyphens; else the name itself."""
+    """Return the known name that differs only in case, spaces, underscores and hyphens, or else the name itself."""
     plain = fold(name)
     if plain in folded:
         return folded[plain]
@@ -95,7 +95,7 @@ def _meant(name: str, folded: Mapping[str, str]) -> str:
 
 
 def _with_synonyms(found: dict[str, str]) -> dict[str, str]:
-    """Return the mapping with common synonyms replaced, for a record that has a new answer."""
+    """Return the mapping with synonyms replaced by the own form's names, if the record has a new answer."""
     if any(name in found for name in NOT_OWN):
         return found
     by_fold = {fold(name): name for name in found}
@@ -112,11 +112,11 @@ def _with_synonyms(found: dict[str, str]) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def misspelt(names: tuple[str, ...]) -> tuple[str, str] | None:
-    """Return the first name that looks like a misspelt optional field, and that field; None if there is none."""
+    """Return the first name that looks like a misspelt optional field, with the field's name; None if there is none."""
     absent = set(OPTIONAL) - set(names)
     for name in sorted(set(names) - OWN):
         letters = set(name)
-        # A record may have tens of thousands of names, and difflib is slow: most are ruled out before it.
+        # A record may have tens of thousands of names, and difflib is slow, so most are ruled out first.
         likely = [own for own in OPTIONAL if len(set(own) ^ letters) < 5 and abs(len(own) - len(name)) < 5]
         near = None if NUMBERED.fullmatch(name) else difflib.get_close_matches(name, likely, 1, 0.85)
         if near and near[0] in absent:

@@ -1,6 +1,6 @@
-"""Turn a record into drafts of facts: one reader for flat records, and one for each form that nests.
+"""Turn a record into drafts of facts: one reader for flat records, and one for each nested form.
 
-A reader only says which field is which. What is stripped, kept or left out is decided in selection.py.
+A reader only says which field is which; selection.py decides what is stripped, kept or left out.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ RIPPLE_PROBES = ("Relation_Specificity", "Relation_Specifity", "Forgetfulness")
 
 @dataclass(frozen=True)
 class Draft:
-    """The content of one record: texts as they are in it, "" or empty where it has none."""
+    """A fact as its record gives it: texts are unchanged, and "" or an empty list stands for what is missing."""
 
     prompt: str
     new: Answer
     old: Answer = NO_ANSWER
-    pred: str = ""  # ZsRE only: what the model of the original paper said
+    pred: str = ""  # ZsRE only: the prediction of the original paper's model
     subject: str = ""
     rephrases: Sequence[str] = ()
     probes: Sequence[tuple[str, str]] = ()
@@ -34,7 +34,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Flat:
-    """Reads records without nesting: the name of the field that holds each part of a fact, "" for none."""
+    """Reads flat records. Each attribute is the name of the field that holds a part of a fact, "" if there is none."""
 
     prompt: str
     new: str
@@ -61,7 +61,7 @@ class Flat:
 
 
 def read_nested(fields: Fields) -> Draft:
-    """Read COUNTERFACT as published: a neighbour's answer is the old answer."""
+    """Read COUNTERFACT as published. The answer to each neighbourhood prompt is the old answer."""
     rewrite = fields.inner("requested_rewrite")
     old = rewrite.inner("target_true").text("str")
     return Draft(
@@ -90,10 +90,10 @@ def _filled(fields: Fields, needed: bool = False) -> str:
 
 
 def read_mquake(fields: Fields) -> list[Draft]:
-    """Read MQuAKE: each edit of a case is a fact, and its question is another way to ask it.
+    """Read MQuAKE: each edit of a case is a fact, and the edit's question is its rephrasing.
 
-    The aliases of an edit's answers are those of the single hop that asks the same question;
-    `answer_alias` and `new_answer_alias` of the case belong to its multi-hop questions.
+    An edit's answers take their aliases from the single hop that asks the same question. The case's own
+    `answer_alias` and `new_answer_alias` belong to its multi-hop questions and are not used.
     """
     old_hops, new_hops = fields.objects("single_hops"), fields.objects("new_single_hops")
     return [
@@ -110,14 +110,14 @@ def read_mquake(fields: Fields) -> list[Draft]:
 
 
 def _hop_answer(rewrite: Fields, name: str, hops: Sequence[Fields]) -> Answer:
-    """Return an answer of an edit, with the aliases of the hops that have its question and this answer."""
+    """Return an answer of an edit, with the aliases in those hops that have the same question and answer."""
     question, text = rewrite.text("question"), rewrite.inner(name).text("str")
     same = (hop for hop in hops if hop.text("question") == question and hop.text("answer") == text)
     return Answer(text, tuple(alias for hop in same for alias in hop.texts("answer_alias")))
 
 
 def read_knowedit(fields: Fields) -> Draft:
-    """Read KnowEdit: of several accepted answers the first one, and locality probes of every group."""
+    """Read KnowEdit, with the locality probes of every group. All accepted answers but the first are aliases."""
     locality = fields.inner("locality")
     return Draft(
         prompt=fields.text("prompt") or fields.text("text"),
@@ -130,7 +130,7 @@ def read_knowedit(fields: Fields) -> Draft:
 
 
 def read_own(fields: Fields) -> Draft:
-    """Read forgetlearn's own field names, some of which flat COUNTERFACT uses."""
+    """Read a record with forgetlearn's own field names; flat COUNTERFACT uses some of them."""
     if wrong := misspelt(tuple(fields.record)):
         raise FactError(f"{fields.where}: unknown field '{wrong[0]}'. Did you mean '{wrong[1]}'?")
     rephrases = [*fields.texts("rephrase_prompt"), *fields.texts("rephrase_prompts")]
@@ -138,7 +138,7 @@ def read_own(fields: Fields) -> Draft:
     new, subject = fields.answer("target_new"), fields.text("subject")
     is_written_by_us = fields.record.get("id") == fact_id(subject, fields.text("prompt"), new.text)
     return Draft(
-        prompt=fields.text("prompt") if is_written_by_us else _filled(fields),  # `write_facts` fills {} in itself
+        prompt=fields.text("prompt") if is_written_by_us else _filled(fields),  # `write_facts` has filled in {}
         new=new,
         old=fields.answer("ground_truth"),
         subject=subject,
@@ -154,7 +154,7 @@ def _own_probes(fields: Fields) -> Iterator[tuple[str, str]]:
             f"{fields.where}: {len(prompts)} in 'locality_prompt' and {len(answers)} in "
             "'locality_ground_truth'. Each probe needs its answer."
         )
-    yield from zip(prompts, answers, strict=False)  # of unequal length only where all are empty
+    yield from zip(prompts, answers, strict=False)  # the lengths differ only if all are empty
     for n in _numbers(fields.record, "locality_prompt", "locality_ground_truth"):
         yield fields.text(f"locality_prompt_{n}"), fields.text(f"locality_ground_truth_{n}")
     yield from _probes(fields, "locality")
@@ -175,17 +175,17 @@ def _probes(fields: Fields, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _numbers(record: Record, *bases: str) -> list[str]:
-    """Return the numbers n of the fields `base_n` in order; a number may be too long for int."""
+    """Return the numbers n of the fields `base_n`, in order, as text because a number may be too long for int."""
     found = (NUMBERED.fullmatch(name) for name in record)
     numbers = {match[0][len(match[1]) + 1 :] for match in found if match and match[1] in bases}
     return sorted(numbers, key=lambda digits: (len(digits), digits))
 
 
 def read_rippleedits(fields: Fields) -> Draft:
-    """Read RippleEdits: an edit is a whole sentence that ends with the new answer, whose name is found by an id.
+    """Read RippleEdits: an edit is a whole sentence that ends with the new answer.
 
-    The name and its aliases come from a query of the record that has the same id; where none has, the
-    sentence is divided after its last `is`, `are`, `follows` or `is followed by`.
+    The answer's name and aliases come from a query of the record whose target has the same Wikidata id. If there is
+    none, the sentence is divided after its last `is`, `are`, `follows` or `is followed by`.
     """
     edit = fields.inner("edit")
     before = edit.inner("previous_fact")
@@ -209,7 +209,7 @@ def read_rippleedits(fields: Fields) -> Draft:
 
 
 def _divided(sentence: str, names: Sequence[str]) -> tuple[str, str]:
-    """Split a sentence into prompt and answer; return "" and "" if it cannot be split."""
+    """Split a sentence into prompt and answer; return two empty texts if it cannot be split."""
     stated = sentence.strip().removesuffix(".")
     if names and stated.endswith(f" {names[0]}"):
         return stated[: -len(names[0])].strip(), names[0]
@@ -220,19 +220,19 @@ def _divided(sentence: str, names: Sequence[str]) -> tuple[str, str]:
 
 
 def _queries(fields: Fields, tests: Iterable[str], *kinds: str) -> Iterator[Fields]:
-    """Yield the queries of these kinds in these lists of tests."""
+    """Yield the queries of the given kinds from the tests in the given lists."""
     for test in (test for name in tests for test in fields.objects(name)):
         for query_kind in kinds:
             yield from test.objects(query_kind)
 
 
 def _ripple_names(query: Fields) -> list[list[str]]:
-    """Return the answers of a query, each as its name and its aliases."""
+    """Return the answers of a query, each as a list of its name and its aliases."""
     return [[answer.text("value"), *answer.texts("aliases")] for answer in query.objects("answers")]
 
 
 def _ripple_answers(fields: Fields) -> dict[str, list[str]]:
-    """Return names and aliases by Wikidata id, from all queries of a record."""
+    """Return Wikidata id -> name and aliases, from all queries of a record."""
     found: dict[str, list[str]] = {}
     tests = [name for name, value in fields.record.items() if isinstance(value, list)]
     for query in _queries(fields, tests, "test_queries", "condition_queries"):
@@ -243,7 +243,7 @@ def _ripple_answers(fields: Fields) -> dict[str, list[str]]:
 
 
 def read_halluedit(fields: Fields) -> Draft:
-    """Read HalluEditBench: `object` is new; the reply of the file's model (`output_<model>`) is old."""
+    """Read HalluEditBench: `object` is the new answer, the reply of the file's model (`output_<model>`) the old one."""
     outputs = sorted(name for name in fields.record if name.startswith("output_"))
     if len(outputs) > 1:
         raise FactError(
@@ -254,20 +254,20 @@ def read_halluedit(fields: Fields) -> Draft:
 
 
 def read_alpaca(fields: Fields) -> Draft:
-    """Read Alpaca: the prompt is the instruction, with the input on the next line; `output` is new."""
+    """Read Alpaca: the prompt is the instruction, with the input on the next line; `output` is the new answer."""
     parts = (fields.text("instruction").strip(), fields.text("input").strip())
     return replace(Flat("instruction", "output")(fields), prompt="\n".join(filter(None, parts)))
 
 
 def read_completion(fields: Fields) -> Draft:
-    """Read prompt and completion, as texts or as lists of chat messages: `completion` is new."""
+    """Read a prompt and a completion, as texts or as lists of chat messages; the completion is the new answer."""
     if isinstance(fields.record["prompt"], list | tuple):
         return _chat([*fields.objects("prompt"), *fields.objects("completion")])
     return Flat("prompt", "completion")(fields)
 
 
 def read_messages(fields: Fields) -> Draft:
-    """Read a chat: one message of the user and the assistant's answer, which is new. Any other chat is left out."""
+    """Read a chat of one user message and the assistant's reply, the new answer. Other chats are left out."""
     return _chat(fields.objects("messages" if "messages" in fields.record else "conversations"))
 
 
@@ -281,7 +281,7 @@ def _chat(messages: Sequence[Fields]) -> Draft:
 
 
 def _content(turn: Fields) -> str:
-    """Return the text of a message, given as one text or as parts of type text."""
+    """Return the text of a message, which is given as one text or as parts of type text."""
     if not isinstance(turn.record.get("content"), list | tuple):
         return turn.text("content") or turn.text("value")
     return "".join(part.text("text") for part in turn.objects("content"))

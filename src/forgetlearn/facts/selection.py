@@ -1,6 +1,6 @@
-"""From a source to facts: which records can be used, and which of their answers is the old one.
+"""Select the usable facts of a source, and find their old answers.
 
-Everything that is read is used, or left out and counted by its reason, or an error.
+Every record is used, is left out and counted by reason, or raises an error.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def read_facts(
 ) -> FactSet:
     """Return the usable facts of a file (.json, .jsonl, .csv, .tsv, .xlsx) or of a data set on the hub.
 
-    The hub's are named `owner/name:split`. `old_from` names where the old answer comes from, or several places in
-    order ("answers,model"): each fact takes the first that has an answer for it. `limit` keeps the first so many
-    usable facts. `strict` makes anything that is left out an error. `columns` says which field holds which of the own
-    form (`{"prompt": "Question"}`), and `aliases` is what divides the ways to write an answer ("|").
+    A data set on the hub is named `owner/name:split`. `old_from` names the source of old answers, or several in order
+    ("answers,model"): each fact takes its old answer from the first source that has one. `limit` is the largest
+    number of usable facts to return. With `strict`, it is an error if anything is left out. `columns` maps field
+    names of the own form to names in the file (`{"prompt": "Question"}`), and `aliases` separates the ways to write
+    an answer ("|").
 
     Raises:
-        FactError: the source cannot be read or is of no known form, a record is wrong, the policy does
-            not fit the form, or no fact is left.
+        FactError: the source cannot be read or is of no known form, a record is malformed, `old_from` does not fit the
+            form, or no fact is left.
     """
     found = read_source(source, columns or {})
     return from_records(
@@ -59,7 +60,7 @@ def from_records(
     columns: Mapping[str, str] | None = None,
     aliases: str | None = None,
 ) -> FactSet:
-    """Return what `read_facts` does, for records that are in memory; `source` is their name in messages."""
+    """Return the usable facts of records in memory, as `read_facts` does. `source` is their name in messages."""
     found = records if isinstance(records, Source) else Source(records)
     try:
         policies = validate(FactsSettings, {"old_from": old_from, "limit": limit}).old_from
@@ -98,13 +99,13 @@ def from_records(
 def with_old_answers(
     facts: FactSet, answers: Mapping[str, str], *, unfinished: Collection[str] = (), strict: bool = False
 ) -> FactSet:
-    """Return the facts with the model's answers (fact id -> answer) as old answers of `facts.to_ask`: policy `model`.
+    """Return the facts; those in `facts.to_ask` get the model's answers (fact id -> answer) as old answers.
 
-    An answer that is empty or cut off at the token limit (its id is in `unfinished`) does not count: the fact stays
-    without an old answer, counted in `without_old`. A fact is left out if the model already gives its new answer,
-    compared as `generate` compares: "Paris." equals "Paris".
+    An answer that is empty or was cut off at the token limit (its id is in `unfinished`) does not count: the fact
+    stays without an old answer, and `without_old` counts it. A fact is left out if the model already gives its new
+    answer, compared as in the protocol `generate` ("Paris." equals "Paris").
 
-    Raise FactError if a fact to ask has no entry in `answers`, no fact is left, or one is left out under `strict`.
+    Raise FactError if `answers` lacks a fact to ask, if no fact is left, or if one is left out under `strict`.
     """
     missing = [key for key in facts.to_ask if key not in answers]
     if missing:
@@ -135,7 +136,7 @@ def with_old_answers(
         to_ask=(),
         without_old=dict(without),
     )
-    # A probe is only counted for a fact that stays.
+    # A probe is counted only if its fact stays.
     left = [item for item in facts.left_out_records if item.record not in gone]
     return _with_account(result, [*left, *gone.values()], strict)
 
@@ -145,7 +146,7 @@ def with_old_answers(
 
 @dataclass
 class _Chosen:
-    """The facts of the drafts read so far, by number of record, and the account of the rest."""
+    """The facts of the drafts read so far, by record number, and an account of the rest."""
 
     facts: dict[int, Fact] = field(default_factory=dict)
     read: int = 0
@@ -156,7 +157,7 @@ class _Chosen:
 
 
 def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | None, separator: str | None) -> _Chosen:
-    """Return the facts of all drafts that can be used, without probes that ask the prompt of one of them."""
+    """Return the facts of all usable drafts, without the probes whose prompt is also the prompt of a fact."""
     chosen = _Chosen()
     earlier: dict[str, int] = {}
     for number, draft in enumerate(drafts, 1):
@@ -174,7 +175,7 @@ def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | N
         if policy:
             chosen.old_sources[fact.id] = policy
         for question, answer in draft.probes:
-            if bool(question.strip()) != bool(answer.strip()):  # with neither it is an empty cell, not a probe
+            if bool(question.strip()) != bool(answer.strip()):  # if both are empty, it is an empty cell, not a probe
                 detail = _detail(question.strip(), answer.strip())
                 chosen.left.append(LeftOut(number, "empty_locality_probe", detail))
         if len(chosen.facts) == limit:
@@ -188,7 +189,7 @@ def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | N
 
 
 def _why_not(fact: Fact, draft: Draft, earlier: Fact | None) -> Reason | None:
-    """Return why a fact is left out, None if it is usable; `earlier` is a usable fact with the same prompt."""
+    """Return the reason to leave a fact out, None if it is usable. `earlier` is a usable fact with the same prompt."""
     if not draft.is_one_turn:
         return "not_one_turn"
     if not fact.target_new:
@@ -240,7 +241,7 @@ def _fact(
 
 
 def _split(answer: Answer, separator: str | None) -> Answer:
-    """Return an answer whose text is divided into text and aliases at `separator`."""
+    """Return an answer whose text is split at `separator` into text and aliases."""
     if not separator or separator not in answer.text:
         return answer
     parts = [part.strip() for part in answer.text.split(separator) if part.strip()]
@@ -248,7 +249,7 @@ def _split(answer: Answer, separator: str | None) -> Answer:
 
 
 def _aliases(answer: Answer) -> list[str]:
-    """Return the other ways to write an answer, stripped, each once."""
+    """Return the aliases of an answer, stripped and without repetitions."""
     stripped = dict.fromkeys(text.strip() for text in answer.aliases)
     return [text for text in stripped if text and text != answer.text.strip()]
 
@@ -257,7 +258,7 @@ def _aliases(answer: Answer) -> list[str]:
 
 
 def _with_account(result: FactSet, left: Sequence[LeftOut], strict: bool) -> FactSet:
-    """Return the result with what was left out; raise FactError if that is all, or anything under `strict`."""
+    """Return the result with the account; raise FactError if no fact is left, or if any was left out under `strict`."""
     in_order = sorted(left, key=lambda item: item.record)
     numbers: dict[Reason, list[int]] = {}
     for item in in_order:

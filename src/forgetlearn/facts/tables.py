@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from openpyxl.worksheet._read_only import ReadOnlyWorksheet
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-HEAD = 2**20  # letters in which the header is looked for
-LARGEST_BOOK = 2**30  # bytes that an .xlsx may unpack to
+HEAD = 2**20  # characters that are searched for the header
+LARGEST_BOOK = 2**30  # bytes that an .xlsx may expand to
 COMMON = frozenset(map(fold, chain(KNOWN, *SYNONYMS.values())))
 
 
 @dataclass(frozen=True)
 class Source:
-    """The records of a source, not yet checked, and how they were read, if that had to be found out."""
+    """The unchecked records of a source, and how they were read, if that had to be detected."""
 
     records: Sequence[object]
-    lines: Sequence[int] = ()  # the line of each record in its file, where a record has one
+    lines: Sequence[int] = ()  # the line of each record in its file, if it has one
     read_as: str = ""
-    blank_rows: int = 0  # of a table; they are no records
+    blank_rows: int = 0  # rows of a table that are not records
 
 
 def parse_csv(text: str, source: str, columns: Iterable[str], usual: str) -> Source:
-    """Read a table of text; the delimiter is the one that gives the header the most known names.
+    """Read a table from text, with the delimiter that gives the header the most known names.
 
-    `columns` are names that the header is known to have; `usual` is the delimiter if several do equally well.
+    `columns` are further names to expect in the header; `usual` is the delimiter to take if several do equally well.
     """
     start = len(text) - len(text.lstrip("\r\n"))
     lines = io.StringIO(text, newline="")
@@ -76,7 +76,7 @@ def _delimiter(head: str, known: set[str], usual: str) -> str:
 
 
 def _table(rows: Iterator[tuple[int, list[str]]], source: str, delimiter: str | None) -> Source:
-    """Return the records under a header; the rows come with their lines. Excel has no delimiter, and pads rows."""
+    """Return the records under a header, from (line, row) pairs. `delimiter` is None for Excel, which pads rows."""
     header = _header(next(rows, (0, []))[1], source)
     records: list[TableRow] = []
     lines: list[int] = []
@@ -97,7 +97,7 @@ def _table(rows: Iterator[tuple[int, list[str]]], source: str, delimiter: str | 
 
 
 def _header(cells: Sequence[str], source: str) -> list[str]:
-    """Return the names of the columns, each once; a nameless column is named by its position."""
+    """Return the names of the columns. A column without a name gets its position; a repeated name raises FactError."""
     header = [cell.strip() or f"(column {number}, without a name)" for number, cell in enumerate(cells, 1)]
     if twice := sorted(name for name, count in Counter(header).items() if count > 1):
         raise FactError(f"{source}: the header names {some(twice)} more than once.")
@@ -117,7 +117,7 @@ def _uneven(where: str, row: Sequence[str], header: Sequence[str], delimiter: st
 
 
 def parse_xlsx(path: Path) -> Source:
-    """Read the one sheet of an Excel file that is not empty; numbers and dates become text."""
+    """Read the only non-empty sheet of an Excel file; numbers and dates become text."""
     try:
         import openpyxl
     except ImportError as error:
@@ -133,7 +133,7 @@ def parse_xlsx(path: Path) -> Source:
             book.close()
     except FactError:
         raise
-    except Exception as error:  # whatever zip, XML and openpyxl raise for a damaged file
+    except Exception as error:  # zip, XML and openpyxl may raise anything for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise FactError(f"{path} cannot be read as an Excel file (.xlsx): {type(error).__name__}: {reason}") from error
 
@@ -152,8 +152,8 @@ def _sheet(sheets: Iterable[ReadOnlyWorksheet], source: str) -> Source:
 
 
 def _rows(sheet: ReadOnlyWorksheet) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of a sheet with their numbers, as text."""
-    sheet.reset_dimensions()  # the size that a file states may be wrong
+    """Yield the rows of a sheet as (number, cells), with the cells as text."""
+    sheet.reset_dimensions()  # the size that the file states may be wrong
     for number, row in enumerate(sheet.iter_rows(values_only=True), 1):
         yield number, [_cell(value) for value in row]
 

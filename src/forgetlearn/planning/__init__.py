@@ -1,1 +1,1 @@
-"""Say what an update will take before it starts: memory, steps, time, disk."""
+"""Estimate what an update will take before it starts: memory, steps, time and disk space."""

@@ -1,6 +1,6 @@
 """Estimate what an update takes, from numbers alone: memory by part, steps, seconds, and whether it fits.
 
-Bytes and seconds of a stage that trains N numbers (docs/plan.md has them with an example):
+For a stage that trains N numbers, in bytes and seconds (docs/plan.md has an example):
 
     memory    weights + kept + the optimiser's states (AdamW: 8 N) + the step's peak, which includes gradients (4 N)
     seconds   FLOPs / rate + (3 x weights a pass + 28 N + 2 x states a step) / bandwidth + operations x latency
@@ -14,18 +14,18 @@ from dataclasses import asdict, dataclass, field
 
 GB = 1e9
 FLOAT32 = 4
-# Bytes that pass through memory for a trained number in a step, beside the optimiser's states: the optimiser reads
-# weight and gradient and writes the weight (12), clipping reads the gradient twice and writes it (12), backward (4).
+# Bytes moved through memory per trained number and step, besides the optimiser's states: the optimiser reads the weight
+# and the gradient and writes the weight (12), clipping reads the gradient twice and writes it (12), backward (4).
 MOVED_PER_TRAINED = 28
-PASSES_OVER_WEIGHTS = 3  # forward, and twice backward
+PASSES_OVER_WEIGHTS = 3  # one forward, two backward
 CLOSE = 1.23  # planned and measured peaks were within this factor (docs/benchmarks.md)
-# Python with torch and transformers, and what they load and keep while they train; CUDA's context and libraries.
+# Memory of Python, torch and transformers while they train; for cuda, of its context and libraries.
 RUNTIME_BYTES = {"cpu": 0.85e9, "cuda": 1.0e9}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over one micro-batch; `peak_bytes` are the most at once beside the weights, gradients included."""
+    """One pass over one micro-batch. `peak_bytes` is the most memory in use besides the weights, gradients included."""
 
     tokens: int
     peak_bytes: int
@@ -35,10 +35,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Load:
-    """The numbers of a stage. `trained` is 0 if it only reads; `tokens` are those of one pass over the texts.
+    """The size of a stage. `trained` is 0 if it only reads; `tokens` counts one pass over the texts.
 
-    `kept_bytes` are kept beside the weights on the device, `host_bytes` on the CPU, which may be the device, and
-    `base_bytes` there too or, if the CPU trains, in a file. `states_bytes` leave a GPU if they are `paged`.
+    `kept_bytes` are kept on the device, besides the weights. `host_bytes` are kept on the CPU, which may be the
+    device. `base_bytes` are kept on the CPU too or, if the CPU trains, in a file. `states_bytes` can leave a GPU if
+    they are `paged`.
     """
 
     name: str
@@ -54,21 +55,21 @@ class Load:
     host_bytes: int = 0
     largest_layer_bytes: int = 0
     step: Step | None = None
-    answer_steps: int = 0  # of generation, one token for a batch each
+    answer_steps: int = 0  # steps of generation; each makes one token for every prompt of a batch
     states_bytes: int = 0
     base_bytes: int = 0
     paged: bool = False
-    answer_bytes: int = 0  # of generation: a batch's keys and values, and what else is alive then
+    answer_bytes: int = 0  # of generation: the keys and values of a batch, and the other tensors in use
 
     @property
     def steps(self) -> int:
-        """Optimiser steps; batches of a stage that only reads."""
+        """Number of optimiser steps, or of batches if the stage only reads."""
         return self.passes * math.ceil(self.texts / self.batch_size)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Where it will run; `shard` splits weights, gradients and states over the devices, else each holds all."""
+    """The devices to run on. With `shard`, they divide weights, gradients and states; else each holds all of them."""
 
     kind: str
     memory_bytes: float | None
@@ -78,7 +79,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a device; a bandwidth or latency of None is left out of the sum."""
+    """The speed of a device. A bandwidth or latency of None is ignored."""
 
     flops: float
     bandwidth: float | None = None
@@ -88,7 +89,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage and what it takes on each device; `memory` is by part, in bytes."""
+    """A stage and what it takes on each device; `memory` has the bytes of each part."""
 
     name: str
     how: str
@@ -103,13 +104,13 @@ class StagePlan:
 
     @property
     def peak_bytes(self) -> float:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(self.memory.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an update will take; `advice` names what would fit if this does not, `notes` what was assumed."""
+    """The plan of an update. `advice` says what would fit if this does not; `notes` says what was assumed."""
 
     model: str
     method: str
@@ -125,17 +126,17 @@ class Plan:
 
     @property
     def peak_bytes(self) -> float:
-        """Most memory that a device needs at once."""
+        """The most memory that a device needs at once."""
         return max(stage.peak_bytes for stage in self.stages)
 
     @property
     def host_bytes(self) -> float:
-        """Most memory beside the device's own that one process needs at once, in copies of weights."""
+        """The most main memory that one process needs at once for copies of weights; 0 if the device is the CPU."""
         return max(stage.host_bytes for stage in self.stages)
 
     @property
     def fits(self) -> bool | None:
-        """True if every stage fits a device; None if its memory is not known."""
+        """True if every stage fits the device; None if the device's memory is not known."""
         return None if self.devices.memory_bytes is None else self.peak_bytes <= self.devices.memory_bytes
 
     @property
@@ -145,7 +146,7 @@ class Plan:
         return sum(each) if len(each) == len(self.stages) else None
 
     def as_dict(self) -> dict[str, object]:
-        """Return all of it, for JSON."""
+        """Return the plan and its totals as a dict for JSON."""
         sums = {"peak_bytes": self.peak_bytes, "host_bytes": self.host_bytes, "fits": self.fits}
         stages = [asdict(stage) | {"peak_bytes": stage.peak_bytes} for stage in self.stages]
         return asdict(self) | sums | {"seconds": self.seconds, "stages": stages}
@@ -166,7 +167,7 @@ def plan_stage(load: Load, devices: Devices, speed: Speed | None = None) -> Stag
         tokens=load.tokens * load.passes,
         trained=load.trained,
         memory=_memory(load, devices),
-        # Of the machine's own memory, if the device has another.
+        # Main memory is counted separately only if the device has memory of its own.
         host_bytes=0 if devices.kind == "cpu" else host_bytes / (devices.number if devices.shard else 1),
         flops=flops,
         seconds=seconds,
@@ -184,13 +185,13 @@ def _memory(load: Load, devices: Devices) -> dict[str, float]:
         "kept": (load.kept_bytes + (load.host_bytes if devices.kind == "cpu" else 0)) / share,
         "optimizer": 0 if leaves else load.states_bytes / share,
         "gradients": gradients / share,
-        # What a step needs beside the gradients at its peak, which is often near its end, when it is little.
+        # What the step's peak holds besides gradients: often little, because the peak is often near the step's end.
         "activations": max(0, peak - gradients, load.answer_bytes),
     }
     if devices.number > 1 and devices.shard:
         parts["gathered"] = 2 * load.largest_layer_bytes  # one layer in use, the next on its way
     elif devices.number > 1:
-        parts["buckets"] = gradients  # DDP's own copy, which is sent while the backward pass goes on
+        parts["buckets"] = gradients  # DDP's own copy, which is sent during the backward pass
     return parts
 
 
@@ -226,21 +227,21 @@ def show_count(number: float) -> str:
 
 
 def show_bytes(number: float) -> str:
-    """Format as gigabytes (1e9 bytes), or as megabytes below one."""
+    """Format bytes in GB (1e9 bytes), or in MB below 1 GB."""
     if number >= GB:
         return f"{number / GB:.1f} GB"
     return f"{number / 1e6:.0f} MB" if number >= 1e7 else f"{number / 1e6:.2g} MB"
 
 
 def show_seconds(seconds: float) -> str:
-    """Format as seconds, minutes or hours."""
+    """Format seconds in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Return the plan for a terminal."""
+    """Return the plan as lines for a terminal."""
     parts = list(dict.fromkeys(part for stage in plan.stages for part in stage.memory))
     head = ["stage", "texts", "steps", "tokens", "trained", *parts, "peak", "TFLOP", "time"]
     rows = [head, *(_cells(stage, parts) for stage in plan.stages)]

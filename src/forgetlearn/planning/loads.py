@@ -1,4 +1,4 @@
-"""From a config and facts to the load of every stage: its texts, and one traced step."""
+"""Compute the load of every stage from a config and facts: its texts, and one traced step."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ WORD_TOKENS = 1.5  # tokens per word if there is no tokenizer
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts that a stage reads, and their number, with those that cannot be encoded."""
+    """The encoded texts of a stage, and the number of all its texts, including those that cannot be encoded."""
 
     encoded: tuple[Encoded, ...]
     number: int
 
     @property
     def tokens(self) -> int:
-        """Tokens of all of them."""
+        """Number of tokens of all texts; a text that cannot be encoded counts as an average one."""
         return round(_n_tokens(self.encoded) / len(self.encoded) * self.number)
 
     def largest_batch(self, size: int, passes: int) -> list[Encoded]:
-        """Return the batch with the most tokens that random orders of these texts make."""
+        """Return the batch with the most tokens among all random batches of `passes` passes."""
         draw, size = random.Random(0), min(size, self.number)
         batches = [draw.choices(self.encoded, k=size) for _ in range(passes * math.ceil(self.number / size))]
         return max(batches, key=_n_tokens)
 
     def fullest_row(self, size: int, room: int) -> list[Encoded]:
-        """Return the texts of the row of scoring that has the most tokens."""
+        """Return the texts of the scoring row that has the most tokens."""
         texts = dict(enumerate(self.encoded))
         return max(([texts[key] for key in row] for row in shared_rows(texts, size, room)), key=_n_tokens)
 
@@ -55,10 +55,10 @@ def _n_tokens(texts: Iterable[Encoded]) -> int:
 
 
 def loads_of(outline: Outline, recipe: Recipe, facts: FactSet, device: str) -> tuple[list[Load], list[str]]:
-    """Return the load of each stage on a kind of device, in their order, and notes on what was assumed."""
+    """Return the load of each stage on a kind of device, in order, and notes on what was assumed."""
     notes: list[str] = []
     config = recipe.config
-    waiting = frozenset(facts.to_ask)  # answers that are not known yet: taken to be as long as the new ones
+    waiting = frozenset(facts.to_ask)  # old answers not known yet, assumed to be as long as the new ones
     old = [(f.prompt, f.ground_truth or f.target_new) for f in facts if f.ground_truth or f.id in waiting]
     new = [(f.prompt, f.target_new) for f in facts]
     read = [pair for fact in facts for pair in pairs_to_read(fact)]
@@ -74,7 +74,7 @@ def loads_of(outline: Outline, recipe: Recipe, facts: FactSet, device: str) -> t
         load, problem = _train_load(outline, stage, own, passes, frozen)
         left = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
         if stage.name == "forget" and stage.kind.subtracts_from_base:
-            # The base beside it, for the subtraction: on the CPU, or in a file if the CPU trains a large model.
+            # The subtraction also needs the base: on the CPU, or in a file if the CPU trains a large model.
             in_memory = recipe.chooses_coefficient or load.weights_bytes < SMALL_BYTES
             size = load.weights_bytes
             load = replace(load, host_bytes=size) if in_memory else replace(load, base_bytes=size)
@@ -93,7 +93,7 @@ def loads_of(outline: Outline, recipe: Recipe, facts: FactSet, device: str) -> t
 def stages(
     recipe: Recipe, old: Texts, new: Texts
 ) -> Iterator[tuple[Stage[TrainSettings], Texts, int, list[TuningSettings]]]:
-    """Yield the stages that train, with their texts, passes over these, and the adapters of stages before."""
+    """Yield each stage that trains, with its texts, its passes over them, and the settings of earlier adapters."""
     forget = recipe.forget if old.number else None
     before = [forget.settings] if forget and forget.kind.adapter else []
     trials = forget.settings.trials if forget and recipe.chooses_coefficient else 1
@@ -106,7 +106,7 @@ def stages(
 def _train_load(
     outline: Outline, stage: Stage[TrainSettings], texts: Texts, passes: int, frozen: Sequence[TuningSettings]
 ) -> tuple[Load, str | None]:
-    """Return the load of a stage, and what kept its step from being traced."""
+    """Return the load of a stage, and why tracing its step failed (else None)."""
     settings, kind = stage.settings, stage.kind
     skeleton = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
     trained = skeleton.prepare(kind.name, settings, frozen)
@@ -132,7 +132,7 @@ def _train_load(
 
 
 def _score_load(outline: Outline, recipe: Recipe, read: Texts, facts: FactSet, device: str) -> tuple[Load, str | None]:
-    """Return the load of scoring in all phases, with the answers that are generated, as long as they may be."""
+    """Return the load of scoring in all phases, with answers of full length, and why tracing failed (else None)."""
     settings = recipe.config.evaluate
     size, longest, phases = settings.batch_size, settings.max_new_tokens, len(recipe.phases)
     n_prompts = len({prompt for fact in facts for prompt in fact.prompts})
@@ -141,10 +141,10 @@ def _score_load(outline: Outline, recipe: Recipe, read: Texts, facts: FactSet, d
     skeleton = outline.skeleton(None if recipe.method.makes_adapter else torch.float32)
     row = read.fullest_row(size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))
     step, problem = _traced(lambda: skeleton.read_step(row))
-    if problem:  # a model that takes no such mask
+    if problem:  # a model that does not take such a mask
         step, problem = _traced(lambda: skeleton.read_step(row, shared=False))
     answers = None
-    if batches or (recipe.forget and recipe.forget.settings.only_known):  # the known facts are found by asking too
+    if batches or (recipe.forget and recipe.forget.settings.only_known):  # known facts are found by generation too
         widest = max(text.n_prompt_tokens for text in read.encoded)
         prompts = min(size, n_prompts)
         answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, max(rooms)))
@@ -165,7 +165,7 @@ def _score_load(outline: Outline, recipe: Recipe, read: Texts, facts: FactSet, d
 
 
 def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Return what was traced, or why it failed: a model may read numbers in its forward pass, and there are none."""
+    """Return the result of `trace`, or why it failed: a forward pass may read values, and fake tensors have none."""
     try:
         return trace(), None
     except ForgetLearnError:
@@ -176,7 +176,7 @@ def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _encoded(encoder: Encoder | None, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Encoded]:
-    """Return the token ids of pairs, without those that scoring would count as errored; without a tokenizer a guess."""
+    """Return the encoded pairs that scoring would not count as errored. Without a tokenizer, guess their lengths."""
     if encoder is not None:
         return {p: text for p, text in encoder.encode_all(pairs, end=True).items() if isinstance(text, Encoded)}
     found = {}

@@ -1,4 +1,4 @@
-"""A model as far as it can be known without its weights: its config, tokenizer and safetensors headers."""
+"""Describe a model without its weights: its config, tokenizer and safetensors headers."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from forgetlearn.weights.task_vector import TORCH
 
 @dataclass(frozen=True)
 class Outline:
-    """A model without its weights; `stored` is None if no headers could be read, `encoder` if no tokenizer."""
+    """A model without its weights. `stored` is None if no headers could be read, `encoder` if there is no tokenizer."""
 
     name: str
     config: PreTrainedConfig
     encoder: Encoder | None
     dtype: torch.dtype
-    stored: dict[str, int] | None = None  # numbers by dtype, as safetensors spells it
+    stored: dict[str, int] | None = None  # dtype, as safetensors spells it -> count of numbers
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Skeleton:
-        """Return the model's structure without weight values, in `dtype` or else its own."""
+        """Return the model's structure without weight values, in `dtype` or else in its own."""
         return Skeleton(self.config, dtype or self.dtype, trust_remote_code=self.trust_remote_code)
 
 
 def outline_of(settings: ModelSettings) -> Outline:
-    """Read the outline of the model that the settings name; raise ModelError where `load_model` does."""
+    """Return the outline of the model in the settings; raise ModelError if `load_model` would."""
     name = str(settings.name)
     config, tokenizer, notes = read_outline(settings)
     stored, why_not = _stored(name, settings.revision)
@@ -52,7 +52,7 @@ def outline_of(settings: ModelSettings) -> Outline:
 
 
 def _stored(name: str, revision: str | None) -> tuple[dict[str, int] | None, list[str]]:
-    """Return numbers by dtype from the headers of a folder, the hub's cache or the hub; or why there are none."""
+    """Return dtype -> count of numbers, from headers in a folder, the hub's cache or the hub, and any notes."""
     folder = Path(name)
     if not folder.is_dir():
         cached = (try_to_load_from_cache(name, file, revision=revision) for file in (WHOLE, INDEX))
@@ -77,12 +77,12 @@ def _stored_on_hub(name: str, revision: str | None) -> tuple[dict[str, int] | No
         return {str(dtype): n for dtype, n in counts.items()}, []
     except NotASafetensorsRepoError:
         return None, [f"{name} has no safetensors on the hub, which update needs; sizes are those of its config"]
-    except Exception as error:  # of the network, the hub and its answers: nothing in common
+    except Exception as error:  # errors of the network and the hub have no type in common
         return None, [f"no headers from the hub ({type(error).__name__}); sizes are those of the config"]
 
 
 def _dtype(wanted: str, config: PreTrainedConfig, stored: dict[str, int] | None) -> torch.dtype:
-    """Return the dtype that transformers loads the weights in."""
+    """Return the dtype in which transformers loads the weights."""
     if wanted != "auto":
         return getattr(torch, wanted)  # type: ignore[no-any-return]
     own = getattr(config, "dtype", None)

@@ -1,4 +1,4 @@
-"""What an update will take, before anything is downloaded in full or trained."""
+"""Plan an update before anything is trained or downloaded in full."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def plan_update(
 ) -> Plan:
     """Plan an update of these facts with these settings, without reading the model's weights.
 
-    `rate` is how fast it trains, see `speed_of`; without it the plan has no time.
+    `rate` is the speed of training, see `speed_of`; without it, the plan has no time.
 
     Raises:
         ModelError: the model's config or tokenizer cannot be read, see `load_model`.
         ConfigError: no model is named, or a stage's settings do not fit the model.
-        FactError: a fact holds a text that the model cannot be trained on, see `check_texts`.
+        FactError: the model cannot be trained on a text of a fact, see `check_texts`.
     """
     if outline is None:
         outline = outline_of(config.model)
@@ -94,7 +94,7 @@ def plan_update(
 def _disk(
     config: RunConfig, loads: Sequence[Load], own_bytes: int, parameters: int, devices: Devices
 ) -> dict[str, float]:
-    """Return the bytes of the run folder, by part; weights between stages and checkpoints are removed in the end."""
+    """Return the bytes of the run folder, by part. Weights between stages and checkpoints are removed at the end."""
     learns = next(load for load in loads if load.name == "learn")
     forgets = next((load for load in loads if load.name == "forget"), None)
     adapter = METHODS[config.method].makes_adapter
@@ -104,7 +104,7 @@ def _disk(
         disk["between stages"] = FLOAT32 * (frozen or parameters)
     if forgets and forgets.base_bytes and devices.kind == "cpu":
         disk["base, while forgetting"] = forgets.base_bytes
-    # Trained weights and the optimiser's states; the next one is whole before the last one goes.
+    # Trained weights and the optimiser's states. A checkpoint is complete before the previous one is removed.
     disk["checkpoints"] = 2 * max(FLOAT32 * load.trained + load.states_bytes for load in loads)
     if config.teach.epochs:
         disk["taught base"] = own_bytes
@@ -118,7 +118,7 @@ def _disk(
 def _advice(
     loads: Sequence[Load], devices: Devices, outline: Outline, config: RunConfig, facts: FactSet
 ) -> Iterator[str]:
-    """Yield the alternatives that fit, each planned; or that none does."""
+    """Yield each alternative that fits, with its memory; if none does, one line that says so."""
     found = False
     for words, changed, others in _alternatives(config, devices):
         tried = loads_of(outline, Recipe(changed), facts, devices.kind)[0] if changed else loads
@@ -131,7 +131,7 @@ def _advice(
 
 
 def _alternatives(config: RunConfig, devices: Devices) -> Iterator[tuple[str, RunConfig | None, Devices]]:
-    """Yield flags, the config they give (None: unchanged) and the devices."""
+    """Yield (flags, the config that they result in, the devices); the config is None if it is unchanged."""
     if any((config.train.micro_batch_size or stage.batch_size) > 1 for stage in (config.forget, config.learn)):
         train = config.train.model_copy(update={"micro_batch_size": 1})
         yield "--set train.micro_batch_size=1", config.model_copy(update={"train": train}), devices
@@ -151,9 +151,9 @@ def _alternatives(config: RunConfig, devices: Devices) -> Iterator[tuple[str, Ru
 
 
 def devices_here(config: RunConfig, *, number: int = 1, memory_gb: float | None = None, shard: bool = False) -> Devices:
-    """Return the devices to plan for: those of this machine, unless their memory is given."""
+    """Return the devices to plan for: this machine's, unless their memory is given."""
     asked = config.model.device
-    if memory_gb is not None:  # of a device that need not be here
+    if memory_gb is not None:  # the device need not be in this machine
         return Devices("cuda" if asked == "auto" else asked, memory_gb * GB, number, shard)
     kind = pick_device(asked).type
     free = torch.cuda.mem_get_info()[0] if kind == "cuda" else psutil.virtual_memory().available
@@ -161,7 +161,7 @@ def devices_here(config: RunConfig, *, number: int = 1, memory_gb: float | None 
 
 
 def measured_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Speed:
-    """Time the device's matrix products, its copies and its smallest operation, each for a moment."""
+    """Return a device's speed, from briefly timing matrix products, copies and its smallest operation."""
     side = 4096 if device.type == "cuda" else 768
     one, two = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = _seconds_of(lambda: one @ two, seconds)
@@ -180,15 +180,16 @@ def measured_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.
 
 
 def _seconds_of(run: Callable[[], object], seconds: float) -> float:
-    """Return the seconds of one call, the median over about as many seconds as given."""
+    """Return the median seconds of one call, from calls repeated for about `seconds`."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=seconds).median)
 
 
 def speed_of(text: str, planned: Sequence[StagePlan], config: RunConfig, devices: Devices) -> Speed:
-    """Read a rate: `400` is TFLOP/s per device, `12000tokens/s` of all in training; `measure` times this device.
+    """Return the speed for a rate: `400` is TFLOP/s per device, `12000tokens/s` is training on all devices together.
 
-    Raise ConfigError if it is none of them, or no stage has FLOPs to convert tokens with.
+    `measure` times this device. Raise ConfigError for any other text, or if no stage has FLOPs to convert tokens
+    with.
     """
     if text == MEASURE:
         halves = config.train.dtype == "bfloat16"
@@ -217,7 +218,7 @@ def plan_line(
 ) -> tuple[str, dict[str, float | None]]:
     """Return a line about an update of a model in memory, and its figures for the manifest.
 
-    Memory and time are planned for a model of some size only: tracing a small one takes longer than they matter.
+    Small models get no figures for memory and time: tracing one takes longer than these are worth.
     """
     if parameter_count(lm.model) < SMALL_MODEL:
         return _counts(lm, facts, config), {}
@@ -226,7 +227,7 @@ def plan_line(
     try:
         devices = devices_here(config, number=n_processes, shard=config.model.shard)
         plan = plan_update(config, facts, outline=outline, devices=devices, rate=MEASURE)
-    except Exception as error:  # its config alone may not make this model: no reason not to update it
+    except Exception as error:  # the model may not be built from its config alone, which is no reason not to update it
         return f"{_counts(lm, facts, config)}; memory is not known ({type(error).__name__})", {}
     if plan.fits is False:
         log.warning("memory: about %s are needed; forgetlearn plan says what would fit", show_bytes(plan.peak_bytes))
@@ -234,8 +235,8 @@ def plan_line(
 
 
 def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
-    """Return parameters, facts and steps in words."""
-    held = len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)  # what can be forgotten, if it holds it
+    """Return the numbers of parameters, facts and steps, in words."""
+    held = len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)  # can be forgotten if the model holds it
     steps = [
         f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} to {stage.name}"
         for stage, texts, passes, _ in stages(Recipe(config), Texts((), held), Texts((), len(facts)))
@@ -244,7 +245,7 @@ def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
 
 
 def took(manifest: Manifest, device: torch.device) -> str:
-    """Return what a finished run took, in a line: seconds of all its stages, and the most memory of this process."""
+    """Return one line on a finished run: the seconds of all its stages, and the peak memory of this process."""
     seconds = sum(stage.seconds for stage in manifest.stages.values())
     line = f"took {show_seconds(seconds)}, at most {show_bytes(manifest.peak_memory_gb * GB)}"
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""Trace a step on tensors without numbers: its peak of memory, FLOPs and operations.
+"""Trace a step on tensors without values, for its peak memory, FLOPs and operations.
 
 The model is built from its config alone under torch's FakeTensorMode, and one real step runs over it: layout,
-forward, loss, backward. So nothing here knows an architecture, and nothing large is made.
+forward, loss, backward. So nothing here depends on an architecture, and nothing large is allocated.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from forgetlearn.models.language_model import layer_list
 from forgetlearn.planning.estimate import Step
 from forgetlearn.weights.structure import weightless
 
-SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes' own: smaller weights, and embeddings, have float32 states
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes' values: smaller weights, and embeddings, have float32 states
 
 
 class Skeleton:
-    """A causal language model without numbers, in one dtype."""
+    """A causal language model without weight values, in one dtype."""
 
     def __init__(self, config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> None:
         self.mode = FakeTensorMode()
@@ -43,7 +43,7 @@ class Skeleton:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weights, tied ones once."""
+        """Bytes of all weights; tied weights count once."""
         return sum(weight.numel() * weight.itemsize for weight in self.model.parameters())
 
     @property
@@ -53,9 +53,9 @@ class Skeleton:
         return max((sum(w.numel() * w.itemsize for w in layer.parameters()) for layer in layers), default=0)
 
     def prepare(self, how: KindName, settings: TrainSettings, frozen: Sequence[TuningSettings] = ()) -> int:
-        """Let the weights that a stage trains, and only they, require gradients; return their number.
+        """Make only the weights that a stage trains require gradients; return how many numbers they hold.
 
-        `frozen` are the settings of LoRA stages before it, whose adapters the model still carries.
+        `frozen` are the settings of earlier LoRA stages, whose adapters the model still carries.
         """
         modules = settings.modules if isinstance(settings, TuningSettings) else module_names.ALL
         with torch.random.fork_rng(devices=[]):
@@ -95,9 +95,9 @@ class Skeleton:
             return functional.cross_entropy(logits.float(), batch.labels.flatten(), reduction="sum")
 
     def read_step(self, texts: Sequence[Encoded], *, shared: bool = True) -> Step:
-        """Trace one batch of scoring: a row in which texts share their beginnings, or a padded row for each."""
+        """Trace one batch of scoring: one row in which texts share their beginnings, or one padded row per text."""
         model = self._without_numbers().eval()
-        batch = pad_left(texts, pad_id=0)  # real numbers, as in the row: its form depends on them
+        batch = pad_left(texts, pad_id=0)  # real tensors, as in `row`, because the layout depends on their values
         row = share(texts, ROUNDED_TO)
         inputs, places = (row.inputs(), row.positions) if shared else (batch.inputs, batch.positions)
         dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
@@ -115,7 +115,7 @@ class Skeleton:
             return measure(model, step, width)
 
     def answer_bytes(self, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
-        """Return the bytes beside the weights while a batch is answered: its prompts, and all keys and values."""
+        """Return the bytes in use besides the weights while a batch is answered: for its prompts, keys and values."""
         model = self._without_numbers().eval()
         held: list[int] = []
 
@@ -130,7 +130,7 @@ class Skeleton:
         return read.peak_bytes + held[0] * new_tokens // prompt_tokens
 
     def _without_numbers(self) -> nn.Module:
-        """Copy the model with fake CPU tensors as weights: on the meta device attention would take another path."""
+        """Return a copy with fake CPU tensors as weights: on the meta device, attention would take another path."""
         weights = (*self.model.parameters(), *self.model.buffers())
         with self.mode:
             fakes = {id(weight): torch.empty(weight.shape, dtype=weight.dtype) for weight in weights}
@@ -140,9 +140,9 @@ class Skeleton:
 
 
 def measure(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
-    """Run a step of a model, and return what it takes beside the weights."""
+    """Run one step of a model; return its peak memory besides the weights, its FLOPs and its operations."""
     log = logging.getLogger(FakeTensorMode.__module__)
-    was_disabled, log.disabled = log.disabled, True  # it logs the traceback of handled errors too
+    was_disabled, log.disabled = log.disabled, True  # it also logs the tracebacks of errors that are handled
     try:
         with _Live(model) as live, FlopCounterMode(display=False) as counter:
             step()
@@ -152,20 +152,20 @@ def measure(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
 
 
 def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
-    """Return the bytes of an optimiser's states of one weight: two for each of its numbers, except as below."""
+    """Return the bytes of the optimiser's states for one weight: two float32 per number, with the exceptions below."""
     if optim == "adafactor" and weight.dim() > 1:
         return 4 * (weight.numel() // weight.shape[-1] + weight.numel() // weight.shape[-2])
     if optim == "adafactor":
         return 4 * weight.numel()
     if optim.endswith("8bit") and weight.numel() >= SMALLEST_8BIT and not is_embedding:
-        return 2 * (weight.numel() + 4 * math.ceil(weight.numel() / BLOCK_8BIT))  # a byte each, and a scale a block
+        return 2 * (weight.numel() + 4 * math.ceil(weight.numel() / BLOCK_8BIT))  # a byte per number, a scale per block
     return 8 * weight.numel()
 
 
 class _Live(TorchDispatchMode):
     """Counts operations, and the bytes of all storages that they made and that are still referenced.
 
-    Weights and buffers do not count, the gradients that exist already do.
+    Gradients that exist already count too; weights and buffers do not.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -186,7 +186,7 @@ class _Live(TorchDispatchMode):
         return out
 
     def add(self, tensor: Tensor, *, counts: bool = True) -> None:
-        """Count a tensor's storage, once."""
+        """Count a tensor's storage once."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.sizes:

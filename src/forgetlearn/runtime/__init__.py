@@ -1,1 +1,1 @@
-"""One process or several, weights split over them, and how they are interrupted."""
+"""Work in one process or several: ranks, sharded weights, signals, and patterns that are tried in a child process."""

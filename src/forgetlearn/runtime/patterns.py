@@ -1,7 +1,8 @@
 """Try regular expressions from files, with a time limit, before they are used.
 
-Python's `re` cannot be stopped, and peft matches the patterns of an adapter's config against the name of every module:
-`(.*)*(.*)*x` would take years. So a pattern is first tried on the same names in a process that can be ended.
+Python's `re` cannot be stopped, and peft matches the patterns in an adapter's config against the name of every
+module: `(.*)*(.*)*x` would take years. So each pattern is first tried on the same names in a process that can be
+killed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-MOST_SECONDS = 5.0  # for all patterns together, with the start of the process; a fit takes microseconds
-_HARMLESS = re.compile(r"[\w.-]*")  # what this matches, as a pattern, matches in one pass
+MOST_SECONDS = 5.0  # for all patterns together, including the start of the process; a match takes microseconds
+_HARMLESS = re.compile(r"[\w.-]*")  # a pattern of these characters alone is matched in one pass
 _TRY = """
 import json, os, re, sys
 given = json.load(sys.stdin)
@@ -33,7 +34,7 @@ for pattern, how in given["patterns"]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern as it is set, the regular expression made of it, and how `re` matches it."""
+    """A pattern: its setting, its text there, the regular expression made from it, and how `re` matches it."""
 
     setting: str
     text: str

@@ -1,8 +1,8 @@
-"""Work in one process or in several: who writes, who waits, and what all of them know.
+"""Run in one process or several: decide which one writes, wait for others, and exchange results.
 
-`torchrun` starts the same command in several processes and gives each its rank in the environment. Rank 0 owns
-the run folder: it alone writes and prints. The others compute their share, wait for it, and read. In a single
-process every function here does nothing, and torch is not imported.
+`torchrun` starts the same command in several processes and gives each its rank in the environment. Rank 0 owns the
+run folder: only rank 0 writes and prints. The others compute their share, wait for rank 0, and read. In a single
+process, every function here does nothing, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FAILED, REPORTED = "forgetlearn/failed", "forgetlearn/reported"
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
-# What the launcher started ----------------------------------------------------------------------------------
+# Launched processes ------------------------------------------------------------------------------------------
 
 
 def launched() -> int:
     """Return the number of processes that the launcher started; 1 without a launcher.
 
-    Raise ConfigError if several were started in a way that does not let them find each other.
+    Raise ConfigError if several were started but cannot find each other.
     """
     try:
         asked = int(os.environ.get("WORLD_SIZE", "1"))
@@ -68,7 +68,7 @@ def launched_rank() -> int:
 
 
 def check_launched(asked: int | None) -> None:
-    """Raise ConfigError unless as many processes run as were asked for: launchers may silently start only one."""
+    """Raise ConfigError unless as many processes run as were asked for: a launcher may silently start only one."""
     if asked is not None and asked != launched():
         raise ConfigError(
             f"--processes {asked}, but {launched()} {'was' if launched() == 1 else 'were'} started. "
@@ -88,7 +88,7 @@ def main_speaks() -> Iterator[None]:
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[None]:
-    """Join the processes of this launch, and part when all are done; nested calls do nothing.
+    """Connect the processes of this launch, and disconnect them when all are done; nested calls do nothing.
 
     `device` is the setting model.device. Raise ConfigError if there is no GPU for this process.
     """
@@ -127,8 +127,8 @@ def _own_gpu(n_gpus: int) -> int:
 def run_tied(pickled: bytes) -> None:
     """Run a pickled `(function, arguments)` in a spawned process, and exit at once when the parent ends.
 
-    However the parent dies, the pipe between the two closes. The call is unpickled only after the watch has started,
-    because its imports take seconds.
+    However the parent ends, the pipe between the two closes, which ends this process too. The call is unpickled only
+    after the watching thread has started, because its imports take seconds.
     """
     parent = multiprocessing.parent_process()
 
@@ -142,18 +142,18 @@ def run_tied(pickled: bytes) -> None:
     function(*arguments)
 
 
-# An error is reported by the process that is the first to fail ----------------------------------------------
+# Errors: the first process to fail reports -------------------------------------------------------------------
 
 
 def is_reported(error: BaseException) -> bool:
-    """Return True if another process reports this error, or the one that it follows from."""
-    # Before the processes are joined all of them meet the same one.
+    """Return True if another process reports this error or its cause."""
+    # Before the processes are joined, all of them raise the same error.
     everywhere = isinstance(error, ForgetLearnError) and launched_rank() > 0
     return bool(getattr(error, "reported_elsewhere", everywhere))
 
 
 def mark_reported() -> None:
-    """Let the other processes end: the error has been printed."""
+    """Tell the other processes that they may end, because the error has been printed."""
     if _joined():
         from torch.distributed import distributed_c10d
 
@@ -162,7 +162,10 @@ def mark_reported() -> None:
 
 
 def _first_to_fail() -> bool:
-    """Return True in the first process that fails. The launcher ends all with one, so the others wait for it."""
+    """Return True in the first process that fails, False in the others.
+
+    The launcher ends all processes when one ends, so the others first wait until the error has been printed.
+    """
     from torch.distributed import distributed_c10d
 
     with suppress(RuntimeError):  # the store was in a process that has ended
@@ -187,7 +190,7 @@ def _joined() -> bool:
 
 
 def world_size() -> int:
-    """Return the number of processes that work on this together."""
+    """Return the number of processes that work together."""
     if _alone.get() or not _joined():
         return 1
     from torch import distributed
@@ -196,7 +199,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return which of them this is, from 0."""
+    """Return the rank of this process, from 0."""
     if not _joined():
         return 0
     from torch import distributed
@@ -205,23 +208,23 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Return True in the process that writes."""
+    """Return True in rank 0, the process that writes."""
     return rank() == 0
 
 
 def no_bar() -> bool | None:
-    """Return tqdm's `disable`: no bar from other processes than rank 0, nor if the output is not a terminal."""
+    """Return tqdm's `disable`: True in all ranks but 0, where None shows a bar only in a terminal."""
     return None if is_main() else True
 
 
 def check_enough_for(n_facts: int) -> None:
-    """Raise ConfigError unless every process gets a fact."""
+    """Raise ConfigError unless there is at least one fact per process."""
     if n_facts < world_size():
         raise ConfigError(f"{world_size()} processes for {n_facts} facts. Start {max(1, n_facts)} at most.")
 
 
 def gather(own: T) -> list[T]:
-    """Return what each process has, in the order of ranks, in all processes."""
+    """Return the values of all processes, in the order of ranks; every process gets the same list."""
     if world_size() == 1:
         return [own]
     from torch import distributed
@@ -232,19 +235,19 @@ def gather(own: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     gather(None)
 
 
 def merged(own: Mapping[K, T]) -> dict[K, T]:
-    """Return the entries of all processes."""
+    """Return the entries of all processes in one dict."""
     return {key: value for part in gather(own) for key, value in part.items()}
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """Return this process's part of the items: every n-th, as many in each process.
+    """Return this process's part of the items: every n-th item, and equally many in each process.
 
-    If they cannot be divided, the last item is in several parts: with a model that is split over the processes all
+    If the items cannot be divided evenly, the last one goes to several processes, because with a sharded model all
     have to compute equally often.
     """
     n = world_size()
@@ -252,7 +255,7 @@ def share(items: Sequence[T]) -> list[T]:
 
 
 def on_main(compute: Callable[[], T]) -> T:
-    """Call `compute` in rank 0 alone, and return its result, or raise its error, in all processes."""
+    """Call `compute` in rank 0 only; return its result, or raise its error, in all processes."""
     if world_size() == 1:
         return compute()
     outcome: tuple[T | None, Exception | None] = (None, None)

@@ -1,7 +1,7 @@
-"""Models whose every weight is split over the processes (FSDP2, by transformers' own loading).
+"""Shard models: split every weight over the processes (FSDP2, by transformers' own loading).
 
-Between two computations each process holds a part of every weight, as a `DTensor`. Differences and sums of weights
-are computed on the parts. Adapters are added after loading and are whole in every process.
+Between computations, each process holds a part of every weight, as a `DTensor`. Differences and sums of weights are
+computed on the parts. Adapters are added after loading and are whole in every process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def loading_options() -> dict[str, object]:
-    """Return the arguments with which `from_pretrained` splits a model; raise ConfigError in a single process."""
+    """Return the arguments with which `from_pretrained` shards a model; raise ConfigError in a single process."""
     if processes.world_size() == 1:
         raise ConfigError(
             "model.shard: sharding needs several processes, but there is only one. Start them with "
@@ -38,7 +38,7 @@ def loading_options() -> dict[str, object]:
 
 
 def check_sharded(model: nn.Module) -> None:
-    """Raise ModelError unless a loaded model is split: the libraries silently fall back to whole copies."""
+    """Raise ModelError unless a loaded model is sharded: the libraries silently fall back to whole copies."""
     parameters = dict(model.named_parameters())
     whole = [name for name, weight in parameters.items() if not isinstance(weight, DTensor)]
     if whole or not is_sharded(model):
@@ -49,12 +49,12 @@ def check_sharded(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return True if the model's weights are split over processes."""
+    """Return True if the model's weights are split over the processes."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def parts(model: nn.Module) -> dict[str, Tensor]:
-    """Return this process's part of each parameter, by name: the memory itself, to be read and written."""
+    """Return this process's part of each parameter, by name. Writing to a part changes the model."""
     to_parts(model)
     return {name: local(weight) for name, weight in model.named_parameters()}
 
@@ -66,7 +66,7 @@ def local(weight: Tensor) -> Tensor:
 
 
 def like(whole: Tensor, weight: Tensor) -> Tensor:
-    """Return the part of `whole` (known to all processes) that belongs to this process's part of `weight`."""
+    """Return the part of `whole` (which all processes hold) that matches this process's part of `weight`."""
     if not isinstance(weight, DTensor):
         return whole.to(weight.device)
     mesh = weight.device_mesh
@@ -74,12 +74,15 @@ def like(whole: Tensor, weight: Tensor) -> Tensor:
 
 
 def no_gradients(model: nn.Module) -> AbstractContextManager[None]:
-    """Disable gradients; by inference mode unless the weights are split, since FSDP2 could not train them then."""
+    """Disable gradients, by inference mode unless the model is sharded.
+
+    After inference mode, FSDP2 could not train a sharded model.
+    """
     return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
 def check_float32(model: nn.Module) -> None:
-    """Raise ModelError if a split model is in half precision: FSDP2 cannot change a dtype after a forward pass."""
+    """Raise ModelError if a sharded model is in half precision: FSDP2 cannot change a dtype after a forward pass."""
     half = [name for name, weight in parts(model).items() if weight.is_floating_point() and weight.itemsize < 4]
     if half:
         raise ModelError(
@@ -90,16 +93,16 @@ def check_float32(model: nn.Module) -> None:
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Round each weight to the precision of its own dtype, without changing how it is stored."""
+    """Round each weight to the precision of its dtype in `dtypes`, without changing the dtype it is stored in."""
     for name, weight in parts(model).items():
         weight.copy_(weight.to(dtypes[name]))
 
 
 def to_parts(model: nn.Module) -> None:
-    """Replace whole weights that the last computation left by their parts.
+    """Replace weights that the last computation left whole with their parts.
 
-    After a forward pass FSDP2 keeps the last module's weights whole; an optimiser made then would train those, and
-    the parts, which count, would stay as they are.
+    After a forward pass, FSDP2 keeps the last module's weights whole. An optimiser made then would train these copies
+    and leave the parts, which count, unchanged.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -107,13 +110,14 @@ def to_parts(model: nn.Module) -> None:
 
 
 def ready_to_train(model: nn.Module) -> None:
-    """Make the parts the model's parameters, and tell FSDP2 which of them train.
+    """Make the parts the model's parameters, and tell FSDP2 which of them are trained.
 
-    It keeps a whole copy of each weight from the first forward pass on, with a `requires_grad` of its own: a base that
-    was scored and then frozen under an adapter would get gradients, and they would be clipped with the adapter's.
+    From the first forward pass on, FSDP2 keeps a whole copy of each weight, with its own `requires_grad`. Without
+    this call, a base that was scored and then frozen under an adapter would get gradients, and they would be clipped
+    together with the adapter's.
     """
     to_parts(model)
-    # Under all their names: once whole, a tied head and its embedding are two parameters.
+    # Keep all their names: a tied head and its embedding are two parameters while they are whole.
     wanted = {name: weight.requires_grad for name, weight in model.named_parameters(remove_duplicate=False)}
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -124,7 +128,7 @@ def ready_to_train(model: nn.Module) -> None:
 
 
 def without_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
-    """Return a model of the same kind on the meta device, not split: its modules, names, shapes and ties."""
+    """Return a model of the same class on the meta device, not sharded: its modules, names, shapes and ties."""
     inner: Any = model
     config = copy.deepcopy(inner.config)
     if hasattr(config, "distributed_config"):
@@ -139,7 +143,7 @@ def without_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Any:
 def save_whole(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtypes: Mapping[str, torch.dtype], folder: Path
 ) -> None:
-    """Write a split model as one process would, in its own dtypes: rank 0 gathers the weights in main memory."""
+    """Write a sharded model as one process would, in the given dtypes: rank 0 gathers the weights in main memory."""
     from transformers.distributed import gather_full_state_dict
 
     to_parts(model)
@@ -154,7 +158,7 @@ def save_whole(
 
 
 def save_parts(tensors: Mapping[str, Tensor], model: nn.Module, file: Path) -> None:
-    """Write the result of `parts`: a file by each process if the model is split, else one by rank 0."""
+    """Write the result of `parts`: one file per process if the model is sharded, else one file by rank 0."""
     if is_sharded(model):
         save_file(dict(tensors), _own_file(file))
     elif processes.is_main():
@@ -162,7 +166,7 @@ def save_parts(tensors: Mapping[str, Tensor], model: nn.Module, file: Path) -> N
 
 
 def load_parts(model: nn.Module, file: Path) -> dict[str, Tensor]:
-    """Read what `save_parts` wrote."""
+    """Read the tensors that `save_parts` wrote."""
     found: dict[str, Tensor] = load_file(_own_file(file) if is_sharded(model) else file)
     return found
 

@@ -1,4 +1,7 @@
-"""Handle Ctrl-C and SIGTERM: fine-tuning finishes its step and saves; all else, and a second signal, ends at once."""
+"""Handle Ctrl-C and SIGTERM.
+
+Fine-tuning finishes its step and saves. Everything else ends at once, and so does fine-tuning at a second signal.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to end. It is no Exception, so that nothing handles it as an error and goes on."""
+    """A signal asked this process to end. It is not an Exception, so that no error handler catches it and continues."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -23,14 +26,14 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """Exit code that a shell reports for such a signal: 130 after Ctrl-C, 143 after SIGTERM."""
+        """Exit code that a shell reports for the signal: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + self.signum
 
 
 class _State:
     """The state of this process, whose main thread receives the signals."""
 
-    waits = False  # a step is being computed, after which `requested` is read
+    waits = False  # a step is running; `requested` is read after it
     requested: int | None = None
 
 
@@ -38,8 +41,8 @@ class _State:
 def handled() -> Iterator[None]:
     """Raise `Interrupted` in the body on either signal; restore the earlier handlers afterwards.
 
-    For the command: the library leaves signals to the program that uses it. Nothing changes in another thread than
-    the main one, nor for a signal that is ignored (nohup).
+    Only the command uses this: the library leaves signals to the program that uses it. Nothing changes outside the main
+    thread, or for a signal that is ignored (nohup).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -68,7 +71,7 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Keep a signal for the caller of `requested` during the body; raise it as `Interrupted` at the end."""
+    """Hold a signal back during the body, where `requested` reports it, and raise `Interrupted` at the end."""
     _State.waits = True
     try:
         yield
@@ -79,10 +82,10 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Return True if a signal was received and waits."""
+    """Return True if a signal was received and has not been raised yet."""
     return _State.requested is not None
 
 
 def request() -> None:
-    """Act as if SIGTERM had come, because another process of this run received a signal."""
+    """Act as if SIGTERM had been received, because another process of this run received a signal."""
     _State.requested = _State.requested or signal.SIGTERM

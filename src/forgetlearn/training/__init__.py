@@ -1,1 +1,1 @@
-"""One stage of fine-tuning on transformers' Trainer, resumable."""
+"""Fine-tune one stage with transformers' Trainer; an interrupted stage can be resumed."""

@@ -1,4 +1,4 @@
-"""What a stage of fine-tuning shows and saves while it runs: callbacks of Trainer."""
+"""Callbacks of Trainer that log a stage, show its progress and ask for checkpoints."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from forgetlearn.runtime import processes, signals
 log = logging.getLogger("forgetlearn")
 
 LOGGED = ("loss", "grad_norm", "learning_rate", "tokens")
-# A checkpoint that takes long is written less often, so that no more than a twentieth of the time goes to them.
+# Slow checkpoints are written less often, so that they take at most a twentieth of the time.
 TIMES_AS_LONG = 20
 GO_ON, SAVE, STOP = 0, 1, 2
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
-    """Keeps the numbers of every step, shows a bar on a terminal, and stops at a loss that is not finite.
+    """Records the numbers of every step, shows a progress bar in a terminal, and stops at a loss that is not finite.
 
-    One line of the log sums up the stage at its end; after a resume, its rate is of the steps since then.
+    At the end, it logs the stage in one line. After a resume, the rate counts only the steps since then.
     """
 
     def __init__(self, name: str, n_facts: int, n_tokens: int) -> None:
@@ -38,7 +38,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.began, self.first_step = 0.0, 0
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Take over the rows from before a kill, which Trainer's state keeps."""
+        """Restore the rows of the steps before a resume, which Trainer's state keeps."""
         before = [logs for logs in state.log_history if "loss" in logs]
         self.rows, self.seconds = [_row(logs) for logs in before], [logs["seconds"] for logs in before]
         self.began, self.first_step = time.perf_counter(), state.global_step
@@ -61,7 +61,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float],
         **_: object,
     ) -> None:
-        """Keep a step's numbers, and show them."""
+        """Record a step's numbers and show them; raise TrainingError if one is not finite."""
         if "loss" not in logs:
             return
         row = _row({**logs, "step": state.global_step})
@@ -87,13 +87,13 @@ class Steps(TrainerCallback):  # type: ignore[misc]
             )
 
     def _rate(self, state: TrainerState) -> float:
-        """Return tokens of prompts and answers per second, by the share of the stage's steps done in this process."""
+        """Return tokens of prompts and answers per second, over the steps that this process has done."""
         tokens: float = self.n_tokens * (state.global_step - self.first_step) / max(1, state.max_steps)
         return tokens / max(1e-9, time.perf_counter() - self.began)
 
 
 def final_loss(rows: Sequence[Mapping[str, float]]) -> float:
-    """Return the mean loss per answer token over the last tenth of the steps, in nats; there is at least one."""
+    """Return the mean loss per answer token over the last tenth of the steps (at least one step), in nats."""
     tail = rows[-max(1, len(rows) // 10) :]
     return sum(row["loss"] for row in tail) / len(tail)
 
@@ -103,14 +103,14 @@ def _row(logs: dict[str, float]) -> dict[str, float]:
 
 
 class Saving(TrainerCallback):  # type: ignore[misc]
-    """Asks Trainer for a checkpoint when one is due, and for one and an end if a signal was received."""
+    """Asks Trainer for a checkpoint when one is due, and for a checkpoint and a stop after a signal."""
 
     def __init__(self, name: str, minutes: float) -> None:
         self.name, self.seconds = name, 60 * minutes if minutes else math.inf
         self.last, self.took = time.monotonic(), 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Ask for a checkpoint, alone or with an end; all processes do the same, the most that one of them wants."""
+        """Ask for a checkpoint, or for a checkpoint and a stop. All processes follow the most urgent wish."""
         is_due = time.monotonic() - self.last >= max(self.seconds, TIMES_AS_LONG * self.took)
         wish = _highest(STOP if signals.requested() else SAVE if is_due else GO_ON, args.device)
         if wish == GO_ON:
@@ -123,13 +123,13 @@ class Saving(TrainerCallback):  # type: ignore[misc]
             log.info("%s: stopping after step %d of %d", self.name, state.global_step, state.max_steps)
 
     def on_save(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Note how long it took."""
+        """Record how long the checkpoint took."""
         now = time.monotonic()
         self.took, self.last = now - self.last, now
 
 
 def _highest(wish: int, device: torch.device) -> int:
-    """Return the highest wish of all processes. Every step waits for it, so it is one small tensor, not an object."""
+    """Return the highest wish of all processes. Each step waits for it, so a small tensor is sent, not an object."""
     if processes.world_size() == 1:
         return wish
     wishes = torch.tensor(wish, device=device)
@@ -138,7 +138,7 @@ def _highest(wish: int, device: torch.device) -> int:
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise ConfigError if transformers does not know one of these trackers, or its package is not installed."""
+    """Raise ConfigError if transformers does not know one of these trackers, or if its package is not installed."""
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))

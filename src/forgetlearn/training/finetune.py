@@ -1,7 +1,7 @@
-"""One stage of supervised fine-tuning on prompt -> answer, all weights or LoRA.
+"""Fine-tune all weights or a LoRA adapter on prompt -> answer, for one stage.
 
-Only answer tokens are scored, EOS is one of them, and every batch of shuffled facts is one packed row.
-docs/how.md has the measurements behind this.
+The loss counts only answer tokens, including EOS. Facts are shuffled, and each batch is one packed row. docs/how.md
+has the measurements behind this.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 @dataclass(frozen=True)
 class StageLog:
-    """A finished stage: a row of numbers per optimiser step, the layout of its batches, its attention.
+    """The log of a finished stage: a row of numbers per optimiser step, the layout of its batches, its attention.
 
-    `seconds` of each step are kept separate: all else is the same, to the bit, if the stage is done again.
+    The `seconds` of the steps are kept apart, because everything else is the same, to the bit, if the stage is
+    repeated.
     """
 
     steps: tuple[dict[str, float], ...]
     layout: Layout | None = None  # None for a stage that does not fine-tune
     attention: str | None = None
-    rounding: Mapping[str, float | int | None] | None = None  # what storing the product left (rounding.Survival)
-    micro_batch_size: int | None = None  # if it was made smaller for lack of memory
+    rounding: Mapping[str, float | int | None] | None = None  # what survived storing (rounding.Survival)
+    micro_batch_size: int | None = None  # set if it was lowered for lack of memory
     seconds: tuple[float, ...] = ()
 
     def batching(self) -> dict[str, str | int | None]:
@@ -61,7 +62,7 @@ class StageLog:
         return final_loss(self.steps) if self.steps else None
 
 
-@torch.inference_mode(False)  # and with gradients, in whatever mode it is called
+@torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
 def finetune(
     model: nn.Module,
     texts: Sequence[Encoded],
@@ -73,21 +74,21 @@ def finetune(
     variant: Variant | None = None,
     stage_io: StageIO | None = None,
 ) -> StageLog:
-    """Train `model` in place, whichever of its parameters require gradients, and return the log of the stage.
+    """Train the parameters of `model` that require gradients, in place, and return the log of the stage.
 
-    If `stage_io` names a folder with a checkpoint of this stage, training continues from that, to the same bits.
-    The same model, texts, settings and seed give the same weights to the bit on one machine. Weights that
-    are trained must be float32: half precision loses the small steps of a fact update.
-    If memory runs out before a weight has changed, it begins again with half the micro batch; the steps stay.
+    If `stage_io` names a folder with a checkpoint of this stage, training continues from it and ends with the same
+    bits. On one machine, the same model, texts, settings and seed give the same weights to the bit. The trained
+    weights must be float32: half precision loses the small steps of a fact update. If memory runs out before any
+    weight has changed, the stage starts again with half the micro-batch; the optimiser steps stay the same.
 
     Args:
         device: where to train; None leaves the choice to Trainer.
 
     Raises:
         TrainingError: the loss or the gradient is not finite (the message names the step), or memory ran out.
-        ConfigError: bfloat16 is asked for where the device has none, or nothing is to be trained.
-        RunError: the checkpoint was written by another number of processes.
-        Interrupted: a signal came; if checkpoints are kept, the step was finished and saved.
+        ConfigError: the device does not support bfloat16, or nothing can be trained, see `check_trainable`.
+        RunError: the checkpoint was written by a different number of processes.
+        Interrupted: a signal was received; if checkpoints are kept, the step was finished and saved.
     """
     check_trainable(model, texts, settings, device)
     variant, stage_io = variant or Variant(), stage_io or StageIO()
@@ -101,7 +102,7 @@ def finetune(
             if error.touched or not half or processes.world_size() > 1:
                 raise
             reason = str(error).splitlines()[0]
-        # Only here are the activations of the error's frames gone.
+        # The error's frames hold activations, which are freed only here.
         smaller = _largest_divisor(settings.batch_size, half)
         log.warning(
             "%s; starting the stage again with micro_batch_size = %d; the optimiser steps stay the same",
@@ -125,7 +126,7 @@ def _train(
     with _folder_for_trainer(stage_io) as folder:
         arguments = _arguments(settings, seed, folder, n_texts=len(texts), use_cpu=_on_cpu(device))
         arguments.report_to, arguments.run_name = list(stage_io.trackers), stage_io.name
-        # One process, one device: Trainer would spread a batch over all GPUs, and a packed row cannot be cut.
+        # Trainer would spread a batch over all GPUs of the process, but a packed row cannot be split.
         arguments._n_gpu = min(1, arguments.n_gpu)
         if not sharding.is_sharded(model):
             model.to(arguments.device)
@@ -141,7 +142,7 @@ def _train(
         ):
             sharding.ready_to_train(model)
             if memory.is_large(model):
-                memory.trim()  # what loading, scoring or the subtraction left
+                memory.trim()  # memory left over from loading, scoring or subtracting
             watch = memory.Watch(model)
             trainer = FactTrainer(
                 model=model,
@@ -163,13 +164,13 @@ def _train(
 
 @contextmanager
 def _put_back(model: nn.Module, trainer: FactTrainer, settings: TrainSettings) -> Iterator[None]:
-    """Undo afterwards what Trainer leaves on a model, and free its memory."""
+    """Undo on exit what Trainer changed on the model, and free its memory."""
     own_forward = vars(model).get("forward")
     try:
         yield
     finally:
         if settings.deepspeed and trainer.deepspeed is not None:
-            trainer.deepspeed.destroy()  # its hooks on the weights, before the next stage
+            trainer.deepspeed.destroy()  # removes its hooks from the weights before the next stage
         # Mixed precision puts its own `forward` on the model and leaves it there.
         vars(model).pop("forward", None)
         if own_forward is not None:
@@ -182,7 +183,7 @@ def _put_back(model: nn.Module, trainer: FactTrainer, settings: TrainSettings) -
 def check_trainable(
     model: nn.Module, texts: Sequence[Encoded], settings: TrainSettings, device: torch.device | None = None
 ) -> None:
-    """Raise ConfigError if the stage cannot start: no facts, no trainable weights, or ones that are not float32."""
+    """Raise ConfigError if the stage cannot start: no facts, no trainable weights, or weights that are not float32."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     if not texts or not trained:
         raise ConfigError(f"Nothing to train: {len(texts)} facts, {len(trained)} trainable tensors.")
@@ -207,7 +208,7 @@ def check_computing(settings: TrainSettings, device: torch.device | None) -> Non
 
 
 def check_deepspeed(file: str) -> None:
-    """Raise ConfigError unless DeepSpeed is installed and its config keeps the change of the weights."""
+    """Raise ConfigError unless DeepSpeed is installed and its config keeps trained weights whole and in float32."""
     where = f"deepspeed = {file}"
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(f"{where}: DeepSpeed is not installed. pip install 'forgetlearn[deepspeed]'")
@@ -230,16 +231,17 @@ def check_deepspeed(file: str) -> None:
 
 
 def facts_at_once(settings: TrainSettings, layout: Layout = "packed") -> int:
-    """Return the facts of one forward pass of all processes: at most micro_batch_size each, a divisor of batch_size.
+    """Return the number of facts in one forward pass of all processes, a divisor of batch_size.
 
-    If facts cannot be batched, each of several processes takes one at a time: all have to compute equally often.
+    Each process takes at most micro_batch_size. If facts cannot be batched, each of several processes takes one at a
+    time, because all must run equally many forward passes.
     """
     micro = 1 if layout == "single" and processes.world_size() > 1 else settings.micro_batch_size or settings.batch_size
     return _largest_divisor(settings.batch_size, micro * processes.world_size())
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    """Return the largest divisor of `number` that is at most `most`, in O(sqrt(number)) steps: it may be 1e9."""
+    """Return the largest divisor of `number` up to `most`, in O(sqrt(number)) steps, as `number` may be 1e9."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return max(size for low in small for size in (low, number // low) if size <= most)
 
@@ -249,7 +251,7 @@ def _on_cpu(device: torch.device | None) -> bool:
 
 
 def _arguments(settings: TrainSettings, seed: int, folder: str, *, n_texts: int, use_cpu: bool) -> TrainingArguments:
-    """Return the arguments for Trainer; raise TrainingError if it does not see all processes."""
+    """Return the arguments for Trainer; raise TrainingError if Trainer does not see all processes."""
     batch = facts_at_once(settings)
     arguments = TrainingArguments(
         output_dir=folder,
@@ -258,14 +260,14 @@ def _arguments(settings: TrainSettings, seed: int, folder: str, *, n_texts: int,
         per_device_train_batch_size=batch,  # of all processes: see `FactTrainer.get_train_dataloader`
         gradient_accumulation_steps=settings.batch_size // batch,
         lr_scheduler_type=settings.lr_scheduler_type,
-        # Whole steps, rounded down: Trainer rounds up, and its first warm-up step has rate 0, so a stage of
+        # Rounded down to whole steps. Trainer rounds up, and its first warm-up step has learning rate 0, so a stage of
         # one step would learn nothing.
         warmup_steps=int(settings.warmup_ratio * settings.epochs * math.ceil(n_texts / settings.batch_size)),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optim,
         activation_checkpointing=settings.activation_checkpointing,
-        # The other kind finds no gradient to compute where only an adapter is trained.
+        # Reentrant checkpointing finds no gradient to compute if only an adapter is trained.
         activation_checkpointing_kwargs={"use_reentrant": False},
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
@@ -293,7 +295,7 @@ def _arguments(settings: TrainSettings, seed: int, folder: str, *, n_texts: int,
 
 @contextmanager
 def _folder_for_trainer(stage_io: StageIO) -> Iterator[str]:
-    """Yield a folder where Trainer and the trackers may write; without trackers it is removed afterwards."""
+    """Yield a folder that Trainer and the trackers may write to. Without trackers, it is removed afterwards."""
     if stage_io.trackers and stage_io.logs is not None:
         yield str(stage_io.logs)
         return

@@ -1,4 +1,4 @@
-"""Memory of fine-tuning: a stage gives back what it used, and begins again smaller if it did not fit."""
+"""Manage the memory of fine-tuning: notice that a stage does not fit, and free what it used."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from forgetlearn.errors import TrainingError
 
-LARGE_BYTES = 100_000_000  # weights; below, the gaps are small too
+LARGE_BYTES = 100_000_000  # of weights; in smaller models, the gaps in memory are small too
 
 
 class OutOfMemory(TrainingError):
-    """A stage did not fit; `touched` says whether it had begun to change weights."""
+    """A stage ran out of memory; `touched` is True if it had begun to change weights."""
 
     def __init__(self, message: str, *, touched: bool) -> None:
         super().__init__(message)
@@ -27,17 +27,17 @@ class OutOfMemory(TrainingError):
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Notes that a stage begins to change weights; with a large model on the CPU, trims memory between steps.
+    """Notes when a stage begins to change weights. Trims memory between the steps of a large model on the CPU.
 
-    The gaps between blocks grow with each step, since no two batches are of one size. Before the weights move only
-    the activations are free, and the gradients stay where they are.
+    The gaps between memory blocks grow with each step, since batches differ in size. Just before an optimiser
+    step, the activations are already free, but the gradients are still needed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.touched, self.trims = False, is_large(model, "cpu")
 
     def on_pre_optimizer_step(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Is called before the weights change, and for the first time before their first change."""
+        """Note that weights are about to change; trim memory for a large model on the CPU."""
         self.touched = True
         if self.trims:
             trim()
@@ -45,7 +45,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 @contextmanager
 def enough(name: str, micro_batch_size: int, watch: Watch) -> Iterator[None]:
-    """Raise OutOfMemory, which says what to lower, if the device or the machine runs out of memory."""
+    """Raise OutOfMemory, with advice on what to lower, if the device or the machine runs out of memory in the body."""
     try:
         yield
     except RuntimeError as error:
@@ -60,9 +60,10 @@ def enough(name: str, micro_batch_size: int, watch: Watch) -> Iterator[None]:
 
 
 def give_back(model: nn.Module, optimizer: Optimizer) -> None:
-    """Free a stage's gradients and the states of its optimiser.
+    """Free the gradients of a stage and the states of its optimiser.
 
-    Trainer is in reference cycles: its optimiser, twice the weights, would stay until the garbage collector runs.
+    Trainer is part of reference cycles, so its optimiser's states (twice the size of the weights) would stay until
+    the garbage collector runs.
     """
     model.zero_grad(set_to_none=True)
     if hasattr(optimizer, "state"):
@@ -72,15 +73,15 @@ def give_back(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def release_device() -> None:
-    """Free what a stage that did not fit held on the accelerator and in main memory."""
-    gc.collect()  # Trainer is in reference cycles
+    """Free what a stage that ran out of memory held on the accelerator and in main memory."""
+    gc.collect()  # Trainer is part of reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim()
 
 
 def trim() -> None:
-    """Return free memory to the system: glibc keeps the gaps between blocks in use. Other C libraries do not."""
+    """Return free memory to the system. glibc keeps the gaps between blocks in use; other C libraries do not."""
     release = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if release is not None:
         release(0)
@@ -88,10 +89,11 @@ def trim() -> None:
 
 @contextmanager
 def collector_at_rest(model: nn.Module) -> Iterator[None]:
-    """Let the garbage collector ignore all existing objects while a small model trains.
+    """Make the garbage collector ignore all existing objects while a small model trains.
 
-    Trainer runs it over every object of the process at its start, which took as long as two steps of a model of
-    5 million parameters. Beside a large model it is nothing, and what it finds may hold another model.
+    At its start, Trainer runs the collector over every object of the process, which took as long as two steps of a
+    model of 5 million parameters. For a large model this time does not matter, and the collector may free another
+    model.
     """
     if is_large(model) or gc.get_freeze_count():
         yield
@@ -104,6 +106,6 @@ def collector_at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def is_large(model: nn.Module, device: str | None = None) -> bool:
-    """Return True if the weights, all of them or those on one kind of device, take `LARGE_BYTES` or more."""
+    """Return True if the weights (on one kind of device, if given) take `LARGE_BYTES` or more."""
     weights = (weight for weight in model.parameters() if device in (None, weight.device.type))
     return sum(weight.nbytes for weight in weights) >= LARGE_BYTES

@@ -1,7 +1,7 @@
-"""Checkpoints inside a stage: written in one step, and found again if they are whole.
+"""Write checkpoints of a stage atomically, and find the newest one that is complete.
 
 A checkpoint is a folder with the trained weights (safetensors) and what Trainer needs to continue to the same bits:
-optimiser, schedule, random numbers, its own state. It counts if its marker, written last, agrees with its files.
+optimiser, schedule, random states and its own state. It is valid if its marker, written last, matches its files.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ MARKER, WEIGHTS = "complete.json", "weights.safetensors"
 
 @dataclass(frozen=True)
 class StageIO:
-    """A stage's name and where it saves; the weights that come out do not depend on it.
+    """A stage's name, and the folders for its checkpoints and logs. The trained weights do not depend on these.
 
-    points: folder of its checkpoints; None keeps none. minutes: between two of them; 0 saves only when it is asked to
-    stop. trackers: programs that follow the numbers, as transformers names them; they write to the folder `logs`.
+    points: the folder of its checkpoints; None keeps none. minutes: the time between two checkpoints; 0 saves only
+    when the stage is asked to stop. trackers: the programs that record the numbers, by transformers' names; they
+    write to the folder `logs`.
     """
 
     name: str = "fine-tuning"
@@ -41,15 +42,15 @@ class StageIO:
     logs: Path | None = None
 
     def part(self, name: str) -> StageIO:
-        """Return the same for one of several fine-tunings in a stage."""
+        """Return a copy for one of several fine-tunings in a stage, with its own folder of checkpoints."""
         return replace(self, points=self.points and self.points / name)
 
 
 @contextmanager
 def writing(folder: Path, step: int) -> Iterator[Path]:
-    """Yield a folder for the checkpoint after `step`, which counts, and replaces older ones, only if all went well.
+    """Yield a folder for the checkpoint after `step`. If the body succeeds, it becomes valid and replaces older ones.
 
-    All processes call this at the same step. Raise RunError if the disk is full, say.
+    All processes call this at the same step. Raise RunError if a file cannot be written, for example on a full disk.
     """
     final = folder / f"step-{step:08d}"
     unfinished = folder / f".{final.name}{disk.UNFINISHED}"
@@ -74,9 +75,9 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the checkpoint to continue from; None if there is none that is whole. Damaged ones are logged.
+    """Return the newest complete checkpoint, or None; log a warning for each damaged one.
 
-    Raise RunError if another number of processes wrote it: they draw other random numbers.
+    Raise RunError if a different number of processes wrote it, because they draw other random numbers.
     """
     for point in sorted(_points(folder), reverse=True):
         if problem := _problem(point):
@@ -116,13 +117,13 @@ def _points(folder: Path) -> list[Path]:
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write the weights that are trained; all others are as they were when the stage began."""
+    """Write the weights that are trained; the others have not changed since the stage began."""
     save_file({name: weight.contiguous() for name, weight in _trained(model).items()}, folder / WEIGHTS)
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Put what `save_weights` wrote into the model; raise RunError if it trains other weights."""
+    """Load into the model what `save_weights` wrote; raise RunError if the stage trains other weights."""
     saved, trained = load_file(folder / WEIGHTS), _trained(model)
     if {name: value.shape for name, value in saved.items()} != {name: value.shape for name, value in trained.items()}:
         raise RunError(f"{folder}: holds {len(saved)} weights, expected the {len(trained)} that this stage trains.")

@@ -27,16 +27,16 @@ from forgetlearn.training.stage_checkpoints import StageIO
 
 @dataclass(frozen=True)
 class Variant:
-    """Where a stage departs from fine-tuning: `loss_sign` -1 climbs the loss, `max_change` bounds every weight."""
+    """Deviations from plain fine-tuning: `loss_sign` -1 climbs the loss, `max_change` bounds each weight's change."""
 
     loss_sign: int = 1
     max_change: float | None = None
 
 
 class Ball(TrainerCallback):  # type: ignore[misc]
-    """Puts every weight back into the L-infinity ball around where the stage began.
+    """Keeps every weight in the L-infinity ball around its value at the start of the stage.
 
-    It is made before a checkpoint is loaded, so that this holds after a resume too.
+    It must be made before a checkpoint is loaded, so that the centre is still the start of the stage after a resume.
     """
 
     def __init__(self, model: nn.Module, radius: float) -> None:
@@ -45,33 +45,33 @@ class Ball(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Clamp the weights."""
+        """Clamp each weight into the ball."""
         for weight, start in self.start:
             weight.clamp_(start - self.radius, start + self.radius)
 
 
 class StepBatch(TypedDict):
-    """The facts of one forward pass of all processes; `parts` are the inputs of this one's, with `positions`."""
+    """One forward pass of all processes. `parts` are the model's inputs for this process's facts, with `positions`."""
 
     parts: list[dict[str, Tensor]]
     tokens: int  # of all processes
     labels: Tensor
-    shift_labels: Tensor  # Trainer counts the scored tokens over an optimiser step from these, as they are
+    shift_labels: Tensor  # from these, Trainer counts the scored tokens of an optimiser step, without a shift
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes one batch of tensors of encoded facts, in the layout of the stage."""
+    """Turns encoded facts into one batch of tensors, in the layout of the stage."""
 
     layout: Layout
     pad_id: int
     is_by_text: bool
 
     def __call__(self, texts: list[Encoded]) -> StepBatch:
-        """Return the batch in parts, one for each forward pass, with the labels of all."""
+        """Return this process's batch: one part for each forward pass, and the labels of all parts."""
         own = own_part(texts)
         groups = [[text] for text in own] if self.layout == "single" else [own]
-        # Text by text there is no mask, so a row may be of any length.
+        # Without a mask (attention computed text by text), a row may have any length.
         longest = sys.maxsize if self.is_by_text else MAX_PACKED_TOKENS
         batches = [lay_out(group, self.layout, self.pad_id, longest) for group in groups]
         if self.is_by_text:
@@ -86,7 +86,7 @@ class Collator:
 
 
 def own_part(texts: list[Encoded]) -> list[Encoded]:
-    """Return this process's part of a batch; if none is left, a text without an answer, which adds nothing."""
+    """Return this process's part of a batch; if it is empty, a text without an answer, which adds no loss."""
     own = texts[processes.rank() :: processes.world_size()]
     return own or [Encoded(texts[0].ids, len(texts[0].ids))]
 
@@ -94,11 +94,11 @@ def own_part(texts: list[Encoded]) -> list[Encoded]:
 class FactTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose loss is the mean over the answer tokens of an optimiser step.
 
-    It depends on private parts of Trainer, so pyproject.toml allows only minor versions of transformers that were
-    tested. `_save_checkpoint` and `_load_from_checkpoint` are replaced: Trainer's own checkpoints are not atomic, and
-    do not restore an adapter that trains beside a frozen one. `_save_optimizer_and_scheduler`, `_save_scaler` and
-    `_save_rng_state` write the rest of a checkpoint. `loss_is_scaled_for_ga` and `model_accepts_loss_kwargs` make it
-    count the tokens of a step and leave the loss as it is. `finetune` sets `TrainingArguments._n_gpu`.
+    It depends on private parts of Trainer, so pyproject.toml allows only tested minor versions of transformers. It
+    replaces `_save_checkpoint` and `_load_from_checkpoint`, because Trainer's own checkpoints are not atomic and do
+    not restore an adapter that trains beside a frozen one. `_save_optimizer_and_scheduler`, `_save_scaler` and
+    `_save_rng_state` write the rest of a checkpoint. `loss_is_scaled_for_ga` and `model_accepts_loss_kwargs` make
+    Trainer count the tokens of a step and leave the loss unscaled. `finetune` sets `TrainingArguments._n_gpu`.
     """
 
     loss_is_scaled_for_ga = True
@@ -110,9 +110,9 @@ class FactTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Encoded]:
-        """Return batches of all processes, in the order of one process; the collator takes this process's part.
+        """Return the batches of all processes in the order of one process; the collator takes this process's part.
 
-        accelerate would fill the last batch up with facts of the first, so a step would see facts twice.
+        accelerate would fill up the last batch with facts of the first, so a step would see facts twice.
         """
         loader: DataLoader[Encoded] = super().get_train_dataloader()
         if processes.world_size() > 1:
@@ -127,14 +127,14 @@ class FactTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the sum of -log p over answer tokens, divided by their number in the whole optimiser step."""
+        """Return the sum of -log p over the answer tokens, divided by their number in the whole optimiser step."""
         labels = inputs["labels"]
         self.step_tokens += inputs["tokens"]
         logits = []
         for part in inputs["parts"]:
             positions = part.pop("positions")
             logits.append(answer_logits(model, part, positions).flatten(0, 1))
-        joined = torch.cat(logits) if len(logits) > 1 else logits[0]  # no copy of what may be the largest tensor
+        joined = torch.cat(logits) if len(logits) > 1 else logits[0]  # does not copy what may be the largest tensor
         loss = functional.cross_entropy(joined.float(), labels, ignore_index=IGNORE, reduction="sum")
         if not loss.requires_grad:
             raise ModelError(
@@ -142,12 +142,12 @@ class FactTrainer(Trainer):  # type: ignore[misc]
                 "its own code stops it (as reversible layers do over frozen embeddings). Use --method f-ft."
             )
         n_tokens = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
-        # Every process divides by the tokens of all, and DDP averages: the factor undoes the average.
+        # Each process divides by the tokens of all processes, and DDP then averages; the factor undoes the average.
         scaled: Tensor = self.loss_sign * loss / n_tokens * self.accelerator.num_processes
         return scaled
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to a step's numbers the tokens that it read and the seconds since the last step."""
+        """Add to a step's numbers the tokens it read and the seconds since the last step."""
         if "loss" in logs:
             now = time.perf_counter()
             logs |= {"tokens": self.step_tokens, "seconds": round(now - self.step_began, 4)}
@@ -155,9 +155,9 @@ class FactTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def train_with_points(self, stage_io: StageIO) -> None:
-        """Train, from the newest checkpoint if there is one; save more of them, and one before an interruption."""
-        # A sharded optimiser cannot be loaded again into a model that was sharded as it was loaded: such a stage is
-        # resumed from its beginning.
+        """Train, from the newest checkpoint if there is one, and save checkpoints, one of them before a stop."""
+        # The state of a sharded optimiser cannot be loaded into a model that was sharded while loading, so a sharded
+        # stage is resumed from its beginning.
         sharded = ("is_distributed_loading_by_transformers", "is_fsdp_enabled", "is_deepspeed_enabled")
         if self.points is None or any(getattr(self, name, False) for name in sharded):
             self.train()
