@@ -40,7 +40,7 @@ QUESTIONS = {
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 # Plain text that Markdown renderers turn into a link, a mention, a reference or an emoji. The parts before :// and @
-# are limited in length; otherwise a search of a long word would take quadratic time.
+# have a maximum length, without which the search would take quadratic time on a long word.
 LIVE = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s`|\\]+|\b(?:www\.|mailto:|xmpp:)[^\s`|\\]+|[\w.+-]{0,64}@[\w.-]+"
     r"|#\d+|(?<!\d):[A-Za-z0-9_+-]+:"
@@ -76,7 +76,8 @@ def render_page(template: str, context: Mapping[str, object]) -> str:
     templates = resources.files("forgetlearn.report") / "templates"
     style, script = (templates.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # ours
+    # Style and script are the package's own files, so they are not escaped.
+    inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}
     return render(template, {**context, **inlined})
 
 

@@ -80,7 +80,7 @@ class Unpaired(Part):
 
 
 class Table(Part):
-    """The whole table."""
+    """The table of a comparison."""
 
     seeds: list[int]
     overall: list[str]

@@ -45,7 +45,7 @@ def copy_own(path: Path, folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, or of a folder: of the names and contents of the files its model is loaded from."""
+    """Return the SHA-256 of a file, or of the names and contents of the files that a folder's model is loaded from."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else model_files(path):
         digest.update(file.name.encode() if path.is_dir() else b"")
@@ -56,7 +56,7 @@ def sha256_of(path: Path) -> str:
 
 
 def is_recorded(folder: Path, recorded: str | None) -> bool:
-    """Return True if a folder has the recorded hash, or, if a hub commit was recorded, the commit as its name."""
+    """Return True if a folder is the recorded one, by its hash or, if a hub commit was recorded, by its name."""
     if recorded is not None and len(recorded) == COMMIT_DIGITS:
         return folder.resolve().name == recorded
     return recorded is not None and sha256_of(folder) == recorded
@@ -69,7 +69,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def damaged(folder: Path, written: Mapping[str, str]) -> list[str]:
-    """Return the names of files that are missing or whose hash is no longer the one in `written`."""
+    """Return the names of the files in `written` that are missing or whose hash has changed."""
     return [name for name in written if not (folder / name).is_file() or sha256_of(folder / name) != written[name]]
 
 
@@ -92,5 +92,5 @@ def is_whole(folder: Path) -> bool:
 
 
 def hash_of(data: object) -> str:
-    """Return the SHA-256 of JSON data; the order of keys does not affect it."""
+    """Return the SHA-256 of JSON data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

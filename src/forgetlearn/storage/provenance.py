@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> list[str]:
-    """Return the words of this process's command, with anything that looks like a token masked."""
+    """Return this process's command as words, with anything that looks like a token masked."""
     return masked([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

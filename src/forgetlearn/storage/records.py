@@ -67,7 +67,7 @@ class Record(BaseModel):
 
     @classmethod
     def parse(cls, data: object, file: Path, inside: str = "") -> Self:
-        """Return the record made from data of `file`; `inside` names the field that holds the data, if one does.
+        """Return the record in `data`, which was read from `file`; `inside` is the field that held it, if any.
 
         Raise RunError, naming the file and the field, if a field is missing or has an invalid value.
         """
@@ -82,7 +82,7 @@ class Record(BaseModel):
         return cls.parse(disk.read_json(file), file)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields that were set, and those of later versions, as the file holds them."""
+        """Return the record as JSON data: the fields that were set, and those of later versions."""
         return self.model_dump(exclude_unset=True)
 
     def save(self, file: Path) -> None:
