@@ -157,7 +157,7 @@ def product_files(product: Path) -> dict[str, str]:
 
 
 def check_files(model: str | Path, chain: Sequence[Update]) -> None:
-    """Raise RunError if a model's files differ from those that its last update wrote, or it has no local files."""
+    """Raise RunError if a model's files differ from those that its last update wrote, or no update wrote any."""
     if not chain or not Path(model).is_dir():
         raise RunError(
             f"{model}: there are no files here that an update wrote, so there is nothing to verify. Was it made "
@@ -167,7 +167,7 @@ def check_files(model: str | Path, chain: Sequence[Update]) -> None:
 
 
 def check_product(product: Path, suffix: str = "") -> None:
-    """Raise RunError, naming them, if files of a product (with this suffix) changed after its last update."""
+    """Raise RunError if files of a product (with this suffix) were changed after its last update wrote them."""
     chain = read_chain(product)
     written = chain[-1].files if chain else {}
     if changed := damaged(product, {name: written[name] for name in written if name.endswith(suffix)}):
@@ -192,7 +192,7 @@ def chain_of(model: str | Path) -> list[Update]:
 
 
 def product_of(folder: Path) -> Path:
-    """Return the folder of a run's product; return a folder that is not a run folder unchanged.
+    """Return the product's folder if `folder` is a run folder, and `folder` itself otherwise.
 
     Raise RunError if the run has no product, for example because it is not finished.
     """
@@ -243,7 +243,7 @@ def _from_hub(name: str, revision: str | None) -> list[Update]:
 
 
 def _run_around(folder: Path) -> str | None:
-    """Return the run folder that a product lies in, or None if the folder is not inside one."""
+    """Return the run folder that contains a product, or None if no run folder does."""
     parent = folder.resolve().parent
     return str(parent) if folder.is_dir() and is_run(parent) else None
 
@@ -263,7 +263,7 @@ def find_facts(update: Update, places: Iterable[Path]) -> FactSet | None:
 
 
 def runs_before(model: Path) -> list[Path]:
-    """Return the folders of the runs that made a model, newest first, up to the first that is no longer in place."""
+    """Return the folders of the runs that made a model, newest first, up to the first one that is gone."""
     found: list[Path] = []
     run = _run_around(model) if not is_run(model) else str(model.resolve())
     while run is not None and is_run(run) and Path(run) not in found:

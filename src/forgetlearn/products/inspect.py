@@ -105,9 +105,9 @@ def inspect_change(
     """Measure how large a change is and where it lies; with `coef`, also how much of it survives rounding.
 
     `what` and `other` are folders: a saved vector, a run (its product is measured), an adapter or a fine-tuned
-    model. `base` is required unless the change is a saved vector, or a run whose base is still on this machine.
-    With `coef`, rounding is measured on `base - coef * change`, stored in the base's dtypes. With `other`, the cosine
-    of the two changes is measured.
+    model. `base` is required with `coef`, and for all changes except a saved vector. If none is given and `what` is a
+    run, the run's own base is used if it is still on this machine. With `coef`, rounding is measured on
+    `base - coef * change`, stored in the base's dtypes. With `other`, the cosine of the two changes is measured.
 
     Raises:
         ConfigError: the base is required and not given, or `coef` is not finite.
@@ -189,7 +189,7 @@ class _Look:
 
 
 def _dot(one: Array, two: Array) -> float:
-    """Return the dot product in float64, over finite products only: a mask holds -inf, whose difference is NaN."""
+    """Return the dot product in float64, over finite products only: where a mask is -inf, its difference is NaN."""
     total = float(np.dot(one.astype(np.float64), two.astype(np.float64)))
     if math.isfinite(total):
         return total
@@ -210,9 +210,10 @@ def _vector_in(folder: Path) -> Path | None:
 
 
 def _base_named_by(folder: Path) -> Path | None:
-    """Return the folder of the model that a run's product changes: the taught model if there is one, else its base.
+    """Return the folder of the model that a run's product changes.
 
-    Return None if the folder holds no run, or the model is not on this machine.
+    This is the taught model if the run taught first, and the base otherwise. Return None if the folder holds no run,
+    or the model is not on this machine.
     """
     if not is_run(folder):
         return None

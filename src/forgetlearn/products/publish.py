@@ -38,7 +38,7 @@ def save(
     merged: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write the files that `push` would publish to the folder `output`, and return its path.
+    """Write the files that `push` would publish into the folder `output`, and return its path.
 
     Raises the errors of `contents`, and RunError if the output exists.
     """
@@ -93,17 +93,17 @@ def push(
 
 def _why_not(to: str, error: Exception) -> str:
     """Return a message that says why the hub did not accept the commit, and what to do."""
-    said = without_secrets(str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__)
+    why = without_secrets(str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it to publish."
     if isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
-        return f"The hub does not know this token ({said}). Set HF_TOKEN to one that may write, or run `hf auth login`."
+        return f"The hub does not know this token ({why}). Set HF_TOKEN to one that may write, or run `hf auth login`."
     if status == 403:
-        return f"The token may not write to it ({said}). Take one that may write to {to.split('/')[0]}/."
+        return f"The token may not write to it ({why}). Take one that may write to {to.split('/')[0]}/."
     if status is None:
-        return f"The hub cannot be reached ({said}). Check the network, then push again: nothing is published in part."
-    return f"The hub refused ({said}). Push again later; nothing is published in part."
+        return f"The hub cannot be reached ({why}). Check the network, then push again: nothing is published in part."
+    return f"The hub refused ({why}). Push again later; nothing is published in part."
 
 
 def contents(run: str | Path, *, base_model_id: str | None = None, merged: bool = False) -> dict[str, Content]:

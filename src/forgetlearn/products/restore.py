@@ -2,7 +2,7 @@
 
     change = base XOR product
 
-Exclusive or is its own inverse, so one file turns the base into the product, and back, exactly; adding and subtracting
+Exclusive or is its own inverse, so one file turns the base into the product and back exactly. Adding and subtracting
 rounded numbers would not. A tensor that the other side lacks in the same dtype and shape is stored in full.
 """
 
@@ -76,8 +76,8 @@ def apply_run(
     if merge:
         written = merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
         carry_over(product, output, "merged")
-        said = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
-        return "\n".join(line for line in (*said, written.warning()) if line)
+        lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
+        return "\n".join(line for line in (*lines, written.warning()) if line)
     with atomic_folder(output) as unfinished:
         shutil.copytree(product, unfinished, dirs_exist_ok=True)
         if name == "adapter":
@@ -208,7 +208,7 @@ def keep_change(run: RunFolder, product: Path, folder: Path) -> dict[str, int]:
 
 
 def _parts(old: CheckpointFolder, new: CheckpointFolder) -> Iterator[Part]:
-    """Yield the tensors of the change: those that both sides have in one dtype and shape, then those of one side."""
+    """Yield the tensors of the change: those with the same dtype and shape on both sides, then the others."""
     forms = [{name: (entry.dtype, entry.shape) for name, entry in side.entries.items()} for side in (old, new)]
     shared = {name for name in forms[0] if forms[0][name] == forms[1].get(name)}
     for name, before in old.entries.items():

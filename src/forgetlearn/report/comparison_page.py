@@ -173,7 +173,7 @@ def _widest(table: Table) -> float:
 
 
 def best_rows(table: Table) -> dict[str, TableRow]:
-    """Return the row with the highest average for each line, among the rows at equal epochs."""
+    """Return the row with the highest average for each method and variant, among the rows at equal epochs."""
     found: dict[str, TableRow] = {}
     for row in table.at_equal_epochs:
         if row.line not in found or row.average > found[row.line].average:
@@ -225,7 +225,7 @@ def _words(column: str) -> str:
 
 
 def coefficient_panels(table: Table) -> list[Panel]:
-    """Return the plots against the coefficient, for the most epochs: forgetting alone, then the updated model."""
+    """Return the panels of scores by coefficient, for the most epochs: first after forgetting, then after learning."""
     most = max(row.epochs for row in table.at_equal_epochs)
     rows = [row for row in table.at_equal_epochs if row.epochs == most]
     forgetting = [row for row in rows if row.coef is not None]
@@ -268,7 +268,7 @@ def _loss_panels(
 
 
 def _facts_context(chosen: Mapping[str, Sequence[CellAnswers]], plain: Mapping[str, str | None]) -> dict[str, object]:
-    """Return the template values of the table of facts: the answers of each line's best row, from every seed."""
+    """Return the template values of the table of facts: the answers of each method's best row, for every seed."""
     cells = [cell for seeds in chosen.values() for cell in seeds]
     folder = cells[0].folder  # all cells have the same facts
     answers = {line: [cell.by_fact for cell in seeds] for line, seeds in chosen.items()}
@@ -285,7 +285,7 @@ def _facts_context(chosen: Mapping[str, Sequence[CellAnswers]], plain: Mapping[s
 
 
 def _plain_line(row: TableRow, chosen: Mapping[str, TableRow]) -> str | None:
-    """Return the line of plain fine-tuning that a row is compared with, or None if it is not shown."""
+    """Return the column of plain fine-tuning that a row is compared with, or None if it is not shown."""
     against = row.against.get("equal-epochs")
     fitting = [line for line in chosen if against and against.label.startswith(f"{line}-")]
     return max(fitting, key=len, default=None)  # "ft" is also a prefix of "ft-held"

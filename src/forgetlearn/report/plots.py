@@ -231,7 +231,7 @@ def _with_bounds(cells: Sequence[Interval]) -> tuple[list[float], list[list[floa
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Return the centred mean over `width` values at each place; the window shrinks at both ends."""
+    """Return the mean of `width` values centred on each value; the window shrinks at both ends."""
     means = []
     for place in range(len(values)):
         reach = min(width // 2, place, len(values) - 1 - place)

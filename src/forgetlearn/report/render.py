@@ -109,8 +109,8 @@ def _printable(value: object) -> object:
 def _cell(text: object) -> str:
     """Escape text for a Markdown table or line, so that it never becomes markup, a link, a mention or an emoji.
 
-    Renderers (GitHub, hubs, Discord, Slack) turn addresses, @names, #numbers and :emoji: into links even if they are
-    escaped, but not in code. So these are written as code.
+    Renderers (GitHub, hubs, Discord, Slack) interpret addresses, @names, #numbers and :emoji: even if they are escaped,
+    but not in code. So these are written as code.
     """
     shown = " ".join(STEERING.sub("�", "" if text is None else str(text)).split())
     parts, end = [], 0

@@ -75,7 +75,7 @@ class Mark:
     title: str
     turn: str
     value: str
-    line: str = ""  # the line of a comparison that the cell belongs to
+    line: str = ""  # the method and variant, in a comparison
 
 
 @dataclass(frozen=True)

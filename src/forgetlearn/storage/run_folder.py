@@ -118,7 +118,7 @@ class RunFolder:
             )
 
     def check_same(self, now: Mapping[str, Any], part: Literal["config", "inputs"]) -> None:
-        """Raise RunError, naming the first difference, if `part` of the manifest (config or inputs) is not `now`."""
+        """Raise RunError, naming the first difference, if the recorded config or inputs (`part`) differ from `now`."""
         was, wanted = _flat(getattr(self.manifest, part), part), _flat(_plain(now), part)
         names = [name for name in {**was, **wanted} if name.rsplit(".", 1)[-1] not in WITHOUT_EFFECT]
         differ = [name for name in names if was.get(name) != wanted.get(name)]
