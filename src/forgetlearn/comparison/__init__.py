@@ -1,1 +1,1 @@
-"""Methods, coefficients and seeds on one base, side by side in one table."""
+"""Compare methods, coefficients and seeds on one base, in one table."""

@@ -1,4 +1,4 @@
-"""What a comparison compares: its settings, the cells they make, and the config of each cell's update."""
+"""The settings of a comparison, its cells, and the config of each cell's update."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class VariantSettings(Settings):
-    """What a variant does differently; all variants share the fine-tuning on old facts."""
+    """The settings that a variant changes. All variants share the fine-tuning on the old answers."""
 
     methods: tuple[MethodName, ...] = Field(
         (), description="Methods that it varies; unset: those of the comparison that forget with all weights."
@@ -42,12 +42,12 @@ class VariantSettings(Settings):
 
     @property
     def learning(self) -> dict[str, object]:
-        """The settings of `learn` that the variant sets."""
+        """The settings of `learn` that the variant changes, by name."""
         return {"modules": self.learn_modules, "rows": self.learn_rows}
 
 
 class CompareSettings(Settings):
-    """What is compared."""
+    """The methods, coefficients, seeds and epochs that are compared."""
 
     methods: tuple[MethodName, ...] = Field(PAPER_METHODS, min_length=1, description="docs/method.md describes them.")
     coefs: tuple[float, ...] = Field((0.1, 0.3, 1.0), min_length=1, description="Coefficients of forgetting.")
@@ -95,15 +95,15 @@ class Cell:
     """One update of the comparison."""
 
     method: MethodName
-    coef: float | None  # None: the method does not forget
+    coef: float | None  # None if the method does not forget
     epochs: int
     seed: int
     budget: Budget
-    variant: str = ""  # a name of CompareSettings.variants
+    variant: str = ""  # a key of CompareSettings.variants, or ""
 
     @property
     def label(self) -> str:
-        """The name of its row in the table, which the cells of other seeds share."""
+        """The name of the cell's row in the table, which it shares with the cells of other seeds."""
         coef = "" if self.coef is None else f"-coef{self.coef:g}"
         variant = f"-{self.variant}" if self.variant else ""
         return f"{self.method}{variant}{coef}-{self.epochs}epochs" + (
@@ -112,12 +112,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the cell's folder."""
         return f"{self.label}-seed{self.seed}"
 
 
 def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
-    """Return all cells, ordered so that those with the same fine-tuning on old facts follow each other."""
+    """Return all cells, in an order that keeps cells with the same fine-tuning on old answers together."""
     cells = []
     epochs = settings.epochs or (config.learn.epochs,)
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
@@ -139,7 +139,7 @@ def _coefs(method: MethodName, coefs: tuple[float, ...]) -> Sequence[float | Non
 
 
 def check_names(settings: CompareSettings, cells: Sequence[Cell]) -> None:
-    """Raise ConfigError unless each cell has a folder of its own, and each variant a row for each of its methods."""
+    """Raise ConfigError if two cells would have the same name, or a variant names a method that is not compared."""
     for name, variant in settings.variants.items():
         wanted = variant.methods or WITH_ALL_WEIGHTS
         missing = [method for method in wanted if method not in settings.methods]
@@ -157,7 +157,7 @@ def check_names(settings: CompareSettings, cells: Sequence[Cell]) -> None:
 
 
 def cell_config(config: RunConfig, cell: Cell, variants: Variants) -> RunConfig:
-    """Return the config of an update that does what the cell does."""
+    """Return the config of a cell's update."""
     forgetting: dict[str, object] = {} if cell.coef is None else {"coef": cell.coef}
     learning: dict[str, object] = {"epochs": cell.epochs}
     if cell.variant:

@@ -1,4 +1,4 @@
-"""A comparison as one call: fill its cells, then write its table. Reports of runs and comparisons, written again."""
+"""Run a comparison with one call, and write the report of a run or a comparison again."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def compare(
     overwrite: bool = False,
     workers: int = 1,
 ) -> Table:
-    """Compare methods, coefficients, epochs and seeds on one base, and return the table, as `compare.json` has it.
+    """Compare methods, coefficients, epochs and seeds on one base, and return the table that `compare.json` holds.
 
-    Each cell is a run folder in `output/cells/`; cells that are done already are not done again. `workers` processes
-    share the work (the model must then be named, since each loads its own).
+    Each cell is a run folder in `output/cells/`. Cells that are already done are kept. `workers` processes share the
+    work. With more than one, `model` must be a folder or a hub id, because each process loads its own model.
 
     Raises:
-        ConfigError: a setting is wrong, or one that a comparison does not use.
-        RunError: the folder was begun with other facts, another base or other settings.
+        ConfigError: a setting is invalid, or is not supported by comparisons.
+        RunError: `output` exists and `resume` and `overwrite` are unset, or it was begun with another base, other
+            facts or other settings.
     """
     fill(model, facts, settings, config, output=output, resume=resume, overwrite=overwrite, workers=workers)
     return write_table(Path(output))
 
 
 def write_report(folder: str | Path) -> None:
-    """Write the pages of a run or a comparison again from its folder, without the model.
+    """Write the report of a run or a comparison again from its folder, without the model.
 
     Raises:
-        RunError: the folder holds neither, or a cell of the comparison is not done.
+        RunError: the folder holds neither a run nor a comparison, or the run or a cell is not finished.
     """
     folder = Path(folder)
     if "compare" in RunFolder.open(folder).manifest.config:

@@ -1,9 +1,9 @@
-"""Methods x coefficients x epochs x seeds on one base: shared work, cells that are done once, one table.
+"""Fill the cells of a comparison (methods x coefficients x epochs x seeds on one base), doing shared work once.
 
-The base is scored once. Fine-tuning on the old facts is done once per seed and kind (all weights, LoRA) and
-serves every coefficient; a forgotten model is scored once for all cells that learn from it. Each cell is a
-run folder of its own, written whole; several processes may fill one folder, each cell guarded by a lock that
-the system releases when its process dies.
+The base is scored once. Fine-tuning on the old answers is done once per seed and kind of stage (all weights, LoRA), for
+all coefficients. A forgotten model is scored once for all cells that learn from it. Each cell is a run folder of its
+own, written in one step. Several processes may fill one comparison: a lock protects each cell, and the system releases
+it when its process dies.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a process needs to fill cells of a comparison's folder."""
+    """The data that a process needs to fill cells of a comparison's folder."""
 
     path: Path
     config: RunConfig
@@ -60,15 +60,15 @@ class Comparison:
     variants: Variants = field(default_factory=dict)
 
     def is_done(self, cell: Cell) -> bool:
-        """Return True if some process has done the cell."""
+        """Return True if the cell is done, by whichever process."""
         return run_folder.is_run(self.path / CELLS / cell.name)
 
     def open_cells(self) -> list[Cell]:
-        """Return the cells that no process has done."""
+        """Return the cells that are not done."""
         return [cell for cell in self.cells if not self.is_done(cell)]
 
 
-@torch.inference_mode(False)  # and with gradients, in whatever mode it is called
+@torch.inference_mode(False)  # so that training works even if the caller is in inference mode
 def fill(
     model: GivenModel = None,
     facts: GivenFacts = None,
@@ -80,9 +80,9 @@ def fill(
     overwrite: bool = False,
     workers: int = 1,
 ) -> list[Cell]:
-    """Fill all cells of a comparison, each in `output/cells/`; cells that are done stay as they are.
+    """Fill all cells of a comparison, each in `output/cells/`, and return them. Cells that are already done are kept.
 
-    Several processes may call this with `resume=True` on one folder. `compare` says more.
+    Several processes may call this on one folder with `resume=True`. See `compare` for arguments and errors.
     """
     if workers > 1:
         check_named(model, f"workers = {workers}")
@@ -103,7 +103,7 @@ def begin(
     resume: bool,
     overwrite: bool,
 ) -> tuple[Comparison, LanguageModel]:
-    """Check everything, make the folder of the comparison, and return it and the base; `fill` fills it."""
+    """Check the input, create the comparison's folder, and return the comparison and its base model."""
     settings = settings or CompareSettings()
     facts = as_fact_set(facts)
     config = resolve(config, model, facts)
@@ -131,7 +131,7 @@ def begin(
     check_weights(named)
     lm = as_language_model(named, None, config.model)
     check_texts(lm.encoder, fact_set)
-    for cell in {(cell.method, cell.variant): cell for cell in cells}.values():  # before the first one is begun
+    for cell in {(cell.method, cell.variant): cell for cell in cells}.values():  # before the first cell is begun
         try:
             check_stages(Recipe(cell_config(config, cell, settings.variants)), lm)
         except ConfigError as error:
@@ -146,13 +146,13 @@ def begin(
 
 
 def check_named(model: object, why: str) -> None:
-    """Raise ConfigError if the model is one in memory, which other processes cannot load; `why` they need to."""
+    """Raise ConfigError, starting with `why`, if the model is in memory, so that other processes cannot load it."""
     if model is not None and not isinstance(model, (str, Path)):
         raise ConfigError(f"{why}: each loads its own model, so give a folder or a hub id.")
 
 
 def help_fill(comparison: Comparison, n_threads: int | None = None) -> None:
-    """Load the model and fill the cells that no other process fills; return when all are done."""
+    """Load the model and fill cells that no other process is filling; return when all cells are done."""
     if n_threads is not None:
         torch.set_num_threads(n_threads)
     _Worker(comparison, load_model(comparison.config.model)).work()
@@ -160,7 +160,10 @@ def help_fill(comparison: Comparison, n_threads: int | None = None) -> None:
 
 @contextmanager
 def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
-    """Start `n` more processes that fill cells of the same folder; they end when this one finishes or dies."""
+    """Start `n` processes that fill cells of the same comparison, and wait for them at the end of the block.
+
+    They are stopped if the block fails or this process dies.
+    """
     context = multiprocessing.get_context("spawn")
     n_threads = max(1, (os.cpu_count() or 1) // (n + 1))
     call = pickle.dumps((help_fill, (comparison, n_threads)))
@@ -183,7 +186,7 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
 
 
 class _Worker:
-    """One process that fills cells. It holds the base's weights and the last fine-tuning on old facts."""
+    """Fills cells in one process. It keeps the base's weights and the latest fine-tuned weights in memory."""
 
     def __init__(self, comparison: Comparison, lm: LanguageModel) -> None:
         self.comparison, self.lm, self.base = comparison, lm, HeldBase(lm)
@@ -194,10 +197,10 @@ class _Worker:
 
     def work(self) -> None:
         store = CellStore(self.shared, Recipe(self.comparison.config), "")
-        Pipeline(self.lm, self.comparison.facts.facts, self.comparison.config, store).prepare()  # the base's rows
+        Pipeline(self.lm, self.comparison.facts.facts, self.comparison.config, store).prepare()  # scores the base
         while open_cells := self.comparison.open_cells():
             if not self._fill_one(open_cells):
-                time.sleep(POLL_S)  # other processes have the rest; one may die and leave its cell
+                time.sleep(POLL_S)  # other processes hold the rest; if one dies, its cell is free again
 
     def _fill_one(self, cells: Sequence[Cell]) -> bool:
         for cell in cells:
@@ -231,20 +234,23 @@ class _Worker:
 
 
 class Shared:
-    """Folders that the cells share, each computed once by whichever process comes first."""
+    """Results that several cells share, each in its own folder. The first process that needs a result computes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tuned: tuple[str, StateDict] = ("", {})  # what `weights` returned last, by name
-        self.of_base: dict[str, list[Row]] = {}  # rows of the base, by step
+        self.tuned: tuple[str, StateDict] = ("", {})  # the name and the result of the last call of `weights`
+        self.of_base: dict[str, list[Row]] = {}  # the base's rows, by step
 
     def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
-        """Return rows, which another process may have computed."""
+        """Return the rows of this name; compute them unless another process already has."""
         folder = self._folder(name, compute, lambda folder, rows: save_rows(rows, folder / "rows.jsonl"))
         return load_rows(Row, folder / "rows.jsonl")
 
     def weights(self, name: str, compute: Callable[[], Tuned]) -> StateDict:
-        """Return the weights that fine-tuning on the old facts ends in; the last ones stay in memory."""
+        """Return the weights after fine-tuning on the old answers; compute them unless another process already has.
+
+        The weights returned last stay in memory.
+        """
 
         def write(folder: Path, made: Tuned) -> None:
             save_file(made[0], folder / "weights.safetensors")
@@ -267,7 +273,7 @@ class Shared:
 
 
 class CellStore(Store):
-    """Where the steps of a cell are kept: those that depend on less than the cell are shared with other cells."""
+    """Stores the results of a cell's steps, and shares those that other cells need too."""
 
     def __init__(self, shared: Shared, recipe: Recipe, variant: str) -> None:
         self.shared, self.recipe, self.variant = shared, recipe, variant
@@ -276,7 +282,7 @@ class CellStore(Store):
         self.logs: dict[str, StageLog | None] = {}
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
-        """Return rows: of the base for all cells, of the forgotten model for all that forget alike."""
+        """Return a step's rows; rows of the base and of forgotten models are shared with other cells."""
         if step == "score_updated":
             return compute()
         if step == "score_forgotten" and (stage := self.recipe.forget):
@@ -287,9 +293,9 @@ class CellStore(Store):
         return self.shared.of_base[step]
 
     def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
-        """Change the model, and keep the log."""
+        """Train the model by calling `compute`, and keep the log that it returns."""
         self.logs[stage.name] = compute(StageIO())
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
-        """Return what every coefficient, and every variant, of a kind of stage and a seed starts from."""
+        """Return the fine-tuned weights, which all coefficients and variants of one kind of stage and seed share."""
         return self.shared.weights(f"old-{self.how}-{self.seed}", lambda: tune(StageIO()))

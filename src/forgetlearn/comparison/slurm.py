@@ -1,4 +1,4 @@
-"""A comparison on a Slurm cluster: jobs, submitted through submitit, that fill the cells of one shared folder."""
+"""Run a comparison on a Slurm cluster: jobs submitted through submitit fill the cells of one shared folder."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from forgetlearn.runs.checks import GivenConfig
 
 log = logging.getLogger("forgetlearn")
 JOBS = "jobs"
-DEFAULTS: Mapping[str, object] = {"name": "forgetlearn", "timeout_min": 240}  # submitit's own limit is 5 minutes
+DEFAULTS: Mapping[str, object] = {"name": "forgetlearn", "timeout_min": 240}  # submitit's default is 5 minutes
 POLL_S = 1.0
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job does. Cells that are done stay done, so a job that is preempted or out of time can be repeated."""
+    """The work of one job. Finished cells are kept, so a job that is preempted or times out can be repeated."""
 
     comparison: Comparison
 
     def __call__(self) -> None:
-        """Fill cells; progress goes to the job's log."""
+        """Fill cells, and write the progress to the job's log."""
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         help_fill(self.comparison)
 
     def checkpoint(self) -> Any:
-        """Return the same job: submitit calls this before it puts a preempted job back into the queue."""
+        """Return the same job; submitit calls this to put a preempted job back into the queue."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -44,10 +44,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Jobs:
-    """How many jobs to submit, to which cluster, and what each asks for.
+    """The number of jobs to submit, the cluster, and the resources that each job requests.
 
     `parameters` are submitit's (`timeout_min`, `mem_gb`, `cpus_per_task`, `gpus_per_node`, ...) or Slurm's
-    (`partition`, ...). The cluster `local` runs the same jobs as processes of this machine.
+    (`partition`, ...). The cluster `local` runs the jobs as processes on this machine.
     """
 
     n: int = 1
@@ -66,16 +66,16 @@ def fill_on_cluster(
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[Cell]:
-    """Fill all cells of a comparison by jobs, and return when all are done.
+    """Submit jobs that fill all cells of a comparison, wait until the cells are done, and return them.
 
-    This process checks the input, submits and waits; if it is stopped, the jobs go on.
+    If this process is stopped, the jobs keep running.
 
     Raises:
         ConfigError: submitit is not installed, this machine has no Slurm, or a parameter is unknown.
-        RunError: the jobs ended before all cells were done; or see `grid.fill`.
+        RunError: the jobs ended before all cells were done; see `compare` for others.
     """
     check_named(model, "a job")
-    with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:  # some executors make their folder
+    with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unused:  # some executors create their folder
         _executor(Path(unused), jobs)
     comparison, _ = begin(model, facts, settings, config, output=output, resume=resume, overwrite=overwrite)
     executor = _executor(comparison.path / JOBS, jobs)
@@ -113,7 +113,10 @@ def _executor(folder: Path, jobs: Jobs) -> Any:
 
 
 def _wait(jobs: Sequence[Any], comparison: Comparison) -> None:
-    """Wait until no cell is open, or no job is left; then cancel the jobs that are still in the queue."""
+    """Wait until all cells are done or all jobs have ended, then cancel the jobs that are still in the queue.
+
+    Raise RunError if a cell is not done.
+    """
     while comparison.open_cells() and not all(job.done() for job in jobs):
         time.sleep(POLL_S)
     for job in jobs:
@@ -133,7 +136,7 @@ def _wait(jobs: Sequence[Any], comparison: Comparison) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return why a job failed: the error in its traceback, otherwise the first line that submitit gives."""
+    """Return why a job failed: the last error in its traceback, or else the first line of submitit's message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if ERROR_LINE.match(line)]
     return (named[-1] if named else lines[0])[:300]

@@ -1,6 +1,6 @@
-"""The cells of a comparison to one table: means with intervals, paired differences, curves at equal reliability.
+"""Make a comparison's table from its cells: means with intervals, paired differences, values at equal reliability.
 
-Everything is read from the folder, so the table and its page can be made again without the model.
+Everything is read from the folder, so the table and its report can be made again without the model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from forgetlearn.storage.records import REMEDY, ComparisonConfig, Input, Row, lo
 from forgetlearn.storage.run_folder import INPUTS, ROWS, RunFolder, is_run
 
 Column = tuple[str, str]  # quantity and protocol
-Scores = dict[str, dict[Column, list[float]]]  # phase -> column -> the score of each fact, in the order of the facts
+Scores = dict[str, dict[Column, list[float]]]  # phase -> column -> a score per fact, in the facts' order
 RESIDUES: tuple[Column, ...] = (("residue", "generate"), ("residue", "token"))
 
 
 def write_table(path: Path) -> Table:
-    """Make the table of a comparison's folder; write it to `compare.json`, `compare.md` and `report.html`.
+    """Return the table of a comparison's folder; write it to `compare.json`, `compare.md` and `report.html` there.
 
-    Raise RunError if the folder holds no comparison, or a cell of it is not done.
+    Raise RunError if the folder holds no comparison, or a cell is not done.
     """
     run = RunFolder.open(path)
     if "compare" not in run.manifest.config:
@@ -61,7 +61,10 @@ def write_table(path: Path) -> Table:
 
 
 class _Group:
-    """The cells of one row of the table, one per seed, and their scores: matrices (S, N), NaN where there is none."""
+    """The cells of one row of the table, one per seed, and their scores.
+
+    Scores are matrices of seeds x facts, with NaN where a fact was not scored.
+    """
 
     def __init__(self, path: Path, cells: Sequence[Cell]) -> None:
         ordered = sorted(cells, key=lambda cell: cell.seed)
@@ -108,7 +111,7 @@ def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
 
 
 def _scores(folder: Path, rows: Iterable[Row]) -> Scores:
-    """Return the scores of a cell; raise RunError unless each column has one for every fact, in their order."""
+    """Return the scores of a cell; raise RunError unless each column has every fact, in the order of inputs.jsonl."""
     found: Scores = {}
     facts: dict[tuple[str, Column], list[str]] = {}
     for row in rows:
@@ -157,7 +160,10 @@ def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Co
 
 
 def _overall_columns(groups: Iterable[_Group]) -> list[Column]:
-    """Return the columns of a row's one number: reliability, generality, locality, those that every group has."""
+    """Return the columns that a row's overall score averages: reliability, generality, locality.
+
+    Columns that some group lacks are left out.
+    """
     scored = [{column for column, scores in group.scores.items() if np.isfinite(scores).any()} for group in groups]
     shared = set.intersection(*scored)
     protocol = next((name for name in ("token", "generate") if ("reliability", name) in shared), None)
@@ -168,14 +174,14 @@ def _overall_columns(groups: Iterable[_Group]) -> list[Column]:
 
 
 def _overall(group: _Group, columns: Sequence[Column]) -> Floats:
-    """Return each fact's mean over the columns; NaN if one of them is missing."""
+    """Return the mean over the columns for each seed and fact; NaN if a column has no score."""
     matrices = [group.scores[column] for column in columns] or [np.full((1, 1), np.nan)]
     mean: Floats = np.mean(matrices, axis=0)
     return mean
 
 
 def _forgotten(group: _Group) -> Forgotten | None:
-    """Return what the forgotten model has lost of the old answers (points less than the base), and its locality."""
+    """Return how much of the old answers the forgotten model lost (in points below the base), and its locality."""
     base, forgotten = group.phases["base"], group.phases["forgotten"]
     residue = next((column for column in RESIDUES if column in base and column in forgotten), None)
     if residue is None:
@@ -191,7 +197,7 @@ def _forgotten(group: _Group) -> Forgotten | None:
 def _baselines(
     group: _Group, groups: Iterable[_Group], settings: CompareSettings, config: RunConfig
 ) -> dict[Budget, _Group]:
-    """Return plain fine-tuning that learns in the same way: for as many epochs, and for as many steps in all."""
+    """Return the groups of plain fine-tuning that a group is compared with, by budget (equal epochs, equal steps)."""
     cell = group.first
     method = METHODS[cell.method]
     if cell.method in PLAIN_METHODS and not cell.variant:
@@ -205,9 +211,9 @@ def _baselines(
 
 
 def _learns_like(cell: Cell, settings: CompareSettings) -> str:
-    """Return the variant of plain fine-tuning that learns as a cell does; "", the plain one, if there is none.
+    """Return the variant of plain fine-tuning whose learning settings equal the cell's; "" if there is none.
 
-    Otherwise the gain of a setting of learning would be taken for one of forgetting.
+    With any other baseline, a gain from a learning setting would be credited to forgetting.
     """
     own = settings.variants.get(cell.variant, VariantSettings())
     if cell.method in PLAIN_METHODS or own.learning == VariantSettings().learning:
@@ -227,7 +233,7 @@ def _difference(ours: Floats, baseline: Floats) -> Difference | None:
 
 
 def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[EqualReliability]:
-    """Return, per method and coefficient that forgets, what it has at equal reliability against plain fine-tuning."""
+    """Return how each method and coefficient compares with plain fine-tuning at equal reliability."""
     lines: dict[tuple[str, str, float | None], list[_Group]] = {}
     for group in groups.values():
         if group.first.budget == "equal-epochs":
@@ -257,7 +263,7 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[Equ
 
 
 def _curve(groups: Sequence[_Group]) -> statistics.Curve | None:
-    """Return the points (S, P) in percent, by epochs; None if a quantity was not scored."""
+    """Return the curve over epochs: matrices of seeds x epochs, in percent; None if a quantity was not scored."""
     columns = (("reliability", "token"), ("locality", "agreement"), ("generality", "token"))
     ordered = sorted(groups, key=lambda group: group.first.epochs)
     points = []

@@ -1,1 +1,1 @@
-"""What becomes of an updated model: its history, the way back, publishing, looking inside."""
+"""Work with an updated model: read its history, undo or rebuild it, publish it, inspect its changes."""

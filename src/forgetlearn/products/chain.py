@@ -1,6 +1,6 @@
-"""The chain of updates that made a model: a file beside each product, carried on when the product is updated again.
+"""The chain of updates that made a model: a file beside each product, extended when the product is updated again.
 
-It may be published: it holds names without folders, counts, hashes and scores, and no facts.
+The file may be published: it holds names without folders, counts, hashes and scores, but no facts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ log = logging.getLogger("forgetlearn")
 
 @dataclass(frozen=True)
 class Base:
-    """The base of a run: how it was named, the hub id that the user gave for it, and its hash."""
+    """The base of a run: the name it was loaded by, the hub id that the user gave for it, and its hash."""
 
     name: str | None  # a folder, a hub id, or the name of a model in memory; None before a run starts
     base_model_id: str | None
-    base_sha256: str | None = None  # of its folder, or its commit on the hub; None for a model in memory
-    weights_sha256: str | None = None  # of a model in memory
+    base_sha256: str | None = None  # hash of its folder, or its commit on the hub; None for a model in memory
+    weights_sha256: str | None = None  # only for a model in memory
 
     @classmethod
     def of(cls, run: RunFolder) -> Base:
-        """Return the base that a run recorded."""
+        """Return the base that a run recorded in its manifest."""
         manifest, model = run.manifest, run.settings.model
         name = model.name or (manifest.parent.name if manifest.parent else None)
         hashes = (manifest.inputs.get(which) for which in ("base_sha256", "weights_sha256"))
@@ -43,17 +43,20 @@ class Base:
 
     @property
     def commit(self) -> str | None:
-        """The commit on the hub, or None if the base was a folder or in memory."""
+        """The base's commit on the hub, or None if it was a folder or a model in memory."""
         found = self.base_sha256 or ""
         return found if len(found) == COMMIT_DIGITS else None
 
     @property
     def hub_id(self) -> str | None:
-        """The hub id, as the user named it, or None if only a local folder is known."""
+        """The base's hub id: the one that the user gave, or the name it was loaded by; None if neither is known."""
         return self.base_model_id or (self.name if self.commit else None)
 
     def folder(self) -> Path | None:
-        """Return the folder, as named or in the hub's cache; None if there is none, as for a base in memory."""
+        """Return the base's folder: the one it was loaded from, or its snapshot in the hub's cache.
+
+        Return None if the folder no longer exists, the cache lacks the snapshot, or the base was in memory.
+        """
         if self.name is None or not self.base_sha256:
             return None
         if Path(self.name).is_dir():
@@ -66,11 +69,11 @@ class Base:
         return Path(config).parent if isinstance(config, str) else None
 
     def is_in(self, folder: Path | None) -> bool:
-        """Return True if a folder holds this very base."""
+        """Return True if a folder holds this base, by its hash or commit."""
         return folder is not None and is_recorded(folder, self.base_sha256)
 
     def chain(self) -> list[Update]:
-        """Return the updates that made the base; none are known for a base that was in memory."""
+        """Return the updates that made the base, oldest first; an empty list for a base that was in memory."""
         name = str(self.name)
         if self.base_sha256 and Path(name).is_dir():
             return read_chain(Path(name))
@@ -78,12 +81,12 @@ class Base:
 
 
 def parent_of(base: str, base_sha256: str | None) -> dict[str, str | None]:
-    """Return what a manifest records as the parent of a run: the base, and the run that made it, if one did."""
+    """Return the `parent` field of a manifest: the base, and the folder of the run that made it, if one did."""
     return {"name": base, "run": _run_around(Path(base)) if base_sha256 else None}
 
 
 def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet, summary: Summary) -> None:
-    """Write the base's chain and this update beside each product."""
+    """Write a chain beside each product: the base's updates, then this run's."""
     base, when = Base.of(run), datetime.now(UTC).isoformat(timespec="seconds")
     earlier = base.chain()
     for product in products:
@@ -91,14 +94,14 @@ def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet, summary: 
 
 
 def carry_over(product: Path, to: Path, name: str) -> None:
-    """Write a product's chain beside what was made of it: merged weights, or a copy that names another base."""
+    """Write a product's chain into `to`, the folder of its merged weights or of a copy that names another base."""
     if chain := read_chain(product):
         chain[-1] = chain[-1].model_copy(update={"product": name, "files": product_files(to)})
         write_text(to / HISTORY, as_json(chain))
 
 
 def as_json(chain: Sequence[Update]) -> str:
-    """Return what `forgetlearn.json` holds."""
+    """Return a chain as the text of `forgetlearn.json`."""
     updates = [update.as_json() for update in chain]
     fields = {"format": 1, "versions": {"forgetlearn": __version__}, "updates": updates, "sha256": hash_of(updates)}
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -140,7 +143,7 @@ def _update(run: RunFolder, base: Base, when: str, product: Path, facts: FactSet
 
 
 def _adapted(adapter: Path) -> list[str]:
-    """Return the modules that an adapter changes, as its config names them; none if there is no adapter."""
+    """Return the names of the modules that an adapter changes, from its config; empty if there is no adapter."""
     config = adapter / "adapter_config.json"
     if not config.is_file():
         return []
@@ -149,12 +152,12 @@ def _adapted(adapter: Path) -> list[str]:
 
 
 def product_files(product: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file that loads the product, by name; not of the card and the chain itself."""
+    """Return the SHA-256 of each file that the product is loaded from, by name; not of the card or the chain."""
     return {path.name: sha256_of(path) for path in model_files(product)}
 
 
 def check_files(model: str | Path, chain: Sequence[Update]) -> None:
-    """Raise RunError if files of a model differ from those that its last update wrote, or there are none to compare."""
+    """Raise RunError if a model's files differ from those that its last update wrote, or no update wrote any."""
     if not chain or not Path(model).is_dir():
         raise RunError(
             f"{model}: there are no files here that an update wrote, so there is nothing to verify. Was it made "
@@ -164,7 +167,7 @@ def check_files(model: str | Path, chain: Sequence[Update]) -> None:
 
 
 def check_product(product: Path, suffix: str = "") -> None:
-    """Raise RunError, naming them, if files of a product (with this ending) differ from those of its last update."""
+    """Raise RunError if files of a product (with this suffix) were changed after its last update wrote them."""
     chain = read_chain(product)
     written = chain[-1].files if chain else {}
     if changed := damaged(product, {name: written[name] for name in written if name.endswith(suffix)}):
@@ -175,10 +178,10 @@ def check_product(product: Path, suffix: str = "") -> None:
 
 
 def chain_of(model: str | Path) -> list[Update]:
-    """Return the updates that made a model, oldest first: its folder, its run folder, or its id on the hub.
+    """Return the updates that made a model, oldest first; `model` is its folder, a run folder, or a hub id.
 
     Raises:
-        RunError: there is no such model, the run is not finished, or the file is damaged.
+        RunError: the model does not exist, the run is not finished, or forgetlearn.json is damaged.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -189,7 +192,10 @@ def chain_of(model: str | Path) -> list[Update]:
 
 
 def product_of(folder: Path) -> Path:
-    """Return a run's product; any other folder as it is. Raise RunError if the run has none: unfinished, say."""
+    """Return the product's folder if `folder` is a run folder, and `folder` itself otherwise.
+
+    Raise RunError if the run has no product, for example because it is not finished.
+    """
     if not is_run(folder):
         return folder
     if not (folder / SUMMARY).is_file():
@@ -203,7 +209,10 @@ def product_of(folder: Path) -> Path:
 
 
 def read_chain(folder: Path) -> list[Update]:
-    """Return the updates in the chain beside a model, oldest first; raise RunError if the file is damaged."""
+    """Return the updates in the forgetlearn.json of a model's folder, oldest first; empty if it has none.
+
+    Raise RunError if the file is damaged.
+    """
     return _updates_in(folder / HISTORY) if (folder / HISTORY).is_file() else []
 
 
@@ -216,7 +225,7 @@ def _updates_in(file: Path) -> list[Update]:
 
 
 def _from_hub(name: str, revision: str | None) -> list[Update]:
-    """Return the chain of a model on the hub, from the cache if it is there."""
+    """Return the chain of a model on the hub, from the cache if the hub cannot be reached; empty if it has none."""
     from huggingface_hub import errors, hf_hub_download
 
     from forgetlearn.models import hub
@@ -234,13 +243,16 @@ def _from_hub(name: str, revision: str | None) -> list[Update]:
 
 
 def _run_around(folder: Path) -> str | None:
-    """Return the run whose product a folder is."""
+    """Return the run folder that contains a product, or None if no run folder does."""
     parent = folder.resolve().parent
     return str(parent) if folder.is_dir() and is_run(parent) else None
 
 
 def find_facts(update: Update, places: Iterable[Path]) -> FactSet | None:
-    """Return the facts of an update, from the first place (run folder, file of facts) that holds the same ones."""
+    """Return an update's facts from the first place (run folder or file) that holds them, compared by hash.
+
+    Return None if no place does.
+    """
     for place in places:
         file = place / INPUTS if place.is_dir() else place
         if file.is_file():
@@ -251,7 +263,7 @@ def find_facts(update: Update, places: Iterable[Path]) -> FactSet | None:
 
 
 def runs_before(model: Path) -> list[Path]:
-    """Return the run folders that made a model, as far as they are still where they were, the last one first."""
+    """Return the folders of the runs that made a model, newest first, up to the first one that is gone."""
     found: list[Path] = []
     run = _run_around(model) if not is_run(model) else str(model.resolve())
     while run is not None and is_run(run) and Path(run) not in found:
@@ -262,14 +274,14 @@ def runs_before(model: Path) -> list[Path]:
 
 
 def _listed(modules: Modules) -> str:
-    """Format names of modules, each with its factor if it has one."""
+    """Format the names of modules, each with its factor if it has one."""
     if isinstance(modules, str):
         return modules
     return ", ".join(f"{name} x {modules[name]:g}" if isinstance(modules, dict) else name for name in modules)
 
 
 def describe(update: Update) -> list[str]:
-    """Describe an update in lines for a terminal."""
+    """Return lines that describe an update, for a terminal."""
     facts, coef = update.facts, "" if update.coef is None else f", coef {update.coef}"
     taught = ", taught the old answers first" if update.taught_first else ""
     known = "" if facts.known is None else f", {facts.known} known before"

@@ -1,6 +1,6 @@
-"""Measure a change of weights: how large it is per layer and kind of module, and what rounding leaves of it.
+"""Measure a change of weights: its size per layer and kind of module, and how much of it survives rounding.
 
-The change is a saved vector, the product of a run, an adapter, or a fine-tuned checkpoint, read a piece at a time.
+The change is a saved vector, a run's product, an adapter, or a fine-tuned checkpoint. It is read one piece at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Key = TypeVar("Key")
 
 @dataclass
 class Tally(Sums):
-    """Sums over some tensors: of the change, of the base if it is known, and of another change."""
+    """Sums over one or more tensors: of the change, of the base if it is known, and of another change if given."""
 
     tensors: int = 0
     numbers: int = 0
@@ -42,9 +42,10 @@ class Tally(Sums):
     survival: Survival = field(default_factory=Survival)
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """Return norms and shares; None for what was not asked for or is not defined.
+        """Return norms and shares; a value is None if it was not requested or is not defined.
 
-        norm is Euclidean, rms that of a single number, relative the norm divided by that of the base.
+        `norm` is the Euclidean norm of the change, `rms` its root mean square per number, and `relative` its norm
+        divided by the norm of the base.
         """
         both = math.sqrt(self.squared * self.other_squared)
         return {
@@ -61,10 +62,10 @@ class Tally(Sums):
 
 @dataclass(frozen=True)
 class Inspection:
-    """Tallies of a change: of all of it, and by (layer, kind); tensors outside of the layers have layer None."""
+    """Tallies of a change: the total, and parts by (layer, kind). The layer is None for tensors outside the layers."""
 
     what: str
-    metadata: dict[str, str]  # of a saved vector
+    metadata: dict[str, str]  # of the file, if the change is a saved vector
     total: Tally
     parts: dict[tuple[int | None, str], Tally]
 
@@ -73,11 +74,11 @@ class Inspection:
         return _merged((kind, tally) for (_layer, kind), tally in self.parts.items())
 
     def by_layer(self) -> dict[int | None, Tally]:
-        """Return a tally for each layer, over all kinds; None stands for tensors in no layer."""
+        """Return a tally for each layer, over all kinds; the key None is for tensors outside the layers."""
         return _merged((layer, tally) for (layer, _kind), tally in self.parts.items())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it, for JSON."""
+        """Return the inspection as data for JSON."""
         return {
             "what": self.what,
             "metadata": self.metadata,
@@ -101,15 +102,17 @@ def inspect_change(
     base: str | Path | None = None,
     coef: float | None = None,
 ) -> Inspection:
-    """Measure how large a change is, where, and with `coef` what of `base - coef * change` survives in its dtypes.
+    """Measure how large a change is and where it lies; with `coef`, also how much of it survives rounding.
 
     `what` and `other` are folders: a saved vector, a run (its product is measured), an adapter or a fine-tuned
-    model. All but a vector need `base`; a run names its own if that is a folder.
+    model. `base` is required with `coef`, and for all changes except a saved vector. If none is given and `what` is a
+    run, the run's own base is used if it is still on this machine. With `coef`, rounding is measured on
+    `base - coef * change`, stored in the base's dtypes. With `other`, the cosine of the two changes is measured.
 
     Raises:
-        ConfigError: the base is needed and not given, or coef is not finite.
-        WeightMismatchError: base, change and other do not belong together.
-        ModelError: see `subtract_folders`.
+        ConfigError: the base is required and not given, or `coef` is not finite.
+        WeightMismatchError: the tensors of the base, the change and `other` do not match.
+        ModelError: a checkpoint cannot be read; see `subtract_folders`.
     """
     if coef is not None and not math.isfinite(coef):
         raise ConfigError(f"coef = {coef}: must be a finite number.")
@@ -139,7 +142,7 @@ def inspect_change(
 
 @dataclass(frozen=True)
 class _Look:
-    """Measures one tensor after the other."""
+    """Measures single tensors of a change."""
 
     weights: CheckpointFolder
     change: Change
@@ -186,7 +189,7 @@ class _Look:
 
 
 def _dot(one: Array, two: Array) -> float:
-    """Return the sum of products in float64, over finite numbers: a mask of -inf has no difference."""
+    """Return the dot product in float64, over finite products only: where a mask is -inf, its difference is NaN."""
     total = float(np.dot(one.astype(np.float64), two.astype(np.float64)))
     if math.isfinite(total):
         return total
@@ -195,7 +198,7 @@ def _dot(one: Array, two: Array) -> float:
 
 
 def place_of(name: str) -> tuple[int | None, str]:
-    """Return layer and kind of module of a tensor: `model.layers.3.mlp.up_proj.weight` is (3, "mlp.up_proj")."""
+    """Return a tensor's layer and kind of module: (3, "mlp.up_proj") for `model.layers.3.mlp.up_proj.weight`."""
     path = re.sub(r"\.weight$", "", name)
     found = re.search(r"(?:^|\.)(\d+)\.", path)
     return (int(found[1]), path[found.end() :]) if found else (None, path)
@@ -207,9 +210,10 @@ def _vector_in(folder: Path) -> Path | None:
 
 
 def _base_named_by(folder: Path) -> Path | None:
-    """Return the folder of the model that a run's product changes: the taught one, if the run taught first.
+    """Return the folder of the model that a run's product changes.
 
-    None if the folder is no run, or the model is not on this machine.
+    This is the taught model if the run taught first, and the base otherwise. Return None if the folder holds no run,
+    or the model is not on this machine.
     """
     if not is_run(folder):
         return None
@@ -228,7 +232,7 @@ def _open(base: CheckpointFolder, what: str | Path) -> Change:
 
 
 def plot_change(inspection: Inspection, file: Path) -> None:
-    """Write an SVG of the change of a single number (rms) over the layers, a line for each kind of module."""
+    """Write an SVG plot of the change per number (rms) over the layers, with a line for each kind of module."""
     import matplotlib
     from matplotlib.figure import Figure
 

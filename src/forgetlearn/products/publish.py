@@ -1,6 +1,6 @@
-"""Publish a run's product, to a folder or to the hub: its own files, and a card without local paths.
+"""Publish a run's product to a folder or to the hub, with a model card that contains no local paths.
 
-Only files that the run recorded as the product's are published, each with the hash that it had then.
+Only files that the run recorded as part of the product are published, and only if their hashes still match.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def save(
     merged: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write what `push` would publish to a folder, and return it.
+    """Write the files that `push` would publish into the folder `output`, and return its path.
 
-    Raises: as `contents`; and RunError if the output exists.
+    Raises the errors of `contents`, and RunError if the output exists.
     """
     output = Path(output)
     found = contents(run, base_model_id=base_model_id, merged=merged)
@@ -63,12 +63,12 @@ def push(
     private: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Publish a run's product as `to` (user/name) in one commit, and return its address.
+    """Publish a run's product on the hub as `to` (user/name) in one commit, and return the commit's URL.
 
-    The token is the hub client's own (HF_TOKEN, or `hf auth login`). With `private` the repository is created as
-    private, and an existing public one is refused.
+    The hub client's own token is used (HF_TOKEN, or `hf auth login`). With `private` a new repository is created as
+    private; if `to` exists and is public, RunError is raised.
 
-    Raises: as `contents`; and RunError if the hub refuses or cannot be reached.
+    Raises the errors of `contents`, and RunError if the hub refuses or cannot be reached.
     """
     _check_id(to, "--to")
     found = contents(run, base_model_id=base_model_id, merged=merged)
@@ -86,31 +86,31 @@ def push(
         done = api.create_commit(to, operations, commit_message="Update with forgetlearn", revision=revision)
     except RunError:
         raise
-    except Exception as error:  # errors of the hub, of its answers and of the network have no common base
+    except Exception as error:  # errors of the hub, its responses and the network have no common base class
         raise RunError(f"{to}: not published. {_why_not(to, error)}") from error
     return str(done.commit_url)
 
 
 def _why_not(to: str, error: Exception) -> str:
-    """Describe what went wrong between here and the hub, and what to do."""
-    said = without_secrets(str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__)
+    """Return a message that says why the hub did not accept the commit, and what to do."""
+    why = without_secrets(str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it to publish."
     if isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
-        return f"The hub does not know this token ({said}). Set HF_TOKEN to one that may write, or run `hf auth login`."
+        return f"The hub does not know this token ({why}). Set HF_TOKEN to one that may write, or run `hf auth login`."
     if status == 403:
-        return f"The token may not write to it ({said}). Take one that may write to {to.split('/')[0]}/."
+        return f"The token may not write to it ({why}). Take one that may write to {to.split('/')[0]}/."
     if status is None:
-        return f"The hub cannot be reached ({said}). Check the network, then push again: nothing is published in part."
-    return f"The hub refused ({said}). Push again later; nothing is published in part."
+        return f"The hub cannot be reached ({why}). Check the network, then push again: nothing is published in part."
+    return f"The hub refused ({why}). Push again later; nothing is published in part."
 
 
 def contents(run: str | Path, *, base_model_id: str | None = None, merged: bool = False) -> dict[str, Content]:
-    """Return the content of each file that is published, by name: a path if the file goes as it is.
+    """Return the files to publish, by name: a path if the file is published unchanged, else its bytes.
 
     Raises:
-        ConfigError: only a local folder is known of the base, and `base_model_id` is not given.
+        ConfigError: the base's hub id is unknown or invalid, or the adapter belongs on a taught model.
         RunError: the run is not finished, or its product was changed since the run wrote it.
     """
     folder = finished_run(run)
@@ -162,7 +162,7 @@ def _hub_id(folder: RunFolder, base: Base, given: str | None, product: Path) -> 
 
 
 def _check_id(name: str, flag: str, *, named: bool = True) -> None:
-    """Raise ConfigError unless this is the id of a model on the hub and not a folder."""
+    """Raise ConfigError unless the name is a hub id rather than a path."""
     try:
         validate_repo_id(name)
         is_path = named and (("/" not in name and flag == "--to") or Path(name).is_absolute() or name.startswith("."))
@@ -173,7 +173,7 @@ def _check_id(name: str, flag: str, *, named: bool = True) -> None:
 
 
 def _with_base(file: Path, base: str) -> bytes:
-    """Return a config that names its base by the hub id, or does not name it."""
+    """Return a config file's bytes without local paths: an adapter's base is named by its hub id `base`."""
     config = read_object(file)
     config.pop("_name_or_path", None)
     if "base_model_name_or_path" in config:
@@ -182,7 +182,7 @@ def _with_base(file: Path, base: str) -> bytes:
 
 
 def public_command(run: RunFolder, base: Base, hub_id: str) -> list[str]:
-    """Return the command of a run with the base as its hub id, and of every other path only the last part."""
+    """Return a run's command with the base replaced by its hub id, and every other path by its last part."""
     source = run.settings.facts.source or ""
     shown = []
     for word in run.manifest.command:
@@ -197,9 +197,9 @@ def public_command(run: RunFolder, base: Base, hub_id: str) -> list[str]:
 
 
 def _refuse_local_paths(run: RunFolder, base: Base, found: Mapping[str, Content], hub_id: str) -> None:
-    """Raise RunError if a text, or the metadata of weights, holds the folder of the run, its base or its facts.
+    """Raise RunError if a text, or the metadata of weights, contains the path of the run, its base or its facts.
 
-    Each is looked for as it was named, if that has more than one part, and in full. The name of a file alone may occur.
+    Each path is searched for as the user wrote it and as an absolute path. A name without a folder may occur.
     """
     source = run.settings.facts.source
     named = [str(run.path)]
@@ -207,7 +207,7 @@ def _refuse_local_paths(run: RunFolder, base: Base, found: Mapping[str, Content]
     named += [source] if source and not is_hub_id(source) else []
     local = {path for name in named for path in (name, str(Path(name).resolve())) if len(Path(path).parts) > 1}
     local -= {hub_id}
-    local |= {json.dumps(path)[1:-1] for path in local}  # as JSON writes backslashes and letters beyond ASCII
+    local |= {json.dumps(path)[1:-1] for path in local}  # as JSON escapes backslashes and non-ASCII letters
     for name, content in found.items():
         if isinstance(content, Path) and name.endswith(".safetensors"):
             text = json.dumps(read_header(content)[0], ensure_ascii=False).encode()

@@ -1,9 +1,9 @@
-"""Make a run's product again from its base, or its base from the product; every bit is verified.
+"""Rebuild a run's product from its base, or its base from the product; the result is verified by hash.
 
     change = base XOR product
 
-Exclusive or is its own inverse, so one file takes either of the two to the other exactly, which a sum of rounded
-numbers would not. A tensor without a partner of the same dtype and shape on the other side is kept as it is.
+Exclusive or is its own inverse, so one file turns the base into the product and back exactly. Adding and subtracting
+rounded numbers would not. A tensor that the other side lacks in the same dtype and shape is stored in full.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from forgetlearn.weights.folder_arithmetic import check_places, check_space, mer
 from forgetlearn.weights.rounding import in_words
 from forgetlearn.weights.streaming import Numbers
 
-CHANGE = "change"  # folder in a run, with `base/` and `product/` for all files but weights
+CHANGE = "change"  # folder in a run; its `base/` and `product/` hold all files except weights
 FILE = "change.safetensors"
 BLOCK_BYTES = 1 << 22
 
 Side = Literal["base", "product"]
-Part = tuple[Entry, Entry | None, Entry | None]  # in the change, in the base, in the product
+Part = tuple[Entry, Entry | None, Entry | None]  # its entries in the change, the base and the product
 
 
 def apply_run(
@@ -46,16 +46,18 @@ def apply_run(
     numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
     overwrite: bool = False,
 ) -> str:
-    """Write the product of a finished run again; return a sentence on how, and what rounding left of a merged change.
+    """Write the product of a finished run to `output` again, and return a sentence that says how.
 
-    `base` is a folder, or a hub id: of a run whose base was from the hub, at the commit that it recorded.
+    `base` is a folder or a hub id. A hub id is loaded at the commit that the run recorded.
 
-    An adapter is copied and names `base` as its base, or with `merge` is added to the base's weights; a model
-    is made from the base and the change that the run kept, or copied if the run still has it.
+    An adapter is copied, with `base` named as its base; with `merge` it is added to the base's weights instead, and
+    the sentence also says how much of the change survived rounding. A whole model is rebuilt from the base and the
+    change that the run kept; if the run kept none, its product is copied.
 
     Raises:
-        ModelError: `base` does not have the hash of the run's base, or the result is not the product.
-        RunError: the run is not finished, or keeps neither product nor change; or the output exists.
+        ConfigError: `merge` is set, but the product is not an adapter.
+        ModelError: `base` does not have the hash of the run's base, or the result differs from the product.
+        RunError: the run is not finished, or has neither product nor change; or the output exists.
     """
     folder = finished_run(run)
     named, output = str(base), Path(output)
@@ -74,8 +76,8 @@ def apply_run(
     if merge:
         written = merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
         carry_over(product, output, "merged")
-        said = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
-        return "\n".join(line for line in (*said, written.warning()) if line)
+        lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
+        return "\n".join(line for line in (*lines, written.warning()) if line)
     with atomic_folder(output) as unfinished:
         shutil.copytree(product, unfinished, dirs_exist_ok=True)
         if name == "adapter":
@@ -87,18 +89,18 @@ def apply_run(
 
 
 def undo_run(run: str | Path, output: str | Path | None = None) -> str:
-    """Return a sentence that says where the exact base is: where it was, or in `output`, where it is written.
+    """Find the exact base of a run, or write it to `output`; return a sentence that says where it is.
 
     Raises:
-        RunError: it is nowhere, and cannot be made from what the run keeps; the message says why.
-        ModelError: what was made is not the base.
+        RunError: the base is gone and cannot be rebuilt from what the run kept, or can be, but needs `output`.
+        ModelError: the rebuilt model differs from the base.
     """
     folder = finished_run(run)
     base, output = Base.of(folder), None if output is None else Path(output)
     place, name, recorded = base.folder(), str(base.name), base.base_sha256
     if base.commit and (place or hub.is_reachable()):
         if output is not None:
-            place = hub.snapshot(name, recorded)  # all of it: a cache may hold some of the files
+            place = hub.snapshot(name, recorded)  # the cache may hold only some of the files
         elif place is None:
             return f"{name} on the hub, commit {recorded}, is the base. --output DIR downloads it."
     if output is not None:
@@ -106,7 +108,7 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
     if place is not None and base.is_in(place):
         if output is None:
             return f"{place}: the base, untouched; its hash is {recorded}, as before the run"
-        CheckpointFolder(place).close()  # a hub's cache may lack the weights
+        CheckpointFolder(place).close()  # raises ModelError if the hub's cache lacks the weights
         with atomic_folder(output) as unfinished:
             _copy_files(place, unfinished, [])
             _verify(unfinished, sha256_of(place))
@@ -133,7 +135,7 @@ def _in_memory(base: Base) -> str:
 
 
 def _check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
-    """Raise ModelError unless a folder holds the product's base: with `taught`, the taught model if there is one."""
+    """Raise ModelError unless a folder holds the run's base or, with `taught`, the taught model if there is one."""
     own = run.path / "taught"
     if taught and run.settings.teach.epochs > 0:
         if not own.is_dir():
@@ -151,7 +153,7 @@ def _check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
 
 
 def finished_run(run: str | Path) -> RunFolder:
-    """Return the update in a run folder; raise RunError if there is none, or it is unfinished or was changed since."""
+    """Return a finished update's run folder; raise RunError if it holds no update, is unfinished or was changed."""
     folder = RunFolder.open(run)
     if not folder.manifest.finished:
         raise RunError(f"{run}: the run is not finished. Continue with --resume.")
@@ -165,7 +167,7 @@ def finished_run(run: str | Path) -> RunFolder:
 
 
 def check_keeping(base: Base) -> None:
-    """Raise ConfigError unless the change from this base can be kept: it needs a folder of safetensors."""
+    """Raise ConfigError unless the base is in a folder of safetensors, which keeping the exact change requires."""
     folder = base.folder()
     if folder is None:
         why = "is not in a folder, nor in the hub's cache"
@@ -179,7 +181,7 @@ def check_keeping(base: Base) -> None:
 
 
 def keep_change(run: RunFolder, product: Path, folder: Path) -> dict[str, int]:
-    """Write what takes the base to the product and back, bit for bit; return its size.
+    """Write the change that turns the base into the product and back, bit for bit; return its size in bytes.
 
     Raise RunError if the base is gone or was changed since the run began, or the disk is full.
     """
@@ -206,7 +208,7 @@ def keep_change(run: RunFolder, product: Path, folder: Path) -> dict[str, int]:
 
 
 def _parts(old: CheckpointFolder, new: CheckpointFolder) -> Iterator[Part]:
-    """Yield what the change holds: tensors that both have in the same form, and those of one side alone."""
+    """Yield the tensors of the change: those with the same dtype and shape on both sides, then the others."""
     forms = [{name: (entry.dtype, entry.shape) for name, entry in side.entries.items()} for side in (old, new)]
     shared = {name for name in forms[0] if forms[0][name] == forms[1].get(name)}
     for name, before in old.entries.items():
@@ -221,7 +223,7 @@ def _part(kind: str, entry: Entry) -> Entry:
 
 
 def _write_xor(file: BinaryIO, *sources: tuple[CheckpointFolder, Entry | None]) -> None:
-    """Write the exclusive or of the tensors' bytes; of one tensor alone its bytes."""
+    """Write the exclusive or of two tensors' bytes, or the bytes of one tensor if the other is None."""
     given = [(folder, entry) for folder, entry in sources if entry is not None]
     n_bytes = given[0][1].n_bytes
     for start in range(0, n_bytes, BLOCK_BYTES):
@@ -233,7 +235,7 @@ def _write_xor(file: BinaryIO, *sources: tuple[CheckpointFolder, Entry | None]) 
 
 
 def _rebuild(kept: Path, side: Side, other: Path, output: Path) -> None:
-    """Write the base from the product, or the product from the base."""
+    """Write one side to `output`, made from the other side and the kept change; verify its hash."""
     with closing(CheckpointFolder.of_file(kept / FILE)) as change, CheckpointFolder(other) as source:
         metadata = change.metadata[FILE]
         if metadata.get("forgetlearn") != "exact change":
@@ -252,7 +254,7 @@ def _rebuild(kept: Path, side: Side, other: Path, output: Path) -> None:
 
 
 def _write_weights(path: Path, header: bytes, side: Side, change: CheckpointFolder, source: CheckpointFolder) -> None:
-    """Write one file of weights: its header as it was, then its tensors in their order."""
+    """Write one file of weights: the original header, then the tensors in their original order."""
     entries = json.loads(header)
     end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
     check_space(path, end)
@@ -267,7 +269,7 @@ def _write_weights(path: Path, header: bytes, side: Side, change: CheckpointFold
 
 
 def _copy_files(folder: Path, to: Path, left_out: list[str]) -> None:
-    """Copy the files of a model, and those about it: licence, card, chain."""
+    """Copy a model's files except `left_out`, together with its licence, card and chain."""
     for path in [*model_files(folder), *licences(folder), folder / HISTORY, *sorted(folder.glob("*.md"))]:
         if path.is_file() and path.name not in left_out:
             copy_own(path, to)

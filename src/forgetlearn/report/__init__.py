@@ -1,1 +1,1 @@
-"""Turn a run folder or a comparison into Markdown and HTML."""
+"""Write the reports of runs and comparisons, as Markdown and HTML."""

@@ -1,4 +1,4 @@
-"""Pages for people about a comparison: the verdict, its plots, the facts across cells."""
+"""The report of a comparison: a verdict, plots, and each fact's answers under every method."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALPHA = 0.05
 
 
 class Answered(NamedTuple):
-    """What a fact's answer is in one cell, and the text."""
+    """The state of a fact in one cell, and the text of the model's answer."""
 
     state: str
     said: str | None
@@ -42,7 +42,7 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True)
 class CellAnswers:
-    """What the updated model of one cell answers, by fact; `judge` is the protocol that says what an answer is."""
+    """The answers of one cell's updated model, by fact id; `judge` is the protocol that decides a fact's state."""
 
     folder: Path
     judge: str | None
@@ -50,7 +50,7 @@ class CellAnswers:
 
     @classmethod
     def of(cls, folder: Path, rows: Iterable[Row]) -> CellAnswers:
-        """Return the updated model's answers, taken from the rows of a cell."""
+        """Return the updated model's answers, taken from a cell's rows."""
         updated = [row for row in rows if row.phase == "updated"]
         judge = run_page.judged_by(updated)
         asked = {row.fact: Answered(run_page.state_of(row), row.said) for row in updated if row.protocol == judge}
@@ -60,7 +60,10 @@ class CellAnswers:
 def write_pages(
     path: Path, table: Table, manifest: Manifest, cells: Mapping[str, Sequence[CellAnswers]], shared: Path
 ) -> None:
-    """Write `compare.md` and `report.html` of a comparison's folder, given the cells of each row (by label)."""
+    """Write `compare.md` and `report.html` into a comparison's folder.
+
+    `cells` holds the cells of each row, by label; `shared` is the folder of the work that cells share.
+    """
     sentence, remarks = verdict(table)
     context = {
         **{name: getattr(table, name) for name in ("seeds", "overall", "rows", "curves")},
@@ -95,7 +98,7 @@ def write_pages(
 
 
 def verdict(table: Table) -> tuple[str, list[str]]:
-    """Describe the comparison in one sentence, and what must be known so as not to read too much into it."""
+    """Return one sentence that sums up the comparison, and remarks on how far it can be trusted."""
     scored = [row for row in table.rows if row.overall]
     if not scored:
         return "Reliability was not scored, so no row can be called the best.", _remarks(table, None)
@@ -116,12 +119,12 @@ def verdict(table: Table) -> tuple[str, list[str]]:
 
 
 def _comparisons(table: Table) -> int:
-    """Count the paired differences of the average in the table."""
+    """Return how many paired differences of the average the table holds."""
     return sum(against.overall is not None for row in table.rows for against in row.against.values())
 
 
 def _against(row: TableRow, table: Table) -> str:
-    """Format the paired difference to the first baseline, and say whether it shows anything."""
+    """Format a row's difference from its first baseline, and say whether the difference is significant."""
     budget, against = next(iter(row.against.items()))
     difference = against.overall
     text = f"{show_difference(difference)} points against {against.name} with {BUDGETS[budget]}"
@@ -160,9 +163,9 @@ def _remarks(table: Table, row: TableRow | None) -> list[str]:
 
 
 def _widest(table: Table) -> float:
-    """Return half the width, in points, of the bars that show differences; longer ones are cut off.
+    """Return the largest difference, in points, that the bars show in full; longer bars are cut off.
 
-    It fits the differences at equal epochs: those at equal steps may be ten times as large.
+    It is chosen to fit the differences at equal epochs. Those at equal steps may be ten times as large.
     """
     paired = [row.against["equal-epochs"] for row in table.rows if "equal-epochs" in row.against]
     shown = [difference for against in paired for difference in (against.overall, *against.differences.values())]
@@ -170,7 +173,7 @@ def _widest(table: Table) -> float:
 
 
 def best_rows(table: Table) -> dict[str, TableRow]:
-    """Return the row with the highest average of each method and variant, among those with the given epochs."""
+    """Return the row with the highest average for each method and variant, among the rows at equal epochs."""
     found: dict[str, TableRow] = {}
     for row in table.at_equal_epochs:
         if row.line not in found or row.average > found[row.line].average:
@@ -179,7 +182,7 @@ def best_rows(table: Table) -> dict[str, TableRow]:
 
 
 def front_of(table: Table) -> list[TableRow]:
-    """Return the rows on the Pareto front of the averaged quantities, by the means."""
+    """Return the rows whose means lie on the Pareto front of the table's `overall` columns."""
     means = [[cell.mean for column in table.overall if (cell := row.scores.get(column))] for row in table.rows]
     whole = [place for place, own in enumerate(means) if len(own) == len(table.overall)]
     if not whole or not table.overall:
@@ -190,9 +193,10 @@ def front_of(table: Table) -> list[TableRow]:
 def trade_offs(
     table: Table, front: Sequence[TableRow]
 ) -> list[tuple[str, str, dict[str, dict[str, list[Point]]], list[Point]]]:
-    """Per pair of quantities: names of x and y, lines (by method, then by coefficient), the front's points.
+    """Return the arguments of each trade-off plot: the names of x and y, the lines, and the points on the front.
 
-    With several epochs a line is a method and coefficient over epochs, else a method over coefficients.
+    Locality is plotted against each other quantity. If several numbers of epochs were compared, a line connects the
+    epochs of one method and coefficient; otherwise it connects the coefficients of one method.
     """
     over_epochs = len({row.epochs for row in table.at_equal_epochs}) > 1
     found = []
@@ -215,13 +219,13 @@ def trade_offs(
 
 
 def _words(column: str) -> str:
-    """Write `reliability.token` as `reliability (token)`."""
+    """Return a column's name for people: `reliability (token)` for `reliability.token`."""
     quantity, protocol = column.split(".")
     return f"{quantity} ({protocol})"
 
 
 def coefficient_panels(table: Table) -> list[Panel]:
-    """Against the coefficient: what forgetting alone does, and the updated models' scores, for the most epochs."""
+    """Return the panels of scores by coefficient, for the most epochs: first after forgetting, then after learning."""
     most = max(row.epochs for row in table.at_equal_epochs)
     rows = [row for row in table.at_equal_epochs if row.epochs == most]
     forgetting = [row for row in rows if row.coef is not None]
@@ -251,7 +255,7 @@ def _by_coefficient(cells: Iterable[tuple[TableRow, Estimate | None]]) -> dict[s
 def _loss_panels(
     chosen: Mapping[str, Sequence[CellAnswers]], shared: Path, styles: Mapping[str, Style]
 ) -> list[Markup]:
-    """Plot the loss of the first seed: of fine-tuning on the old answers, by kind, and of learning, by method."""
+    """Return loss plots for the first seed: fine-tuning on the old answers, by kind; learning, by method."""
     learning = {line: cells[0].folder / "logs" / "learn.jsonl" for line, cells in chosen.items()}
     old = {file.parent.name.removeprefix("old-"): file for file in sorted(shared.glob("old-*/steps.jsonl"))}
     first = {name.rsplit("-seed", 1)[0]: file for name, file in reversed(old.items())}
@@ -264,7 +268,7 @@ def _loss_panels(
 
 
 def _facts_context(chosen: Mapping[str, Sequence[CellAnswers]], plain: Mapping[str, str | None]) -> dict[str, object]:
-    """The table of facts: for each method at its best row, what every seed's updated model answers."""
+    """Return the template values of the table of facts: the answers of each method's best row, for every seed."""
     cells = [cell for seeds in chosen.values() for cell in seeds]
     folder = cells[0].folder  # all cells have the same facts
     answers = {line: [cell.by_fact for cell in seeds] for line, seeds in chosen.items()}
@@ -281,16 +285,16 @@ def _facts_context(chosen: Mapping[str, Sequence[CellAnswers]], plain: Mapping[s
 
 
 def _plain_line(row: TableRow, chosen: Mapping[str, TableRow]) -> str | None:
-    """Return the column that a method's column is compared with."""
+    """Return the column of plain fine-tuning that a row is compared with, or None if it is not shown."""
     against = row.against.get("equal-epochs")
     fitting = [line for line in chosen if against and against.label.startswith(f"{line}-")]
-    return max(fitting, key=len, default=None)  # "ft" begins "ft-held" too
+    return max(fitting, key=len, default=None)  # "ft" is also a prefix of "ft-held"
 
 
 def fact_line(
     fact: Input, answers: Mapping[str, Sequence[Mapping[str, Answered]]], plain: Mapping[str, str | None]
 ) -> FactLine:
-    """Return a fact, its state under each method in every seed, and the flags that filters look at."""
+    """Return a fact's line: its state under each method for every seed, and the filters that show it."""
     nothing = Answered("not asked", None)
     own = {line: [by_fact.get(fact.id, nothing) for by_fact in seeds] for line, seeds in answers.items()}
     new = {line: sum(answer.state == "new" for answer in seeds) for line, seeds in own.items()}
@@ -313,7 +317,7 @@ def fact_line(
 
 
 def _mark(line: str, answers: Sequence[Answered]) -> Mark:
-    """One method's answers to a fact: a sign per seed, and in words what was said."""
+    """Return the cell for one method's answers to a fact: a sign per seed, and the texts of the answers."""
     states = [answer.state for answer in answers]
     texts = "; ".join(dict.fromkeys(answer.said or "(nothing)" for answer in answers if answer.said is not None))
     count = states.count("new")

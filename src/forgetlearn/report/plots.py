@@ -1,4 +1,4 @@
-"""Numbers to plots: inline SVG by matplotlib, in the colours of the page that shows them."""
+"""Plots as inline SVG, drawn by matplotlib in the colours of the page that shows them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAGES = ("teach", "forget", "learn")
-# Colours of plots stand for the page's own, so that they follow it into dark mode and print.
+# Each colour in a plot is a placeholder for a CSS colour of the page, so that plots follow dark mode and print.
 PAGE_COLOURS = {"#000000": "currentColor", "#262626": "currentColor", "#ffffff": "var(--page)"}
 FIRST, SECOND, LINE, DIM = "#010101", "#020202", "#030303", "#040404"
 OF_MARKS = tuple(f"#0a000{place}" for place in range(8))
 PAGE_COLOURS |= {colour: f"var(--m{place})" for place, colour in enumerate(OF_MARKS)}
 PAGE_COLOURS |= {FIRST: "var(--accent)", SECOND: "var(--second)", LINE: "var(--line)", DIM: "var(--dim)"}
-# Markers of matplotlib and of the text that explains them; the first two are for plain fine-tuning.
+# A matplotlib marker and the sign for it in the text; the first two are for plain fine-tuning.
 MARKS = (("s", "■"), ("D", "◆"), ("o", "●"), ("^", "▲"), ("v", "▼"), ("P", "✚"), ("X", "✖"), ("*", "★"))
 PLOTTED_STEPS = 500
 
 
 class Style(NamedTuple):
-    """How a method looks in every plot of a page."""
+    """The colour and marker of a method in every plot of a page."""
 
     colour: str
     marker: str
@@ -42,7 +42,7 @@ class Style(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A row of the table in a trade-off plot; lines go along `order`."""
+    """A row of the table as a point in a trade-off plot; lines connect points by `order`."""
 
     x: float
     y: float
@@ -50,7 +50,7 @@ class Point(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Scores against the coefficient: methods that forget as lines, plain ones as levels."""
+    """Scores against the coefficient: a line for each method that forgets, a level for each plain method."""
 
     title: str
     unit: str
@@ -59,7 +59,7 @@ class Panel(NamedTuple):
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """Return a colour and a marker for each name; the plain methods always have the first two."""
+    """Return a colour and a marker for each name; the plain methods always get the first two."""
     plain = {"ft": 0, "lora": 1}
     others = [name for name in names if name not in plain]
     places = {name: plain.get(name, 2 + (others.index(name) if name in others else 0) % 6) for name in names}
@@ -67,7 +67,7 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def plot_scores(summary: Summary, phases: Sequence[str]) -> list[Markup]:
-    """Plot each quantity's mean and interval in each phase, as small SVG elements; none for a single phase."""
+    """Return an SVG plot of each quantity's mean and interval by phase; an empty list if there is only one phase."""
     plots = []
     for quantity in QUESTIONS if len(phases) > 1 else ():
         cells = [summary.phases[phase].get(quantity, {}) for phase in phases]
@@ -77,14 +77,14 @@ def plot_scores(summary: Summary, phases: Sequence[str]) -> list[Markup]:
 
 
 def plot_retention(updates: Sequence[Retained]) -> Markup | None:
-    """Plot what of each earlier update still holds, oldest first, as an SVG element; None for a single one."""
+    """Return an SVG plot of the retention of each earlier update, oldest first; None for fewer than two updates."""
     lines = _lines(("token", "generate"), [update.scores for update in updates])
     numbers = [str(update.update) for update in updates]
     return _plot_phases("retention", lines, numbers) if len(updates) > 1 and lines else None
 
 
 def _lines(protocols: Sequence[str], cells: Sequence[Mapping[str, Interval]]) -> dict[str, list[Interval | None]]:
-    """Return each protocol's cells, of the protocols that were scored anywhere."""
+    """Return the cells of each protocol; leave out protocols that were never scored."""
     lines = {protocol: [by_protocol.get(protocol) for by_protocol in cells] for protocol in protocols}
     return {name: own for name, own in lines.items() if any(cell and cell.mean is not None for cell in own)}
 
@@ -111,7 +111,7 @@ def _plot_phases(quantity: str, lines: Mapping[str, Sequence[Interval | None]], 
 
 
 def plot_losses(logs: Path) -> Markup | None:
-    """Plot the training loss of the stages, one after the other on one axis of steps, as an SVG element."""
+    """Return an SVG plot of the training loss, stage after stage on one axis of steps; None without logs."""
     files = {name: file for name in STAGES if (file := logs / f"{name}.jsonl").is_file()}
     curves = {name: steps for name, file in files.items() if (steps := load_rows(Step, file))}
     if not curves:
@@ -143,7 +143,7 @@ def plot_trade_off(
     front: Sequence[Point],
     looks: Mapping[str, Style],
 ) -> Markup:
-    """Plot one quantity against another, a line per method and tag; rings around the points of the front."""
+    """Return an SVG plot of one quantity against another: a line per method and tag, and rings around `front`."""
     figure, axes = _figure(4.6, 3.4, y_name)
     for name, own in lines.items():
         for tag, points in own.items():
@@ -164,12 +164,12 @@ def plot_trade_off(
 
 
 def plot_coefficients(panel: Panel, looks: Mapping[str, Style]) -> Markup:
-    """Plot means with 95 % intervals against the coefficient (logarithmic); plain methods are dashed levels."""
+    """Return an SVG plot of means with 95 % intervals against log(coefficient); plain methods are dashed levels."""
     figure, axes = _figure(2.9, 2.2, panel.title)
     coefs = sorted({coef for points in panel.lines.values() for coef, _cell in points})
     span = max(math.log10(coefs[-1] / coefs[0]), 0.5)
     for place, (name, points) in enumerate(panel.lines.items()):
-        shift = 0.03 * span * (place - (len(panel.lines) - 1) / 2)  # lines of equal height stay apart
+        shift = 0.03 * span * (place - (len(panel.lines) - 1) / 2)  # keeps lines of equal height apart
         at = [math.log10(coef) + shift for coef, _cell in points]
         means, bounds = _with_bounds([cell for _coef, cell in points])
         look = looks[name]
@@ -190,7 +190,7 @@ def plot_coefficients(panel: Panel, looks: Mapping[str, Style]) -> Markup:
 
 
 def plot_training(title: str, curves: Mapping[str, Sequence[Step]], looks: Mapping[str, Style]) -> Markup:
-    """Plot running means of the loss over the steps, a line per name; without a look the name is beside its line."""
+    """Return an SVG plot of the running mean of the loss, a line per name. Names without a style are labelled."""
     figure, axes = _figure(4.6, 1.9, title)
     for place, (name, log) in enumerate(curves.items()):
         look = looks.get(name)
@@ -209,7 +209,7 @@ def plot_training(title: str, curves: Mapping[str, Sequence[Step]], looks: Mappi
 
 
 def _open_frame(axes: Axes) -> None:
-    """Draw lines across instead of a frame."""
+    """Draw horizontal grid lines instead of a frame."""
     axes.grid(axis="y", color=LINE, lw=0.6)
     axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)
@@ -217,13 +217,13 @@ def _open_frame(axes: Axes) -> None:
 
 
 def _free_bars(marks: ErrorbarContainer) -> None:
-    """Let points and error bars reach out of the frame."""
+    """Let points and error bars extend beyond the frame."""
     for part in (marks[0], *marks[2]):
         part.set_clip_on(False)
 
 
 def _with_bounds(cells: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
-    """Return means, and how far their intervals reach below and above: 0 without an interval."""
+    """Return the means, and how far each interval extends below and above its mean (0 without an interval)."""
     scored = [(cell.mean, cell.low, cell.high) for cell in cells if cell.mean is not None]
     below = [0.0 if low is None else abs(mean - low) for mean, low, _high in scored]
     above = [0.0 if high is None else abs(mean - high) for mean, _low, high in scored]
@@ -231,7 +231,7 @@ def _with_bounds(cells: Sequence[Interval]) -> tuple[list[float], list[list[floa
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Return each value's mean with its neighbours, `width` in all; fewer at the ends, as many on each side."""
+    """Return the mean of `width` values centred on each value; the window shrinks at both ends."""
     means = []
     for place in range(len(values)):
         reach = min(width // 2, place, len(values) - 1 - place)
@@ -241,7 +241,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def _thinned(log: Sequence[Step]) -> tuple[list[float], list[float]]:
-    """Return steps and losses as at most PLOTTED_STEPS points, each the mean of as many steps."""
+    """Return steps and losses of at most PLOTTED_STEPS points, each the mean of a chunk of steps."""
     size = -(-len(log) // PLOTTED_STEPS)
     chunks = [log[start : start + size] for start in range(0, len(log), size)]
     steps = [sum(step.step for step in chunk) / len(chunk) for chunk in chunks]
@@ -249,7 +249,7 @@ def _thinned(log: Sequence[Step]) -> tuple[list[float], list[float]]:
 
 
 def _figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]:
-    """Return a transparent figure without a frame, and without pyplot, which would keep global state."""
+    """Return a transparent figure without a frame. It is made without pyplot, which keeps global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -263,11 +263,11 @@ def _figure(width: float, height: float, title: str = "") -> tuple[Figure, Axes]
 
 
 def _svg(figure: Figure, name: str, words: str) -> Markup:
-    """Return the SVG element alone, in the page's colours and fonts; `words` are for those who cannot see it."""
+    """Return the figure as an SVG element in the page's colours and fonts, with `words` as its text alternative."""
     import matplotlib
 
     buffer = io.StringIO()
-    # Text stays text, and neither date nor random ids make two reports of one run differ.
+    # Keep text as text, and leave out dates and random ids, so that two reports of one run are equal.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -275,7 +275,7 @@ def _svg(figure: Figure, name: str, words: str) -> Markup:
     text = re.sub(
         r"<metadata>.*?</metadata>|<style .*?</style>|<g (id=\"[^\"]*\")?>(?=\s*</g>)", "", text, flags=re.DOTALL
     )
-    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)  # the same in every figure; nothing refers to them
+    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)  # ids repeat across figures, and nothing refers to them
     for colour, own in PAGE_COLOURS.items():
         text = text.replace(colour, own)
     text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r"<svg \1 role=\"img\">", text, count=1, flags=re.DOTALL)

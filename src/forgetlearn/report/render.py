@@ -1,6 +1,6 @@
-"""Templates to text: Markdown, and self-contained HTML; which scores are shown, and how.
+"""Render templates as Markdown or self-contained HTML, and format scores.
 
-Text that comes from facts or models is escaped: in HTML by jinja2's autoescape, in Markdown by `_cell`.
+Text from facts or models is escaped: in HTML by jinja2's autoescape, in Markdown by `_cell`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ QUESTIONS = {
     "locality": "is everything else as it was?",
     "residue": "does it still give the old answer? (lower is better)",
 }
-# Control characters but tab and line break, and those that change the direction of text.
+# Control characters except tab and line feed, and characters that change the direction of text.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-# What a renderer of Markdown makes into a link, a mention, a reference or an emoji though it is no markup. What stands
-# before :// and @ is limited, or a long word would take the square of its length.
+# Plain text that Markdown renderers turn into a link, a mention, a reference or an emoji. The parts before :// and @
+# have a maximum length, without which the search would take quadratic time on a long word.
 LIVE = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s`|\\]+|\b(?:www\.|mailto:|xmpp:)[^\s`|\\]+|[\w.+-]{0,64}@[\w.-]+"
     r"|#\d+|(?<!\d):[A-Za-z0-9_+-]+:"
@@ -48,13 +48,13 @@ LIVE = re.compile(
 
 
 def render(template: str, context: Mapping[str, object]) -> str:
-    """Fill a template of the package; HTML is autoescaped, a missing name is an error."""
+    """Return a template of the package, filled in. HTML is autoescaped; a name missing from `context` is an error."""
     return _environment().get_template(template).render(context)
 
 
 @functools.cache
 def _environment() -> Environment:
-    """Return the environment of the templates, which compiles each one once."""
+    """Return the environment of the templates, which compiles each template once."""
     environment = Environment(
         loader=PackageLoader("forgetlearn.report"),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -72,21 +72,22 @@ def _environment() -> Environment:
 
 
 def render_page(template: str, context: Mapping[str, object]) -> str:
-    """Fill a page, with its style and script in it; the policy in its head forbids other scripts, and requests."""
+    """Return an HTML page with its style and script inlined; its policy forbids other scripts and all requests."""
     templates = resources.files("forgetlearn.report") / "templates"
     style, script = (templates.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}  # our own files
+    # Style and script are the package's own files, so they are not escaped.
+    inlined = {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}
     return render(template, {**context, **inlined})
 
 
 def show_score(cell: Interval | None, *, interval: bool = False) -> str:
-    """Format a mean: `78.4`, or `78.4 [75.1, 81.5]`; a dash if nothing was scored."""
+    """Format a mean as `78.4`, or with its interval as `78.4 [75.1, 81.5]`; a dash if nothing was scored."""
     return _show(cell, ".1f", interval)
 
 
 def show_difference(cell: Interval | None) -> str:
-    """Format a difference: `+2.1 [-0.3, +4.5]`; a dash if nothing was paired."""
+    """Format a difference as `+2.1 [-0.3, +4.5]`; a dash if nothing was paired."""
     return _show(cell, "+.1f", True)
 
 
@@ -99,17 +100,17 @@ def _show(cell: Interval | None, numbers: str, interval: bool) -> str:
 
 
 def _printable(value: object) -> object:
-    """Replace each character that steers a terminal or reorders a line, in what a template prints."""
+    """Replace control and text-direction characters in a value that a template prints."""
     if not isinstance(value, str):
         return value
     return type(value)(STEERING.sub("�", value))  # Markup stays Markup
 
 
 def _cell(text: object) -> str:
-    """Escape text for a Markdown table or line, so that it is never markup, a link, a mention or an emoji.
+    """Escape text for a Markdown table or line, so that it never becomes markup, a link, a mention or an emoji.
 
-    Renderers (GitHub, hubs, Discord, Slack) look for addresses, @names, #numbers and :emoji: in the text that is left
-    after the escapes, but not in code: these stand in code.
+    Renderers (GitHub, hubs, Discord, Slack) interpret addresses, @names, #numbers and :emoji: even if they are escaped,
+    but not in code. So these are written as code.
     """
     shown = " ".join(STEERING.sub("�", "" if text is None else str(text)).split())
     parts, end = [], 0
@@ -126,5 +127,5 @@ def _escaped(text: str) -> str:
 
 
 def command_text(words: Sequence[str]) -> str:
-    """Quote a command as a shell would take it."""
+    """Return a command quoted for a shell."""
     return " ".join(shlex.quote(word) for word in words)

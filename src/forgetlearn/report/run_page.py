@@ -1,6 +1,6 @@
-"""Pages for people about a run folder: Markdown, and one self-contained HTML file with plots.
+"""The report of a run: a Markdown page, and a self-contained HTML page with plots.
 
-Everything is read from the folder, so a report can be made again without the model.
+Everything is read from the run folder, so a report can be made again without the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder
 from forgetlearn.weights.rounding import in_words
 
 PHASES = {"base": "before", "forgotten": "after forgetting", "updated": "after learning", "model": "now"}
-JUDGES = ("generate", "exact", "token", "prefer")  # a fact's state comes from the first of these that was scored
+JUDGES = ("generate", "exact", "token", "prefer")  # the first of these that was scored decides a fact's state
 FILTERS = {
     "all": "all",
     "unlearned": "not new",
@@ -42,53 +42,56 @@ FILTERS = {
     "broken": "broken locality",
     "errored": "errored",
 }
-TAG_SAYS = {"old": "residue", "errored": "errored"}  # states that a flag would only repeat
+TAG_SAYS = {"old": "residue", "errored": "errored"}  # state -> the flag that would only repeat it
 RowsOfFact = Mapping[tuple[str, str], Row]  # phase and protocol -> row
 
 
 @dataclass(frozen=True)
 class Overview:
-    """What a summary says: the sentence, the counts, and the tables without the facts."""
+    """The parts of a report that come from the summary: a verdict, counts, and tables of scores."""
 
     summary: Summary
     phases: list[str]
     verdict: str
     account: list[str]
     measured: list[str]  # phases in which general ability was measured
-    general: list[tuple[str, list[str]]]  # a measure, and its cell in each of these phases
+    general: list[tuple[str, list[str]]]  # a measure, and its cell for each phase in `measured`
 
     @property
     def table(self) -> list[tuple[str, list[Mean | None]]]:
-        """Phase by phase, a cell for each of COLUMNS."""
+        """The score of each column in COLUMNS, phase by phase."""
         scores = self.summary.phases
         return [(phase, [scores[phase].get(q, {}).get(protocol) for q, protocol in COLUMNS]) for phase in self.phases]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Signs for a fact's score (or scores), words for them, what sorting goes by, and the class of its colour."""
+    """A cell of the table of facts: `text` holds its signs, `title` explains them, `turn` is its CSS class.
+
+    Rows are sorted by `value`.
+    """
 
     text: str
     title: str
     turn: str
     value: str
-    line: str = ""  # the column of a comparison
+    line: str = ""  # the method and variant, in a comparison
 
 
 @dataclass(frozen=True)
 class FactLine:
-    """A line of the table of facts: what pages of runs and of comparisons show."""
+    """A line of the table of facts: the part that runs and comparisons share."""
 
     prompt: str
     ground_truth_shown: str
     target_new_shown: str
     marks: list[Mark]
-    flags: list[str]  # what the filters look at
+    flags: list[str]  # names of the filters that show this fact
 
 
 @dataclass(frozen=True)
 class RunFactLine(FactLine):
-    """A fact of a run: what was said in each phase, and which of the fact's answers that is."""
+    """A line for a fact of a run: the model's answer in each phase, and whether it is the new or the old one."""
 
     said: dict[str, str | None]
     which: dict[str, str | None]
@@ -100,7 +103,7 @@ class RunFactLine(FactLine):
 
 @dataclass(frozen=True)
 class RunPage:
-    """Everything that the pages of a run show but the plots."""
+    """Everything that the pages of a run show, except the plots."""
 
     title: str
     settings: Config
@@ -110,7 +113,7 @@ class RunPage:
     facts: list[RunFactLine]
 
     def context(self) -> dict[str, object]:
-        """Return what the templates name."""
+        """Return the values that the templates use, by name."""
         phases, scores, table = self.overview.phases, self.overview.summary.phases, self.overview.table
         columns = [row for row in zip(COLUMNS, *(cells for _phase, cells in table), strict=True) if any(row[1:])]
         return {
@@ -136,7 +139,7 @@ class RunPage:
 
 
 def load_page(path: Path) -> RunPage:
-    """Read the page of a run from its folder; raise RunError if the run is not finished, or a file is damaged."""
+    """Return the page of a run, read from its folder; raise RunError if the run is unfinished or a file is damaged."""
     run = RunFolder.open(path)
     run.check_results()
     if not (path / SUMMARY).is_file():
@@ -145,7 +148,7 @@ def load_page(path: Path) -> RunPage:
 
 
 def page_of(run: RunFolder, summary: Summary, rows: list[Row]) -> RunPage:
-    """Return the page of a run whose scores are at hand; the facts are read from its folder."""
+    """Return the page of a run whose scores are already in memory; read the facts from its folder."""
     if not any(phase in summary.phases for phase in PHASES):
         raise RunError(f"{run.path / SUMMARY}: phases has none of {', '.join(PHASES)}. {REMEDY}")
     shown = overview(summary)
@@ -154,11 +157,11 @@ def page_of(run: RunFolder, summary: Summary, rows: list[Row]) -> RunPage:
 
 
 def overview(summary: Summary) -> Overview:
-    """Return what the summary of a run says."""
+    """Return the overview of a run, made from its summary."""
     phases = [phase for phase in PHASES if phase in summary.phases]
     measured = [phase for phase in phases if phase in summary.general]
     lines, facts = account(summary.facts), summary.facts
-    if summary.choice:  # of `coef: auto`
+    if summary.choice:  # set if forget.coef is auto
         lines.append(summary.choice.why)
         lines.append(
             f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
@@ -169,7 +172,7 @@ def overview(summary: Summary) -> Overview:
 
 
 def write_run(path: Path, page: RunPage | None = None) -> None:
-    """Write `report.md` and `report.html` of a run folder; its page is loaded unless it is given."""
+    """Write `report.md` and `report.html` into a run folder; load its page if none is given."""
     page = page or load_page(path)
     context = page.context()
     disk.write_text(path / "report.md", render("report.md.j2", context))
@@ -188,14 +191,14 @@ def write_card(product: Path, page: RunPage) -> None:
 
 
 def card(page: RunPage, product: str, *, base_model_id: str | None = None, command: Sequence[str] | None = None) -> str:
-    """Return the text of the model card; what is given replaces what the run's manifest says."""
+    """Return the text of a model card; `base_model_id` and `command` replace those that the run recorded."""
     shown = command_text(page.manifest.command if command is None else command)
     base = base_model_id or page.settings.model.base_model_id
     return render("card.md.j2", {**page.context(), "product": product, "base": base, "command": shown})
 
 
 def account(facts: FactCounts) -> list[str]:
-    """Describe what became of the records that were read: a sentence, then a line for each reason to leave some out."""
+    """Return lines on what became of the records: a sentence with counts, then a line for each reason to omit some."""
     sentence = (
         f"{facts.read} records read from {facts.source} (reader: {facts.reader}, old answers from: "
         f"{facts.old_from}), {facts.used} used"
@@ -213,13 +216,13 @@ def account(facts: FactCounts) -> list[str]:
 
 
 def judged_by(rows: Iterable[Row]) -> str | None:
-    """Return the protocol that says which answer a fact has now: free answers if there are some."""
+    """Return the protocol that decides a fact's state: the first of JUDGES among the rows, or None."""
     found = {row.protocol for row in rows}
     return next((protocol for protocol in JUDGES if protocol in found), None)
 
 
 def fact_table(inputs: Sequence[Input], rows: Sequence[Row], phases: Sequence[str]) -> list[RunFactLine]:
-    """Return a line per fact: old and new answer, what the model said in each phase, its state, flags and marks."""
+    """Return a line per fact: its old and new answer, the model's answer in each phase, its state, flags and marks."""
     judge = judged_by(rows) or ""
     scored: dict[str, dict[tuple[str, str], Row]] = {}
     for row in rows:
@@ -257,13 +260,16 @@ def _fact_line(fact: Input, own: RowsOfFact, phases: Sequence[str], judge: str) 
 
 
 def counts(flags: Iterable[Sequence[str]], filters: Iterable[str]) -> dict[str, int]:
-    """Count how many facts each filter shows, given the flags of each fact."""
+    """Return how many facts each filter shows, given the flags of each fact."""
     found = Counter(name for own in flags for name in ("all", *own))
     return {name: found[name] for name in filters}
 
 
 def state_of(row: Row | None) -> str:
-    """Say what a fact's answers are now: the new one to its prompt, else the old one anywhere, else another."""
+    """Return a fact's state: "new" if its prompt gets the new answer, "old" if any gets the old one, or "other".
+
+    If the fact was not scored, return "errored" or "not asked".
+    """
     if row is None or row.reliability is None:
         return "errored" if row and row.errors else "not asked"
     if row.reliability == 1:
@@ -279,19 +285,19 @@ def _which_answer(said: str | None, fact: Input) -> str | None:
 
 
 def shown_answer(answers: Sequence[str]) -> str:
-    """Format an answer with its aliases: `Ada Byron (also: Ada, A. Byron)`."""
+    """Format an answer with its aliases, as in `Ada Byron (also: Ada, A. Byron)`."""
     first, *others = answers or ("",)
     return first + (f" (also: {', '.join(others)})" if others else "")
 
 
 def _other_texts(row: Row | None) -> str:
-    """Format what was said to the rephrasings where it differs from what was said to the prompt: `Rome (2), Oslo`."""
+    """Format the answers to the rephrasings that differ from the answer to the prompt, as in `Rome (2), Oslo`."""
     texts = Counter(text for text in row.said_rephrased if text is not None and text != row.said) if row else Counter()
     return ", ".join((text or "(nothing)") + (f" ({count})" if count > 1 else "") for text, count in texts.items())
 
 
 def _mark(quantity: str, own: RowsOfFact, phases: Sequence[str], judge: str) -> Mark:
-    """A quantity of one fact, before and now."""
+    """Return the cell for one quantity of a fact, in the first and the last phase."""
     protocol = "agreement" if quantity == "locality" else judge
     rows = [own.get((phase, protocol)) for phase in dict.fromkeys((phases[0], phases[-1]))]
     values = [row.score(quantity) if row else None for row in rows]
@@ -311,7 +317,7 @@ def _sign(value: float | None) -> str:
 
 
 def verdict(summary: Summary, phases: Sequence[str]) -> str:
-    """Describe the run in one sentence."""
+    """Return one sentence that sums up the run, followed by a note if nothing was forgotten."""
     last, facts = summary.phases[phases[-1]], summary.facts
 
     def mean(quantity: str, protocol: str) -> float | None:
@@ -336,7 +342,7 @@ def verdict(summary: Summary, phases: Sequence[str]) -> str:
 
 
 def _general(found: Mapping[str, General], phases: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return a line per measure, with a cell for each phase."""
+    """Return a line per measure of general ability, with a cell for each phase."""
     lines: dict[str, dict[str, str]] = {}
     for phase in phases:
         for name, shown in _general_cells(found[phase]):
@@ -360,13 +366,13 @@ def _general_cells(found: General) -> Iterator[tuple[str, str]]:
 
 
 def as_yaml(data: object) -> str:
-    """Return plain YAML, keys in their own order."""
+    """Return data as YAML, with keys in their own order."""
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return text
 
 
 def _errors(rows: Iterable[Row]) -> list[dict[str, str]]:
-    """Return the facts that could not be scored, with the reason, once each."""
+    """Return the facts and quantities that could not be scored, each once, with the reason."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         for quantity, reason in row.errors.items():

@@ -1,6 +1,6 @@
-"""The table of a comparison, as compare.json holds it: a row per method, coefficient and epochs, over all seeds.
+"""The table of a comparison, stored in compare.json: a row per method, coefficient and epochs, over all seeds.
 
-Columns are named quantity.protocol. Numbers are percent, differences percentage points.
+Columns are named quantity.protocol. Scores are in percent, differences in percentage points.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ FILE = "compare.json"
 
 
 class Part(Record):
-    """Base of the table's parts; they hold plain dataclasses, which strict mode would not read from JSON."""
+    """Base class of the table's parts. They hold dataclasses, which pydantic's strict mode would not read from JSON."""
 
     model_config = ConfigDict(strict=False)
 
 
 class Against(Part):
-    """A row's paired differences to one plain row."""
+    """The paired differences between a row and a row of plain fine-tuning."""
 
     label: str
     name: str
@@ -29,7 +29,7 @@ class Against(Part):
 
 
 class Forgotten(Part):
-    """What forgetting alone does: how much of the old answers is lost, and the locality that is left."""
+    """The effect of forgetting alone: how much of the old answers is lost, and how much locality is left."""
 
     protocol: str
     lost: Difference | None
@@ -52,44 +52,44 @@ class TableRow(Part):
 
     @property
     def line(self) -> str:
-        """The method, and the variant if it is one: what has one colour, and one column among the facts."""
+        """The method, and the variant if there is one. Rows of one line share a colour and a column of the facts."""
         return f"{self.method} ({self.variant})" if self.variant else self.method
 
     @property
     def average(self) -> float:
-        """The mean over the table's `overall` columns; 0 without scores."""
+        """The mean over the table's `overall` columns; 0 if they were not scored."""
         return self.overall.mean if self.overall else 0.0
 
 
 class EqualReliability(Part):
-    """A method and coefficient against plain fine-tuning, at equal reliability."""
+    """A method and coefficient, compared with plain fine-tuning at equal reliability."""
 
     method: str
     variant: str
     coef: float | None
     against: str
     at_equal_reliability: AtEqualReliability | None
-    area: list[OverSeeds] | None  # its own, and that of plain fine-tuning
+    area: list[OverSeeds] | None  # mean locality: of the method, of plain fine-tuning
 
 
 class Unpaired(Part):
-    """A method that cannot be paired: the plain method that it belongs to is not compared."""
+    """A method without paired differences, because its plain method is not part of the comparison."""
 
     method: str
     plain: str
 
 
 class Table(Part):
-    """The whole table."""
+    """The table of a comparison."""
 
     seeds: list[int]
     overall: list[str]
     rows: list[TableRow]
     unpaired: list[Unpaired]
-    curves: list[EqualReliability] | None  # None without several numbers of epochs
+    curves: list[EqualReliability] | None  # None unless several numbers of epochs were compared
 
     def name_of(self, row: TableRow) -> str:
-        """Name a row in words; epochs are named if rows differ in them."""
+        """Return a row's name for people; it includes the epochs if rows differ in them."""
         parts = [row.line]
         if row.coef is not None:
             parts.append(f"coef {row.coef:g}")
@@ -99,5 +99,5 @@ class Table(Part):
 
     @property
     def at_equal_epochs(self) -> list[TableRow]:
-        """The rows that learn for the epochs that were asked for."""
+        """The rows that learn for the requested epochs, without those for equal steps."""
         return [row for row in self.rows if row.budget == "equal-epochs"]

@@ -1,1 +1,1 @@
-"""Write files in one step, hash them, lock them; the run folder."""
+"""Atomic writes, hashes, locks, typed records, and the run folder."""

@@ -1,4 +1,4 @@
-"""Files as forgetlearn writes and reads them: in one step or not at all, and errors that name the path."""
+"""Read and write files: a file is written completely or not at all, and errors name its path."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from forgetlearn.errors import ForgetLearnError, RunError
 from forgetlearn.runtime import processes
 
 MOST_BYTES = 200
-UNFINISHED = ".unfinished-"  # what is written under another name until it is complete
-DEEPEST = 100  # levels of lists and objects: recursion over data has room for these
+UNFINISHED = ".unfinished-"  # in the temporary name of a file or folder that is still being written
+DEEPEST = 100  # levels of nested lists and objects; Python can recurse this deep
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old text or the new one, never a part. Process 0 writes.
+    """Replace a file in one step: readers see all of the old text or all of the new. Only the main process writes.
 
     Raises:
-        RunError: the disk is full, or the folder cannot be written; the old file stays.
+        RunError: the disk is full, or the folder is not writable; the old file stays.
     """
     if not processes.is_main():
         return
     unfinished = _unfinished(path)
-    # Half a surrogate pair stands for a byte of a file name that is not UTF-8: its escape says the same, in JSON too.
+    # A lone surrogate is a byte of a file name that is not UTF-8. It is written as an escape, which JSON allows.
     with naming(path), unfinished.open("x", encoding="utf-8", errors="backslashreplace") as file:
         try:
             file.write(text)
@@ -44,17 +44,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Replace a JSON file in one step."""
+    """Write data to a JSON file, which is replaced in one step."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a JSONL file in one step."""
+    """Write rows to a JSONL file, which is replaced in one step."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file that forgetlearn wrote; raise RunError if the file is missing or damaged."""
+    """Return the object in a JSON file; raise RunError if the file is missing or damaged, or holds something else."""
     data = _parsed(path, _read(path))
     if not isinstance(data, dict):
         raise RunError(f"{path}: does not contain a JSON object. Was it written by forgetlearn?")
@@ -62,14 +62,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty; raise RunError if it cannot be read."""
+    """Return the non-empty lines of a text file; raise RunError if it cannot be read."""
     return [line for line in _read(path).split("\n") if line]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file; raise RunError if the file is missing or a line is damaged."""
     lines = read_lines(path)
-    # All lines at once: a quarter of the time of a call for each, and names that rows share are held once.
+    # Parsing all lines in one call takes a quarter of the time, and keys that rows share are stored once.
     rows: list[dict[str, Any]] = _parsed(path, f"[{','.join(lines)}]")
     if len(rows) != len(lines):
         raise RunError(f"{path}: cannot be read: {len(lines)} lines hold {len(rows)} rows.")
@@ -86,7 +86,7 @@ def _read(path: Path) -> str:
 
 
 def _parsed(path: Path, text: str) -> Any:
-    """Return the JSON in a text; raise RunError if it is none, nests too deeply, or holds halves of characters."""
+    """Return the data in a JSON text; raise RunError if it is invalid, nested too deeply, or has lone surrogates."""
     try:
         data = json.loads(text)
         if text.count("[") + text.count("{") > DEEPEST and is_deep(data):
@@ -101,20 +101,22 @@ def _parsed(path: Path, text: str) -> Any:
 
 
 def is_deep(data: object, levels: int = DEEPEST + 1) -> bool:
-    """Return True if lists and objects are nested more than so many levels deep."""
+    """Return True if lists and objects are nested more than `levels` deep."""
     inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
     return levels == 0 or any(is_deep(part, levels - 1) for part in inner if isinstance(part, (dict, list)))
 
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which gets its final name if all went well; the same one in all processes.
+    """Yield a temporary folder, and rename it to `final` when the block ends without an error.
+
+    If a run has several processes, all of them get the same folder.
 
     Raises:
         RunError: writing failed, for example on a full disk; nothing is left behind.
     """
     if processes.world_size() > 1:
-        with ExitStack() as stack:  # of process 0, which creates the folder, and renames it when all are done
+        with ExitStack() as stack:  # the main process creates the folder, and renames it when all are done
             unfinished = processes.on_main(lambda: stack.enter_context(atomic_folder(final)))
             yield unfinished
             processes.barrier()
@@ -138,19 +140,19 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 
 def _unfinished(final: Path) -> Path:
-    """Return a new name beside `final` for a file or folder that is still being written."""
+    """Return a new temporary path beside `final`, for a file or folder that is still being written."""
     return final.with_name(f"{_beginning(final)}{secrets.token_hex(4)}")
 
 
 def _beginning(final: Path) -> str:
-    """Return how names of unfinished files begin; it leaves room in the 255 bytes of a name."""
+    """Return the prefix of temporary names for `final`, short enough for the limit of 255 bytes per name."""
     is_short = len(os.fsencode(final.name)) <= MOST_BYTES
     return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into a RunError that names the path."""
+    """Turn a disk error in the block into a RunError that names the path."""
     try:
         yield
     except OSError as error:
@@ -164,7 +166,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _disk_error(message: str) -> str:
-    """Return what went wrong with the disk, from an error that is no OSError; "" if it is about something else."""
+    """Return the disk error behind the message of an exception other than OSError; "" if it has another cause."""
     if found := re.search(r"\(os error (\d+)\)", message):  # safetensors and tokenizers, both in Rust
         return os.strerror(int(found[1]))
     if "inline_container" in message or "PytorchStreamWriter" in message:  # torch.save, which does not say why
@@ -173,7 +175,7 @@ def _disk_error(message: str) -> str:
 
 
 def remove_unfinished(final: Path) -> None:
-    """Delete what a kill left of `atomic_folder(final)`; no other process may be writing it."""
+    """Delete temporary folders that a killed `atomic_folder(final)` left; no other process may be writing `final`."""
     for left in final.parent.glob(f"{glob.escape(_beginning(final))}*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -186,7 +188,7 @@ def sync_files(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file's contents, or a folder's list of names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

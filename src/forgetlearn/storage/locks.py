@@ -1,4 +1,4 @@
-"""Locks that end with the process that holds them, however it dies: one writer for a run or a cell."""
+"""Locks that allow one writer per run or cell. A lock is released when its process ends, even if it is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from forgetlearn.storage import disk, run_folder
 
 @contextmanager
 def claimed(lock: Path, *, waits: bool = False) -> Iterator[bool]:
-    """Yield True if this process got the lock (it waits only with `waits`); raise RunError if the disk is full, say."""
+    """Yield True if this process got the lock, and release the lock afterwards.
+
+    If another process holds the lock, wait for it if `waits` is set; otherwise yield False. Raise RunError if the lock
+    file cannot be written.
+    """
     claim = FileLock(lock)
     with disk.naming(lock), suppress(Timeout):
         claim.acquire(blocking=waits)
@@ -29,10 +33,10 @@ def claimed(lock: Path, *, waits: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing a run into this folder, which is created; remove it again if it stays empty.
+    """Create a folder and keep other processes from writing a run into it; remove the folder again if it stays empty.
 
-    Of several processes of one run (torchrun) the first holds the lock for all. Raise RunError, naming the process, if
-    another one is writing there.
+    If a run has several processes (torchrun), the main one holds the lock for all. Raise RunError, naming the process,
+    if another one is writing into the folder.
     """
     if not processes.is_main():
         yield
@@ -46,16 +50,16 @@ def only_writer(folder: Path) -> Iterator[None]:
             if not is_ours:
                 raise RunError(f"{folder} is in use by {_named(holder)}. Wait for it to finish, or stop it.")
             try:
-                with suppress(RunError):  # a full disk: let the run say what it could not write
+                with suppress(RunError):  # on a full disk, the run itself reports what it could not write
                     disk.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
                 yield
             finally:
                 for file in (holder, lock):
-                    with suppress(OSError):  # Windows removes no open file
+                    with suppress(OSError):  # Windows cannot delete an open file
                         file.unlink()
     finally:
         for path in made:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # the folder is not empty
                 path.rmdir()
 
 
@@ -63,5 +67,5 @@ def _named(holder: Path) -> str:
     try:
         who = disk.read_json(holder)
         return f"process {who['pid']} on {who['host']}"
-    except (RunError, KeyError):  # it has the lock, and is about to write who it is
+    except (RunError, KeyError):  # it has the lock but has not written its id yet
         return "another process"

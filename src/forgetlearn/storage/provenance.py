@@ -1,4 +1,4 @@
-"""How something was made, without secrets: the command line, versions of libraries, the commit, the machine."""
+"""Describe how a run was made, without secrets: command line, versions of libraries, commit and machine."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> list[str]:
-    """Return the command of this process; anything that looks like a token is masked."""
+    """Return this process's command as words, with anything that looks like a token masked."""
     return masked([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def masked(words: Sequence[str]) -> list[str]:
-    """Return the words of a command; anything that looks like a token is replaced by ***."""
+    """Return the words of a command, with anything that looks like a token replaced by ***."""
     shown, hide_next = [], False
     for word in words:
         name, equals, _value = word.partition("=")
@@ -45,7 +45,7 @@ def masked(words: Sequence[str]) -> list[str]:
 
 
 def commit() -> str | None:
-    """Return the commit of forgetlearn's source tree, or None if it is installed without one."""
+    """Return the git commit of forgetlearn's source tree, or None if it is not in a repository."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -58,12 +58,12 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """Describe this machine: operating system, architecture, number of CPUs."""
+    """Return a description of this machine: operating system, architecture, number of CPUs."""
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident memory of this process so far, or 0 if the system does not report it."""
+    """Return the peak resident memory of this process so far, or 0 if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

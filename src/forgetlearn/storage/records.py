@@ -1,8 +1,8 @@
 """Typed records of forgetlearn's own files: manifest, summary, rows, chain of updates.
 
-Any of these files may come from a stranger. Each kind is checked here, on reading, and nowhere else: a record that
-was loaded can be used without looking at its types again. Fields that a record does not declare (a later version's)
-are kept. Fields are declared in the order in which they are written.
+Any of these files may come from a stranger. Each is checked here when it is read, and nowhere else, so code that uses a
+loaded record need not check types again. Fields that a record does not declare, such as those of a later version, are
+kept. Fields are declared in the order in which they are written.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
 Share = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]
 Percent = Annotated[float, Field(ge=-1e-3, le=100 + 1e-3)]
-Nats = Annotated[float, Field(ge=-700, le=700)]  # exp of it is a number
+Nats = Annotated[float, Field(ge=-700, le=700)]  # exp(value) stays finite
 Modules = Text | list[Text] | dict[str, Number]
-Answer = str | Annotated[list[str], Field(min_length=1)]  # of a list the first is taught, the others count as right
+Answer = str | Annotated[list[str], Field(min_length=1)]  # in a list, the first is taught and the others are aliases
 
 
 class Record(BaseModel):
-    """Base of all records: immutable, without type conversion, and with finite numbers."""
+    """Base class of all records: immutable, without type conversion, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False, defer_build=True)
 
     @classmethod
     def parse(cls, data: object, file: Path, inside: str = "") -> Self:
-        """Return the record in data from `file`, where it may lie inside another field.
+        """Return the record in `data`, which was read from `file`; `inside` is the field that held it, if any.
 
-        Raise RunError, naming file and field, if one is missing or has a value that it cannot have.
+        Raise RunError, naming the file and the field, if a field is missing or has an invalid value.
         """
         try:
             return cls.model_validate(data)
@@ -78,15 +78,15 @@ class Record(BaseModel):
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        """Return the record in a JSON file; raise RunError if it cannot be read or a field is wrong."""
+        """Return the record in a JSON file; raise RunError if the file cannot be read or a field is invalid."""
         return cls.parse(disk.read_json(file), file)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the file holds: the fields that were set, and those of later versions."""
+        """Return the record as JSON data: the fields that were set, and those of later versions."""
         return self.model_dump(exclude_unset=True)
 
     def save(self, file: Path) -> None:
-        """Replace a JSON file in one step."""
+        """Write the record to a JSON file, which is replaced in one step."""
         disk.write_json(file, self.as_json())
 
 
@@ -96,7 +96,7 @@ def _rows_of(kind: type[R]) -> TypeAdapter[list[R]]:
 
 
 def load_rows(kind: type[R], file: Path) -> list[R]:
-    """Return the records in the lines of a JSONL file; raise RunError, naming the row (from 1), if one is damaged."""
+    """Return the records of a JSONL file, one per line; raise RunError, naming the row (from 1), if one is damaged."""
     lines = disk.read_lines(file)
     try:
         rows = _rows_of(kind).validate_json(f"[{','.join(lines)}]")
@@ -104,7 +104,7 @@ def load_rows(kind: type[R], file: Path) -> list[R]:
             return rows
     except ValidationError:
         pass
-    data = disk.read_rows(file)  # twice the time, and errors that name the line or the field
+    data = disk.read_rows(file)  # takes twice as long, but its errors name the line
     try:
         return _rows_of(kind).validate_python(data)
     except ValidationError as error:
@@ -112,7 +112,7 @@ def load_rows(kind: type[R], file: Path) -> list[R]:
 
 
 def save_rows(rows: Iterable[Record], file: Path) -> None:
-    """Replace a JSONL file in one step."""
+    """Write records to a JSONL file, one per line; the file is replaced in one step."""
     disk.write_rows(file, [row.as_json() for row in rows])
 
 
@@ -120,7 +120,10 @@ def save_rows(rows: Iterable[Record], file: Path) -> None:
 
 
 class Score(Record):
-    """A mean in percent with its 95 % interval over `n` facts; None if nothing was scored, no interval if n is 1."""
+    """A mean in percent over `n` facts, with its 95 % interval.
+
+    The mean is None if nothing was scored. The interval is None if n is 1.
+    """
 
     mean: Percent | None
     low: Percent | None
@@ -137,7 +140,7 @@ class Score(Record):
 
 
 class Mean(Score):
-    """A score of a summary: `n + errored + not_asked` is the number of facts."""
+    """A score in a summary; `n + errored + not_asked` is the number of facts."""
 
     not_asked: Count
 
@@ -147,9 +150,9 @@ Phase = dict[str, dict[str, Mean]]  # quantity -> protocol -> score
 
 
 class Row(Record):
-    """A line of facts.jsonl: what one fact scored in one phase by one protocol.
+    """A line of facts.jsonl: the scores of one fact in one phase under one protocol.
 
-    A quantity is set if the protocol scores it, and None if the fact was not asked or errored (`errors` says why).
+    A quantity is set if the protocol scores it. It is None if the fact was not asked or errored (`errors` says why).
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -164,23 +167,23 @@ class Row(Record):
     locality: Share | None = None
     said: str | None = None
     said_rephrased: list[str | None] = []
-    truncated: Count = 0  # of the answers, those cut off at their room
-    predicted: list[list[int]] = []  # token ids at each locality probe; only in the rows of a stage, for resume
-    split: Text | None = None  # "validation": forget.coef = auto was chosen on this fact
+    truncated: Count = 0  # number of answers cut off at the token limit
+    predicted: list[list[int]] = []  # token ids for each locality probe; only in rows kept to resume a stage
+    split: Text | None = None  # "validation" if forget.coef = auto was chosen on this fact
     old_from: Text | None = None
 
     def has(self, name: str) -> bool:
-        """Return True if a field was set: of a quantity, if the row's protocol scores it."""
+        """Return True if a field is set; a quantity is set if the row's protocol scores it."""
         return name in self.model_fields_set
 
     def score(self, quantity: str) -> float | None:
-        """Return the score of a quantity, or None if there is none."""
+        """Return the score of a quantity, or None if it was not scored."""
         found: float | None = getattr(self, quantity)
         return found
 
 
 class RetentionRow(Record):
-    """A line of retention.jsonl: whether a fact of an earlier update still holds, by one protocol."""
+    """A line of retention.jsonl: how well a fact of an earlier update still holds, under one protocol."""
 
     update: Count
     fact: Text
@@ -192,7 +195,7 @@ class RetentionRow(Record):
 
 
 class Input(Record):
-    """A line of inputs.jsonl: a fact; an answer with its aliases is a list."""
+    """A line of inputs.jsonl: a fact. An answer that has aliases is a list."""
 
     id: Text
     prompt: str
@@ -206,13 +209,13 @@ class Input(Record):
 
     @property
     def old(self) -> list[str]:
-        """The old answer and its aliases; empty without one."""
+        """The old answer and its aliases; empty if there is no old answer."""
         old = self.ground_truth
         return old if isinstance(old, list) else [old] if old else []
 
 
 class Step(Record):
-    """A line of a stage's log."""
+    """A line of a stage's training log."""
 
     step: Count
     loss: Number
@@ -232,14 +235,14 @@ class UpdateFacts(Record):
 
 
 class UpdateRows(Record):
-    """Which rows of the vocabulary each stage could change."""
+    """The rows of the vocabulary that each stage could change."""
 
     forget: Text | None
     learn: Text | None
 
 
 class UpdateModules(Record):
-    """Which modules each stage could change."""
+    """The modules that each stage could change."""
 
     forget: Modules | None
     learn: Modules | None
@@ -254,7 +257,7 @@ class Update(Record):
     seed: Count
     base: Text | None
     base_sha256: Text | None
-    weights_sha256: Text | None = None  # of a base in memory
+    weights_sha256: Text | None = None  # only for a base in memory
     taught_first: bool
     modules: UpdateModules
     rows: UpdateRows
@@ -275,7 +278,7 @@ class Chain(Record):
 
 
 class Rounding(Record):
-    """How much of its change a product kept when it was stored in half precision."""
+    """How much of its change the product kept when it was stored in half precision."""
 
     share_changed: Share | None
     share_survived: float | None
@@ -283,7 +286,7 @@ class Rounding(Record):
 
 
 class Stage(Record):
-    """A finished stage: its seconds, the hashes of its files, and notes for people, which are not declared."""
+    """A finished stage: its duration, the hashes of its files, and notes for people (any undeclared fields)."""
 
     seconds: Number
     files: dict[str, Text] = {}
@@ -291,12 +294,12 @@ class Stage(Record):
 
     @property
     def notes(self) -> dict[str, Any]:
-        """The notes, in their order."""
+        """The notes, in the order in which they were written."""
         return {**(self.model_extra or {}), **({"rounding": self.rounding.as_json()} if self.rounding else {})}
 
 
 class ModelNotes(Record):
-    """The details of a run's model that pages show."""
+    """The details of a run's model that its pages show."""
 
     dtype: Text
     device: Text
@@ -305,7 +308,7 @@ class ModelNotes(Record):
 
 
 class Parent(Record):
-    """The base of a run, and the folder of the run that made it, if one did."""
+    """The base of a run, and the folder of the run that made the base, if a run made it."""
 
     name: Text
     run: Text | None
@@ -322,37 +325,37 @@ class Manifest(Record):
     commit: Text | None
     machine: Text
     stages: dict[str, Stage]
-    replaces: bool = False  # a run in the folder that is still to be removed
+    replaces: bool = False  # True while the folder holds an older run that is to be removed
     model: ModelNotes | None = None
     parent: Parent | None = None
-    plan: Object = {}  # what was planned
-    lora: Text | None = None  # what LoRA leaves alone
+    plan: Object = {}  # the plan that was made before the run
+    lora: Text | None = None  # the modules that LoRA leaves unchanged, in words
     finished: bool = False
-    results: dict[str, Text] = {}  # hashes
+    results: dict[str, Text] = {}  # file name -> SHA-256
     peak_memory_gb: Number = 0
 
 
 class Config(Record):
-    """The recorded settings of a run that are read again."""
+    """The recorded settings of a run that later commands read."""
 
     class Model(Record):
-        """The base."""
+        """The settings of the base."""
 
         name: Text | None
         base_model_id: Text | None
 
     class Facts(Record):
-        """The facts."""
+        """The settings of the facts."""
 
         source: Text | None
 
     class Teach(Record):
-        """Teaching the old answers."""
+        """The settings for teaching the old answers."""
 
         epochs: Count
 
     class Stage(Record):
-        """Forgetting or learning."""
+        """The settings of forgetting or learning."""
 
         modules: Modules
         rows: Text = "all"
@@ -365,10 +368,10 @@ class Config(Record):
 
 
 class ComparisonConfig(Record):
-    """The recorded settings of a comparison; `validate` checks the rest of their contents."""
+    """The recorded settings of a comparison. What is not declared here is checked by `validate`."""
 
     class Run(Record):
-        """What all cells share."""
+        """The settings that all cells share."""
 
         model: Config.Model
 
@@ -380,7 +383,7 @@ class ComparisonConfig(Record):
 
 
 class Trial(Record):
-    """A coefficient that was tried."""
+    """A coefficient that was tried, and its scores."""
 
     coef: Number
     scores: dict[str, Percent | None]
@@ -396,7 +399,7 @@ class Choice(Record):
 
 
 class FactCounts(Record):
-    """Counts of the records that were read: used, left out, scored."""
+    """Counts of the records that were read, used, left out and scored."""
 
     source: Text
     reader: Text
@@ -415,7 +418,7 @@ class FactCounts(Record):
 
 
 class OnText(Record):
-    """Perplexity on a text, and how far the model is from the one before."""
+    """Perplexity on a text, and the KL divergence from the model of the phase before."""
 
     source: Text
     sha256: Text = ""
@@ -445,7 +448,7 @@ class General(Record):
 
 
 class Retained(Record):
-    """One of the updates before the last, asked again."""
+    """The scores of an earlier update's facts, asked again."""
 
     update: Count
     when: Text
@@ -474,7 +477,7 @@ class Summary(Record):
 
 
 def _problem(error: ValidationError, data: object, file: Path, inside: str = "") -> str:
-    """Return one message: the first problem, and the number of others."""
+    """Return a message that describes the first problem and counts the others."""
     problems = error.errors(include_url=False)
     first = problems[0]
     place = first["loc"]
@@ -491,7 +494,7 @@ def _problem(error: ValidationError, data: object, file: Path, inside: str = "")
 
 
 def _in_data(place: tuple[int | str, ...], data: object) -> list[int | str]:
-    """Return pydantic's location of a problem without the parts that name variants of a type."""
+    """Return pydantic's location of a problem, without the parts that name a member of a union type."""
     found: list[int | str] = []
     for part in place:
         if isinstance(data, Mapping):

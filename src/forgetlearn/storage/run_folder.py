@@ -1,8 +1,8 @@
-"""The run folder: what was asked for, and which stages are done with which results; resume.
+"""The run folder: settings, finished stages and their results, and how a run is resumed.
 
-A stage counts as done only when the manifest says so, and the manifest is replaced last. So a kill at any moment
-leaves a folder in which `--resume` goes on after the last finished stage. The manifest holds hashes of itself and of
-what each stage wrote: what was damaged since is done again, or is an error, and is never used.
+A stage counts as done only when the manifest says so, and the manifest is written last. So a run that is killed at any
+moment can be resumed after its last finished stage. The manifest holds hashes of itself and of the files that each
+stage wrote. Damaged files are never used: their stage is done again, or an error is raised.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ log = logging.getLogger("forgetlearn")
 
 MANIFEST = "manifest.json"
 SUMMARY, ROWS, INPUTS = "summary.json", "facts.jsonl", "inputs.jsonl"
-FORMAT = 2  # of the manifest
+FORMAT = 2  # version of the manifest's format
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
-RESULTS = (ROWS, INPUTS, SUMMARY, "config.yaml", "logs/*.jsonl")  # of a run
-WITHOUT_EFFECT = ("checkpoint_minutes", "report_to")  # settings that may change from one resume to the next
-LOCKS = (".lock", ".writer.json")  # while a process writes the run: its lock, and who it is (locks.py)
+RESULTS = (ROWS, INPUTS, SUMMARY, "config.yaml", "logs/*.jsonl")  # files whose hashes `finish` records
+WITHOUT_EFFECT = ("checkpoint_minutes", "report_to")  # settings that may differ when a run is resumed
+LOCKS = (".lock", ".writer.json")  # exist while a process writes the run: its lock, and its id and host
 REMEDY = "Restore it from a backup"
 K = TypeVar("K", bound=Record)
 
@@ -55,7 +55,7 @@ class RunFolder:
     ) -> RunFolder:
         """Return a new run folder, or with `resume` the existing one; see `check_output` and `check_same` for errors.
 
-        Without `remove_leftovers` other processes may be writing in the folder.
+        Pass `remove_leftovers=False` if other processes may be writing into the folder.
         """
         path = Path(path)
         check_output(path, resume=resume, overwrite=overwrite)
@@ -80,7 +80,7 @@ class RunFolder:
                 "stages": {},
             }
             if any(path.iterdir()):
-                manifest["replaces"] = True  # known as ours before the old run goes: a kill may come in between
+                manifest["replaces"] = True  # noted before the old run is deleted, in case this process is killed
             run = cls(path, Manifest.parse(manifest, path / MANIFEST))
             run.note()
         if remove_leftovers:
@@ -89,7 +89,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Open the run in a folder; raise RunError if there is none, or its manifest was damaged or changed."""
+        """Open the run in a folder; raise RunError if the folder holds none, or its manifest was damaged or changed."""
         file = Path(path) / MANIFEST
         if not file.is_file():
             raise RunError(f"{path}: is not a run folder: it has no {MANIFEST}.")
@@ -102,15 +102,15 @@ class RunFolder:
 
     @property
     def settings(self) -> Config:
-        """The recorded settings of an update or of scores."""
+        """The recorded settings of an update or an evaluation."""
         return self.config_as(Config)
 
     def config_as(self, kind: type[K]) -> K:
-        """Return the recorded settings as a record; raise RunError if one has a value that it cannot have."""
+        """Return the recorded settings as a record of this kind; raise RunError if a value is invalid."""
         return kind.parse(self.manifest.config, self.path / MANIFEST, "config")
 
     def check_seen(self) -> None:
-        """Raise RunError unless this process sees the run that process 0 writes: all need the same disk."""
+        """Raise RunError unless this process can see the run that the main process writes, on a shared disk."""
         if not (self.path / MANIFEST).is_file():
             raise RunError(
                 f"Process {processes.rank()} cannot see {self.path}, which process 0 writes. "
@@ -118,7 +118,7 @@ class RunFolder:
             )
 
     def check_same(self, now: Mapping[str, Any], part: Literal["config", "inputs"]) -> None:
-        """Raise RunError, naming the first difference, unless the run was begun with the same config or inputs."""
+        """Raise RunError, naming the first difference, if the recorded config or inputs (`part`) differ from `now`."""
         was, wanted = _flat(getattr(self.manifest, part), part), _flat(_plain(now), part)
         names = [name for name in {**was, **wanted} if name.rsplit(".", 1)[-1] not in WITHOUT_EFFECT]
         differ = [name for name in names if was.get(name) != wanted.get(name)]
@@ -131,21 +131,21 @@ class RunFolder:
             )
 
     def is_done(self, stage: str) -> bool:
-        """Return True if a stage was finished."""
+        """Return True if the stage is finished."""
         return stage in self.manifest.stages
 
     def do(self, stage: str, compute: Callable[[Path], Mapping[str, Any] | None], folder: str | None = None) -> None:
-        """Do a stage if it is not done: `compute` writes into a folder that appears only when it is complete.
+        """Do a stage unless it is done: `compute` writes into a temporary folder, which is then renamed.
 
-        The folder is `stages/<stage>`, or `folder` in the run. The manifest keeps what `compute` returns, and how many
-        seconds it took.
+        The folder becomes `stages/<stage>`, or `folder` if it is given. The manifest records the notes that `compute`
+        returns and how many seconds it took.
         """
         if not self.is_done(stage):
             start = time.perf_counter()
             final = self.path / (folder or f"stages/{stage}")
             with atomic_folder(final) as unfinished:
                 notes = compute(unfinished)
-                processes.barrier()  # others may still be writing
+                processes.barrier()  # other processes may still be writing
                 digests = processes.on_main(lambda: hashes(unfinished))
             took = round(time.perf_counter() - start, 3)
             files = {f"{final.relative_to(self.path).as_posix()}/{name}": digest for name, digest in digests.items()}
@@ -154,19 +154,19 @@ class RunFolder:
             self.note(
                 stages=self.manifest.as_json()["stages"] | {stage: {"seconds": took, **(notes or {}), "files": files}}
             )
-        shutil.rmtree(self.points(stage), ignore_errors=True)  # a kill just after the stage leaves them, too
+        shutil.rmtree(self.points(stage), ignore_errors=True)  # also if a process was killed just before this
 
     def points(self, stage: str) -> Path:
-        """Return the folder of the checkpoints inside a stage, which exists until the stage is done."""
+        """Return the folder of the checkpoints made during a stage; it is deleted when the stage is done."""
         return self.path / f"stages/{stage}.points"
 
     def rounding(self, *stages: str) -> Rounding | None:
-        """Return what rounding left of the change, as the first of these stages noted it."""
+        """Return how much of the change survived rounding, from the first of these stages that recorded it."""
         done = (self.manifest.stages.get(stage) for stage in stages)
         return next((stage.rounding for stage in done if stage and stage.rounding), None)
 
     def remove_stage_weights(self) -> None:
-        """Delete the weights between the stages, with their folder if it holds no rows; rows and logs stay."""
+        """Delete the weights that stages kept for later stages, and folders that hold no rows; rows and logs stay."""
         for folder in {file.parent for file in (self.path / "stages").rglob("*.safetensors")}:
             with naming(folder):
                 if not list(folder.glob("*.jsonl")):
@@ -175,7 +175,7 @@ class RunFolder:
                     file.unlink()
 
     def note(self, **changes: object) -> None:
-        """Add to the manifest, or change a field of it."""
+        """Set fields of the manifest and write it."""
         self.manifest = Manifest.parse(self.manifest.as_json() | _plain(changes), self.path / MANIFEST)
         self._save()
 
@@ -184,7 +184,7 @@ class RunFolder:
         write_json(self.path / MANIFEST, {**noted, "sha256": hash_of(noted)})
 
     def finish(self) -> None:
-        """Note that the run is done, its peak memory, and the hashes of its results."""
+        """Record in the manifest that the run is finished, its peak memory, and the hashes of its results."""
         results = sorted({file for pattern in RESULTS for file in self.path.glob(pattern)})
         digests = {file.relative_to(self.path).as_posix(): sha256_of(file) for file in results}
         self.note(finished=True, results=digests, peak_memory_gb=round(provenance.peak_memory_bytes() / 1e9, 3))
@@ -195,7 +195,7 @@ class RunFolder:
         self._check(written, f", or {remedy}")
 
     def check_stage(self, stage: str) -> None:
-        """Raise RunError, naming the files, if those of a stage were changed since the run wrote them."""
+        """Raise RunError, naming the files, if files of a stage were changed since the run wrote them."""
         if self.is_done(stage):
             self._check(self.manifest.stages[stage].files)
 
@@ -205,7 +205,7 @@ class RunFolder:
             raise RunError(f"{self.path}: {names}: changed after the run wrote it (hash mismatch). {REMEDY}{remedy}.")
 
     def _drop_damaged_stages(self) -> None:
-        """Begin again at the first stage whose files were changed: later ones were made from them."""
+        """Drop the first stage whose files were changed, and all later ones, which were made from it."""
         stages = self.manifest.as_json()["stages"]
         for place, (name, stage) in enumerate(self.manifest.stages.items()):
             if changed := damaged(self.path, stage.files):
@@ -217,7 +217,10 @@ class RunFolder:
                 return
 
     def remove_leftovers(self) -> None:
-        """Delete what a kill left half written, and a run that this one replaces; no other process may be writing."""
+        """Delete half-written files of a killed process, and the run that this one replaces, if any.
+
+        No other process may be writing into the folder.
+        """
         replaces = self.manifest.replaces
         old = [file for file in self.path.iterdir() if file.name not in (MANIFEST, *LOCKS)] if replaces else []
         for left in (*old, *self.path.rglob(f"*{UNFINISHED}*")):
@@ -249,8 +252,8 @@ def check_output(
 ) -> None:
     """Raise RunError unless a run can be written to this folder without losing anything else.
 
-    Without a flag it must not exist; with one it must be forgetlearn's. It must neither hold one of `inputs` (what the
-    run reads) nor lie in one.
+    Without `resume` or `overwrite` the folder must not exist; with one of them, forgetlearn must have written it. It
+    must neither contain any of `inputs`, the files and folders that the run reads, nor lie inside one.
     """
     path, reads = Path(path), [Path(read) for read in inputs if read]
     _check_name(path)
@@ -259,7 +262,7 @@ def check_output(
             raise RunError(f"{path} lies in {read}, which this run reads. Choose a folder outside of it.")
     if not path.exists() or (
         path.is_dir() and all(UNFINISHED in child.name or child.name in LOCKS for child in path.iterdir())
-    ):  # all that a process leaves that was killed early
+    ):  # a process that was killed early leaves nothing else
         return
     if resume and not overwrite and is_run(path):
         return
@@ -280,9 +283,9 @@ def check_output(
 
 
 def _check_name(path: Path) -> None:
-    """Raise RunError if the system, or the libraries that write weights and tokenizers, reject the name."""
+    """Raise RunError if the file system, or a library that writes weights or tokenizers, would reject the name."""
     with naming(path):
-        path.exists()  # fails for a name that is too long
+        path.exists()  # raises OSError if the name is too long
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
@@ -292,7 +295,7 @@ def _check_name(path: Path) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    """Return True if forgetlearn wrote this manifest; other programs use the name too."""
+    """Return True if forgetlearn wrote this file; other programs use the same names."""
     try:
         return "forgetlearn" in json.loads(file.read_text(encoding="utf-8"))["versions"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -300,13 +303,13 @@ def _is_ours(file: Path) -> bool:
 
 
 def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return data as JSON gives it back, so that recorded and present settings compare equal."""
+    """Return data as it is read back from JSON, so that recorded and current settings can be compared."""
     found: dict[str, Any] = json.loads(json.dumps(data, allow_nan=False))
     return found
 
 
 def _check_names(config: Mapping[str, Any]) -> None:
-    """Raise RunError if a setting names a file whose name is not UTF-8: no JSON or YAML file could record it."""
+    """Raise RunError if a setting holds a file name that is not UTF-8, which JSON and YAML cannot record."""
     for name, value in _flat(config, "").items():
         if isinstance(value, str) and any("\udc80" <= letter <= "\udcff" for letter in value):
             raise RunError(f"{name.removeprefix('.')} = {plain(value)}: the name is not UTF-8. Rename it.")
