@@ -40,7 +40,7 @@ def forget(
     """Fine-tune on the old answers, and subtract `coef` times what that added. `lm` is changed in place.
 
     If all weights are trained, `lm.model` becomes the forgotten model, in float32. With LoRA the base keeps its
-    weights, and `lm.model` gets a frozen adapter "forget", multiplied by -coef. Facts without an old answer are skipped.
+    weights, and `lm.model` gets a frozen adapter "forget", multiplied by -coef. Skip facts without an old answer.
 
     Raises:
         FactError: no fact has an old answer.

@@ -66,7 +66,7 @@ class StageKind:
         return task_vector.snapshot_on_disk(lm.model, points)
 
     def state(self, lm: LanguageModel, name: str) -> dict[str, Tensor]:
-        """Return the weights that differ from the base, for reading only: all weights, or those of the named adapter."""
+        """Return the weights that differ from the base, for reading only: all weights, or the named adapter's."""
         return sharding.parts(lm.model)
 
     def put_state(self, lm: LanguageModel, settings: ForgetSettings, state: StateDict) -> None:
