@@ -1,8 +1,9 @@
-"""theta - coef * (tuned - theta) from folder to folder, against the other ways of doing it.
+"""Compare `forgetlearn subtract` with other ways to compute theta - coef * (tuned - theta) from folder to folder.
 
-Makes a random Llama checkpoint (bfloat16, shards), a tuned copy and a LoRA adapter under --scratch, then runs all
-sides in turn, each in a fresh process: wall and CPU seconds, peak resident memory. The last line is the ratio of the
-CPU seconds against loading both with transformers. Where the disk is slow, give a --scratch in memory.
+Makes a random Llama checkpoint (bfloat16, sharded), a tuned copy and a LoRA adapter under --scratch. Then runs every
+way in turn, each in a fresh process, and measures wall and CPU seconds and peak resident memory. The last line is the
+CPU seconds of loading both models with transformers, divided by those of forgetlearn. If the disk is slow, put --scratch
+in memory.
 
     python bench/arithmetic.py --scratch /dev/shm/arithmetic [--mergekit VENV/bin/mergekit-yaml] [--layers 22]
 """

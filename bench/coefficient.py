@@ -1,19 +1,19 @@
-"""`coef: auto`, both ways of searching, against a grid of nine coefficients: how close, and for how much time.
+"""Compare `coef: auto`, with both of its searches, with a grid of nine coefficients: how close, and in how much time.
 
     python bench/coefficient.py --start 300 --output runs/coefficient
 
-Six cases: f-ft, f-lora and f-lora-ft on ZsRE and on COUNTERFACT, each on a lab base of the facts START + 1 to
-START + LIMIT, 6 epochs a stage, one seed, protocol `token`, one thread. The grid is one `compare`, so its base is
-scored and its old answers are tuned once; auto is an `update`. Both are timed whole, in CPU seconds, in this
-process. What counts is the mean of reliability, generality and locality on the facts that auto did not choose on,
-for the grid too. A fixed coefficient stands beside as the least that a search has to beat. What the choice of the
-facts set aside does is seen from the grid alone: over DRAWS other draws of them, how often a coefficient that is best
-on them is within 1 point of the best on the others, where all nine are tried and where only the ends are that the
-full search tries.
+There are six cases: f-ft, f-lora and f-lora-ft on ZsRE and on COUNTERFACT, each on a lab base of the facts START + 1 to
+START + LIMIT, with 6 epochs per stage, one seed, protocol `token` and one thread. The grid is one `compare`, so its
+base is scored, and fine-tuned on the old answers, only once. Auto is an `update`. Both are timed as a whole, in CPU
+seconds, in this process. The measure is the mean of reliability, generality and locality, for auto and grid alike on
+the facts that auto did not choose on. A fixed coefficient is shown as the baseline that a search has to beat.
 
-Resumable: a grid or an update that is done is not done again; one that was cut off is begun anew. The last line
-has, for both ways, in how many of the cases it came within 1 point of the best of the grid, and its share of the
-grid's time.
+The grid also shows how much depends on which facts are set aside. They are drawn anew DRAWS times, and the best
+coefficient on each draw is compared with the best one on the other facts: how often is it within 1 point? This is done
+once with all nine coefficients, and once with only the two ends of the full search.
+
+Resumable: a finished grid or update is not run again, and an interrupted one starts again. For both searches, the last
+line says in how many cases the search came within 1 point of the grid's best, and what share of its time it took.
 """
 
 from __future__ import annotations

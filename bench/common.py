@@ -1,4 +1,4 @@
-"""What the measuring programs share: real facts, a small Llama of random weights, paired runs."""
+"""Shared by the benchmarks: real facts, a small Llama with random weights, and paired runs."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Peak memory of f-ft with all weights against weights + gradients + two optimiser states, on a random Llama.
+"""Compare the peak memory of f-ft with that of weights, gradients and two optimiser states, on a random Llama.
 
     python bench/memory.py --facts ../shared/data/zsre.json [--limit 64] [--pairs 3]
 
-The Llama is that of planned.py: 59 M parameters, float32. f-ft here is what the method does to the model: fine-tuning
-on the old answers, subtraction, learning, one epoch of batches of 8 in each; no scores, no run folder. The floor
-is what such training needs at least, 16 bytes a parameter, and as measured: the same model, a gradient for each weight
-and one step of fused AdamW. Each in a fresh process on the CPU, with one thread; the peak of its resident set less
-what it was after the imports. The last line is the ratio of f-ft to the 16 bytes, the median over the rounds.
+The Llama is the one of planned.py: 59 M parameters, float32. f-ft is measured without scores and without a run folder:
+fine-tuning on the old answers, subtraction and learning, with one epoch of batches of 8 in each stage. The floor is the
+least memory that such training needs. It is computed (16 bytes per parameter) and measured (the same model, a gradient
+for each weight and one step of fused AdamW). Each side runs in a fresh process on the CPU with one thread. Its memory
+is the peak of its resident set minus the resident set after the imports. The last line is the ratio of f-ft to the 16
+bytes, as the median over the rounds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Planned against measured: peak memory and time of an update, on a lab base and on a random Llama.
+"""Compare the planned with the measured peak memory and time of an update, on a lab base and on a random Llama.
 
     python bench/planned.py --facts ../shared/data/zsre.json [--model DIR] [--methods f-ft,f-lora] [--limit 64]
 
-Without --model: a Llama of 59 M random parameters. Every update runs in a fresh process on the CPU; the memory
-is the peak of its resident set, Python and libraries included. The last line is the worst ratio of memory.
+Without --model, the model is a Llama of 59 M random parameters. Every update runs in a fresh process on the CPU. Its
+memory is the peak of its resident set, including Python and libraries. The last line is the worst ratio of memory.
 """
 
 from __future__ import annotations

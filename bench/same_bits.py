@@ -3,9 +3,9 @@
     python bench/same_bits.py --output /tmp/bits --write before.json      on the old code
     python bench/same_bits.py --output /tmp/bits2 --against before.json   on the new code
 
-Runs `lab`, `update` (every method), `compare`, `subtract`, `vector`, `apply --merge` and `demo` on made-up facts with
-fixed seeds and one thread, through the command, and hashes every tensor, every row of facts.jsonl, every mean of
-summary.json and the tables. Exits with 1 and names what differs.
+Runs the commands `lab`, `update` (every method), `compare`, `subtract`, `vector`, `apply --merge` and `demo` on made-up
+facts with fixed seeds and one thread. Hashes every tensor, every row of facts.jsonl, every mean of summary.json and the
+tables. If anything differs, lists the differences and exits with 1.
 """
 
 from __future__ import annotations

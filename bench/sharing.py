@@ -1,13 +1,13 @@
-"""`forgetlearn compare` against the same updates as `forgetlearn update` commands, one after the other.
+"""Compare the time of `forgetlearn compare` with that of the same updates as `forgetlearn update` commands.
 
     python bench/sharing.py --limit 60 --epochs 2
 
-5 methods x 3 coefficients x 3 seeds are 33 updates. Both sides are commands in processes of their own, one
-thread, on one lab base that is built before the clock starts. The updates of the first seed are done one by
-one and stand for the other seeds (a seed changes the order of facts, not the amount of work); with
-`--every-seed` all are done. Their scores must equal those of the cells of compare. An update also writes its
-product (a model or an adapter); a cell of compare writes its scores and report only. With `--pairs` both
-sides are run again. The last line is the ratio of CPU times, compare to one by one.
+5 methods x 3 coefficients x 3 seeds are 33 updates. Both sides are commands in their own processes, with one thread, on
+one lab base that is built before the clock starts. Only the first seed's updates are run one by one, and their time is
+used for the other seeds too, since a seed changes the order of facts but not the amount of work. With `--every-seed`
+all updates are run. Their scores must equal those of compare's cells. An update also writes its product (a model or an
+adapter), while a cell writes only its scores and report. `--pairs` repeats both sides. The last line is the ratio of
+CPU times, compare to one by one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Does forgetting first help, and which forgetting? Every base of the study's config, compared, tabulated, plotted.
+"""Study whether forgetting first helps, and which forgetting: compare, tabulate and plot every base of the config.
 
     python bench/study.py ../shared/data --output runs/study [--only zsre-tied] [--tables] [--config FILE]
 
-Resumable: cells that are done are not done again. Each part is, per base, a folder of `forgetlearn compare`. At the end
-it writes study.md (per protocol the paired differences to plain fine-tuning, and of what was chosen to every
-other row, with 95 % intervals) and study-PART.svg (a trade-off curve over epochs per row, a panel per base) of
-everything that is done in the folder, whatever was asked for now; `--tables` does that alone.
+Resumable: finished cells are not run again. Each part has one folder of `forgetlearn compare` per base. At the end, the
+program writes two kinds of files about everything finished in the output folder, even what this call did not ask for;
+`--tables` only writes these. study.md has, for each protocol, the paired differences of each row to plain fine-tuning,
+and of the chosen row to every other row, with 95 % intervals. study-PART.svg has a panel per base, with a trade-off
+curve over epochs for each row.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What fine-tuning on the old answers and fine-tuning on the new ones have in common, part by part of the model.
+"""Measure what fine-tuning on old answers and fine-tuning on new answers have in common, for each part of the model.
 
     python bench/study_overlap.py ../shared/data [--only confirm] [--seeds 0,1,2] [--config FILE] [--output FILE.md]
 
-For bases of the study's config, both from the base itself and with the same seed: the old vector and the new one, of
-all its facts and with its settings (the new one with the most epochs of the part); their lengths beside that of the
-base, their cosine, and the multiple of the old vector that is in the new one, <new, old> / <old, old>. Where learning
-adds the same to the forgotten weights as to the base, forgetting with that coefficient takes back all that the two
-share.
+For each base of the study's config, both task vectors start from the base itself, and use the same seed, all its facts
+and its settings (for the new answers, the largest number of epochs of the part). Reported are their lengths relative to
+the base, their cosine, and the multiple of the old vector that the new one contains, <new, old> / <old, old>. If
+learning adds the same to the forgotten weights as to the base, forgetting with this coefficient removes everything that
+the two vectors share.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tables and the plot of a study: cells of one base, from any number of comparisons, row against row of the same seeds.
+"""Tables and the plot of a study. Rows of one base, from any number of comparisons, are compared over the same seeds.
 
-A row is whatever cells of it are done: with `n` seeds it is compared over the seeds that the other row has too.
+A row consists of its finished cells. Two rows are compared over the seeds that both of them have.
 """
 
 from __future__ import annotations

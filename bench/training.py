@@ -1,14 +1,14 @@
-"""One epoch of fine-tuning: forgetlearn.training.finetune against TRL's SFTTrainer, plain Trainer, and its own floor.
+"""Compare one epoch of forgetlearn.training.finetune with TRL's SFTTrainer, a plain Trainer, and a floor.
 
     python bench/training.py --facts ../shared/data/zsre.json --limit 960 --pairs 3
 
-Prompt -> new answer, loss on the answer only, batches of 32 in random order, all weights, float32, one thread, CPU
-milliseconds per step, set-up included. All sides draw the same batches and must end at the same loss. SFTTrainer "as
-it comes" has the rate, the seed and float32 set and nothing else, so it computes activations twice
-(checkpointing); its padding_free mode is given without. The floor is forward, backward, clipping and fused AdamW on the
-same packed rows with the same attention, made beforehand, without Trainer; it is also run without clipping and AdamW.
-TRL's sides are left out where it is not installed (pip install 'forgetlearn[bench]'), or with
---without-trl. The last line is the ratio.
+All sides train all weights in float32 on prompts and new answers, with the loss on the answer only, in batches of 32 in
+random order, with one thread. They draw the same batches and must end at the same loss. The unit is CPU milliseconds
+per step, including set-up. SFTTrainer "as it comes" sets only the rate, the seed and float32, so it uses activation
+checkpointing, which computes activations twice. Its padding_free mode runs without checkpointing. The floor runs
+forward, backward, clipping and fused AdamW without Trainer, on the same packed rows, made beforehand, with the same
+attention. It is also run without clipping and AdamW. TRL's sides are left out if TRL is not installed (pip install
+'forgetlearn[bench]'), or with --without-trl. The last line is the ratio.
 """
 
 from __future__ import annotations

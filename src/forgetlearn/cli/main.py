@@ -323,8 +323,8 @@ def ask(
         return
     for prompt in prompts:
         say(plain(prompt))
-        for name, said in answers.items():
-            say(f"  {name}: {plain(said[prompt])}" if reference else f"  {plain(said[prompt])}")
+        for name, answered in answers.items():
+            say(f"  {name}: {plain(answered[prompt])}" if reference else f"  {plain(answered[prompt])}")
 
 
 @app.command()
@@ -388,7 +388,10 @@ FEW_PRODUCTS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 on success, 2 for an error that the user can fix."""
+    """Run the command and return its exit code; raise an error that the user cannot fix.
+
+    The code is 0 on success, 2 for an error that the user can fix, and 128 + n after signal n.
+    """
     for name, value in (QUIET | FEW_PRODUCTS).items():  # the libraries read these when they are imported
         os.environ.setdefault(name, value)
     try:

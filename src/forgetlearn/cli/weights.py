@@ -220,8 +220,8 @@ def inspect(
     from forgetlearn.weights.folder_arithmetic import REMEDIES
     from forgetlearn.weights.rounding import warning
 
-    if said := warning(found.total.survival.as_dict(), REMEDIES):
-        say(said, err=True)
+    if text := warning(found.total.survival.as_dict(), REMEDIES):
+        say(text, err=True)
 
 
 @app.command("log")
@@ -296,7 +296,7 @@ def _say(written: Written, as_json: bool) -> None:
     say(f"{written.counts()}; {written.seconds:.1f} s, and {written.seconds_to_sync:.1f} s until it was on the disk")
     from forgetlearn.weights.rounding import in_words
 
-    if said := in_words(survival.as_dict()):
-        say(said)
+    if text := in_words(survival.as_dict()):
+        say(text)
     if warning := written.warning():
         say(warning, err=True)
