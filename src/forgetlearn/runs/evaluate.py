@@ -163,8 +163,8 @@ def ask(
     stripped = {prompt: prompt.strip() for prompt in prompts}  # as in the prompts of facts
     found = Scorer(lm, config.evaluate, "asking").say(stripped.values())
     for prompt, plain in stripped.items():
-        answer = found[plain]
-        if not isinstance(answer, Generated):
-            raise FactError(f"{prompt[:60]!r}: {answer.reason}")
-        answers[prompt] = answer.text
+        said = found[plain]
+        if not isinstance(said, Generated):
+            raise FactError(f"{prompt[:60]!r}: {said.reason}")
+        answers[prompt] = said.text
     return answers
