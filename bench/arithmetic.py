@@ -50,7 +50,7 @@ def names_and_shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def make(scratch: Path, layers: int, shards: int) -> int:
-    """Write the three folders, and return them and the number of parameters."""
+    """Write the three folders, and return the number of parameters."""
     import numpy as np
 
     from forgetlearn.weights.rounding import Scratch, narrow, widen
@@ -106,7 +106,7 @@ def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]], raw: Any,
 
 
 def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rng: Any, rank: int = 8) -> None:
-    """r 8 on all linear layers."""
+    """Write a LoRA adapter with r = 8 on all linear layers."""
     from forgetlearn.weights.checkpoint_folder import Entry, header_bytes
 
     folder.mkdir()

@@ -49,7 +49,7 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Case:
-    """A method on a data set: scores by coefficient of the grid, and of each search with its coefficient."""
+    """A method on a data set, with the grid's scores by coefficient, and each search's score and coefficient."""
 
     name: str
     grid: dict[float, float]
@@ -120,7 +120,7 @@ def run_case(data: str, facts: FactSet, config: RunConfig, folder: Path) -> Case
 
 
 def timed(folder: Path, work: Callable[[Path], Any]) -> float:
-    """CPU seconds of the work that writes this folder, from the note beside it where it is done."""
+    """Return the CPU seconds of the work that writes this folder, from the note beside it if the work is done."""
     note = folder.with_suffix(".json")
     if not note.is_file():
         disk.remove_unfinished(folder)
@@ -133,7 +133,7 @@ def timed(folder: Path, work: Callable[[Path], Any]) -> float:
 
 
 def scores(run: Path, facts: FactSet) -> np.ndarray:
-    """Of the updated model, in percent: a line per fact, a column for each of GOAL; NaN where it was not asked."""
+    """Return the updated model's scores in percent: a line per fact, a column per score of GOAL; NaN if unscored."""
     rows = [row for row in disk.read_rows(run / "facts.jsonl") if row["phase"] == "updated"]
     found = {(row["fact"], protocol): row for row in rows for _q, protocol in GOAL if row["protocol"] == protocol}
     lines = [[found[fact.id, protocol][quantity] for quantity, protocol in GOAL] for fact in facts]
@@ -162,7 +162,10 @@ def table(cases: list[Case]) -> str:
 
 
 def ceiling(cases: list[Case], coefs: tuple[float, ...]) -> float:
-    """Cases within 1 point, on average over draws of a fifth of the facts, with the best of `coefs` on these."""
+    """Return in how many cases the best of `coefs` on a fifth of the facts is within 1 point of the best on the others.
+
+    This is a mean over draws of the fifth.
+    """
     tried, near = [GRID.index(coef) for coef in coefs], []
     for draw in range(DRAWS):
         for case in cases:

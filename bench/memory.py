@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measured(args: argparse.Namespace, model: Path, name: str) -> dict[str, float]:
-    """What a fresh process took for one of the two."""
+    """Return the memory and the number of parameters of one side, measured in a fresh process."""
     own = ["--facts", str(args.facts), "--limit", str(args.limit), "--model", str(model), "--alone", name]
     command = [sys.executable, __file__, *own]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=AS_THE_COMMAND)
@@ -70,7 +70,7 @@ def measured(args: argparse.Namespace, model: Path, name: str) -> dict[str, floa
 
 
 def run_alone(args: argparse.Namespace) -> dict[str, float]:
-    """The peak of this process, which does nothing else, less what its imports took."""
+    """Return the peak memory of this process, which does nothing else, minus the memory of its imports."""
     facts = list(read_facts(args.facts, limit=args.limit))
     reset_peak()
     before = resident("VmRSS")
@@ -79,7 +79,7 @@ def run_alone(args: argparse.Namespace) -> dict[str, float]:
 
 
 def bare(model_folder: Path) -> int:
-    """Number of parameters of a model that has taken one step; the gradients are made up."""
+    """Run one step of AdamW with made-up gradients; return the model's number of parameters."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     weights = list(model.parameters())
     for weight in weights:
@@ -89,7 +89,7 @@ def bare(model_folder: Path) -> int:
 
 
 def f_ft(args: argparse.Namespace, facts: list[Fact]) -> int:
-    """Number of parameters of a model that has forgotten and learned."""
+    """Make a model forget and learn; return its number of parameters."""
     config = load_config(None, {"method": "f-ft", "model.name": str(args.model), **SETTINGS})
     lm = load_model(config.model)
     forget(lm, facts, config.forgetting, "all weights")

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def run_alone(args: argparse.Namespace) -> dict[str, Any]:
-    """The plan of one update, and then what the update took of this process."""
+    """Return the planned and the measured memory and time of one update, which runs in this process."""
     given = dict(setting.split("=", 1) for setting in args.settings)
     settings = SETTINGS | {name: json.loads(value) for name, value in given.items()}
     config = load_config(None, {"method": args.alone, "model.name": str(args.model), **settings})

@@ -36,7 +36,7 @@ def digest(data: bytes) -> str:
 
 
 def tensors(file: Path) -> dict[str, str]:
-    """The hash of each tensor's bytes: the header's own text may change."""
+    """Return a hash of each tensor's bytes. The text of the header may change."""
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
@@ -48,7 +48,7 @@ def tensors(file: Path) -> dict[str, str]:
 
 
 def scores(summary: object) -> object:
-    """The numbers of a summary, without what names versions, times or paths."""
+    """Return the numbers of a summary, without versions, times and paths."""
     if isinstance(summary, dict):
         return {key: scores(value) for key, value in sorted(summary.items()) if key in KEPT or isinstance(value, dict)}
     return summary

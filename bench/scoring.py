@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def prepared(tokenizer: object, facts: list[Fact]) -> tuple[nn.Module, nn.Module]:
-    """A model that half knows the old answers, and the same tuned on the new: scores between 0 and 1, not 0."""
+    """Return a model that half knows the old answers, and that model tuned on the new ones, so that no score is 0."""
     model = small_llama(tokenizer)
     encoder = Encoder(tokenizer, "plain")
     stage = StageSettings(epochs=15, batch_size=16, learning_rate=2e-3)
@@ -124,9 +124,9 @@ def prepared(tokenizer: object, facts: list[Fact]) -> tuple[nn.Module, nn.Module
 
 @torch.no_grad()
 def predicted_ids(model: nn.Module, tokenizer: object, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Most likely id at every answer position, and the answer's own ids (protocols.md, `token`).
+    """Return the most likely id at every answer position, and the answer's own ids (protocols.md, `token`).
 
-    The steps, and their order, are those of EasyEdit's `test_prediction_acc` for a single prompt.
+    The steps and their order are the same as in EasyEdit's `test_prediction_acc` for a single prompt.
     """
     text = f"{prompt} {answer}"
     room = max(MAX_LENGTH, len(tokenizer.encode(text)) + 1)
@@ -160,7 +160,7 @@ def equal_share(ids: list[int], others: list[int]) -> float:
 
 
 def distinct_texts(lm: LanguageModel, facts: list[Fact]) -> list[Encoded]:
-    """Those of the three quantities, encoded, sorted by length."""
+    """Return the distinct texts of the three quantities, encoded and sorted by length."""
     pairs = {}
     for fact in facts:
         pairs |= dict.fromkeys((prompt, fact.target_new) for prompt in (fact.prompt, *fact.rephrase_prompts))

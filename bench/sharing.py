@@ -40,7 +40,7 @@ START = [sys.executable, "-c", "import forgetlearn.runs.update, forgetlearn.repo
 
 @dataclass(frozen=True)
 class Spent:
-    """What processes took, with all their children."""
+    """The time that processes took, including their children."""
 
     wall_s: float
     cpu_s: float
@@ -118,7 +118,7 @@ def run_compare(folder: Path, config: RunConfig, settings: CompareSettings) -> S
 
 
 def run_alone(folder: Path, cells: Mapping[str, RunConfig]) -> Spent:
-    """The updates, a command each."""
+    """Run each update as a command, and return the total time."""
     total = Spent(0, 0)
     for name, config in cells.items():
         file = folder / f"{name}.yaml"
@@ -129,7 +129,7 @@ def run_alone(folder: Path, cells: Mapping[str, RunConfig]) -> Spent:
 
 
 def cells_alone(config: RunConfig, settings: CompareSettings, every_seed: bool) -> dict[str, RunConfig]:
-    """The configs of the updates that are done one by one, by the names of their cells."""
+    """Return the configs of the updates that are run one by one, by name of the cell."""
     seeds = settings.seeds if every_seed else settings.seeds[:1]
     cells = [cell for cell in cells_of(settings, config) if cell.seed in seeds]
     return {cell.name: cell_config(config, cell, settings.variants) for cell in cells}
@@ -140,7 +140,7 @@ def as_yaml(config: RunConfig) -> str:
 
 
 def check_equal_scores(folder: Path, names: Iterable[str]) -> None:
-    """Raise unless both sides did the same updates."""
+    """Raise AssertionError if the two sides have different scores."""
     for name in names:
         paths = (folder / "compared" / "cells" / name, folder / name)
         mine, other = (json.loads((path / "summary.json").read_text())["phases"] for path in paths)

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Per part of the model: how many numbers, both lengths over that of the base, cosine, new in units of old (5,)."""
+    """Yield each part of the model, and five numbers: its size, both lengths, their cosine, and new in units of old."""
     lm = load_model(folder)
     lm.to_float32()
     base = task_vector.snapshot(lm.model)
@@ -95,7 +95,7 @@ def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterat
 def _places(
     groups: Mapping[str, list[str]], base: Mapping[str, Tensor], answers: set[int], told: set[int]
 ) -> dict[str, dict[str, Tensor | slice]]:
-    """Per part its weights and which of their rows; the head also by rows: of old answers, all others, in no fact."""
+    """Return the weights and rows of each part. The head is also split by rows: old answers, others, in no fact."""
     found: dict[str, dict[str, Tensor | slice]] = {
         part: dict.fromkeys(groups[part], slice(None))
         for part in PARTS
@@ -110,7 +110,7 @@ def _places(
 
 
 def _line(base: str, part: str, seen: Tensor) -> str:
-    """One row of the table, of numbers (S, 5): means over seeds and their standard deviation."""
+    """Return a row of the table from numbers (S, 5): means and standard deviations over the seeds."""
     spread = seen.std(0) if len(seen) > 1 else torch.zeros(5)
     scales = (100, 100, 1, 1)
     cells = [
