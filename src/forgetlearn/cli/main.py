@@ -362,7 +362,7 @@ def settings(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     of_lab: Annotated[bool, typer.Option("--lab", help="The settings of `forgetlearn lab --set` instead.")] = False,
 ) -> None:
-    """List every setting with its default: for --set and config files."""
+    """List every setting of --set and config files, with its default."""
     if of_lab:
         from forgetlearn.lab.build import LabSettings
     kind = LabSettings if of_lab else RunConfig

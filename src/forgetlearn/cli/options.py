@@ -72,7 +72,7 @@ class Given:
     file: Path | None = None
 
     def config(self, command: preflight.Command) -> RunConfig:
-        """Merge the file, the flags and --set, in this order.
+        """Return the config, merged from the file, the flags and --set, in this order.
 
         Raises:
             ConfigError: a setting is wrong, or is given for a command that does not use it.

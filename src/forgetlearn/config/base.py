@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 from forgetlearn.config import safe_yaml
 from forgetlearn.errors import ConfigError, did_you_mean
 
-TAGS = ("a number", "one name", "several names", "names and factors")  # of the forms of a setting; not in its name
-MOST_BYTES = 1 << 22  # of a file of settings
+TAGS = ("a number", "one name", "several names", "names and factors")  # of a setting's forms, not parts of its name
+MOST_BYTES = 1 << 22  # largest size of a file of settings
 
 
 class Settings(BaseModel):

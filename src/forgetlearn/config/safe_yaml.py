@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.sizes: dict[yaml.Node, int] = {}  # of complete nodes
+        self.sizes: dict[yaml.Node, int] = {}  # number of values in each complete node
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)

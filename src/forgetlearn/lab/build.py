@@ -54,7 +54,7 @@ class LabSettings(Settings):
 
 STAGE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-4}  # with TRAIN_SETTINGS, for update.yaml
 TRAIN_SETTINGS = {"adam_beta2": 0.98}
-UPDATE_TEXTS = 1800  # facts x epochs of a stage: about as many as the new answers take to be learned
+UPDATE_TEXTS = 1800  # facts x epochs of a stage: about as many as it takes to learn the new answers
 
 
 def build_lab(

@@ -27,7 +27,7 @@ Pairs = Sequence[tuple[str, str]]  # prompts with answers
 
 
 class StageKind:
-    """The plain kind: train the base's own weights in float32, and subtract from them. Other kinds override methods."""
+    """The plain kind: train the base's own weights in float32, and subtract from them. Subclasses are other kinds."""
 
     def ready(self, lm: LanguageModel) -> None:
         """Fold an adapter that forgets into the base, in float32, because half precision would lose small steps."""
@@ -70,7 +70,7 @@ class StageKind:
         return sharding.parts(lm.model)
 
     def put_state(self, lm: LanguageModel, settings: ForgetSettings, state: StateDict) -> None:
-        """Load a `state` that was returned during forgetting into the base."""
+        """Load a `state` from the forgetting stage into the base."""
         self.ready(lm)
         task_vector.load_into(lm.model, state)
 
@@ -104,7 +104,7 @@ class StageKind:
 
 
 class Adapter(StageKind):
-    """Train a LoRA adapter beside the frozen base; forgetting folds -coef into it."""
+    """Train a LoRA adapter beside the frozen base. Forgetting multiplies it by -coef."""
 
     def ready(self, lm: LanguageModel) -> None:
         """Do nothing: the base and a frozen adapter that forgets stay unchanged."""
@@ -183,7 +183,7 @@ class Bounded(StageKind):
 
 
 class Ascent(StageKind):
-    """Climb the loss of the old answers, which forgets them; nothing is subtracted."""
+    """Forget by gradient ascent on the loss of the old answers. Nothing is subtracted."""
 
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
         """Return the settings with the rate times `coef` (Adam ignores the scale of a loss), and a negated loss."""

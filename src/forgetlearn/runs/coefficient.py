@@ -81,7 +81,7 @@ def check(facts: Sequence[Fact], config: RunConfig) -> None:
 
 
 def set_aside(facts: Sequence[Fact], config: RunConfig) -> list[Fact]:
-    """Return the facts that the coefficient is chosen on, in their order.
+    """Return the facts that the coefficient is chosen on, in their given order.
 
     The draw depends on the facts' ids and the seed, not on their order in the file.
 

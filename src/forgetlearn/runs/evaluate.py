@@ -115,7 +115,7 @@ def _scored(
     phase = "model" if before is None else "updated"
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
     if before is None:
-        rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # with itself
+        rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # meaningless with itself
     if general_ability.asked(config.evaluate):
         measured[phase] = general_ability.measure(
             lm, config.evaluate, scratch, scratch if reference is not None else None

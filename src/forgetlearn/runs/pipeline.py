@@ -45,7 +45,7 @@ class Store:
         raise NotImplementedError
 
     def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> Callable[[], None] | None:
-        """Change the model and return None; if an earlier process did the stage, return a function that loads it."""
+        """Change the model and return None; if an earlier process did it, return a function that loads the result."""
         compute(StageIO())
         return None
 
@@ -54,7 +54,7 @@ class Store:
         return None
 
     def learned(self) -> tuple[StateDict, StageLog] | None:
-        """Return the weights after learning, and its log; None if nothing has been learned yet."""
+        """Return the learned weights and the log of learning; None if nothing has been learned yet."""
         return None
 
 

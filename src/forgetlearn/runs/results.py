@@ -19,7 +19,7 @@ from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY
 
 @dataclass(frozen=True)
 class Done:
-    """The results of an update other than scores; None for those that it does not have."""
+    """The results of an update other than its scores. A result is None if it does not apply."""
 
     known: int | None = None  # facts whose old answer the base gave
     forgotten: int | None = None
