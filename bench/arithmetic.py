@@ -1,8 +1,9 @@
-"""theta - coef * (tuned - theta) from folder to folder, against the other ways of doing it.
+"""Compare `forgetlearn subtract` with other ways to compute theta - coef * (tuned - theta) from folder to folder.
 
-Makes a random Llama checkpoint (bfloat16, shards), a tuned copy and a LoRA adapter under --scratch, then runs all
-sides in turn, each in a fresh process: wall and CPU seconds, peak resident memory. The last line is the ratio of the
-CPU seconds against loading both with transformers. Where the disk is slow, give a --scratch in memory.
+Makes a random Llama checkpoint (bfloat16, sharded), a tuned copy and a LoRA adapter under --scratch. Then runs every
+way in turn, each in a fresh process, and measures wall and CPU seconds and peak resident memory. The last line is the
+CPU seconds of loading both models with transformers, divided by those of forgetlearn. If the disk is slow, put
+--scratch in memory.
 
     python bench/arithmetic.py --scratch /dev/shm/arithmetic [--mergekit VENV/bin/mergekit-yaml] [--layers 22]
 """
@@ -29,7 +30,7 @@ TILE = 1 << 22  # random numbers that are drawn; the weights repeat them
 
 
 def names_and_shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """What LlamaForCausalLM stores, in its order."""
+    """Return names and shapes of the tensors that LlamaForCausalLM stores, in its order."""
     keys = HIDDEN * KEY_HEADS // HEADS
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
@@ -49,7 +50,7 @@ def names_and_shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def make(scratch: Path, layers: int, shards: int) -> int:
-    """The three folders; the number of parameters."""
+    """Write the three folders, and return the number of parameters."""
     import numpy as np
 
     from forgetlearn.weights.rounding import Scratch, narrow, widen
@@ -105,7 +106,7 @@ def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]], raw: Any,
 
 
 def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rng: Any, rank: int = 8) -> None:
-    """r 8 on all linear layers."""
+    """Write a LoRA adapter with r = 8 on all linear layers."""
     from forgetlearn.weights.checkpoint_folder import Entry, header_bytes
 
     folder.mkdir()
@@ -158,7 +159,7 @@ for path in sys.argv[1:]:
 
 @dataclass
 class Side:
-    """One way, and what it took in every round."""
+    """One way, and its time and memory in every round."""
 
     command: Callable[[Path, Path], list[list[str]]]
     wall: list[float] = field(default_factory=list)
@@ -168,7 +169,7 @@ class Side:
     synced: list[float] = field(default_factory=list)
 
     def run(self, scratch: Path, log: Path) -> None:
-        """One round; the output is deleted."""
+        """Run one round, and delete the output."""
         out = scratch / "out"
         wall = cpu = 0.0
         for command in self.command(scratch, out):
@@ -286,7 +287,7 @@ def show(found: dict[str, Side], parameters: int, pairs: int) -> None:
 
 
 def without_sync(side: Side) -> list[float]:
-    """Seconds of the whole command up to where the other sides end: they leave it to the system to write."""
+    """Return wall seconds without the sync to disk, since the other sides leave writing to the system."""
     return [wall - sync for wall, sync in zip(side.wall, side.synced, strict=True)]
 
 

@@ -1,19 +1,19 @@
-"""`coef: auto`, both ways of searching, against a grid of nine coefficients: how close, and for how much time.
+"""Compare `coef: auto`, with both of its searches, with a grid of nine coefficients: how close, and in how much time.
 
     python bench/coefficient.py --start 300 --output runs/coefficient
 
-Six cases: f-ft, f-lora and f-lora-ft on ZsRE and on COUNTERFACT, each on a lab base of the facts START + 1 to
-START + LIMIT, 6 epochs a stage, one seed, protocol `token`, one thread. The grid is one `compare`, so its base is
-scored and its old answers are tuned once; auto is an `update`. Both are timed whole, in CPU seconds, in this
-process. What counts is the mean of reliability, generality and locality on the facts that auto did not choose on,
-for the grid too. A fixed coefficient stands beside as the least that a search has to beat. What the choice of the
-facts set aside does is seen from the grid alone: over DRAWS other draws of them, how often a coefficient that is best
-on them is within 1 point of the best on the others, where all nine are tried and where only the ends are that the
-full search tries.
+There are six cases: f-ft, f-lora and f-lora-ft on ZsRE and on COUNTERFACT, each on a lab base of the facts START + 1 to
+START + LIMIT, with 6 epochs per stage, one seed, protocol `token` and one thread. The grid is one `compare`, so its
+base is scored, and fine-tuned on the old answers, only once. Auto is an `update`. Both are timed as a whole, in CPU
+seconds, in this process. The measure is the mean of reliability, generality and locality, for auto and grid alike on
+the facts that auto did not choose on. A fixed coefficient is shown as the baseline that a search has to beat.
 
-Resumable: a grid or an update that is done is not done again; one that was cut off is begun anew. The last line
-has, for both ways, in how many of the cases it came within 1 point of the best of the grid, and its share of the
-grid's time.
+The grid also shows how much depends on which facts are set aside. They are drawn anew DRAWS times, and the best
+coefficient on each draw is compared with the best one on the other facts: how often is it within 1 point? This is done
+once with all nine coefficients, and once with only the two ends of the full search.
+
+Resumable: a finished grid or update is not run again, and an interrupted one starts again. For both searches, the last
+line says in how many cases the search came within 1 point of the grid's best, and what share of its time it took.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Case:
-    """A method on a data set: scores by coefficient of the grid, and of each search with its coefficient."""
+    """A method on a data set, with the grid's scores by coefficient, and each search's score and coefficient."""
 
     name: str
     grid: dict[float, float]
@@ -120,7 +120,7 @@ def run_case(data: str, facts: FactSet, config: RunConfig, folder: Path) -> Case
 
 
 def timed(folder: Path, work: Callable[[Path], Any]) -> float:
-    """CPU seconds of the work that writes this folder, from the note beside it where it is done."""
+    """Return the CPU seconds of the work that writes this folder, from the note beside it if the work is done."""
     note = folder.with_suffix(".json")
     if not note.is_file():
         disk.remove_unfinished(folder)
@@ -133,7 +133,7 @@ def timed(folder: Path, work: Callable[[Path], Any]) -> float:
 
 
 def scores(run: Path, facts: FactSet) -> np.ndarray:
-    """Of the updated model, in percent: a line per fact, a column for each of GOAL; NaN where it was not asked."""
+    """Return the updated model's scores in percent: a line per fact, a column per score of GOAL; NaN if unscored."""
     rows = [row for row in disk.read_rows(run / "facts.jsonl") if row["phase"] == "updated"]
     found = {(row["fact"], protocol): row for row in rows for _q, protocol in GOAL if row["protocol"] == protocol}
     lines = [[found[fact.id, protocol][quantity] for quantity, protocol in GOAL] for fact in facts]
@@ -162,7 +162,10 @@ def table(cases: list[Case]) -> str:
 
 
 def ceiling(cases: list[Case], coefs: tuple[float, ...]) -> float:
-    """Cases within 1 point, on average over draws of a fifth of the facts, with the best of `coefs` on these."""
+    """Return in how many cases the best of `coefs` on a fifth of the facts is within 1 point of the best on the others.
+
+    This is a mean over draws of the fifth.
+    """
     tried, near = [GRID.index(coef) for coef in coefs], []
     for draw in range(DRAWS):
         for case in cases:

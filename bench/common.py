@@ -1,4 +1,4 @@
-"""What the measuring programs share: real facts, a small Llama of random weights, paired runs."""
+"""Shared by the benchmarks: real facts, a small Llama with random weights, and paired runs."""
 
 from __future__ import annotations
 
@@ -82,21 +82,21 @@ def llama(tokenizer: Any, **shape: Any) -> LlamaForCausalLM:
 
 
 def reset_peak() -> None:
-    """Let VmHWM begin anew: it would include what was done before."""
+    """Reset VmHWM, which would otherwise include earlier work."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident(name: str) -> float:
-    """A line of /proc/self/status (VmRSS, VmHWM), in MB (1e6 bytes)."""
+    """Return a value of /proc/self/status (VmRSS, VmHWM) in MB (1e6 bytes)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[name].split()[0]) * 1024 / 1e6
 
 
 def paired(variants: Mapping[str, Callable[[], object]], pairs: int) -> dict[str, list[float]]:
-    """CPU seconds of every variant in every round; the variants of a round run one after the other.
+    """Return the CPU seconds of every variant in every round. A round runs the variants one after the other.
 
-    Every other round runs them in the opposite order. A variant prepares its input before it is timed
-    where it returns a function: that function is then what is timed.
+    Every other round runs them in the opposite order. A variant prepares its input and returns a function; only that
+    function is timed.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(pairs):
@@ -115,13 +115,13 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 
 
 def spread(slow: Sequence[float], fast: Sequence[float]) -> str:
-    """The ratio, and between what it lay."""
+    """Return the median ratio and its range over the rounds."""
     each = [a / b for a, b in zip(slow, fast, strict=True)]
     return f"{statistics.median(each):.2f} (rounds {min(each):.2f} to {max(each):.2f})"
 
 
 def machine() -> str:
-    """Where this was measured, in one line."""
+    """Describe this machine and the versions of packages in one line."""
     packages = ("torch", "transformers", "accelerate", "peft", "tokenizers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     git = subprocess.run(

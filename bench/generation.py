@@ -1,10 +1,10 @@
-"""Greedy answers of 8 tokens: transformers' `generate`, one prompt at a time, against forgetlearn's sorted batches.
+"""Compare greedy answers of 8 tokens: transformers' `generate`, one prompt at a time, and forgetlearn's sorted batches.
 
     python bench/generation.py --facts ../shared/data/zsre.json --limit 500 --pairs 3
 
-One thread, CPU seconds, tokenising and decoding included on both sides; the texts must be the same, prompt by prompt.
-The weights are random, so hardly any answer ends early. With `--epochs` the model is trained on the old answers first,
-and answers end where they end. The last line is the ratio at the default batch size.
+Both run in one thread and are timed in CPU seconds, including tokenising and decoding. They must give the same text for
+every prompt. The weights are random, so hardly any answer ends early. With `--epochs` the model is first trained on the
+old answers, and answers end by themselves. The last line is the ratio at the default batch size.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How time and memory grow with the number of facts: scoring all of them, and one epoch of training on them.
+"""Measure how time and memory grow with the number of facts, for scoring and for one epoch of training.
 
     OMP_NUM_THREADS=1 python bench/growth.py --facts ../shared/data/zsre.json --counts 280,2800
 
-Each count and each part in a fresh process, one thread: CPU seconds, and the peak resident memory less what it was with
-facts, tokenizer and model loaded. The facts of the largest count are loaded in every process, so that only the work
-differs. Scored is what a run scores by default, free answers of at most 32 tokens among it. The last line is the larger
-of the two ratios of time.
+Each count and each part runs in a fresh process with one thread. It measures CPU seconds, and how far the peak of
+resident memory rises above its value after loading the facts, the tokenizer and the model. Every process loads the
+facts of the largest count, so that only the work differs. Scoring uses a run's defaults, including free answers of at
+most 32 tokens. The last line is the larger of the two ratios of time.
 """
 
 from __future__ import annotations

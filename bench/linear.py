@@ -1,8 +1,9 @@
-"""Linear layers in float32 on one CPU thread: torch's own product against oneDNN's, GFLOP/s.
+"""Compare torch's own matrix product with oneDNN's in float32 linear layers on one CPU thread, in GFLOP/s.
 
     OMP_NUM_THREADS=1 python bench/linear.py
 
-Rows x inputs x outputs; forward, gradient of the input, gradient of the weight. The last line is the median ratio.
+Shapes are rows x inputs x outputs. The three products are the forward pass, the gradient of the input and the gradient
+of the weight. The last line is the median ratio.
 """
 
 from __future__ import annotations

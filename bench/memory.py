@@ -1,12 +1,13 @@
-"""Peak memory of f-ft with all weights against weights + gradients + two optimiser states, on a random Llama.
+"""Compare the peak memory of f-ft with that of weights, gradients and two optimiser states, on a random Llama.
 
     python bench/memory.py --facts ../shared/data/zsre.json [--limit 64] [--pairs 3]
 
-The Llama is that of planned.py: 59 M parameters, float32. f-ft here is what the method does to the model: fine-tuning
-on the old answers, subtraction, learning, one epoch of batches of 8 in each; no scores, no run folder. The floor
-is what such training needs at least, 16 bytes a parameter, and as measured: the same model, a gradient for each weight
-and one step of fused AdamW. Each in a fresh process on the CPU, with one thread; the peak of its resident set less
-what it was after the imports. The last line is the ratio of f-ft to the 16 bytes, the median over the rounds.
+The Llama is the one of planned.py: 59 M parameters, float32. f-ft is measured without scores and without a run folder:
+fine-tuning on the old answers, subtraction and learning, with one epoch of batches of 8 in each stage. The floor is the
+least memory that such training needs. It is computed (16 bytes per parameter) and measured (the same model, a gradient
+for each weight and one step of fused AdamW). Each side runs in a fresh process on the CPU with one thread. Its memory
+is the peak of its resident set minus the resident set after the imports. The last line is the ratio of f-ft to the 16
+bytes, as the median over the rounds.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def measured(args: argparse.Namespace, model: Path, name: str) -> dict[str, float]:
-    """What a fresh process took for one of the two."""
+    """Return the memory and the number of parameters of one side, measured in a fresh process."""
     own = ["--facts", str(args.facts), "--limit", str(args.limit), "--model", str(model), "--alone", name]
     command = [sys.executable, __file__, *own]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=AS_THE_COMMAND)
@@ -69,7 +70,7 @@ def measured(args: argparse.Namespace, model: Path, name: str) -> dict[str, floa
 
 
 def run_alone(args: argparse.Namespace) -> dict[str, float]:
-    """The peak of this process, which does nothing else, less what its imports took."""
+    """Return the peak memory of this process, which does nothing else, minus the memory of its imports."""
     facts = list(read_facts(args.facts, limit=args.limit))
     reset_peak()
     before = resident("VmRSS")
@@ -78,7 +79,7 @@ def run_alone(args: argparse.Namespace) -> dict[str, float]:
 
 
 def bare(model_folder: Path) -> int:
-    """Number of parameters of a model that has taken one step; the gradients are made up."""
+    """Run one step of AdamW with made-up gradients; return the model's number of parameters."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     weights = list(model.parameters())
     for weight in weights:
@@ -88,7 +89,7 @@ def bare(model_folder: Path) -> int:
 
 
 def f_ft(args: argparse.Namespace, facts: list[Fact]) -> int:
-    """Number of parameters of a model that has forgotten and learned."""
+    """Make a model forget and learn; return its number of parameters."""
     config = load_config(None, {"method": "f-ft", "model.name": str(args.model), **SETTINGS})
     lm = load_model(config.model)
     forget(lm, facts, config.forgetting, "all weights")

@@ -1,9 +1,9 @@
-"""The five methods on a file of facts, over seeds: each seed builds its own lab base and updates it.
+"""Run the paper's five methods on a file of facts, over several seeds. Each seed builds and updates its own lab base.
 
     python bench/methods_table.py FACTS --limit 300 --seeds 0,1,2 --output DIR
 
-Resumable: a run that is finished is not done again. Prints a Markdown table of means over seeds with the
-standard error, and at the end how much the lab bases held.
+Resumable: a finished run is not run again. Prints a Markdown table of means over seeds with their standard errors, and
+then what share of the facts the lab bases held.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Planned against measured: peak memory and time of an update, on a lab base and on a random Llama.
+"""Compare the planned with the measured peak memory and time of an update, on a lab base and on a random Llama.
 
     python bench/planned.py --facts ../shared/data/zsre.json [--model DIR] [--methods f-ft,f-lora] [--limit 64]
 
-Without --model: a Llama of 59 M random parameters. Every update runs in a fresh process on the CPU; the memory
-is the peak of its resident set, Python and libraries included. The last line is the worst ratio of memory.
+Without --model, the model is a Llama of 59 M random parameters. Every update runs in a fresh process on the CPU. Its
+memory is the peak of its resident set, including Python and libraries. The last line is the worst ratio of memory.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def run_alone(args: argparse.Namespace) -> dict[str, Any]:
-    """The plan of one update, and then what the update took of this process."""
+    """Return the planned and the measured memory and time of one update, which runs in this process."""
     given = dict(setting.split("=", 1) for setting in args.settings)
     settings = SETTINGS | {name: json.loads(value) for name, value in given.items()}
     config = load_config(None, {"method": args.alone, "model.name": str(args.model), **settings})

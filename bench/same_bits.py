@@ -3,9 +3,9 @@
     python bench/same_bits.py --output /tmp/bits --write before.json      on the old code
     python bench/same_bits.py --output /tmp/bits2 --against before.json   on the new code
 
-Runs `lab`, `update` (every method), `compare`, `subtract`, `vector`, `apply --merge` and `demo` on made-up facts with
-fixed seeds and one thread, through the command, and hashes every tensor, every row of facts.jsonl, every mean of
-summary.json and the tables. Exits with 1 and names what differs.
+Runs the commands `lab`, `update` (every method), `compare`, `subtract`, `vector`, `apply --merge` and `demo` on made-up
+facts with fixed seeds and one thread. Hashes every tensor, every row of facts.jsonl, every mean of summary.json and the
+tables. If anything differs, lists the differences and exits with 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def digest(data: bytes) -> str:
 
 
 def tensors(file: Path) -> dict[str, str]:
-    """The hash of each tensor's bytes: the header's own text may change."""
+    """Return a hash of each tensor's bytes. The text of the header may change."""
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
@@ -48,7 +48,7 @@ def tensors(file: Path) -> dict[str, str]:
 
 
 def scores(summary: object) -> object:
-    """The numbers of a summary, without what names versions, times or paths."""
+    """Return the numbers of a summary, without versions, times and paths."""
     if isinstance(summary, dict):
         return {key: scores(value) for key, value in sorted(summary.items()) if key in KEPT or isinstance(value, dict)}
     return summary

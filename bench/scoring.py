@@ -1,15 +1,16 @@
-"""Scoring under `token`: one record at a time, as EasyEdit's compute_edit_quality does, against ours.
+"""Compare forgetlearn's scoring under `token` with scoring record by record, as EasyEdit's compute_edit_quality does.
 
     python bench/scoring.py --facts ../shared/data/zsre.json --limit 200 --pairs 5
 
-Three quantities of every fact (reliability, generality, locality), one thread, CPU seconds. The scores of both
-sides must be equal, fact by fact. The other side is EasyEdit's definition written anew, with what it does for a
-record: for each of the three probes the whole text is tokenised twice and the prompt once, padding is counted, the
-model gives logits at all positions in one forward pass, and the argmax of all of them is cut to the answer. The
-scores of the model before the update, which it computes at another time, are not counted on either side. The floors
-are forward passes alone over the distinct texts, which were encoded and laid out beforehand, with attention text by
-text and logits at the answers only: rows in which a beginning that several share stands once, as forgetlearn reads
-them, and packed rows of 48 whole texts (the fastest of 16, 32 and 48). The last line is the ratio.
+Both sides score three quantities of every fact (reliability, generality, locality) in one thread, and are timed in CPU
+seconds. Their scores must be equal for every fact. The other side reimplements EasyEdit's definition with its work per
+record: for each of the three probes it tokenises the whole text twice and the prompt once, counts the padding, computes
+the logits at all positions in one forward pass, and cuts their argmax to the answer. EasyEdit scores the model before
+the update at another time, so neither side includes that.
+
+The floors are forward passes alone over the distinct texts, which are encoded and batched beforehand. Attention is
+computed text by text, and logits only at the answers. One floor has forgetlearn's rows, in which texts share a common
+beginning; the other has packed rows of 48 whole texts (the fastest of 16, 32 and 48). The last line is the ratio.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def main() -> None:
 
 
 def prepared(tokenizer: object, facts: list[Fact]) -> tuple[nn.Module, nn.Module]:
-    """A model that half knows the old answers, and the same tuned on the new: scores between 0 and 1, not 0."""
+    """Return a model that half knows the old answers, and that model tuned on the new ones, so that no score is 0."""
     model = small_llama(tokenizer)
     encoder = Encoder(tokenizer, "plain")
     stage = StageSettings(epochs=15, batch_size=16, learning_rate=2e-3)
@@ -123,9 +124,9 @@ def prepared(tokenizer: object, facts: list[Fact]) -> tuple[nn.Module, nn.Module
 
 @torch.no_grad()
 def predicted_ids(model: nn.Module, tokenizer: object, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Most likely id at every answer position, and the answer's own ids (protocols.md, `token`).
+    """Return the most likely id at every answer position, and the answer's own ids (protocols.md, `token`).
 
-    The steps, and their order, are those of EasyEdit's `test_prediction_acc` for a single prompt.
+    The steps and their order are the same as in EasyEdit's `test_prediction_acc` for a single prompt.
     """
     text = f"{prompt} {answer}"
     room = max(MAX_LENGTH, len(tokenizer.encode(text)) + 1)
@@ -159,7 +160,7 @@ def equal_share(ids: list[int], others: list[int]) -> float:
 
 
 def distinct_texts(lm: LanguageModel, facts: list[Fact]) -> list[Encoded]:
-    """Those of the three quantities, encoded, sorted by length."""
+    """Return the distinct texts of the three quantities, encoded and sorted by length."""
     pairs = {}
     for fact in facts:
         pairs |= dict.fromkeys((prompt, fact.target_new) for prompt in (fact.prompt, *fact.rephrase_prompts))

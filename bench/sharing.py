@@ -1,13 +1,13 @@
-"""`forgetlearn compare` against the same updates as `forgetlearn update` commands, one after the other.
+"""Compare the time of `forgetlearn compare` with that of the same updates as `forgetlearn update` commands.
 
     python bench/sharing.py --limit 60 --epochs 2
 
-5 methods x 3 coefficients x 3 seeds are 33 updates. Both sides are commands in processes of their own, one
-thread, on one lab base that is built before the clock starts. The updates of the first seed are done one by
-one and stand for the other seeds (a seed changes the order of facts, not the amount of work); with
-`--every-seed` all are done. Their scores must equal those of the cells of compare. An update also writes its
-product (a model or an adapter); a cell of compare writes its scores and report only. With `--pairs` both
-sides are run again. The last line is the ratio of CPU times, compare to one by one.
+5 methods x 3 coefficients x 3 seeds are 33 updates. Both sides are commands in their own processes, with one thread, on
+one lab base that is built before the clock starts. Only the first seed's updates are run one by one, and their time is
+used for the other seeds too, since a seed changes the order of facts but not the amount of work. With `--every-seed`
+all updates are run. Their scores must equal those of compare's cells. An update also writes its product (a model or an
+adapter), while a cell writes only its scores and report. `--pairs` repeats both sides. The last line is the ratio of
+CPU times, compare to one by one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ START = [sys.executable, "-c", "import forgetlearn.runs.update, forgetlearn.repo
 
 @dataclass(frozen=True)
 class Spent:
-    """What processes took, with all their children."""
+    """The time that processes took, including their children."""
 
     wall_s: float
     cpu_s: float
@@ -118,7 +118,7 @@ def run_compare(folder: Path, config: RunConfig, settings: CompareSettings) -> S
 
 
 def run_alone(folder: Path, cells: Mapping[str, RunConfig]) -> Spent:
-    """The updates, a command each."""
+    """Run each update as a command, and return the total time."""
     total = Spent(0, 0)
     for name, config in cells.items():
         file = folder / f"{name}.yaml"
@@ -129,7 +129,7 @@ def run_alone(folder: Path, cells: Mapping[str, RunConfig]) -> Spent:
 
 
 def cells_alone(config: RunConfig, settings: CompareSettings, every_seed: bool) -> dict[str, RunConfig]:
-    """The configs of the updates that are done one by one, by the names of their cells."""
+    """Return the configs of the updates that are run one by one, by name of the cell."""
     seeds = settings.seeds if every_seed else settings.seeds[:1]
     cells = [cell for cell in cells_of(settings, config) if cell.seed in seeds]
     return {cell.name: cell_config(config, cell, settings.variants) for cell in cells}
@@ -140,7 +140,7 @@ def as_yaml(config: RunConfig) -> str:
 
 
 def check_equal_scores(folder: Path, names: Iterable[str]) -> None:
-    """Raise unless both sides did the same updates."""
+    """Raise AssertionError if the two sides have different scores."""
     for name in names:
         paths = (folder / "compared" / "cells" / name, folder / name)
         mine, other = (json.loads((path / "summary.json").read_text())["phases"] for path in paths)

@@ -1,11 +1,12 @@
-"""Does forgetting first help, and which forgetting? Every base of the study's config, compared, tabulated, plotted.
+"""Study whether forgetting first helps, and which forgetting: compare, tabulate and plot every base of the config.
 
     python bench/study.py ../shared/data --output runs/study [--only zsre-tied] [--tables] [--config FILE]
 
-Resumable: cells that are done are not done again. Each part is, per base, a folder of `forgetlearn compare`. At the end
-it writes study.md (per protocol the paired differences to plain fine-tuning, and of what was chosen to every
-other row, with 95 % intervals) and study-PART.svg (a trade-off curve over epochs per row, a panel per base) of
-everything that is done in the folder, whatever was asked for now; `--tables` does that alone.
+Resumable: finished cells are not run again. Each part has one folder of `forgetlearn compare` per base. At the end, the
+program writes two kinds of files about everything finished in the output folder, even what this call did not ask for;
+`--tables` only writes these. study.md has, for each protocol, the paired differences of each row to plain fine-tuning,
+and of the chosen row to every other row, with 95 % intervals. study-PART.svg has a panel per base, with a trade-off
+curve over epochs for each row.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Base:
 
     @property
     def same(self) -> tuple[Any, ...]:
-        """What parts on one and the same base share."""
+        """The fields that are equal for all parts with the same base."""
         return self.file, self.tied, self.start, self.limit, self.seed, self.lab
 
 
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def read_study(file: Path) -> dict[str, Any]:
-    """A config of the study; what `extends` names gives what it does not say."""
+    """Read a config of the study. Sections that it lacks come from the file that `extends` names."""
     study: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     return read_study(file.parent / study["extends"]) | study if "extends" in study else study
 
@@ -101,12 +102,12 @@ def bases_of(study: Mapping[str, Any]) -> Iterator[Base]:
 
 
 def named(bases: list[Base], name: str) -> list[Base]:
-    """The base of this name, else those whose names hold it."""
+    """Return the base with this name, else all bases whose names contain it."""
     return [base for base in bases if name == base.name] or [base for base in bases if name in base.name]
 
 
 def rows_of(bases: list[Base], study: Mapping[str, Any], output: Path) -> dict[str, dict[str, Row]]:
-    """By the name of a base, of which the first part gives it, the rows of all its parts that are there."""
+    """Return the rows of all finished parts of each base, by the name that the base has in its first part."""
     folders: dict[tuple[Any, ...], dict[Path, str]] = {}
     for base in bases:
         if run_folder.is_run(output / base.name):
@@ -116,7 +117,7 @@ def rows_of(bases: list[Base], study: Mapping[str, Any], output: Path) -> dict[s
 
 
 def lab_of(base: Base, data: Path) -> tuple[Path, FactSet]:
-    """The folder of the base, which is built if it does not exist, and the facts to update."""
+    """Return the folder of the base, which is built if it does not exist, and the facts to update."""
     whole = read_facts(data / base.file)
     facts = replace(whole, facts=whole[base.start : base.start + base.limit])
     settings = LabSettings(seed=base.seed, tie_word_embeddings=base.tied, **dict(base.lab))

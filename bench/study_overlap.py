@@ -1,12 +1,12 @@
-"""What fine-tuning on the old answers and fine-tuning on the new ones have in common, part by part of the model.
+"""Measure what fine-tuning on old answers and fine-tuning on new answers have in common, for each part of the model.
 
     python bench/study_overlap.py ../shared/data [--only confirm] [--seeds 0,1,2] [--config FILE] [--output FILE.md]
 
-For bases of the study's config, both from the base itself and with the same seed: the old vector and the new one, of
-all its facts and with its settings (the new one with the most epochs of the part); their lengths beside that of the
-base, their cosine, and the multiple of the old vector that is in the new one, <new, old> / <old, old>. Where learning
-adds the same to the forgotten weights as to the base, forgetting with that coefficient takes back all that the two
-share.
+For each base of the study's config, both task vectors start from the base itself, and use the same seed, all its facts
+and its settings (for the new answers, the largest number of epochs of the part). Reported are their lengths relative to
+the base, their cosine, and the multiple of the old vector that the new one contains, <new, old> / <old, old>. If
+learning adds the same to the forgotten weights as to the base, forgetting with this coefficient removes everything that
+the two vectors share.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Per part of the model: how many numbers, both lengths over that of the base, cosine, new in units of old (5,)."""
+    """Yield each part of the model, and five numbers: its size, both lengths, their cosine, and new in units of old."""
     lm = load_model(folder)
     lm.to_float32()
     base = task_vector.snapshot(lm.model)
@@ -95,7 +95,7 @@ def shares(folder: Path, facts: FactSet, config: RunConfig, seed: int) -> Iterat
 def _places(
     groups: Mapping[str, list[str]], base: Mapping[str, Tensor], answers: set[int], told: set[int]
 ) -> dict[str, dict[str, Tensor | slice]]:
-    """Per part its weights and which of their rows; the head also by rows: of old answers, all others, in no fact."""
+    """Return the weights and rows of each part. The head is also split by rows: old answers, others, in no fact."""
     found: dict[str, dict[str, Tensor | slice]] = {
         part: dict.fromkeys(groups[part], slice(None))
         for part in PARTS
@@ -110,7 +110,7 @@ def _places(
 
 
 def _line(base: str, part: str, seen: Tensor) -> str:
-    """One row of the table, of numbers (S, 5): means over seeds and their standard deviation."""
+    """Return a row of the table from numbers (S, 5): means and standard deviations over the seeds."""
     spread = seen.std(0) if len(seen) > 1 else torch.zeros(5)
     scales = (100, 100, 1, 1)
     cells = [

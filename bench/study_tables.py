@@ -1,6 +1,6 @@
-"""Tables and the plot of a study: cells of one base, from any number of comparisons, row against row of the same seeds.
+"""Tables and the plot of a study. Rows of one base, from any number of comparisons, are compared over the same seeds.
 
-A row is whatever cells of it are done: with `n` seeds it is compared over the seeds that the other row has too.
+A row consists of its finished cells. Two rows are compared over the seeds that both of them have.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Row:
 
     @property
     def label(self) -> str:
-        """As the tables show it."""
+        """The row's label in the tables."""
         parts = (self.first.method, self.first.variant, self.first.coef, self.suffix)
         return " ".join(f"{part:g}" if isinstance(part, float) else part for part in parts if part)
 
     @property
     def plain(self) -> str:
-        """The label of what it is compared with."""
+        """The label of the row that this one is compared with."""
         return METHODS[self.first.method].plain
 
     @cached_property
@@ -53,18 +53,18 @@ class Row:
         return {place: _scores(path) for place, path in self.cells.items()}
 
     def seeds(self, epochs: Iterable[int]) -> set[int]:
-        """Seeds that are done with all of these epochs."""
+        """Return the seeds that are finished for all of these numbers of epochs."""
         return set.intersection(*({seed for own, seed in self.cells if own == wanted} for wanted in epochs))
 
     def matrix(self, quantity: str, protocol: str, epochs: int, seeds: Iterable[int]) -> Matrix | None:
-        """Scores (S, N); None where they were not asked for."""
+        """Return the scores (S, N); None if they were not asked for."""
         column = (quantity, "agreement" if quantity == "locality" else protocol)
         found = [self.scores[epochs, seed].get(column) for seed in sorted(seeds)]
         return None if not found or any(own is None for own in found) else np.array(found, dtype=float)
 
 
 def read_rows(folders: Mapping[Path, str]) -> dict[str, Row]:
-    """Rows by label, of all cells that are done in these comparisons; each folder's text is added to its labels."""
+    """Return rows by label, from all finished cells of these comparisons. Each folder's text is added to its labels."""
     rows: dict[str, Row] = {}
     for folder, suffix in folders.items():
         config = run_folder.RunFolder.open(folder).manifest.config
@@ -89,9 +89,9 @@ def _scores(path: Path) -> Scores:
 
 
 def tables(rows: Mapping[str, Row], chosen: Sequence[str], names: Mapping[str, str]) -> str:
-    """Per protocol the rows minus plain fine-tuning, and what is chosen minus every other row, in Markdown.
+    """Return Markdown tables per protocol: each row minus plain fine-tuning, and the chosen rows minus every other row.
 
-    `names` are shown instead of labels.
+    `names` replace labels.
     """
     parts = []
     shown = {label: names.get(label, label) for label in rows}
@@ -113,7 +113,7 @@ def _head(what: str) -> list[str]:
 
 
 def _line(label: str, ours: Row, other: Row | None, protocol: str) -> str:
-    """Differences after the most epochs, and averaged over the reliabilities that both reach; "" for nothing."""
+    """Return the differences after the most epochs, and averaged over the reliabilities that both reach; "" if none."""
     if other is None:
         return ""
     shared = sorted({epochs for epochs, _seed in ours.cells} & {epochs for epochs, _seed in other.cells})
@@ -156,14 +156,14 @@ def _curves(
 
 
 def bold(difference: Interval) -> str:
-    """A difference with its interval, in bold where that is clear of zero."""
+    """Return a difference with its interval, in bold if the interval excludes zero."""
     text = show_difference(difference)
     low, high = difference.low, difference.high
     return f"**{text}**" if low is not None and (low > 0 or high < 0) else text
 
 
 def plot(bases: Mapping[str, Mapping[str, Row]], file: Path, plotted: Sequence[str], names: Mapping[str, str]) -> None:
-    """Locality against generality, a line over epochs per row that is to be plotted, a panel per base."""
+    """Plot locality against generality: a panel per base, with a line over epochs for each plotted row."""
     import matplotlib as mpl
 
     mpl.use("svg")

@@ -1,14 +1,14 @@
-"""One epoch of fine-tuning: forgetlearn.training.finetune against TRL's SFTTrainer, plain Trainer, and its own floor.
+"""Compare one epoch of forgetlearn.training.finetune with TRL's SFTTrainer, a plain Trainer, and a floor.
 
     python bench/training.py --facts ../shared/data/zsre.json --limit 960 --pairs 3
 
-Prompt -> new answer, loss on the answer only, batches of 32 in random order, all weights, float32, one thread, CPU
-milliseconds per step, set-up included. All sides draw the same batches and must end at the same loss. SFTTrainer "as
-it comes" has the rate, the seed and float32 set and nothing else, so it computes activations twice
-(checkpointing); its padding_free mode is given without. The floor is forward, backward, clipping and fused AdamW on the
-same packed rows with the same attention, made beforehand, without Trainer; it is also run without clipping and AdamW.
-TRL's sides are left out where it is not installed (pip install 'forgetlearn[bench]'), or with
---without-trl. The last line is the ratio.
+All sides train all weights in float32 on prompts and new answers, with the loss on the answer only, in batches of 32 in
+random order, with one thread. They draw the same batches and must end at the same loss. The unit is CPU milliseconds
+per step, including set-up. SFTTrainer "as it comes" sets only the rate, the seed and float32, so it uses activation
+checkpointing, which computes activations twice. Its padding_free mode runs without checkpointing. The floor runs
+forward, backward, clipping and fused AdamW without Trainer, on the same packed rows, made beforehand, with the same
+attention. It is also run without clipping and AdamW. TRL's sides are left out if TRL is not installed (pip install
+'forgetlearn[bench]'), or with --without-trl. The last line is the ratio.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 class Bench:
-    """The same epoch in several ways; each leaves its mean loss per step in `loss`."""
+    """Runs the same epoch in several ways. Each writes its mean loss per step to `loss`."""
 
     def __init__(self, facts_file: Path, limit: int, with_trl: bool) -> None:
         self.with_trl = with_trl
@@ -68,7 +68,7 @@ class Bench:
         self.model.train()
 
     def padded(self) -> Callable[[], None]:
-        """What a user of transformers would write: labels that are IGNORE except at the answer."""
+        """Return a run as a user of transformers would write it, with IGNORE as the label outside the answer."""
         self._reset()
         self.batches = []
 
@@ -95,7 +95,7 @@ class Bench:
         return run
 
     def trl(self, name: str) -> Callable[[], None]:
-        """SFTTrainer on token ids with a mask of the completion."""
+        """Return a run of SFTTrainer on token ids with a mask of the completion."""
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
@@ -126,7 +126,7 @@ class Bench:
         return run
 
     def _common(self, folder: str) -> dict[str, Any]:
-        """What every trainer is given."""
+        """Return the arguments that all trainers share."""
         return {
             "output_dir": folder,
             "num_train_epochs": STAGE.epochs,
@@ -152,7 +152,7 @@ class Bench:
         return run
 
     def floor(self, updates: bool = True) -> Callable[[], None]:
-        """The arithmetic of the same steps on the batches that Trainer drew; nothing is made or logged.
+        """Return a run of only the arithmetic of these steps, on the batches that Trainer drew.
 
         Without updates no weight changes, so there is no loss to compare.
         """
@@ -242,7 +242,7 @@ def peak_rss(facts_file: Path, limit: int, name: str) -> float:
 
 
 def run_alone(bench: Bench, name: str) -> float:
-    """The peak of this process, which does nothing but one variant."""
+    """Run one variant and nothing else in this process, and return its peak resident memory in MB."""
     if name in (FLOOR, BARER):  # which draw no batches themselves: in the order of the file, of the same size
         size = STAGE.batch_size
         bench.batches = [bench.texts[start : start + size] for start in range(0, len(bench.texts), size)]

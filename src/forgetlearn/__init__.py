@@ -11,8 +11,8 @@ One complete run, on a small model that is built here from a made-up world:
 ['base', 'forgotten', 'updated']
 
 `result.product` is a folder that `AutoModelForCausalLM.from_pretrained` or `PeftModel.from_pretrained`
-loads; `runs/first/report.html` shows what the model says now. The steps can be taken one by one (for a
-model and tokenizer in memory, `forgetlearn.wrap(model, tokenizer)` stands in for `load_model`):
+loads. `runs/first/report.html` shows what the model answers now. You can also run the steps one by one.
+For a model and a tokenizer in memory, use `forgetlearn.wrap(model, tokenizer)` instead of `load_model`:
 
 >>> lm = forgetlearn.load_model(base)
 >>> log = forgetlearn.forget(lm, facts, forgetlearn.ForgetSettings(coef=0.3), "all weights")
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from forgetlearn.weights.streaming import Numbers
     from forgetlearn.weights.task_vector import TaskVector
 
-# Public name -> where it is; loaded on first use, so that `import forgetlearn` is instant.
+# Public name -> where it is defined. Each is imported on first use, so that `import forgetlearn` is instant.
 _PUBLIC = {
     "compare": "comparison.compare.compare",
     "write_report": "comparison.compare.write_report",

@@ -1,1 +1,1 @@
-"""The command: parse, check, call, print."""
+"""The command line: parse, check, call, print."""

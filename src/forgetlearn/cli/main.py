@@ -1,4 +1,4 @@
-"""The command: each function parses, validates and calls. Heavy imports sit inside the commands."""
+"""The command line: each command checks its options and calls the package. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ app = typer.Typer(
     epilog="To see it work: forgetlearn demo. Every command answers --help; `forgetlearn settings` lists all settings.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich takes as long as all else that --help needs
+    rich_markup_mode=None,  # importing rich takes as long as everything else that --help needs
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -283,7 +283,7 @@ def evaluate(
     n_processes: ProcessesOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Score a model or an adapter on facts; with --reference also what changed against another model."""
+    """Score a model or an adapter on facts; with --reference, also compare it with another model."""
     processes.check_launched(n_processes)
     config = given.config("evaluate")
     from forgetlearn.report.run_page import overview
@@ -323,8 +323,8 @@ def ask(
         return
     for prompt in prompts:
         say(plain(prompt))
-        for name, said in answers.items():
-            say(f"  {name}: {plain(said[prompt])}" if reference else f"  {plain(said[prompt])}")
+        for name, answered in answers.items():
+            say(f"  {name}: {plain(answered[prompt])}" if reference else f"  {plain(answered[prompt])}")
 
 
 @app.command()
@@ -344,7 +344,7 @@ def demo(
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Run the paper's five methods on a made-up world that a small model, built here, holds."""
+    """Build a small model that knows a made-up world, and run the paper's five methods on it."""
     from forgetlearn.lab.demo import run_demo
 
     with signals.handled():
@@ -362,7 +362,7 @@ def settings(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     of_lab: Annotated[bool, typer.Option("--lab", help="The settings of `forgetlearn lab --set` instead.")] = False,
 ) -> None:
-    """List every setting with its default: for --set and config files."""
+    """List every setting of --set and config files, with its default."""
     if of_lab:
         from forgetlearn.lab.build import LabSettings
     kind = LabSettings if of_lab else RunConfig
@@ -376,19 +376,22 @@ def settings(
         say(line)
 
 
-# No progress bars and warnings of the libraries.
+# Silences the libraries' progress bars and warnings.
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-# oneDNN prepares a product anew for every length of row; it and torch each keep the last 1,024: hundreds of MB.
+# oneDNN prepares a matrix product for each row length. It and torch each cache the last 1,024: hundreds of MB.
 FEW_PRODUCTS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 on success and 2 for anything that the user can fix."""
+    """Run the command and return its exit code; raise an error that the user cannot fix.
+
+    The code is 0 on success, 2 for an error that the user can fix, and 128 + n after signal n.
+    """
     for name, value in (QUIET | FEW_PRODUCTS).items():  # the libraries read these when they are imported
         os.environ.setdefault(name, value)
     try:
@@ -440,5 +443,5 @@ def _with_resume(argv: Sequence[str] | None) -> str:
 
 
 def run() -> None:
-    """The console script."""
+    """Run the console script `forgetlearn`."""
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Options of the commands. A flag that stands for a setting takes its type and its help from the setting."""
+"""Options of the commands. A flag for a setting takes its type and its help from the setting."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ ProcessesOption = Annotated[
 
 @dataclass(frozen=True)
 class Given:
-    """What a command line says about settings: values by dotted name, and a file of settings."""
+    """The settings on a command line: values by dotted name, and a file of settings."""
 
     values: Mapping[str, object]
     file: Path | None = None
 
     def config(self, command: preflight.Command) -> RunConfig:
-        """Merge the file, the flags and --set, in this order.
+        """Return the config, merged from the file, the flags and --set, in this order.
 
         Raises:
             ConfigError: a setting is wrong, or is given for a command that does not use it.
@@ -85,9 +85,9 @@ class Given:
 
 
 def takes(*names: str, files: bool = True) -> Callable[[Command], Command]:
-    """Add the flags of these settings to a command, and --config and --set if `files`.
+    """Add the flags of these settings to a command, and, if `files`, also --config and --set.
 
-    The command gets them as its first argument, a `Given`.
+    The command receives their values as its first argument, a `Given`.
     """
     flags = {
         name.replace(".", "__"): Annotated[_type_of(name), typer.Option(FLAGS[name], help=HELP[name])] for name in names
@@ -118,7 +118,7 @@ def _optional(options: Mapping[str, object]) -> list[inspect.Parameter]:
 
 
 def _type_of(name: str) -> object:
-    """Return the type of a setting's flag: that of the setting if it is a single number or a switch, else text."""
+    """Return the type of a setting's flag: the setting's own type if it is one number or a switch, else text."""
     _section, field = locate(RunConfig, tuple(name.split(".")))
     types = {field.annotation, *get_args(field.annotation)} if field else set()
     return next((number | None for number in (bool, int, float) if number in types), str | None)

@@ -1,6 +1,6 @@
-"""Print to the terminal, so that no text from outside can control it.
+"""Print to the terminal. Text from outside is escaped, so that it cannot control the terminal.
 
-Heavy imports sit inside the functions, and torch is not among them.
+Heavy imports are inside the functions. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def say(text: object, *, err: bool = False) -> None:
-    """Print lines, with control characters and what the terminal's encoding lacks escaped; errors without secrets."""
+    """Print lines. Escape control characters and any that the encoding lacks, and remove secrets from errors."""
     stream = sys.stderr if err else sys.stdout
     shown = "\n".join(map(plain, (without_secrets(str(text)) if err else str(text)).split("\n")))
     encoding = stream.encoding or "utf-8"
@@ -30,7 +30,7 @@ def say(text: object, *, err: bool = False) -> None:
 
 
 class PlainLines(logging.Formatter):
-    """Log lines, which contain names and texts from outside too."""
+    """Formats log lines, which may contain names and texts from outside."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the message without secrets, with control characters escaped."""
@@ -89,7 +89,7 @@ def _account(found: FactSet) -> list[str]:
 
 
 def print_scores(found: Overview) -> None:
-    """Print what the summary of a run says."""
+    """Print the summary of a run."""
     for line in found.account:
         say(plain(line))
     print_table(found.table, "phase")
@@ -99,7 +99,7 @@ def print_scores(found: Overview) -> None:
 
 
 def print_table(rows: Sequence[tuple[str, Sequence[Interval | None]]], first: str) -> None:
-    """Print plain lines in the report's columns: readable on a terminal, in a log and by `awk`."""
+    """Print a table with the report's columns, as plain lines that a person, a log or `awk` can read."""
     from forgetlearn.report.render import COLUMNS, show_score
 
     widths = [max(len(quantity), len(protocol)) for quantity, protocol in COLUMNS]
@@ -113,7 +113,7 @@ def print_table(rows: Sequence[tuple[str, Sequence[Interval | None]]], first: st
 
 
 def print_tallies(rows: list[tuple[str, Tally]]) -> None:
-    """Print lines in columns, without the columns that are empty."""
+    """Print a table of tallies, without empty columns."""
     shown = [(name, tally.as_dict()) for name, tally in rows]
     columns = ["tensors", "numbers", "norm", "rms", "relative", "cosine", "share_changed", "share_survived"]
     columns = [column for column in columns if any(numbers[column] is not None for _name, numbers in shown)]

@@ -117,7 +117,7 @@ def apply(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write base + factor * vector, or the product of a run again from its base."""
+    """Write base + factor * vector, or make the product of a run again from its base."""
     numbers = _numbers(dtype, rounding, seed, threads)
     from forgetlearn.storage.run_folder import is_run
 
@@ -166,7 +166,7 @@ def save(
     merged: MergedOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write what push would publish: the product's own files and a card without local paths."""
+    """Write the files that push would publish: the product's own files and a card without local paths."""
     from forgetlearn.products import publish
 
     publish.save(run, output, base_model_id=base_model_id, merged=merged, overwrite=overwrite)
@@ -220,8 +220,8 @@ def inspect(
     from forgetlearn.weights.folder_arithmetic import REMEDIES
     from forgetlearn.weights.rounding import warning
 
-    if said := warning(found.total.survival.as_dict(), REMEDIES):
-        say(said, err=True)
+    if text := warning(found.total.survival.as_dict(), REMEDIES):
+        say(text, err=True)
 
 
 @app.command("log")
@@ -249,7 +249,7 @@ def show_log(
 
 
 def _factors(base: Path, modules: str) -> dict[str, float]:
-    """Return the factor of each weight that a flag names; parts such as `mlp` need the model's structure, so torch."""
+    """Return the factor of each weight that --modules names. Parts such as `mlp` need the model's structure (torch)."""
     from forgetlearn.models import module_names
     from forgetlearn.weights.checkpoint_folder import CheckpointFolder
 
@@ -274,7 +274,7 @@ def _folder_of(base: str, revision: str | None) -> Path:
 
 
 def _few_threads() -> None:
-    """Use one BLAS thread (call this before numpy is imported): pieces of the weights already run in parallel."""
+    """Use one BLAS thread, because weights are already processed in parallel. Call this before numpy is imported."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
@@ -296,7 +296,7 @@ def _say(written: Written, as_json: bool) -> None:
     say(f"{written.counts()}; {written.seconds:.1f} s, and {written.seconds_to_sync:.1f} s until it was on the disk")
     from forgetlearn.weights.rounding import in_words
 
-    if said := in_words(survival.as_dict()):
-        say(said)
+    if text := in_words(survival.as_dict()):
+        say(text)
     if warning := written.warning():
         say(warning, err=True)

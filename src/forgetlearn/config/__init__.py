@@ -1,1 +1,1 @@
-"""Every setting: described once, read from YAML and flags, checked."""
+"""All settings: described once, read from YAML and flags, and checked."""

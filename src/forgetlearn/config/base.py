@@ -1,4 +1,4 @@
-"""The base of all settings: reading from YAML and flags, validation that names each problem, descriptions."""
+"""The base class of all settings, and functions that read settings from YAML and flags, check and describe them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pydantic.fields import FieldInfo
 from forgetlearn.config import safe_yaml
 from forgetlearn.errors import ConfigError, did_you_mean
 
-TAGS = ("a number", "one name", "several names", "names and factors")  # forms of one setting: no part of its name
-MOST_BYTES = 1 << 22  # of a file of settings
+TAGS = ("a number", "one name", "several names", "names and factors")  # of a setting's forms, not parts of its name
+MOST_BYTES = 1 << 22  # largest size of a file of settings
 
 
 class Settings(BaseModel):
-    """Settings that do not change; an unknown name is an error."""
+    """Immutable settings. An unknown name is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _one_meaning(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse a boolean for a number, and accept a number in text only as a plain decimal."""
+        """Refuse a boolean where a number is expected, and accept text as a number only if it is a plain decimal."""
         types = _plain_types(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and {int, float} & types:
             raise ValueError("must be a number")
@@ -36,7 +36,7 @@ class Settings(BaseModel):
 
 
 def _number(value: object) -> object:
-    """Return the number in a text, for example of a flag; pydantic itself would also accept `010` and `1_0`."""
+    """Convert a text, such as a flag's, to a number. By itself pydantic would also accept `010` and `1_0`."""
     if not isinstance(value, str):
         return value
     found = safe_yaml.number(value.strip())
@@ -54,10 +54,10 @@ S = TypeVar("S", bound=Settings)
 
 
 def read_yaml(file: Path, given_as: str = "config") -> dict[str, object]:
-    """Return the names and values of a YAML file; `given_as` is what a message calls it.
+    """Return the names and values in a YAML file. Messages call the file by `given_as`.
 
     Raises:
-        ConfigError: the file does not exist, is not YAML in UTF-8, is too large, or holds something else.
+        ConfigError: the file does not exist, is too large, is not YAML in UTF-8, or does not hold names and values.
     """
     try:
         if file.exists() and not file.is_file():  # a pipe or a device might never end
@@ -82,17 +82,17 @@ def validate(
 ) -> S:
     """Return `data` as settings of this kind.
 
-    Messages name the file that the data come from (`where`), except for the names that flags gave (`elsewhere`).
+    Messages name the file that the data come from (`where`), except for settings that flags gave (`elsewhere`).
 
     Raises:
-        ConfigError: all problems, one a line: which setting, its value, what was expected, the nearest known name.
+        ConfigError: lists all problems, one per line: the setting, its value, what was expected, the nearest name.
     """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         items = error.errors()
         places = [(item, item["loc"]) for item in items]
-        # pydantic also calls a list empty if its items are wrong: the items are the problem.
+        # If the items of a list are wrong, pydantic also calls the list empty. Only the items are reported.
         inner = [item for item, loc in places if not any(loc == at[: len(loc)] != at for _item, at in places)]
         raise ConfigError("\n".join(_problem(kind, item, where, elsewhere) for item in inner)) from None
 
@@ -129,7 +129,7 @@ def describe(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, str,
 
 
 def _unshared(data: Mapping[str, object]) -> dict[str, object]:
-    """Return a copy in which a YAML anchor and its aliases are separate, so that one can be set alone."""
+    """Return a copy in which a YAML anchor and its aliases are separate, so that each can be set alone."""
     return {name: _unshared(value) if isinstance(value, dict) else value for name, value in data.items()}
 
 
@@ -138,7 +138,7 @@ def _inner_settings(annotation: object) -> type[Settings] | None:
 
 
 def _problem(kind: type[Settings], item: Mapping[str, Any], where: str | None, elsewhere: frozenset[str]) -> str:
-    """Return one line for one of pydantic's errors; it names the file unless a flag gave the value."""
+    """Describe one of pydantic's errors in one line, with the file unless a flag gave the value."""
     loc = tuple(part for part in item["loc"] if part not in TAGS)
     in_list = bool(loc) and isinstance(loc[-1], int)  # the value shows which item it is
     name = ".".join(str(part) for part in (loc[:-1] if in_list else loc)) or "config"
@@ -165,7 +165,7 @@ def _nearest_choice(item: Mapping[str, Any]) -> str:
 
 
 def _known_items(field: FieldInfo | None) -> str:
-    """Return the items that a list can hold, if they are a fixed choice."""
+    """Name the items that a list can hold, if they are fixed."""
     item, *_ = get_args(field.annotation) if field else (None,)
     return f" of {', '.join(get_args(item))}" if get_args(item) else ""
 
@@ -184,9 +184,9 @@ def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:
 
 
 def locate(kind: type[Settings], loc: tuple[int | str, ...]) -> tuple[type[Settings], FieldInfo | None]:
-    """Return the innermost settings that contain a place, and the field at or around it (None if unknown).
+    """Return the innermost settings class on the path `loc`, and the last field on it (None if unknown).
 
-    A name that users choose themselves, such as that of a variant, is passed over.
+    Names that users choose themselves, such as the name of a variant, are skipped.
     """
     field, parts = None, iter(map(str, loc))
     for part in parts:

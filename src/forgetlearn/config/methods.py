@@ -1,4 +1,4 @@
-"""The tables of methods and of the kinds of stages they are made of. Data only: `method.kinds` has what a kind does."""
+"""The tables of methods and of their kinds of stages. They are data only: `method.kinds` implements the kinds."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ KindName = Literal["all weights", "lora", "one module", "bounded", "ascent"]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fine-tuning stage: which weights it trains, and what may be asked of it."""
+    """A kind of stage: which weights it trains, and which settings it supports."""
 
     name: KindName
     adapter: bool = False  # trains a LoRA adapter beside the base; otherwise weights of the base itself
-    subtracts: bool = False  # forgetting subtracts what it added; otherwise the training itself forgets
+    subtracts: bool = False  # forgetting subtracts what training added; otherwise the training itself forgets
     chooses_weights: bool = False  # learn.modules and learn.rows restrict what it trains
-    bounded: bool = False  # no weight moves further than learn.max_change from where it was
+    bounded: bool = False  # no weight changes by more than learn.max_change
 
     @property
     def subtracts_from_base(self) -> bool:
-        """True if forgetting changes weights of the base, any of them, and needs a copy of them to subtract from."""
+        """True if forgetting subtracts from the base's own weights, and so needs a copy of them."""
         return self.subtracts and not self.adapter
 
 
@@ -52,17 +52,17 @@ class Method:
 
     @property
     def plain(self) -> str:
-        """The plain method, which only learns, that learns most like this one: what it is compared with."""
+        """The method to compare this one with: it learns in a similar way, but does not forget."""
         return "lora" if self.makes_adapter else "ft"
 
     @property
     def subtracts(self) -> bool:
-        """True if there is a coefficient of what forgetting subtracts."""
+        """True if forgetting subtracts, so that the method has a coefficient."""
         return self.forgets is not None and KINDS[self.forgets].subtracts
 
     @property
     def subtracts_from_base(self) -> bool:
-        """True if forgetting subtracts from weights of the base itself."""
+        """True if forgetting subtracts from the base's own weights."""
         return self.forgets is not None and KINDS[self.forgets].subtracts_from_base
 
 
@@ -72,7 +72,7 @@ METHODS: Mapping[str, Method] = {
     "f-ft": Method("all weights", "all weights"),
     "f-lora": Method("lora", "lora"),
     "f-lora-ft": Method("lora", "all weights"),
-    # Other ways of updating, to be compared with.
+    # Other ways of updating, for comparison.
     "locft": Method(None, "one module", "LocFT-BF, ICLR 2026: breadth-first fine-tuning of one module"),
     "ft-c": Method(None, "bounded", "Zhu et al. 2020, arXiv:2012.00363: within an L-infinity ball"),
     "ga": Method("ascent", "all weights", "Jang et al. 2023, arXiv:2210.01504: gradient ascent on the old answers"),
@@ -83,4 +83,4 @@ PAPER_METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 if TYPE_CHECKING:
     MethodName = str
 else:
-    MethodName = Literal[*METHODS]  # so that pydantic checks names, and no second list of them can differ
+    MethodName = Literal[*METHODS]  # so that pydantic checks names without a second list of them

@@ -1,7 +1,7 @@
-"""List the settings that each command does not use: a setting is used, refused, or reported as unused.
+"""Refuse or report settings that a command does not use.
 
-There is one table for all commands, so that a run's config never contains a setting that was silently ignored.
-tests/test_preflight.py compares it with what each command really reads.
+One table covers all commands, so that no setting in a run's config is silently ignored. tests/test_preflight.py
+compares the table with the settings that each command reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
 Command = Literal["update", "plan", "compare", "evaluate", "ask"]
-WARNED_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # where it does not forget
+WARNED_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # if the method does not forget
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Unused:
     """Settings that a command does not use, by name or by section (`teach` means all of `teach.*`).
 
     Settings that promise a result which the command does not produce are refused wherever they are set (`always`).
-    Others may be in a config that several commands share; they are refused only if given for this command alone, as a
-    flag or with --set.
+    Others may be in a config that several commands share, and are refused only if they are given for this command
+    alone, as a flag or with --set.
     """
 
     names: tuple[str, ...]
@@ -78,8 +78,8 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
 def check(command: Command, config: RunConfig, given: Collection[str] | None = None) -> None:
     """Raise ConfigError if the command would ignore a setting that the user relies on.
 
-    `given` lists the settings given for this command alone (flags, --set), by dotted name. Without it, unused
-    settings of a shared config are logged: the command line checks first, the function behind it logs.
+    `given` lists the settings given for this command alone (flags, --set), by dotted name. Without it, unused settings
+    are logged. The command line passes `given`; the function that it then calls does not, and so logs the rest.
     """
     changed, problems, passed_over = _changed(config), [], []
     for row in UNUSED[command]:
@@ -134,7 +134,7 @@ def warn_of_idle(config: RunConfig, given: Collection[str]) -> None:
 
 
 def is_within(name: str, settings: Collection[str]) -> bool:
-    """Return True if a setting is one of these, or in a section that is."""
+    """Return True if `settings` contains this setting or its section."""
     return any(name == own or name.startswith(f"{own}.") for own in settings)
 
 
@@ -154,6 +154,6 @@ def _flat(settings: Settings, section: str = "") -> Iterator[tuple[str, object]]
 
 
 def _by_section(names: Collection[str]) -> list[str]:
-    """Return the names, with three or more of a section shortened to `learn.*`."""
+    """Return the names. Three or more from one section are shortened to, for example, `learn.*`."""
     sections = [name.partition(".")[0] for name in names]
     return list(dict.fromkeys(f"{s}.*" if sections.count(s) > 2 else n for n, s in zip(names, sections, strict=True)))

@@ -1,6 +1,7 @@
-"""What an update with a config does, computed once, before a model is loaded: which stages, with what, on what.
+"""The stages of an update, computed from its config before a model is loaded.
 
-Whoever needs to know whether an update teaches or forgets, with which settings and seed, or what it changes, asks this.
+All code that needs to know whether an update teaches or forgets, with which settings and seed, or what it changes, uses
+`Recipe`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, StageSett
 StageName = Literal["teach", "forget", "learn"]
 Phase = Literal["base", "forgotten", "updated"]
 Settings = TypeVar("Settings", bound=TrainSettings, covariant=True)
-# Each stage draws from its own stream, so that learning is the same whether or not forgetting went before.
+# Each stage has its own random numbers, so that learning draws the same ones with or without forgetting before it.
 SEED_OFFSETS = {"learn": 0, "forget": 1_000_003, "teach": 2_000_003}
 
 
@@ -27,7 +28,7 @@ def stage_seed(seed: int, stage: str) -> int:
 
 @dataclass(frozen=True)
 class Stage(Generic[Settings]):
-    """One fine-tuning of an update, with all its settings."""
+    """One stage of an update, with all its settings."""
 
     name: StageName
     kind: Kind
@@ -37,32 +38,32 @@ class Stage(Generic[Settings]):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stages of an update; None for one that it does not have."""
+    """The stages of an update. A stage is None if the update does not have it."""
 
     config: RunConfig
 
     @property
     def method(self) -> Method:
-        """The row of the table of methods."""
+        """The method that the config names."""
         return METHODS[self.config.method]
 
     @cached_property
     def teach(self) -> Stage[TrainSettings] | None:
-        """Training all weights on the old answers first, so that the base holds them."""
+        """The stage that first trains all weights on the old answers, so that the base holds them."""
         if self.config.teach.epochs == 0:
             return None
         return Stage("teach", KINDS["all weights"], self.config.teaching, self.seed("teach"))
 
     @cached_property
     def forget(self) -> Stage[ForgetSettings] | None:
-        """Forgetting the old answers."""
+        """The stage that forgets the old answers."""
         if self.method.forgets is None or self.config.forget.coef == 0:
             return None
         return Stage("forget", KINDS[self.method.forgets], self.config.forgetting, self.seed("forget"))
 
     @cached_property
     def learn(self) -> Stage[StageSettings]:
-        """Learning the new answers."""
+        """The stage that learns the new answers."""
         return Stage("learn", KINDS[self.method.learns], self.config.learning, self.seed("learn"))
 
     def seed(self, stage: StageName) -> int:
@@ -84,17 +85,17 @@ class Recipe:
 
     @property
     def changes_base(self) -> bool:
-        """True if a stage, or the merging of the product, needs the weights of the base itself in float32."""
+        """True if a stage, or the merging of the product, needs the base's own weights in float32."""
         return self.config.save_merged or not all(stage.kind.adapter for stage in self)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The states of the model that are scored, provided there is something to forget."""
+        """The phases that are scored, provided there is something to forget."""
         if self.forget is not None and self.config.evaluate.every_phase:
             return ("base", "forgotten", "updated")
         return ("base", "updated")
 
     @property
     def product(self) -> str:
-        """Name of the folder, in the run folder, that holds the updated model or adapter."""
+        """Name of the folder inside the run folder that holds the updated model or adapter."""
         return "adapter" if self.method.makes_adapter else "model"

@@ -1,4 +1,4 @@
-"""Read YAML from a file or a flag: no tags that create objects, no repeated names, no endless aliases.
+"""Read YAML from a file or a flag. Tags that create objects, repeated names and endless aliases are errors.
 
 A plain word has one meaning, as in YAML 1.2: a number is a plain decimal (`16`, `0.5`, `1e2`), a boolean is true or
 false, and all else is text. PyYAML reads YAML 1.1, where `010` is 8, `1:30` is 90, `no` is false and `1e2` is text.
@@ -11,7 +11,7 @@ import re
 import yaml
 from yaml.composer import ComposerError
 
-MOST_VALUES = 10_000  # with every alias written out; a file of settings has less than a hundred
+MOST_VALUES = 10_000  # with aliases expanded; a file of settings has fewer than a hundred
 INTEGER = r"[-+]?(?:0|[1-9][0-9]*)"
 FLOAT = rf"(?:{INTEGER}(?:\.[0-9]*)?|[-+]?\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 PLAIN_NUMBER = re.compile(FLOAT)
@@ -26,11 +26,11 @@ WORDS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which by itself accepts repeated names and expands any number of aliases."""
+    """PyYAML's safe loader with limits: by itself it accepts repeated names and expands any number of aliases."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.sizes: dict[yaml.Node, int] = {}  # of complete nodes
+        self.sizes: dict[yaml.Node, int] = {}  # number of values in each complete node
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)
@@ -66,7 +66,7 @@ def load(text: str) -> object:
     """Return the content of a YAML text, made of plain values only.
 
     Raises:
-        yaml.YAMLError: it is not YAML, has a tag or a repeated name, or its aliases expand too far.
+        yaml.YAMLError: the text is not YAML, has a tag or a repeated name, or its aliases expand too far.
     """
     try:
         return yaml.load(text, _Loader)

@@ -1,6 +1,6 @@
-"""All settings of a run as documented, frozen models; a file and flags become one validated config.
+"""All settings of a run, with their descriptions. A file and flags are merged into one validated config.
 
-The descriptions here are the only ones: the command's help, the JSON schema and docs/commands.md use them.
+The command's help, the JSON schema and docs/commands.md are made from these descriptions.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ OldFrom = Literal["answers", "pred", "model"]
 
 
 def _split(value: object) -> object:
-    """Return the names in a text that separates them by commas; any other value as it is."""
+    """Split a text at its commas; return any other value unchanged."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-Policies = Annotated[  # in a file a list, or one text with commas; written as that text
+Policies = Annotated[  # a file may give a list or one text with commas; it is written as a text
     tuple[OldFrom, ...],
     BeforeValidator(_split, json_schema_input_type=str | tuple[OldFrom, ...]),
     PlainSerializer(",".join, return_type=str),
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split, json_schema_input_type=str | tuple[str, ...])]
 AUTO = "auto"
-Coefficient = Annotated[  # distinguished by a function, so that a problem is reported once
+Coefficient = Annotated[  # told apart by a function, so that pydantic reports a problem only once
     Annotated[float, Field(ge=0), Tag("a number")] | Annotated[Literal["auto"], Tag(AUTO)],
     Discriminator(lambda value: AUTO if value == AUTO else "a number"),
 ]
@@ -55,11 +55,11 @@ Modules = Annotated[
     Discriminator(_kind_of_modules),
 ]
 LORA_RATE_FACTOR = 10
-LARGEST_BATCH = 2**31 - 1  # what torch's samplers take
+LARGEST_BATCH = 2**31 - 1  # the largest that torch's samplers accept
 
 
 class LoraSettings(Settings):
-    """Low-rank adaptation in every stage that trains an adapter, spelled as peft spells it."""
+    """Settings of LoRA in every stage that trains an adapter, named as in peft."""
 
     r: int = Field(8, ge=1, description="Rank of the adapter.")
     lora_alpha: float = Field(16, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
@@ -81,7 +81,7 @@ class LoraSettings(Settings):
 
 
 class OptimisationSettings(Settings):
-    """Fine-tuning, in every stage alike."""
+    """Settings of fine-tuning that all stages share."""
 
     micro_batch_size: int | None = Field(
         None,
@@ -128,7 +128,7 @@ class OptimisationSettings(Settings):
 
 
 class StageSection(Settings):
-    """What each stage of fine-tuning sets for itself."""
+    """Settings of fine-tuning that each stage has for itself."""
 
     epochs: int = Field(3, ge=1, description="Passes over the facts.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate where all weights are trained.")
@@ -136,7 +136,7 @@ class StageSection(Settings):
 
 
 class TeachSection(StageSection):
-    """Fine-tuning of all weights on the old answers before anything else, so that the base really holds them."""
+    """The teaching stage: it first trains all weights on the old answers, so that the base holds them."""
 
     epochs: int = Field(
         0,
@@ -191,14 +191,14 @@ class ForgetSection(StageSection):
 
     @property
     def number(self) -> float:
-        """The coefficient; raise ConfigError if it is still to be chosen."""
+        """The coefficient as a number; raise ConfigError if it is still to be chosen."""
         if self.coef == AUTO:
             raise ConfigError("forget.coef = auto: a number is needed here. Give one; choose_coefficient finds it.")
         return float(self.coef)
 
 
 class TrainSettings(StageSection, OptimisationSettings):
-    """All settings of one stage of fine-tuning: its own, and those that every stage shares."""
+    """All settings of one stage of fine-tuning: its own, and those that all stages share."""
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> TrainSettings:
@@ -267,7 +267,7 @@ class ModelSettings(Settings):
 
 
 class FactsSettings(Settings):
-    """The facts, and which of their fields is the old answer."""
+    """The facts, how they are read, and where their old answers come from."""
 
     source: str | None = Field(None, description="File of facts (JSON, JSONL, CSV, TSV, XLSX) or hub data set.")
     old_from: Policies = Field(
@@ -309,10 +309,10 @@ PAIR = re.compile(r"""\s*([^=,"]+?)\s*=\s*(?:"((?:[^"]|"")*)"|([^,"]*))\s*(?:,|$
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """Return `prompt=Question,target_new="New answer"` as a mapping; in quotes a comma is one, and "" a quote.
+    """Return `prompt=Question,target_new="New answer"` as a mapping. Within quotes, a comma is text, and "" is a quote.
 
     Raises:
-        ValueError: the text is of another form, or names a field twice.
+        ValueError: the text has another form, or names a field twice.
     """
     found: dict[str, str] = {}
     place = 0
@@ -329,7 +329,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 class EvaluateSettings(Settings):
-    """Scoring."""
+    """Settings of scoring."""
 
     batch_size: int = Field(64, ge=1, le=LARGEST_BATCH, description="Texts per forward pass.")
     protocols: tuple[Protocol, ...] = Field(
@@ -363,7 +363,7 @@ class EvaluateSettings(Settings):
 
 
 class RunConfig(Settings):
-    """Everything that determines a run, except the folder it is written to."""
+    """Everything that determines a run, except its output folder."""
 
     method: MethodName = Field("f-lora", description=f"How facts are updated: {', '.join(METHODS)} (docs/method.md).")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
@@ -452,7 +452,7 @@ def load_config(file: Path | None = None, overrides: Mapping[str, object] | None
     """Return the validated config: defaults, then the YAML file, then overrides by dotted name.
 
     Raises:
-        ConfigError: all problems, one a line.
+        ConfigError: lists all problems, one per line.
     """
     data = read_yaml(file) if file else {}
     for dotted, value in (overrides or {}).items():

@@ -1,7 +1,7 @@
-"""The laboratory: a small Llama and its tokenizer, built in a minute, that hold given facts.
+"""Build a lab base in about a minute: a small Llama that holds given facts, and its tokenizer.
 
-It lets the whole method be run and studied without a download. The base is trained on the OLD answers (of prompts and
-rephrases) and on the answers of the locality probes. Bases are cached by their content.
+With a lab base the whole method can be run and studied without a download. The base is trained on the old answers (to
+prompts and rephrasings) and on the answers to the locality probes. Bases are cached by a hash of their inputs.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class LabSettings(Settings):
     prompt_template: str = Field("plain", description="As model.prompt_template; update.yaml then names it too.")
 
 
-STAGE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-4}  # these and TRAIN_SETTINGS suit a lab base: update.yaml
+STAGE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-4}  # with TRAIN_SETTINGS, for update.yaml
 TRAIN_SETTINGS = {"adam_beta2": 0.98}
-UPDATE_TEXTS = 1800  # facts x epochs of a stage: about what it takes until the new answers are learned
+UPDATE_TEXTS = 1800  # facts x epochs of a stage: about as many as it takes to learn the new answers
 
 
 def build_lab(
@@ -68,16 +68,17 @@ def build_lab(
 ) -> Path:
     """Build a base that holds the old answers of `facts` (default: of a made-up world), and return its folder.
 
-    The tokenizer is trained on the texts of `vocabulary_from` (default: `facts`). If `facts` are a few of a file, give
-    the whole file: from a few alone every rare name becomes a token of its own, which real models do not have, and
-    what is learned carries over less (docs/experiments.md).
+    The tokenizer is trained on the texts of `vocabulary_from` (default: `facts`). If `facts` are only part of a file,
+    pass the whole file here: otherwise every rare name becomes one token, unlike in real models, and the base
+    generalises less (docs/experiments.md).
 
-    The folder holds a model that transformers loads, `facts.jsonl`, `update.yaml` with settings for `update`, and
-    `lab.json` with what was built and how much of it the base answers exactly. Without `output` it is the folder in
-    the cache (FORGETLEARN_CACHE, else ~/.cache/forgetlearn). On the CPU every machine builds the same base;
-    `device="auto"` is for a large one.
+    The folder holds a model that transformers can load, `facts.jsonl`, `update.yaml` with settings for `update`, and
+    `lab.json`, which describes the base and says what share of the answers it gives exactly. Without `output`, return
+    the folder in the cache (FORGETLEARN_CACHE, else ~/.cache/forgetlearn). On the CPU every machine builds the same
+    base. Use `device="auto"` for a large base.
 
     Raises:
+        ConfigError: hidden_size does not fit num_attention_heads, or the made-up world cannot have so many facts.
         FactError: no fact has an old answer.
         RunError: the output exists; or, with `overwrite`, it holds a file that facts were read from.
     """
@@ -110,19 +111,23 @@ def build_lab(
 
 
 def world_facts(settings: LabSettings) -> FactSet:
-    """Return the facts of the made-up world that a lab base holds when no others are given."""
+    """Return the facts of the made-up world, which a lab base holds if no other facts are given."""
     return from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
 
 
 def cache_folder() -> Path:
-    """Return the folder of built lab bases."""
+    """Return the folder that lab bases are cached in."""
     if named := os.environ.get("FORGETLEARN_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgetlearn"
 
 
 def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
-    """Return all prompts that the base is to answer, with the answers, and how many contradict an earlier one."""
+    """Return the prompts and answers that the base is to hold, and how many others contradict one of these.
+
+    Raises:
+        FactError: no fact has an old answer.
+    """
     pairs: dict[str, str] = {}
     contradictions = 0
     for prompt, answer in _wanted(facts):
@@ -134,7 +139,7 @@ def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
 
 
 def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
-    """Yield edit prompts first, then probes, then rephrases: if two contradict, the first counts."""
+    """Yield prompts of facts first, then probes, then rephrasings. If two contradict each other, the first counts."""
     for fact in facts:
         if fact.ground_truth:
             yield fact.prompt, fact.ground_truth
@@ -185,7 +190,7 @@ def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, fold
 
 
 def _texts(facts: FactSet) -> list[str]:
-    """Return the texts that contain all words of the facts."""
+    """Return texts that together contain all words of the facts."""
     held = [f"{prompt} {answer}" for prompt, answer in dict(_wanted(facts)).items()]
     return held + [f" {fact.target_new}" for fact in facts]
 
@@ -249,7 +254,7 @@ def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
 
 
 def _update_yaml(n_facts: int, prompt_template: str) -> str:
-    """Return settings for an update of all facts: fewer facts take more epochs."""
+    """Return YAML settings for an update of all facts: the fewer facts, the more epochs."""
     stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **STAGE_SETTINGS}
     settings: dict[str, Mapping[str, object]] = {"forget": {**stage}, "learn": {**stage}, "teach": STAGE_SETTINGS}
     settings["train"] = TRAIN_SETTINGS

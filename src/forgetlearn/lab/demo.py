@@ -17,7 +17,7 @@ from forgetlearn.storage import disk
 from forgetlearn.storage.records import Mean
 
 log = logging.getLogger("forgetlearn")
-COEF = 1.0  # on lab bases forgetting shows more clearly than with the default (docs/experiments.md)
+COEF = 1.0  # on lab bases, forgetting is clearer than with the default (docs/experiments.md)
 
 
 @dataclass(frozen=True)

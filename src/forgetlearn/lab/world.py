@@ -16,11 +16,11 @@ from forgetlearn.errors import ConfigError
 T = TypeVar("T")
 
 MAX_FACTS = 10_000
-"""The largest world: at 834 facts per relation a kind of subject needs 2,109 of its 2,400 or more names."""
+"""Facts in the largest world: with 834 per relation, a kind of subject needs 2,109 of its at least 2,400 names."""
 
 
 class Relation(NamedTuple):
-    """What can be asked of a kind of subject; each phrasing reads on with `" " + answer`."""
+    """A question about one kind of subject. Each phrasing is completed by `" " + answer`."""
 
     name: str
     subject: str
@@ -108,9 +108,9 @@ _POOL_SIZE = {
 
 
 class _World:
-    """Who is there, by kind: answers, subjects whose facts change, and subjects that stay as they are.
+    """The names of a world by kind: answers, subjects whose facts change, and subjects whose facts stay.
 
-    The three sets are disjoint, so a probe can never ask about an update.
+    The three sets are disjoint, so no probe asks about a changed fact.
     """
 
     def __init__(self, per_relation: int, rng: random.Random) -> None:
@@ -126,7 +126,7 @@ class _World:
             self.steady[kind] = names[size + n_changing : size + n_changing + n_steady]
 
     def facts(self, relation: Relation, count: int) -> list[dict[str, object]]:
-        """`count` facts of one relation, each about another subject, with probes that share its phrasing."""
+        """Return `count` facts of one relation, each about a different subject, with probes in the same phrasing."""
         pool, steady = self.answers[relation.answer], self.steady[relation.subject]
         truth = {name: _shuffled(pool, self.rng)[0] for name in steady}
         subjects = _shuffled(self.changing[relation.subject], self.rng)[:count]
@@ -150,12 +150,12 @@ class _World:
 
 
 def made_up_world(n_facts: int = 200, seed: int = 0) -> list[dict[str, object]]:
-    """`n_facts` records in forgetlearn's own form, about people, cities and companies that do not exist.
+    """Return `n_facts` records in forgetlearn's own form, about people, cities and companies that do not exist.
 
-    The same arguments give the same records on every Python version. Old and new answer come from one
-    small pool. A prompt, rephrased or not, belongs to one fact; the one or two probes of a fact put its
-    prompt to subjects of the same kind that have no fact in this world, and agree wherever they recur.
-    Relations are represented equally, to within one fact. A smaller world is not a prefix of a larger.
+    The same arguments give the same records on every Python version. Old and new answers come from one small pool. No
+    two facts share a prompt or a rephrasing. Each fact has one or two probes, which ask its prompt about other subjects
+    of the same kind. These subjects have no fact in this world, and a probe that recurs always has the same answer.
+    Relations have equally many facts, give or take one. A smaller world is not a prefix of a larger one.
 
     Raises:
         ConfigError: `n_facts` is below 1 or above `MAX_FACTS`.
@@ -172,7 +172,7 @@ def made_up_world(n_facts: int = 200, seed: int = 0) -> list[dict[str, object]]:
 
 
 def _names(kind: str) -> list[str]:
-    """All names of one kind that can be spelled, in a fixed order."""
+    """Return all possible names of one kind, in a fixed order."""
     if kind in _WORDS:
         return [word.replace("_", " ") for word in _WORDS[kind].split()]
     columns: Sequence[list[str]] = [column.split() for column in _PARTS[kind]]
@@ -180,5 +180,5 @@ def _names(kind: str) -> list[str]:
 
 
 def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:
-    """`items` in random order, by `rng.random` alone: Python promises only that one to stay the same."""
+    """Return the items in random order. Use only `rng.random`: Python promises to keep no other method the same."""
     return sorted(items, key=lambda _: rng.random())

@@ -1,1 +1,1 @@
-"""Forget, then learn: the method itself and what it is compared with."""
+"""Forget, then learn: the method, and the methods that it is compared with."""

@@ -1,4 +1,4 @@
-"""Checks that a model can be made to forget and to learn with the given settings, before anything is trained."""
+"""Check, before anything is trained, that a model can forget and learn with the given settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("forgetlearn")
 
 
 def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: KindName) -> None:
-    """Raise ConfigError if this model cannot be made to forget with these settings."""
+    """Raise ConfigError if this model cannot forget with these settings."""
     kind = KINDS[how]
     check_computing(settings, lm.device)
     factors = selection.factors(lm.model, settings.modules)
@@ -47,7 +47,7 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: KindName)
 
 
 def check_learning(lm: LanguageModel, settings: StageSettings, how: KindName) -> None:
-    """Raise ConfigError if learning cannot train what the settings name."""
+    """Raise ConfigError if this model cannot learn with these settings."""
     kind = KINDS[how]
     if settings.rows != "all":
         check_rows(lm, settings, how)
@@ -95,9 +95,9 @@ def _check_vocabulary(lm: LanguageModel, settings: TuningSettings, stage: str) -
 
 
 def out_of_loras_reach(model: nn.Module, settings: LoraSettings) -> str | None:
-    """Describe which matrices the adapters of an update do not reach under all-linear; None if they reach all.
+    """Describe the matrices that LoRA does not reach under all-linear; return None if it reaches all.
 
-    One example is experts fused into one tensor: peft adapts modules, and these have none.
+    For example, it does not reach experts that are fused into one tensor, because peft adapts only modules.
     """
     if settings.target_modules != ALL_LINEAR:
         return None

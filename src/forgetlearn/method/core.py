@@ -37,10 +37,10 @@ def forget(
     seed: int = 0,
     stage_io: StageIO | None = None,
 ) -> StageLog:
-    """Fine-tune on the old answers, subtract `coef` times what that added; `lm` is changed in place.
+    """Fine-tune on the old answers, and subtract `coef` times what that added. `lm` is changed in place.
 
-    With all weights `lm.model` is then the forgotten model, in float32. With LoRA the base keeps its weights, and
-    `lm.model` carries a frozen adapter "forget" with -coef folded in. Facts without an old answer are passed over.
+    If all weights are trained, `lm.model` becomes the forgotten model, in float32. With LoRA the base keeps its
+    weights, and `lm.model` gets a frozen adapter "forget", multiplied by -coef. Skip facts without an old answer.
 
     Raises:
         FactError: no fact has an old answer.
@@ -62,10 +62,10 @@ def learn(
     seed: int = 0,
     stage_io: StageIO | None = None,
 ) -> StageLog:
-    """Fine-tune on the new answers; `lm` is changed in place and is then the product.
+    """Fine-tune on the new answers. `lm` is changed in place, and becomes the product.
 
-    With all weights `lm.model` has no adapter, and the dtypes it was loaded in (rounded once, here). With LoRA it
-    carries one adapter "default", which holds the forgetting too.
+    If all weights are trained, `lm.model` has no adapter, and is rounded here, once, to the dtypes it was loaded in.
+    With LoRA it has one adapter, "default", which includes the forgetting.
     """
     kind, facts = STAGE_KINDS[how], list(facts)
     if settings.rows != "all":
@@ -89,7 +89,7 @@ def tune_on_old(
     seed: int = 0,
     stage_io: StageIO | None = None,
 ) -> StageLog:
-    """Fine-tune on the old answers, as an adapter "forget" or all weights: the first half of forgetting."""
+    """Fine-tune all weights, or an adapter "forget", on the old answers: the first half of forgetting."""
     kind, olds = STAGE_KINDS[how], old_pairs(facts)
     kind.ready(lm)
     lm.model = kind.prepare(lm.model, settings, lora.FORGET, seed)
@@ -99,14 +99,14 @@ def tune_on_old(
 def subtract(
     lm: LanguageModel, base: StateDict | None, facts: Iterable[Fact], settings: ForgetSettings, how: KindName
 ) -> None:
-    """Make the tuned model the forgotten one, `base - coef * (tuned - base)`: the second half of forgetting."""
+    """Turn the tuned model into the forgotten one, `base - coef * (tuned - base)`: the second half of forgetting."""
     STAGE_KINDS[how].subtract(lm, settings, base, tokens_of(lm, old_pairs(facts), settings.rows))
 
 
 def forget_tuned(
     lm: LanguageModel, tuned: StateDict, facts: Iterable[Fact], settings: ForgetSettings, how: KindName
 ) -> None:
-    """Make the base what `forget` makes of it, given the state (`StageKind.state`) that `tune_on_old` ends in."""
+    """Do what `forget` does, without training: `tuned` is the state (`StageKind.state`) after `tune_on_old`."""
     kind = STAGE_KINDS[how]
     kind.ready(lm)
     base = kind.copy_base(lm, None, in_memory=True)
@@ -117,7 +117,7 @@ def forget_tuned(
 def teach(
     lm: LanguageModel, pairs: Pairs, settings: TrainSettings, *, seed: int = 0, stage_io: StageIO | None = None
 ) -> StageLog:
-    """Fine-tune all weights on these answers, so that the base really holds them; `lm` is changed in place."""
+    """Fine-tune all weights on these answers, so that the base holds them. `lm` is changed in place."""
     kind = STAGE_KINDS["all weights"]
     kind.ready(lm)
     kind.prepare(lm.model, settings, "", seed)
@@ -127,7 +127,7 @@ def teach(
 
 
 def tokens_of(lm: LanguageModel, pairs: Pairs, rows: Rows) -> set[int]:
-    """Return the tokens that `rows` is about: those of whole texts with `facts`, else those of the answers alone."""
+    """Return the tokens that `rows` selects: the tokens of whole texts (`facts`) or only of the answers (`answers`)."""
     if rows == "all":
         return set()
     whole = rows == "facts"
@@ -136,7 +136,7 @@ def tokens_of(lm: LanguageModel, pairs: Pairs, rows: Rows) -> set[int]:
 
 
 def old_pairs(facts: Iterable[Fact]) -> Pairs:
-    """Return prompt and old answer of the facts that have one; raise FactError if none has."""
+    """Return the prompt and the old answer of each fact that has one; raise FactError if none has."""
     pairs = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     if not pairs:
         raise FactError("No fact has an old answer to forget. Give ground_truth, or set facts.old_from = model.")

@@ -1,6 +1,6 @@
-"""What each kind of stage does to a model: a class per kind, in one table. `config.methods` says which method uses it.
+"""Each kind of stage as a class that changes a model. `config.methods` says which method uses which kind.
 
-A new kind is a row in `config.methods.KINDS` and a class here, or in a file of its own.
+To add a kind, add a row to `config.methods.KINDS`, and a class to `STAGE_KINDS`, here or in a file of its own.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Pairs = Sequence[tuple[str, str]]  # prompts with answers
 
 
 class StageKind:
-    """The plain kind: train the base's own weights, in float32, and subtract from any of them. Others override."""
+    """The plain kind: train the base's own weights in float32, and subtract from them. Subclasses are other kinds."""
 
     def ready(self, lm: LanguageModel) -> None:
-        """Make what an adapter forgot part of the base, in float32: half precision would lose the small steps."""
+        """Fold an adapter that forgets into the base, in float32, because half precision would lose small steps."""
         fold_in(lm, lora.FORGET)
         lm.to_float32()
 
     def prepare(
         self, model: nn.Module, settings: TrainSettings, name: str, seed: int, modules: Modules = module_names.ALL
     ) -> nn.Module:
-        """Return the model with what the stage trains, and nothing else, requiring gradients.
+        """Return the model, in which only the weights that the stage trains require gradients.
 
-        `name` is that of the new adapter, if the kind makes one; `modules` restricts the weights of the base.
+        `name` is the name of the new adapter, if the kind makes one. `modules` are the weights of the base to train.
         """
         model.requires_grad_(True)
         if modules != module_names.ALL:
@@ -49,37 +49,37 @@ class StageKind:
         return model
 
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
-        """Return the settings to train with, and where the training departs from plain fine-tuning."""
+        """Return the settings to train with, and how the training differs from plain fine-tuning."""
         return settings, Variant()
 
     def fit(self, lm: LanguageModel, pairs: Pairs, settings: TrainSettings, seed: int, stage_io: StageIO) -> StageLog:
-        """Make the model give these answers to these prompts: by fine-tuning, unless a kind knows another way."""
+        """Make the model give these answers to these prompts: by fine-tuning, unless a kind overrides this."""
         texts = [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
         settings, variant = self.training(settings)
         options = {"seed": seed, "pad_id": lm.pad_id}
         return finetune(lm.model, texts, settings, **options, device=lm.device, variant=variant, stage_io=stage_io)
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:
-        """Return a copy of the weights to subtract from; a large one on the CPU lies on the disk unless `in_memory`."""
+        """Return a copy of the weights to subtract from. On the CPU, a large copy is on disk unless `in_memory`."""
         if in_memory or lm.device.type != "cpu":
             return task_vector.snapshot(lm.model)
         return task_vector.snapshot_on_disk(lm.model, points)
 
     def state(self, lm: LanguageModel, name: str) -> dict[str, Tensor]:
-        """Return what tells the model from its base, to be read: all weights, or those of the adapter of this name."""
+        """Return the weights that differ from the base, for reading only: all weights, or the named adapter's."""
         return sharding.parts(lm.model)
 
     def put_state(self, lm: LanguageModel, settings: ForgetSettings, state: StateDict) -> None:
-        """Make the base what it was in forgetting, when `state` returned this."""
+        """Load a `state` from the forgetting stage into the base."""
         self.ready(lm)
         task_vector.load_into(lm.model, state)
 
     def subtract(
         self, lm: LanguageModel, settings: ForgetSettings, base: StateDict | None, tokens: Collection[int]
     ) -> None:
-        """Make the tuned model the forgotten one: `base - coef * (tuned - base)`, where `modules` and `rows` say so.
+        """Turn the tuned model into the forgotten one: `base - coef * (tuned - base)` in the chosen modules and rows.
 
-        `tokens` are those that `settings.rows` is about.
+        `tokens` are the tokens that `settings.rows` selects.
         """
         assert base is not None, "copy_base returned it"
         factors = selection.factors(lm.model, settings.modules)
@@ -90,24 +90,24 @@ class StageKind:
         task_vector.load_into(lm.model, forgotten)
 
     def finish(self, lm: LanguageModel, stage_log: StageLog, seed: int) -> StageLog:
-        """Make the trained model the product: in the dtypes that the base was loaded in, rounded once."""
+        """Turn the trained model into the product: round it, once, to the dtypes that the base was loaded in."""
         return replace(stage_log, rounding=lm.to_own_dtypes(seed))
 
     def put_product(self, lm: LanguageModel, settings: StageSettings, state: StateDict) -> None:
-        """Make the base, or the forgotten model, the product whose `state` this is."""
+        """Turn the base, or the forgotten model, into the product that has this `state`."""
         to_own_form(lm)
         task_vector.load_into(lm.model, state)
 
     def save_product(self, lm: LanguageModel, folder: Path, base_name: str) -> None:
-        """Write the product as other programs load it; an adapter names its base."""
+        """Write the product in a form that other programs can load. An adapter names its base."""
         lm.save(folder)
 
 
 class Adapter(StageKind):
-    """Train a LoRA adapter beside the frozen base; forgetting folds -coef into it."""
+    """Train a LoRA adapter beside the frozen base. Forgetting multiplies it by -coef."""
 
     def ready(self, lm: LanguageModel) -> None:
-        """Leave the base, and a frozen adapter that forgets, as they are."""
+        """Do nothing: the base and a frozen adapter that forgets stay unchanged."""
 
     def prepare(
         self, model: nn.Module, settings: TrainSettings, name: str, seed: int, modules: Modules = module_names.ALL
@@ -144,7 +144,7 @@ class Adapter(StageKind):
         lora.activate(lm.model, [lora.FORGET])
 
     def finish(self, lm: LanguageModel, stage_log: StageLog, seed: int) -> StageLog:
-        """Make the adapters one, "default", which holds the forgetting too."""
+        """Combine the adapters into one, "default", which includes the forgetting."""
         lora.compose(lm.model, lora.names(lm.model))
         return stage_log
 
@@ -155,7 +155,7 @@ class Adapter(StageKind):
         lora.set_weights(lm.model, state)
 
     def save_product(self, lm: LanguageModel, folder: Path, base_name: str) -> None:
-        """Write the adapter as peft does, and the tokenizer."""
+        """Write the adapter in peft's format, and the tokenizer."""
         lora.save(lm.model, lora.PRODUCT, folder, base_name)
         if processes.is_main():
             lm.tokenizer.save_pretrained(folder)
@@ -167,26 +167,26 @@ class OneModule(StageKind):
     def prepare(
         self, model: nn.Module, settings: TrainSettings, name: str, seed: int, modules: Modules = module_names.ALL
     ) -> nn.Module:
-        """Let that module alone require gradients."""
+        """Make only that module require gradients."""
         model.requires_grad_(False)
         model.get_submodule(editable_module(model)).requires_grad_(True)
         return model
 
 
 class Bounded(StageKind):
-    """Keep every weight within `max_change` of where it was."""
+    """Keep every weight within `max_change` of its value before the stage."""
 
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
-        """Return the settings, and `max_change` as the bound on how far a weight may move."""
+        """Return the settings, and `max_change` as the bound on the change of a weight."""
         assert isinstance(settings, StageSettings), "a kind of learning"
         return settings, Variant(max_change=settings.max_change)
 
 
 class Ascent(StageKind):
-    """Climb the loss of the old answers, which forgets them; nothing is subtracted."""
+    """Forget by gradient ascent on the loss of the old answers. Nothing is subtracted."""
 
     def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
-        """Return the settings with `coef` times the rate (Adam ignores the scale of a loss), and the loss negated."""
+        """Return the settings with the rate times `coef` (Adam ignores the scale of a loss), and a negated loss."""
         assert isinstance(settings, ForgetSettings), "a kind of forgetting"
         slower = settings.model_copy(update={"learning_rate": settings.number * settings.learning_rate})
         return slower, Variant(loss_sign=-1)
@@ -198,7 +198,7 @@ class Ascent(StageKind):
     def subtract(
         self, lm: LanguageModel, settings: ForgetSettings, base: StateDict | None, tokens: Collection[int]
     ) -> None:
-        """Leave the model as it is."""
+        """Do nothing: the training itself has forgotten."""
 
 
 STAGE_KINDS: Mapping[KindName, StageKind] = {
@@ -211,7 +211,7 @@ STAGE_KINDS: Mapping[KindName, StageKind] = {
 
 
 def fold_in(lm: LanguageModel, name: str) -> None:
-    """Add what an adapter holds, if the model carries one, to the base's weights, in float32."""
+    """If the model has adapters, add the named one to the base's weights, in float32, and remove them all."""
     if hasattr(lm.model, "peft_config"):
         lm.to_float32()
         lora.fold_in(lm.model, name)

@@ -1,1 +1,1 @@
-"""One update or evaluation over its run folder."""
+"""Run an update or an evaluation, and write its run folder."""

@@ -1,4 +1,4 @@
-"""What a command works on: the config merged with its arguments, the facts, and checks before anything is written."""
+"""Prepare the config, the model and the facts of a command, and check them before anything is written."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ GivenModel = LanguageModel | nn.Module | str | Path | None
 
 
 def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | None) -> RunConfig:
-    """Return the config with what was passed in written into it.
+    """Return the config, updated with the model and the facts that are passed in.
 
     Raises:
-        ConfigError: no model is named, or the config contradicts a model or facts that are passed in.
+        ConfigError: no model is named, or the config contradicts the model or the facts that are passed in.
     """
     config = config if isinstance(config, RunConfig) else validate(RunConfig, config or {})
     return config.model_copy(
@@ -45,7 +45,7 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     return settings
 
 
-AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # facts passed in were read already
+AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # for facts that are passed in
 
 
 def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:
@@ -78,13 +78,13 @@ def read_config_facts(config: RunConfig) -> FactSet:
 
 
 def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row]:
-    """Ask the model about the facts that have no old answer from elsewhere (policy `model`)."""
+    """Return the model's own answers to the facts that have no other old answer (policy `model`)."""
     waiting = frozenset(facts.to_ask)
     return scoring.probe(lm, [fact for fact in facts if fact.id in waiting], config.evaluate)
 
 
 def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) -> FactSet:
-    """Take the model's answers as old answers (policy `model`), except those that were cut off."""
+    """Return the facts with the model's answers as old answers (policy `model`), except answers that were cut off."""
     return with_old_answers(
         facts,
         {row.fact: row.said or "" for row in rows},
@@ -96,7 +96,7 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
 def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     """Raise FactError if a stage needs old answers and no fact has one.
 
-    Facts that the model has still to be asked about may get one, so they pass.
+    Pass if the model has yet to be asked about some facts, because they may still get an old answer.
     """
     recipe = Recipe(config)
     if not recipe.needs_old_answers or facts.to_ask or any(fact.ground_truth for fact in facts):
@@ -121,7 +121,7 @@ def check_stages(recipe: Recipe, lm: LanguageModel) -> None:
 
 
 def check_quantization(recipe: Recipe) -> None:
-    """Raise ConfigError if the config quantises the base, but an update with it needs unquantised weights."""
+    """Raise ConfigError if the config quantises the base, but the update needs unquantised weights."""
     settings = recipe.config.model
     if settings.quantization == "none":
         return
@@ -138,7 +138,7 @@ def check_quantization(recipe: Recipe) -> None:
 
 
 def check_weights(*models: object) -> None:
-    """Raise RunError if models that are products on this disk have other weights than their last updates wrote."""
+    """Raise RunError if a model folder that forgetlearn wrote no longer has the weights of its last update."""
     for named in models:
         if isinstance(named, (str, Path)) and Path(named).is_dir():
             check_product(Path(named), ".safetensors")

@@ -1,7 +1,7 @@
-"""Choosing how much to forget (`coef: auto`), by learning at each coefficient that is tried.
+"""Choose how much to forget (`coef: auto`): try several coefficients, and learn with each.
 
-It is chosen on facts set aside, which the result is then not scored on. Fine-tuning on the old answers is done
-once and serves every coefficient that is tried.
+The coefficient is chosen on facts set aside, and the result is scored on the others. Fine-tuning on the old answers is
+done once and serves every trial.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from forgetlearn.weights.task_vector import StateDict
 log = logging.getLogger("forgetlearn")
 WEIGHTS, CHOICE = "weights.safetensors", "choice.json"
 LEARNED, LEARNED_LOG = "learned.safetensors", "learned.json"  # of the best trial
-# The range that is searched. The paper's own are 0.1 to 3; at 3 lab bases lost up to 47 points of locality by
+# The range that is searched. The paper searches 0.1 to 3, but at 3 lab bases lost up to 47 points of locality by
 # forgetting alone (docs/experiments.md).
 LOWEST, HIGHEST = 0.1, 1.5
-TOLERANCE = 0.1  # of the natural logarithm of the coefficient
+TOLERANCE = 0.1  # in the natural logarithm of the coefficient
 GOAL = (("reliability", "token"), ("generality", "token"), ("locality", "agreement"))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A coefficient that was tried, and the percentages by quantity on the facts set aside; None: not asked."""
+    """A coefficient that was tried, and its scores on the facts set aside, in percent (None if not scored)."""
 
     coef: float
     scores: Mapping[str, float | None]
 
     @property
     def goal(self) -> float:
-        """Mean of those of reliability, generality and locality that were scored; raise FactError if none was."""
+        """Mean of reliability, generality and locality, as far as they were scored; raise FactError if none was."""
         scored = [score for quantity, _protocol in GOAL if (score := self.scores[quantity]) is not None]
         if not scored:
             raise FactError("forget.coef = auto: none of the facts set aside could be scored. Give a number.")
@@ -61,13 +61,13 @@ class Trial:
 
 
 def read_stage_log(file: Path) -> StageLog:
-    """Return a stage's log that was written as JSON."""
+    """Read the log of a stage from its JSON file."""
     kept: dict[str, Any] = disk.read_json(file)
     return StageLog(**kept | {name: tuple(value) for name, value in kept.items() if isinstance(value, list)})
 
 
 def check(facts: Sequence[Fact], config: RunConfig) -> None:
-    """Raise ConfigError unless a coefficient can be chosen for these facts; the model is not needed for this."""
+    """Raise ConfigError if no coefficient can be chosen for these facts. This needs no model."""
     check_engine(config.evaluate, changed_by="choosing a coefficient")
     if not METHODS[config.method].subtracts:
         able = ", ".join(name for name, method in METHODS.items() if method.subtracts)
@@ -81,7 +81,13 @@ def check(facts: Sequence[Fact], config: RunConfig) -> None:
 
 
 def set_aside(facts: Sequence[Fact], config: RunConfig) -> list[Fact]:
-    """Return the facts that choose, in their order: drawn by their ids and the seed, not by their place in the file."""
+    """Return the facts that the coefficient is chosen on, in their given order.
+
+    The draw depends on the facts' ids and the seed, not on their order in the file.
+
+    Raises:
+        ConfigError: the share leaves no fact to choose on, or none to score.
+    """
     share = config.forget.validation
     n_aside = round(share * len(facts))
     if not 0 < n_aside < len(facts):
@@ -96,11 +102,11 @@ def set_aside(facts: Sequence[Fact], config: RunConfig) -> list[Fact]:
 
 
 def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConfig) -> Choice:
-    """Return the coefficient of forgetting for these facts; `lm` is the base, and stays it.
+    """Return the coefficient of forgetting for these facts. `lm` is the base, which is restored afterwards.
 
     Raises:
         ConfigError: the method subtracts nothing, or the share set aside leaves no fact on one side.
-        FactError: the base gives none of the old answers.
+        FactError: the base gives none of the old answers, or none of the facts set aside can be scored.
     """
     facts = list(facts)
     check(facts, config)
@@ -114,10 +120,10 @@ def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConf
 
 
 class Search:
-    """The search on one base; each coefficient is tried once.
+    """The search for a coefficient on one base. Each coefficient is tried once.
 
-    A trial learns all facts, as the update would: fewer facts, or fewer epochs, cost other coefficients other scores
-    (docs/experiments.md). So what the best trial learned is the product, and is kept in `folder`, if one is given.
+    A trial learns all facts, as the update would, because scores differ with fewer facts or fewer epochs
+    (docs/experiments.md). So the best trial's weights are the product. They are kept in `folder`, if one is given.
     """
 
     def __init__(
@@ -143,10 +149,10 @@ class Search:
         return pipeline
 
     def run(self) -> tuple[Choice, StageLog]:
-        """Return the choice, and the log of the fine-tuning on old answers that it needed; `lm` is the base again.
+        """Return the choice and the log of the fine-tuning on old answers, and restore the base.
 
-        A search that is cut short starts again; with checkpoints (`stage_io`) its fine-tunings go on from theirs.
-        The choice, the tuned weights and what the best trial learned are written to `folder`.
+        Write the choice, the tuned weights and the best trial's weights to `folder`. An interrupted search starts
+        again, but its fine-tuning continues from the checkpoints of `stage_io`.
         """
         log.info("fine-tuning on %d old answers, once for every coefficient", len(self.pipeline.to_forget))
         try:
@@ -165,7 +171,7 @@ class Search:
         return choice, stage_log
 
     def at(self, coef: float) -> Trial:
-        """Return the trial at a coefficient; of the best so far, what it learned is kept."""
+        """Return the trial at a coefficient. If it is the best so far, keep its weights."""
         if coef not in self.trials:
             self.trials[coef] = Trial(coef, self._scores(coef))
             if self.folder is not None and best(self.trials.values()).coef == coef:
@@ -181,7 +187,7 @@ class Search:
         return {quantity: table[quantity][protocol].mean for quantity, protocol in (*GOAL, ("residue", "token"))}
 
     def _keep(self, folder: Path) -> None:
-        """Write what the last trial learned, and its log."""
+        """Write the weights that the last trial learned, and its log."""
         lm, stage_log = self.base.lm, self.last.logs["learn"]
         assert stage_log is not None, "each trial learns"
         state = STAGE_KINDS[METHODS[self.config.method].learns].state(lm, lora.PRODUCT)
@@ -190,34 +196,34 @@ class Search:
 
 
 class _TrialStore(Store):
-    """What the trials share: the fine-tuning on old answers. The log of each stage is kept."""
+    """Gives every trial the same tuned weights, and keeps the log of each stage."""
 
     def __init__(self, tuned: StateDict, stage_io: StageIO) -> None:
         self._tuned, self.stage_io = tuned, stage_io
         self.logs: dict[str, StageLog | None] = {}
 
     def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
-        """Change the model."""
+        """Change the model, and keep the log of the stage."""
         self.logs[stage.name] = compute(self.stage_io)
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict:
-        """Return what all trials start from."""
+        """Return the tuned weights that all trials start from."""
         return self._tuned
 
 
 def _of_trials(config: RunConfig) -> RunConfig:
-    """Return the config of the trials: scored at the end alone, and without free answers, which take most time."""
+    """Return the config of a trial. It scores only at the end, and without free answers, which take the most time."""
     scores = {"protocols": ("token",), "every_phase": False, "general": None, "tasks": ()}
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=scores)})
 
 
 def best(trials: Iterable[Trial]) -> Trial:
-    """Return the trial with the highest goal; of equal ones that with the smallest coefficient."""
+    """Return the trial with the highest goal; among equals, the one with the smallest coefficient."""
     return max(trials, key=lambda trial: (trial.goal, -trial.coef))
 
 
 def best_coefficient(trial_at: Callable[[float], Trial], n_trials: int) -> tuple[float, str]:
-    """Return the best coefficient and why: both ends are tried, then where a bracketing search between them looks."""
+    """Try both ends of the range, then search between them; return the best coefficient and the reason."""
     trials: dict[float, Trial] = {}
 
     def goal(log_coef: float) -> float:

@@ -1,4 +1,4 @@
-"""Scoring and asking an existing model: `evaluate` writes a run folder, `ask` returns answers."""
+"""Score or ask an existing model: `evaluate` writes a run folder, `ask` returns answers."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def evaluate(
     earlier: Sequence[str | Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Score a model, or an adapter on its base, on facts; write scores and a report to a folder, and return it.
+    """Score a model or an adapter on facts, write the scores and a report to a folder, and return its path.
 
-    `reference`, the model before the update, is scored too, and locality is agreement with it. Under the policy
-    `model` the old answers are what the reference says, or without one what the model says.
+    `reference` is the model before the update. It is scored too, and locality is agreement with it. Under the policy
+    `model` the old answers come from the reference if there is one, else from the model.
 
-    With `earlier` (places to look for facts, or none) the facts of the model's earlier updates are scored too:
-    retention.
+    `earlier` lists places to look for the facts of the model's earlier updates; it may be empty. Unless it is None,
+    these facts are scored too (retention).
 
     Raises:
-        ForgetLearnError: anything that is wrong with the input, before anything is written.
+        ForgetLearnError: the input is wrong. Nothing has been written yet.
     """
     facts = as_fact_set(facts)
     config = resolve(config, model, facts)
@@ -92,7 +92,7 @@ def _scored(
     earlier: Sequence[str | Path] | None,
     scratch: Path,
 ) -> Callable[[Path, bool], Path]:
-    """Score everything, then return what writes the run folder, given its path and `overwrite`."""
+    """Score everything, and return a function that writes the run folder, given its path and `overwrite`."""
     updates = [] if earlier is None else retention.earlier_updates(str(config.model.name), fact_set, earlier)
     general_ability.check(config.evaluate)
     rows, before, vocabulary = {}, None, None
@@ -105,7 +105,7 @@ def _scored(
         before, vocabulary = locality_predictions(rows["base"]), base.tokenizer.get_vocab()
         if general_ability.asked(config.evaluate):
             measured["base"] = general_ability.measure(base, config.evaluate, scratch)
-        del base  # before the other is loaded
+        del base  # to free its memory before the other model is loaded
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
     general_ability.check_embedded(lm, config.evaluate)
     if vocabulary is not None and vocabulary != lm.tokenizer.get_vocab():
@@ -115,7 +115,7 @@ def _scored(
     phase = "model" if before is None else "updated"
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
     if before is None:
-        rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # with itself: says nothing
+        rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # meaningless with itself
     if general_ability.asked(config.evaluate):
         measured[phase] = general_ability.measure(
             lm, config.evaluate, scratch, scratch if reference is not None else None
@@ -160,7 +160,7 @@ def ask(
     generation.check_engine(config.evaluate, (model,))
     lm = model if isinstance(model, LanguageModel) else load_model(config.model)
     answers = {}
-    stripped = {prompt: prompt.strip() for prompt in prompts}  # as the prompts of facts are
+    stripped = {prompt: prompt.strip() for prompt in prompts}  # as in the prompts of facts
     found = Scorer(lm, config.evaluate, "asking").say(stripped.values())
     for prompt, plain in stripped.items():
         said = found[plain]

@@ -1,7 +1,7 @@
-"""The steps of an update, written once: teach, score, forget, score, learn, score. A store keeps what they make.
+"""The steps of an update: teach, score, forget, score, learn, score. A store keeps their results.
 
-`update` keeps it in a run folder, to go on from after a kill; `compare` shares it between cells; the search for a
-coefficient needs none of it again.
+`update` stores them in a run folder, so that a killed run can continue. `compare` shares them between cells. The search
+for a coefficient does not need them again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Train = Callable[[StageIO], StageLog | None]
 
 
 class Store:
-    """Where the steps of an update are kept. This one keeps nothing: what is asked for is computed."""
+    """Keeps the results of the steps of an update. This class keeps nothing, and computes every result."""
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return the rows of a step."""
@@ -45,37 +45,37 @@ class Store:
         raise NotImplementedError
 
     def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> Callable[[], None] | None:
-        """Change the model; return None, or what changes it in the same way if an earlier process did the stage."""
+        """Change the model and return None; if an earlier process did it, return a function that loads the result."""
         compute(StageIO())
         return None
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
-        """Return the weights that fine-tuning on the old answers ends at; None if nobody shares them."""
+        """Return the weights that are fine-tuned on the old answers; None if they are not shared."""
         return None
 
     def learned(self) -> tuple[StateDict, StageLog] | None:
-        """Return what has been learned already, and its log."""
+        """Return the learned weights and the log of learning; None if nothing has been learned yet."""
         return None
 
 
 class HeldBase:
-    """A base in memory, which can be restored without reading it from the disk."""
+    """A copy of the base's weights in memory, to restore the base without reading it from disk."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
         self.weights = snapshot(lm.model)
 
     def restore(self) -> None:
-        """Make the model the base again, to the bit."""
+        """Restore the base's weights, to the bit."""
         to_own_form(self.lm)
         load_into(self.lm.model, self.weights)
 
 
 class Pipeline:
-    """One update of a model. `rows`, by phase, and `known` are filled as it goes on.
+    """One update of a model. Its steps fill `rows` (by phase) and `known`.
 
-    With `base` the model may be anything that came of it: the base is restored before the first step that needs it.
-    `scored` are the facts that are scored, all unless they are given.
+    With `base`, the model may hold any weights: the base is restored before the first step that needs it. `scored` are
+    the facts that are scored (default: all).
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Pipeline:
         self.rows: dict[str, list[Row]] = {}
         self._measured: dict[str, Path] = {}  # folders with general ability, by phase
         self.known: list[Fact] = []  # facts whose old answer the base gives
-        # What makes the model the one that the next step needs; loaded only once a step is really done.
+        # Functions that load the weights that the next step needs; called only if that step really runs.
         self._pending: dict[str, Callable[[], None]] = {"base": base.restore} if base else {}
 
     def ready(self, compute: Callable[P, T]) -> Callable[P, T]:
-        """Return `compute`, preceded by making the model what the stages so far made of it.
+        """Return a function that loads the weights that the stages so far produced, and then calls `compute`.
 
-        Every step that looks at the model or changes it goes through here, and weights are put back nowhere else.
+        Every step that reads or changes the model goes through here, and weights are restored nowhere else.
         """
 
         def on_model(*args: P.args, **options: P.kwargs) -> T:
@@ -120,14 +120,14 @@ class Pipeline:
 
     @property
     def to_forget(self) -> list[Fact]:
-        """Facts whose old answer is forgotten."""
+        """The facts whose old answers are forgotten."""
         stage = self.recipe.forget
         if stage is None:
             return []
         return self.known if stage.settings.only_known else [fact for fact in self.facts if fact.ground_truth]
 
     def update(self) -> None:
-        """Forget, learn, and score what comes of it."""
+        """Forget and learn, and score the results."""
         if (stage := self.recipe.forget) and (facts := self.to_forget):
             tuned = self.store.tuned(self.ready(self.tune)) if stage.kind.subtracts else None
             self._train(stage, len(facts), lambda stage_io: self._forget(stage, facts, tuned, stage_io))
@@ -140,13 +140,13 @@ class Pipeline:
         self._measure("updated")
 
     def set_coefficient(self, coef: float) -> None:
-        """Forget this much of the old answers."""
+        """Set the coefficient of forgetting."""
         settings = self.config.forget.model_copy(update={"coef": coef})
         self.config = self.config.model_copy(update={"forget": settings})
         self.recipe = Recipe(self.config)
 
     def tune(self, stage_io: StageIO) -> Tuned:
-        """Return what fine-tuning on the old answers ends in: all weights, or an adapter's. Needs a held base."""
+        """Fine-tune on the old answers; return the weights (all, or the adapter's) and the log. Needs `base`."""
         stage = self.recipe.forget
         assert stage is not None, "there is something to forget"
         assert self.base is not None, "it is restored afterwards"
@@ -180,7 +180,7 @@ class Pipeline:
     def _train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
         if change := self.store.train(stage, n_facts, self.ready(compute)):
             if stage.name == "learn":
-                self._pending.pop("forget", None)  # the product holds it
+                self._pending.pop("forget", None)  # the product includes the forgetting
             self._pending[stage.name] = change
 
     def _score(self, phase: str) -> None:
@@ -204,5 +204,5 @@ class Pipeline:
 
     @property
     def general(self) -> dict[str, General]:
-        """General ability by phase, as it was measured."""
+        """The general ability that was measured, by phase."""
         return {phase: general_ability.found_in(folder) for phase, folder in self._measured.items()}

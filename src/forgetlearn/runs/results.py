@@ -19,13 +19,13 @@ from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY
 
 @dataclass(frozen=True)
 class Done:
-    """What an update did besides scoring; a count is None if it was not asked for."""
+    """The results of an update other than its scores. A result is None if it does not apply."""
 
     known: int | None = None  # facts whose old answer the base gave
     forgotten: int | None = None
     product: str | None = None
     choice: records.Choice | None = None
-    rounding: records.Rounding | None = None  # what storing the product in half precision left
+    rounding: records.Rounding | None = None  # how much of the change survived half precision
 
 
 def write_results(
@@ -36,10 +36,10 @@ def write_results(
     done: Done | None = None,
     general: Mapping[str, Any] | None = None,
 ) -> tuple[Summary, list[Row]]:
-    """Write everything that a report is made from to `path`; return the summary and the rows as they were written.
+    """Write everything that a report is made from to `path`; return the summary and the rows that were written.
 
-    Without `done` it is a run that only scores. `general` is what was measured of general ability, by
-    phase. Facts that the coefficient was chosen on have rows, marked `split: validation`, but no part in the means.
+    Without `done`, the run only scores. `general` is the general ability by phase. Facts that the coefficient was
+    chosen on get rows, marked `split: validation`, but do not count in the means.
     """
     aside = frozenset(done.choice.validation if done and done.choice else ())
     written = [_public(row, aside, facts) for own in rows.values() for row in own]
@@ -54,7 +54,7 @@ def write_results(
 
 
 def _public(row: Row, aside: frozenset[str], facts: FactSet) -> Row:
-    """Return a row without the token ids that only resume needs, marked if its fact was set aside."""
+    """Return a row without its token ids, which only resume needs. Mark the row if its fact was set aside."""
     fields = {name: getattr(row, name) for name in row.model_fields_set if name != "predicted"}
     if row.fact in aside:
         fields["split"] = "validation"
@@ -100,7 +100,7 @@ def _summary(
 
 
 def _coef(config: RunConfig, choice: records.Choice | None) -> float:
-    """Return the coefficient that was used: 0 if one was to be chosen and there was nothing to forget."""
+    """Return the coefficient that was used; 0 if it was to be chosen but there was nothing to forget."""
     if config.forget.coef != AUTO:
         return config.forget.number
     return choice.coef if choice else 0.0

@@ -1,6 +1,6 @@
-"""Do earlier updates still hold? The facts of every earlier update in a model's chain, asked again.
+"""Score whether a model's earlier updates still hold, by asking their facts again.
 
-Facts whose prompt a later update changed once more are superseded: they are counted, not asked.
+A fact is superseded if a later update has the same prompt. Superseded facts are counted, but not asked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROWS = "retention.jsonl"
 
 @dataclass(frozen=True)
 class Earlier:
-    """One of the updates before the last, by its number from 1, and those of its facts that should still hold."""
+    """An update before the last one, its number (from 1), and those of its facts that should still hold."""
 
     number: int
     update: Update
@@ -37,7 +37,7 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Retained:
-    """Scores of the earlier updates: of all their facts by protocol, of each update, and the rows."""
+    """Scores of the earlier updates: over all their facts (by protocol), for each update, and in rows."""
 
     overall: dict[str, Mean]
     updates: list[records.Retained]
@@ -45,14 +45,14 @@ class Retained:
 
 
 def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path] = ()) -> list[Earlier]:
-    """The updates before a model's last one, with their facts.
+    """Return the updates before a model's last one, with their facts.
 
-    These are looked for in `places` (run folders, files of facts), then in the run folders that made the model,
-    and known by their hash. `now` are the last update's facts where those are not found.
+    The facts are looked for in `places` (run folders or files of facts), then in the run folders that made the model,
+    and are recognised by their hash. `now` replaces the last update's facts if these are not found.
 
     Raises:
         RunError: there is no earlier update.
-        FactError: the facts of one are nowhere.
+        FactError: the facts of an earlier update are not found.
     """
     chain = chain_of(model)
     if len(chain) < 2:
@@ -89,7 +89,7 @@ def _facts_of(number: int, update: Update, looked: Sequence[Path]) -> FactSet:
 
 
 def score_earlier(lm: LanguageModel, earlier: Sequence[Earlier], settings: EvaluateSettings) -> Retained:
-    """Score whether the model gives the new answers of earlier updates to their prompts."""
+    """Score whether the model still gives the new answers of earlier updates."""
     every: list[Row] = []
     rows: list[RetentionRow] = []
     updates = []
@@ -119,7 +119,7 @@ def _row(number: int, row: Row) -> RetentionRow:
 
 
 def write(path: Path, phase: str, found: Retained, summary: Summary) -> Summary:
-    """Write the rows, and the summary with `retention` among a phase's quantities and each update's own scores."""
+    """Write the rows, add retention to the summary (for the phase and for each update), and return the summary."""
     phases = summary.phases | {phase: summary.phases[phase] | {"retention": found.overall}}
     summary = summary.model_copy(update={"phases": phases, "retention": found.updates})
     summary.save(path / SUMMARY)

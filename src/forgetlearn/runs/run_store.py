@@ -1,4 +1,4 @@
-"""The steps of an update in a run folder, each done once: a killed run goes on after the last one that was finished."""
+"""Keep the steps of an update in its run folder, so that a killed run continues after the last finished step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ FORGOTTEN_WEIGHTS = "weights.safetensors"
 class RunStore(Store):
     """Keeps the steps of one update in its run folder.
 
-    An adapter's config names as its base the hub id if the user gave one, else `base_name`.
+    An adapter's config names its base: the taught model if there is one, else the hub id that the user gave, else
+    `base_name`.
     """
 
     def __init__(self, run: RunFolder, config: RunConfig, lm: LanguageModel, base_name: str) -> None:
@@ -50,24 +51,24 @@ class RunStore(Store):
         self._chosen = run.path / "stages/coefficient"
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
-        """Return the rows of a step, as they were written."""
+        """Return the rows of a step, as they are in its folder."""
         folder = self.files(step, lambda folder: save_rows(compute(), folder / "rows.jsonl"))
         return load_rows(Row, folder / "rows.jsonl")
 
     def files(self, step: str, write: Callable[[Path], None]) -> Path:
-        """Return the folder `stages/<step>`, after the step was done."""
+        """Do the step if it is not done yet, and return its folder, `stages/<step>`."""
         self.run.do(step, write)
         return self.run.path / "stages" / step
 
     def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> Callable[[], None] | None:
-        """Change the model, and write what it became; if that was done before, return what loads it."""
+        """Change the model and write the result; if that was done before, return a function that loads it."""
 
         def write(unfinished: Path) -> dict[str, object]:
             noted: dict[str, object] = {} if n_facts is None else {"facts": n_facts}
             if stage_log := compute(self._stage_io(stage.name)):
                 noted |= self._log_stage(stage.name, stage_log)
             kind = STAGE_KINDS[stage.kind.name]
-            if stage.name == "forget":  # to the last bit, in float32
+            if stage.name == "forget":  # in float32, to keep every bit
                 sharding.save_parts(kind.state(self.lm, lora.FORGET), self.lm.model, unfinished / FORGOTTEN_WEIGHTS)
             else:
                 kind.save_product(self.lm, unfinished, self.base_name)
@@ -89,12 +90,12 @@ class RunStore(Store):
         elif stage.kind.adapter:
             self.lm.model = lora.load(self.lm.model, folder, lora.PRODUCT, device=self.lm.device)
         else:
-            self.lm.model = nn.Identity()  # so that the base is not held beside what replaces it
+            self.lm.model = nn.Identity()  # to free the base before its replacement is loaded
             named = self.lm.settings.model_copy(update={"name": str(folder)})
             self.lm.model = load_model(named, all_weights=self.recipe.changes_base).model
 
     def choose(self, pipeline: Pipeline) -> float:
-        """Return the coefficient of forgetting, searched for once."""
+        """Return the coefficient of forgetting; search for it if that is not done yet."""
 
         def search(folder: Path) -> dict[str, object]:
             known, rows = pipeline.known, pipeline.rows["base"]
@@ -108,19 +109,19 @@ class RunStore(Store):
         return self.choice.coef
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
-        """Return the weights that the search for the coefficient started from, if there was one."""
+        """Return the tuned weights of the search for a coefficient; None if forgetting does not need them."""
         if self.choice is None or self.run.is_done("forget"):
             return None
         return sharding.load_parts(self.lm.model, self._chosen / WEIGHTS)
 
     def learned(self) -> tuple[StateDict, StageLog] | None:
-        """Return what the best trial of the search learned, if there was one."""
+        """Return the weights and the log of the best trial of the search; None if there was no search."""
         if self.choice is None:
             return None
         return sharding.load_parts(self.lm.model, self._chosen / LEARNED), read_stage_log(self._chosen / LEARNED_LOG)
 
     def merge(self, pipeline: Pipeline) -> None:
-        """Write the adapter folded into the base's weights, beside it."""
+        """Write the base with the adapter merged into it, to the folder `merged`."""
 
         def compute(folder: Path) -> dict[str, object]:
             fold_in(self.lm, lora.PRODUCT)
@@ -135,7 +136,7 @@ class RunStore(Store):
         return StageIO(stage, self.run.points(stage), config.checkpoint_minutes, config.report_to, logs / "trackers")
 
     def _log_stage(self, stage: str, stage_log: StageLog) -> dict[str, object]:
-        """Write every step's numbers to the run folder; return the gist for the manifest."""
+        """Write the numbers of every step to the run folder; return a summary for the manifest."""
         logs = self.run.path / "logs"
         (logs / "seconds").mkdir(parents=True, exist_ok=True)
         disk.write_rows(logs / f"{stage}.jsonl", stage_log.steps)

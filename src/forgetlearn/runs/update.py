@@ -1,4 +1,4 @@
-"""One update, end to end: read, check, score, forget, score, learn, score, report; resumable after any stage."""
+"""One update, from end to end: read, check, score, forget, score, learn, score, report. Resumable after any stage."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ log = logging.getLogger("forgetlearn")
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an update leaves: scores, rows, and the folders of the run and of the product."""
+    """The result of an update: the folders of the run and of the product, the summary, and the rows."""
 
     output: Path
     product: Path
@@ -58,7 +58,7 @@ class UpdateResult:
     rows: list[Row]
 
 
-@torch.inference_mode(False)  # and with gradients, in whatever mode it is called
+@torch.inference_mode(False)  # so that it trains even if the caller is in inference mode
 def update(
     model: GivenModel = None,
     facts: GivenFacts = None,
@@ -71,11 +71,11 @@ def update(
 ) -> UpdateResult:
     """Forget the old answers, learn the new ones, score every phase, and write a run folder.
 
-    `model` and `facts` may be left to the config (`model.name`, `facts.source`). A model in memory is
-    changed in place; a named one is loaded here.
+    `model` and `facts` may be omitted if the config names them (`model.name`, `facts.source`). A model in memory is
+    changed in place.
 
     Raises:
-        ForgetLearnError: anything that is wrong with the input, before anything is written.
+        ForgetLearnError: the input is wrong. Nothing has been written yet.
     """
     facts = as_fact_set(facts)
     config = resolve(config, model, facts)
@@ -98,7 +98,7 @@ def _update(
     resume: bool,
     overwrite: bool,
 ) -> UpdateResult:
-    """Do what `update` does, with a resolved config, in a folder that is locked for this process or this group."""
+    """Do the work of `update`, with the config resolved and the output folder locked."""
     check_trackers(config.report_to)
     goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
     if goes_on:  # before a large model is loaded
@@ -124,13 +124,13 @@ def _update(
         _check_begun_on(run_folder.RunFolder.open(output), base)
     answers = None
     if fact_set.to_ask and not goes_on:
-        answers = asked_answers(lm, fact_set, config)  # now, because no fact or no old answer may be left
+        answers = asked_answers(lm, fact_set, config)  # before the folder is created: perhaps no fact is left
         held = with_the_models_answers(fact_set, answers, config)
         check_old_answers(held, config)
         check_texts(lm.encoder, held)
     inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
     if processes.world_size() > 1:
-        inputs["processes"] = processes.world_size()  # their parts of the weights fit no other number of them
+        inputs["processes"] = processes.world_size()  # saved parts of the weights fit only this number
     if config.keep_change and not recipe.method.makes_adapter:
         restore.check_keeping(chain.Base(lm.name, config.model.base_model_id, **base))
     as_json = config.model_dump(mode="json")
@@ -159,7 +159,7 @@ def _update(
 
 
 def _check(facts: FactSet, recipe: Recipe) -> None:
-    """Check all that can be checked without the model."""
+    """Check everything that can be checked without the model."""
     config = recipe.config
     processes.check_enough_for(len(facts))
     check_old_answers(facts, config)
@@ -176,7 +176,10 @@ def _check(facts: FactSet, recipe: Recipe) -> None:
 def _with_old_answers(
     run: run_folder.RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, rows: list[Row] | None
 ) -> FactSet:
-    """Take what the model itself says as old answers (policy `model`); `rows` is what it said, if it was asked now."""
+    """Return the facts with the model's own answers as old answers (policy `model`).
+
+    `rows` are these answers if the model has been asked; otherwise it is asked here, or they are read from the run.
+    """
     if facts.to_ask:
         if not run.is_done("old_answers"):
             asked = rows or asked_answers(lm, facts, config)
@@ -190,7 +193,7 @@ def _with_old_answers(
 
 
 def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
-    """Write everything that is made from the scores and the products."""
+    """Write the merged model, the scores, the model cards, the chain and the report, and return the result."""
     recipe, lm, config = store.recipe, pipeline.lm, store.config
     product = run.path / recipe.product
     products = [product]
@@ -213,10 +216,10 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         chain.carry_on(run, products, facts, summary)
         if config.keep_change and not recipe.method.makes_adapter:
             run.do("change", lambda folder: restore.keep_change(run, product, folder), restore.CHANGE)
-        run_page.write_run(run.path, replace(page, manifest=run.manifest))  # last, as it tells of all stages
+        run_page.write_run(run.path, replace(page, manifest=run.manifest))  # last, because it lists all stages
         run.finish()
         log.info(plan.took(run.manifest, lm.device))
-        if not config.keep_stages:  # after the end, since a killed run needs them to go on
+        if not config.keep_stages:  # only now, because a killed run needs them to continue
             run.remove_stage_weights()
         return summary, rows
 
@@ -227,7 +230,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
 
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
-    """Raise RunError if the run was begun on weights other than those of the given model."""
+    """Raise RunError if the run was started on weights other than those of the given model."""
     was, now = ([inputs.get(name) for name in NAMES] for inputs in (run.manifest.inputs, base))
     if was != now:
         begun, given = (next(filter(None, hashes), "unknown") for hashes in (was, now))
@@ -255,7 +258,7 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
     run.check_results()
     chain.check_product(product)
-    run.remove_leftovers()  # killed at its end or in this function, it left some, and weights between the stages
+    run.remove_leftovers()  # left if it was killed at its end, like the weights between the stages
     if not config.keep_stages:
         run.remove_stage_weights()
     page = run_page.load_page(path)
