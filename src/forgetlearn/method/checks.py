@@ -26,8 +26,8 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: KindName)
     targets = lora.check_targets(lm.model, settings.lora) if kind.adapter else list(factors)
     if not any(name in factors for name in targets):
         raise ConfigError(
-            f"forget.modules = {settings.modules!r}: the adapter changes none of these weights, but for example "
-            f"{targets[0]}. Name some that lora.target_modules cover."
+            f"forget.modules = {settings.modules!r}: the adapter changes none of these weights. It changes others, "
+            f"for example {targets[0]}. Name some that lora.target_modules covers."
         )
     if kind.adapter and settings.modules != module_names.ALL:
         matrices = {name for name, weight in lm.model.named_parameters() if weight.dim() > 1}
@@ -89,8 +89,8 @@ def _check_vocabulary(lm: LanguageModel, settings: TuningSettings, stage: str) -
     changed = selection.factors(lm.model, settings.modules, f"{stage}.modules")
     if not any(name in changed for name in selection.groups(lm.model).get("vocabulary", ())):
         raise ConfigError(
-            f"{stage}.rows = {settings.rows}: {stage}.modules = {settings.modules!r} leave the embeddings and the head "
-            "as they are, and only these have a row for each token. Name head, embeddings or vocabulary among them."
+            f"{stage}.rows = {settings.rows}: needs the embeddings or the head, because only they have a row per "
+            f"token, and {stage}.modules = {settings.modules!r} includes neither. Add head, embeddings or vocabulary to it."
         )
 
 

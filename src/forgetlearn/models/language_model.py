@@ -185,8 +185,8 @@ def _wrapped(
     rows, highest = embedding_rows(model), max(tokenizer.vocab_size - 1, tokenizer.eos_token_id or 0)
     if rows is not None and highest >= rows:  # training would end in an IndexError
         raise ModelError(
-            f"The tokenizer has ids up to {highest}, the model embeddings for 0 to {rows - 1}. "
-            "Is it the tokenizer of this model?"
+            f"The tokenizer has ids up to {highest}, but the model has embeddings only for 0 to {rows - 1}. "
+            "Is this the tokenizer of this model?"
         )
     encoder = Encoder(tokenizer, settings.prompt_template, context_length(config), rows)
     name = settings.base_model_id or getattr(config, "_name_or_path", "") or type(model).__name__

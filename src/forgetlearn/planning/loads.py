@@ -176,7 +176,7 @@ def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _encoded(encoder: Encoder | None, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Encoded]:
-    """Return the encoded pairs that scoring would not count as errored. Without a tokenizer, guess their lengths."""
+    """Return the pairs that can be encoded, encoded; without a tokenizer return all, with guessed lengths."""
     if encoder is not None:
         return {p: text for p, text in encoder.encode_all(pairs, end=True).items() if isinstance(text, Encoded)}
     found = {}

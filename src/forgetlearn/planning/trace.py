@@ -74,7 +74,7 @@ class Skeleton:
         )
 
     def train_step(self, texts: Sequence[Encoded], settings: TrainSettings, pad_id: int) -> Step:
-        """Trace one micro-batch of training, after an earlier one if the settings accumulate gradients."""
+        """Trace one micro-batch of training. If the settings accumulate gradients, run another one first, untraced."""
         accumulates = settings.micro_batch_size not in (None, settings.batch_size)
         model = self._without_numbers().train()
 

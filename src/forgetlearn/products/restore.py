@@ -113,7 +113,7 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
             _copy_files(place, unfinished, [])
             _verify(unfinished, sha256_of(place))
         return f"{output}: a copy of the base {place}, verified by hash"
-    gone = f"{name} does not exist any more" if place is None else f"{name} was changed since: its hash is another"
+    gone = f"{name} does not exist any more" if place is None else f"{name} has changed since: its hash differs"
     if recorded is None:
         gone = f"its base was {_in_memory(base)}"
     if not (folder.path / CHANGE).is_dir():

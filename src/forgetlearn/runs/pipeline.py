@@ -99,7 +99,7 @@ class Pipeline:
     def ready(self, compute: Callable[P, T]) -> Callable[P, T]:
         """Return a function that loads the weights that the stages so far produced, and then calls `compute`.
 
-        Every step that reads or changes the model goes through here, and weights are restored nowhere else.
+        Every step that reads or changes the model goes through here: nothing else restores weights before a step.
         """
 
         def on_model(*args: P.args, **options: P.kwargs) -> T:

@@ -98,7 +98,7 @@ class CheckpointFolder:
         elif unnamed := [name for name in self.entries if name not in index]:
             problem = f"does not name {some(unnamed)}"
         if problem:
-            raise ModelError(f"{self.folder}: {INDEX} {problem}. Are the shards of another model among them?")
+            raise ModelError(f"{self.folder}: {INDEX} {problem}. Are there shards of another model in the folder?")
 
     def shapes(self) -> dict[str, Shape]:
         """Return the shape of each tensor."""
