@@ -90,7 +90,7 @@ def _check_vocabulary(lm: LanguageModel, settings: TuningSettings, stage: str) -
     if not any(name in changed for name in selection.groups(lm.model).get("vocabulary", ())):
         raise ConfigError(
             f"{stage}.rows = {settings.rows}: needs the embeddings or the head, because only they have a row per "
-            f"token, and {stage}.modules = {settings.modules!r} includes neither. Add head, embeddings or vocabulary to it."
+            f"token, and {stage}.modules = {settings.modules!r} includes neither. Add head or embeddings to it."
         )
 
 
