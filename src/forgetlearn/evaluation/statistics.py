@@ -247,8 +247,8 @@ def _matrix(scores: ArrayLike, lowest: float, highest: float) -> Floats:
         raise ValueError(f"Scores must be a matrix (seeds, facts) with at least one number, not {scores!r:.200}.")
     if (outside := values[~np.isnan(values) & ~((values >= lowest) & (values <= highest))]).size:
         raise ValueError(
-            f"{outside.size} scores are outside {lowest:g} to {highest:g}, for example {outside[0]}. Give fractions, "
-            "not percent."
+            f"Scores must lie between {lowest:g} and {highest:g}, not in percent: {outside.size} do not, for example "
+            f"{outside[0]}."
         )
     return values
 
