@@ -290,7 +290,7 @@ def test_update_begins_and_ends_with_a_line(small_lab, tmp_path, caplog, monkeyp
     (last,) = [line for line in caplog.messages if line.startswith("took ")]
     assert last.endswith(f"(planned {show_bytes(manifest['plan']['peak_memory_gb'] * 1e9)})")
     monkeypatch.setattr(planning, "SMALL_MODEL", 10**9)
-    line, figures = planning.foresee(forgetlearn.load_model(small_lab), facts, config)
+    line, figures = planning.plan_line(forgetlearn.load_model(small_lab), facts, config)
     assert (line, figures) == (first.split(", about")[0], {})
 
 
