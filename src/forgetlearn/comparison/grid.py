@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from forgetlearn.comparison.cells import Cell, CompareSettings, Variants, cell_config, cells_of, check_names
 from forgetlearn.config import preflight
-from forgetlearn.config.recipe import Recipe, Stage
-from forgetlearn.config.schema import AUTO, RunConfig, TrainSettings
+from forgetlearn.config.recipe import Recipe
+from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
@@ -33,13 +33,12 @@ from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
 from forgetlearn.runs.checks import GivenConfig, GivenModel, check_stages, check_weights, read_config_facts, resolve
-from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Train, Tuned
+from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Tuned
 from forgetlearn.runs.results import Done, write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk, run_folder
 from forgetlearn.storage.locks import claimed
 from forgetlearn.storage.records import Row, load_rows, save_rows
-from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict
 
@@ -276,10 +275,10 @@ class CellStore(Store):
     """Stores the results of a cell's steps, and shares those that other cells need too."""
 
     def __init__(self, shared: Shared, recipe: Recipe, variant: str) -> None:
+        super().__init__()
         self.shared, self.recipe, self.variant = shared, recipe, variant
         self.how = recipe.forget.kind.name.replace(" ", "-") if recipe.forget else ""
         self.seed = f"seed{recipe.config.seed}"
-        self.logs: dict[str, StageLog | None] = {}
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return a step's rows; rows of the base and of forgotten models are shared with other cells."""
@@ -292,10 +291,6 @@ class CellStore(Store):
             self.shared.of_base[step] = self.shared.rows(step.removeprefix("score_"), compute)
         return self.shared.of_base[step]
 
-    def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
-        """Train the model by calling `compute`, and keep the log that it returns."""
-        self.logs[stage.name] = compute(StageIO())
-
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
         """Return the fine-tuned weights, which all coefficients and variants of one kind of stage and seed share."""
-        return self.shared.weights(f"old-{self.how}-{self.seed}", lambda: tune(StageIO()))
+        return self.shared.weights(f"old-{self.how}-{self.seed}", lambda: tune(self.stage_io))

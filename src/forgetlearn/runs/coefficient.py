@@ -17,8 +17,7 @@ from typing import Any
 from scipy import optimize
 
 from forgetlearn.config.methods import METHODS
-from forgetlearn.config.recipe import Stage
-from forgetlearn.config.schema import RunConfig, TrainSettings
+from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
@@ -26,7 +25,7 @@ from forgetlearn.facts import Fact
 from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Train, Tuned
+from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Tuned
 from forgetlearn.runtime import sharding
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Choice, Row
@@ -196,15 +195,11 @@ class Search:
 
 
 class _TrialStore(Store):
-    """Gives every trial the same tuned weights, and keeps the log of each stage."""
+    """Gives every trial the same tuned weights."""
 
     def __init__(self, tuned: StateDict, stage_io: StageIO) -> None:
-        self._tuned, self.stage_io = tuned, stage_io
-        self.logs: dict[str, StageLog | None] = {}
-
-    def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
-        """Change the model, and keep the log of the stage."""
-        self.logs[stage.name] = compute(self.stage_io)
+        super().__init__(stage_io)
+        self._tuned = tuned
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict:
         """Return the tuned weights that all trials start from."""

@@ -34,7 +34,11 @@ Train = Callable[[StageIO], StageLog | None]
 
 
 class Store:
-    """Keeps the results of the steps of an update. This class keeps nothing, and computes every result."""
+    """Keeps the results of the steps of an update. This class keeps only the logs of stages, and computes the rest."""
+
+    def __init__(self, stage_io: StageIO | None = None) -> None:
+        self.stage_io = stage_io or StageIO()
+        self.logs: dict[str, StageLog | None] = {}  # by stage
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return the rows of a step."""
@@ -46,7 +50,7 @@ class Store:
 
     def train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> Callable[[], None] | None:
         """Change the model and return None; if an earlier process did it, return a function that loads the result."""
-        compute(StageIO())
+        self.logs[stage.name] = compute(self.stage_io)
         return None
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:

@@ -41,6 +41,7 @@ class RunStore(Store):
     """
 
     def __init__(self, run: RunFolder, config: RunConfig, lm: LanguageModel, base_name: str) -> None:
+        super().__init__()
         self.run, self.config, self.lm = run, config, lm
         self.recipe = Recipe(config)
         base = Path(base_name)
