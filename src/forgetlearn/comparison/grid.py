@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from forgetlearn.comparison.cells import Cell, CompareSettings, Variants, cell_config, cells_of, check_names
 from forgetlearn.config import preflight
-from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import AUTO, RunConfig
+from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
@@ -132,7 +132,7 @@ def begin(
     check_texts(lm.encoder, fact_set)
     for cell in {(cell.method, cell.variant): cell for cell in cells}.values():  # before the first cell is begun
         try:
-            check_stages(Recipe(cell_config(config, cell, settings.variants)), lm)
+            check_stages(Stages(cell_config(config, cell, settings.variants)), lm)
         except ConfigError as error:
             raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
     in_memory = not isinstance(named, (str, Path))
@@ -195,7 +195,7 @@ class _Worker:
                 (comparison.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
-        store = CellStore(self.shared, Recipe(self.comparison.config), "")
+        store = CellStore(self.shared, Stages(self.comparison.config), "")
         Pipeline(self.lm, self.comparison.facts.facts, self.comparison.config, store).prepare()  # scores the base
         while open_cells := self.comparison.open_cells():
             if not self._fill_one(open_cells):
@@ -214,13 +214,13 @@ class _Worker:
 
     def _fill(self, cell: Cell, path: Path) -> None:
         config = cell_config(self.comparison.config, cell, self.comparison.variants)
-        store = CellStore(self.shared, Recipe(config), cell.variant)
+        store = CellStore(self.shared, Stages(config), cell.variant)
         pipeline = Pipeline(self.lm, self.comparison.facts.facts, config, store, base=self.base)
         pipeline.prepare()
         pipeline.update()
         learned = store.logs["learn"]
         assert learned is not None, "every method learns"
-        forgotten = len(pipeline.to_forget) if pipeline.recipe.method.forgets else None
+        forgotten = len(pipeline.to_forget) if pipeline.stages.method.forgets else None
         with disk.atomic_folder(path) as folder:
             inputs = {"comparison": str(self.comparison.path)}
             run = run_folder.RunFolder.create(folder, config.model_dump(mode="json"), inputs)
@@ -274,17 +274,17 @@ class Shared:
 class CellStore(Store):
     """Stores the results of a cell's steps, and shares those that other cells need too."""
 
-    def __init__(self, shared: Shared, recipe: Recipe, variant: str) -> None:
+    def __init__(self, shared: Shared, stages: Stages, variant: str) -> None:
         super().__init__()
-        self.shared, self.recipe, self.variant = shared, recipe, variant
-        self.how = recipe.forget.kind.name.replace(" ", "-") if recipe.forget else ""
-        self.seed = f"seed{recipe.config.seed}"
+        self.shared, self.stages, self.variant = shared, stages, variant
+        self.how = stages.forget.kind.name.replace(" ", "-") if stages.forget else ""
+        self.seed = f"seed{stages.config.seed}"
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return a step's rows; rows of the base and of forgotten models are shared with other cells."""
         if step == "score_updated":
             return compute()
-        if step == "score_forgotten" and (stage := self.recipe.forget):
+        if step == "score_forgotten" and (stage := self.stages.forget):
             parts = ("forgotten", self.how, self.variant, f"coef{stage.settings.number}", self.seed)
             return self.shared.rows("-".join(filter(None, parts)), compute)
         if step not in self.shared.of_base:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from forgetlearn.config.base import Settings
-from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import RunConfig
+from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
@@ -96,22 +96,22 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
 
 def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the settings that have no effect on an update with this config, by name or section, and why."""
-    recipe = Recipe(config)
-    if not recipe.forget:
-        why = "forget.coef is 0" if recipe.method.forgets else f"{config.method} does not forget"
+    stages = Stages(config)
+    if not stages.forget:
+        why = "forget.coef is 0" if stages.method.forgets else f"{config.method} does not forget"
         yield "forget", why
-    elif not recipe.chooses_coefficient:
+    elif not stages.chooses_coefficient:
         for name in ("validation", "trials"):
             yield f"forget.{name}", "it is for forget.coef = auto"
-    if not any(stage.kind.adapter for stage in recipe):
+    if not any(stage.kind.adapter for stage in stages):
         yield "lora", f"{config.method} trains no adapter"
-    if not recipe.method.makes_adapter:
+    if not stages.method.makes_adapter:
         yield "save_merged", f"the product of {config.method} is a whole model"
     else:
         yield "keep_change", f"the product of {config.method} is an adapter"
-    if not recipe.learn.kind.bounded:
+    if not stages.learn.kind.bounded:
         yield "learn.max_change", "it is for method ft-c"
-    if not recipe.teach:
+    if not stages.teach:
         yield "teach", "teach.epochs is 0"
     if config.evaluate.general is None:
         yield "evaluate.general_tokens", "evaluate.general names no text"
@@ -119,7 +119,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "evaluate.task_limit", "evaluate.tasks names none"
         yield "evaluate.task_folder", "evaluate.tasks names none"
     asks = "generate" in config.evaluate.protocols or "model" in config.facts.old_from
-    if not asks and not (recipe.forget and config.forget.only_known):
+    if not asks and not (stages.forget and config.forget.only_known):
         yield "evaluate.max_new_tokens", "nothing is generated"
 
 

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import TrainSettings, TuningSettings
+from forgetlearn.config.stages import Stage, Stages
 from forgetlearn.errors import ForgetLearnError
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS, pairs_to_read
 from forgetlearn.facts import FactSet
@@ -54,10 +54,10 @@ def _n_tokens(texts: Iterable[Encoded]) -> int:
     return sum(len(text.ids) for text in texts)
 
 
-def loads_of(outline: Outline, recipe: Recipe, facts: FactSet, device: str) -> tuple[list[Load], list[str]]:
+def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> tuple[list[Load], list[str]]:
     """Return the load of each stage on a kind of device, in order, and notes on what was assumed."""
     notes: list[str] = []
-    config = recipe.config
+    config = stages.config
     waiting = frozenset(facts.to_ask)  # old answers not known yet, assumed to be as long as the new ones
     old = [(f.prompt, f.ground_truth or f.target_new) for f in facts if f.ground_truth or f.id in waiting]
     new = [(f.prompt, f.target_new) for f in facts]
@@ -70,37 +70,37 @@ def loads_of(outline: Outline, recipe: Recipe, facts: FactSet, device: str) -> t
     if outline.encoder is None:
         notes.append(f"there is no tokenizer: {WORD_TOKENS} tokens per word are assumed")
     loads: list[Load] = []
-    for stage, own, passes, frozen in stages(recipe, texts(old), texts(new)):
+    for stage, own, passes, frozen in staged(stages, texts(old), texts(new)):
         load, problem = _train_load(outline, stage, own, passes, frozen)
         left = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
         if stage.name == "forget" and stage.kind.subtracts_from_base:
             # The subtraction also needs the base: on the CPU, or in a file if the CPU trains a large model.
-            in_memory = recipe.chooses_coefficient or load.weights_bytes < SMALL_BYTES
+            in_memory = stages.chooses_coefficient or load.weights_bytes < SMALL_BYTES
             size = load.weights_bytes
             load = replace(load, host_bytes=size) if in_memory else replace(load, base_bytes=size)
         loads.append(load)
         notes += [note for note in (left, problem) if note]
-    if config.forget.only_known and recipe.method.forgets and recipe.teach is None:
+    if config.forget.only_known and stages.method.forgets and stages.teach is None:
         notes.append("forgetting takes only facts that the model holds (forget.only_known); all are counted here")
     if config.evaluate.engine == "vllm":
         notes.append("answers are planned as those of transformers; vLLM uses all free memory of a GPU for a while")
-    load, problem = _score_load(outline, recipe, texts(read), facts, device)
+    load, problem = _score_load(outline, stages, texts(read), facts, device)
     loads.append(load)
     notes += [problem] if problem else []
     return loads, list(dict.fromkeys(notes))
 
 
-def stages(
-    recipe: Recipe, old: Texts, new: Texts
+def staged(
+    stages: Stages, old: Texts, new: Texts
 ) -> Iterator[tuple[Stage[TrainSettings], Texts, int, list[TuningSettings]]]:
     """Yield each stage that trains, with its texts, its passes over them, and the settings of earlier adapters."""
-    forget = recipe.forget if old.number else None
+    forget = stages.forget if old.number else None
     before = [forget.settings] if forget and forget.kind.adapter else []
-    trials = forget.settings.trials if forget and recipe.chooses_coefficient else 1
-    for stage in (recipe.teach, forget):
+    trials = forget.settings.trials if forget and stages.chooses_coefficient else 1
+    for stage in (stages.teach, forget):
         if stage and old.number:
             yield stage, old, stage.settings.epochs, []
-    yield recipe.learn, new, recipe.learn.settings.epochs * trials, [*before] if recipe.learn.kind.adapter else []
+    yield stages.learn, new, stages.learn.settings.epochs * trials, [*before] if stages.learn.kind.adapter else []
 
 
 def _train_load(
@@ -131,20 +131,20 @@ def _train_load(
     return load, problem
 
 
-def _score_load(outline: Outline, recipe: Recipe, read: Texts, facts: FactSet, device: str) -> tuple[Load, str | None]:
+def _score_load(outline: Outline, stages: Stages, read: Texts, facts: FactSet, device: str) -> tuple[Load, str | None]:
     """Return the load of scoring in all phases, with answers of full length, and why tracing failed (else None)."""
-    settings = recipe.config.evaluate
-    size, longest, phases = settings.batch_size, settings.max_new_tokens, len(recipe.phases)
+    settings = stages.config.evaluate
+    size, longest, phases = settings.batch_size, settings.max_new_tokens, len(stages.phases)
     n_prompts = len({prompt for fact in facts for prompt in fact.prompts})
     batches = math.ceil(n_prompts / size) if "generate" in settings.protocols else 0
     rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.encoded] or [longest]
-    skeleton = outline.skeleton(None if recipe.method.makes_adapter else torch.float32)
+    skeleton = outline.skeleton(None if stages.method.makes_adapter else torch.float32)
     row = read.fullest_row(size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))
     step, problem = _traced(lambda: skeleton.read_step(row))
     if problem:  # a model that does not take such a mask
         step, problem = _traced(lambda: skeleton.read_step(row, shared=False))
     answers = None
-    if batches or (recipe.forget and recipe.forget.settings.only_known):  # known facts are found by generation too
+    if batches or (stages.forget and stages.forget.settings.only_known):  # known facts are found by generation too
         widest = max(text.n_prompt_tokens for text in read.encoded)
         prompts = min(size, n_prompts)
         answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, max(rooms)))

@@ -13,8 +13,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 from forgetlearn.config.methods import KINDS, METHODS
-from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import RunConfig
+from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 from forgetlearn.facts import FactSet
 from forgetlearn.models.batches import SMALL_MODEL
@@ -35,7 +35,7 @@ from forgetlearn.planning.estimate import (
     show_seconds,
     summary_line,
 )
-from forgetlearn.planning.loads import Texts, loads_of, stages
+from forgetlearn.planning.loads import Texts, loads_of, staged
 from forgetlearn.planning.outline import Outline, outline_of
 from forgetlearn.storage.records import Manifest
 
@@ -67,7 +67,7 @@ def plan_update(
         if outline.encoder is not None:
             check_texts(outline.encoder, facts)
     devices = devices or devices_here(config)
-    loads, notes = loads_of(outline, Recipe(config), facts, devices.kind)
+    loads, notes = loads_of(outline, Stages(config), facts, devices.kind)
     speed = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices) if rate else None
     skeleton = outline.skeleton()
     parameters = sum(weight.numel() for weight in skeleton.model.parameters())
@@ -121,7 +121,7 @@ def _advice(
     """Yield each alternative that fits, with its memory; if none does, one line that says so."""
     found = False
     for words, changed, others in _alternatives(config, devices):
-        tried = loads_of(outline, Recipe(changed), facts, devices.kind)[0] if changed else loads
+        tried = loads_of(outline, Stages(changed), facts, devices.kind)[0] if changed else loads
         peak = max(plan_stage(load, others).peak_bytes for load in tried)
         if peak <= (devices.memory_bytes or 0):
             found = True
@@ -239,7 +239,7 @@ def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     held = len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)  # can be forgotten if the model holds it
     steps = [
         f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} to {stage.name}"
-        for stage, texts, passes, _ in stages(Recipe(config), Texts((), held), Texts((), len(facts)))
+        for stage, texts, passes, _ in staged(Stages(config), Texts((), held), Texts((), len(facts)))
     ]
     return f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts, {' + '.join(steps)} steps"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from forgetlearn.config.base import Settings, validate
-from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
+from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
@@ -98,10 +98,10 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
 
     Pass if the model has yet to be asked about some facts, because they may still get an old answer.
     """
-    recipe = Recipe(config)
-    if not recipe.needs_old_answers or facts.to_ask or any(fact.ground_truth for fact in facts):
+    stages = Stages(config)
+    if not stages.needs_old_answers or facts.to_ask or any(fact.ground_truth for fact in facts):
         return
-    reason = f"method {config.method} forgets" if recipe.method.forgets else "teach.epochs > 0 teaches"
+    reason = f"method {config.method} forgets" if stages.method.forgets else "teach.epochs > 0 teaches"
     counts = ", ".join(f"{count} {why}" for why, count in facts.without_old.items())
     if "model" in facts.old_from:
         remedy = "\n".join(WITHOUT_OLD[why] for why in facts.without_old if why == "unfinished_old_answer")
@@ -113,25 +113,25 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     raise FactError(f"{facts.source}: {reason} old answers, but no fact has one ({counts}).\n{remedy}")
 
 
-def check_stages(recipe: Recipe, lm: LanguageModel) -> None:
+def check_stages(stages: Stages, lm: LanguageModel) -> None:
     """Raise ConfigError if the settings of a stage do not fit this model; see `method.checks`."""
-    check_learning(lm, recipe.learn.settings, recipe.learn.kind.name)
-    if recipe.forget:
-        check_forgetting(lm, recipe.forget.settings, recipe.forget.kind.name)
+    check_learning(lm, stages.learn.settings, stages.learn.kind.name)
+    if stages.forget:
+        check_forgetting(lm, stages.forget.settings, stages.forget.kind.name)
 
 
-def check_quantization(recipe: Recipe) -> None:
+def check_quantization(stages: Stages) -> None:
     """Raise ConfigError if the config quantises the base, but the update needs unquantised weights."""
-    settings = recipe.config.model
+    settings = stages.config.model
     if settings.quantization == "none":
         return
     place = f"model.quantization = {settings.quantization}"
-    if recipe.changes_base:
+    if stages.changes_base:
         raise ConfigError(
             f"{place}: this update changes the base's own weights, which a 4-bit base cannot store. Choose lora "
             "or f-lora, without teach.epochs and save_merged."
         )
-    if recipe.chooses_coefficient:
+    if stages.chooses_coefficient:
         raise ConfigError(f"{place}: forget.coef = auto restores the base's weights. Give a number.")
     if settings.shard:
         raise ConfigError(f"{place}: a sharded model (model.shard) cannot be quantised.")

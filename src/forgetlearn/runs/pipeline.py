@@ -13,8 +13,8 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
+from forgetlearn.config.stages import Stage, Stages
 from forgetlearn.evaluation import general_ability, scoring
 from forgetlearn.facts import Fact
 from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
@@ -93,7 +93,7 @@ class Pipeline:
     ) -> None:
         self.lm, self.facts, self.store, self.base = lm, facts, store, base
         self.scored = facts if scored is None else scored
-        self.config, self.recipe = config, Recipe(config)
+        self.config, self.stages = config, Stages(config)
         self.rows: dict[str, list[Row]] = {}
         self._measured: dict[str, Path] = {}  # folders with general ability, by phase
         self.known: list[Fact] = []  # facts whose old answer the base gives
@@ -115,7 +115,7 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Teach the base, score it, and find out which old answers it gives."""
-        if stage := self.recipe.teach:
+        if stage := self.stages.teach:
             self._train(stage, None, lambda stage_io: self._teach(stage, stage_io))
         self._score("base")
         self._measure("base")
@@ -125,21 +125,21 @@ class Pipeline:
     @property
     def to_forget(self) -> list[Fact]:
         """The facts whose old answers are forgotten."""
-        stage = self.recipe.forget
+        stage = self.stages.forget
         if stage is None:
             return []
         return self.known if stage.settings.only_known else [fact for fact in self.facts if fact.ground_truth]
 
     def update(self) -> None:
         """Forget and learn, and score the results."""
-        if (stage := self.recipe.forget) and (facts := self.to_forget):
+        if (stage := self.stages.forget) and (facts := self.to_forget):
             tuned = self.store.tuned(self.ready(self.tune)) if stage.kind.subtracts else None
             self._train(stage, len(facts), lambda stage_io: self._forget(stage, facts, tuned, stage_io))
-            if "forgotten" in self.recipe.phases:
+            if "forgotten" in self.stages.phases:
                 self._score("forgotten")
         elif stage:
             log.warning("The model gives none of the old answers, so there is nothing to forget: skipping to learning.")
-        self._train(self.recipe.learn, len(self.facts), self._learn)
+        self._train(self.stages.learn, len(self.facts), self._learn)
         self._score("updated")
         self._measure("updated")
 
@@ -147,11 +147,11 @@ class Pipeline:
         """Set the coefficient of forgetting."""
         settings = self.config.forget.model_copy(update={"coef": coef})
         self.config = self.config.model_copy(update={"forget": settings})
-        self.recipe = Recipe(self.config)
+        self.stages = Stages(self.config)
 
     def tune(self, stage_io: StageIO) -> Tuned:
         """Fine-tune on the old answers; return the weights (all, or the adapter's) and the log. Needs `base`."""
-        stage = self.recipe.forget
+        stage = self.stages.forget
         assert stage is not None, "there is something to forget"
         assert self.base is not None, "it is restored afterwards"
         self._pending["base"] = self.base.restore
@@ -174,7 +174,7 @@ class Pipeline:
         return None
 
     def _learn(self, stage_io: StageIO) -> StageLog:
-        stage = self.recipe.learn
+        stage = self.stages.learn
         if learned := self.store.learned():
             STAGE_KINDS[stage.kind.name].put_product(self.lm, stage.settings, learned[0])
             return learned[1]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from forgetlearn.config.recipe import Recipe, Stage
 from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
+from forgetlearn.config.stages import Stage, Stages
 from forgetlearn.method.kinds import STAGE_KINDS, fold_in
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel, load_model
@@ -43,10 +43,10 @@ class RunStore(Store):
     def __init__(self, run: RunFolder, config: RunConfig, lm: LanguageModel, base_name: str) -> None:
         super().__init__()
         self.run, self.config, self.lm = run, config, lm
-        self.recipe = Recipe(config)
+        self.stages = Stages(config)
         base = Path(base_name)
         self.base_name = config.model.base_model_id or (str(base.resolve()) if base.is_dir() else base_name)
-        if self.recipe.teach:
+        if self.stages.teach:
             self.base_name = str((run.path / "taught").resolve())
         self.choice: Choice | None = None
         self._chosen = run.path / "stages/coefficient"
@@ -80,7 +80,7 @@ class RunStore(Store):
         return functools.partial(self._load, stage) if was_done else None
 
     def _folder(self, stage: Stage[TrainSettings]) -> Path:
-        names = {"teach": "taught", "forget": "stages/forget", "learn": self.recipe.product}
+        names = {"teach": "taught", "forget": "stages/forget", "learn": self.stages.product}
         return self.run.path / names[stage.name]
 
     def _load(self, stage: Stage[TrainSettings]) -> None:
@@ -93,7 +93,7 @@ class RunStore(Store):
         else:
             self.lm.model = nn.Identity()  # to free the base before its replacement is loaded
             named = self.lm.settings.model_copy(update={"name": str(folder)})
-            self.lm.model = load_model(named, all_weights=self.recipe.changes_base).model
+            self.lm.model = load_model(named, all_weights=self.stages.changes_base).model
 
     def choose(self, pipeline: Pipeline) -> float:
         """Return the coefficient of forgetting; search for it if that is not done yet."""
@@ -126,7 +126,7 @@ class RunStore(Store):
 
         def compute(folder: Path) -> dict[str, object]:
             fold_in(self.lm, lora.PRODUCT)
-            survival = self.lm.to_own_dtypes(self.recipe.learn.seed)
+            survival = self.lm.to_own_dtypes(self.stages.learn.seed)
             self.lm.save(folder)
             return _log_rounding(survival)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from forgetlearn.config import preflight
-from forgetlearn.config.recipe import Recipe
 from forgetlearn.config.schema import AUTO, RunConfig
+from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
@@ -109,16 +109,16 @@ def _update(
     if goes_on and processes.on_main(lambda: run_folder.is_finished(output)):
         base = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
         return processes.on_main(lambda: _finished(Path(output), config, fact_set, base))
-    recipe = Recipe(config)
-    _check(fact_set, recipe)
+    stages = Stages(config)
+    _check(fact_set, stages)
     processes.on_main(lambda: check_weights(named))
-    lm = as_language_model(named, tokenizer, config.model, all_weights=recipe.changes_base)
+    lm = as_language_model(named, tokenizer, config.model, all_weights=stages.changes_base)
     if hasattr(lm.model, "peft_config"):
         raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
     check_texts(lm.encoder, fact_set)
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
-    check_stages(recipe, lm)
+    check_stages(stages, lm)
     base = base_of(lm, in_memory=in_memory)
     if goes_on and in_memory:
         _check_begun_on(run_folder.RunFolder.open(output), base)
@@ -131,7 +131,7 @@ def _update(
     inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # saved parts of the weights fit only this number
-    if config.keep_change and not recipe.method.makes_adapter:
+    if config.keep_change and not stages.method.makes_adapter:
         restore.check_keeping(chain.Base(lm.name, config.model.base_model_id, **base))
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
@@ -141,7 +141,7 @@ def _update(
     n_processes = processes.world_size()
     line, planned = processes.on_main(lambda: plan.plan_line(lm, fact_set, config, n_processes))
     log.info(line)
-    left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in recipe) else None
+    left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in stages) else None
     noted = {"plan": planned, "lora": left}
     if left:
         log.warning(left)
@@ -152,22 +152,22 @@ def _update(
     store = RunStore(run, config, lm, base_name)
     pipeline = Pipeline(lm, fact_set.facts, config, store)
     pipeline.prepare()
-    if recipe.chooses_coefficient and pipeline.to_forget:
+    if stages.chooses_coefficient and pipeline.to_forget:
         pipeline.set_coefficient(store.choose(pipeline))
     pipeline.update()
     return _finish(run, fact_set, pipeline, store)
 
 
-def _check(facts: FactSet, recipe: Recipe) -> None:
+def _check(facts: FactSet, stages: Stages) -> None:
     """Check everything that can be checked without the model."""
-    config = recipe.config
+    config = stages.config
     processes.check_enough_for(len(facts))
     check_old_answers(facts, config)
     general_ability.check(config.evaluate)
-    check_quantization(recipe)
+    check_quantization(stages)
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
-    elif not recipe.method.forgets:
+    elif not stages.method.forgets:
         for name in sorted({"coef", "modules", "rows"} & config.forget.model_fields_set):
             given = getattr(config.forget, name)
             log.warning("forget.%s = %s has no effect: %s does not forget", name, given, config.method)
@@ -186,7 +186,7 @@ def _with_old_answers(
             run.do("old_answers", lambda folder: save_rows(asked, folder / "rows.jsonl"))
         facts = with_the_models_answers(facts, load_rows(Row, run.path / "stages/old_answers/rows.jsonl"), config)
     run.note(old_answers={**facts.old_counts, **facts.without_old})
-    if Recipe(config).method.forgets:
+    if Stages(config).method.forgets:
         for line in describe_old_answers(facts.old_counts, facts.without_old):
             log.info(line)
     return facts
@@ -194,15 +194,15 @@ def _with_old_answers(
 
 def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
     """Write the merged model, the scores, the model cards, the chain and the report, and return the result."""
-    recipe, lm, config = store.recipe, pipeline.lm, store.config
-    product = run.path / recipe.product
+    stages, lm, config = store.stages, pipeline.lm, store.config
+    product = run.path / stages.product
     products = [product]
-    if config.save_merged and recipe.method.makes_adapter:
+    if config.save_merged and stages.method.makes_adapter:
         store.merge(pipeline)
         products.append(run.path / "merged")
     done = Done(
         known=len(pipeline.known) if any(fact.ground_truth for fact in facts) else None,
-        forgotten=len(pipeline.to_forget) if recipe.method.forgets else None,
+        forgotten=len(pipeline.to_forget) if stages.method.forgets else None,
         product=product.name,
         choice=store.choice,
         rounding=run.rounding("learn", "merge"),
@@ -214,7 +214,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         for each in products:
             run_page.write_card(each, page)
         chain.carry_on(run, products, facts, summary)
-        if config.keep_change and not recipe.method.makes_adapter:
+        if config.keep_change and not stages.method.makes_adapter:
             run.do("change", lambda folder: restore.keep_change(run, product, folder), restore.CHANGE)
         run_page.write_run(run.path, replace(page, manifest=run.manifest))  # last, because it lists all stages
         run.finish()
@@ -224,7 +224,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         return summary, rows
 
     summary, rows = processes.on_main(write)
-    if not recipe.method.makes_adapter:
+    if not stages.method.makes_adapter:
         lm.saved_in(product)
     return UpdateResult(run.path, product, summary, rows)
 

@@ -1,7 +1,7 @@
 """The stages of an update, computed from its config before a model is loaded.
 
 All code that needs to know whether an update teaches or forgets, with which settings and seed, or what it changes, uses
-`Recipe`.
+`Stages`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Stage(Generic[Settings]):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Stages:
     """The stages of an update. A stage is None if the update does not have it."""
 
     config: RunConfig

@@ -3,13 +3,13 @@
 import pytest
 
 from forgetlearn.config.methods import KINDS, METHODS
-from forgetlearn.config.recipe import Recipe, stage_seed
 from forgetlearn.config.schema import RunConfig
+from forgetlearn.config.stages import Stages, stage_seed
 from forgetlearn.method.kinds import STAGE_KINDS
 
 
-def recipe(**settings):
-    return Recipe(RunConfig.model_validate(settings))
+def stages_of(**settings):
+    return Stages(RunConfig.model_validate(settings))
 
 
 def test_every_kind_of_stage_has_a_row_and_a_class_and_every_method_names_such_kinds():
@@ -31,7 +31,7 @@ def test_every_kind_of_stage_has_a_row_and_a_class_and_every_method_names_such_k
     ],
 )
 def test_the_stages_of_an_update_and_what_they_change(settings, stages, changes_base, product):
-    found = recipe(**settings)
+    found = stages_of(**settings)
     assert [f"{stage.name}: {stage.kind.name}" for stage in found] == stages
     assert (found.changes_base, found.product) == (changes_base, product)
     assert found.needs_old_answers == (len(stages) > 1)
@@ -39,9 +39,9 @@ def test_the_stages_of_an_update_and_what_they_change(settings, stages, changes_
 
 
 def test_stages_have_complete_settings_and_seeds_of_their_own():
-    found = recipe(method="f-ft", seed=5, train={"adam_beta2": 0.9}, forget={"epochs": 7, "coef": "auto"})
+    found = stages_of(method="f-ft", seed=5, train={"adam_beta2": 0.9}, forget={"epochs": 7, "coef": "auto"})
     assert (found.forget.settings.epochs, found.forget.settings.adam_beta2) == (7, 0.9)
     assert found.learn.settings.adam_beta2 == 0.9
     assert [stage.seed for stage in found] == [stage_seed(5, "forget"), 5]
     assert found.chooses_coefficient
-    assert not recipe(method="ft", forget={"coef": "auto"}).chooses_coefficient
+    assert not stages_of(method="ft", forget={"coef": "auto"}).chooses_coefficient
