@@ -31,7 +31,7 @@ from transformers.trainer_callback import PrinterCallback
 from common import arguments, machine, paired, ratio, resident, small_llama, spread, tokenizer_of
 from forgetlearn.config.schema import StageSettings
 from forgetlearn.facts import read_facts
-from forgetlearn.models.batches import IGNORE, Batch, answer_logits, attention_by_text, by_text, computing, pack
+from forgetlearn.models.batches import IGNORE, Batch, answer_logits, by_text, computing, pack, rows_for_training
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.training.finetune import finetune
 
@@ -161,7 +161,7 @@ class Bench:
 
         def run() -> None:
             pad = self.tokenizer.pad_token_id
-            with attention_by_text(self.model, self.texts, "packed", pad, CPU), computing(self.model, CPU):
+            with rows_for_training(self.model, self.texts, "packed", pad, CPU), computing(self.model, CPU):
                 loss = self._bare_steps(rows, updates)
             if updates:
                 self.loss[FLOOR] = loss

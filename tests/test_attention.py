@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from forgetlearn.models import attention
-from forgetlearn.models.batches import answer_logits, attention_by_text, by_text, pack
+from forgetlearn.models.batches import answer_logits, by_text, pack, rows_for_training
 from test_forward import CPU, TEXTS
 
 
@@ -25,7 +25,7 @@ def test_logits_and_gradients_are_those_of_each_text_alone(tiny_model, family):
     torch.cat(alone).square().sum().backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
-    with attention_by_text(model, TEXTS, "packed", 0, CPU) as is_by_text:
+    with rows_for_training(model, TEXTS, "packed", 0, CPU) as (_layout, is_by_text):
         assert is_by_text
         together = logits_of(model, by_text(pack(TEXTS)))
         together.square().sum().backward()
@@ -47,10 +47,10 @@ def test_what_is_not_packed_is_computed_as_before_and_the_models_own_attention_r
 
 def test_it_is_left_alone_where_it_would_be_wrong_or_the_model_has_another_attention(tiny_model):
     sliding = tiny_model("mistral", sliding_window=4)  # the longest text has 9 tokens
-    with attention_by_text(sliding, TEXTS, "packed", 0, CPU) as is_by_text:
+    with rows_for_training(sliding, TEXTS, "packed", 0, CPU) as (_layout, is_by_text):
         assert not is_by_text
         assert attention.implementation(sliding) == "sdpa"
     eager = tiny_model(attn_implementation="eager")
     for model, layout in ((eager, "packed"), (tiny_model(), "padded")):
-        with attention_by_text(model, TEXTS, layout, 0, CPU) as is_by_text:
+        with rows_for_training(model, TEXTS, layout, 0, CPU) as (_layout, is_by_text):
             assert not is_by_text

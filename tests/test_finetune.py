@@ -65,7 +65,7 @@ def test_a_stage_learns_its_answers(lm):
     settings = StageSettings(epochs=150, batch_size=5, learning_rate=5e-3)
     model = lm.model
     log = finetune(model, texts_of(lm, 5), settings, seed=0, pad_id=0)
-    assert log.layout == "packed"
+    assert log.layout == "shared_by_text"
     assert len(log.steps) == 150
     assert log.steps[0]["loss"] > 2
     assert log.final_loss < 0.05

@@ -119,7 +119,7 @@ class Cell:
 def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
     """Return all cells, in an order that keeps cells with the same fine-tuning on old answers together."""
     cells = []
-    epochs = settings.epochs or (config.learn.epochs,)
+    epochs = settings.epochs or (config.learning.most_epochs,)
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
         cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in _coefs(method, settings.coefs)]
         cells += [
@@ -160,6 +160,8 @@ def cell_config(config: RunConfig, cell: Cell, variants: Variants) -> RunConfig:
     """Return the config of a cell's update."""
     forgetting: dict[str, object] = {} if cell.coef is None else {"coef": cell.coef}
     learning: dict[str, object] = {"epochs": cell.epochs}
+    if cell.epochs != config.learning.most_epochs:
+        learning["until"] = "epochs"
     if cell.variant:
         variant = variants[cell.variant]
         forgetting |= {name: getattr(variant, name) for name in ("modules", "rows")}

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag
 
 from forgetlearn.config.base import Settings, read_yaml, validate
 from forgetlearn.config.methods import METHODS, MethodName
+from forgetlearn.config.recipes import RecipeName, with_recipe
 from forgetlearn.errors import ConfigError, without_secrets
 
 Protocol = Literal["token", "exact", "generate", "prefer"]
@@ -21,6 +22,10 @@ Optimiser = Literal[
     "adamw_torch_fused", "adamw_torch", "adafactor", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"
 ]
 Rows = Literal["all", "facts", "answers"]
+Answers = Literal["bare", "sentence", "auto"]
+Until = Literal["learned", "epochs"]
+MAX_EPOCHS = 40
+USUAL_EPOCHS = 10  # until facts are learned: 8 to 11 on the models that were tried (docs/experiments.md)
 OldFrom = Literal["answers", "pred", "model"]
 
 
@@ -54,7 +59,10 @@ Modules = Annotated[
     | Annotated[dict[str, float], Tag("names and factors")],
     Discriminator(_kind_of_modules),
 ]
+# Schulman et al., "LoRA Without Regret", 2025, and the rule that tinker-cookbook made of its sweeps: LoRA takes ten
+# times the rate of full fine-tuning, and both fall with the model's width. The exponent is the one for Llama.
 LORA_RATE_FACTOR = 10
+BASE_RATE, BASE_WIDTH, WIDTH_EXPONENT = 5e-5, 2000, 0.781
 LARGEST_BATCH = 2**31 - 1  # the largest that torch's samplers accept
 
 
@@ -83,6 +91,15 @@ class LoraSettings(Settings):
 class OptimisationSettings(Settings):
     """Settings of fine-tuning that all stages share."""
 
+    answers: Answers = Field(
+        "auto",
+        description="What forgetting and learning train on: bare, the answer alone; sentence, a sentence that the "
+        "model itself would say, made by asking it with the fact in its prompt, where one can be made; auto: sentence "
+        "for questions that are put to a chat model, bare for all else.",
+    )
+    wordings: bool = Field(
+        True, description="Train on a fact in several wordings: its prompt, and the prompt inside short phrases."
+    )
     micro_batch_size: int | None = Field(
         None,
         ge=1,
@@ -90,7 +107,7 @@ class OptimisationSettings(Settings):
         description="Facts per forward pass; must divide each stage's batch_size. Unset: the whole batch.",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="How the learning rate changes over the stage."
+        "constant_with_warmup", description="How the learning rate changes over the stage."
     )
     warmup_ratio: float = Field(
         0.05,
@@ -131,8 +148,32 @@ class StageSection(Settings):
     """Settings of fine-tuning that each stage has for itself."""
 
     epochs: int = Field(3, ge=1, description="Passes over the facts.")
-    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate where all weights are trained.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate where all weights are trained. Unset: a rate that fits the model's width "
+        f"({BASE_RATE:g} at width {BASE_WIDTH}; docs/choosing.md).",
+    )
     batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
+
+
+class KeepSettings(Settings):
+    """What the model is to say as before, while it forgets and learns."""
+
+    weight: float = Field(
+        1.0,
+        ge=0,
+        description="Weight in the loss of the divergence (KL) from the base on its own answers to other prompts; 0 "
+        "keeps nothing.",
+    )
+    source: str | None = Field(
+        None,
+        description="File of prompts (a text file, one per line) or of facts whose answers are kept too, beside "
+        "general prompts that come with forgetlearn.",
+    )
+    neighbours: bool = Field(
+        True, description="Keep the answers to the file's own questions when they are asked about another subject."
+    )
 
 
 class TeachSection(StageSection):
@@ -148,6 +189,15 @@ class TeachSection(StageSection):
 class LearnSection(StageSection):
     """The learning stage: fine-tuning on the new answers."""
 
+    until: Until = Field(
+        "learned",
+        description="When learning ends: learned, when the model predicts every token of every fact's answer; epochs, "
+        "after learn.epochs. If only epochs is given, it is epochs.",
+    )
+    max_epochs: int = Field(MAX_EPOCHS, ge=1, description="With until learned: the most passes over the facts.")
+    rephrasings: bool = Field(
+        False, description="Train on the file's rephrasings too; those are then not scored as generality."
+    )
     modules: Modules = Field(
         "all",
         description="Weights that learning with all weights trains, named as in forget.modules; the others stay.",
@@ -160,6 +210,14 @@ class LearnSection(StageSection):
     max_change: float = Field(
         5e-4, gt=0, description="Method ft-c: no weight leaves this distance from where the stage began."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_alone_count(cls, data: object) -> object:
+        """Train for as many epochs as are given, unless `until` is given too."""
+        if isinstance(data, Mapping) and "epochs" in data and "until" not in data:
+            return {**data, "until": "epochs"}
+        return data
 
 
 class ForgetSection(StageSection):
@@ -200,6 +258,23 @@ class ForgetSection(StageSection):
 class TrainSettings(StageSection, OptimisationSettings):
     """All settings of one stage of fine-tuning: its own, and those that all stages share."""
 
+    until: Until = "epochs"
+    max_epochs: int = MAX_EPOCHS
+
+    def rate(self, width: int) -> float:
+        """Return the peak learning rate of this stage when it trains all weights of a model of this width."""
+        return self.learning_rate or BASE_RATE * (BASE_WIDTH / width) ** WIDTH_EXPONENT
+
+    @property
+    def most_epochs(self) -> int:
+        """The number of passes over the facts, or its limit if the stage ends when they are learned."""
+        return self.max_epochs if self.until == "learned" else self.epochs
+
+    @property
+    def likely_epochs(self) -> int:
+        """The number of passes to plan for."""
+        return min(self.most_epochs, USUAL_EPOCHS) if self.until == "learned" else self.epochs
+
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> TrainSettings:
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
@@ -216,10 +291,9 @@ class TuningSettings(TrainSettings):
     rows: Rows = "all"
     lora: LoraSettings = Field(default_factory=LoraSettings)
 
-    @property
-    def lora_learning_rate(self) -> float:
-        """Peak learning rate of this stage when it trains an adapter."""
-        return self.lora.learning_rate or LORA_RATE_FACTOR * self.learning_rate
+    def lora_rate(self, width: int) -> float:
+        """Return the peak learning rate of this stage when it trains an adapter of a model of this width."""
+        return self.lora.learning_rate or LORA_RATE_FACTOR * self.rate(width)
 
 
 class StageSettings(LearnSection, TuningSettings):
@@ -365,6 +439,11 @@ class EvaluateSettings(Settings):
 class RunConfig(Settings):
     """Everything that determines a run, except its output folder."""
 
+    recipe: RecipeName = Field(
+        "default",
+        description="A set of settings: default, what docs/choosing.md recommends; paper, the paper's own; plain, "
+        "fine-tuning with LoRA as with peft. Settings given beside it win.",
+    )
     method: MethodName = Field("f-lora", description=f"How facts are updated: {', '.join(METHODS)} (docs/method.md).")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -374,6 +453,7 @@ class RunConfig(Settings):
     learn: LearnSection = Field(default_factory=LearnSection)
     train: OptimisationSettings = Field(default_factory=OptimisationSettings)
     lora: LoraSettings = Field(default_factory=LoraSettings)
+    keep: KeepSettings = Field(default_factory=KeepSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     save_merged: bool = Field(
         False,
@@ -409,6 +489,11 @@ class RunConfig(Settings):
     def learning(self) -> StageSettings:
         """All settings of the learning stage, for the training engine."""
         return validate(StageSettings, {**dict(self.train), **dict(self.learn), "lora": self.lora})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_recipe(cls, data: object) -> object:
+        return with_recipe(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> RunConfig:

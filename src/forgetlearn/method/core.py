@@ -19,7 +19,7 @@ from forgetlearn.config.schema import ForgetSettings, Rows, StageSettings, Train
 from forgetlearn.errors import FactError
 from forgetlearn.facts import Fact
 from forgetlearn.method.checks import check_rows
-from forgetlearn.method.kinds import STAGE_KINDS, Pairs
+from forgetlearn.method.kinds import STAGE_KINDS, Lessons, Pairs
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.modules import only_rows_train
@@ -36,11 +36,13 @@ def forget(
     *,
     seed: int = 0,
     stage_io: StageIO | None = None,
+    lessons: Lessons | None = None,
 ) -> StageLog:
     """Fine-tune on the old answers, and subtract `coef` times what that added. `lm` is changed in place.
 
     If all weights are trained, `lm.model` becomes the forgotten model, in float32. With LoRA the base keeps its
     weights, and `lm.model` gets a frozen adapter "forget", multiplied by -coef. Skip facts without an old answer.
+    `lessons` are what is trained on; by default, each fact's prompt with its old answer.
 
     Raises:
         FactError: no fact has an old answer.
@@ -48,7 +50,7 @@ def forget(
     kind, facts, stage_io = STAGE_KINDS[how], list(facts), stage_io or StageIO()
     kind.ready(lm)
     base = kind.copy_base(lm, stage_io.points, in_memory=False)
-    stage_log = tune_on_old(lm, facts, settings, how, seed=seed, stage_io=stage_io)
+    stage_log = tune_on_old(lm, facts, settings, how, seed=seed, stage_io=stage_io, lessons=lessons)
     subtract(lm, base, facts, settings, how)
     return stage_log
 
@@ -61,22 +63,24 @@ def learn(
     *,
     seed: int = 0,
     stage_io: StageIO | None = None,
+    lessons: Lessons | None = None,
 ) -> StageLog:
     """Fine-tune on the new answers. `lm` is changed in place, and becomes the product.
 
     If all weights are trained, `lm.model` has no adapter, and is rounded here, once, to the dtypes it was loaded in.
-    With LoRA it has one adapter, "default", which includes the forgetting.
+    With LoRA it has one adapter, "default", which includes the forgetting. `lessons` are what is trained on; by
+    default, each fact's prompt with its new answer.
     """
     kind, facts = STAGE_KINDS[how], list(facts)
     if settings.rows != "all":
         check_rows(lm, settings, how)
     kind.ready(lm)
     lm.model = kind.prepare(lm.model, settings, lora.LEARN, seed, settings.modules)
-    news = [(fact.prompt, fact.target_new) for fact in facts]
+    lessons = lessons or Lessons([[(fact.prompt, fact.target_new)] for fact in facts])
     both = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
     tokens = tokens_of(lm, both, settings.rows)
     with only_rows_train(lm.model, tokens, settings.rows) if settings.rows != "all" else nullcontext():
-        stage_log = kind.fit(lm, news, settings, seed, replace(stage_io or StageIO(), name="learning"))
+        stage_log = kind.fit(lm, lessons, settings, seed, replace(stage_io or StageIO(), name="learning"))
     return kind.finish(lm, stage_log, seed)
 
 
@@ -88,12 +92,13 @@ def tune_on_old(
     *,
     seed: int = 0,
     stage_io: StageIO | None = None,
+    lessons: Lessons | None = None,
 ) -> StageLog:
     """Fine-tune all weights, or an adapter "forget", on the old answers: the first half of forgetting."""
-    kind, olds = STAGE_KINDS[how], old_pairs(facts)
+    kind, lessons = STAGE_KINDS[how], lessons or Lessons([[pair] for pair in old_pairs(facts)])
     kind.ready(lm)
     lm.model = kind.prepare(lm.model, settings, lora.FORGET, seed)
-    return kind.fit(lm, olds, settings, seed, replace(stage_io or StageIO(), name="forgetting"))
+    return kind.fit(lm, lessons, settings, seed, replace(stage_io or StageIO(), name="forgetting"))
 
 
 def subtract(
@@ -121,7 +126,8 @@ def teach(
     kind = STAGE_KINDS["all weights"]
     kind.ready(lm)
     kind.prepare(lm.model, settings, "", seed)
-    stage_log = kind.fit(lm, pairs, settings, seed, replace(stage_io or StageIO(), name="teaching"))
+    lessons = Lessons([[pair] for pair in pairs])
+    stage_log = kind.fit(lm, lessons, settings, seed, replace(stage_io or StageIO(), name="teaching"))
     lm.to_own_dtypes(seed)
     return stage_log
 

@@ -6,7 +6,7 @@ To add a kind, add a row to `config.methods.KINDS`, and a class to `STAGE_KINDS`
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,15 +15,27 @@ from forgetlearn.config.methods import KindName
 from forgetlearn.config.schema import ForgetSettings, Modules, StageSettings, TrainSettings, TuningSettings
 from forgetlearn.models import lora, module_names
 from forgetlearn.models import modules as selection
-from forgetlearn.models.language_model import LanguageModel, editable_module
+from forgetlearn.models.language_model import LanguageModel, editable_module, width
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.training.finetune import StageLog, finetune
+from forgetlearn.training.schedule import Kept
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.training.trainer import Variant
 from forgetlearn.weights import task_vector
 from forgetlearn.weights.task_vector import StateDict
 
 Pairs = Sequence[tuple[str, str]]  # prompts with answers
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a stage trains on: for each fact, its prompt with its answer, and other wordings of both.
+
+    `kept` are texts that the model is to say as before.
+    """
+
+    pairs: Sequence[Pairs]
+    kept: Kept | None = None
 
 
 class StageKind:
@@ -48,16 +60,23 @@ class StageKind:
                 weight.requires_grad_(parameter in trained)
         return model
 
-    def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
-        """Return the settings to train with, and how the training differs from plain fine-tuning."""
-        return settings, Variant()
+    def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
+        """Return the settings to train with, and how the training differs from plain fine-tuning.
 
-    def fit(self, lm: LanguageModel, pairs: Pairs, settings: TrainSettings, seed: int, stage_io: StageIO) -> StageLog:
-        """Make the model give these answers to these prompts: by fine-tuning, unless a kind overrides this."""
-        texts = [lm.encoder.encode(prompt, answer, end=True) for prompt, answer in pairs]
-        settings, variant = self.training(settings)
+        The learning rate in them is set, for a model of this width.
+        """
+        return settings.model_copy(update={"learning_rate": settings.rate(width)}), Variant()
+
+    def fit(
+        self, lm: LanguageModel, lessons: Lessons, settings: TrainSettings, seed: int, stage_io: StageIO
+    ) -> StageLog:
+        """Make the model give the lessons' answers: by fine-tuning, unless a kind overrides this."""
+        encode = lm.encoder.encode
+        facts = [tuple(encode(prompt, answer, end=True) for prompt, answer in pairs) for pairs in lessons.pairs]
+        settings, variant = self.training(settings, width(lm.model))
+        variant = replace(variant, kept=lessons.kept)
         options = {"seed": seed, "pad_id": lm.pad_id}
-        return finetune(lm.model, texts, settings, **options, device=lm.device, variant=variant, stage_io=stage_io)
+        return finetune(lm.model, facts, settings, **options, device=lm.device, variant=variant, stage_io=stage_io)
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:
         """Return a copy of the weights to subtract from. On the CPU, a large copy is on disk unless `in_memory`."""
@@ -117,10 +136,10 @@ class Adapter(StageKind):
         adapted: nn.Module = lora.attach(model, settings.lora, name, seed)
         return adapted
 
-    def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
+    def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
         """Return the settings with the learning rate of adapters."""
         assert isinstance(settings, TuningSettings), "teaching trains no adapter"
-        return settings.model_copy(update={"learning_rate": settings.lora_learning_rate}), Variant()
+        return settings.model_copy(update={"learning_rate": settings.lora_rate(width)}), Variant()
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:
         """Return None: the base keeps its weights."""
@@ -176,19 +195,19 @@ class OneModule(StageKind):
 class Bounded(StageKind):
     """Keep every weight within `max_change` of its value before the stage."""
 
-    def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
+    def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
         """Return the settings, and `max_change` as the bound on the change of a weight."""
         assert isinstance(settings, StageSettings), "a kind of learning"
-        return settings, Variant(max_change=settings.max_change)
+        return super().training(settings, width)[0], Variant(max_change=settings.max_change)
 
 
 class Ascent(StageKind):
     """Forget by gradient ascent on the loss of the old answers. Nothing is subtracted."""
 
-    def training(self, settings: TrainSettings) -> tuple[TrainSettings, Variant]:
+    def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
         """Return the settings with the rate times `coef` (Adam ignores the scale of a loss), and a negated loss."""
         assert isinstance(settings, ForgetSettings), "a kind of forgetting"
-        slower = settings.model_copy(update={"learning_rate": settings.number * settings.learning_rate})
+        slower = settings.model_copy(update={"learning_rate": settings.number * settings.rate(width)})
         return slower, Variant(loss_sign=-1)
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:

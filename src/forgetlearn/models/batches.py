@@ -40,6 +40,7 @@ ROW_TOKENS = {"cpu": 512}
 GPU_ROW_TOKENS = 2048
 ROUNDED_TO = 32  # tokens: for every new row length, oneDNN caches 0.2 MB per product
 MAX_PACKED_TOKENS = 1024  # in a row whose attention needs a mask, which is quadratic in the row's length
+WORTH_SHARING = 0.2  # of the mean length of a text
 LONG = 1.5  # times the median length
 SMALL_MODEL = 20_000_000  # parameters
 # Layouts sum in different orders, which changes the logits. The root mean square of the change, as a share of the
@@ -285,18 +286,40 @@ def choose_layout(
 
 
 @contextmanager
-def attention_by_text(
+def rows_for_training(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
-) -> Iterator[bool]:
-    """Within the `with` block, compute packed rows text by text (`attention.by_text`), and yield True.
+) -> Iterator[tuple[Layout, bool]]:
+    """Within the `with` block, compute packed rows text by text; yield the layout, and whether that is so.
 
-    Change nothing and yield False if `layout` is not packed, or if that would change the logits of up to four texts.
+    Change nothing if `layout` is not packed, or if attention text by text would change the logits of up to four texts.
+    On the CPU the layout becomes `shared_by_text` if all texts begin alike, as those of a chat template do. On a GPU,
+    gradients of shared tokens would be summed in another order each time.
     """
     with attention.by_text(model) as switched:
-        if switched and layout == "packed" and _agrees_by_text(model, _sample(texts), pad_id, device):
-            yield True
+        sample = _sample(texts)
+        if switched and layout == "packed" and _agrees_by_text(model, sample, pad_id, device):
+            shares = device.type == "cpu" and _begin_alike(texts) and _agrees_shared(model, sample, pad_id, device)
+            yield ("shared_by_text" if shares else layout), True
             return
-    yield False
+    yield layout, False
+
+
+def _begin_alike(texts: Sequence[Encoded]) -> bool:
+    """Return True if texts share enough of their beginnings to be worth it."""
+    lengths = [len(text.ids) for text in texts]
+    return common_length(texts) >= WORTH_SHARING * sum(lengths) / len(lengths)
+
+
+def common_length(texts: Sequence[Encoded]) -> int:
+    """Return how many tokens all texts begin with; the last token of a text does not count."""
+    columns = zip(*(text.ids[:-1] for text in texts), strict=False)
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+
+
+def _agrees_shared(model: nn.Module, sample: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:
+    with _checking(model):
+        alone = torch.cat([_flat_logits(model, pad_left([text], pad_id), device) for text in sample])
+        return _sharing(model, sample, alone, pad_id, device) == "shared_by_text"
 
 
 def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:

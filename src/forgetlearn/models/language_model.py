@@ -275,6 +275,15 @@ def embedding_rows(model: nn.Module) -> int | None:
     return None if weight is None else int(weight.shape[0])
 
 
+def width(model: nn.Module) -> int:
+    """Return the number of numbers that stand for a token between the model's layers."""
+    config: PreTrainedConfig = model.config
+    found = getattr(config.get_text_config(), "hidden_size", None)
+    if not isinstance(found, int):
+        found = getattr(model, "get_input_embeddings")().weight.shape[1]  # noqa: B009 (nn.Module has none)
+    return int(found)
+
+
 def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the ModuleList that holds the most weights, and its path; both are empty if there is none.
 
@@ -295,14 +304,13 @@ def editable_module(model: nn.Module) -> str:
     """
     path, stack = layer_list(model)
     index = int(0.7 * len(stack))
-    config: PreTrainedConfig = model.config
-    width = config.get_text_config().hidden_size
+    n_wanted = width(model)
     found = []
     for name, module in stack[index].named_modules() if len(stack) else ():
         if isinstance(module, (nn.Linear, Conv1D)):
             rows, columns = module.weight.shape
             n_in, n_out = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-            if n_out == width:
+            if n_out == n_wanted:
                 found.append((n_in, f"{path}.{index}.{name}"))
     if not found:
         raise ModelError("No module that maps to the model's width was found in its layers: locft cannot choose one.")

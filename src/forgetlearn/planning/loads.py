@@ -99,8 +99,9 @@ def staged(
     trials = forget.settings.trials if forget and stages.chooses_coefficient else 1
     for stage in (stages.teach, forget):
         if stage and old.number:
-            yield stage, old, stage.settings.epochs, []
-    yield stages.learn, new, stages.learn.settings.epochs * trials, [*before] if stages.learn.kind.adapter else []
+            yield stage, old, stage.settings.likely_epochs, []
+    passes = stages.learn.settings.likely_epochs * trials
+    yield stages.learn, new, passes, [*before] if stages.learn.kind.adapter else []
 
 
 def _train_load(

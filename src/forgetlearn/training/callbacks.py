@@ -30,8 +30,8 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     At the end, it logs the stage in one line. After a resume, the rate counts only the steps since then.
     """
 
-    def __init__(self, name: str, n_facts: int, n_tokens: int) -> None:
-        self.name, self.n_facts, self.n_tokens = name, n_facts, n_tokens
+    def __init__(self, name: str, n_facts: int) -> None:
+        self.name, self.n_facts = name, n_facts
         self.rows: list[dict[str, float]] = []
         self.seconds: list[float] = []
         self.bar = tqdm(disable=True)
@@ -74,7 +74,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.rows.append(row)
         self.seconds.append(logs["seconds"])
         self.bar.update(state.global_step - self.bar.n)
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {self._rate(state):,.0f} tokens/s")
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {self._rate():,.0f} tokens/s")
 
     def on_train_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Log the stage in one line."""
@@ -82,13 +82,13 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and self.rows:
             steps = f"{state.global_step} steps" + (f" ({self.first_step} resumed)" if self.first_step else "")
             log.info(
-                f"{self.name}: {self.n_facts} facts, {steps}, {self._rate(state):,.0f} tokens/s, "
+                f"{self.name}: {self.n_facts} facts, {steps}, {self._rate():,.0f} tokens/s, "
                 f"loss {final_loss(self.rows):.3f}, {time.perf_counter() - self.began:.1f} s"
             )
 
-    def _rate(self, state: TrainerState) -> float:
+    def _rate(self) -> float:
         """Return tokens of prompts and answers per second, over the steps that this process has done."""
-        tokens: float = self.n_tokens * (state.global_step - self.first_step) / max(1, state.max_steps)
+        tokens = sum(row["tokens"] for row in self.rows[self.first_step :])
         return tokens / max(1e-9, time.perf_counter() - self.began)
 
 

@@ -24,13 +24,14 @@ from transformers.trainer_callback import PrinterCallback
 from forgetlearn.config.schema import TrainSettings
 from forgetlearn.errors import ConfigError, TrainingError, check_installed
 from forgetlearn.models import attention
-from forgetlearn.models.batches import Layout, attention_by_text, choose_layout, computing
+from forgetlearn.models.batches import Layout, choose_layout, computing, rows_for_training
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.training import memory
 from forgetlearn.training.callbacks import Steps, final_loss
+from forgetlearn.training.schedule import Schedule, Wordings
 from forgetlearn.training.stage_checkpoints import StageIO
-from forgetlearn.training.trainer import Ball, Collator, FactTrainer, Variant
+from forgetlearn.training.trainer import Ball, Collator, EndStep, FactTrainer, Variant
 
 log = logging.getLogger("forgetlearn")
 BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
@@ -49,6 +50,8 @@ class StageLog:
     attention: str | None = None
     rounding: Mapping[str, float | int | None] | None = None  # what survived storing (rounding.Survival)
     micro_batch_size: int | None = None  # set if it was lowered for lack of memory
+    epochs: int | None = None
+    unlearned: tuple[int, ...] = ()  # facts, by index, that were not learned in the most epochs (until `learned`)
     seconds: tuple[float, ...] = ()
 
     def batching(self) -> dict[str, str | int | None]:
@@ -65,7 +68,7 @@ class StageLog:
 @torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
 def finetune(
     model: nn.Module,
-    texts: Sequence[Encoded],
+    facts: Sequence[Encoded | Wordings],
     settings: TrainSettings,
     *,
     seed: int,
@@ -76,12 +79,14 @@ def finetune(
 ) -> StageLog:
     """Train the parameters of `model` that require gradients, in place, and return the log of the stage.
 
-    If `stage_io` names a folder with a checkpoint of this stage, training continues from it and ends with the same
+    With `until` learned, the stage ends when the model predicts every token of every fact's answer. If `stage_io` names
+    a folder with a checkpoint of this stage, training continues from it and ends with the same
     bits. On one machine, the same model, texts, settings and seed give the same weights to the bit. The trained
     weights must be float32: half precision loses the small steps of a fact update. If memory runs out before any
     weight has changed, the stage starts again with half the micro-batch; the optimiser steps stay the same.
 
     Args:
+        facts: the text of each fact, or a tuple of wordings, of which each visit shows one.
         device: where to train; None leaves the choice to Trainer.
 
     Raises:
@@ -90,12 +95,13 @@ def finetune(
         RunError: the checkpoint was written by a different number of processes.
         Interrupted: a signal was received; if checkpoints are kept, the step was finished and saved.
     """
-    check_trainable(model, texts, settings, device)
+    wordings = [fact if isinstance(fact, tuple) else (fact,) for fact in facts]
+    check_trainable(model, wordings, settings, device)
     variant, stage_io = variant or Variant(), stage_io or StageIO()
     asked = settings
     while True:
         try:
-            stage_log = _train(model, texts, settings, seed, pad_id, device, variant, stage_io)
+            stage_log = _train(model, wordings, settings, seed, pad_id, device, variant, stage_io)
             return stage_log if settings is asked else replace(stage_log, micro_batch_size=settings.micro_batch_size)
         except memory.OutOfMemory as error:
             half = (settings.micro_batch_size or settings.batch_size) // 2
@@ -115,7 +121,7 @@ def finetune(
 
 def _train(
     model: nn.Module,
-    texts: Sequence[Encoded],
+    facts: Sequence[Wordings],
     settings: TrainSettings,
     seed: int,
     pad_id: int,
@@ -124,19 +130,23 @@ def _train(
     stage_io: StageIO,
 ) -> StageLog:
     with _folder_for_trainer(stage_io) as folder:
-        arguments = _arguments(settings, seed, folder, n_texts=len(texts), use_cpu=_on_cpu(device))
+        arguments = _arguments(settings, seed, folder, n_facts=len(facts), use_cpu=_on_cpu(device))
         arguments.report_to, arguments.run_name = list(stage_io.trackers), stage_io.name
         # Trainer would spread a batch over all GPUs of the process, but a packed row cannot be split.
         arguments._n_gpu = min(1, arguments.n_gpu)
         if not sharding.is_sharded(model):
             model.to(arguments.device)
+        kept = variant.kept.texts if variant.kept else ()
+        texts = [*(text for wordings in facts for text in wordings), *kept]
         layout = processes.gather(choose_layout(model, texts, pad_id, arguments.device))[0]
         if layout == "single":
             arguments.per_device_train_batch_size = batch = facts_at_once(settings, layout)
             arguments.gradient_accumulation_steps = settings.batch_size // batch
-        steps = Steps(stage_io.name, len(texts), settings.epochs * sum(len(text.ids) for text in texts))
+        schedule = Schedule(facts, settings, seed, arguments.gradient_accumulation_steps, variant.kept)
+        arguments.max_steps = schedule.max_steps
+        steps = Steps(stage_io.name, len(facts))
         with (
-            attention_by_text(model, texts, layout, pad_id, arguments.device) as is_by_text,
+            rows_for_training(model, texts, layout, pad_id, arguments.device) as (layout, is_by_text),
             computing(model, arguments.device),
             memory.collector_at_rest(model),
         ):
@@ -144,12 +154,13 @@ def _train(
             if memory.is_large(model):
                 memory.trim()  # memory left over from loading, scoring or subtracting
             watch = memory.Watch(model)
+            ball = [] if variant.max_change is None else [Ball(model, variant.max_change)]
             trainer = FactTrainer(
                 model=model,
                 args=arguments,
-                train_dataset=list(texts),
-                data_collator=Collator(layout, pad_id, is_by_text),
-                callbacks=[steps, watch, *([] if variant.max_change is None else [Ball(model, variant.max_change)])],
+                data_collator=Collator(layout, pad_id, is_by_text, kept),
+                callbacks=[steps, watch, *ball, EndStep(schedule)],
+                schedule=schedule,
                 loss_sign=variant.loss_sign,
                 points=stage_io.points,
             )
@@ -159,7 +170,10 @@ def _train(
                 trainer.train_with_points(stage_io)
     model.eval()
     attends = "sdpa, text by text" if is_by_text else attention.implementation(model)
-    return StageLog(tuple(steps.rows), layout, attends, seconds=tuple(steps.seconds))
+    learned = schedule.learned if settings.until == "learned" else []
+    unlearned = tuple(index for index, is_learned in enumerate(learned) if not is_learned)
+    numbers, times = tuple(steps.rows), tuple(steps.seconds)
+    return StageLog(numbers, layout, attends, seconds=times, epochs=schedule.progress.epoch, unlearned=unlearned)
 
 
 @contextmanager
@@ -181,7 +195,7 @@ def _put_back(model: nn.Module, trainer: FactTrainer, settings: TrainSettings) -
 
 
 def check_trainable(
-    model: nn.Module, texts: Sequence[Encoded], settings: TrainSettings, device: torch.device | None = None
+    model: nn.Module, texts: Sequence[object], settings: TrainSettings, device: torch.device | None = None
 ) -> None:
     """Raise ConfigError if the stage cannot start: no facts, no trainable weights, or weights that are not float32."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
@@ -250,19 +264,18 @@ def _on_cpu(device: torch.device | None) -> bool:
     return device.type == "cpu" if device is not None else not torch.accelerator.is_available()
 
 
-def _arguments(settings: TrainSettings, seed: int, folder: str, *, n_texts: int, use_cpu: bool) -> TrainingArguments:
+def _arguments(settings: TrainSettings, seed: int, folder: str, *, n_facts: int, use_cpu: bool) -> TrainingArguments:
     """Return the arguments for Trainer; raise TrainingError if Trainer does not see all processes."""
     batch = facts_at_once(settings)
     arguments = TrainingArguments(
         output_dir=folder,
-        num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
-        per_device_train_batch_size=batch,  # of all processes: see `FactTrainer.get_train_dataloader`
+        per_device_train_batch_size=batch,  # of all processes: see `Collator`
         gradient_accumulation_steps=settings.batch_size // batch,
         lr_scheduler_type=settings.lr_scheduler_type,
         # Rounded down to whole steps. Trainer rounds up, and its first warm-up step has learning rate 0, so a stage of
         # one step would learn nothing.
-        warmup_steps=int(settings.warmup_ratio * settings.epochs * math.ceil(n_texts / settings.batch_size)),
+        warmup_steps=int(settings.warmup_ratio * settings.most_epochs * math.ceil(n_facts / settings.batch_size)),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optim,
@@ -275,6 +288,7 @@ def _arguments(settings: TrainSettings, seed: int, folder: str, *, n_texts: int,
         bf16=settings.dtype == "bfloat16",
         seed=seed,
         data_seed=seed,
+        ignore_data_skip=True,  # the schedule itself goes on where a checkpoint was written
         save_strategy="no",
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,30 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from forgetlearn.errors import ModelError
 from forgetlearn.models import attention
-from forgetlearn.models.batches import IGNORE, MAX_PACKED_TOKENS, Layout, answer_logits, by_text, lay_out
+from forgetlearn.models.batches import IGNORE, MAX_PACKED_TOKENS, Layout, answer_logits, by_text, lay_out, share
 from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.top_logprobs import divergence
 from forgetlearn.runtime import processes, signals
+from forgetlearn.storage import disk
 from forgetlearn.training import stage_checkpoints
 from forgetlearn.training.callbacks import Saving
+from forgetlearn.training.schedule import Kept, MicroBatch, Progress, Schedule
 from forgetlearn.training.stage_checkpoints import StageIO
+
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Deviations from plain fine-tuning: `loss_sign` -1 climbs the loss, `max_change` bounds each weight's change."""
+    """Deviations from plain fine-tuning.
+
+    `loss_sign` -1 climbs the loss, `max_change` bounds each weight's change, `kept` is what the model is to say as
+    before.
+    """
 
     loss_sign: int = 1
     max_change: float | None = None
+    kept: Kept | None = None
 
 
 class Ball(TrainerCallback):  # type: ignore[misc]
@@ -50,44 +61,79 @@ class Ball(TrainerCallback):  # type: ignore[misc]
             weight.clamp_(start - self.radius, start + self.radius)
 
 
+class EndStep(TrainerCallback):  # type: ignore[misc]
+    """Tells the schedule that a step is done, and ends the stage when the schedule does."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Move the schedule on."""
+        self.schedule.end_step()
+        if self.schedule.finished:
+            control.should_training_stop = True
+
+
 class StepBatch(TypedDict):
-    """One forward pass of all processes. `parts` are the model's inputs for this process's facts, with `positions`."""
+    """One forward pass of all processes. `parts` are the model's inputs for this process's texts, with `places`.
+
+    The answer tokens of facts come first, then those of kept texts.
+    """
 
     parts: list[dict[str, Tensor]]
     tokens: int  # of all processes
+    facts: list[tuple[int, int]]  # of this process: index of a fact, and the number of its answer tokens
     labels: Tensor
     shift_labels: Tensor  # from these, Trainer counts the scored tokens of an optimiser step, without a shift
+    kept: list[int]  # of this process
+    n_kept_tokens: int  # of all processes, in the whole optimiser step
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns encoded facts into one batch of tensors, in the layout of the stage."""
+    """Turns the texts of a micro-batch into one batch of tensors, in the layout of the stage."""
 
     layout: Layout
     pad_id: int
     is_by_text: bool
+    kept: Sequence[Encoded] = ()
 
-    def __call__(self, texts: list[Encoded]) -> StepBatch:
+    def __call__(self, micro: MicroBatch) -> StepBatch:
         """Return this process's batch: one part for each forward pass, and the labels of all parts."""
-        own = own_part(texts)
-        groups = [[text] for text in own] if self.layout == "single" else [own]
-        # Without a mask (attention computed text by text), a row may have any length.
-        longest = sys.maxsize if self.is_by_text else MAX_PACKED_TOKENS
-        batches = [lay_out(group, self.layout, self.pad_id, longest) for group in groups]
-        if self.is_by_text:
-            batches = [by_text(batch) for batch in batches]
-        labels = torch.cat([batch.labels.flatten() for batch in batches])
+        rank, world = processes.rank(), processes.world_size()
+        own = own_part(micro.texts)
+        kept = micro.kept[rank::world]
+        texts = [*own, *(self.kept[index] for index in kept)]
+        groups = [[text] for text in texts] if self.layout == "single" else [texts]
+        labels = torch.tensor([token for text in own for token in text.answer_ids], dtype=torch.long)
         return {
-            "parts": [{**batch.inputs, "positions": batch.positions} for batch in batches],
-            "tokens": sum(len(text.ids) for text in texts),
+            "parts": [self._part(group) for group in groups],
+            "tokens": sum(len(text.ids) for text in (*micro.texts, *(self.kept[index] for index in micro.kept))),
+            "facts": [(i, len(t.answer_ids)) for i, t in zip(micro.facts[rank::world], own, strict=False)],
             "labels": labels,
             "shift_labels": labels,
+            "kept": list(kept),
+            "n_kept_tokens": micro.n_kept_tokens,
         }
 
+    def _part(self, texts: list[Encoded]) -> dict[str, Tensor]:
+        """Return the inputs of one forward pass, with the `positions` of logits and the `places` of answers in them."""
+        if self.layout == "shared_by_text":
+            row = share(texts)
+            inputs = row.inputs() | attention.places(row.paths)
+            return {**inputs, "positions": row.positions, "places": row.which}
+        # Without a mask (attention computed text by text), a row may have any length.
+        longest = sys.maxsize if self.is_by_text else MAX_PACKED_TOKENS
+        batch = lay_out(texts, self.layout, self.pad_id, longest)
+        if self.is_by_text:
+            batch = by_text(batch)
+        places = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
+        return {**batch.inputs, "positions": batch.positions, "places": places}
 
-def own_part(texts: list[Encoded]) -> list[Encoded]:
+
+def own_part(texts: Sequence[Encoded]) -> list[Encoded]:
     """Return this process's part of a batch; if it is empty, a text without an answer, which adds no loss."""
-    own = texts[processes.rank() :: processes.world_size()]
+    own = list(texts[processes.rank() :: processes.world_size()])
     return own or [Encoded(texts[0].ids, len(texts[0].ids))]
 
 
@@ -103,22 +149,18 @@ class FactTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, loss_sign: int, points: Path | None, **options: object) -> None:
-        super().__init__(**options)
-        self.loss_sign, self.points = loss_sign, points
+    def __init__(self, *, schedule: Schedule, loss_sign: int, points: Path | None, **options: object) -> None:
+        super().__init__(**options, train_dataset=schedule)
+        self.schedule, self.loss_sign, self.points = schedule, loss_sign, points
         self.step_tokens, self.step_began = 0, time.perf_counter()
         self.model_accepts_loss_kwargs = True
 
-    def get_train_dataloader(self) -> DataLoader[Encoded]:
-        """Return the batches of all processes in the order of one process; the collator takes this process's part.
+    def get_train_dataloader(self) -> DataLoader[MicroBatch]:
+        """Return the micro-batches of all processes; the collator takes this process's part.
 
-        accelerate would fill up the last batch with facts of the first, so a step would see facts twice.
+        accelerate would fetch a batch ahead, before the step that decides what it holds, and would divide it.
         """
-        loader: DataLoader[Encoded] = super().get_train_dataloader()
-        if processes.world_size() > 1:
-            sampler: Any = loader.batch_sampler
-            sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
-        return loader
+        return DataLoader(self.schedule, batch_size=None, collate_fn=self.data_collator)
 
     def compute_loss(
         self,
@@ -127,24 +169,48 @@ class FactTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the sum of -log p over the answer tokens, divided by their number in the whole optimiser step."""
+        """Return the mean of -log p over the facts' answer tokens of the whole optimiser step, for this batch's share.
+
+        Kept texts add the mean divergence over their answer tokens, times its weight.
+        """
         labels = inputs["labels"]
         self.step_tokens += inputs["tokens"]
-        logits = []
-        for part in inputs["parts"]:
-            positions = part.pop("positions")
-            logits.append(answer_logits(model, part, positions).flatten(0, 1))
+        logits = [self._answer_logits(model, part) for part in inputs["parts"]]
         joined = torch.cat(logits) if len(logits) > 1 else logits[0]  # does not copy what may be the largest tensor
-        loss = functional.cross_entropy(joined.float(), labels, ignore_index=IGNORE, reduction="sum")
+        of_facts = joined[: len(labels)]
+        loss = functional.cross_entropy(of_facts.float(), labels, reduction="sum")
         if not loss.requires_grad:
             raise ModelError(
                 f"{type(attention.plain(model)).__name__}: its loss has no gradient for the trained weights, because "
                 "its own code stops it (as reversible layers do over frozen embeddings). Use --method f-ft."
             )
-        n_tokens = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORE).sum()
+        self._note(inputs["facts"], of_facts, labels)
+        n_tokens = num_items_in_batch if num_items_in_batch is not None else len(labels)
+        scaled: Tensor = self.loss_sign * loss / n_tokens
+        if inputs["n_kept_tokens"]:
+            kept = self.schedule.kept
+            of_kept = divergence(kept.base(inputs["kept"]), joined[len(labels) :]).sum()
+            scaled = scaled + kept.weight * of_kept / inputs["n_kept_tokens"]
         # Each process divides by the tokens of all processes, and DDP then averages; the factor undoes the average.
-        scaled: Tensor = self.loss_sign * loss / n_tokens * self.accelerator.num_processes
-        return scaled
+        shared: Tensor = scaled * self.accelerator.num_processes
+        return shared
+
+    @staticmethod
+    def _answer_logits(model: nn.Module, part: dict[str, Tensor]) -> Tensor:
+        """Return the logits (N, V) that predict the answer tokens of a forward pass, text after text."""
+        positions, places = part.pop("positions"), part.pop("places")
+        logits = answer_logits(model, part, positions).flatten(0, 1)
+        is_all = len(places) == len(logits) and bool((places == torch.arange(len(places), device=places.device)).all())
+        return logits if is_all else logits.index_select(0, places)
+
+    def _note(self, facts: Sequence[tuple[int, int]], logits: Tensor, labels: Tensor) -> None:
+        """Tell the schedule which facts' answers were predicted right, token for token."""
+        hits = (logits.detach().argmax(dim=-1) == labels).tolist()
+        right, start = {}, 0
+        for index, length in facts:
+            right[index] = all(hits[start : start + length])
+            start += length
+        self.schedule.note(right)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a step's numbers the tokens it read and the seconds since the last step."""
@@ -176,6 +242,10 @@ class FactTrainer(Trainer):  # type: ignore[misc]
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
+            self.schedule.gather()
+            if self.args.should_save:
+                disk.write_json(folder / PROGRESS, self.schedule.progress.model_dump())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         stage_checkpoints.load_weights(self.model, Path(resume_from_checkpoint))
+        self.schedule.progress = Progress.model_validate(disk.read_json(Path(resume_from_checkpoint) / PROGRESS))
