@@ -25,7 +25,7 @@ PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 QUICK = {
     "forget": {"epochs": 1, "only_known": False},
     "learn": {"epochs": 1},
-    "evaluate": {"protocols": ["token"], "every_phase": False},
+    "evaluate": {"protocols": ["token"], "every_phase": False, "general_prompts": False},
 }
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 
