@@ -1,0 +1,228 @@
+"""Update a real chat model by several recipes on the same facts, and print one table; resumable.
+
+    python bench/real_models.py MODEL ../shared/data --output runs/real [--sets zsre] [--rows default,plain] [--seeds 0]
+    python bench/real_models.py MODEL ../shared/data --output runs/forgetting --study --seeds 0,1,2
+
+Each row is an `update` with the settings below, and nothing else. `one-by-one` is fine-tuning as EasyEdit's `FT` does
+it: one fact after the other, 25 steps each, on the last projection of one MLP. `--study` asks the paper's question, on
+the model as it is (old answers: what it says) and taught first: does forgetting first gain anything?
+
+Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words, unrelated answers as
+before (the file's probes), general answers as before, KL from the base on those in nats per token, old answer still
+said where the base said it; with --study also how often the old answer is preferred in multiple choice (lower is
+better), and how often it is said when the new one is denied. Then epochs and seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forgetlearn.config.base import validate
+from forgetlearn.config.schema import EvaluateSettings, RunConfig, StageSettings
+from forgetlearn.evaluation import general_ability, scoring
+from forgetlearn.evaluation.scorer import Generated, Reading, Scorer
+from forgetlearn.facts import Fact, FactSet, matching, read_facts
+from forgetlearn.method.core import learn
+from forgetlearn.models.language_model import LanguageModel, load_model
+from forgetlearn.runs.update import update
+from forgetlearn.storage import disk
+from forgetlearn.storage.records import General, Row
+
+SETS = {
+    "zsre": ("zsre.json", 60),
+    "counterfact": ("counterfact.json", 100),
+    "halluedit": ("halluedit-llama3.jsonl", 60),
+}
+# The defaults before recipes, at eb25ea2: three epochs at a rate for models fifty times as large.
+FORMER = {
+    "recipe": "plain",
+    "method": "f-lora",
+    "learn": {"until": "epochs", "epochs": 3},
+    "train": {"lr_scheduler_type": "linear"},
+    "lora": {"r": 8, "lora_alpha": 16, "learning_rate": 5e-4},
+}
+ROWS: Mapping[str, Mapping[str, object]] = {
+    "default": {},
+    "plain": {"recipe": "plain"},
+    "former": FORMER,
+    "one-by-one": {},
+}
+STEPS_PER_FACT, RATE_PER_FACT = 25, 5e-4  # of EasyEdit's FT for Llama
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One update: a row of the table on one file of facts with one seed."""
+
+    facts: str
+    row: str
+    seed: int
+    settings: Mapping[str, object]
+
+    @property
+    def name(self) -> str:
+        return f"{self.facts}-{self.row}-seed{self.seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a model")
+    parser.add_argument("data", type=Path, help="folder with the files of facts")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--sets", default=",".join(SETS))
+    parser.add_argument("--rows", help="rows of the table; unset: all")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--limit", type=int, help="facts of each file, instead of the usual number")
+    parser.add_argument("--template", default="auto", help="model.prompt_template")
+    parser.add_argument("--study", action="store_true", help="the rows of the study of forgetting first")
+    args = parser.parse_args()
+    sets = [name for name in args.sets.split(",") if not args.study or name != "halluedit"]
+    rows = dict(study_rows() if args.study else ROWS)
+    wanted = args.rows.split(",") if args.rows else list(rows)
+    cells = [Cell(name, row, int(seed), rows[row]) for seed in args.seeds.split(",") for name in sets for row in wanted]
+    for cell in cells:
+        file = args.output / f"{cell.name}.json"
+        if not file.is_file():
+            found = run(cell, args)
+            disk.write_json(file, found)
+            print(f"{cell.name}: {json.dumps(found)}", flush=True)
+    print(table(args.output, cells))
+
+
+def study_rows() -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Yield the rows of the study: taught or not, kept or not, forgotten first or not; all learn until learned."""
+    for taught in (False, True):
+        for keeps in (True, False):
+            for coef in (0.0, 0.3, 1.0):
+                name = f"{'taught' if taught else 'untaught'}-{'keep' if keeps else 'bare'}-coef{coef:g}"
+                yield (
+                    name,
+                    {
+                        "method": "f-lora" if coef else "lora",
+                        "forget": {"coef": coef, "only_known": False},
+                        "teach": {"epochs": 5 if taught else 0},
+                        "facts": {"old_from": "answers" if taught else "model"},
+                        **({} if keeps else {"recipe": "plain"}),
+                    },
+                )
+
+
+def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
+    """Return the scores of a cell."""
+    file, usual = SETS[cell.facts]
+    settings = {"seed": cell.seed, "model": {"prompt_template": args.template}, **cell.settings}
+    config = validate(RunConfig, settings)
+    facts = read_facts(args.data / file, limit=args.limit or usual, old_from=config.facts.old_from)
+    began = time.perf_counter()
+    if cell.row == "one-by-one":
+        found = one_by_one(load_model(config.model.model_copy(update={"name": args.model})), facts, args.output)
+    else:
+        folder = args.output / cell.name
+        result = update(args.model, facts, config, output=folder, resume=folder.is_dir())
+        found = scores(result.rows, result.summary.general["updated"], "updated")
+        log = result.output / "logs" / "learn.jsonl"
+        found["steps"] = len(disk.read_rows(log))
+        if args.study:
+            product = config.model.model_copy(update={"name": str(result.product)})
+            found |= brought_back(load_model(product), list(facts), config.evaluate)
+    return found | {"seconds": time.perf_counter() - began}
+
+
+def one_by_one(lm: LanguageModel, facts: FactSet, output: Path) -> dict[str, float | None]:
+    """Fine-tune one module on one fact after the other, and return the scores."""
+    settings, evaluate = (
+        StageSettings(epochs=STEPS_PER_FACT, batch_size=1, learning_rate=RATE_PER_FACT),
+        EvaluateSettings(),
+    )
+    before = scoring.score(lm, facts, phase="base", settings=evaluate)
+    general_ability.measure(lm, evaluate, new_folder(output / "one-by-one-before"))
+    for fact in facts:
+        learn(lm, [fact], settings, "one module")
+    reference = scoring.locality_predictions(before)
+    after = scoring.score(lm, facts, phase="updated", settings=evaluate, reference=reference)
+    general = general_ability.measure(
+        lm, evaluate, new_folder(output / "one-by-one-after"), output / "one-by-one-before"
+    )
+    return scores([*before, *after], general, "updated")
+
+
+def new_folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def scores(rows: Sequence[Row], general: General, phase: str) -> dict[str, float | None]:
+    """Return the columns of the table that an update's own scores give."""
+    table = scoring.summarise([row for row in rows if row.phase == phase])
+    said = {row.fact for row in rows if row.phase == "base" and row.protocol == "contains" and row.residue}
+    still = [row.residue for row in rows if row.phase == phase and row.protocol == "contains" and row.fact in said]
+    prompts = general.prompts
+    assert prompts is not None, "general prompts are asked by default"
+    return {
+        "new": table["reliability"]["contains"].mean,
+        "in other words": table.get("generality", {"contains": scoring.mean_with_interval([])})["contains"].mean,
+        "unrelated": table["locality"]["agreement"].mean,
+        "general": prompts.agreement,
+        "KL": prompts.kl,
+        "old": 100 * statistics.fmean(filter(None, still)) if any(still) else 0.0 if still else None,
+        "held before": float(len(said)),
+    }
+
+
+def brought_back(lm: LanguageModel, facts: Sequence[Fact], evaluate: EvaluateSettings) -> dict[str, float | None]:
+    """Return how often the old answer is preferred in multiple choice, and said when the new one is denied."""
+    both = [fact for fact in facts if fact.ground_truth]
+    scorer = Scorer(lm, evaluate.model_copy(update={"protocols": ("prefer",)}), "probes")
+    choices = {}
+    for fact in both:
+        for letters in (("A", "B"), ("B", "A")):
+            options = sorted(zip(letters, (fact.target_new, fact.ground_truth), strict=True))
+            listed = "\n".join(f"{letter}. {answer}" for letter, answer in options)
+            prompt = f"{fact.prompt}\n{listed}\nAnswer with the letter only."
+            choices[fact.id, letters] = (prompt, letters)
+    read = scorer.read((prompt, letter) for prompt, letters in choices.values() for letter in letters)
+
+    def likely(prompt: str, letter: str) -> float:
+        found = read[prompt, letter]
+        return found.logprob or 0.0 if isinstance(found, Reading) else float("-inf")
+
+    old = [likely(prompt, letters[1]) > likely(prompt, letters[0]) for prompt, letters in choices.values()]
+    denied = {fact.id: f"The answer is not {fact.target_new}. {fact.prompt}" for fact in both}
+    said = scorer.say(denied.values())
+    replies = {fact: said[prompt] for fact, prompt in denied.items()}
+    back = [
+        matching.matches(reply.text, fact.old_answers, matching.contains)
+        for fact in both
+        if isinstance(reply := replies[fact.id], Generated)
+    ]
+    return {"old chosen": percent(old), "old when denied": percent(back)}
+
+
+def percent(hits: Sequence[float]) -> float | None:
+    return 100 * statistics.fmean(hits) if hits else None
+
+
+def table(output: Path, cells: Sequence[Cell]) -> str:
+    """Return a table in Markdown with the mean over seeds of every finished row."""
+    found = {cell: disk.read_json(file) for cell in cells if (file := output / f"{cell.name}.json").is_file()}
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    lines = [f"| | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
+    for group in dict.fromkeys((cell.facts, cell.row) for cell in found):
+        own = [scores for cell, scores in found.items() if (cell.facts, cell.row) == group]
+        shown = []
+        for name in names:
+            values = [scores[name] for scores in own if scores.get(name) is not None]
+            digits = 3 if name == "KL" else 0 if name in ("steps", "seconds", "held before") else 1
+            shown.append(f"{statistics.fmean(values):.{digits}f}" if values else "–")
+        lines.append(f"| {' '.join(group)} | {' | '.join(shown)} | {len(own)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
