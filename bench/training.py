@@ -35,7 +35,7 @@ from forgetlearn.models.batches import IGNORE, Batch, answer_logits, by_text, co
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.training.finetune import finetune
 
-STAGE = StageSettings(epochs=1, batch_size=32, learning_rate=1e-3)
+STAGE = StageSettings(epochs=1, batch_size=32, learning_rate=1e-3, lr_scheduler_type="linear")
 PADDED, OURS, FLOOR = "Trainer, right-padded, full logits", "forgetlearn.training.finetune", "floor: bare steps, packed"
 BARER = "forward and backward alone, packed"
 TRL, TRL_FREE = "TRL SFTTrainer, as it comes", "TRL padding_free, no checkpointing"
