@@ -285,6 +285,49 @@ class TestChatTemplate:
         assert encoder.encode("a", "b").answer_ids == (B,)
 
 
+class TestChats:
+    chat = ("a", " b ", "c")
+
+    def test_the_turns_are_messages_of_the_chat_template(self, new_char_tokenizer):
+        encoder = Encoder(new_char_tokenizer(chat_template=WITH_BOS))
+        assert encoder.prompt_text(("a", "b", "c")) == "<s>[a] b </s>[c]"
+        text = encoder.encode(("a", "b", "c"), "a", end=True)
+        assert text.answer_ids == (SPACE, A, EOS)
+        assert list(text.ids[: text.n_prompt_tokens]) == encoder.prompt_ids(("a", "b", "c"))
+
+    def test_without_one_each_of_the_users_turns_is_put_into_the_template(self, char_tokenizer, tmp_path):
+        assert Encoder(char_tokenizer).prompt_text(self.chat) == "a b\nc"
+        (tmp_path / "template").write_text("Q: {prompt}\nA: ")
+        encoder = Encoder(char_tokenizer, str(tmp_path / "template"))
+        assert encoder.prompt_text(self.chat) == "Q: a\nA: b\nQ: c\nA:"
+        assert encoder.decode(encoder.encode(self.chat, "d").ids) == "Q: a\nA: b\nQ: c\nA: d"
+
+    def test_a_special_token_in_a_turn_is_refused_and_those_of_the_template_are_not(self, new_char_tokenizer):
+        tokenizer = new_char_tokenizer(chat_template=CHATML, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+        encoder = Encoder(tokenizer)
+        assert encoder.prompt_ids(self.chat).count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+        with pytest.raises(FactError, match=r"'c' holds '<\|im_end\|>'"):
+            encoder.prompt_ids(("a", "b<|im_end|>", "c"))
+
+    @pytest.mark.parametrize(
+        ("template", "what"),
+        [
+            (CHATML + "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}", "too long"),
+            (CHATML.replace("in messages", "in messages[-2:]"), "prompt 'c'.*does not contain it"),
+        ],
+        ids=["fails", "forgets"],
+    )
+    def test_a_template_that_does_not_take_chats(self, new_char_tokenizer, template, what):
+        encoder = Encoder(new_char_tokenizer(chat_template=template))
+        with pytest.raises(FactError, match=what):
+            encoder.prompt_ids(("z", "b", "c"))
+
+    @pytest.mark.parametrize(("chat", "what"), [(("a", "b"), "2 turns"), ((), "0 turns"), (("a", " ", "b"), "empty")])
+    def test_turns_that_are_missing(self, char_tokenizer, chat, what):
+        with pytest.raises(FactError, match=what):
+            Encoder(char_tokenizer).encode(chat, "c")
+
+
 class TestLength:
     def test_both_numbers_are_named(self, char_tokenizer):
         encoder = Encoder(char_tokenizer, max_length=6)

@@ -345,3 +345,29 @@ def test_token_and_agreement_are_the_definition_on_200_zsre_facts(small_lab, sha
         assert agreement[fact.id] == share(now, was)
         scores.add(agreement[fact.id])
     assert len(scores) > 3  # the change was neither nothing nor everything
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_difference_from_a_base_is_that_of_all_logits(char_tokenizer, tiny_model, batch_size):
+    settings = EvaluateSettings(batch_size=batch_size)
+    base, other = wrap(tiny_model(seed=0), char_tokenizer), wrap(tiny_model(seed=1), char_tokenizer)
+    pairs = [("Who is it?", "Ann"), (("Who?", "Ann", "Who is it?"), "Bo or Cy"), ("Who is it?", "Anna B")]
+    texts = {pair: base.encoder.encode(*pair, end=True) for pair in pairs}
+    top = Scorer(base, settings).top(texts, 200)
+    for difference in Scorer(base, settings).differences(texts, top).values():
+        assert (difference.agreement, difference.kl) == (1.0, pytest.approx(0, abs=1e-5))
+    found = Scorer(other, settings).differences(texts, top)
+    for pair, text in texts.items():
+        ids = torch.tensor([text.ids])
+        before, now = (lm.model(ids).logits[0, text.answer_positions].detach() for lm in (base, other))
+        kl = torch.nn.functional.kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum")
+        n = len(text.answer_ids)
+        assert found[pair].kl == pytest.approx(float(kl) / n, rel=1e-3)
+        assert found[pair].agreement == float((now.argmax(-1) == before.argmax(-1)).float().mean())
+        assert found[pair].n_tokens == n
+
+
+def test_a_chat_is_answered(lm):
+    chat = ("Who?", "Ann", "Really?")
+    found = Scorer(lm).say([chat, "Really?"])
+    assert found == Scorer(lm).say(["Really?"]) | Scorer(lm).say([chat])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from forgetlearn.config.schema import EvaluateSettings
@@ -24,8 +26,9 @@ from forgetlearn.models.batches import (
     read_logits,
     shared_rows,
 )
-from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.encoding import Encoded, P
 from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.top_logprobs import TopLogprobs, agrees, divergence, top_logprobs
 from forgetlearn.runtime import processes, sharding
 
 Pair = tuple[str, str]
@@ -53,6 +56,15 @@ class Generated:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How far a model is from a base at the tokens of one text."""
+
+    n_tokens: int
+    agreement: float  # share of the tokens where the base's likeliest token is the model's too
+    kl: float  # mean of KL(base || model), nats per token
+
+
+@dataclass(frozen=True)
 class Failure:
     """The reason why a text or prompt could not be scored."""
 
@@ -69,28 +81,69 @@ class Scorer:
         self.largest = self.settings.batch_size  # texts at once; lowered if memory runs out
         lm.to_device()
 
-    def read(self, pairs: Iterable[Pair]) -> dict[Pair, Reading | Failure]:
+    def read(self, pairs: Iterable[tuple[P, str]]) -> dict[tuple[P, str], Reading | Failure]:
         """Return the model's reading of each distinct (prompt, answer), with teacher forcing."""
         encoded = self.lm.encoder.encode_all(pairs)
-        found: dict[Pair, Reading | Failure] = {
+        found: dict[tuple[P, str], Reading | Failure] = {
             pair: Failure(str(text)) for pair, text in encoded.items() if isinstance(text, FactError)
         }
         texts = {pair: text for pair, text in encoded.items() if isinstance(text, Encoded)}
+        return found | self._over(texts, lambda some, layout: self._read_batch([texts[key] for key in some], layout))
+
+    def top(self, texts: Mapping[K, Encoded], k: int) -> dict[K, TopLogprobs]:
+        """Return the model's `k` likeliest tokens at each token of the texts' answers.
+
+        Raises:
+            ModelError: the model's logits are not finite.
+        """
+
+        def top(logits: Tensor, _key: K) -> TopLogprobs:
+            found = top_logprobs(logits, k)
+            if not torch.isfinite(found.logprobs).all():
+                raise ModelError("The model's logits are not finite (NaN or infinite). Are its weights damaged?")
+            return TopLogprobs(found.ids.cpu(), found.logprobs.cpu())
+
+        return self._each(texts, top)
+
+    def differences(self, texts: Mapping[K, Encoded], base: Mapping[K, TopLogprobs]) -> dict[K, Difference | Failure]:
+        """Return how far the model is from a base, at the texts' answers; `base` is what `top` returned of it."""
+
+        def difference(logits: Tensor, key: K) -> Difference | Failure:
+            kl = float(divergence(base[key], logits).mean())
+            if not math.isfinite(kl):
+                return Failure("the model's logits are not finite")
+            return Difference(len(logits), float(agrees(base[key], logits).float().mean()), max(kl, 0.0))
+
+        return self._each(texts, difference)
+
+    def _each(self, texts: Mapping[K, Encoded], use: Callable[[Tensor, K], R]) -> dict[K, R]:
+        """Return the result of `use` for each text, given the logits (N, V) of its answer and its key."""
+
+        def run(keys: list[K], layout: Layout) -> list[R]:
+            own = [texts[key] for key in keys]
+            logits, which = read_logits(self.lm.model, own, layout, self.lm.pad_id, self.lm.device)
+            parts = which.split([len(text.answer_ids) for text in own])
+            return [use(logits[part], key) for key, part in zip(keys, parts, strict=True)]
+
+        return self._over(texts, run)
+
+    def _over(self, texts: Mapping[K, Encoded], run: Callable[[list[K], Layout], list[R]]) -> dict[K, R]:
+        """Return the result of `run` for each text, computed in batches of keys, by all processes together."""
+        found: dict[K, R] = {}
         model = self.lm.model.eval()
         with sharding.no_gradients(model), computing(model, self.lm.device), attention.by_text(model):
             layout = self._layout(texts.values(), "shared")
             for batch in self._shown(self._batches(texts, layout), "reading"):
-                readings = self._halving([texts[pair] for pair in batch], lambda some: self._read_batch(some, layout))
-                found.update(zip(batch, readings, strict=True))
+                found.update(zip(batch, self._halving(batch, lambda some: run(some, layout)), strict=True))
         return processes.merged(found)
 
-    def say(self, prompts: Iterable[str], rooms: Mapping[str, Room] | None = None) -> dict[str, Generated | Failure]:
+    def say(self, prompts: Iterable[P], rooms: Mapping[P, Room] | None = None) -> dict[P, Generated | Failure]:
         """Return the free answer to each distinct prompt.
 
         `rooms` limits the answers to some prompts; the others get one line of at most `max_new_tokens`.
         """
-        found: dict[str, Generated | Failure] = {}
-        texts: dict[str, Encoded] = {}
+        found: dict[P, Generated | Failure] = {}
+        texts: dict[P, Encoded] = {}
         context = self.lm.encoder.max_length
         for prompt in dict.fromkeys(prompts):
             try:
@@ -107,7 +160,7 @@ class Scorer:
         self.lm.model.eval()
         with generator(self.lm, self.settings) as engine:
 
-            def answer(some: list[str]) -> list[Generated | Failure]:
+            def answer(some: list[P]) -> list[Generated | Failure]:
                 replies = engine.generate([texts[prompt].ids for prompt in some], [given[prompt] for prompt in some])
                 return [self._cut(ids, ends, given[prompt].lines) for prompt, ids in zip(some, replies, strict=True)]
 
@@ -115,9 +168,7 @@ class Scorer:
                 found.update(zip(batch, self._halving(batch, answer), strict=True))
         return processes.merged(found)
 
-    def _prompt_batches(
-        self, ids: Mapping[str, Encoded], rooms: Mapping[str, Room], engine: Generator
-    ) -> list[list[str]]:
+    def _prompt_batches(self, ids: Mapping[P, Encoded], rooms: Mapping[P, Room], engine: Generator) -> list[list[P]]:
         """Divide prompts into batches with similar room, because a batch takes as long as its longest answer.
 
         A prompt that nearly fills the context gets its own batch, because the longest prompt of a batch limits all
@@ -127,19 +178,19 @@ class Scorer:
             return [list(ids)] if ids else []
         context, usual = self.lm.encoder.max_length, self.settings.max_new_tokens
 
-        def fits(prompts: Sequence[str]) -> bool:
+        def fits(prompts: Sequence[P]) -> bool:
             widest, longest = max(len(ids[p].ids) for p in prompts), max(rooms[p].tokens for p in prompts)
             return not context or widest + longest <= context
 
         alone = {prompt for prompt in ids if not fits([prompt])}
-        batches: list[list[str]] = []
+        batches: list[list[P]] = []
         for has_more in (False, True):
             group = {p: ids[p] for p in ids if p not in alone and (rooms[p].tokens > usual) == has_more}
             if group:
                 batches += self._batches(group, self._layout(group.values(), "padded"))
         together = [batch for batch in batches if fits(batch)]
         alone |= {prompt for batch in batches if not fits(batch) for prompt in batch}
-        return [*together, *([prompt] for prompt in sorted(alone))]
+        return [*together, *([prompt] for prompt in ids if prompt in alone)]
 
     def _layout(self, texts: Iterable[Encoded], best: Literal["shared", "padded"]) -> Layout:
         # The check needs an answer to predict. A prompt alone has none, so its last token is taken as the answer.

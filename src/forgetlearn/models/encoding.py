@@ -3,7 +3,7 @@
 A text is the prompt, with what the prompt template writes before and after it, and then the answer. The prompt's ids
 are those of everything before the answer, tokenised alone; the text's ids begin with them. With a chat template, the
 prompt is the user's message and the answer is the assistant's. What the template writes between the two (a space for
-Llama 2, an empty thinking block for Qwen 3) stays between them.
+Llama 2, an empty thinking block for Qwen 3) stays between them. A prompt may also be a chat that has already begun.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.models import prompts
@@ -23,6 +23,8 @@ AT_ONCE = 1000  # pairs per call of the tokenizer, which returns much more than 
 PROBES = ("Quibblet one", "Zanzimar TWO")  # prompts to test a chat template, without characters that one would escape
 PROBE_ANSWER = "Wistervale THREE"
 Message = dict[str, str | list[dict[str, str]]]  # of a chat
+Prompt = str | tuple[str, ...]  # a question, or a chat: the turns of user, assistant, ..., user
+P = TypeVar("P", bound=Prompt)
 
 
 class TextError(FactError):
@@ -31,6 +33,27 @@ class TextError(FactError):
     def __init__(self, message: str, part: str = "prompt") -> None:  # a default, so that the error can be pickled
         super().__init__(message)
         self.part = part
+
+
+def turns_of(prompt: Prompt) -> tuple[str, ...]:
+    """Return the turns of a prompt: user, assistant, ..., user. Raise TextError if the user's turn is not the last."""
+    turns = (prompt,) if isinstance(prompt, str) else prompt
+    if len(turns) % 2 == 0:
+        raise TextError(
+            f"the chat {_shown(prompt)} has {len(turns)} turns: must begin and end with the user's, and alternate "
+            "with the assistant's."
+        )
+    return turns
+
+
+def _is_empty(prompt: Prompt) -> bool:
+    """Return True if a turn of the prompt is blank."""
+    return not all(turn.strip() for turn in turns_of(prompt))
+
+
+def _shown(prompt: Prompt) -> str:
+    """Return the beginning of a prompt for a message; of a chat, the beginning of its last turn."""
+    return repr((prompt if isinstance(prompt, str) else "".join(prompt[-1:]))[:60])
 
 
 @dataclass(frozen=True)
@@ -99,10 +122,10 @@ class Encoder:
             if self._tokenize(self._before)[0][: len(first)] != first:  # a template in a file may write them itself
                 self._first_ids = first
         self._unknown, self._special = _special_ids(tokenizer)
-        self._prompts: dict[str, list[int]] = {}
-        self._texts: dict[tuple[str, str], Encoded | FactError] = {}  # without the end token
+        self._prompts: dict[Prompt, list[int]] = {}
+        self._texts: dict[tuple[Prompt, str], Encoded | FactError] = {}  # without the end token
+        self._own_specials: dict[int, Counter[int]] = {}  # that the template writes, by the number of turns
         own = self._prompt_ids(PROBES[0])
-        self._own_specials = Counter(token for token in own if token in self._special)
         if strangers := self._without_embedding([*own, *self.end_ids]):
             raise ModelError(
                 f"model.prompt_template = {prompt_template}: writes {strangers}. "
@@ -114,25 +137,41 @@ class Encoder:
         """True if prompts are written as the user's messages in the tokenizer's chat template."""
         return self.prompt_template == "chat"
 
-    def prompt_text(self, prompt: str) -> str:
-        """Return what the model reads before it answers; raise TextError if the chat template alters the prompt."""
+    def prompt_text(self, prompt: Prompt) -> str:
+        """Return what the model reads before it answers.
+
+        In a template other than `chat`, each of the user's turns of a chat is put into the template, and the
+        assistant's turn and a line break follow it.
+
+        Raises:
+            TextError: the chat template alters the prompt, or fails on chats.
+        """
+        turns = turns_of(prompt)
         if not self.is_chat:
-            return self._before + prompt + self._after
-        text = self._render([self._message("user", prompt)], add_generation_prompt=True) + self._after
-        if prompt.strip() not in text:
+            asked = [self._before + turn + self._after for turn in turns[::2]]
+            said = [f"{self._joint}{turn.strip()}\n" for turn in turns[1::2]]
+            return "".join(text for pair in zip(asked, [*said, ""], strict=True) for text in pair)
+        messages = [self._message("assistant" if index % 2 else "user", turn) for index, turn in enumerate(turns)]
+        try:
+            text = self._render(messages, add_generation_prompt=True) + self._after
+        except ModelError as error:
+            if len(turns) == 1:
+                raise
+            raise TextError(f"the chat template fails on a chat of {len(turns)} turns: {error}") from error
+        if any(turn.strip() not in text for turn in turns[::2]):
             raise TextError(
-                f"the chat template cuts or changes the prompt {prompt[:60]!r}: what it writes does not contain it. "
+                f"the chat template cuts or changes the prompt {_shown(prompt)}: what it writes does not contain it. "
                 "Reword the prompt, or use --prompt-template plain."
             )
         return text
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the ids of the prompt alone, with leading special tokens. Raise TextError as `encode` does."""
         ids = self._prompt_ids(prompt)
-        self._check_ids("prompt", prompt, ids, self._own_specials)
+        self._check_prompt(prompt, ids)
         return list(ids)
 
-    def encode(self, prompt: str, answer: str, *, end: bool = False) -> Encoded:
+    def encode(self, prompt: Prompt, answer: str, *, end: bool = False) -> Encoded:
         """Return the ids of prompt and answer; `end=True` adds the token that ends an answer, for training.
 
         Raises:
@@ -146,8 +185,8 @@ class Encoder:
         return found
 
     def encode_all(
-        self, pairs: Iterable[tuple[str, str]], *, end: bool = False
-    ) -> dict[tuple[str, str], Encoded | FactError]:
+        self, pairs: Iterable[tuple[P, str]], *, end: bool = False
+    ) -> dict[tuple[P, str], Encoded | FactError]:
         """Map each distinct (prompt, answer) to the result of `encode`, or to the error that it would raise."""
         pairs = list(dict.fromkeys(pairs))
         new = [pair for pair in pairs if pair not in self._texts]
@@ -156,7 +195,7 @@ class Encoder:
         end_ids = tuple(self.end_ids) if end else ()
         return {pair: self._ended(pair[0], self._texts[pair], end_ids) for pair in pairs}
 
-    def _ended(self, prompt: str, text: Encoded | FactError, end_ids: tuple[int, ...]) -> Encoded | FactError:
+    def _ended(self, prompt: Prompt, text: Encoded | FactError, end_ids: tuple[int, ...]) -> Encoded | FactError:
         """Return a text with its end token, or the error if it is longer than the model's context."""
         if isinstance(text, FactError):
             return text
@@ -164,20 +203,20 @@ class Encoder:
         if self.max_length and len(ids) > self.max_length:
             return FactError(
                 f"prompt and answer are {len(ids)} tokens, the model's context is {self.max_length} "
-                f"(prompt {prompt[:60]!r}...). Shorten the prompt, or leave the fact out."
+                f"(prompt {_shown(prompt)}...). Shorten the prompt, or leave the fact out."
             )
         return Encoded(ids, text.n_prompt_tokens) if end_ids else text
 
-    def _encoded(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Encoded | FactError]:
+    def _encoded(self, pairs: Sequence[tuple[Prompt, str]]) -> dict[tuple[Prompt, str], Encoded | FactError]:
         """Tokenise distinct prompts and answers in one call, and find the boundary in each text."""
-        whole_ones = [(prompt, answer) for prompt, answer in pairs if prompt.strip() and answer.strip()]
+        whole_ones = [(prompt, answer) for prompt, answer in pairs if not _is_empty(prompt) and answer.strip()]
         texts = {prompt: self.prompt_text(prompt) for prompt, _answer in whole_ones}
         unseen = [prompt for prompt in texts if prompt not in self._prompts]
         wholes = [texts[prompt] + self._joint + answer.strip() for prompt, answer in whole_ones]
         ids = iter(self._tokenize(*(texts[prompt] for prompt in unseen), *wholes))
         self._prompts |= {prompt: self._first_ids + next(ids) for prompt in unseen}
         whole_ids = {pair: self._first_ids + next(ids) for pair in whole_ones}
-        found: dict[tuple[str, str], Encoded | FactError] = {}
+        found: dict[tuple[Prompt, str], Encoded | FactError] = {}
         for prompt, answer in pairs:
             try:
                 found[prompt, answer] = self._separated(prompt, answer.strip(), whole_ids.get((prompt, answer), []))
@@ -185,16 +224,16 @@ class Encoder:
                 found[prompt, answer] = error.with_traceback(None)
         return found
 
-    def _separated(self, prompt: str, answer: str, whole: list[int]) -> Encoded:
+    def _separated(self, prompt: Prompt, answer: str, whole: list[int]) -> Encoded:
         """Return the ids of prompt and answer, given `whole`, the ids of both together; raise as `encode` does."""
-        if not prompt.strip() or not answer:
-            raise FactError(f"empty {'prompt' if not prompt.strip() else 'answer'} (prompt {prompt!r}).")
+        if _is_empty(prompt) or not answer:
+            raise FactError(f"empty {'prompt' if _is_empty(prompt) else 'answer'} (prompt {prompt!r}).")
         before = self._prompts[prompt]
         if not before:
             raise FactError(f"the tokenizer has no token for any part of the prompt {prompt!r}.")
-        self._check_ids("prompt", prompt, before, self._own_specials)
+        self._check_prompt(prompt, before)
         answer_ids = self._answer_ids(prompt, answer, before, whole)
-        self._check_ids("answer", answer, answer_ids)
+        self._check_ids("answer", repr(answer[:60]), answer_ids)
         if self.has_unknown(answer_ids):
             known = [token for token in answer_ids if token != self._unknown]
             if not self._tokenizer_text(known).strip():
@@ -219,16 +258,24 @@ class Encoder:
         """Return `prompts.fingerprint` of the template that was read."""
         return self._fingerprint
 
-    def _check_ids(self, part: str, text: str, ids: Sequence[int], expected: Counter[int] | None = None) -> None:
+    def _check_prompt(self, prompt: Prompt, ids: Sequence[int]) -> None:
+        """Raise TextError if a prompt has an id without an embedding, or a special token not from the template."""
+        n_turns = len(turns_of(prompt))
+        if n_turns not in self._own_specials:
+            own = self._prompt_ids(PROBES[0] if n_turns == 1 else (PROBES[0],) * n_turns)
+            self._own_specials[n_turns] = Counter(token for token in own if token in self._special)
+        self._check_ids("prompt", _shown(prompt), ids, self._own_specials[n_turns])
+
+    def _check_ids(self, part: str, shown: str, ids: Sequence[int], expected: Counter[int] | None = None) -> None:
         """Raise TextError if a text has an id without an embedding, or a special token that is not expected."""
         if strangers := self._without_embedding(ids):
-            raise TextError(f"the {part} {text[:60]!r} holds {strangers}. Take it out of the text.", part)
+            raise TextError(f"the {part} {shown} holds {strangers}. Take it out of the text.", part)
         if not expected and self._special.isdisjoint(ids):
             return
         held = Counter(token for token in ids if token in self._special)
         if foreign := held - (expected or Counter()):
             raise TextError(
-                f"the {part} {text[:60]!r} holds {self._name(min(foreign))}, a special token of the tokenizer, which "
+                f"the {part} {shown} holds {self._name(min(foreign))}, a special token of the tokenizer, which "
                 "the model would not read as text. Take it out of the text, or write it in another way.",
                 part,
             )
@@ -246,12 +293,12 @@ class Encoder:
     def _name(self, token: int) -> str:
         return repr(self.tokenizer.convert_ids_to_tokens(token))
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if prompt not in self._prompts:
             self._prompts[prompt] = self._first_ids + self._tokenize(self.prompt_text(prompt))[0]
         return self._prompts[prompt]
 
-    def _answer_ids(self, prompt: str, answer: str, before: list[int], whole: list[int]) -> list[int]:
+    def _answer_ids(self, prompt: Prompt, answer: str, before: list[int], whole: list[int]) -> list[int]:
         if whole[: len(before)] == before and len(whole) > len(before):
             return whole[len(before) :]
         # The tokenizer merged the prompt's last token with the answer's first. Tokenised separately they give the same

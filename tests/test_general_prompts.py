@@ -1,0 +1,29 @@
+"""The general prompts that are shipped."""
+
+from __future__ import annotations
+
+import json
+
+from forgetlearn.evaluation import general_prompts
+from forgetlearn.models.encoding import turns_of
+
+
+def test_two_halves_of_the_same_kinds_have_no_prompt_twice():
+    keeping, measuring = general_prompts.keeping(), general_prompts.measuring()
+    assert len(keeping) == len(measuring) >= 48
+    assert [len(turns_of(prompt)) for prompt in keeping] == [len(turns_of(prompt)) for prompt in measuring]
+    normal = [" ".join(turns_of(prompt)).casefold().strip(" .?!") for prompt in (*keeping, *measuring)]
+    assert len(set(normal)) == len(normal)
+    assert all(turn == turn.strip() != "" for prompt in (*keeping, *measuring) for turn in turns_of(prompt))
+
+
+def test_chats_and_several_languages_are_among_them():
+    measuring = general_prompts.measuring()
+    assert sum(len(turns_of(prompt)) == 3 for prompt in measuring) >= 3
+    foreign = [prompt for prompt in measuring if isinstance(prompt, str) and not prompt.isascii()]
+    assert len(foreign) >= 8
+
+
+def test_every_line_holds_a_kind_and_a_prompt_of_each_half():
+    rows = [json.loads(line) for line in general_prompts.FILE.read_text(encoding="utf-8").splitlines()]
+    assert {tuple(row) for row in rows} == {("kind", "keep", "measure")}
