@@ -96,8 +96,12 @@ def test_the_first_loss_is_the_mean_over_answer_tokens(lm):
 
 
 def test_packed_padded_and_single_train_the_same_weights(lm, monkeypatch):
+    shared, log = trained(lm)
+    assert log.batching() == {"layout": "shared_by_text", "attention": "sdpa, text by text"}
+    monkeypatch.setattr("forgetlearn.models.batches.WORTH_SHARING", 1.0)
     packed, log = trained(lm)
     assert log.batching() == {"layout": "packed", "attention": "sdpa, text by text"}
+    assert 0 < distance(packed, shared) < 1e-4
     monkeypatch.setattr("forgetlearn.models.batches._agrees_by_text", lambda *args: False)
     masked, log = trained(lm)
     assert log.batching() == {"layout": "packed", "attention": "sdpa"}
@@ -124,7 +128,7 @@ def test_eight_small_batches_are_one_large_one(lm):
 
 
 def test_the_rate_rises_and_falls_as_asked(lm):
-    settings = StageSettings(epochs=10, batch_size=10, learning_rate=1e-3, warmup_ratio=0.2)
+    settings = StageSettings(epochs=10, batch_size=10, learning_rate=1e-3, lr_scheduler_type="linear", warmup_ratio=0.2)
     rates = [row["learning_rate"] for row in trained(lm, settings)[1].steps]
     assert rates.index(max(rates)) == 2
     assert max(rates) == pytest.approx(1e-3)
@@ -173,6 +177,7 @@ def test_logits_are_made_at_answer_positions_only(lm, monkeypatch):
     lm.model.lm_head.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].shape[:-1].numel()))
     monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "packed")
     texts = texts_of(lm, 4)
+    monkeypatch.setattr("forgetlearn.models.batches.WORTH_SHARING", 1.0)
     finetune(lm.model, texts, StageSettings(epochs=1, batch_size=4), seed=0, pad_id=0)
     expected = sum(len(text.answer_ids) for text in texts)
     assert seen == 3 * [expected]  # two to see that attention by text is right, and the step

@@ -399,8 +399,8 @@ def test_a_kind_of_stage_may_edit_in_closed_form(lm, monkeypatch):
     class Edit(StageKind):
         """Double the last projection of the last MLP."""
 
-        def fit(self, lm, pairs, settings, seed, stage_io):
-            assert pairs == [("q", "new")]
+        def fit(self, lm, lessons, settings, seed, stage_io):
+            assert lessons.pairs == [[("q", "new")]]
             lm.model.model.layers[-1].mlp.down_proj.weight.data.mul_(2)
             return StageLog(())
 

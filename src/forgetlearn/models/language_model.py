@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.models import attention
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.loading import (
     adapter_base,
@@ -276,12 +277,10 @@ def embedding_rows(model: nn.Module) -> int | None:
 
 
 def width(model: nn.Module) -> int:
-    """Return the number of numbers that stand for a token between the model's layers."""
-    config: PreTrainedConfig = model.config
-    found = getattr(config.get_text_config(), "hidden_size", None)
-    if not isinstance(found, int):
-        found = getattr(model, "get_input_embeddings")().weight.shape[1]  # noqa: B009 (nn.Module has none)
-    return int(found)
+    """Return how many numbers stand for a token between the model's layers."""
+    inner = attention.plain(model)
+    found = getattr(inner.config.get_text_config(), "hidden_size", None)
+    return found if isinstance(found, int) else int(inner.get_input_embeddings().weight.shape[1])
 
 
 def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -26,6 +26,7 @@ from forgetlearn.errors import ConfigError, TrainingError, check_installed
 from forgetlearn.models import attention
 from forgetlearn.models.batches import Layout, choose_layout, computing, rows_for_training
 from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.language_model import width
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.training import memory
 from forgetlearn.training.callbacks import Steps, final_loss
@@ -130,6 +131,7 @@ def _train(
     stage_io: StageIO,
 ) -> StageLog:
     with _folder_for_trainer(stage_io) as folder:
+        settings = settings.model_copy(update={"learning_rate": settings.rate(width(model))})
         arguments = _arguments(settings, seed, folder, n_facts=len(facts), use_cpu=_on_cpu(device))
         arguments.report_to, arguments.run_name = list(stage_io.trackers), stage_io.name
         # Trainer would spread a batch over all GPUs of the process, but a packed row cannot be split.

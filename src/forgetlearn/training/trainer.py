@@ -160,7 +160,9 @@ class FactTrainer(Trainer):  # type: ignore[misc]
 
         accelerate would fetch a batch ahead, before the step that decides what it holds, and would divide it.
         """
-        return DataLoader(self.schedule, batch_size=None, collate_fn=self.data_collator)
+        # Its own generator, because otherwise each start, and so each resume, would draw from the global one.
+        own = torch.Generator()
+        return DataLoader(self.schedule, batch_size=None, collate_fn=self.data_collator, generator=own)
 
     def compute_loss(
         self,
