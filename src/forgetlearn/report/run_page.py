@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from forgetlearn.errors import RunError
+from forgetlearn.errors import RunError, some
 from forgetlearn.facts import describe_old_answers, matching
 from forgetlearn.report import plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
@@ -166,9 +166,27 @@ def overview(summary: Summary) -> Overview:
         lines.append(
             f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
         )
+    lines += _training(summary)
     if summary.rounding and (words := in_words(summary.rounding.as_json())):
         lines.append(f"the product as it is stored: {words}")
     return Overview(summary, phases, verdict(summary, phases), lines, measured, _general(summary.general, measured))
+
+
+def _training(summary: Summary) -> Iterator[str]:
+    """Yield lines on what the stages trained on, and on facts that were not learned."""
+    names = {"forget": "forgotten", "learn": "learned"}
+    for stage, found in summary.lessons.items():
+        yield f"{names.get(stage, stage)}: {found.in_words()}"
+    if summary.kept:
+        yield f"kept: {', '.join(f'{count} {source}' for source, count in summary.kept.items())}"
+    if summary.rephrasings_trained:
+        yield "the rephrasings were trained on, so they are not asked, and generality is not scored"
+    if (learning := summary.learning) and learning.unlearned:
+        n_missed = len(learning.unlearned)
+        yield (
+            f"learned {summary.facts.used - n_missed} of {summary.facts.used} facts in {learning.epochs} epochs; not "
+            f"learned: {some([repr(prompt[:80]) for prompt in learning.unlearned.values()])}"
+        )
 
 
 def write_run(path: Path, page: RunPage | None = None) -> None:
