@@ -91,12 +91,9 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
         passed_over += [name for name in names if name not in refused and not row.always]
     if problems:
         raise ConfigError("\n".join(problems))
-    if (
-        given is None
-        and command in ("update", "compare")
-        and (against := recipes.overridden(dict(config), config.recipe))
-    ):
-        log.info("recipe %s, except for these settings: %s", config.recipe, ", ".join(against))
+    departs = recipes.overridden(dict(config), config.recipe) if command in ("update", "compare") else []
+    if departs and given is None:
+        log.info("recipe %s, except for these settings: %s", config.recipe, ", ".join(departs))
     if passed_over and given is None:
         log.info("%s does not use these settings of the config: %s", command, ", ".join(_by_section(passed_over)))
 

@@ -43,7 +43,8 @@ def new_sentences(
     scorer = Scorer(lm, settings, "own words")
     found: dict[str, tuple[str | None, str]] = {fact.id: (None, CANNOT_ASK) for fact in facts}
     for instruction in INSTRUCTIONS:
-        left = [fact for fact in facts if found[fact.id][0] is None]
+        if not (left := [fact for fact in facts if found[fact.id][0] is None]):
+            break
         asked = {fact.id: instruction.format(prompt=fact.prompt, answer=fact.target_new) for fact in left}
         rooms = {asked[fact.id]: Room(_room(lm, fact), lines=3) for fact in left}
         replies = scorer.say(rooms, rooms)

@@ -123,10 +123,8 @@ class Pipeline:
             self._train(stage, None, lambda stage_io: self._teach(stage, stage_io))
         self._score("base")
         self._measure("base")
-        said = [row for row in self.rows["base"] if row.protocol == "generate"]
-        if not said:
-            probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-            said = self.store.rows("probe", probe)
+        probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
+        said = scoring.free_answers(self.rows["base"], lambda: self.store.rows("probe", probe))
         self.known = scoring.known_facts(self.facts, said)
         self._ask_for_lessons(said)
 
