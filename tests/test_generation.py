@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from architectures import make_architecture
 from forgetlearn.cli.main import main
 from forgetlearn.comparison import grid
 from forgetlearn.config.schema import EvaluateSettings, RunConfig
 from forgetlearn.errors import ConfigError, MissingExtraError, ModelError
 from forgetlearn.evaluation import generation
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.models.language_model import ModelSettings
+from forgetlearn.models.language_model import ModelSettings, wrap
 from forgetlearn.runs import evaluate
 from forgetlearn.runs.update import update
 
@@ -153,3 +154,17 @@ def test_ask_by_the_command(named, vllm, capsys, monkeypatch):
     assert main([*command, "--engine", "vllm"]) == 0
     assert capsys.readouterr().out == plain
     assert len(vllm.calls) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mistral", "gpt_neox", "gemma2"])
+def test_a_common_beginning_is_computed_once_and_answers_stay(name, char_tokenizer):
+    lm = wrap(make_architecture(name), char_tokenizer)
+    start = list(range(10, 30))
+    prompts = [start + [40 + n] * (1 + 3 * n) for n in range(4)]
+    with generation.generator(lm, EvaluateSettings()) as engine:
+        alone = [engine.generate([prompt], [generation.Room(12)])[0] for prompt in prompts]
+        together = engine.generate(prompts, [generation.Room(12)] * 4)
+    padding = [[lm.pad_id] * (len(ids) - len(own)) for ids, own in zip(together, alone, strict=True)]
+    assert together == [own + after for own, after in zip(alone, padding, strict=True)]
+    assert engine._start[0] == tuple(start)
+    assert (engine._start[1] is None) == (name in ("mistral", "gemma2"))  # their windows keep only the last tokens

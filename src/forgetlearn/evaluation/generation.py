@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,18 +12,21 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import ConfigError, ModelError, missing_extra
 from forgetlearn.models import attention
-from forgetlearn.models.batches import computing
+from forgetlearn.models.batches import common_length, computing
+from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.loading import adapter_base
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.weights.adapter_files import LoraAdapterConfig, read_adapter_config
 
 Ids = Sequence[int]
+WORTH_CACHING = 8  # tokens that all prompts begin with
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # the values that vLLM accepts as max_lora_rank
 VLLM_SHARE = 0.9  # of the device's free memory
 
@@ -72,12 +76,16 @@ def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generat
 
 
 class TransformersGenerator:
-    """Generates with the model in memory, on one batch padded on the left."""
+    """Generates with the model in memory, on one batch padded on the left.
+
+    What all prompts of a batch begin with, such as the system prompt of a chat template, is computed once.
+    """
 
     batches_itself = False
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm, self.ends = lm, end_ids(lm)
+        self._start: tuple[Ids, DynamicCache | None] = ((), None)
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
         """Return greedily chosen ids for each prompt, up to its room, an end token or the end of the context.
@@ -87,20 +95,49 @@ class TransformersGenerator:
         lm = self.lm
         at_most = max(room.tokens for room in rooms)
         width = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[lm.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         longest = min(at_most, lm.encoder.max_length - width) if lm.encoder.max_length else at_most
         config = GenerationConfig(
             max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=self.ends, pad_token_id=lm.pad_id
         )
         generate = getattr(lm.model, "generate")  # noqa: B009 (nn.Module has none)
         out = generate(
-            input_ids=ids.to(lm.device),
-            attention_mask=mask.to(lm.device),
+            **self._inputs(prompts),
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([_Full(lm.encoder.decode, width, rooms)]),
         )
         return [ids[: room.tokens] for ids, room in zip(out[:, width:].tolist(), rooms, strict=True)]
+
+    def _inputs(self, prompts: Sequence[Ids]) -> dict[str, torch.Tensor | DynamicCache]:
+        """Return the inputs of a batch. Padding follows a common beginning whose keys and values are at hand."""
+        shared = common_length([Encoded(tuple(prompt), len(prompt)) for prompt in prompts])
+        cache = self._cache_of(prompts[0][:shared]) if shared >= WORTH_CACHING and len(prompts) > 1 else None
+        if cache is None:
+            return self._laid_out(prompts, 0)
+        own = copy.deepcopy(cache)
+        own.batch_repeat_interleave(len(prompts))
+        return {**self._laid_out(prompts, shared), "past_key_values": own}
+
+    def _laid_out(self, prompts: Sequence[Ids], start: int) -> dict[str, torch.Tensor]:
+        """Return ids and mask, with the padding after the first `start` tokens."""
+        width, pad = max(len(prompt) for prompt in prompts), self.lm.pad_id
+        rows = [(prompt[:start], width - len(prompt), prompt[start:]) for prompt in prompts]
+        ids = [[*before, *[pad] * space, *after] for before, space, after in rows]
+        mask = [[1] * len(before) + [0] * space + [1] * len(after) for before, space, after in rows]
+        device = self.lm.device
+        return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+    def _cache_of(self, start: Ids) -> DynamicCache | None:
+        """Return the keys and values of a beginning; None if this model keeps anything else, such as a state."""
+        if tuple(self._start[0]) != tuple(start):
+            out = self.lm.model(input_ids=torch.tensor([list(start)], device=self.lm.device), use_cache=True)
+            found = getattr(out, "past_key_values", None)
+            self._start = (tuple(start), found if isinstance(found, DynamicCache) and _is_plain(found) else None)
+        return self._start[1]
+
+
+def _is_plain(cache: DynamicCache) -> bool:
+    """Return True if every layer keeps the keys and values of all tokens: then it can be repeated for each prompt."""
+    return all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
 
 
 class VllmGenerator:
