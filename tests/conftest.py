@@ -28,7 +28,7 @@ QUICK = {
     **BARE,
     "forget": {"epochs": 1, "only_known": False},
     "learn": {"epochs": 1},
-    "evaluate": {"protocols": ["token"], "every_phase": False},
+    "evaluate": {"protocols": ["token"], "every_phase": False, "general_prompts": False},
 }
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 

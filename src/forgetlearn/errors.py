@@ -59,6 +59,10 @@ class RunError(ForgetLearnError, RuntimeError):
     """A run folder already exists, is damaged, or belongs to another run."""
 
 
+class DamageError(ForgetLearnError, RuntimeError):
+    """An update changed more than `evaluate.max_damage` allows; its product was put aside."""
+
+
 class MissingExtraError(ForgetLearnError, ImportError):
     """An optional package is not installed; the message says how to get it."""
 

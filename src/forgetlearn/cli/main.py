@@ -150,7 +150,7 @@ def lab(
 @takes(
     *(*INPUTS, *LESSONS),
     *("facts.strict", "method", "forget.coef", "forget.modules", "forget.validation", "seed", "teach.epochs"),
-    *("model.shard", "train.deepspeed", "evaluate.general", "evaluate.tasks", "report_to"),
+    *("model.shard", "train.deepspeed", "evaluate.max_damage", "evaluate.general", "evaluate.tasks", "report_to"),
 )
 def update(
     given: Given,

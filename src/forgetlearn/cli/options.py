@@ -39,6 +39,7 @@ FLAGS: Mapping[str, str] = {
     "model.prompt_template": "--prompt-template",
     "model.shard": "--shard",
     "train.deepspeed": "--deepspeed",
+    "evaluate.max_damage": "--max-damage",
     "evaluate.general": "--general",
     "evaluate.tasks": "--tasks",
     "evaluate.engine": "--engine",

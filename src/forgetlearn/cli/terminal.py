@@ -96,6 +96,8 @@ def print_scores(found: Overview) -> None:
     for name, cells in found.general:
         shown = (f"{phase} {cell}" for phase, cell in zip(found.measured, cells, strict=True) if cell)
         say(plain(f"{name}: {', '.join(shown)}"))
+    if found.warning:
+        say(plain(f"WARNING: {found.warning}"))
 
 
 def print_table(rows: Sequence[tuple[str, Sequence[Interval | None]]], first: str) -> None:

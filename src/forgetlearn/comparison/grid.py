@@ -108,6 +108,8 @@ def begin(
     facts = as_fact_set(facts)
     config = resolve(config, model, facts)
     preflight.check("compare", config)
+    scores = config.evaluate.model_copy(update={"general_prompts": False})  # which would double a cell's scoring
+    config = config.model_copy(update={"evaluate": scores})
     if config.forget.coef == AUTO:
         raise ConfigError(
             "forget.coef = auto: compare scores every coefficient on all facts, and auto sets some aside to choose on. "

@@ -41,7 +41,9 @@ TRAINING = (
     *("method", "seed", "teach", "forget", "learn", "train", "lora", "keep"),
     *("checkpoint_minutes", "keep_stages", "model.base_model_id"),
 )
-GENERAL = tuple(f"evaluate.{name}" for name in ("general", "general_tokens", "tasks", "task_limit", "task_folder"))
+GENERAL = tuple(
+    f"evaluate.{name}" for name in ("max_damage", "general", "general_tokens", "tasks", "task_limit", "task_folder")
+)
 NO_TRAINING = "nothing is trained or written but answers and scores; update trains"
 UNUSED: Mapping[Command, tuple[Unused, ...]] = {
     "update": (),
@@ -54,6 +56,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         ),
         Unused(("method", "seed", "forget.coef"), "give --methods, --seeds and --coefs"),
         Unused(("forget.validation", "forget.trials"), "no coefficient is searched for; update --coef auto does"),
+        Unused(("evaluate.general_prompts",), "a cell is scored on facts alone"),
         Unused(("teach",), "the base is taken as it is"),
         Unused(
             ("checkpoint_minutes", "keep_stages", "model.base_model_id", "model.shard"),
@@ -61,7 +64,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         ),
     ),
     "evaluate": (
-        Unused(PRODUCTS, NO_TRAINING, always=True),
+        Unused((*PRODUCTS, "evaluate.max_damage"), NO_TRAINING, always=True),
         Unused((*TRAINING, "evaluate.every_phase"), NO_TRAINING),
     ),
     "ask": (
@@ -69,7 +72,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         Unused(TRAINING, NO_TRAINING),
         Unused(("facts", "model.shard"), "the prompts on the command line are asked, by one process"),
         Unused(
-            ("evaluate.protocols", "evaluate.every_phase", *GENERAL),
+            ("evaluate.protocols", "evaluate.every_phase", "evaluate.general_prompts", *GENERAL),
             "answers are printed, not scored; evaluate scores",
         ),
     ),

@@ -423,6 +423,16 @@ class EvaluateSettings(Settings):
     every_phase: bool = Field(
         True, description="Score after forgetting too (where the method forgets), not only before and after the update."
     )
+    general_prompts: bool = Field(
+        True,
+        description="Ask general prompts that ship with the package before and after an update, to measure damage.",
+    )
+    max_damage: float | None = Field(
+        None,
+        ge=0,
+        description="Largest KL from the base on the general prompts, in nats per token: above it, update ends with an "
+        "error and puts the product aside.",
+    )
     general: str | None = Field(
         None, description="Text file (UTF-8) to measure general ability on: perplexity, and KL from the model before."
     )
@@ -434,6 +444,12 @@ class EvaluateSettings(Settings):
     )
     task_limit: int | None = Field(None, ge=1, description="Most examples of each task; unset: all.")
     task_folder: str | None = Field(None, description="Folder with tasks of your own (YAML), beside the harness's.")
+
+    @model_validator(mode="after")
+    def _damage_is_measured(self) -> EvaluateSettings:
+        if self.max_damage is not None and not self.general_prompts:
+            raise ValueError("max_damage needs general_prompts = true: damage is measured on them")
+        return self
 
 
 class RunConfig(Settings):

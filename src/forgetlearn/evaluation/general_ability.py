@@ -1,7 +1,7 @@
-"""Measure general ability: on a text unrelated to the facts, and on benchmark tasks.
+"""Measure general ability: on general prompts, on a text unrelated to the facts, and on benchmark tasks.
 
-Perplexity and the divergence from the earlier model need only a text file. Tasks are named as in
-lm-evaluation-harness (the extra `lm-eval`).
+The prompts are shipped with the package (`damage`). Perplexity and the divergence from the earlier model need only a
+text file. Tasks are named as in lm-evaluation-harness (the extra `lm-eval`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import FactError, ModelError, missing_extra
+from forgetlearn.evaluation import damage
 from forgetlearn.evaluation.statistics import mean_of
 from forgetlearn.models.batches import computing, forward_parameters
 from forgetlearn.models.language_model import LanguageModel
@@ -34,7 +35,7 @@ LOG_PROBS = "window-{:05d}.safetensors"
 
 def asked(settings: EvaluateSettings) -> bool:
     """Return True if the settings ask for general ability to be measured."""
-    return settings.general is not None or bool(settings.tasks)
+    return settings.general_prompts or settings.general is not None or bool(settings.tasks)
 
 
 def read_text(settings: EvaluateSettings) -> str:
@@ -70,14 +71,16 @@ def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
 def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> General:
     """Measure what the settings ask for, and write it to `folder`.
 
-    `before` is the folder of an earlier call to compare with. Without it, `folder` also gets the log-probabilities
-    that a later call needs.
+    `before` is the folder of an earlier call to compare with. Without it, `folder` also gets the answers and
+    log-probabilities that a later call needs.
 
     Raises:
         FactError: the text has fewer than two tokens or has changed since `before`, or a task is unknown.
         ModelError: the two models have different vocabularies.
     """
     found = General()
+    if settings.general_prompts:
+        found = found.model_copy(update={"prompts": damage.measure(lm, settings, folder, before)})
     if text := read_text(settings):
         digest = hashlib.sha256(f"{settings.general_tokens}:{text}".encode()).hexdigest()
         if before is not None and (was := found_in(before).text) is not None and was.sha256 != digest:

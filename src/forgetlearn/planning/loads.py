@@ -13,6 +13,8 @@ import torch
 from forgetlearn.config.schema import TrainSettings, TuningSettings
 from forgetlearn.config.stages import Stage, Stages
 from forgetlearn.errors import ForgetLearnError
+from forgetlearn.evaluation.damage import ROOM
+from forgetlearn.evaluation.general_prompts import measuring
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS, pairs_to_read
 from forgetlearn.facts import FactSet
 from forgetlearn.method.checks import out_of_loras_reach
@@ -139,6 +141,7 @@ def _score_load(outline: Outline, stages: Stages, read: Texts, facts: FactSet, d
     n_prompts = len({prompt for fact in facts for prompt in fact.prompts})
     batches = math.ceil(n_prompts / size) if "generate" in settings.protocols else 0
     rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.encoded] or [longest]
+    general = 2 * ROOM.tokens * math.ceil(len(measuring()) / size) if settings.general_prompts else 0
     skeleton = outline.skeleton(None if stages.method.makes_adapter else torch.float32)
     row = read.fullest_row(size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))
     step, problem = _traced(lambda: skeleton.read_step(row))
@@ -159,7 +162,7 @@ def _score_load(outline: Outline, stages: Stages, read: Texts, facts: FactSet, d
         micro_batch_size=size,
         weights_bytes=skeleton.weights_bytes,
         step=step,
-        answer_steps=round(phases * batches * sum(rooms) / len(rooms)),
+        answer_steps=round(phases * batches * sum(rooms) / len(rooms)) + general,
         answer_bytes=answers or 0,
     )
     return load, problem

@@ -15,7 +15,7 @@ import yaml
 
 from forgetlearn.errors import RunError, some
 from forgetlearn.facts import describe_old_answers, matching
-from forgetlearn.report import plots
+from forgetlearn.report import damage, plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import (
@@ -26,6 +26,7 @@ from forgetlearn.storage.records import (
     Input,
     Manifest,
     Mean,
+    OnPrompts,
     Row,
     Summary,
     load_rows,
@@ -35,6 +36,7 @@ from forgetlearn.weights.rounding import in_words
 
 PHASES = {"base": "before", "forgotten": "after forgetting", "updated": "after learning", "model": "now"}
 JUDGES = ("generate", "exact", "token", "prefer")  # the first of these that was scored decides a fact's state
+SHOWN_PROMPTS = 5  # general prompts that are shown at once
 FILTERS = {
     "all": "all",
     "unlearned": "not new",
@@ -56,6 +58,8 @@ class Overview:
     account: list[str]
     measured: list[str]  # phases in which general ability was measured
     general: list[tuple[str, list[str]]]  # a measure, and its cell for each phase in `measured`
+    prompts: OnPrompts | None  # the answers to the general prompts in the last phase
+    warning: str | None  # if the damage is bad
 
     @property
     def table(self) -> list[tuple[str, list[Mean | None]]]:
@@ -135,6 +139,8 @@ class RunPage:
             "errors": _errors(self.rows),
             "retention": self.overview.summary.retention,
             "asked_again": list(scores[phases[-1]].get("retention", {})),
+            "shown_prompt": damage.shown_prompt,
+            "shown_prompts": SHOWN_PROMPTS,
         }
 
 
@@ -159,7 +165,8 @@ def page_of(run: RunFolder, summary: Summary, rows: list[Row]) -> RunPage:
 def overview(summary: Summary) -> Overview:
     """Return the overview of a run, made from its summary."""
     phases = [phase for phase in PHASES if phase in summary.phases]
-    measured = [phase for phase in phases if phase in summary.general]
+    measured = [phase for phase in phases if phase in summary.general and any(_general_cells(summary.general[phase]))]
+    prompts = _last_prompts(summary, phases)
     lines, facts = account(summary.facts), summary.facts
     if summary.choice:  # set if forget.coef is auto
         lines.append(summary.choice.why)
@@ -169,7 +176,14 @@ def overview(summary: Summary) -> Overview:
     lines += _training(summary)
     if summary.rounding and (words := in_words(summary.rounding.as_json())):
         lines.append(f"the product as it is stored: {words}")
-    return Overview(summary, phases, verdict(summary, phases), lines, measured, _general(summary.general, measured))
+    cells = _general(summary.general, measured)
+    told = verdict(summary, phases)
+    return Overview(summary, phases, told, lines, measured, cells, prompts, damage.warning(prompts))
+
+
+def _last_prompts(summary: Summary, phases: Sequence[str]) -> OnPrompts | None:
+    found = summary.general.get(phases[-1])
+    return found.prompts if found else None
 
 
 def _training(summary: Summary) -> Iterator[str]:
@@ -351,6 +365,8 @@ def verdict(summary: Summary, phases: Sequence[str]) -> str:
         parts.append(f"gives {right:.1f} % of the new answers' tokens (teacher forced)")
     if (locality := mean("locality", "agreement")) is not None and phases[-1] != "base":
         parts.append(f"answers {locality:.1f} % of unrelated tokens as before")
+    elif (prompts := _last_prompts(summary, phases)) and prompts.agreement is not None:
+        parts.append(f"answers {prompts.agreement:.1f} % of the tokens of general prompts as before")
     if (residue := mean("residue", "generate")) is not None:
         parts.append(f"still gives the old answer to {residue:.1f} % of prompts and rephrasings")
     if not parts:
@@ -369,6 +385,13 @@ def _general(found: Mapping[str, General], phases: Sequence[str]) -> list[tuple[
 
 
 def _general_cells(found: General) -> Iterator[tuple[str, str]]:
+    if (prompts := found.prompts) and prompts.agreement is not None and prompts.kl is not None:
+        low, high = prompts.agreement_low, prompts.agreement_high
+        interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+        yield f"{prompts.compared} general prompts, percent of tokens as before", f"{prompts.agreement:.1f}{interval}"
+        low, high = prompts.kl_low, prompts.kl_high
+        interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
+        yield "general prompts, KL from before, nats per token", f"{prompts.kl:.3g}{interval}"
     if text := found.text:
         low, high = text.loss_low, text.loss_high
         interval = "" if low is None or high is None else f" [{math.exp(low):.4g}, {math.exp(high):.4g}]"

@@ -215,7 +215,7 @@ class _TrialStore(Store):
 
 def _of_trials(config: RunConfig) -> RunConfig:
     """Return the config of a trial. It scores only at the end, and without free answers, which take the most time."""
-    scores = {"protocols": ("token",), "every_phase": False, "general": None, "tasks": ()}
+    scores = {"protocols": ("token",), "every_phase": False, "general_prompts": False, "general": None, "tasks": ()}
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=scores)})
 
 

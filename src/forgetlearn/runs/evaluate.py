@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from peft import PeftModel
+
 from forgetlearn.config import preflight
-from forgetlearn.config.schema import RunConfig
+from forgetlearn.config.schema import EvaluateSettings, RunConfig
 from forgetlearn.errors import FactError, ModelError
 from forgetlearn.evaluation import general_ability, generation
 from forgetlearn.evaluation.scorer import Generated, Scorer
@@ -117,9 +119,8 @@ def _scored(
     if before is None:
         rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # meaningless with itself
     if general_ability.asked(config.evaluate):
-        measured[phase] = general_ability.measure(
-            lm, config.evaluate, scratch, scratch if reference is not None else None
-        )
+        compared = scratch if reference is not None else _own_base(lm, config.evaluate, scratch / "own_base")
+        measured[phase] = general_ability.measure(lm, config.evaluate, scratch, compared)
     retained = retention.score_earlier(lm, updates, config.evaluate)
 
     def write(output: Path, overwrite: bool) -> Path:
@@ -134,6 +135,19 @@ def _scored(
         return run.path
 
     return write
+
+
+def _own_base(lm: LanguageModel, settings: EvaluateSettings, folder: Path) -> Path | None:
+    """Measure the base under a model's adapter into `folder`; return None if the model has no adapter to switch off."""
+    model = lm.model
+    if not isinstance(model, PeftModel) or settings.engine == "vllm":
+        return None
+    if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
+        return None  # it changed biases of the base
+    processes.on_main(folder.mkdir)
+    with model.disable_adapter():
+        general_ability.measure(lm, settings.model_copy(update={"tasks": ()}), folder)
+    return folder
 
 
 def _with_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> FactSet:

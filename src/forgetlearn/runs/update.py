@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from forgetlearn.config import preflight
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.config.stages import Stages
-from forgetlearn.errors import ModelError, RunError
+from forgetlearn.errors import DamageError, ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, describe_old_answers
@@ -23,7 +24,7 @@ from forgetlearn.models.language_model import LanguageModel, as_language_model
 from forgetlearn.models.texts import check_texts
 from forgetlearn.planning import plan
 from forgetlearn.products import chain, restore
-from forgetlearn.report import run_page
+from forgetlearn.report import damage, run_page
 from forgetlearn.runs import coefficient
 from forgetlearn.runs.checks import (
     GivenConfig,
@@ -47,6 +48,7 @@ from forgetlearn.storage.records import Row, Summary, load_rows, save_rows
 from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
+REJECTED = "rejected"  # the folder for products that damage too much
 
 
 @dataclass(frozen=True)
@@ -229,12 +231,31 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         log.info(plan.took(run.manifest, lm.device))
         if not config.keep_stages:  # only now, because a killed run needs them to continue
             run.remove_stage_weights()
+        _check_damage(run.path, config, summary, products)
         return summary, rows
 
     summary, rows = processes.on_main(write)
     if not stages.method.makes_adapter:
         lm.saved_in(product)
     return UpdateResult(run.path, product, summary, rows)
+
+
+def _check_damage(path: Path, config: RunConfig, summary: Summary, products: Iterable[Path]) -> None:
+    """Raise DamageError, and put the products aside, if the update damaged more than `evaluate.max_damage` allows."""
+    most, measured = config.evaluate.max_damage, summary.general.get("updated")
+    prompts = measured.prompts if measured else None
+    if most is None or (prompts and prompts.kl is not None and prompts.kl <= most):
+        return
+    aside = path / REJECTED
+    aside.mkdir(exist_ok=True)
+    for product in products:
+        if product.is_dir():  # not yet put aside by a process that was killed here
+            product.rename(aside / product.name)
+    told = damage.in_words(prompts) if prompts else "damage was not measured"
+    raise DamageError(
+        f"evaluate.max_damage = {most:g}: {told}. The product was put aside, in {aside}; {path / 'report.html'} shows "
+        "what changed."
+    )
 
 
 def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
@@ -262,6 +283,7 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     if not summary.product:
         raise RunError(f"{path} contains scores, not an update. Choose another folder.")
     product = path / summary.product
+    _check_damage(path, config, summary, (product, path / "merged"))
     if not product.is_dir():
         raise RunError(f"{path} is finished, but its product {product.name}/ is gone. Pass --overwrite to run again.")
     run.check_results()

@@ -467,9 +467,38 @@ class TaskScore(Record):
     stderr: Number | None
 
 
+class GeneralAnswer(Record):
+    """A model's answer to a general prompt, and how far the model is there from the base's own answer."""
+
+    prompt: str | list[str]  # a question, or the turns of a chat
+    said: str | None = None
+    truncated: bool = False
+    before: str | None = None  # what the base said
+    tokens: Count = 0  # of the base's answer
+    agreement: Share | None = None
+    kl: Number | None = None  # nats per token
+    error: str | None = None
+
+
+class OnPrompts(Record):
+    """Answers to the general prompts, and agreement (percent of tokens) and KL (nats per token) with the base's."""
+
+    asked: Count
+    compared: Count
+    tokens: Count
+    agreement: Percent | None = None
+    agreement_low: Percent | None = None
+    agreement_high: Percent | None = None
+    kl: Number | None = None
+    kl_low: Number | None = None
+    kl_high: Number | None = None
+    answers: list[GeneralAnswer]
+
+
 class General(Record):
     """General ability in one phase."""
 
+    prompts: OnPrompts | None = None
     text: OnText | None = None
     tasks: dict[str, dict[str, TaskScore]] = {}
 

@@ -1,0 +1,119 @@
+"""Measure damage: ask general prompts before and after an update, and compare with what the base says.
+
+The base answers each prompt in its own words, and its likeliest tokens at each place of that answer are kept. The
+updated model reads the same answers, so that every token of it can be compared, and answers the prompts itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from forgetlearn.config.schema import EvaluateSettings
+from forgetlearn.evaluation import general_prompts
+from forgetlearn.evaluation.generation import Room
+from forgetlearn.evaluation.scorer import Difference, Failure, Generated, Scorer
+from forgetlearn.evaluation.statistics import mean_of
+from forgetlearn.models import top_logprobs
+from forgetlearn.models.encoding import Encoded, Encoder, Prompt
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.top_logprobs import TopLogprobs
+from forgetlearn.runtime import processes
+from forgetlearn.storage.records import GeneralAnswer, OnPrompts, load_rows, save_rows
+
+ROOM = Room(tokens=32, lines=32)  # of an answer
+KEPT = 1024  # likeliest tokens of the base at each place; the others count as one
+ANSWERS, LIKELIEST = "answers.jsonl", "answers.safetensors"
+
+
+def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> OnPrompts:
+    """Ask the measuring half of the general prompts; return the answers and how far they are from those of a base.
+
+    `before` is the folder of an earlier call, for the base. Without it, nothing is compared, and `folder` gets what a
+    later call needs. With it, the answers come worst first.
+    """
+    scorer, prompts = Scorer(lm, settings, "general prompts"), general_prompts.measuring()
+    replies = scorer.say(prompts, dict.fromkeys(prompts, ROOM))
+    if before is None:
+        own = [_own_answer(prompt, replies[prompt]) for prompt in prompts]
+        top = scorer.top(_texts(lm.encoder, own), KEPT)
+        processes.on_main(lambda: _keep(folder, own, list(top.values())))
+        return OnPrompts(asked=len(prompts), compared=0, tokens=0, answers=own)
+    base = load_rows(GeneralAnswer, before / ANSWERS)
+    texts = _texts(lm.encoder, base)
+    kept = top_logprobs.load(before / LIKELIEST) if texts else []
+    differences = scorer.differences(texts, dict(zip(texts, kept, strict=True)))
+    answers = [_compared(was, replies, differences) for was in base]
+    return _summed(sorted(answers, key=lambda answer: -_badness(answer)))
+
+
+def _keep(folder: Path, answers: Sequence[GeneralAnswer], top: Sequence[TopLogprobs]) -> None:
+    save_rows(answers, folder / ANSWERS)
+    if top:
+        top_logprobs.save(top, folder / LIKELIEST)
+
+
+def _own_answer(prompt: Prompt, reply: Generated | Failure) -> GeneralAnswer:
+    shown = prompt if isinstance(prompt, str) else list(prompt)
+    if isinstance(reply, Failure):
+        return GeneralAnswer(prompt=shown, error=reply.reason)
+    return GeneralAnswer(prompt=shown, said=reply.text, truncated=reply.truncated)
+
+
+def _key(answer: GeneralAnswer) -> Prompt:
+    return answer.prompt if isinstance(answer.prompt, str) else tuple(answer.prompt)
+
+
+def _texts(encoder: Encoder, answers: Sequence[GeneralAnswer]) -> dict[Prompt, Encoded]:
+    """Return the prompts with a model's answers to them, and the end token of each answer that ended."""
+    texts: dict[Prompt, Encoded] = {}
+    for end in (True, False):
+        pairs = [(_key(answer), answer.said) for answer in answers if answer.said and answer.truncated != end]
+        encoded = encoder.encode_all(pairs, end=end)
+        texts |= {prompt: text for (prompt, _said), text in encoded.items() if isinstance(text, Encoded)}
+    return texts
+
+
+def _compared(
+    was: GeneralAnswer,
+    replies: Mapping[Prompt, Generated | Failure],
+    differences: Mapping[Prompt, Difference | Failure],
+) -> GeneralAnswer:
+    """Return the model's answer to a prompt beside the base's, and how far the model is from the base there."""
+    now = _own_answer(_key(was), replies[_key(was)])
+    found = differences.get(_key(was), Failure(was.error or "the base's answer is empty or too long"))
+    if isinstance(found, Failure):
+        return now.model_copy(update={"before": was.said, "error": now.error or found.reason})
+    numbers = {"tokens": found.n_tokens, "agreement": found.agreement, "kl": found.kl}
+    return now.model_copy(update={"before": was.said, **numbers})
+
+
+def _badness(answer: GeneralAnswer) -> float:
+    """Return the divergence of an answer; an answer that only the base could give counts as the worst."""
+    if answer.kl is not None:
+        return answer.kl
+    return math.inf if answer.before else -1.0
+
+
+def _summed(answers: Sequence[GeneralAnswer]) -> OnPrompts:
+    """Return the means over tokens, with intervals over prompts."""
+    found = OnPrompts(asked=len(answers), compared=0, tokens=0, answers=list(answers))
+    both = [(each.agreement, each.kl, each.tokens) for each in answers if each.agreement is not None]
+    if not both:
+        return found
+    agreements, divergences, tokens = zip(*both, strict=True)
+    agreement, low, high = mean_of([100 * share for share in agreements], tokens)
+    kl, kl_low, kl_high = mean_of(divergences, tokens)
+    return found.model_copy(
+        update={
+            "compared": len(both),
+            "tokens": sum(tokens),
+            "agreement": agreement,
+            "agreement_low": None if low is None else max(0.0, low),
+            "agreement_high": None if high is None else min(100.0, high),
+            "kl": kl,
+            "kl_low": None if kl_low is None else max(0.0, kl_low),
+            "kl_high": kl_high,
+        }
+    )
