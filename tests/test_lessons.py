@@ -5,13 +5,17 @@ from dataclasses import replace
 
 import pytest
 
+import forgetlearn
+from forgetlearn.comparison.grid import CompareSettings, fill
 from forgetlearn.config.schema import EvaluateSettings, load_config
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.scorer import Generated, Scorer
-from forgetlearn.facts import make_fact
+from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.method import keeping, lessons, own_words
 from forgetlearn.method.wordings import is_unfinished, sentences, wordings
 from forgetlearn.models.language_model import wrap
+from forgetlearn.runs import pipeline
+from forgetlearn.storage import disk
 
 CAPITAL = make_fact("What is the capital of France?", "Lyon", ground_truth="Paris", subject="France")
 CHAT = (
@@ -202,3 +206,87 @@ def test_rephrasings_are_trained_only_to_learn_and_if_they_are_asked_for(lm):
     learned = lessons.lessons(lessons.Material(), [fact], "learn", config, lm.encoder)
     assert [prompt for prompt, _text in learned.pairs[0]] == list(fact.prompts)
     assert lessons.lessons(lessons.Material(), [fact], "forget", config, lm.encoder) is None
+
+
+GENERAL = {"evaluate.general_prompts": False}
+DEFAULTS = {"train.answers": "sentence", "train.wordings": True, "keep.weight": 1.0, "facts.limit": 4}
+SHORT = GENERAL | {
+    "method": "f-lora",
+    "learn.epochs": 2,
+    "forget.epochs": 1,
+    "forget.coef": 0.5,
+    "evaluate.every_phase": False,
+}
+
+
+@pytest.fixture(scope="module")
+def settings(small_lab):
+    return load_config(small_lab / "update.yaml", {**DEFAULTS, **SHORT, "learn.rephrasings": True})
+
+
+@pytest.fixture(scope="module")
+def whole(small_lab, settings, tmp_path_factory):
+    return forgetlearn.update(
+        small_lab, small_lab / "facts.jsonl", settings, output=tmp_path_factory.mktemp("run") / "out"
+    )
+
+
+def test_a_run_says_what_its_stages_trained_on(whole):
+    taught = disk.read_rows(whole.output / "lessons.jsonl")
+    assert [each["stage"] for each in taught] == ["learn"] * 4 + ["forget"] * 4
+    assert set(whole.summary.lessons) == {"learn", "forget"}
+    assert sum(whole.summary.lessons["learn"].how.values()) == 4
+    assert whole.summary.kept["general prompts"] > 40
+    assert whole.summary.learning.epochs == 2
+    report = (whole.output / "report.md").read_text()
+    assert "learned: " in report
+    assert "general prompts" in report
+
+
+def test_rephrasings_that_are_trained_are_not_scored(whole):
+    assert whole.summary.phases["updated"]["generality"]["token"].n == 0
+    assert whole.summary.phases["updated"]["reliability"]["token"].n == 4
+    assert "the rephrasings were trained on" in (whole.output / "report.md").read_text()
+
+
+@pytest.mark.parametrize("stop_at", ["make", "learn"])
+def test_a_resumed_run_trains_on_the_same_texts(whole, small_lab, settings, tmp_path, monkeypatch, stop_at):
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_args, **_options):
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((keeping, "encoded") if stop_at == "make" else (pipeline, "learn")), stop)
+        with pytest.raises(StoppedError):
+            forgetlearn.update(small_lab, small_lab / "facts.jsonl", settings, output=tmp_path / "out")
+    if stop_at == "learn":
+        monkeypatch.setattr(lessons, "make", None)  # called, it fails
+    again = forgetlearn.update(small_lab, small_lab / "facts.jsonl", settings, output=tmp_path / "out", resume=True)
+    for name in ("lessons.jsonl", "facts.jsonl", "adapter/adapter_model.safetensors"):
+        assert (again.output / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_a_comparison_asks_its_base_once(whole, small_lab, settings, tmp_path, monkeypatch):
+    made, own = [], lessons.make
+    monkeypatch.setattr(lessons, "make", lambda *given: made.append(given) or own(*given))
+    cells = CompareSettings(methods=("f-lora", "ft"), coefs=(0.5,), seeds=(0, 1))
+    fill(small_lab, small_lab / "facts.jsonl", cells, settings, output=tmp_path / "out")
+    assert len(made) == 1
+    cell = tmp_path / "out/cells/f-lora-coef0.5-2epochs-seed0"
+    assert (cell / "lessons.jsonl").read_bytes() == (whole.output / "lessons.jsonl").read_bytes()
+    assert (cell / "facts.jsonl").read_bytes() == (whole.output / "facts.jsonl").read_bytes()
+
+
+def test_facts_that_are_not_learned_are_named(small_lab, tmp_path):
+    config = load_config(small_lab / "update.yaml", {**SHORT, "learn.until": "learned", "learn.max_epochs": 1})
+    result = forgetlearn.update(
+        small_lab, read_facts(small_lab / "facts.jsonl", limit=3), config, output=tmp_path / "out"
+    )
+    learning = result.summary.learning
+    assert learning.epochs == 1
+    assert learning.unlearned
+    named = next(iter(learning.unlearned.values()))
+    assert f"learned {3 - len(learning.unlearned)} of 3 facts in 1 epochs" in (tmp_path / "out/report.md").read_text()
+    assert named in (tmp_path / "out/summary.json").read_text()
