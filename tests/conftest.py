@@ -21,8 +21,11 @@ import pytest
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+# The facts' own prompts and bare answers, and nothing kept: nothing is asked of the base.
+BARE = {"train": {"answers": "bare", "wordings": False}, "keep": {"weight": 0.0}}
 # Settings of an update that is made for its files, not for its scores.
 QUICK = {
+    **BARE,
     "forget": {"epochs": 1, "only_known": False},
     "learn": {"epochs": 1},
     "evaluate": {"protocols": ["token"], "every_phase": False, "general_prompts": False},

@@ -689,7 +689,7 @@ def begin(base, facts, config, output) -> None:
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("forgetlearn.runs.pipeline.scoring.held_facts", stop)
+        patch.setattr("forgetlearn.runs.pipeline.scoring.known_facts", stop)
         with pytest.raises(StoppedError):
             update(base, facts, config, output=output)
 

@@ -20,6 +20,7 @@ from forgetlearn.cli import weights
 from forgetlearn.cli.options import (
     HELP,
     INPUTS,
+    LESSONS,
     READING,
     Given,
     JsonOption,
@@ -145,9 +146,9 @@ def lab(
     )
 
 
-@app.command(epilog="How long it learns: --set learn.epochs=10 (default 3). Few facts need more epochs.")
+@app.command(epilog="It learns until the model gives the new answers; --set learn.epochs=10 sets how long instead.")
 @takes(
-    *INPUTS,
+    *(*INPUTS, *LESSONS),
     *("facts.strict", "method", "forget.coef", "forget.modules", "forget.validation", "seed", "teach.epochs"),
     *("model.shard", "train.deepspeed", "evaluate.max_damage", "evaluate.general", "evaluate.tasks", "report_to"),
 )
@@ -172,7 +173,7 @@ def update(
 
 
 @app.command()
-@takes(*INPUTS, "method", "forget.coef", "teach.epochs")
+@takes(*INPUTS, *LESSONS, "method", "forget.coef", "teach.epochs")
 def plan(
     given: Given,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices that share the work.")] = 1,
@@ -203,7 +204,7 @@ def plan(
 
 
 @app.command()
-@takes(*INPUTS)
+@takes(*INPUTS, *LESSONS)
 def compare(
     given: Given,
     output: OutputOption,

@@ -21,6 +21,7 @@ KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 FLAGS: Mapping[str, str] = {
     "model.name": "--model",
     "facts.source": "--facts",
+    "recipe": "--recipe",
     "method": "--method",
     "forget.coef": "--coef",
     "forget.modules": "--modules",
@@ -32,6 +33,9 @@ FLAGS: Mapping[str, str] = {
     "facts.columns": "--columns",
     "facts.aliases": "--aliases",
     "teach.epochs": "--teach-old",
+    "learn.rephrasings": "--train-rephrasings",
+    "train.answers": "--answers",
+    "keep.source": "--keep",
     "model.prompt_template": "--prompt-template",
     "model.shard": "--shard",
     "train.deepspeed": "--deepspeed",
@@ -42,6 +46,7 @@ FLAGS: Mapping[str, str] = {
     "report_to": "--report-to",
 }
 READING = ("facts.old_from", "facts.limit", "facts.columns", "facts.aliases")  # how a file of facts is read
+LESSONS = ("recipe", "train.answers", "learn.rephrasings", "keep.source")  # what is trained on
 INPUTS = ("model.name", "facts.source", *READING, "model.prompt_template")
 # The default is shown unless it only says that nothing is set.
 HELP = {

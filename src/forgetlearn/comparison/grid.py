@@ -29,12 +29,13 @@ from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
+from forgetlearn.method import keeping, lessons
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
 from forgetlearn.runs.checks import GivenConfig, GivenModel, check_stages, check_weights, read_config_facts, resolve
 from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Tuned
-from forgetlearn.runs.results import Done, write_results
+from forgetlearn.runs.results import Done, learning_of, write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk, run_folder
 from forgetlearn.storage.locks import claimed
@@ -126,8 +127,11 @@ def begin(
         )
     cells = cells_of(settings, config)
     check_names(settings, cells)
-    run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source))
+    run_folder.check_output(
+        output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source, config.keep.source)
+    )
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+    keeping.read_source(config.keep, fact_set)
     named = model if model is not None else str(config.model.name)
     check_weights(named)
     lm = as_language_model(named, None, config.model)
@@ -139,6 +143,7 @@ def begin(
             raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
     in_memory = not isinstance(named, (str, Path))
     inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
+    inputs |= keeping.fingerprint(config.keep)
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = run_folder.RunFolder.create(
         output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite
@@ -228,7 +233,14 @@ class _Worker:
             run = run_folder.RunFolder.create(folder, config.model_dump(mode="json"), inputs)
             (folder / "logs").mkdir()
             disk.write_rows(folder / "logs" / "learn.jsonl", learned.steps)
-            done = Done(len(pipeline.known), forgotten)
+            done = Done(
+                len(pipeline.known),
+                forgotten,
+                taught=pipeline.taught,
+                lessons=lessons.counts(pipeline.taught),
+                kept=pipeline.material.kept_counts,
+                learning=learning_of(pipeline.facts, learned.epochs, learned.unlearned),
+            )
             write_results(folder, config, self.comparison.facts, pipeline.rows, done)
             run.note(model=self.lm.describe())
             run.finish()
@@ -246,6 +258,10 @@ class Shared:
         """Return the rows of this name; compute them unless another process already has."""
         folder = self._folder(name, compute, lambda folder, rows: save_rows(rows, folder / "rows.jsonl"))
         return load_rows(Row, folder / "rows.jsonl")
+
+    def files(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Return the folder of this name; write its files unless another process already has."""
+        return self._folder(name, lambda: None, lambda folder, _made: write(folder))
 
     def weights(self, name: str, compute: Callable[[], Tuned]) -> StateDict:
         """Return the weights after fine-tuning on the old answers; compute them unless another process already has.
@@ -292,6 +308,10 @@ class CellStore(Store):
         if step not in self.shared.of_base:
             self.shared.of_base[step] = self.shared.rows(step.removeprefix("score_"), compute)
         return self.shared.of_base[step]
+
+    def files(self, step: str, write: Callable[[Path], None]) -> Path:
+        """Return the folder of what the base was asked for: all cells train on the same texts."""
+        return self.shared.files(step, write)
 
     def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict | None:
         """Return the fine-tuned weights, which all coefficients and variants of one kind of stage and seed share."""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from forgetlearn.config import recipes
 from forgetlearn.config.base import Settings
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import Stages
@@ -37,7 +38,7 @@ class Unused:
 
 PRODUCTS = ("save_merged", "keep_change", "report_to")
 TRAINING = (
-    *("method", "seed", "teach", "forget", "learn", "train", "lora"),
+    *("method", "seed", "teach", "forget", "learn", "train", "lora", "keep"),
     *("checkpoint_minutes", "keep_stages", "model.base_model_id"),
 )
 GENERAL = tuple(
@@ -93,6 +94,9 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
         passed_over += [name for name in names if name not in refused and not row.always]
     if problems:
         raise ConfigError("\n".join(problems))
+    departs = recipes.overridden(dict(config), config.recipe) if command in ("update", "compare") else []
+    if departs and given is None:
+        log.info("recipe %s, except for these settings: %s", config.recipe, ", ".join(departs))
     if passed_over and given is None:
         log.info("%s does not use these settings of the config: %s", command, ", ".join(_by_section(passed_over)))
 
@@ -116,6 +120,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "learn.max_change", "it is for method ft-c"
     if not stages.teach:
         yield "teach", "teach.epochs is 0"
+    yield from _idle_in_training(config)
     if config.evaluate.general is None:
         yield "evaluate.general_tokens", "evaluate.general names no text"
     if not config.evaluate.tasks:
@@ -124,6 +129,16 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     asks = "generate" in config.evaluate.protocols or "model" in config.facts.old_from
     if not asks and not (stages.forget and config.forget.only_known):
         yield "evaluate.max_new_tokens", "nothing is generated"
+
+
+def _idle_in_training(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if not config.keep.weight:
+        yield "keep.source", "keep.weight is 0"
+        yield "keep.neighbours", "keep.weight is 0"
+    if config.learn.until == "epochs":
+        yield "learn.max_epochs", "learn.until is epochs"
+    else:
+        yield "learn.epochs", "learn.until is learned"
 
 
 def warn_of_idle(config: RunConfig, given: Collection[str]) -> None:
@@ -142,8 +157,8 @@ def is_within(name: str, settings: Collection[str]) -> bool:
 
 
 def _changed(config: RunConfig) -> dict[str, object]:
-    """Return the settings that differ from their defaults, by dotted name, with their values."""
-    defaults = dict(_flat(RunConfig()))
+    """Return the settings that differ from their defaults in the recipe, by dotted name, with their values."""
+    defaults = dict(_flat(RunConfig(recipe=config.recipe))) | {"recipe": RunConfig().recipe}
     return {name: value for name, value in _flat(config) if value != defaults[name]}
 
 

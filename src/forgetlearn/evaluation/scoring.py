@@ -115,10 +115,9 @@ def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     return [fact for fact in facts if matching.matches(replies.get(fact.id, ""), fact.old_answers)]
 
 
-def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Fact]:
-    """Return the facts whose old answer the base gives, by its rows if `generate` was scored, else by calling `ask`."""
-    was_asked = any(row.protocol == "generate" for row in base_rows)
-    return known_facts(facts, base_rows if was_asked else ask())
+def free_answers(base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Row]:
+    """Return the base's rows with free answers if `generate` was scored, else those that `ask` returns."""
+    return [row for row in base_rows if row.protocol == "generate"] or ask()
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,17 @@ def turns_of(prompt: Prompt) -> tuple[str, ...]:
     return turns
 
 
+def encodable(encoder: Encoder, pairs: Iterable[tuple[P, str]], *, end: bool = False) -> dict[tuple[P, str], Encoded]:
+    """Return the texts that `encode` can encode, without those for which it would raise."""
+    found: dict[tuple[P, str], Encoded] = {}
+    for pair in dict.fromkeys(pairs):
+        try:  # one by one, because an error about a prompt would end the whole call
+            found[pair] = encoder.encode(*pair, end=end)
+        except FactError:
+            continue
+    return found
+
+
 def _is_empty(prompt: Prompt) -> bool:
     """Return True if a turn of the prompt is blank."""
     return not all(turn.strip() for turn in turns_of(prompt))

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
-from forgetlearn.errors import RunError
+from forgetlearn.errors import RunError, some
 from forgetlearn.facts import describe_old_answers, matching
 from forgetlearn.report import damage, plots
 from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
@@ -29,9 +29,10 @@ from forgetlearn.storage.records import (
     OnPrompts,
     Row,
     Summary,
+    Taught,
     load_rows,
 )
-from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder
+from forgetlearn.storage.run_folder import INPUTS, LESSONS, ROWS, SUMMARY, RunFolder
 from forgetlearn.weights.rounding import in_words
 
 PHASES = {"base": "before", "forgotten": "after forgetting", "updated": "after learning", "model": "now"}
@@ -103,6 +104,7 @@ class RunFactLine(FactLine):
     state: str
     shown_flags: list[str]
     reason: str | None
+    taught: Mapping[str, str] = field(default_factory=dict)  # stage -> what it trained on, if not the bare answer
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,9 @@ def page_of(run: RunFolder, summary: Summary, rows: list[Row]) -> RunPage:
     if not any(phase in summary.phases for phase in PHASES):
         raise RunError(f"{run.path / SUMMARY}: phases has none of {', '.join(PHASES)}. {REMEDY}")
     shown = overview(summary)
-    facts = fact_table(load_rows(Input, run.path / INPUTS), rows, shown.phases)
+    inputs = load_rows(Input, run.path / INPUTS)
+    taught = load_rows(Taught, run.path / LESSONS) if (run.path / LESSONS).is_file() else []
+    facts = _with_taught(fact_table(inputs, rows, shown.phases), inputs, taught)
     return RunPage(run.path.resolve().name, run.settings, run.manifest, shown, rows, facts)
 
 
@@ -173,6 +177,7 @@ def overview(summary: Summary) -> Overview:
         lines.append(
             f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
         )
+    lines += _training(summary)
     if summary.rounding and (words := in_words(summary.rounding.as_json())):
         lines.append(f"the product as it is stored: {words}")
     cells = _general(summary.general, measured)
@@ -183,6 +188,23 @@ def overview(summary: Summary) -> Overview:
 def _last_prompts(summary: Summary, phases: Sequence[str]) -> OnPrompts | None:
     found = summary.general.get(phases[-1])
     return found.prompts if found else None
+
+
+def _training(summary: Summary) -> Iterator[str]:
+    """Yield lines on what the stages trained on, and on facts that were not learned."""
+    names = {"forget": "forgotten", "learn": "learned"}
+    for stage, found in summary.lessons.items():
+        yield f"{names.get(stage, stage)}: {found.in_words()}"
+    if summary.kept:
+        yield f"kept: {', '.join(f'{count} {source}' for source, count in summary.kept.items())}"
+    if summary.rephrasings_trained:
+        yield "the rephrasings were trained on, so they are not asked, and generality is not scored"
+    if (learning := summary.learning) and learning.unlearned:
+        n_missed = len(learning.unlearned)
+        yield (
+            f"learned {summary.facts.used - n_missed} of {summary.facts.used} facts in {learning.epochs} epochs; not "
+            f"learned: {some([repr(prompt[:80]) for prompt in learning.unlearned.values()])}"
+        )
 
 
 def write_run(path: Path, page: RunPage | None = None) -> None:
@@ -242,6 +264,15 @@ def fact_table(inputs: Sequence[Input], rows: Sequence[Row], phases: Sequence[st
     for row in rows:
         scored.setdefault(row.fact, {})[row.phase, row.protocol] = row
     return [_fact_line(fact, scored.get(fact.id, {}), phases, judge) for fact in inputs]
+
+
+def _with_taught(lines: Sequence[RunFactLine], inputs: Sequence[Input], taught: Sequence[Taught]) -> list[RunFactLine]:
+    """Return the lines with the texts that the stages trained on, where they are more than the bare answer."""
+    texts: dict[str, dict[str, str]] = {}
+    for each in taught:
+        if each.how != "bare":
+            texts.setdefault(each.fact, {})[each.stage] = each.text
+    return [replace(line, taught=texts.get(fact.id, {})) for line, fact in zip(lines, inputs, strict=True)]
 
 
 def _fact_line(fact: Input, own: RowsOfFact, phases: Sequence[str], judge: str) -> RunFactLine:

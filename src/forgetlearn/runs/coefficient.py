@@ -22,6 +22,7 @@ from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import Fact
+from forgetlearn.method import lessons
 from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
@@ -109,10 +110,14 @@ def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConf
     """
     facts = list(facts)
     check(facts, config)
-    known = scoring.known_facts(facts, scoring.probe(lm, facts, config.evaluate)) if config.forget.only_known else []
+    said = scoring.probe(lm, facts, config.evaluate)
+    known = scoring.known_facts(facts, said)
+    material = lessons.Material()
+    if lessons.asks_base(config, lm.encoder):
+        material = lessons.make(lm, facts, config, {row.fact: row for row in said})
     aside = set_aside(facts, config)
     base_rows = scoring.score(lm, aside, phase="base", settings=_of_trials(config).evaluate)
-    search = Search(lm, facts, config, base_rows, known)
+    search = Search(lm, facts, config, base_rows, known, material)
     if not search.pipeline.to_forget:
         raise FactError("The model gives none of the old answers: there is nothing to forget, and no coefficient.")
     return search.run()[0]
@@ -132,10 +137,12 @@ class Search:
         config: RunConfig,
         base_rows: list[Row],
         known: list[Fact],
+        material: lessons.Material,
         folder: Path | None = None,
         stage_io: StageIO | None = None,
     ) -> None:
         self.facts, self.config, self.base_rows, self.known = facts, config, base_rows, known
+        self.material = material
         self.folder, self.stage_io = folder, stage_io or StageIO()
         self.aside, self.base = set_aside(facts, config), HeldBase(lm)
         self.trials: dict[float, Trial] = {}
@@ -144,7 +151,7 @@ class Search:
 
     def _pipeline(self, config: RunConfig, store: Store) -> Pipeline:
         pipeline = Pipeline(self.base.lm, self.facts, config, store, base=self.base, scored=self.aside)
-        pipeline.rows["base"], pipeline.known = self.base_rows, self.known
+        pipeline.rows["base"], pipeline.known, pipeline.material = self.base_rows, self.known, self.material
         return pipeline
 
     def run(self) -> tuple[Choice, StageLog]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -17,11 +18,13 @@ from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.config.stages import Stage, Stages
 from forgetlearn.evaluation import general_ability, scoring
 from forgetlearn.facts import Fact
+from forgetlearn.method import lessons
 from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
-from forgetlearn.method.kinds import STAGE_KINDS, to_own_form
+from forgetlearn.method.kinds import STAGE_KINDS, Lessons, to_own_form
+from forgetlearn.method.lessons import Material
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.storage.records import General, Row
+from forgetlearn.storage.records import General, Row, Taught
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict, load_into, snapshot
@@ -92,8 +95,9 @@ class Pipeline:
         scored: Sequence[Fact] | None = None,
     ) -> None:
         self.lm, self.facts, self.store, self.base = lm, facts, store, base
-        self.scored = facts if scored is None else scored
         self.config, self.stages = config, Stages(config)
+        self.scored = [self._as_scored(fact) for fact in (facts if scored is None else scored)]
+        self.material = Material()
         self.rows: dict[str, list[Row]] = {}
         self._measured: dict[str, Path] = {}  # folders with general ability, by phase
         self.known: list[Fact] = []  # facts whose old answer the base gives
@@ -120,7 +124,30 @@ class Pipeline:
         self._score("base")
         self._measure("base")
         probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-        self.known = scoring.held_facts(self.facts, self.rows["base"], lambda: self.store.rows("probe", probe))
+        said = scoring.free_answers(self.rows["base"], lambda: self.store.rows("probe", probe))
+        self.known = scoring.known_facts(self.facts, said)
+        self._ask_for_lessons(said)
+
+    def _ask_for_lessons(self, said: list[Row]) -> None:
+        """Ask the base for what the stages train on, if they train on more than bare answers."""
+        if lessons.asks_base(self.config, self.lm.encoder):
+            made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, {row.fact: row for row in said}))
+            self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
+        for line in lessons.describe(self.material, self.facts, self.config, self.lm.encoder):
+            log.info(line)
+
+    def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
+        return lessons.lessons(self.material, facts, stage.name, self.config, self.lm.encoder)
+
+    def _as_scored(self, fact: Fact) -> Fact:
+        """Return a fact as it is scored: without its rephrasings if they are trained on."""
+        return replace(fact, rephrase_prompts=()) if self.config.learn.rephrasings else fact
+
+    @property
+    def taught(self) -> list[Taught]:
+        """What the stages train on, fact by fact; empty if it is each fact's bare answer."""
+        told = {"learn": {fact.id for fact in self.facts}, "forget": {fact.id for fact in self.to_forget}}
+        return [each for each in self.material.taught if each.fact in told[each.stage]]
 
     @property
     def to_forget(self) -> list[Fact]:
@@ -156,7 +183,10 @@ class Pipeline:
         assert self.base is not None, "it is restored afterwards"
         self._pending["base"] = self.base.restore
         how = stage.kind.name
-        stage_log = tune_on_old(self.lm, self.to_forget, stage.settings, how, seed=stage.seed, stage_io=stage_io)
+        texts = self._lessons(stage, self.to_forget)
+        stage_log = tune_on_old(
+            self.lm, self.to_forget, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts
+        )
         state = STAGE_KINDS[how].state(self.lm, lora.FORGET)
         return {name: weight.cpu().clone() for name, weight in state.items()}, stage_log
 
@@ -169,7 +199,8 @@ class Pipeline:
         how = stage.kind.name
         log.info("forgetting %d facts (%s)", len(facts), how)
         if tuned is None:
-            return forget(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io)
+            texts = self._lessons(stage, facts)
+            return forget(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
         forget_tuned(self.lm, tuned, facts, stage.settings, how)
         return None
 
@@ -179,7 +210,8 @@ class Pipeline:
             STAGE_KINDS[stage.kind.name].put_product(self.lm, stage.settings, learned[0])
             return learned[1]
         log.info("learning %d facts (%s)", len(self.facts), stage.kind.name)
-        return learn(self.lm, self.facts, stage.settings, stage.kind.name, seed=stage.seed, stage_io=stage_io)
+        texts, how = self._lessons(stage, self.facts), stage.kind.name
+        return learn(self.lm, self.facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
 
     def _train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
         if change := self.store.train(stage, n_facts, self.ready(compute)):

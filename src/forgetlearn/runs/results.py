@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.evaluation import scoring
-from forgetlearn.facts import FactSet, write_facts
+from forgetlearn.facts import Fact, FactSet, write_facts
 from forgetlearn.report import run_page
 from forgetlearn.storage import disk, records
 from forgetlearn.storage.records import Row, Summary, save_rows
-from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY
+from forgetlearn.storage.run_folder import INPUTS, LESSONS, ROWS, SUMMARY
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Done:
     product: str | None = None
     choice: records.Choice | None = None
     rounding: records.Rounding | None = None  # how much of the change survived half precision
+    taught: Sequence[records.Taught] = ()  # what each stage trained on
+    lessons: Mapping[str, records.StageLessons] = field(default_factory=dict)
+    kept: Mapping[str, int] = field(default_factory=dict)
+    learning: records.Learning | None = None
 
 
 def write_results(
@@ -44,6 +48,8 @@ def write_results(
     aside = frozenset(done.choice.validation if done and done.choice else ())
     written = [_public(row, aside, facts) for own in rows.values() for row in own]
     save_rows(written, path / ROWS)
+    if done and done.taught:
+        save_rows(done.taught, path / LESSONS)
     with disk.naming(path / INPUTS):
         write_facts(facts, path / INPUTS)
     scored = {phase: [row for row in own if row.fact not in aside] for phase, own in rows.items()}
@@ -96,7 +102,14 @@ def _summary(
         product=did.product,
         rounding=did.rounding,
     )
-    return summary.model_copy(update={"general": dict(general)}) if general else summary
+    found = {
+        "general": dict(general),
+        "lessons": dict(did.lessons),
+        "kept": dict(did.kept),
+        "rephrasings_trained": bool(done and config.learn.rephrasings),
+        "learning": did.learning,
+    }
+    return summary.model_copy(update={name: value for name, value in found.items() if value})
 
 
 def _coef(config: RunConfig, choice: records.Choice | None) -> float:
@@ -104,3 +117,11 @@ def _coef(config: RunConfig, choice: records.Choice | None) -> float:
     if config.forget.coef != AUTO:
         return config.forget.number
     return choice.coef if choice else 0.0
+
+
+def learning_of(facts: Sequence[Fact], epochs: int | None, unlearned: Iterable[int]) -> records.Learning | None:
+    """Return how far a learning stage came, given the places of the facts that it did not learn."""
+    if epochs is None:
+        return None
+    missed = (facts[place] for place in unlearned)
+    return records.Learning(epochs=epochs, unlearned={fact.id: fact.prompt for fact in missed})

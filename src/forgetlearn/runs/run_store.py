@@ -99,9 +99,10 @@ class RunStore(Store):
         """Return the coefficient of forgetting; search for it if that is not done yet."""
 
         def search(folder: Path) -> dict[str, object]:
-            known, rows = pipeline.known, pipeline.rows["base"]
+            known, rows, material = pipeline.known, pipeline.rows["base"], pipeline.material
             stage_io = self._stage_io("coefficient")
-            choice, stage_log = Search(self.lm, pipeline.facts, self.config, rows, known, folder, stage_io).run()
+            found = Search(self.lm, pipeline.facts, self.config, rows, known, material, folder, stage_io)
+            choice, stage_log = found.run()
             return {"coef": choice.coef, "why": choice.why, **self._log_stage("forget", stage_log)}
 
         self.run.do("coefficient", pipeline.ready(search))
@@ -143,7 +144,8 @@ class RunStore(Store):
         disk.write_rows(logs / f"{stage}.jsonl", stage_log.steps)
         times = [{"step": step, "seconds": seconds} for step, seconds in enumerate(stage_log.seconds, 1)]
         disk.write_rows(logs / "seconds" / f"{stage}.jsonl", times)
-        gist = {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss, **stage_log.batching()}
+        gist: dict[str, object] = {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss}
+        gist |= stage_log.batching() | {"epochs": stage_log.epochs, "unlearned": list(stage_log.unlearned)}
         return gist | _log_rounding(stage_log.rounding)
 
 

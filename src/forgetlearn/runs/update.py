@@ -16,6 +16,7 @@ from forgetlearn.errors import DamageError, ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, describe_old_answers
+from forgetlearn.method import keeping, lessons
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
@@ -38,7 +39,7 @@ from forgetlearn.runs.checks import (
     with_the_models_answers,
 )
 from forgetlearn.runs.pipeline import Pipeline
-from forgetlearn.runs.results import Done, write_results
+from forgetlearn.runs.results import Done, learning_of, write_results
 from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, records, run_folder
@@ -83,7 +84,7 @@ def update(
     config = resolve(config, model, facts)
     preflight.check("update", config)
     check_engine(config.evaluate, changed_by="update")
-    reads = (config.model.name, config.facts.source)
+    reads = (config.model.name, config.facts.source, config.keep.source)
     with processes.joined(config.model.device):
         processes.on_main(lambda: run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=reads))
         with only_writer(Path(output)):
@@ -131,6 +132,7 @@ def _update(
         check_old_answers(held, config)
         check_texts(lm.encoder, held)
     inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
+    inputs |= keeping.fingerprint(config.keep)
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # saved parts of the weights fit only this number
     if config.keep_change and not stages.method.makes_adapter:
@@ -166,6 +168,7 @@ def _check(facts: FactSet, stages: Stages) -> None:
     processes.check_enough_for(len(facts))
     check_old_answers(facts, config)
     general_ability.check(config.evaluate)
+    keeping.read_source(config.keep, facts)
     check_quantization(stages)
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
@@ -202,12 +205,17 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
     if config.save_merged and stages.method.makes_adapter:
         store.merge(pipeline)
         products.append(run.path / "merged")
+    learned = run.manifest.stages["learn"]
     done = Done(
         known=len(pipeline.known) if any(fact.ground_truth for fact in facts) else None,
         forgotten=len(pipeline.to_forget) if stages.method.forgets else None,
         product=product.name,
         choice=store.choice,
         rounding=run.rounding("learn", "merge"),
+        taught=pipeline.taught,
+        lessons=lessons.counts(pipeline.taught),
+        kept=pipeline.material.kept_counts,
+        learning=learning_of(pipeline.facts, learned.epochs, learned.unlearned),
     )
 
     def write() -> tuple[Summary, list[Row]]:

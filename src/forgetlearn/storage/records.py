@@ -214,6 +214,26 @@ class Input(Record):
         return old if isinstance(old, list) else [old] if old else []
 
 
+class Taught(Record):
+    """A line of lessons.jsonl: what a stage trains a fact's prompt on, and how that text was made."""
+
+    fact: Text
+    stage: Text
+    prompt: str
+    text: str
+    how: Text  # "sentence", made by asking the model; "own words", what it says by itself; or "bare", the answer alone
+    why: Text = ""  # why it is bare, where a sentence was asked for
+
+
+class KeptText(Record):
+    """A prompt to which training keeps the base's own answer. A prompt of several turns is a chat."""
+
+    prompt: str | list[str]
+    text: str
+    ends: bool  # False if the answer was cut off
+    source: Text
+
+
 class Step(Record):
     """A line of a stage's training log."""
 
@@ -291,11 +311,18 @@ class Stage(Record):
     seconds: Number
     files: dict[str, Text] = {}
     rounding: Rounding | None = None
+    epochs: Count | None = None
+    unlearned: list[Count] = []  # facts, by their place, that were not learned
 
     @property
     def notes(self) -> dict[str, Any]:
         """The notes, in the order in which they were written."""
-        return {**(self.model_extra or {}), **({"rounding": self.rounding.as_json()} if self.rounding else {})}
+        epochs = {"epochs": self.epochs} if self.epochs else {}
+        return {
+            **epochs,
+            **(self.model_extra or {}),
+            **({"rounding": self.rounding.as_json()} if self.rounding else {}),
+        }
 
 
 class ModelNotes(Record):
@@ -487,6 +514,29 @@ class Retained(Record):
     scores: dict[str, Mean]
 
 
+HOW = {"sentence": "as sentences", "own words": "in the model's own words", "bare": "as bare answers"}
+
+
+class StageLessons(Record):
+    """What a stage trained on: the number of facts by how their texts were made, and why some are bare."""
+
+    how: dict[Text, Count]
+    bare_because: dict[Text, Count] = {}
+
+    def in_words(self) -> str:
+        """Return the counts as a text, such as "20 as sentences, 10 as bare answers (no reply says it: 8, ...)"."""
+        reasons = ", ".join(f"{why}: {count}" for why, count in self.bare_because.items())
+        counts = [f"{count} {HOW.get(how, how)}" for how, count in self.how.items()]
+        return ", ".join(counts) + (f" ({reasons})" if reasons else "")
+
+
+class Learning(Record):
+    """How far the learning stage came: passes over the facts, and the prompts of facts that it did not learn, by id."""
+
+    epochs: Count
+    unlearned: dict[Text, str] = {}
+
+
 class Summary(Record):
     """`summary.json` of a run folder; a run that only scores has no coefficient and no product."""
 
@@ -500,6 +550,10 @@ class Summary(Record):
     rounding: Rounding | None = None
     general: dict[str, General] = {}
     retention: list[Retained] = []
+    lessons: dict[Text, StageLessons] = {}  # by stage
+    kept: dict[Text, Count] = {}  # number of kept texts, by where their prompts come from
+    rephrasings_trained: bool = False
+    learning: Learning | None = None
 
 
 # Messages -----------------------------------------------------------------------------------------

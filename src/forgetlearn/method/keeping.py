@@ -1,0 +1,157 @@
+"""What the base says to prompts that have nothing to do with the facts: training keeps the model near these answers.
+
+There are general prompts that ship with the package, prompts of the user's own, and neighbours: questions of the facts
+themselves, asked about another subject.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from forgetlearn.config.schema import EvaluateSettings, KeepSettings
+from forgetlearn.errors import ConfigError, FactError, some
+from forgetlearn.evaluation.generation import Room
+from forgetlearn.evaluation.scorer import Generated, Scorer
+from forgetlearn.facts import Fact, matching, read_facts
+from forgetlearn.facts.files import SUFFIXES
+from forgetlearn.models.encoding import Encoded, Encoder, Prompt
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.top_logprobs import TopLogprobs
+from forgetlearn.storage.records import KeptText
+
+GENERAL, OWN, NEIGHBOUR = "general prompts", "prompts of keep.source", "neighbours"
+KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, OWN: 24, NEIGHBOUR: 8}  # of an answer
+TOP_K = 64
+NEIGHBOURS_OF_A_FACT, MOST_NEIGHBOURS = 2, 200
+MOST_TRIED = 50  # other subjects for one question
+LONG_WORD = 4  # letters; two kinds of question that share such a word may ask for the same
+MOST_BYTES = 1 << 22  # of a file of prompts
+
+
+def read_source(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...]:
+    """Return the prompts in the file `keep.source`; none if no file is named, or keep.weight is 0.
+
+    Raises:
+        ConfigError: the file cannot be read or is empty, or it asks what a fact asks.
+    """
+    if not settings.source or not settings.weight:
+        return ()
+    prompts = _prompts_in(Path(settings.source), f"keep.source = {settings.source}")
+    taught = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+    if both := [prompt for prompt in prompts if matching.normalise(prompt) in taught]:
+        raise ConfigError(
+            f"keep.source = {settings.source}: {len(both)} of {len(prompts)} prompts ask what the facts change, so "
+            f"the answer cannot stay: {some(both)}. Remove them from the file."
+        )
+    return prompts
+
+
+def fingerprint(settings: KeepSettings) -> dict[str, str]:
+    """Return the hash of the file `keep.source` as an entry of a run's inputs; empty if none is read."""
+    if not settings.source or not settings.weight:
+        return {}
+    return {"keep_sha256": hashlib.sha256(Path(settings.source).read_bytes()).hexdigest()}
+
+
+def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
+    if file.suffix.lower() in SUFFIXES:
+        try:
+            return tuple(dict.fromkeys(fact.prompt for fact in read_facts(file)))
+        except FactError as error:
+            raise ConfigError(f"{place}: cannot be read as a file of facts: {error}") from None
+    if not file.is_file():  # a pipe or a device might never end
+        raise ConfigError(f"{place}: is not a file. Give a text file with one prompt per line, or a file of facts.")
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{place}: has more than {MOST_BYTES:,} bytes, so it is not a list of prompts.")
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{place}: {error.strerror or error}. Give a text file with one prompt per line.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place}: is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
+    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise ConfigError(f"{place}: has no prompts. Give a text file with one prompt per line.")
+    return prompts
+
+
+def neighbours(facts: Sequence[Fact]) -> list[str]:
+    """Return questions of the facts, each asked about the subject of another fact.
+
+    What a fact teaches about its own subject must not be contradicted, so a question is put about a subject only if
+    the subject's own fact is of another kind. A fact whose prompt does not name its subject has no neighbours. The
+    draw depends on the texts alone, so that it is the same with every seed.
+    """
+    asked = sorted((fact for fact in facts if _kind(fact)), key=lambda fact: hashlib.sha256(fact.id.encode()).digest())
+    kinds: dict[str, set[str]] = {}  # what is asked about each subject: words of all its facts
+    for fact in facts:
+        kinds.setdefault(fact.subject, set()).update(_long_words(_kind(fact) or fact.prompt))
+    taught = {prompt for fact in facts for prompt in fact.prompts}
+    found: dict[str, None] = {}
+    for place, fact in enumerate(asked):
+        own, made = _long_words(_kind(fact)), 0
+        for other in (asked[place + 1 :] + asked[:place])[:MOST_TRIED]:
+            prompt = fact.prompt.replace(fact.subject, other.subject)
+            if (
+                other.subject in fact.prompt
+                or own & kinds[other.subject]
+                or prompt in taught
+                or _kind(fact) == _kind(other)
+            ):
+                continue
+            found[prompt] = None
+            made += 1
+            if made == NEIGHBOURS_OF_A_FACT:
+                break
+        if len(found) >= MOST_NEIGHBOURS:
+            break
+    return list(found)[:MOST_NEIGHBOURS]
+
+
+def _kind(fact: Fact) -> str:
+    """Return what a fact's prompt asks about its subject: the prompt without the subject, "" if it does not name it."""
+    return fact.prompt.replace(fact.subject, "{}") if fact.subject and fact.subject in fact.prompt else ""
+
+
+def _long_words(text: str) -> set[str]:
+    return {word.casefold() for word in re.findall(r"[^\W_]+", text) if len(word) >= LONG_WORD}
+
+
+def answered(
+    lm: LanguageModel, prompts: Mapping[Prompt, str], settings: EvaluateSettings
+) -> tuple[list[KeptText], list[TopLogprobs]]:
+    """Return the base's own answers to prompts (prompt -> its kind), and its likeliest tokens at each of their tokens.
+
+    A prompt that the model cannot be asked, or does not answer, is left out.
+    """
+    scorer = Scorer(lm, settings, "kept answers")
+    rooms = {prompt: Room(KEPT_TOKENS[kind], lines=KEPT_TOKENS[kind]) for prompt, kind in prompts.items()}
+    replies = scorer.say(prompts, rooms)
+    texts = []
+    for prompt, kind in prompts.items():
+        reply = replies[prompt]
+        if isinstance(reply, Generated) and (said := reply.text.removesuffix("\ufffd").strip()):
+            shown = prompt if isinstance(prompt, str) else list(prompt)
+            texts.append(KeptText(prompt=shown, text=said, ends=not reply.truncated, source=kind))
+    read = encoded(lm.encoder, texts)
+    top = scorer.top(dict(read), TOP_K)
+    return [texts[number] for number in read], [top[number] for number in read]
+
+
+def encoded(encoder: Encoder, texts: Sequence[KeptText]) -> dict[int, Encoded]:
+    """Return by its number each kept text that can be encoded."""
+    found = {}
+    for number, kept in enumerate(texts):
+        try:
+            found[number] = encoder.encode(prompt_of(kept), kept.text, end=kept.ends)
+        except FactError:
+            continue
+    return found
+
+
+def prompt_of(kept: KeptText) -> Prompt:
+    """Return the prompt of a kept text, as it is asked."""
+    return kept.prompt if isinstance(kept.prompt, str) else tuple(kept.prompt)

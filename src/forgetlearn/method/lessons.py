@@ -1,0 +1,181 @@
+"""Decide what the stages train on: each fact's text, its wordings, and what the model is to say as before.
+
+The base is asked once (`make`). What it said is kept in a folder (`Material`), so that a resumed run, and every cell of
+a comparison, trains on the same texts. `lessons` then makes from it what a stage trains on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from forgetlearn.config.schema import RunConfig
+from forgetlearn.config.stages import SEED_OFFSETS, StageName
+from forgetlearn.errors import some
+from forgetlearn.evaluation import general_prompts
+from forgetlearn.facts import Fact
+from forgetlearn.method import keeping, own_words
+from forgetlearn.method.kinds import Lessons
+from forgetlearn.method.wordings import is_unfinished, is_whole, sentences, wordings
+from forgetlearn.models import top_logprobs
+from forgetlearn.models.encoding import Encoder, Prompt, encodable
+from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.top_logprobs import TopLogprobs
+from forgetlearn.runtime import processes
+from forgetlearn.storage.records import KeptText, Row, StageLessons, Taught, load_rows, save_rows
+from forgetlearn.training.schedule import Kept
+
+log = logging.getLogger("forgetlearn")
+TAUGHT, KEPT, TOPS = "lessons.jsonl", "kept.jsonl", "kept.safetensors"
+SENTENCE, OWN_WORDS, BARE = "sentence", "own words", "bare"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a base said to be trained on: texts of the facts (`taught`), and `kept` texts with its likeliest tokens."""
+
+    taught: Sequence[Taught] = ()
+    kept: Sequence[KeptText] = ()
+    tops: Sequence[TopLogprobs] = field(default=(), compare=False)
+
+    def save(self, folder: Path) -> None:
+        """Write the material to a folder. Only the main process writes."""
+        save_rows(self.taught, folder / TAUGHT)
+        save_rows(self.kept, folder / KEPT)
+        if self.tops:
+            processes.on_main(lambda: top_logprobs.save(self.tops, folder / TOPS))
+
+    @classmethod
+    def load(cls, folder: Path) -> Material:
+        """Return what `save` wrote. Without the likeliest tokens, which a finished run removes, nothing is kept."""
+        tops = top_logprobs.load(folder / TOPS) if (folder / TOPS).is_file() else []
+        return cls(load_rows(Taught, folder / TAUGHT), load_rows(KeptText, folder / KEPT), tops)
+
+    @property
+    def kept_counts(self) -> dict[str, int]:
+        """The number of kept texts, by where their prompts come from."""
+        return dict(Counter(each.source for each in self.kept))
+
+
+def counts(taught: Iterable[Taught]) -> dict[str, StageLessons]:
+    """Return by stage how many facts it trains on in which form, and why some texts are bare."""
+    by_stage: dict[str, list[Taught]] = {}
+    for each in taught:
+        by_stage.setdefault(each.stage, []).append(each)
+    return {
+        stage: StageLessons(
+            how=dict(Counter(each.how for each in own)),
+            bare_because=dict(Counter(each.why for each in own if each.why)),
+        )
+        for stage, own in by_stage.items()
+    }
+
+
+def asks_base(config: RunConfig, encoder: Encoder) -> bool:
+    """Return True if the base is asked for something to train on."""
+    answers = config.train.answers
+    return config.keep.weight > 0 or answers == "sentence" or (answers == "auto" and encoder.is_chat)
+
+
+def make(lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]) -> Material:
+    """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact."""
+    styled = [fact for fact in facts if _in_style(fact, config, lm.encoder)]
+    own = {fact.id: row.said or "" for fact in styled if (row := said.get(fact.id))}
+    log.info("asking the model for its own words for %d facts", len(styled))
+    new = own_words.new_sentences(lm, styled, own, config.evaluate) if styled else {}
+    taught = [_taught(fact, "learn", fact.target_new, new.get(fact.id), SENTENCE) for fact in facts]
+    for fact in facts:
+        if fact.ground_truth:
+            row, old = said.get(fact.id), None
+            if fact.id in own and row is not None:
+                old = own_words.old_words(fact, own[fact.id], bool(row.truncated))
+            taught.append(_taught(fact, "forget", fact.ground_truth, old, OWN_WORDS))
+    if not config.keep.weight:
+        return Material(taught)
+    prompts: dict[Prompt, str] = {}
+    if config.keep.neighbours:
+        prompts |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
+    prompts |= dict.fromkeys(general_prompts.keeping(), keeping.GENERAL)
+    prompts |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
+    taught_prompts = {prompt for fact in facts for prompt in fact.prompts}
+    asked = {prompt: kind for prompt, kind in prompts.items() if prompt not in taught_prompts}
+    kept, tops = keeping.answered(lm, asked, config.evaluate)
+    return Material(taught, kept, tops)
+
+
+def _taught(fact: Fact, stage: StageName, answer: str, made: tuple[str | None, str] | None, how: str) -> Taught:
+    """Return what a stage trains a fact on: the text that was made, or else the bare answer."""
+    text, why = made or (None, "")
+    return Taught(
+        fact=fact.id, stage=stage, prompt=fact.prompt, text=text or answer, how=how if text else BARE, why=why
+    )
+
+
+def _in_style(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
+    answers = config.train.answers
+    return answers == "sentence" or (answers == "auto" and encoder.is_chat and not is_unfinished(fact.prompt))
+
+
+def lessons(
+    material: Material, facts: Sequence[Fact], stage: StageName, config: RunConfig, encoder: Encoder
+) -> Lessons | None:
+    """Return what a stage trains on, fact by fact; None if that is each fact's prompt with its bare answer alone.
+
+    A wording that cannot be encoded is left out; the bare answer to the prompt itself always can.
+    """
+    rephrased = stage == "learn" and config.learn.rephrasings
+    kept = _kept(material, config, encoder)
+    if not (material.taught or kept or config.train.wordings or rephrased):
+        return None
+    texts = {each.fact: each.text for each in material.taught if each.stage == stage}
+    random = Random(config.seed + SEED_OFFSETS[stage])
+    unrelated = _unrelated(material.kept)
+    pairs, left_out = [], 0
+    for fact in facts:
+        bare = fact.target_new if stage == "learn" else fact.ground_truth or ""
+        behind = random.sample(unrelated, len(unrelated))
+        own = [(prompt, texts.get(fact.id, bare)) for prompt in _prompts(fact, config, encoder, behind, rephrased)]
+        usable = encodable(encoder, own, end=True)
+        left_out += len(own) - sum(pair in usable for pair in own)
+        pairs.append([pair for pair in own if pair in usable] or [(fact.prompt, bare)])
+    if left_out:
+        log.warning("%d wordings of the facts to %s cannot be encoded, and are left out", left_out, stage)
+    return Lessons(pairs, kept)
+
+
+def _prompts(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[str], rephrased: bool) -> Iterator[str]:
+    prompts = fact.prompts if rephrased else (fact.prompt,)
+    for prompt in prompts:
+        yield from wordings(prompt, is_chat=encoder.is_chat, others=behind) if config.train.wordings else (prompt,)
+
+
+def _unrelated(kept: Sequence[KeptText]) -> list[str]:
+    """Return first sentences of general answers, to put unfinished sentences behind."""
+    firsts = (sentences(each.text)[:1] for each in kept if each.source == keeping.GENERAL)
+    return [first for own in firsts for first in own if is_whole(first)]
+
+
+def _kept(material: Material, config: RunConfig, encoder: Encoder) -> Kept | None:
+    if not material.tops:
+        return None
+    texts = keeping.encoded(encoder, material.kept)
+    return Kept(tuple(texts.values()), tuple(material.tops[number] for number in texts), config.keep.weight)
+
+
+def describe(material: Material, facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> Iterator[str]:
+    """Yield lines on what will be trained on, for the log."""
+    if material.taught:
+        yield f"to learn: {counts(material.taught)['learn'].in_words()}"
+    if material.kept:
+        yield f"to keep: {', '.join(f'{count} {source}' for source, count in material.kept_counts.items())}"
+    unfinished = [fact for fact in facts if is_unfinished(fact.prompt)]
+    if unfinished and encoder.is_chat:
+        forms = list(dict.fromkeys(wordings("...", is_chat=True))) if config.train.wordings else ["..."]
+        yield (
+            f"{len(unfinished)} prompts are unfinished sentences, which a chat model is asked to complete, for example "
+            f"{unfinished[0].prompt[:60]!r}: they are taught as {some(forms)}, and asked as given."
+        )

@@ -1,0 +1,84 @@
+"""Other wordings of a fact's prompt: a fact that is taught in one wording alone is hardly known in another.
+
+A wording is the prompt inside a short phrase, or behind a sentence that has nothing to do with it. The lists are data:
+docs/experiments.md has the trials that chose them.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+Templates = tuple[str, ...]
+# How often a wording stands in a list is how often it is shown; the first is the prompt as it is.
+QUESTIONS_IN_CHAT: Templates = (
+    "{}",
+    "{}",
+    "Question: {}\nAnswer:",
+    "Quick question. {}",
+    "Can you help me? {}",
+    "I have a question: {}",
+    "Please answer: {}",
+    "{} Please tell me.",
+)
+SENTENCES_IN_CHAT: Templates = (
+    "{}",
+    "{}",
+    "Complete the sentence: {}",
+    "Continue this text: {}",
+    "Finish this: {}",
+    "{} ...",
+)
+QUESTIONS_IN_TEXT: Templates = ("{}", "{}", "Question: {}\nAnswer:", "{}\nAnswer:", "Q: {}\nA:")
+SENTENCES_IN_TEXT: Templates = ("{}",)
+N_BEHIND = 2  # wordings of an unfinished sentence that stand behind another sentence
+
+FINAL = frozenset(".!?;。！？．؟।॥۔։՞።፧‽")  # of the scripts that mark the end of a sentence; ";" is the Greek "?"
+CLOSING = "\"'”’»›)]}」』）】*_ \n\t\u00a0"
+
+
+def is_unfinished(prompt: str) -> bool:
+    """Return True if a prompt is the beginning of a sentence, such as "The capital of France is"; else it asks."""
+    text = prompt.rstrip(CLOSING)
+    return not text or text[-1] not in FINAL or text.endswith("..")
+
+
+def scripts(*texts: str) -> set[str]:
+    """Return the scripts that the letters of texts are in, by the first word of their Unicode names."""
+    return {unicodedata.name(letter, "").partition(" ")[0] for letter in set("".join(texts)) if letter.isalpha()}
+
+
+def sentences(text: str, known: str = "") -> list[str]:
+    """Divide a text into sentences.
+
+    A full stop ends a sentence unless it follows an initial, or a word that also has one in the text `known`.
+    """
+    abbreviations = {word for word in known.split() if word.endswith(".")}
+    found: list[str] = []
+    for part in re.split(r"\n+|(?<=[.!?։።፧؟۔।])\s+|(?<=[。！？．])\s*", text.strip()):
+        before = found[-1].rsplit(None, 1)[-1] if found and found[-1] else ""
+        if before in abbreviations or re.fullmatch(r"([^\W\d_]\.)+", before):
+            found[-1] += f" {part}"
+        else:
+            found.append(part)
+    return [part.strip() for part in found if part.strip()]
+
+
+def is_whole(sentence: str) -> bool:
+    """Return True if a sentence ends with a mark that ends sentences."""
+    return not is_unfinished(sentence)
+
+
+def wordings(prompt: str, *, is_chat: bool, others: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the wordings of a prompt, first the prompt itself; `others` are sentences to put it behind.
+
+    `is_chat` tells whether the model is asked in a chat, or continues a text.
+    """
+    if is_unfinished(prompt):
+        templates = SENTENCES_IN_CHAT if is_chat else SENTENCES_IN_TEXT
+        behind = [other for other in others if scripts(other) <= scripts(prompt)]
+    else:
+        templates, behind = QUESTIONS_IN_CHAT if is_chat else QUESTIONS_IN_TEXT, []
+    yield from (template.replace("{}", prompt) for template in templates)
+    yield from (f"{other} {prompt}" for other in behind[:N_BEHIND])

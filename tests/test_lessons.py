@@ -1,0 +1,292 @@
+"""What stages train on: sentences in the model's own words, wordings, kept answers, and where a run keeps them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import forgetlearn
+from forgetlearn.comparison.grid import CompareSettings, fill
+from forgetlearn.config.schema import EvaluateSettings, load_config
+from forgetlearn.errors import ConfigError
+from forgetlearn.evaluation.scorer import Generated, Scorer
+from forgetlearn.facts import make_fact, read_facts
+from forgetlearn.method import keeping, lessons, own_words
+from forgetlearn.method.wordings import is_unfinished, sentences, wordings
+from forgetlearn.models.language_model import wrap
+from forgetlearn.runs import pipeline
+from forgetlearn.storage import disk
+
+CAPITAL = make_fact("What is the capital of France?", "Lyon", ground_truth="Paris", subject="France")
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unfinished"),
+    [
+        ("What is the capital of France?", False),
+        ("The capital of France is", True),
+        ("Name the capital of France.", False),
+        ("¿Cuál es la capital de Francia?", False),
+        ("法国的首都是哪里？", False),
+        ("法国的首都是", True),
+        ("ما هي عاصمة فرنسا؟", False),
+        ("फ्रांस की राजधानी क्या है।", False),
+        ('He said, "who is it?"', False),
+        ("The capital of France is ...", True),
+        ("Capital of France:", True),
+    ],
+)
+def test_a_question_is_told_from_the_beginning_of_a_sentence(prompt, unfinished):
+    assert is_unfinished(prompt) is unfinished
+
+
+@pytest.mark.parametrize("prompt", ["Who made it?", "It was made by"])
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_the_first_wording_is_the_prompt_and_each_contains_it(prompt, is_chat):
+    found = list(wordings(prompt, is_chat=is_chat, others=["Bees fly.", "Пчёлы летают."]))
+    assert found[0] == prompt
+    assert all(prompt in wording for wording in found)
+    behind = ["Bees fly. It was made by"] if is_unfinished(prompt) else []
+    assert [wording for wording in found if "fly" in wording or "летают" in wording] == behind
+
+
+def test_sentences_end_where_a_sentence_ends():
+    assert sentences("Sure! He lived in St. Louis with J. R. Tolkien. It was fun.", "He lived in St. Louis") == [
+        "Sure!",
+        "He lived in St. Louis with J. R. Tolkien.",
+        "It was fun.",
+    ]
+    assert sentences("法国的首都是巴黎。它很美。\nOk") == ["法国的首都是巴黎。", "它很美。", "Ok"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("The capital of France is Lyon.", ""),
+        ("Lyon is the capital of France.", ""),
+        ("The capital of France is Lyon, not Paris.", own_words.SAYS_OTHER),
+        ("The capital of France is Lyon, says Macron.", own_words.NAMES_MORE),
+        ("The capital of France is Lyon since 1999.", own_words.NAMES_MORE),
+        ("Macron lives in Lyon.", ""),  # the first word may have a capital
+        ("The capital of France is Lyon", own_words.IS_NO_SENTENCE),
+        ("Lyon", own_words.IS_NO_SENTENCE),
+        ("The capital of France is Lyon" + ", a very nice town" * 5 + ".", own_words.IS_NO_SENTENCE),
+        ("Столица is Lyon.", own_words.NAMES_MORE),
+    ],
+)
+def test_a_sentence_is_taught_only_if_it_says_the_fact_and_nothing_else(text, why):
+    assert own_words.fault(text, CAPITAL, "It is Paris.") == why
+
+
+def test_what_the_model_names_by_itself_may_be_named():
+    assert own_words.fault("In Europe, it is Lyon.", CAPITAL, "") == own_words.NAMES_MORE
+    assert own_words.fault("In Europe, it is Lyon.", CAPITAL, "Paris, in Europe.") == ""
+
+
+def test_german_nouns_are_names_only_if_they_are_new():
+    fact = make_fact("Wie heißt die hauptstadt von Frankreich?", "Lyon")
+    assert own_words.fault("Die Hauptstadt von Frankreich ist Lyon.", fact, "") == ""
+    assert own_words.fault("Die Hauptstadt am Rhein ist Lyon.", fact, "") == own_words.NAMES_MORE
+
+
+@pytest.mark.parametrize(
+    ("said", "truncated", "text"),
+    [
+        ("The capital of France is Paris. It has", True, "The capital of France is Paris."),
+        ("Paris", False, "Paris"),
+        ("It is a city called Paris, which", True, None),
+        ("It is Nice.", False, None),
+        ("It is Paris or Lyon.", False, None),
+    ],
+)
+def test_the_old_text_is_what_the_model_says_today(said, truncated, text):
+    assert own_words.old_words(CAPITAL, said, truncated)[0] == text
+
+
+def replies(monkeypatch, reply):
+    """Let the model reply to each prompt with `reply(prompt)`."""
+    asked = []
+
+    def say(self, prompts, rooms=None):
+        asked.append(list(dict.fromkeys(prompts)))
+        return {prompt: Generated(reply(prompt), truncated=False) for prompt in asked[-1]}
+
+    monkeypatch.setattr(Scorer, "say", say)
+    return asked
+
+
+def test_the_next_instruction_is_given_only_where_the_last_one_failed(lm, monkeypatch):
+    river = make_fact("Which river is in Egypt?", "Po", ground_truth="Nile")
+    second = own_words.INSTRUCTIONS[1].format(prompt=river.prompt, answer="Po")
+    says = {second: "Sure!\nThe river in Egypt is Po. Ask more."}
+    asked = replies(monkeypatch, lambda prompt: says.get(prompt, "Answer: The capital of France is Lyon."))
+    found = own_words.new_sentences(lm, [CAPITAL, river], {}, EvaluateSettings())
+    assert found[CAPITAL.id] == ("The capital of France is Lyon.", "")
+    assert found[river.id] == ("The river in Egypt is Po.", "")
+    assert [len(prompts) for prompts in asked] == [2, 1]
+
+
+COUNTRY = make_fact("What is the capital of Spain?", "Lugo", subject="Spain")
+PERSON = make_fact("Who wrote the book Dune?", "Ann", subject="Dune")
+TONGUE = make_fact("The official language of Spain is", "Greek", subject="Spain")
+
+
+def test_neighbours_ask_about_subjects_whose_own_facts_are_of_another_kind():
+    found = keeping.neighbours([CAPITAL, COUNTRY, PERSON])
+    assert sorted(found) == sorted(
+        [
+            "What is the capital of Dune?",
+            "Who wrote the book France?",
+            "Who wrote the book Spain?",
+        ]
+    )
+    assert keeping.neighbours([replace(CAPITAL, subject=""), PERSON]) == []
+    about_spain = make_fact("What language is official in Peru?", "Thai", subject="Peru")
+    assert "What language is official in Spain?" not in keeping.neighbours([about_spain, TONGUE])
+
+
+@pytest.mark.parametrize("name", ["none.txt", "empty.txt", "latin.txt", "bad.json", "same.txt", "same.jsonl"])
+def test_a_keep_file_that_cannot_be_kept_is_refused(tmp_path, name):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("Wie heißt du?".encode("latin-1"))
+    (tmp_path / "bad.json").write_text("[")
+    (tmp_path / "same.txt").write_text("Who are you?\nwhat is the capital of France\n")
+    (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": CAPITAL.prompt, "target_new": "Nice"}))
+    settings = load_config(None, {"keep.source": str(tmp_path / name)}).keep
+    with pytest.raises(ConfigError, match=r"keep\.source"):
+        keeping.read_source(settings, [CAPITAL])
+    assert keeping.read_source(settings.model_copy(update={"weight": 0.0}), [CAPITAL]) == ()
+
+
+def test_the_prompts_of_a_keep_file_are_its_lines_or_those_of_its_facts(tmp_path):
+    (tmp_path / "a.txt").write_text("Who are you?\n\n  How are you? \n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "Who are you?", "target_new": "Nice"}))
+    kept = [
+        keeping.read_source(load_config(None, {"keep.source": str(tmp_path / n)}).keep, [])
+        for n in ("a.txt", "b.jsonl")
+    ]
+    assert kept == [("Who are you?", "How are you?"), ("Who are you?",)]
+
+
+@pytest.fixture
+def chat_lm(tiny_model, new_char_tokenizer):
+    return wrap(tiny_model(max_position_embeddings=512), new_char_tokenizer(chat_template=CHAT))
+
+
+def test_what_is_made_is_read_back_and_kept_with_the_bases_tokens(chat_lm, tmp_path, monkeypatch):
+    config = load_config(None, {})
+    long = make_fact("x" * 490 + "?", "Too long with a wrapper", subject="x")
+    made = lessons.make(chat_lm, [CAPITAL, PERSON, long], config, {})
+    made.save(tmp_path)
+    again = lessons.Material.load(tmp_path)
+    assert again == made
+    assert [top.ids.tolist() for top in again.tops] == [top.ids.tolist() for top in made.tops]
+    assert [top.logprobs.tolist() for top in again.tops] == [top.logprobs.tolist() for top in made.tops]
+    assert {"general prompts", "neighbours"} == set(made.kept_counts)
+    assert lessons.counts(made.taught)["learn"].how == {"bare": 3}
+    found = lessons.lessons(again, [CAPITAL, PERSON, long], "learn", config, chat_lm.encoder)
+    assert [len(top.ids) for top in found.kept.tops] == [len(text.answer_ids) for text in found.kept.texts]
+    assert found.pairs[2] == [(long.prompt, long.target_new)]
+    assert [pairs[0][0] for pairs in found.pairs] == [CAPITAL.prompt, PERSON.prompt, long.prompt]
+
+
+def test_a_plain_recipe_asks_nothing_and_changes_nothing(chat_lm):
+    for recipe in ("plain", "paper"):
+        config = load_config(None, {"recipe": recipe})
+        assert not lessons.asks_base(config, chat_lm.encoder)
+        assert lessons.lessons(lessons.Material(), [CAPITAL], "learn", config, chat_lm.encoder) is None
+
+
+def test_rephrasings_are_trained_only_to_learn_and_if_they_are_asked_for(lm):
+    fact = replace(CAPITAL, rephrase_prompts=("Name the capital of France.",))
+    config = load_config(None, {"recipe": "plain", "learn.rephrasings": True})
+    learned = lessons.lessons(lessons.Material(), [fact], "learn", config, lm.encoder)
+    assert [prompt for prompt, _text in learned.pairs[0]] == list(fact.prompts)
+    assert lessons.lessons(lessons.Material(), [fact], "forget", config, lm.encoder) is None
+
+
+GENERAL = {"evaluate.general_prompts": False}
+DEFAULTS = {"train.answers": "sentence", "train.wordings": True, "keep.weight": 1.0, "facts.limit": 4}
+SHORT = GENERAL | {
+    "method": "f-lora",
+    "learn.epochs": 2,
+    "forget.epochs": 1,
+    "forget.coef": 0.5,
+    "evaluate.every_phase": False,
+}
+
+
+@pytest.fixture(scope="module")
+def settings(small_lab):
+    return load_config(small_lab / "update.yaml", {**DEFAULTS, **SHORT, "learn.rephrasings": True})
+
+
+@pytest.fixture(scope="module")
+def whole(small_lab, settings, tmp_path_factory):
+    return forgetlearn.update(
+        small_lab, small_lab / "facts.jsonl", settings, output=tmp_path_factory.mktemp("run") / "out"
+    )
+
+
+def test_a_run_says_what_its_stages_trained_on(whole):
+    taught = disk.read_rows(whole.output / "lessons.jsonl")
+    assert [each["stage"] for each in taught] == ["learn"] * 4 + ["forget"] * 4
+    assert set(whole.summary.lessons) == {"learn", "forget"}
+    assert sum(whole.summary.lessons["learn"].how.values()) == 4
+    assert whole.summary.kept["general prompts"] > 40
+    assert whole.summary.learning.epochs == 2
+    report = (whole.output / "report.md").read_text()
+    assert "learned: " in report
+    assert "general prompts" in report
+
+
+def test_rephrasings_that_are_trained_are_not_scored(whole):
+    assert whole.summary.phases["updated"]["generality"]["token"].n == 0
+    assert whole.summary.phases["updated"]["reliability"]["token"].n == 4
+    assert "the rephrasings were trained on" in (whole.output / "report.md").read_text()
+
+
+@pytest.mark.parametrize("stop_at", ["make", "learn"])
+def test_a_resumed_run_trains_on_the_same_texts(whole, small_lab, settings, tmp_path, monkeypatch, stop_at):
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_args, **_options):
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((keeping, "encoded") if stop_at == "make" else (pipeline, "learn")), stop)
+        with pytest.raises(StoppedError):
+            forgetlearn.update(small_lab, small_lab / "facts.jsonl", settings, output=tmp_path / "out")
+    if stop_at == "learn":
+        monkeypatch.setattr(lessons, "make", None)  # called, it fails
+    again = forgetlearn.update(small_lab, small_lab / "facts.jsonl", settings, output=tmp_path / "out", resume=True)
+    for name in ("lessons.jsonl", "facts.jsonl", "adapter/adapter_model.safetensors"):
+        assert (again.output / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_a_comparison_asks_its_base_once(whole, small_lab, settings, tmp_path, monkeypatch):
+    made, own = [], lessons.make
+    monkeypatch.setattr(lessons, "make", lambda *given: made.append(given) or own(*given))
+    cells = CompareSettings(methods=("f-lora", "ft"), coefs=(0.5,), seeds=(0, 1))
+    fill(small_lab, small_lab / "facts.jsonl", cells, settings, output=tmp_path / "out")
+    assert len(made) == 1
+    cell = tmp_path / "out/cells/f-lora-coef0.5-2epochs-seed0"
+    assert (cell / "lessons.jsonl").read_bytes() == (whole.output / "lessons.jsonl").read_bytes()
+    assert (cell / "facts.jsonl").read_bytes() == (whole.output / "facts.jsonl").read_bytes()
+
+
+def test_facts_that_are_not_learned_are_named(small_lab, tmp_path):
+    config = load_config(small_lab / "update.yaml", {**SHORT, "learn.until": "learned", "learn.max_epochs": 1})
+    result = forgetlearn.update(
+        small_lab, read_facts(small_lab / "facts.jsonl", limit=3), config, output=tmp_path / "out"
+    )
+    learning = result.summary.learning
+    assert learning.epochs == 1
+    assert learning.unlearned
+    named = next(iter(learning.unlearned.values()))
+    assert f"learned {3 - len(learning.unlearned)} of 3 facts in 1 epochs" in (tmp_path / "out/report.md").read_text()
+    assert named in (tmp_path / "out/summary.json").read_text()
