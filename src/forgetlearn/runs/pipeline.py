@@ -133,8 +133,6 @@ class Pipeline:
         if lessons.asks_base(self.config, self.lm.encoder):
             made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, {row.fact: row for row in said}))
             self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
-        for line in lessons.describe(self.material, self.facts, self.config, self.lm.encoder):
-            log.info(line)
 
     def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
         return lessons.lessons(self.material, facts, stage.name, self.config, self.lm.encoder)

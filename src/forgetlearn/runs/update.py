@@ -145,6 +145,7 @@ def _update(
     n_processes = processes.world_size()
     line, planned = processes.on_main(lambda: plan.plan_line(lm, fact_set, config, n_processes))
     log.info(line)
+    lessons.note_unfinished(fact_set, config, lm.encoder)
     left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in stages) else None
     noted = {"plan": planned, "lora": left}
     if left:
