@@ -84,7 +84,8 @@ def make(lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapp
     """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact."""
     styled = [fact for fact in facts if _in_style(fact, config, lm.encoder)]
     own = {fact.id: row.said or "" for fact in styled if (row := said.get(fact.id))}
-    log.info("asking the model for its own words for %d facts", len(styled))
+    if styled:
+        log.info("asking the model for its own words for %d facts", len(styled))
     new = own_words.new_sentences(lm, styled, own, config.evaluate) if styled else {}
     taught = [_taught(fact, "learn", fact.target_new, new.get(fact.id), SENTENCE) for fact in facts]
     for fact in facts:
@@ -175,7 +176,9 @@ def note_unfinished(facts: Iterable[Fact], config: RunConfig, encoder: Encoder) 
     if unfinished and encoder.is_chat:
         forms = dict.fromkeys(wordings("...", is_chat=True)) if config.train.wordings else ["..."]
         log.info(
-            "%d prompts are unfinished sentences, such as %r, and a chat model is asked to complete them: they are "
-            "taught as %s, and asked as given",
-            *(len(unfinished), unfinished[0][:60], some([repr(form) for form in forms])),
+            "%d prompts are unfinished sentences (%r), which a chat model is asked to complete; taught as %s, asked as "
+            "given",
+            len(unfinished),
+            unfinished[0][:60],
+            some([repr(form) for form in forms]),
         )
