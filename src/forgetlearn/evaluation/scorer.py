@@ -135,7 +135,8 @@ class Scorer:
             layout = self._layout(texts.values(), "shared")
             for batch in self._shown(self._batches(texts, layout), "reading"):
                 found.update(zip(batch, self._halving(batch, lambda some: run(some, layout)), strict=True))
-        return processes.merged(found)
+        everyones = processes.merged(found)
+        return {key: everyones[key] for key in texts}  # in the order that was given, not that of the batches
 
     def say(self, prompts: Iterable[P], rooms: Mapping[P, Room] | None = None) -> dict[P, Generated | Failure]:
         """Return the free answer to each distinct prompt.
