@@ -244,7 +244,7 @@ def compare(
     from forgetlearn.comparison.slurm import Jobs, fill_on_cluster
     from forgetlearn.comparison.table import write_table
     from forgetlearn.report.comparison_page import verdict
-    from forgetlearn.report.render import COLUMNS
+    from forgetlearn.report.render import short_columns
 
     lists = {"methods": methods, "coefs": coefs, "seeds": seeds, "epochs": epochs, "budgets": budgets}
     asked: dict[str, object] = {
@@ -260,8 +260,8 @@ def compare(
     else:
         fill(settings=settings, config=config, output=output, resume=resume, overwrite=overwrite, workers=workers)
     table = write_table(output)
-    columns = [f"{quantity}.{protocol}" for quantity, protocol in COLUMNS]
-    print_table([(row.label, [row.scores.get(name) for name in columns]) for row in table.rows], "")
+    columns = short_columns(table.protocols)
+    print_table([(row.label, [row.scores.get(f"{q}.{p}") for q, p in columns]) for row in table.rows], "", columns)
     say(f"\n{verdict(table)[0]}\nreport   {output / 'report.html'}\ncells    {output / 'cells'}, a run folder each")
 
 
@@ -349,7 +349,7 @@ def demo(
 
     with signals.handled():
         result = run_demo(output, n_facts=limit, seed=seed, resume=resume, overwrite=overwrite)
-    print_table(result.rows, "method")
+    print_table(result.rows, "method", result.columns)
     say(
         "Percent. Locality is agreement with the original; residue, the old answer, is better when it is lower.\n"
         f"A run folder for each method lies in {result.output}; open {result.output / 'f-ft' / 'report.html'}."

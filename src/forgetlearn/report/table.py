@@ -98,6 +98,11 @@ class Table(Part):
         return ", ".join(parts)
 
     @property
+    def protocols(self) -> set[str]:
+        """The protocols that some row was scored under."""
+        return {column.partition(".")[2] for row in self.rows for column in row.scores}
+
+    @property
     def at_equal_epochs(self) -> list[TableRow]:
         """The rows that learn for the requested epochs, without those for equal steps."""
         return [row for row in self.rows if row.budget == "equal-epochs"]

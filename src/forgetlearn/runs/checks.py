@@ -89,6 +89,7 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
         facts,
         {row.fact: row.said or "" for row in rows},
         unfinished={row.fact for row in rows if row.truncated},
+        writes_on=any(row.writes_on for row in rows),
         strict=config.facts.strict,
     )
 

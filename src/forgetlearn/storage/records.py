@@ -167,6 +167,7 @@ class Row(Record):
     locality: Share | None = None
     said: str | None = None
     said_rephrased: list[str | None] = []
+    writes_on: bool = False  # an answer counts only at the beginning of `said`
     truncated: Count = 0  # number of answers cut off at the token limit
     predicted: list[list[int]] = []  # token ids for each locality probe; only in rows kept to resume a stage
     split: Text | None = None  # "validation" if forget.coef = auto was chosen on this fact
