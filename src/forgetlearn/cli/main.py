@@ -154,6 +154,10 @@ def lab(
 def update(
     given: Given,
     output: OutputOption,
+    failed_only: Annotated[
+        Path | None,
+        typer.Option("--failed-only", help="Go on with the facts that this finished run got wrong, on its product."),
+    ] = None,
     n_processes: ProcessesOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -165,7 +169,15 @@ def update(
     from forgetlearn.runs.update import update as run_update
 
     with signals.handled():
-        result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
+        result = run_update(
+            given.flag("model.name") if failed_only else None,
+            given.flag("facts.source") if failed_only else None,
+            config,
+            output=output,
+            failed_only=failed_only,
+            resume=resume,
+            overwrite=overwrite,
+        )
     shown = overview(result.summary)
     print_scores(shown)
     say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")

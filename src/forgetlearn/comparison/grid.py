@@ -226,7 +226,7 @@ class _Worker:
             run = run_folder.RunFolder.create(folder, config.model_dump(mode="json"), inputs)
             (folder / "logs").mkdir()
             disk.write_rows(folder / "logs" / "learn.jsonl", learned.steps)
-            done = Done(len(pipeline.known), forgotten)
+            done = Done(len(pipeline.known), forgotten, nothing_forgotten=pipeline.nothing_forgotten)
             write_results(folder, config, self.comparison.facts, pipeline.rows, done)
             run.note(model=self.lm.describe())
             run.finish()

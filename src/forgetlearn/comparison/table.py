@@ -22,8 +22,8 @@ from forgetlearn.report import comparison_page
 from forgetlearn.report.comparison_page import CellAnswers
 from forgetlearn.report.render import COLUMNS, Column, leading_columns
 from forgetlearn.report.table import FILE, Against, EqualReliability, Forgotten, Table, TableRow, Unpaired
-from forgetlearn.storage.records import REMEDY, ComparisonConfig, Input, Row, load_rows
-from forgetlearn.storage.run_folder import INPUTS, ROWS, RunFolder, is_run
+from forgetlearn.storage.records import REMEDY, ComparisonConfig, Input, Row, Summary, load_rows
+from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder, is_run
 
 Scores = dict[str, dict[Column, list[float]]]  # phase -> column -> a score per fact, in the facts' order
 
@@ -86,6 +86,7 @@ class _Group:
             for phase in ("base", "forgotten", "updated")
         }
         self.scores: dict[Column, Floats] = self.phases["updated"]
+        self.nothing_forgotten = Summary.load(path / CELLS / self.first.name / SUMMARY).nothing_forgotten
 
 
 def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
@@ -141,6 +142,7 @@ def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Co
         overall=_estimate(ours),
         scores={f"{q}.{p}": _estimate(scores) for (q, p), scores in group.scores.items()},
         forgotten=_forgotten(group),
+        nothing_forgotten=group.nothing_forgotten,
         against={
             budget: Against(
                 label=baseline.first.label,

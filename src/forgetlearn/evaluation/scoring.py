@@ -119,10 +119,9 @@ def _says_old(fact: Fact, row: Row) -> float:
     return matching.says(row.said or "", fact.old_answers, fact.new_answers, at_start=row.writes_on)
 
 
-def held_facts(facts: Iterable[Fact], base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Fact]:
-    """Return the facts whose old answer the base gives, by its rows if `generate` was scored, else by calling `ask`."""
-    was_asked = any(row.protocol == "generate" for row in base_rows)
-    return known_facts(facts, base_rows if was_asked else ask())
+def replies(base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Row]:
+    """Return the base's free answers: its rows of the protocol `generate` if that was scored, else those of `ask`."""
+    return [row for row in base_rows if row.protocol == "generate"] or ask()
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,8 @@ def _remarks(table: Table, row: TableRow | None) -> list[str]:
             f"Against {names[against.label]} ({BUDGETS[budget]}), in points: {show_difference(against.overall)}; "
             f"of which {', '.join(shown)}."
         )
+    whys = {own.sentence: own.example_line for each in table.rows if (own := each.nothing_forgotten)}
+    remarks += [f"{why} ({example})" if example else why for why, example in whys.items()]
     if count > 1:
         remarks.append(
             f"{count} comparisons with plain fine-tuning were made, and the best row was chosen on the very facts "

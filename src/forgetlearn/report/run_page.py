@@ -184,6 +184,8 @@ def overview(summary: Summary) -> Overview:
         lines.append(
             f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
         )
+    if summary.nothing_forgotten and (line := summary.nothing_forgotten.example_line):
+        lines.append(line)
     if summary.rounding and (words := in_words(summary.rounding.as_json())):
         lines.append(f"the product as it is stored: {words}")
     return Overview(summary, phases, verdict(summary, phases), lines, measured, _general(summary.general, measured))
@@ -355,9 +357,9 @@ def verdict(summary: Summary, phases: Sequence[str]) -> str:
         parts.append(f"answers {locality:.1f} % of unrelated tokens as before")
     if (residue := mean("residue", free)) is not None:
         parts.append(f"still gives the old answer to {residue:.1f} % of prompts and rephrasings")
+    nothing = f" {summary.nothing_forgotten.sentence}" if summary.nothing_forgotten else ""
     if not parts:
-        return f"{subject} was scored on {facts.scored} facts."
-    nothing = " Nothing was forgotten." if summary.coef is not None and facts.forgotten == 0 else ""
+        return f"{subject} was scored on {facts.scored} facts.{nothing}"
     return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + f"{parts[-1]}.{nothing}"
 
 

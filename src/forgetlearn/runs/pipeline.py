@@ -21,7 +21,8 @@ from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teac
 from forgetlearn.method.kinds import STAGE_KINDS, to_own_form
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.storage.records import General, Row
+from forgetlearn.runs.nothing_forgotten import why_nothing
+from forgetlearn.storage.records import General, NothingForgotten, Row
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict, load_into, snapshot
@@ -97,6 +98,7 @@ class Pipeline:
         self.rows: dict[str, list[Row]] = {}
         self._measured: dict[str, Path] = {}  # folders with general ability, by phase
         self.known: list[Fact] = []  # facts whose old answer the base gives
+        self.replies: list[Row] = []  # the base's free answers to the facts' prompts
         # Functions that load the weights that the next step needs; called only if that step really runs.
         self._pending: dict[str, Callable[[], None]] = {"base": base.restore} if base else {}
 
@@ -120,7 +122,8 @@ class Pipeline:
         self._score("base")
         self._measure("base")
         probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-        self.known = scoring.held_facts(self.facts, self.rows["base"], lambda: self.store.rows("probe", probe))
+        self.replies = scoring.replies(self.rows["base"], lambda: self.store.rows("probe", probe))
+        self.known = scoring.known_facts(self.facts, self.replies)
 
     @property
     def to_forget(self) -> list[Fact]:
@@ -130,6 +133,13 @@ class Pipeline:
             return []
         return self.known if stage.settings.only_known else [fact for fact in self.facts if fact.ground_truth]
 
+    @property
+    def nothing_forgotten(self) -> NothingForgotten | None:
+        """The reason why nothing is forgotten, if the method forgets but nothing is."""
+        if not self.stages.method.forgets or self.to_forget:
+            return None
+        return why_nothing(self.config, self.facts, self.replies)
+
     def update(self) -> None:
         """Forget and learn, and score the results."""
         if (stage := self.stages.forget) and (facts := self.to_forget):
@@ -137,8 +147,8 @@ class Pipeline:
             self._train(stage, len(facts), lambda stage_io: self._forget(stage, facts, tuned, stage_io))
             if "forgotten" in self.stages.phases:
                 self._score("forgotten")
-        elif stage:
-            log.warning("The model gives none of the old answers, so there is nothing to forget: skipping to learning.")
+        elif nothing := self.nothing_forgotten:
+            log.warning("%s", "\n".join(filter(None, (nothing.sentence, nothing.example_line))))
         self._train(self.stages.learn, len(self.facts), self._learn)
         self._score("updated")
         self._measure("updated")
