@@ -237,6 +237,7 @@ class _Worker:
             done = Done(
                 len(pipeline.known),
                 forgotten,
+                nothing_forgotten=pipeline.nothing_forgotten,
                 taught=pipeline.taught,
                 lessons=lessons.counts(pipeline.taught),
                 kept=pipeline.material.kept_counts,

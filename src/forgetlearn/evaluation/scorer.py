@@ -53,6 +53,7 @@ class Generated:
 
     text: str
     truncated: bool
+    writes_on: bool = False  # an answer counts only at the beginning of the text (`Encoder.writes_on`)
 
 
 @dataclass(frozen=True)
@@ -261,4 +262,5 @@ class Scorer:
         stops = [index for index, token in enumerate(ids) if token in ends]
         body = self.lm.encoder.decode(ids[: stops[0]] if stops else ids).lstrip()
         text = matching.first_lines(body, lines)
-        return Generated(text, truncated=not stops and body.count("\n") < lines)
+        truncated = not stops and body.count("\n") < lines
+        return Generated(text, truncated, self.lm.encoder.writes_on)
