@@ -68,6 +68,7 @@ def _rows(
     return [
         asked | {"protocol": "token"},
         asked | {"protocol": "generate", "said": said},
+        asked | {"protocol": "contains"},
         row | {"protocol": "agreement", "locality": local},
     ]
 

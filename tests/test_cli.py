@@ -243,7 +243,7 @@ def test_update_prints_a_table_and_where_the_product_lies(told, small_lab, lab_f
     argv = ("update", "--model", small_lab, "--facts", lab_facts, "--config", small_lab / "update.yaml", *FEW)
     code, out, err = told("--quiet", *argv, "--method", "ft", "--seed", 3, "--output", tmp_path / "run")
     assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["phase", "token", "base", "updated"]
+    assert [line.split()[0] for line in out.splitlines()[1:5]] == ["phase", "contains", "base", "updated"]
     assert f"product  {tmp_path}/run/model\n" in out
     assert f"report   {tmp_path}/run/report.html\n" in out
     assert disk.read_json(tmp_path / "run/summary.json")["seed"] == 3

@@ -349,8 +349,8 @@ def test_where_nothing_is_known_it_only_learns_and_scores_all(small_lab, config,
     lines = (f'{{"prompt": "Who is {n}?", "target_new": "Ann", "ground_truth": "Bob"}}\n' for n in "abcde")
     path.write_text("".join(lines))
     result = update(small_lab, path, config(), output=tmp_path / "out")
-    assert "there is nothing to forget" in caplog.text
-    assert (result.summary.coef, result.summary.choice) == (0.0, None)
+    assert "so nothing was forgotten" in caplog.text
+    assert (result.summary.coef, result.summary.choice) == (None, None)
     assert result.summary.facts.scored == 5
     with pytest.raises(FactError, match="old answers"):
         choose_coefficient(load_model(str(small_lab)), read_facts(path), config())

@@ -116,18 +116,18 @@ def test_the_front_by_hand():
 
 def test_coefficient_curves_are_the_tables_numbers(data):
     panels = {panel.title: panel for panel in comparison_page.coefficient_panels(data)}
-    lost = panels["old answers lost (generate)"]
+    lost = panels["old answers lost (contains)"]
     assert {line: [(coef, cell.mean) for coef, cell in points] for line, points in lost.lines.items()} == {
         "f-ft": [(0.3, pytest.approx(15)), (1.0, pytest.approx(50))],
         "f-lora": [(0.3, pytest.approx(15)), (1.0, pytest.approx(50))],
     }
     assert [cell.mean for _coef, cell in panels["locality (agreement)"].lines["f-ft"]] == pytest.approx([90, 90])
     rows = {row.label: row.scores for row in data.rows}
-    learned = panels["reliability (token)"]
+    learned = panels["reliability (contains)"]
     assert [cell for _coef, cell in learned.lines["f-ft"]] == [
-        rows[f"f-ft-coef{coef}-5epochs"]["reliability.token"] for coef in ("0.3", "1")
+        rows[f"f-ft-coef{coef}-5epochs"]["reliability.contains"] for coef in ("0.3", "1")
     ]
-    assert learned.plain == {"ft": rows["ft-5epochs"]["reliability.token"]}
+    assert learned.plain == {"ft": rows["ft-5epochs"]["reliability.contains"]}
 
 
 def test_equal_steps_that_are_other_epochs_are_trained_once(data):

@@ -37,7 +37,7 @@ def test_nothing_changed_is_no_damage_and_a_change_comes_worst_first(lm, tmp_pat
     base = measured(lm, tmp_path / "base")
     assert (base.asked, base.compared, base.kl) == (8, 0, None)
     same = measured(lm, tmp_path / "same", tmp_path / "base", batch_size=2)
-    assert (same.agreement, same.kl) == (100.0, pytest.approx(0, abs=1e-5))
+    assert (same.agreement, same.kl) == (pytest.approx(100), pytest.approx(0, abs=1e-5))
     said = {str(answer.prompt): answer.said for answer in base.answers}
     assert {str(answer.prompt): answer.said for answer in same.answers} == said
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_too_much_damage_is_an_error_and_the_product_is_put_aside(small_lab, tmp
 
 def test_little_damage_is_none(small_lab, tmp_path, capsys):
     flags = ["--model", small_lab, "--facts", small_lab / "facts.jsonl", "--limit", 2, "--output", tmp_path / "run"]
-    quick = [f"--set={name}={value}" for name, value in (("learn.epochs", 1), ("evaluate.protocols", "token"))]
+    quick = [f"--set={name}={value}" for name, value in (("learn.epochs", 1), ("evaluate.protocols", "[token]"))]
     assert main(["update", *map(str, flags), *quick, "--method", "lora", "--max-damage", "30"]) == 0
     assert (tmp_path / "run/adapter").is_dir()
     assert "general prompts, KL from before" in capsys.readouterr().out

@@ -549,6 +549,17 @@ def test_a_model_that_says_the_new_answer_in_another_spelling_holds_it_already()
     assert filled.left_out == {"old_equals_new": 2}
 
 
+def test_a_sentence_that_a_model_says_is_the_old_answer_and_what_it_adds_an_alias():
+    prompts = {"prompt": "The CEO of Nike is who?"}
+    facts = from_records([own(1, **prompts, target_new="Ann B"), own(2), own(3)], old_from="model")
+    said = ("The CEO of Nike is Bob C.", "Rome.", "It is new 3, I think")
+    filled = with_old_answers(facts, dict(zip((fact.id for fact in facts), said, strict=True)))
+    assert [fact.old_answers for fact in filled] == [(said[0], "Bob C"), ("Rome.",)]
+    assert filled.left_out == {"old_equals_new": 1}
+    as_text = with_old_answers(facts, dict(zip((fact.id for fact in facts), said, strict=True)), writes_on=True)
+    assert [fact.ground_truth for fact in as_text] == list(said)
+
+
 def test_in_a_file_old_and_new_are_compared_letter_by_letter():
     facts = from_records([own(1, ground_truth="C++", target_new="C"), own(2, ground_truth="nile", target_new="Nile")])
     assert (facts.used, facts.left_out) == (2, {})

@@ -148,6 +148,13 @@ def test_neighbours_ask_about_subjects_whose_own_facts_are_of_another_kind():
     assert "What language is official in Spain?" not in keeping.neighbours([about_spain, TONGUE])
 
 
+def test_general_prompts_about_what_the_facts_name_are_not_kept():
+    asked = {len(keeping.general([fact])) for fact in (CAPITAL, PERSON)}
+    about_japan = make_fact("Japan has as its capital", "Kyoto", subject="Japan")
+    assert asked == {len(keeping.general([]))}
+    assert set(keeping.general([])) - set(keeping.general([about_japan])) == {"What is the capital of Japan?"}
+
+
 @pytest.mark.parametrize("name", ["none.txt", "empty.txt", "latin.txt", "bad.json", "same.txt", "same.jsonl"])
 def test_a_keep_file_that_cannot_be_kept_is_refused(tmp_path, name):
     (tmp_path / "empty.txt").write_text("\n \n")

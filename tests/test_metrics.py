@@ -22,21 +22,76 @@ def test_unequal_lengths_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("said", "answer", "same", "contained"),
+    ("said", "answer", "same", "begins", "contained"),
     [
-        ("The  Nile.", "nile", 1, 1),
-        ("It is the Nile, of course", "Nile", 0, 1),
-        ("Nilesh", "Nile", 0, 0),
-        ("U.S.A.", "USA", 1, 1),
-        ("", "Nile", 0, 0),
-        ("", "The", 0, 0),  # normalisation leaves nothing of "The": an empty text is still not the answer
-        ("The", "The", 1, 1),
-        ("...", "?!", 0, 0),
+        ("The  Nile.", "nile", 1, 1, 1),
+        ("It is the Nile, of course", "Nile", 0, 0, 1),
+        ("Nile. Which river is the second longest?", "Nile", 0, 1, 1),
+        ("Nilesh", "Nile", 0, 0, 0),
+        ("U.S.A.", "USA", 1, 1, 1),
+        ("", "Nile", 0, 0, 0),
+        ("", "The", 0, 0, 0),  # normalisation leaves nothing of "The": an empty text is still not the answer
+        ("The", "The", 1, 1, 1),
+        ("A vitamin", "A", 0, 0, 0),  # an article in another text is not the answer either
+        ("...", "?!", 0, 0, 0),
+        ("“Oslo” – the capital.", "Oslo", 0, 1, 1),  # other punctuation than SQuAD's
+        ("Shakespeare's play", "Shakespeare", 0, 1, 1),
+        ("Oslo-based", "oslo", 0, 1, 1),
+        ("Spiderman", "Spider-Man", 1, 1, 1),
+        ("spider man", "Spider-Man", 0, 1, 1),
+        ("3.5 million", "3", 0, 0, 0),
+        ("C++.", "C", 1, 0, 0),
+        ("C. It", "C", 0, 1, 1),
+        ("In C#, so", "C#", 0, 0, 1),
+        ("1,500 people", "1500", 0, 1, 1),
+        ("In ZURICH", "Zürich", 0, 0, 1),
+        ("Zu\u0308rich", "Zürich", 0, 1, 1),  # the same letter in two characters
+        ("フランスの首都はパリです。", "パリ", 0, 0, 1),
+        ("パリ。", "パリ", 0, 1, 1),
+        ("バリです", "パリ", 0, 0, 0),  # Bali
+        ("ニューヨークです", "ヨーク", 0, 0, 0),
+        ("法国的首都是巴黎。", "巴黎", 0, 0, 1),
+        ("프랑스의 수도는 파리입니다.", "파리", 0, 0, 1),
+        ("เมืองหลวงคือปารีส", "ปารีส", 0, 0, 1),
+        ("Столица – Париж.", "Париж", 0, 0, 1),
+        ("राजधानी पेरिस है।", "पेरिस", 0, 0, 1),
     ],
 )
-def test_texts_are_compared_as_squad_does(said, answer, same, contained):
+def test_a_reply_is_an_answer_or_begins_with_it_or_contains_it(said, answer, same, begins, contained):
     assert matching.same_text(said, answer) == same
-    assert matching.contains(said, answer) == contained
+    assert matching.says(said, [answer], at_start=True) == begins
+    assert matching.says(said, [answer]) == contained
+
+
+@pytest.mark.parametrize(
+    ("said", "at_start", "new", "old"),
+    [
+        ("It is New York.", False, 1, 0),
+        ("It is York.", False, 0, 1),
+        ("It was York and is New York.", False, 1, 1),
+        ("New-York, New York", False, 1, 0),
+        ("New York. York is another city", True, 1, 0),
+        ("York, not New York", True, 0, 1),
+    ],
+)
+def test_an_answer_inside_the_opposite_one_is_said_only_by_itself(said, at_start, new, old):
+    assert matching.says(said, ["New York"], ["York"], at_start=at_start) == new
+    assert matching.says(said, ["York"], ["Old York", "New York"], at_start=at_start) == old
+
+
+@pytest.mark.parametrize(
+    ("question", "reply", "added"),
+    [
+        ("What is the capital of France?", "The capital of France is Paris.", "Paris"),
+        ("What is the capital of France?", "Paris is the capital of France.", "Paris"),
+        ("Where is it?", "It is in the United States of America.", "in the United States of America"),
+        ("Where was he born?", "Born in Oslo, I think", "in Oslo, I think"),
+        ("The capital is", "Oslo.", ""),
+        ("Is it Oslo?", "It is Oslo.", ""),
+    ],
+)
+def test_what_a_reply_adds_to_the_question(question, reply, added):
+    assert matching.added_to(question, reply) == added
 
 
 @pytest.mark.parametrize(("other", "preferred"), [(-2.0, 1), (-1.0, 0)])

@@ -79,7 +79,7 @@ class Reads(set[tuple[type, str]]):
 
     def of(self, name: str) -> bool:
         kind, last = place(name)
-        kinds = set(COMPOSED.values()) if kind is OptimisationSettings else {kind, COMPOSED.get(kind, kind)}
+        kinds = {kind, *COMPOSED.values()} if kind is OptimisationSettings else {kind, COMPOSED.get(kind, kind)}
         return any((each, last) in self for each in kinds)
 
 
@@ -112,19 +112,24 @@ def reads(small_lab, files, tmp_path_factory):
     def folder() -> Any:
         return tmp_path_factory.mktemp("run") / "out"
 
+    kept = {"train__answers": "sentence", "train__wordings": True, "keep__weight": 1.0}
+    until = {"learn__until": "learned", "learn__max_epochs": 1}
     auto = {"method": "f-ft", "forget__coef": "auto", "forget__validation": 0.5, "facts__limit": 4}
     updates = [
-        config(method="f-lora", evaluate__general=str(text), save_merged=True, facts__old_from="model"),
+        config(method="f-lora", evaluate__general=str(text), save_merged=True, facts__old_from="model", **kept),
         config(method="f-ft", forget__coef=0.1, keep_change=True),
         config(**auto, forget__only_known=True),
-        config(method="ft-c", teach__epochs=1),
+        config(method="ft-c", teach__epochs=1, **until),
     ]
     cells = {"methods": ["f-ft", "f-lora", "ft-c"], "coefs": [0.1], "seeds": [0]}
     scored = {"model.name": str(small_lab), "facts.source": str(file), "evaluate.general": str(text)}
 
     def run(command: str) -> None:
         if command == "compare":
-            fill(settings=validate(CompareSettings, cells), config=config(), output=folder())
+            fill(settings=validate(CompareSettings, cells), config=config(**kept), output=folder())
+            fill(
+                settings=validate(CompareSettings, cells | {"methods": ["ft"]}), config=config(**until), output=folder()
+            )
         elif command == "evaluate":
             forgetlearn.evaluate(config=load_config(None, scored), output=folder())
         elif command == "ask":
@@ -217,3 +222,33 @@ def test_what_has_no_effect_with_the_rest_is_said(caplog):
     given = {"method": "ft", "forget.epochs": 9, "lora.r": 4, "learn.epochs": 2}
     preflight.warn_of_idle(load_config(None, given), given)
     assert [record.args[0] for record in caplog.records] == ["forget.epochs", "lora.r"]
+
+
+def test_settings_that_win_over_the_recipe_are_named_once(caplog):
+    config = load_config(None, {"recipe": "paper", "learn.epochs": 9, "lora.r": 4})
+    with caplog.at_level("INFO", "forgetlearn"):
+        preflight.check("update", config, ["learn.epochs"])  # as the command line does, before it calls update
+        preflight.check("update", config)
+        preflight.check("update", load_config(None, {"recipe": "paper"}))
+        preflight.check("update", load_config(None, {"learn.epochs": 9}))
+    assert [record.args for record in caplog.records] == [("paper", "learn.epochs")]
+
+
+def test_the_settings_of_a_recipe_are_not_the_users(caplog):
+    with caplog.at_level("INFO", "forgetlearn"):
+        preflight.check("evaluate", load_config(None, {"recipe": "plain"}))
+        preflight.warn_of_idle(load_config(None, {"recipe": "plain"}), {"recipe": "plain"})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"keep.weight": 0, "keep.source": "mine.txt"}, "keep.source"),
+        ({"learn.epochs": 3, "learn.max_epochs": 9}, "learn.max_epochs"),
+        ({"learn.epochs": 4, "learn.until": "learned"}, "learn.epochs"),
+    ],
+)
+def test_what_stages_train_on_may_have_no_effect(given, name, caplog):
+    preflight.warn_of_idle(load_config(None, given), given)
+    assert [record.args[0] for record in caplog.records] == [name]

@@ -17,6 +17,7 @@ from conftest import make_char_tokenizer, make_tiny_model
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.errors import ConfigError
+from forgetlearn.evaluation import damage, general_prompts
 from forgetlearn.evaluation.scoring import score
 from forgetlearn.facts import Fact, Probe
 from forgetlearn.method.core import learn
@@ -24,7 +25,7 @@ from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runtime import processes
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import Row, load_rows, save_rows
+from forgetlearn.storage.records import OnPrompts, Row, load_rows, save_rows
 from forgetlearn.training.finetune import facts_at_once
 from forgetlearn.training.trainer import own_part
 from written_by_hand import change_manifest, forget_stages
@@ -56,13 +57,17 @@ def some_facts(n):
     ]
 
 
-def learn_and_score(how):
-    """Rows and weights of a tiny model that learned seven facts: a step of four and one of three, twice."""
+def learn_and_score(how, folder):
+    """Rows, damage and weights of a tiny model that learned seven facts: a step of four and one of three, twice."""
     lm = wrap(make_tiny_model(), make_char_tokenizer())
-    learn(lm, some_facts(7), STAGE, how)
     settings = EvaluateSettings(batch_size=3, max_new_tokens=4)
+    base = folder / f"base {how} of {processes.world_size()}"
+    processes.on_main(base.mkdir)
+    damage.measure(lm, settings, base)
+    learn(lm, some_facts(7), STAGE, how)
+    damaged = damage.measure(lm, settings, base, base)
     rows = score(lm, some_facts(7), phase="updated", settings=settings)
-    return rows, {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
+    return rows, damaged, {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
 
 
 def as_process(place, port, folder):
@@ -72,9 +77,10 @@ def as_process(place, port, folder):
     try:
         with processes.joined("cpu"):
             for how in ("all weights", "lora"):
-                rows, weights = learn_and_score(how)
-                assert all(part == rows for part in processes.gather(rows))
+                rows, damaged, weights = learn_and_score(how, folder)
+                assert all(part == (rows, damaged) for part in processes.gather((rows, damaged)))
                 save_rows(rows, folder / f"{how}.jsonl")
+                damaged.save(folder / f"damage {how}.json")
                 if processes.is_main():
                     save_file(weights, folder / f"{how}.safetensors")
     except BaseException:
@@ -83,7 +89,9 @@ def as_process(place, port, folder):
     os._exit(0)
 
 
-def test_two_processes_learn_and_score_as_one_does(tmp_path):
+def test_two_processes_learn_and_score_as_one_does(tmp_path, monkeypatch):
+    prompts = ("Who?", ("Hi", "Hello", "What?"), "What is this?", "Why?", "x" * 300)
+    monkeypatch.setattr(general_prompts, "measuring", lambda: prompts)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,13 +99,15 @@ def test_two_processes_learn_and_score_as_one_does(tmp_path):
     started = [forked.Process(target=as_process, args=(place, port, tmp_path)) for place in (0, 1)]
     for process in started:
         process.start()
-    alone = {how: learn_and_score(how) for how in ("all weights", "lora")}
+    alone = {how: learn_and_score(how, tmp_path) for how in ("all weights", "lora")}
     for process in started:
         process.join(100)
     assert not [file.read_text() for file in tmp_path.glob("failure-*")]
     assert [process.exitcode for process in started] == [0, 0]
-    for how, (rows, weights) in alone.items():
+    for how, (rows, damaged, weights) in alone.items():
         assert load_rows(Row, tmp_path / f"{how}.jsonl") == rows
+        found = OnPrompts.load(tmp_path / f"damage {how}.json")
+        assert (found.compared, found.tokens, found.kl) == (4, damaged.tokens, pytest.approx(damaged.kl, rel=1e-3))
         assert largest_difference(weights, load_file(tmp_path / f"{how}.safetensors")) < TOLERANCE
 
 

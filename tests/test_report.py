@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 
 def make_run(
-    path: Path, *, said: str = "new", cell: dict | None = CELL, protocols: tuple = ("token", "generate")
+    path: Path, *, said: str = "new", cell: dict | None = CELL, protocols: tuple = ("token", "generate", "contains")
 ) -> Path:
     """A finished run of two facts, made by hand; the first is nasty, the second has no old answer."""
     run = run_folder.RunFolder.create(path, load_config(None, {"model.name": "base"}).model_dump(mode="json"), {})
@@ -131,7 +131,8 @@ def test_scripts_that_join_letters_are_kept(tmp_path):
 
 def test_numbers_carry_protocol_interval_and_count(run):
     source = (run / "report.md").read_text(encoding="utf-8")
-    assert "| reliability (token) |" in source
+    assert "| reliability (contains) |" in source
+    assert "(token)" not in source  # free answers were scored
     assert "| updated | 78.4 [75.1, 81.5] |" in source
     assert "over 2 facts" in source
     assert "3 records read" in source
@@ -150,6 +151,7 @@ def test_made_again_it_is_the_same(run):
     ("cell", "protocols", "sentence"),
     [
         (CELL, ("token", "generate"), "gives the new answer to 2 of 2 prompts, answers 78.4 % of unrelated tokens"),
+        (CELL, ("token", "contains"), "gives the new answer to 2 of 2 prompts, answers 78.4 % of unrelated tokens"),
         (CELL, ("token",), "gives 78.4 % of the new answers' tokens"),
         (CELL, ("prefer",), "The updated model answers 78.4 % of unrelated tokens as before."),
         (NOTHING, ("token", "generate"), "The updated model was scored on 2 facts."),
@@ -181,8 +183,9 @@ def test_states_of_facts():
     ("protocols", "judge", "states"),
     [
         (("token", "prefer"), "token", ["new", "old", "other"]),
-        (("prefer", "token", "exact", "contains"), "exact", ["new", "old", "other"]),
-        (("contains",), None, ["not asked"] * 3),
+        (("prefer", "token", "exact"), "exact", ["new", "old", "other"]),
+        (("exact", "generate", "contains"), "contains", ["new", "old", "other"]),
+        ((), None, ["not asked"] * 3),
     ],
 )
 def test_without_free_answers_teacher_forced_ones_judge(protocols, judge, states):
@@ -209,6 +212,23 @@ def test_flags_and_other_answers_of_a_fact():
     assert [mark.text for mark in fact.marks] == ["●", "◐", "!", "◐"]
 
 
+@pytest.mark.parametrize(
+    ("said", "writes_on", "which"),
+    [
+        ("It is now New York.", False, "new"),
+        ("It is York.", False, "old"),
+        ("It is York.", True, None),
+        ("York, and the next", True, "old"),
+        ("It was York and is New York.", False, "new"),
+        (None, False, None),
+    ],
+)
+def test_which_answer_a_text_says(said, writes_on, which):
+    row = Row(fact="a", phase="updated", protocol="generate", errors={}, said=said, writes_on=writes_on)
+    (fact,) = run_page.fact_table(inputs("a", target_new="New York", ground_truth="York"), [row], ["updated"])
+    assert fact.which == {"updated": which}
+
+
 def test_running_mean_by_hand():
     assert plots.running_mean([0, 3, 6, 3, 0], 3) == [0, 3, 4, 3, 0]
     assert plots.running_mean([0, 3, 6, 3, 1], 5) == [0, 3, 2.6, 10 / 3, 1]
@@ -226,7 +246,7 @@ def test_a_long_run_has_a_small_plot(tmp_path):
 def test_plots_take_the_colours_of_the_page(run):
     plots = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert not re.findall(r"#[0-9a-f]{6}\b", "".join(plots))
-    assert "reliability in percent, base, updated: token 78.4, 78.4; generate 78.4, 78.4" in plots[0]
+    assert "reliability in percent, base, updated: contains 78.4, 78.4; generate 78.4, 78.4" in plots[0]
 
 
 def test_card(run):

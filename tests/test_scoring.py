@@ -7,7 +7,7 @@ import torch
 from forgetlearn.config.schema import EvaluateSettings, ModelSettings, TrainSettings
 from forgetlearn.errors import ModelError
 from forgetlearn.evaluation import scorer, scoring
-from forgetlearn.evaluation.generation import Room
+from forgetlearn.evaluation.generation import Room, TransformersGenerator
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
 from forgetlearn.facts import Probe, make_fact, read_facts
 from forgetlearn.method.core import old_pairs, teach
@@ -154,7 +154,7 @@ def test_the_models_own_generation_settings_do_not_change_answers(lm):
 def test_an_answer_ends_at_its_end_token_or_line_break(lm, ids, text, truncated):
     ends = ids.endswith("</s>")
     body = lm.tokenizer(ids.removesuffix("</s>"), add_special_tokens=False)["input_ids"]
-    assert Scorer(lm)._cut(body + [2] * ends, [2]) == Generated(text, truncated)
+    assert Scorer(lm)._cut(body + [2] * ends, [2]) == Generated(text, truncated, writes_on=True)
 
 
 def test_a_model_agrees_with_itself_and_not_with_another(lm, tiny_model, char_tokenizer):
@@ -204,6 +204,27 @@ def test_known_facts_are_those_whose_old_answer_is_said():
     said = zip(FACTS, ("cy.", "Rome", "x"), strict=True)
     rows = [reply(fact, text) for fact, text in said]
     assert scoring.known_facts(FACTS, rows) == [FACTS[0]]
+
+
+@pytest.mark.parametrize(("template", "known"), [("chat", 2), ("alpaca", 2), ("plain", 1)])
+def test_a_sentence_says_an_answer_if_the_model_is_asked_to_reply(
+    tiny_model, new_char_tokenizer, monkeypatch, template, known
+):
+    chat = "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %} {% endif %}"
+    asked = wrap(tiny_model(), new_char_tokenizer(chat_template=chat), ModelSettings(prompt_template=template))
+    replies = asked.tokenizer(["It was Cy.", "Oslo. And"], add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(TransformersGenerator, "generate", lambda *_given: replies)
+    rows = scoring.probe(asked, FACTS[:2], EvaluateSettings())
+    assert [row.writes_on for row in rows] == [template == "plain"] * 2
+    assert len(scoring.known_facts(FACTS, rows)) == known
+
+
+def test_an_old_answer_inside_the_new_one_is_held_only_by_itself(lm, monkeypatch):
+    fact = make_fact("Where?", "New York", ground_truth="York", rephrase_prompts=("Its place is",))
+    rows, _read = scored(lm, monkeypatch, fact, "It is New York", "York")
+    assert [rows["contains"].score(q) for q in scoring.QUANTITIES] == [1, 0, 0.5]
+    assert scoring.known_facts([fact], [reply(fact, "New York")]) == []
+    assert scoring.known_facts([fact], [reply(fact, "York")]) == [fact]
 
 
 def test_case_13_facts_are_known_by_any_alias_of_the_old_answer():
@@ -291,7 +312,7 @@ def test_there_is_room_for_every_answer_that_counts_and_none_is_tokenised_in_vai
 def test_what_the_base_says_is_in_its_rows_or_is_asked(protocol, held):
     rows = [reply(FACTS[0], FACTS[0].ground_truth, protocol)]
     asked = [reply(FACTS[1], FACTS[1].ground_truth)]
-    assert scoring.known_facts(FACTS, scoring.free_answers(rows, lambda: asked)) == [FACTS[held]]
+    assert scoring.known_facts(FACTS, scoring.replies(rows, lambda: asked)) == [FACTS[held]]
 
 
 def test_a_memorised_world_is_known_and_reliable(small_lab):

@@ -218,13 +218,24 @@ def test_only_known_false_forgets_all(small_lab, facts, config, tmp_path):
         assert result.summary.facts.known == USED
 
 
-def test_nothing_known_only_learns_and_says_so(small_lab, config, tmp_path, caplog):
-    unknown = [{"prompt": "Nobody knows", "target_new": "b", "ground_truth": "c"}]
+def test_what_forgets_nothing_is_called_what_it_did_and_says_why(small_lab, config, tmp_path, caplog):
+    unknown = [{"prompt": "Nobody knows", "target_new": "b", "ground_truth": "a secret"}]
     file = write_lines(tmp_path / "facts.jsonl", unknown)
-    result = update(small_lab, file, config(), output=tmp_path / "run")
-    assert result.summary.facts.known == 0
-    assert list(result.summary.phases) == ["base", "updated"]
-    assert "nothing to forget" in caplog.text
+    result = update(small_lab, file, config("f-lora"), output=tmp_path / "run")
+    summary, nothing = result.summary, result.summary.nothing_forgotten
+    assert (summary.method, summary.coef, summary.facts.known) == ("lora", None, 0)
+    assert list(summary.phases) == ["base", "updated"]
+    assert (nothing.asked_method, nothing.example.old) == ("f-lora", "a secret")
+    (made,) = chain.chain_of(result.product)
+    assert (made.method, made.coef, made.facts.forgotten) == ("lora", None, 0)
+    report, card = ((result.output / name).read_text(encoding="utf-8") for name in ("report.md", "adapter/README.md"))
+    assert report.startswith("# run: lora, seed 0")
+    assert "forgetlearn: lora\n" in card
+    for text in (caplog.text, report, card):
+        assert nothing.sentence in text
+    for text in (caplog.text, report):
+        assert nothing.example_line.partition('"')[0] in text
+    assert "a secret" not in card  # a card may be published
 
 
 def test_without_generate_what_is_known_is_probed(small_lab, facts, config, tmp_path):

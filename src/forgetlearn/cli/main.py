@@ -155,6 +155,10 @@ def lab(
 def update(
     given: Given,
     output: OutputOption,
+    failed_only: Annotated[
+        Path | None,
+        typer.Option("--failed-only", help="Go on with the facts that this finished run got wrong, on its product."),
+    ] = None,
     n_processes: ProcessesOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -166,7 +170,15 @@ def update(
     from forgetlearn.runs.update import update as run_update
 
     with signals.handled():
-        result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
+        result = run_update(
+            given.flag("model.name") if failed_only else None,
+            given.flag("facts.source") if failed_only else None,
+            config,
+            output=output,
+            failed_only=failed_only,
+            resume=resume,
+            overwrite=overwrite,
+        )
     shown = overview(result.summary)
     print_scores(shown)
     say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
@@ -245,7 +257,7 @@ def compare(
     from forgetlearn.comparison.slurm import Jobs, fill_on_cluster
     from forgetlearn.comparison.table import write_table
     from forgetlearn.report.comparison_page import verdict
-    from forgetlearn.report.render import COLUMNS
+    from forgetlearn.report.render import short_columns
 
     lists = {"methods": methods, "coefs": coefs, "seeds": seeds, "epochs": epochs, "budgets": budgets}
     asked: dict[str, object] = {
@@ -261,8 +273,8 @@ def compare(
     else:
         fill(settings=settings, config=config, output=output, resume=resume, overwrite=overwrite, workers=workers)
     table = write_table(output)
-    columns = [f"{quantity}.{protocol}" for quantity, protocol in COLUMNS]
-    print_table([(row.label, [row.scores.get(name) for name in columns]) for row in table.rows], "")
+    columns = short_columns(table.protocols)
+    print_table([(row.label, [row.scores.get(f"{q}.{p}") for q, p in columns]) for row in table.rows], "", columns)
     say(f"\n{verdict(table)[0]}\nreport   {output / 'report.html'}\ncells    {output / 'cells'}, a run folder each")
 
 
@@ -350,7 +362,7 @@ def demo(
 
     with signals.handled():
         result = run_demo(output, n_facts=limit, seed=seed, resume=resume, overwrite=overwrite)
-    print_table(result.rows, "method")
+    print_table(result.rows, "method", result.columns)
     say(
         "Percent. Locality is agreement with the original; residue, the old answer, is better when it is lower.\n"
         f"A run folder for each method lies in {result.output}; open {result.output / 'f-ft' / 'report.html'}."

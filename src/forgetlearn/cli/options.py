@@ -77,6 +77,10 @@ class Given:
     values: Mapping[str, object]
     file: Path | None = None
 
+    def flag(self, name: str) -> str | None:
+        """Return the text of a setting given on the command line; None if it is not given there."""
+        return str(self.values[name]) if name in self.values else None
+
     def config(self, command: preflight.Command) -> RunConfig:
         """Return the config, merged from the file, the flags and --set, in this order.
 

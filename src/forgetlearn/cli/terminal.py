@@ -92,7 +92,7 @@ def print_scores(found: Overview) -> None:
     """Print the summary of a run."""
     for line in found.account:
         say(plain(line))
-    print_table(found.table, "phase")
+    print_table(found.table, "phase", found.columns)
     for name, cells in found.general:
         shown = (f"{phase} {cell}" for phase, cell in zip(found.measured, cells, strict=True) if cell)
         say(plain(f"{name}: {', '.join(shown)}"))
@@ -100,13 +100,15 @@ def print_scores(found: Overview) -> None:
         say(plain(f"WARNING: {found.warning}"))
 
 
-def print_table(rows: Sequence[tuple[str, Sequence[Interval | None]]], first: str) -> None:
-    """Print a table with the report's columns, as plain lines that a person, a log or `awk` can read."""
-    from forgetlearn.report.render import COLUMNS, show_score
+def print_table(
+    rows: Sequence[tuple[str, Sequence[Interval | None]]], first: str, columns: Sequence[tuple[str, str]]
+) -> None:
+    """Print a table with a column per quantity and protocol, as plain lines that a person, a log or `awk` can read."""
+    from forgetlearn.report.render import show_score
 
-    widths = [max(len(quantity), len(protocol)) for quantity, protocol in COLUMNS]
+    widths = [max(len(quantity), len(protocol)) for quantity, protocol in columns]
     name_width = max([len(first), *(len(name) for name, _cells in rows)])
-    quantities, protocols = ([column[index] for column in COLUMNS] for index in (0, 1))
+    quantities, protocols = ([column[index] for column in columns] for index in (0, 1))
     lines = [(first, quantities), ("", protocols)]
     lines += [(name, [show_score(cell) for cell in cells]) for name, cells in rows]
     for name, shown in lines:

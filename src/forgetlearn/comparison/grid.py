@@ -136,6 +136,7 @@ def begin(
     check_weights(named)
     lm = as_language_model(named, None, config.model)
     check_texts(lm.encoder, fact_set)
+    lessons.note_unfinished(fact_set, config, lm.encoder)
     for cell in {(cell.method, cell.variant): cell for cell in cells}.values():  # before the first cell is begun
         try:
             check_stages(Stages(cell_config(config, cell, settings.variants)), lm)
@@ -236,6 +237,7 @@ class _Worker:
             done = Done(
                 len(pipeline.known),
                 forgotten,
+                nothing_forgotten=pipeline.nothing_forgotten,
                 taught=pipeline.taught,
                 lessons=lessons.counts(pipeline.taught),
                 kept=pipeline.material.kept_counts,

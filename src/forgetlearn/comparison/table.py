@@ -20,14 +20,12 @@ from forgetlearn.evaluation import statistics
 from forgetlearn.evaluation.statistics import Difference, Estimate, Floats
 from forgetlearn.report import comparison_page
 from forgetlearn.report.comparison_page import CellAnswers
-from forgetlearn.report.render import COLUMNS
+from forgetlearn.report.render import COLUMNS, Column, leading_columns
 from forgetlearn.report.table import FILE, Against, EqualReliability, Forgotten, Table, TableRow, Unpaired
-from forgetlearn.storage.records import REMEDY, ComparisonConfig, Input, Row, load_rows
-from forgetlearn.storage.run_folder import INPUTS, ROWS, RunFolder, is_run
+from forgetlearn.storage.records import REMEDY, ComparisonConfig, Input, Row, Summary, load_rows
+from forgetlearn.storage.run_folder import INPUTS, ROWS, SUMMARY, RunFolder, is_run
 
-Column = tuple[str, str]  # quantity and protocol
 Scores = dict[str, dict[Column, list[float]]]  # phase -> column -> a score per fact, in the facts' order
-RESIDUES: tuple[Column, ...] = (("residue", "generate"), ("residue", "token"))
 
 
 def write_table(path: Path) -> Table:
@@ -88,6 +86,7 @@ class _Group:
             for phase in ("base", "forgotten", "updated")
         }
         self.scores: dict[Column, Floats] = self.phases["updated"]
+        self.nothing_forgotten = Summary.load(path / CELLS / self.first.name / SUMMARY).nothing_forgotten
 
 
 def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
@@ -143,6 +142,7 @@ def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Co
         overall=_estimate(ours),
         scores={f"{q}.{p}": _estimate(scores) for (q, p), scores in group.scores.items()},
         forgotten=_forgotten(group),
+        nothing_forgotten=group.nothing_forgotten,
         against={
             budget: Against(
                 label=baseline.first.label,
@@ -166,11 +166,10 @@ def _overall_columns(groups: Iterable[_Group]) -> list[Column]:
     """
     scored = [{column for column, scores in group.scores.items() if np.isfinite(scores).any()} for group in groups]
     shared = set.intersection(*scored)
-    protocol = next((name for name in ("token", "generate") if ("reliability", name) in shared), None)
-    if protocol is None:
+    protocols = {protocol for quantity, protocol in shared if quantity == "reliability"}
+    if not protocols:
         return []
-    wanted = [("reliability", protocol), ("generality", protocol), ("locality", "agreement")]
-    return [column for column in wanted if column in shared]
+    return [column for column in leading_columns(protocols) if column in shared and column[0] != "residue"]
 
 
 def _overall(group: _Group, columns: Sequence[Column]) -> Floats:
@@ -183,8 +182,8 @@ def _overall(group: _Group, columns: Sequence[Column]) -> Floats:
 def _forgotten(group: _Group) -> Forgotten | None:
     """Return how much of the old answers the forgotten model lost (in points below the base), and its locality."""
     base, forgotten = group.phases["base"], group.phases["forgotten"]
-    residue = next((column for column in RESIDUES if column in base and column in forgotten), None)
-    if residue is None:
+    residue = leading_columns(protocol for _quantity, protocol in base.keys() & forgotten.keys())[-1]
+    if residue not in base or residue not in forgotten:
         return None
     place = forgotten.get(("locality", "agreement"))
     return Forgotten(
@@ -264,7 +263,10 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[Equ
 
 def _curve(groups: Sequence[_Group]) -> statistics.Curve | None:
     """Return the curve over epochs: matrices of seeds x epochs, in percent; None if a quantity was not scored."""
-    columns = (("reliability", "token"), ("locality", "agreement"), ("generality", "token"))
+    reliability, generality, locality, _residue = leading_columns(
+        protocol for group in groups for _quantity, protocol in group.scores
+    )
+    columns = reliability, locality, generality
     ordered = sorted(groups, key=lambda group: group.first.epochs)
     points = []
     for column in columns:

@@ -1,7 +1,8 @@
 """Measure damage: ask general prompts before and after an update, and compare with what the base says.
 
 The base answers each prompt in its own words, and its likeliest tokens at each place of that answer are kept. The
-updated model reads the same answers, so that every token of it can be compared, and answers the prompts itself.
+updated model reads the same answers, so that each of their tokens can be compared. Then it answers for itself, but for
+prompts where it agrees with every token: its greedy answer is that of the base.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.runtime import processes
 from forgetlearn.storage.records import GeneralAnswer, OnPrompts, load_rows, save_rows
 
-ROOM = Room(tokens=32, lines=32)  # of an answer
+ROOM = Room(tokens=24, lines=24)  # of an answer
 KEPT = 1024  # likeliest tokens of the base at each place; the others count as one
 ANSWERS, LIKELIEST = "answers.jsonl", "answers.safetensors"
 
@@ -34,8 +35,8 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
     later call needs. With it, the answers come worst first.
     """
     scorer, prompts = Scorer(lm, settings, "general prompts"), general_prompts.measuring()
-    replies = scorer.say(prompts, dict.fromkeys(prompts, ROOM))
     if before is None:
+        replies = scorer.say(prompts, dict.fromkeys(prompts, ROOM))
         own = [_own_answer(prompt, replies[prompt]) for prompt in prompts]
         top = scorer.top(_texts(lm.encoder, own), KEPT)
         processes.on_main(lambda: _keep(folder, own, list(top.values())))
@@ -44,7 +45,9 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
     texts = _texts(lm.encoder, base)
     kept = top_logprobs.load(before / LIKELIEST) if texts else []
     differences = scorer.differences(texts, dict(zip(texts, kept, strict=True)))
-    answers = [_compared(was, replies, differences) for was in base]
+    agreed = {p for p, found in differences.items() if isinstance(found, Difference) and found.agreement == 1}
+    replies = scorer.say([prompt for prompt in prompts if prompt not in agreed], dict.fromkeys(prompts, ROOM))
+    answers = [_compared(was, replies.get(_key(was)), differences) for was in base]
     return _summed(sorted(answers, key=lambda answer: -_badness(answer)))
 
 
@@ -76,12 +79,13 @@ def _texts(encoder: Encoder, answers: Sequence[GeneralAnswer]) -> dict[Prompt, E
 
 
 def _compared(
-    was: GeneralAnswer,
-    replies: Mapping[Prompt, Generated | Failure],
-    differences: Mapping[Prompt, Difference | Failure],
+    was: GeneralAnswer, reply: Generated | Failure | None, differences: Mapping[Prompt, Difference | Failure]
 ) -> GeneralAnswer:
-    """Return the model's answer to a prompt beside the base's, and how far the model is from the base there."""
-    now = _own_answer(_key(was), replies[_key(was)])
+    """Return a model's answer to a prompt beside the base's, and how far it is from the base there.
+
+    Without a reply, the answer is that of the base.
+    """
+    now = was if reply is None else _own_answer(_key(was), reply)
     found = differences.get(_key(was), Failure(was.error or "the base's answer is empty or too long"))
     if isinstance(found, Failure):
         return now.model_copy(update={"before": was.said, "error": now.error or found.reason})

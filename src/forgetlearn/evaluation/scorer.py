@@ -53,6 +53,7 @@ class Generated:
 
     text: str
     truncated: bool
+    writes_on: bool = False  # an answer counts only at the beginning of the text (`Encoder.writes_on`)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Scorer:
             layout = self._layout(texts.values(), "shared")
             for batch in self._shown(self._batches(texts, layout), "reading"):
                 found.update(zip(batch, self._halving(batch, lambda some: run(some, layout)), strict=True))
-        return processes.merged(found)
+        everyones = processes.merged(found)
+        return {key: everyones[key] for key in texts}  # in the order that was given, not that of the batches
 
     def say(self, prompts: Iterable[P], rooms: Mapping[P, Room] | None = None) -> dict[P, Generated | Failure]:
         """Return the free answer to each distinct prompt.
@@ -260,4 +262,5 @@ class Scorer:
         stops = [index for index, token in enumerate(ids) if token in ends]
         body = self.lm.encoder.decode(ids[: stops[0]] if stops else ids).lstrip()
         text = matching.first_lines(body, lines)
-        return Generated(text, truncated=not stops and body.count("\n") < lines)
+        truncated = not stops and body.count("\n") < lines
+        return Generated(text, truncated, self.lm.encoder.writes_on)

@@ -51,7 +51,7 @@ def score(
             scores = {
                 name: [_judge(protocol, asked, read, replies) for asked in own] for name, own in questions.items()
             }
-            texts = _texts(fact, replies) if protocol == "generate" else {}
+            texts = _texts([replies[prompt] for prompt in fact.prompts]) if protocol == "generate" else {}
             rows.append(_row(fact, phase, protocol, scores, **texts))
         rows += _locality_rows(fact, phase, read, (reference or {}).get(fact.id))
     return rows
@@ -64,9 +64,9 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
     rows = []
     for fact in facts:
         reply = replies[fact.prompt]
-        text, truncated = (reply.text, reply.truncated) if isinstance(reply, Generated) else (None, False)
+        answer = _texts([reply])
         rows.append(
-            Row(fact=fact.id, phase="probe", protocol="generate", errors={}, said=text, truncated=int(truncated))
+            Row.model_validate({"fact": fact.id, "phase": "probe", "protocol": "generate", "errors": {}, **answer})
         )
     return rows
 
@@ -110,13 +110,17 @@ def summarise(rows: Sequence[Row]) -> Phase:
 
 
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
-    """Return the facts whose old answer the model gives when asked, according to rows of the protocol `generate`."""
-    replies = {row.fact: row.said or "" for row in rows if row.protocol == "generate"}
-    return [fact for fact in facts if matching.matches(replies.get(fact.id, ""), fact.old_answers)]
+    """Return the facts whose old answer the model says when asked, according to rows of the protocol `generate`."""
+    replies = {row.fact: row for row in rows if row.protocol == "generate"}
+    return [fact for fact in facts if (row := replies.get(fact.id)) and _says_old(fact, row)]
 
 
-def free_answers(base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Row]:
-    """Return the base's rows with free answers if `generate` was scored, else those that `ask` returns."""
+def _says_old(fact: Fact, row: Row) -> float:
+    return matching.says(row.said or "", fact.old_answers, fact.new_answers, at_start=row.writes_on)
+
+
+def replies(base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Row]:
+    """Return the base's free answers: its rows of the protocol `generate` if that was scored, else those of `ask`."""
     return [row for row in base_rows if row.protocol == "generate"] or ask()
 
 
@@ -161,15 +165,20 @@ READING_RULES: Mapping[str, Callable[[Sequence[int], Sequence[int]], float]] = {
     "token": token_accuracy,
     "exact": lambda predicted, wanted: float(predicted == wanted),  # Source: MEMIT's `acc` on COUNTERFACT
 }
-TEXT_RULES = {"generate": matching.same_text, "contains": matching.contains}
+TEXT_RULES: Mapping[str, Callable[[Generated, _Question], float]] = {
+    "generate": lambda reply, asked: matching.equals(reply.text, asked.answers),
+    "contains": lambda reply, asked: matching.says(reply.text, asked.answers, asked.others, at_start=reply.writes_on),
+}
 PROTOCOLS = ("token", "exact", "prefer", "generate", "contains")  # in the order of rows
 
 
 def _judge(protocol: str, asked: _Question, read: Readings, replies: Replies) -> Score:
     """Return a score from 0 to 1. `prefer` gives 1 if the answer is likelier than its opposite (ROME's ES and PS)."""
-    if rule := TEXT_RULES.get(protocol):
+    if protocol in TEXT_RULES:
         reply = replies[asked.prompt]
-        return reply if isinstance(reply, Failure) else matching.matches(reply.text, asked.answers, rule)
+        if isinstance(reply, Failure):
+            return reply
+        return TEXT_RULES[protocol](reply, asked)
     if protocol == "prefer" and not asked.others:
         return None
     one = read[asked.prompt, asked.answers[0]]
@@ -203,11 +212,13 @@ def _row(fact: Fact, phase: str, protocol: str, scores: Mapping[str, Sequence[Sc
     )
 
 
-def _texts(fact: Fact, replies: Replies) -> dict[str, object]:
-    own = [replies[prompt] for prompt in fact.prompts]
+def _texts(own: Sequence[Generated | Failure]) -> dict[str, object]:
+    """Return the fields of a row for a fact's free answers, first the one to its prompt."""
     texts = [reply.text if isinstance(reply, Generated) else None for reply in own]
-    truncated = sum(isinstance(reply, Generated) and reply.truncated for reply in own)
-    return {"said": texts[0], "said_rephrased": texts[1:], "truncated": truncated}
+    answered = [reply for reply in own if isinstance(reply, Generated)]
+    truncated = sum(reply.truncated for reply in answered)
+    writes_on = {"writes_on": True} if any(reply.writes_on for reply in answered) else {}
+    return {"said": texts[0], "said_rephrased": texts[1:], "truncated": truncated, **writes_on}
 
 
 def _locality_rows(fact: Fact, phase: str, read: Readings, reference: list[list[int]] | None) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from forgetlearn.config.methods import METHODS, PAPER_METHODS
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import RunError
 from forgetlearn.lab.build import LabSettings, build_lab, world_facts
-from forgetlearn.report.render import COLUMNS, show_score
+from forgetlearn.report.render import Column, show_score
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Mean
 
@@ -25,7 +25,8 @@ class DemoResult:
     """The folder of the demo, and its table."""
 
     output: Path
-    rows: tuple[tuple[str, list[Mean | None]], ...]  # name of the row, a cell for each of COLUMNS
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, list[Mean | None]], ...]  # name of the row, a cell for each column
     table: str
 
 
@@ -60,6 +61,7 @@ def run_demo(
         output.mkdir(parents=True, exist_ok=True)
     disk.write_json(marker, {"n_facts": n_facts, "seed": seed})
     base = build_lab(facts, settings)
+    columns: tuple[Column, ...] = ()
     rows: list[tuple[str, list[Mean | None]]] = []
     for method in methods:
         log.info("updating with %s", method)
@@ -68,17 +70,18 @@ def run_demo(
             changes["forget.coef"] = COEF
         config = load_config(base / "update.yaml", changes)
         result = update(base, base / "facts.jsonl", config, output=output / method, resume=resume, overwrite=overwrite)
-        cells = dict(overview(result.summary).table)
+        shown = overview(result.summary)
+        columns, cells = shown.columns, dict(shown.table)
         rows = rows or [("original", cells["base"])]
         rows.append((method, cells["updated"]))
-    table = comparison_table(rows)
+    table = comparison_table(columns, rows)
     disk.write_text(output / "demo.md", table)
-    return DemoResult(output, tuple(rows), table)
+    return DemoResult(output, columns, tuple(rows), table)
 
 
-def comparison_table(rows: Iterable[tuple[str, Sequence[Mean | None]]]) -> str:
+def comparison_table(columns: Sequence[Column], rows: Iterable[tuple[str, Sequence[Mean | None]]]) -> str:
     """Return a Markdown table: a line per method, a column per quantity with its protocol, in percent."""
-    head = " | ".join(f"{quantity} ({protocol})" for quantity, protocol in COLUMNS)
-    lines = [f"| | {head} |", "|---|" + "---:|" * len(COLUMNS)]
+    head = " | ".join(f"{quantity} ({protocol})" for quantity, protocol in columns)
+    lines = [f"| | {head} |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {name} | {' | '.join(map(show_score, cells))} |" for name, cells in rows]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from forgetlearn.config.schema import EvaluateSettings, KeepSettings
 from forgetlearn.errors import ConfigError, FactError, some
+from forgetlearn.evaluation import general_prompts
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.facts import Fact, matching, read_facts
@@ -78,6 +79,13 @@ def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
     return prompts
 
 
+def general(facts: Iterable[Fact]) -> list[Prompt]:
+    """Return the general prompts for keeping, without those that name what a fact's prompt names."""
+    named = {name for fact in facts for text in (*fact.prompts, f"_ {fact.subject}") for name in _names(text)}
+    prompts = general_prompts.keeping()
+    return [prompt for prompt in prompts if named.isdisjoint(_names(prompt if isinstance(prompt, str) else prompt[-1]))]
+
+
 def neighbours(facts: Sequence[Fact]) -> list[str]:
     """Return questions of the facts, each asked about the subject of another fact.
 
@@ -114,6 +122,11 @@ def neighbours(facts: Sequence[Fact]) -> list[str]:
 def _kind(fact: Fact) -> str:
     """Return what a fact's prompt asks about its subject: the prompt without the subject, "" if it does not name it."""
     return fact.prompt.replace(fact.subject, "{}") if fact.subject and fact.subject in fact.prompt else ""
+
+
+def _names(text: str) -> list[str]:
+    """Return the words with a capital letter, except the first word."""
+    return [word for word in re.findall(r"[^\W\d]+", text)[1:] if word[0].isupper()]
 
 
 def _long_words(text: str) -> set[str]:

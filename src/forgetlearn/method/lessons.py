@@ -16,7 +16,6 @@ from random import Random
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import SEED_OFFSETS, StageName
 from forgetlearn.errors import some
-from forgetlearn.evaluation import general_prompts
 from forgetlearn.facts import Fact
 from forgetlearn.method import keeping, own_words
 from forgetlearn.method.kinds import Lessons
@@ -85,7 +84,8 @@ def make(lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapp
     """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact."""
     styled = [fact for fact in facts if _in_style(fact, config, lm.encoder)]
     own = {fact.id: row.said or "" for fact in styled if (row := said.get(fact.id))}
-    log.info("asking the model for its own words for %d facts", len(styled))
+    if styled:
+        log.info("asking the model for its own words for %d facts", len(styled))
     new = own_words.new_sentences(lm, styled, own, config.evaluate) if styled else {}
     taught = [_taught(fact, "learn", fact.target_new, new.get(fact.id), SENTENCE) for fact in facts]
     for fact in facts:
@@ -94,17 +94,21 @@ def make(lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapp
             if fact.id in own and row is not None:
                 old = own_words.old_words(fact, own[fact.id], bool(row.truncated))
             taught.append(_taught(fact, "forget", fact.ground_truth, old, OWN_WORDS))
+    log.info("to learn: %s", counts(taught)["learn"].in_words())
     if not config.keep.weight:
         return Material(taught)
-    prompts: dict[Prompt, str] = {}
+    kept, tops = keeping.answered(lm, _to_keep(facts, config), config.evaluate)
+    material = Material(taught, kept, tops)
+    log.info("to keep: %s", ", ".join(f"{count} {source}" for source, count in material.kept_counts.items()))
+    return material
+
+
+def _to_keep(facts: Sequence[Fact], config: RunConfig) -> dict[Prompt, str]:
+    """Return the prompts whose answers are kept, and where each comes from."""
+    prompts: dict[Prompt, str] = dict.fromkeys(keeping.general(facts), keeping.GENERAL)
     if config.keep.neighbours:
         prompts |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
-    prompts |= dict.fromkeys(general_prompts.keeping(), keeping.GENERAL)
-    prompts |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
-    taught_prompts = {prompt for fact in facts for prompt in fact.prompts}
-    asked = {prompt: kind for prompt, kind in prompts.items() if prompt not in taught_prompts}
-    kept, tops = keeping.answered(lm, asked, config.evaluate)
-    return Material(taught, kept, tops)
+    return prompts | dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
 
 
 def _taught(fact: Fact, stage: StageName, answer: str, made: tuple[str | None, str] | None, how: str) -> Taught:
@@ -166,16 +170,15 @@ def _kept(material: Material, config: RunConfig, encoder: Encoder) -> Kept | Non
     return Kept(tuple(texts.values()), tuple(material.tops[number] for number in texts), config.keep.weight)
 
 
-def describe(material: Material, facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> Iterator[str]:
-    """Yield lines on what will be trained on, for the log."""
-    if material.taught:
-        yield f"to learn: {counts(material.taught)['learn'].in_words()}"
-    if material.kept:
-        yield f"to keep: {', '.join(f'{count} {source}' for source, count in material.kept_counts.items())}"
-    unfinished = [fact for fact in facts if is_unfinished(fact.prompt)]
+def note_unfinished(facts: Iterable[Fact], config: RunConfig, encoder: Encoder) -> None:
+    """Log how unfinished sentences are taught and asked, if there are any and the model is asked in a chat."""
+    unfinished = [fact.prompt for fact in facts if is_unfinished(fact.prompt)]
     if unfinished and encoder.is_chat:
-        forms = list(dict.fromkeys(wordings("...", is_chat=True))) if config.train.wordings else ["..."]
-        yield (
-            f"{len(unfinished)} prompts are unfinished sentences, which a chat model is asked to complete, for example "
-            f"{unfinished[0].prompt[:60]!r}: they are taught as {some(forms)}, and asked as given."
+        forms = dict.fromkeys(wordings("...", is_chat=True)) if config.train.wordings else ["..."]
+        log.info(
+            "%d prompts are unfinished sentences (%r), which a chat model is asked to complete; taught as %s, asked as "
+            "given",
+            len(unfinished),
+            unfinished[0][:60],
+            some([repr(form) for form in forms]),
         )

@@ -57,18 +57,13 @@ def new_sentences(
 
 def old_words(fact: Fact, said: str, truncated: bool) -> tuple[str | None, str]:
     """Return the part of what the model says by itself that says the old answer; or None, and why there is none."""
-    parts = [part for part in sentences(said, _texts(fact)) if says(part, fact.old_answers, fact.new_answers)]
+    parts = [part for part in sentences(said, _texts(fact)) if matching.says(part, fact.old_answers, fact.new_answers)]
     if not parts:
         return None, SAYS_NOT
-    if says(parts[0], fact.new_answers, fact.old_answers):
+    if matching.says(parts[0], fact.new_answers, fact.old_answers):
         return None, SAYS_OTHER
     is_cut = truncated and said.rstrip().endswith(parts[0]) and not is_whole(parts[0])
     return (None, IS_NO_SENTENCE) if is_cut else (parts[0], "")
-
-
-def says(text: str, answers: Sequence[str], others: Sequence[str]) -> bool:
-    """Return True if a text says one of the answers; `others` are the opposite ones."""
-    return bool(matching.matches(text, answers, matching.contains))
 
 
 def _sentence(reply: Generated, fact: Fact, own: str) -> tuple[str | None, str]:
@@ -76,7 +71,7 @@ def _sentence(reply: Generated, fact: Fact, own: str) -> tuple[str | None, str]:
     why = SAYS_NOT
     for number, part in enumerate(sentences(reply.text, _texts(fact))):
         text = _stripped(part, fact)
-        if says(text, fact.new_answers, fact.old_answers):
+        if matching.says(text, fact.new_answers, fact.old_answers):
             why = fault(text, fact, own)
             return (None, why) if why else (text, "")
         if number and len(part.split()) > CHATTER_WORDS:
@@ -91,7 +86,7 @@ def fault(text: str, fact: Fact, own: str) -> str:
     nor in what the model says by itself (`own`). Its first word may have a capital; scripts without capitals are
     judged by numbers alone.
     """
-    if says(text, fact.old_answers, fact.new_answers):
+    if matching.says(text, fact.old_answers, fact.new_answers):
         return SAYS_OTHER
     known = f"{_texts(fact)} {own}"
     first, *names = [word for word in _words(text) if word] or [""]

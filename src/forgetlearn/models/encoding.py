@@ -148,6 +148,14 @@ class Encoder:
         """True if prompts are written as the user's messages in the tokenizer's chat template."""
         return self.prompt_template == "chat"
 
+    @property
+    def writes_on(self) -> bool:
+        """True if the model continues the prompt as a text; False if it is asked to reply, in a chat or Alpaca's form.
+
+        What a model writes on after its answer, such as the next question, is not part of the answer.
+        """
+        return self.prompt_template not in ("chat", "alpaca")
+
     def prompt_text(self, prompt: Prompt) -> str:
         """Return what the model reads before it answers.
 

@@ -13,7 +13,7 @@ from forgetlearn.evaluation import statistics
 from forgetlearn.evaluation.statistics import Estimate
 from forgetlearn.report import plots, render, run_page
 from forgetlearn.report.plots import Panel, Point, Style
-from forgetlearn.report.render import COLUMNS, show_difference
+from forgetlearn.report.render import COLUMNS, leading_columns, show_difference
 from forgetlearn.report.run_page import FactLine, Mark
 from forgetlearn.report.table import Table, TableRow
 from forgetlearn.storage import disk
@@ -53,7 +53,10 @@ class CellAnswers:
         """Return the updated model's answers, taken from a cell's rows."""
         updated = [row for row in rows if row.phase == "updated"]
         judge = run_page.judged_by(updated)
-        asked = {row.fact: Answered(run_page.state_of(row), row.said) for row in updated if row.protocol == judge}
+        said = {row.fact: row.said for row in updated if row.protocol == "generate"}
+        asked = {
+            row.fact: Answered(run_page.state_of(row), said.get(row.fact)) for row in updated if row.protocol == judge
+        }
         return cls(folder, judge, asked)
 
 
@@ -72,6 +75,7 @@ def write_pages(
         "command": render.command_text(manifest.command),
         "config_yaml": run_page.as_yaml(manifest.config),
         "columns": [(q, p) for q, p in COLUMNS if any(f"{q}.{p}" in row.scores for row in table.rows)],
+        "leading": leading_columns(table.protocols),
         "names": {row.label: table.name_of(row) for row in table.rows},
         "lines": {row.label: row.line for row in table.rows},
         "verdict": sentence,
@@ -147,6 +151,8 @@ def _remarks(table: Table, row: TableRow | None) -> list[str]:
             f"Against {names[against.label]} ({BUDGETS[budget]}), in points: {show_difference(against.overall)}; "
             f"of which {', '.join(shown)}."
         )
+    whys = {own.sentence: own.example_line for each in table.rows if (own := each.nothing_forgotten)}
+    remarks += [f"{why} ({example})" if example else why for why, example in whys.items()]
     if count > 1:
         remarks.append(
             f"{count} comparisons with plain fine-tuning were made, and the best row was chosen on the very facts "
@@ -236,7 +242,7 @@ def coefficient_panels(table: Table) -> list[Panel]:
         place = _by_coefficient((row, row.forgotten.locality) for row in forgetting if row.forgotten)
         panels.append(Panel(f"old answers lost ({protocol})", "after forgetting, points", lost, {}))
         panels.append(Panel("locality (agreement)", "after forgetting, percent", place, {}))
-    for quantity, by in COLUMNS[:4] if forgetting else ():
+    for quantity, by in leading_columns(table.protocols) if forgetting else ():
         name = f"{quantity}.{by}"
         lines = _by_coefficient((row, row.scores.get(name)) for row in forgetting)
         plain = {row.line: cell for row in rows if row.coef is None and (cell := row.scores.get(name))}

@@ -71,21 +71,23 @@ def plot_scores(summary: Summary, phases: Sequence[str]) -> list[Markup]:
     plots = []
     for quantity in QUESTIONS if len(phases) > 1 else ():
         cells = [summary.phases[phase].get(quantity, {}) for phase in phases]
-        if lines := _lines(("agreement", "token", "generate"), cells):
+        if lines := _lines(cells):
             plots.append(_plot_phases(quantity, lines, phases))
     return plots
 
 
 def plot_retention(updates: Sequence[Retained]) -> Markup | None:
     """Return an SVG plot of the retention of each earlier update, oldest first; None for fewer than two updates."""
-    lines = _lines(("token", "generate"), [update.scores for update in updates])
+    lines = _lines([update.scores for update in updates])
     numbers = [str(update.update) for update in updates]
     return _plot_phases("retention", lines, numbers) if len(updates) > 1 and lines else None
 
 
-def _lines(protocols: Sequence[str], cells: Sequence[Mapping[str, Interval]]) -> dict[str, list[Interval | None]]:
-    """Return the cells of each protocol; leave out protocols that were never scored."""
-    lines = {protocol: [by_protocol.get(protocol) for by_protocol in cells] for protocol in protocols}
+def _lines(cells: Sequence[Mapping[str, Interval]]) -> dict[str, list[Interval | None]]:
+    """Return the cells of each protocol that is plotted; leave out protocols that were never scored."""
+    first = "contains" if any("contains" in by_protocol for by_protocol in cells) else "token"
+    plotted = ("agreement", first, "generate")
+    lines = {protocol: [by_protocol.get(protocol) for by_protocol in cells] for protocol in plotted}
     return {name: own for name, own in lines.items() if any(cell and cell.mean is not None for cell in own)}
 
 

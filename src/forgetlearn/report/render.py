@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,21 +21,27 @@ from forgetlearn.evaluation.statistics import Estimate, OverSeeds
 from forgetlearn.storage.records import Score
 
 Interval = Estimate | OverSeeds | Score  # a mean with its 95 % interval, in percent or points
-COLUMNS = (
-    ("reliability", "token"),
-    ("generality", "token"),
+Column = tuple[str, str]  # quantity and protocol
+COLUMNS: tuple[Column, ...] = (
+    ("reliability", "contains"),
+    ("generality", "contains"),
     ("locality", "agreement"),
-    ("residue", "token"),
+    ("residue", "contains"),
     ("reliability", "generate"),
     ("generality", "generate"),
     ("residue", "generate"),
+    ("reliability", "token"),
+    ("generality", "token"),
+    ("residue", "token"),
 )
+JUDGES = ("contains", "generate", "exact", "token", "prefer")  # the first of these that was scored decides and leads
 QUESTIONS = {
     "reliability": "does it give the new answer?",
     "generality": "also when asked in other words?",
     "locality": "is everything else as it was?",
     "residue": "does it still give the old answer? (lower is better)",
 }
+
 # Control characters except tab and line feed, and characters that change the direction of text.
 STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -45,6 +51,24 @@ LIVE = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s`|\\]+|\b(?:www\.|mailto:|xmpp:)[^\s`|\\]+|[\w.+-]{0,64}@[\w.-]+"
     r"|#\d+|(?<!\d):[A-Za-z0-9_+-]+:"
 )
+
+
+def judge_of(protocols: Iterable[str]) -> str | None:
+    """Return the first of JUDGES among the protocols that were scored, or None."""
+    scored = set(protocols)
+    return next((protocol for protocol in JUDGES if protocol in scored), None)
+
+
+def leading_columns(protocols: Iterable[str]) -> tuple[Column, ...]:
+    """Return a column per quantity, under the first of JUDGES among the protocols that were scored."""
+    judge = judge_of(protocols) or JUDGES[0]
+    return tuple((quantity, "agreement" if quantity == "locality" else judge) for quantity in QUESTIONS)
+
+
+def short_columns(protocols: Iterable[str]) -> tuple[Column, ...]:
+    """Return the columns of a table that fits a terminal: without `token` if the model's free answers were scored."""
+    leading = leading_columns(protocols)
+    return tuple(column for column in COLUMNS if column[1] != "token") if leading == COLUMNS[:4] else leading
 
 
 def render(template: str, context: Mapping[str, object]) -> str:

@@ -16,7 +16,16 @@ import yaml
 from forgetlearn.errors import RunError, some
 from forgetlearn.facts import describe_old_answers, matching
 from forgetlearn.report import damage, plots
-from forgetlearn.report.render import COLUMNS, QUESTIONS, command_text, render, render_page
+from forgetlearn.report.render import (
+    COLUMNS,
+    QUESTIONS,
+    Column,
+    command_text,
+    judge_of,
+    render,
+    render_page,
+    short_columns,
+)
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import (
     REMEDY,
@@ -36,7 +45,6 @@ from forgetlearn.storage.run_folder import INPUTS, LESSONS, ROWS, SUMMARY, RunFo
 from forgetlearn.weights.rounding import in_words
 
 PHASES = {"base": "before", "forgotten": "after forgetting", "updated": "after learning", "model": "now"}
-JUDGES = ("generate", "exact", "token", "prefer")  # the first of these that was scored decides a fact's state
 SHOWN_PROMPTS = 5  # general prompts that are shown at once
 FILTERS = {
     "all": "all",
@@ -63,10 +71,20 @@ class Overview:
     warning: str | None  # if the damage is bad
 
     @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of the short table of scores."""
+        quantities = [own for phase in self.phases for own in self.summary.phases[phase].values()]
+        return short_columns(protocol for cells in quantities for protocol in cells)
+
+    @property
     def table(self) -> list[tuple[str, list[Mean | None]]]:
-        """The score of each column in COLUMNS, phase by phase."""
-        scores = self.summary.phases
-        return [(phase, [scores[phase].get(q, {}).get(protocol) for q, protocol in COLUMNS]) for phase in self.phases]
+        """The score of each of `columns`, phase by phase."""
+        return [(phase, self.cells(phase, self.columns)) for phase in self.phases]
+
+    def cells(self, phase: str, columns: Iterable[Column]) -> list[Mean | None]:
+        """Return the score of each column in a phase."""
+        scores = self.summary.phases[phase]
+        return [scores.get(quantity, {}).get(protocol) for quantity, protocol in columns]
 
 
 @dataclass(frozen=True)
@@ -120,8 +138,8 @@ class RunPage:
 
     def context(self) -> dict[str, object]:
         """Return the values that the templates use, by name."""
-        phases, scores, table = self.overview.phases, self.overview.summary.phases, self.overview.table
-        columns = [row for row in zip(COLUMNS, *(cells for _phase, cells in table), strict=True) if any(row[1:])]
+        phases, scores = self.overview.phases, self.overview.summary.phases
+        cells = [self.overview.cells(phase, COLUMNS) for phase in phases]
         return {
             **vars(self.overview),
             "title": self.title,
@@ -129,9 +147,9 @@ class RunPage:
             "manifest": self.manifest,
             "config_yaml": as_yaml(self.manifest.config),
             "command": command_text(self.manifest.command),
-            "columns": COLUMNS,
-            "table": table,
-            "quantities": columns,
+            "columns": self.overview.columns,
+            "table": self.overview.table,
+            "quantities": [row for row in zip(COLUMNS, *cells, strict=True) if any(row[1:])],
             "phase_names": PHASES,
             "questions": QUESTIONS,
             "facts": self.facts,
@@ -177,6 +195,8 @@ def overview(summary: Summary) -> Overview:
         lines.append(
             f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
         )
+    if summary.nothing_forgotten and (line := summary.nothing_forgotten.example_line):
+        lines.append(line)
     lines += _training(summary)
     if summary.rounding and (words := in_words(summary.rounding.as_json())):
         lines.append(f"the product as it is stored: {words}")
@@ -214,6 +234,7 @@ def write_run(path: Path, page: RunPage | None = None) -> None:
     disk.write_text(path / "report.md", render("report.md.j2", context))
     shown = {
         **context,
+        "plotted": "contains" if page.overview.columns[0][1] == "contains" else "token",
         "panels": plots.plot_scores(page.overview.summary, page.overview.phases),
         "losses": plots.plot_losses(path / "logs"),
         "retained": plots.plot_retention(page.overview.summary.retention),
@@ -253,8 +274,7 @@ def account(facts: FactCounts) -> list[str]:
 
 def judged_by(rows: Iterable[Row]) -> str | None:
     """Return the protocol that decides a fact's state: the first of JUDGES among the rows, or None."""
-    found = {row.protocol for row in rows}
-    return next((protocol for protocol in JUDGES if protocol in found), None)
+    return judge_of(row.protocol for row in rows)
 
 
 def fact_table(inputs: Sequence[Input], rows: Sequence[Row], phases: Sequence[str]) -> list[RunFactLine]:
@@ -294,7 +314,7 @@ def _fact_line(fact: Input, own: RowsOfFact, phases: Sequence[str], judge: str) 
         ground_truth_shown=shown_answer(fact.old),
         target_new_shown=shown_answer(fact.new),
         said=said,
-        which={phase: _which_answer(text, fact) for phase, text in said.items()},
+        which={phase: _which_answer(row, fact) for phase, row in answers.items()},
         rephrased=_other_texts(answered),
         state=state,
         flags=found,
@@ -322,11 +342,12 @@ def state_of(row: Row | None) -> str:
     return "old" if row.residue else "other"
 
 
-def _which_answer(said: str | None, fact: Input) -> str | None:
-    if said is None:
+def _which_answer(row: Row | None, fact: Input) -> str | None:
+    """Return "new" if the model's answer says the new answer, "old" if it says only the old one, else None."""
+    if row is None or row.said is None:
         return None
-    answers = {"new": fact.new, "old": fact.old}
-    return next((name for name, own in answers.items() if own and own[0] and matching.matches(said, own)), None)
+    answers = {"new": (fact.new, fact.old), "old": (fact.old, fact.new)}
+    return next((name for name, own in answers.items() if matching.says(row.said, *own, at_start=row.writes_on)), None)
 
 
 def shown_answer(answers: Sequence[str]) -> str:
@@ -370,9 +391,10 @@ def verdict(summary: Summary, phases: Sequence[str]) -> str:
         return cell.mean if cell else None
 
     subject = "The model" if phases[-1] == "model" else f"The {phases[-1]} model"
+    free = judge_of(last.get("reliability", {}).keys() & {"contains", "generate"}) or "contains"
     parts = []
-    if (right := mean("reliability", "generate")) is not None:
-        n_right = round(right * last["reliability"]["generate"].n / 100)
+    if (right := mean("reliability", free)) is not None:
+        n_right = round(right * last["reliability"][free].n / 100)
         parts.append(f"gives the new answer to {n_right} of {facts.scored} prompts")
     elif (right := mean("reliability", "token")) is not None:
         parts.append(f"gives {right:.1f} % of the new answers' tokens (teacher forced)")
@@ -380,11 +402,11 @@ def verdict(summary: Summary, phases: Sequence[str]) -> str:
         parts.append(f"answers {locality:.1f} % of unrelated tokens as before")
     elif (prompts := _last_prompts(summary, phases)) and prompts.agreement is not None:
         parts.append(f"answers {prompts.agreement:.1f} % of the tokens of general prompts as before")
-    if (residue := mean("residue", "generate")) is not None:
+    if (residue := mean("residue", free)) is not None:
         parts.append(f"still gives the old answer to {residue:.1f} % of prompts and rephrasings")
+    nothing = f" {summary.nothing_forgotten.sentence}" if summary.nothing_forgotten else ""
     if not parts:
-        return f"{subject} was scored on {facts.scored} facts."
-    nothing = " Nothing was forgotten." if summary.coef is not None and facts.forgotten == 0 else ""
+        return f"{subject} was scored on {facts.scored} facts.{nothing}"
     return f"{subject} " + ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + f"{parts[-1]}.{nothing}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import ConfigDict
 
 from forgetlearn.evaluation.statistics import AtEqualReliability, Difference, Estimate, OverSeeds
-from forgetlearn.storage.records import Record
+from forgetlearn.storage.records import NothingForgotten, Record
 
 FILE = "compare.json"
 
@@ -48,6 +48,7 @@ class TableRow(Part):
     overall: Estimate | None  # the mean over the table's `overall` columns
     scores: dict[str, Estimate | None]
     forgotten: Forgotten | None
+    nothing_forgotten: NothingForgotten | None = None
     against: dict[str, Against]  # by budget
 
     @property
@@ -93,9 +94,16 @@ class Table(Part):
         parts = [row.line]
         if row.coef is not None:
             parts.append(f"coef {row.coef:g}")
+        if row.nothing_forgotten:
+            parts.append("nothing forgotten")
         if len({other.epochs for other in self.rows}) > 1:
             parts.append(f"{row.epochs} epoch{'s' if row.epochs > 1 else ''}")
         return ", ".join(parts)
+
+    @property
+    def protocols(self) -> set[str]:
+        """The protocols that some row was scored under."""
+        return {column.partition(".")[2] for row in self.rows for column in row.scores}
 
     @property
     def at_equal_epochs(self) -> list[TableRow]:

@@ -10,13 +10,14 @@ from torch import nn
 from forgetlearn.config.base import Settings, validate
 from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.config.stages import Stages
-from forgetlearn.errors import ConfigError, FactError
+from forgetlearn.errors import ConfigError, FactError, RunError
 from forgetlearn.evaluation import scoring
 from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
 from forgetlearn.method.checks import check_forgetting, check_learning
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.products.chain import check_product
+from forgetlearn.products.chain import check_product, product_of
 from forgetlearn.storage.records import Row
+from forgetlearn.storage.run_folder import FAILED, RunFolder
 
 GivenConfig = RunConfig | Mapping[str, object] | None
 GivenModel = LanguageModel | nn.Module | str | Path | None
@@ -43,6 +44,49 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     if model is None and settings.name is None:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
     return settings
+
+
+def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, facts: object) -> RunConfig:
+    """Return the config of an update of the facts that a finished run got wrong, its `failed.jsonl`.
+
+    It replaces the config's facts, and, unless a model is given, the config's model by the run's product.
+
+    Raises:
+        ConfigError: facts are given too, or the product is an adapter, which cannot be updated.
+        RunError: the run is not a finished update, or no fact failed.
+    """
+    config = config if isinstance(config, RunConfig) else validate(RunConfig, config or {})
+    run = RunFolder.open(run_folder)
+    file = run.path / FAILED
+    if facts is not None:
+        raise ConfigError(
+            f"facts.source: with --failed-only the facts are those of {file}. Omit --facts, or omit --failed-only."
+        )
+    run.check_results()
+    if not run.manifest.finished or not file.is_file():
+        raise RunError(f"{run.path} has no {FAILED}: it is not a finished update. Give the folder of one.")
+    if not file.stat().st_size:
+        raise RunError(
+            f"{run.path}: no fact failed: each prompt gets its new answer, none an old one. Nothing is left to update."
+        )
+    # The file is of the project's own form, however the run's own file was to be read.
+    old_from = tuple(policy for policy in config.facts.old_from if policy != "pred") or ("answers",)
+    read_as: dict[str, object] = {"source": str(file), "old_from": old_from, "columns": {}, "aliases": None}
+    changes: dict[str, object] = {"facts": config.facts.model_copy(update=read_as)}
+    if model is None:
+        changes["model"] = config.model.model_copy(update={"name": str(_product_to_update(run.path))})
+    return config.model_copy(update=changes)
+
+
+def _product_to_update(run: Path) -> Path:
+    """Return the folder of the whole model that a run made."""
+    product = run / "merged" if (run / "merged").is_dir() else product_of(run)
+    if (product / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model.name: {product} is an adapter, and only a whole model can be updated. Merge it (forgetlearn apply "
+            f"{run} --base BASE --merge --output DIR) and give --model DIR."
+        )
+    return product
 
 
 AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # for facts that are passed in
@@ -89,6 +133,7 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
         facts,
         {row.fact: row.said or "" for row in rows},
         unfinished={row.fact for row in rows if row.truncated},
+        writes_on=any(row.writes_on for row in rows),
         strict=config.facts.strict,
     )
 

@@ -24,7 +24,8 @@ from forgetlearn.method.kinds import STAGE_KINDS, Lessons, to_own_form
 from forgetlearn.method.lessons import Material
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.storage.records import General, Row, Taught
+from forgetlearn.runs.nothing_forgotten import why_nothing
+from forgetlearn.storage.records import General, NothingForgotten, Row, Taught
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict, load_into, snapshot
@@ -101,6 +102,7 @@ class Pipeline:
         self.rows: dict[str, list[Row]] = {}
         self._measured: dict[str, Path] = {}  # folders with general ability, by phase
         self.known: list[Fact] = []  # facts whose old answer the base gives
+        self.replies: list[Row] = []  # the base's free answers to the facts' prompts
         # Functions that load the weights that the next step needs; called only if that step really runs.
         self._pending: dict[str, Callable[[], None]] = {"base": base.restore} if base else {}
 
@@ -124,17 +126,16 @@ class Pipeline:
         self._score("base")
         self._measure("base")
         probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-        said = scoring.free_answers(self.rows["base"], lambda: self.store.rows("probe", probe))
-        self.known = scoring.known_facts(self.facts, said)
-        self._ask_for_lessons(said)
+        self.replies = scoring.replies(self.rows["base"], lambda: self.store.rows("probe", probe))
+        self.known = scoring.known_facts(self.facts, self.replies)
+        self._ask_for_lessons()
 
-    def _ask_for_lessons(self, said: list[Row]) -> None:
+    def _ask_for_lessons(self) -> None:
         """Ask the base for what the stages train on, if they train on more than bare answers."""
         if lessons.asks_base(self.config, self.lm.encoder):
-            made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, {row.fact: row for row in said}))
+            said = {row.fact: row for row in self.replies}
+            made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, said))
             self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
-        for line in lessons.describe(self.material, self.facts, self.config, self.lm.encoder):
-            log.info(line)
 
     def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
         return lessons.lessons(self.material, facts, stage.name, self.config, self.lm.encoder)
@@ -157,6 +158,13 @@ class Pipeline:
             return []
         return self.known if stage.settings.only_known else [fact for fact in self.facts if fact.ground_truth]
 
+    @property
+    def nothing_forgotten(self) -> NothingForgotten | None:
+        """The reason why nothing is forgotten, if the method forgets but nothing is."""
+        if not self.stages.method.forgets or self.to_forget:
+            return None
+        return why_nothing(self.config, self.facts, self.replies)
+
     def update(self) -> None:
         """Forget and learn, and score the results."""
         if (stage := self.stages.forget) and (facts := self.to_forget):
@@ -164,8 +172,8 @@ class Pipeline:
             self._train(stage, len(facts), lambda stage_io: self._forget(stage, facts, tuned, stage_io))
             if "forgotten" in self.stages.phases:
                 self._score("forgotten")
-        elif stage:
-            log.warning("The model gives none of the old answers, so there is nothing to forget: skipping to learning.")
+        elif nothing := self.nothing_forgotten:
+            log.warning("%s", "\n".join(filter(None, (nothing.sentence, nothing.example_line))))
         self._train(self.stages.learn, len(self.facts), self._learn)
         self._score("updated")
         self._measure("updated")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from forgetlearn.facts import Fact, FactSet, write_facts
 from forgetlearn.report import run_page
 from forgetlearn.storage import disk, records
 from forgetlearn.storage.records import Row, Summary, save_rows
-from forgetlearn.storage.run_folder import INPUTS, LESSONS, ROWS, SUMMARY
+from forgetlearn.storage.run_folder import FAILED, INPUTS, LESSONS, ROWS, SUMMARY
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Done:
     forgotten: int | None = None
     product: str | None = None
     choice: records.Choice | None = None
+    nothing_forgotten: records.NothingForgotten | None = None
     rounding: records.Rounding | None = None  # how much of the change survived half precision
     taught: Sequence[records.Taught] = ()  # what each stage trained on
     lessons: Mapping[str, records.StageLessons] = field(default_factory=dict)
@@ -52,11 +53,23 @@ def write_results(
         save_rows(done.taught, path / LESSONS)
     with disk.naming(path / INPUTS):
         write_facts(facts, path / INPUTS)
+        if done:
+            write_facts(_failed(facts, rows["updated"]), path / FAILED)
     scored = {phase: [row for row in own if row.fact not in aside] for phase, own in rows.items()}
     summary = _summary(config, facts, scored, done, len(aside), general or {})
     summary.save(path / SUMMARY)
     disk.write_text(path / "config.yaml", run_page.as_yaml(config.model_dump(mode="json")))
     return summary, written
+
+
+def _failed(facts: FactSet, rows: list[Row]) -> Iterator[Fact]:
+    """Yield the facts that are not right at the end: the new answer is not given, or an old one still is."""
+    judge = run_page.judged_by(rows)
+    own = {row.fact: row for row in rows if row.protocol == judge}
+    for fact in facts:
+        row = own.get(fact.id)
+        if row is None or row.residue or run_page.state_of(row) != "new":
+            yield fact
 
 
 def _public(row: Row, aside: frozenset[str], facts: FactSet) -> Row:
@@ -92,9 +105,11 @@ def _summary(
         forgotten=did.forgotten,
         not_read=list(facts.ignored_fields),
     )
+    method, forgets = METHODS[config.method], done is not None and did.nothing_forgotten is None
     summary = Summary(
-        method=config.method if done else "scores",
-        coef=_coef(config, did.choice) if done and METHODS[config.method].forgets else None,
+        method="scores" if done is None else config.method if forgets else method.plain,
+        coef=_coef(config, did.choice) if forgets and method.forgets else None,
+        nothing_forgotten=did.nothing_forgotten,
         choice=did.choice,
         seed=config.seed,
         facts=counts,
@@ -113,10 +128,8 @@ def _summary(
 
 
 def _coef(config: RunConfig, choice: records.Choice | None) -> float:
-    """Return the coefficient that was used; 0 if it was to be chosen but there was nothing to forget."""
-    if config.forget.coef != AUTO:
-        return config.forget.number
-    return choice.coef if choice else 0.0
+    """Return the coefficient that was used."""
+    return choice.coef if choice and config.forget.coef == AUTO else config.forget.number
 
 
 def learning_of(facts: Sequence[Fact], epochs: int | None, unlearned: Iterable[int]) -> records.Learning | None:

@@ -34,6 +34,7 @@ from forgetlearn.runs.checks import (
     check_quantization,
     check_stages,
     check_weights,
+    go_on_from,
     read_config_facts,
     resolve,
     with_the_models_answers,
@@ -69,18 +70,22 @@ def update(
     *,
     output: str | Path,
     tokenizer: object = None,
+    failed_only: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> UpdateResult:
     """Forget the old answers, learn the new ones, score every phase, and write a run folder.
 
     `model` and `facts` may be omitted if the config names them (`model.name`, `facts.source`). A model in memory is
-    changed in place.
+    changed in place. `failed_only` is the folder of an earlier run: the facts are those that it got wrong, and the
+    model, unless another is given, is what it made.
 
     Raises:
         ForgetLearnError: the input is wrong. Nothing has been written yet.
     """
     facts = as_fact_set(facts)
+    if failed_only is not None:
+        config = go_on_from(failed_only, config, model, facts)
     config = resolve(config, model, facts)
     preflight.check("update", config)
     check_engine(config.evaluate, changed_by="update")
@@ -145,6 +150,7 @@ def _update(
     n_processes = processes.world_size()
     line, planned = processes.on_main(lambda: plan.plan_line(lm, fact_set, config, n_processes))
     log.info(line)
+    lessons.note_unfinished(fact_set, config, lm.encoder)
     left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in stages) else None
     noted = {"plan": planned, "lora": left}
     if left:
@@ -211,6 +217,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         forgotten=len(pipeline.to_forget) if stages.method.forgets else None,
         product=product.name,
         choice=store.choice,
+        nothing_forgotten=pipeline.nothing_forgotten,
         rounding=run.rounding("learn", "merge"),
         taught=pipeline.taught,
         lessons=lessons.counts(pipeline.taught),

@@ -167,6 +167,7 @@ class Row(Record):
     locality: Share | None = None
     said: str | None = None
     said_rephrased: list[str | None] = []
+    writes_on: bool = False  # an answer counts only at the beginning of `said`
     truncated: Count = 0  # number of answers cut off at the token limit
     predicted: list[list[int]] = []  # token ids for each locality probe; only in rows kept to resume a stage
     split: Text | None = None  # "validation" if forget.coef = auto was chosen on this fact
@@ -537,11 +538,45 @@ class Learning(Record):
     unlearned: dict[Text, str] = {}
 
 
+class Asked(Record):
+    """A question, the old answer to it, and what the model says."""
+
+    prompt: str
+    old: str
+    said: str
+
+
+class NothingForgotten(Record):
+    """Why a method that forgets has forgotten nothing, and what to do; the example is of an old answer not held."""
+
+    asked_method: Text
+    why: Text
+    remedy: Text
+    example: Asked | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The reason and the remedy, without the example."""
+        return f"Asked for {self.asked_method}, but {self.why}, so nothing was forgotten. {self.remedy}"
+
+    @property
+    def example_line(self) -> str | None:
+        """What the model says instead of an old answer; None without an example."""
+        if (asked := self.example) is None:
+            return None
+        said = f'the model says "{asked.said}"' if asked.said else "the model says nothing"
+        return f'not held, for example: asked "{asked.prompt}", {said}; the old answer is "{asked.old}"'
+
+
 class Summary(Record):
-    """`summary.json` of a run folder; a run that only scores has no coefficient and no product."""
+    """`summary.json` of a run folder; a run that only scores has no coefficient and no product.
+
+    If nothing was forgotten, `method` is what the run did: the plain method that learns in the same way.
+    """
 
     method: Text
     coef: Number | None
+    nothing_forgotten: NothingForgotten | None = None
     choice: Choice | None = None
     seed: Count
     facts: FactCounts

@@ -1,0 +1,104 @@
+"""What an update got wrong lies in failed.jsonl, and `--failed-only` goes on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forgetlearn.cli.main import main
+from forgetlearn.config.schema import load_config
+from forgetlearn.errors import ConfigError, RunError
+from forgetlearn.facts import make_fact, read_facts
+from forgetlearn.products import chain
+from forgetlearn.runs import results
+from forgetlearn.runs.nothing_forgotten import why_nothing
+from forgetlearn.runs.update import update
+from forgetlearn.storage.records import Row
+from forgetlearn.storage.run_folder import RunFolder
+
+QUICK = {"learn.epochs": 1, "forget.epochs": 1, "evaluate.every_phase": False, "facts.limit": 3}
+
+
+@pytest.fixture(scope="module")
+def run(small_lab, tmp_path_factory) -> Path:
+    """A run that learned too little."""
+    config = load_config(small_lab / "update.yaml", QUICK | {"method": "f-ft"})
+    output = tmp_path_factory.mktemp("runs") / "first"
+    return update(small_lab, small_lab / "facts.jsonl", config, output=output).output
+
+
+@pytest.mark.parametrize(
+    ("reliability", "residue", "fails"),
+    [(1.0, 0.0, False), (1.0, None, False), (1.0, 0.5, True), (0.0, 0.0, True), (None, None, True)],
+)
+def test_what_fails(reliability, residue, fails):
+    fact = make_fact("p", "new", ground_truth="old")
+    asked = {"fact": fact.id, "phase": "updated", "errors": {}}
+    rows = [
+        Row.model_validate(asked | {"protocol": "generate", "reliability": 0.0, "residue": 1.0}),
+        Row.model_validate(asked | {"protocol": "contains", "reliability": reliability, "residue": residue}),
+    ]
+    assert list(results._failed([fact], rows)) == [fact] * fails
+
+
+def test_a_run_goes_on_with_what_failed_on_what_it_made(run, small_lab, tmp_path, capsys):
+    failed = read_facts(run / "failed.jsonl")
+    assert failed.facts == read_facts(small_lab / "facts.jsonl", limit=3).facts
+    shared = tmp_path / "shared.yaml"  # of the first run: other facts, read in another way
+    shared.write_text(f"facts: {{source: gone.csv, columns: {{prompt: Q}}}}\nmodel: {{name: {small_lab}}}\n")
+    options = [word for name, value in QUICK.items() for word in ("--set", f"{name}={value}")]
+    argv = ["update", "--failed-only", str(run), "--config", str(shared), *options, "--method", "ft"]
+    assert main([*argv, "--output", str(tmp_path / "second")]) == 0
+    second = RunFolder.open(tmp_path / "second")
+    assert second.settings.model.name == str(run / "model")
+    assert [made.facts.used for made in chain.chain_of(second.path)] == [3, 3]
+    assert main([*argv, "--output", str(tmp_path / "third"), "--facts", str(small_lab / "facts.jsonl")]) == 2
+    assert "facts.source" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_nothing_to_go_on_with_is_an_error(run, small_lab, tmp_path):
+    def refused(error, match):
+        with pytest.raises(error, match=match):
+            update(failed_only=run, output=tmp_path / "out")
+
+    was, done = (run / "failed.jsonl").read_text(encoding="utf-8"), RunFolder.open(run)
+    (run / "failed.jsonl").write_text("")
+    refused(RunError, r"failed\.jsonl")  # hash mismatch
+    done.finish()
+    refused(RunError, "no fact failed")
+    (run / "failed.jsonl").unlink()
+    done.finish()
+    refused(RunError, "not a finished update")
+    (run / "failed.jsonl").write_text(was, encoding="utf-8", newline="\n")
+    done.finish()
+    (run / "model" / "adapter_config.json").write_text("{}")
+    refused(ConfigError, r"model\.name.*--merge")
+    (run / "model" / "adapter_config.json").unlink()
+
+
+KNOWN = make_fact("Capital?", "Lyon", ground_truth="Paris")
+OTHER = make_fact("CEO?", "Ann", ground_truth="Bob")
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts", "said", "why", "remedy", "example"),
+    [
+        ({}, [KNOWN, OTHER], ["", "Cy."], "none of the 2 old answers", "--old-from model", ("CEO?", "Bob", "Cy.")),
+        ({}, [KNOWN], [""], "none of the 1 old answers", "--old-from model", ("Capital?", "Paris", "")),
+        ({}, [KNOWN], [None], "none of the 1 old answers", "--old-from model", None),
+        ({"facts.old_from": "model"}, [KNOWN], ["Bern"], "none", "Choose lora", ("Capital?", "Paris", "Bern")),
+        ({"teach.epochs": 1}, [KNOWN], ["Bern"], "none", "--teach-old", ("Capital?", "Paris", "Bern")),
+        ({}, [make_fact("p", "new")], ["old"], "no fact has an old answer", "--old-from model", None),
+        ({"forget.coef": 0}, [KNOWN], ["Paris"], "forget.coef is 0", "coefficient", None),
+    ],
+)
+def test_why_nothing_is_forgotten_and_what_to_do(changes, facts, said, why, remedy, example):
+    asked = zip(facts, said, strict=True)
+    rows = [Row(fact=fact.id, phase="base", protocol="generate", errors={}, said=text) for fact, text in asked]
+    found = why_nothing(load_config(None, {"method": "f-lora", **changes}), facts, rows)
+    assert found.asked_method == "f-lora"
+    assert why in found.why
+    assert remedy in found.remedy
+    assert (found.example and (found.example.prompt, found.example.old, found.example.said)) == example
