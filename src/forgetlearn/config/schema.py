@@ -234,7 +234,9 @@ class ModelSettings(Settings):
     """The model that is updated, and how it is loaded."""
 
     name: str | None = Field(
-        None, description="Folder or hub id of a causal language model; evaluate and ask also take an adapter's folder."
+        None,
+        description="Folder, GGUF file or hub id of a causal language model; evaluate and ask also take an adapter's "
+        "folder.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
