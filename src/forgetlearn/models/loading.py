@@ -1,4 +1,4 @@
-"""Load a model's config, weights and tokenizer from a folder, a GGUF file or the hub, with a clear error for whatever is wrong."""
+"""Load a model's config, weights and tokenizer from a folder, a GGUF file or the hub, with clear errors."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _load_gguf(settings: ModelSettings, file: Path) -> PreTrainedModel:
     name = str(file)
     config = read_config(settings, name)
     # transformers shows a bar while it unpacks, whatever its settings.
-    with refusing(name), _source(settings, name) as (source, options), redirect_stderr(io.StringIO()):
+    with refusing(name), _source(settings, name) as (source, options), gguf.one_table(), redirect_stderr(io.StringIO()):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -354,11 +354,8 @@ def _check_counts(file: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if value != value:
             raise ModelError(f"{file}: {plain(name)} = NaN: expected a number.")
-        if (
-            (name.startswith("num_") or name.endswith("_count"))
-            and isinstance(value, (int, float))
-            and value > MOST_COUNTED
-        ):
+        is_count = name.startswith("num_") or name.endswith("_count")
+        if is_count and isinstance(value, (int, float)) and value > MOST_COUNTED:
             raise ModelError(f"{file}: {plain(name)} = {shown(value)}: expected at most {MOST_COUNTED:,}.")
 
 
