@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint audit slow faults coverage study docs package test-package test-oldest clean
+.PHONY: install demo models smoke test lint audit slow faults coverage study docs package test-package test-oldest clean
 
 install: $(VENV)/.installed
 
@@ -19,11 +19,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/forgetlearn demo --output demo --overwrite
 
+# SmolLM2-135M-Instruct as a folder (93 MB to download, 540 MB on disk), for tests with the mark `real`.
+export FORGETLEARN_SMOLLM2 ?= $(CURDIR)/models/SmolLM2-135M-Instruct
+models: install
+	$(BIN)/python tests/smollm2.py "$(FORGETLEARN_SMOLLM2)"
+
+smoke: install
+	$(BIN)/python -m pytest -m real -k smoke -rs
+
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.docs-installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --timeout 3600
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or real" --timeout 3600
 
 # Lines and branches that the default tests reach (docs/reliability.md).
 coverage: install

@@ -19,7 +19,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+SMOLLM2 = Path(os.environ.get("FORGETLEARN_SMOLLM2", ROOT / "models" / "SmolLM2-135M-Instruct"))
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 # The facts' own prompts and bare answers, and nothing kept: nothing is asked of the base.
 BARE = {"train": {"answers": "bare", "wordings": False}, "keep": {"weight": 0.0}}
@@ -100,6 +102,14 @@ def shared_data() -> Callable[[str], Path]:
         return file
 
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, a real chat model; for tests with the mark `real`. Do not write into it."""
+    if not (SMOLLM2 / "model.safetensors").is_file():
+        pytest.skip(f"no {SMOLLM2}: make models fetches it, or FORGETLEARN_SMOLLM2 names its folder")
+    return SMOLLM2
 
 
 def make_char_tokenizer(*, bos: bool = True, eos: bool = False, **options: Any) -> Any:

@@ -308,11 +308,15 @@ class ModelSettings(Settings):
     """The model that is updated, and how it is loaded."""
 
     name: str | None = Field(
-        None, description="Folder or hub id of a causal language model; evaluate and ask also take an adapter's folder."
+        None,
+        description="Folder, GGUF file or hub id of a causal language model; evaluate and ask also take an adapter's "
+        "folder.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the weights in memory and in the product; auto: that of the checkpoint."
+        "auto",
+        description="Precision of the weights in memory and in the product; auto: that of the checkpoint, and "
+        "float32 for quantised GGUF.",
     )
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest",

@@ -26,8 +26,9 @@ NAMES = ("base_sha256", "weights_sha256")  # entries in a run's inputs, and in e
 def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
     """Return the entries for the base in a run's inputs. Every process must call this, and all get the same result.
 
-    `base_sha256` is the hash of the base's folder (`digests.sha256_of`) or its commit on the hub. It is None for a
-    model in memory whose weights differ from those that its name loads; `weights_sha256` then identifies them.
+    `base_sha256` is the hash of the base's folder or GGUF file (`digests.sha256_of`) or its commit on the hub. It is
+    None for a model in memory whose weights differ from those that its name loads; `weights_sha256` then identifies
+    them.
     """
     named = processes.on_main(lambda: _named(lm))
     if not in_memory:
@@ -38,10 +39,10 @@ def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
 
 
 def _named(lm: LanguageModel) -> str | None:
-    """Return the hash of the model's folder, or its commit on the hub; None if it has neither."""
-    folder = Path(lm.name)
-    if folder.is_dir():
-        return digests.sha256_of(folder)
+    """Return the hash of the model's folder or file, or its commit on the hub; None if it has neither."""
+    place = Path(lm.name)
+    if place.exists():
+        return digests.sha256_of(place)
     return getattr(getattr(lm.model, "config", None), "_commit_hash", None)
 
 

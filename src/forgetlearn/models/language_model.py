@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.models import attention
+from forgetlearn.models import attention, gguf
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.loading import (
     adapter_base,
@@ -201,7 +201,7 @@ def _wrapped(
 
 @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
 def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = False) -> LanguageModel:
-    """Load a model and its tokenizer, given settings, a folder or a hub id; load an adapter on its base.
+    """Load a model and its tokenizer, given settings, a folder, a GGUF file or a hub id; load an adapter on its base.
 
     `all_weights` says that all weights will be trained; a model split over processes is then loaded in float32.
 
@@ -213,8 +213,9 @@ def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = Fals
         settings = ModelSettings(name=str(settings))
     if not settings.name:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
+    settings = settings.model_copy(update={"name": gguf.resolved(settings.name)})
     adapter = adapter_base(settings)
-    name, as_loaded, dtype = settings.name, settings, None
+    name, as_loaded, dtype = str(settings.name), settings, None
     if settings.shard and all_weights:
         dtype = own_dtype(settings, adapter or name)
         as_loaded = settings.model_copy(update={"dtype": "float32"})

@@ -1,12 +1,13 @@
-"""Load a model's config, weights and tokenizer from a folder or the hub, with a clear error for whatever is wrong."""
+"""Load a model's config, weights and tokenizer from a folder, a GGUF file or the hub, with clear errors."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ForgetLearnError, ModelError, check_installed, plain, shown, some
-from forgetlearn.models import hub
+from forgetlearn.models import gguf, hub
 from forgetlearn.runtime import sharding
 from forgetlearn.weights.adapter_files import CONFIG, MOST_LAYERS, read_adapter_config
 from forgetlearn.weights.checkpoint_folder import FLOATS, INDEX, WHOLE, CheckpointFolder, read_object, weight_files
@@ -79,8 +82,12 @@ def read_outline(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedT
 def read_config(settings: ModelSettings, name: str) -> PreTrainedConfig:
     """Return the config of a causal language model; raise ModelError if it is of another kind or has absurd values."""
     _check_folder(name)
-    with refusing(name):
-        config = AutoConfig.from_pretrained(name, **_source_options(settings, name))
+    file = gguf.file_of(name)
+    with refusing(name), _source(settings, name) as (source, options):
+        config = AutoConfig.from_pretrained(source, **options)
+        config.name_or_path = name
+        if file is not None:
+            config.dtype = gguf.read_header(file).dtype  # a GGUF file states none
         _check_causal(name, config, settings)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and not 0 <= layers <= MOST_LAYERS:  # building them would take minutes
@@ -90,17 +97,18 @@ def read_config(settings: ModelSettings, name: str) -> PreTrainedConfig:
 
 def load_base(settings: ModelSettings, name: str) -> PreTrainedModel:
     """Load a causal language model and check all of its weights; for errors see `language_model.load_model`."""
+    if (file := gguf.file_of(name)) is not None:
+        return _load_gguf(settings, file)
     _check_folder(name)
     # Otherwise transformers asks a service on the hub to convert pickles, and sends it the user's token.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    options = _source_options(settings, name)
     split = sharding.loading_options() if settings.shard else {}
     quantized = _in_four_bits(settings) if settings.quantization == "4bit" else {}
     config = read_config(settings, name)
     stored = CheckpointFolder(name, any_dtype=True) if Path(name).is_dir() else None
-    with refusing(name):
+    with refusing(name), _source(settings, name) as (source, options):
         model, info = AutoModelForCausalLM.from_pretrained(
-            name,
+            source,
             config=config,
             dtype=settings.dtype,
             use_safetensors=True,
@@ -128,6 +136,29 @@ def load_base(settings: ModelSettings, name: str) -> PreTrainedModel:
     return model
 
 
+def _load_gguf(settings: ModelSettings, file: Path) -> PreTrainedModel:
+    """Load a model from a GGUF file, unpacked, so that it can be trained and saved like any other."""
+    gguf.check_settings(settings)
+    name = str(file)
+    config = read_config(settings, name)
+    # transformers shows a bar while it unpacks, whatever its settings.
+    with refusing(name), _source(settings, name) as (source, options), gguf.one_table(), redirect_stderr(io.StringIO()):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=settings.dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+        model.config.name_or_path = name
+        info["unexpected_keys"] = {*info["unexpected_keys"], *gguf.unused_tensors(gguf.read_header(file), model)}
+    _check_loaded(name, info)
+    check_finite(model)
+    return model
+
+
 def load_tokenizer(settings: ModelSettings, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub id, and try it on a text."""
     for file in filter(Path.is_file, (Path(name) / file for file in TOKENIZER_FILES)):
@@ -135,8 +166,11 @@ def load_tokenizer(settings: ModelSettings, name: str) -> PreTrainedTokenizerBas
         if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float)) or not length > 0):
             raise ModelError(f"{file}: model_max_length = {shown(length)}: expected a number of tokens, or null.")
     try:
-        with refusing(name, "its tokenizer cannot be loaded"):
-            tokenizer = AutoTokenizer.from_pretrained(name, **_source_options(settings, name))
+        what = "its tokenizer cannot be loaded"
+        with refusing(name, what), _source(settings, name) as (source, options):
+            # AutoTokenizer would read the whole of a GGUF file for its config.
+            kind = PreTrainedTokenizerFast if "gguf_file" in options else AutoTokenizer
+            tokenizer = kind.from_pretrained(source, **options)
             tokenizer.decode(tokenizer("a text", add_special_tokens=True)["input_ids"])
     except ModelError as error:
         if "instantiate the backend tokenizer" in str(error.__cause__):
@@ -171,6 +205,8 @@ def _loading_problem(name: str, error: Exception, what: str) -> str:
         return (
             "it needs Python code from its repository. If you trust that code, pass --set model.trust_remote_code=true."
         )
+    if "GGUF model with architecture" in text:
+        return f"{plain(text[:200])} transformers does not read it. Take the safetensors that this file was made from."
     if "Unrecognized configuration class" in text:
         return "is no causal language model."
     if "model_type" in text and "Unrecognized model" in text:
@@ -196,11 +232,17 @@ def _in_four_bits(settings: ModelSettings) -> dict[str, object]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _source_options(settings: ModelSettings, name: str) -> dict[str, object]:
+@contextmanager
+def _source(settings: ModelSettings, name: str) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield the first argument and the options of `from_pretrained` that say where a model is."""
     options: dict[str, object] = {"trust_remote_code": settings.trust_remote_code}
-    if Path(name).is_dir():
-        return options
-    return {**options, "revision": settings.revision, "local_files_only": not hub.is_reachable()}
+    if (file := gguf.file_of(name)) is not None:
+        with gguf.alone(file) as folder:
+            yield folder, {"gguf_file": gguf.LINK}
+    elif Path(name).is_dir():
+        yield name, options
+    else:
+        yield name, {**options, "revision": settings.revision, "local_files_only": not hub.is_reachable()}
 
 
 def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
@@ -277,13 +319,16 @@ def _check_folder(name: str) -> None:
     """Raise ModelError if `name` is a path without a usable model, before the hub is asked for that name."""
     folder = Path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
+    if (file := gguf.file_of(name)) is not None:
+        _check_counts(file, gguf.read_header(file).metadata)
+        return
     if not folder.exists():
-        if looks_like_path:
+        if looks_like_path or folder.suffix == gguf.SUFFIX:
             near = hub.near_models(folder)
             raise ModelError(f"{name}: does not exist. Give the folder of a saved model, or a hub id.{near}")
         return
     if not folder.is_dir():
-        raise ModelError(f"{name}: is a file. Give the folder of a saved model, or a hub id.")
+        raise ModelError(f"{name}: is neither a folder nor a file. Give the folder of a saved model, or a hub id.")
     files = [path.name for path in folder.iterdir()]
     if "config.json" not in files:
         products = [f"{name}/{product}" for product in ("adapter", "model") if product in files]
@@ -295,21 +340,22 @@ def _check_folder(name: str) -> None:
             f"only pickled weights ({pickles[0]}), which can run code when they are read" if pickles else "no weights"
         )
         raise ModelError(f"{name}: has {found}. Save it with save_pretrained, which writes safetensors.")
-    _check_counts(folder / "config.json")
+    config = read_object(folder / "config.json")
+    text = config.get("text_config")
+    _check_counts(folder / "config.json", config | (text if isinstance(text, dict) else {}))
     if "generation_config.json" in files:
         read_object(folder / "generation_config.json")
     if INDEX in files:
         weight_files(folder)  # an index may name only files of the folder
 
 
-def _check_counts(file: Path) -> None:
-    """Raise ModelError if config.json has NaN or an absurd count: transformers would build that many modules."""
-    config = read_object(file)
-    text = config.get("text_config")
-    for name, value in [*config.items(), *(text.items() if isinstance(text, dict) else ())]:
+def _check_counts(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError if a config has NaN or an absurd count: transformers would build that many modules."""
+    for name, value in config.items():
         if value != value:
             raise ModelError(f"{file}: {plain(name)} = NaN: expected a number.")
-        if name.startswith("num_") and isinstance(value, (int, float)) and value > MOST_COUNTED:
+        is_count = name.startswith("num_") or name.endswith("_count")
+        if is_count and isinstance(value, (int, float)) and value > MOST_COUNTED:
             raise ModelError(f"{file}: {plain(name)} = {shown(value)}: expected at most {MOST_COUNTED:,}.")
 
 

@@ -1,4 +1,4 @@
-"""Describe a model without its weights: its config, tokenizer and safetensors headers."""
+"""Describe a model without its weights: its config, tokenizer, and the headers of its files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ModelError
+from forgetlearn.models import gguf
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.language_model import context_length
 from forgetlearn.models.loading import read_outline
@@ -29,7 +30,7 @@ class Outline:
     config: PreTrainedConfig
     encoder: Encoder | None
     dtype: torch.dtype
-    stored: dict[str, int] | None = None  # dtype, as safetensors spells it -> count of numbers
+    stored: dict[str, int] | None = None  # dtype, as safetensors or GGUF spells it -> count of numbers
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
 
@@ -40,8 +41,8 @@ class Outline:
 
 def outline_of(settings: ModelSettings) -> Outline:
     """Return the outline of the model in the settings; raise ModelError if `load_model` would."""
-    name = str(settings.name)
     config, tokenizer, notes = read_outline(settings)
+    name = gguf.resolved(str(settings.name))
     stored, why_not = _stored(name, settings.revision)
     encoder = None
     if tokenizer is not None:
@@ -52,8 +53,10 @@ def outline_of(settings: ModelSettings) -> Outline:
 
 
 def _stored(name: str, revision: str | None) -> tuple[dict[str, int] | None, list[str]]:
-    """Return dtype -> count of numbers, from headers in a folder, the hub's cache or the hub, and any notes."""
+    """Return dtype -> count of numbers, from headers in a folder or file, the hub's cache or the hub, and any notes."""
     folder = Path(name)
+    if folder.is_file():
+        return dict(gguf.read_header(folder).stored), []
     if not folder.is_dir():
         cached = (try_to_load_from_cache(name, file, revision=revision) for file in (WHOLE, INDEX))
         found = next((Path(path).parent for path in cached if isinstance(path, str)), None)

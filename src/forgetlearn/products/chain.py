@@ -30,7 +30,7 @@ class Base:
 
     name: str | None  # a folder, a hub id, or the name of a model in memory; None before a run starts
     base_model_id: str | None
-    base_sha256: str | None = None  # hash of its folder, or its commit on the hub; None for a model in memory
+    base_sha256: str | None = None  # hash of its folder or file, or its commit on the hub; None for a model in memory
     weights_sha256: str | None = None  # only for a model in memory
 
     @classmethod
@@ -53,13 +53,13 @@ class Base:
         return self.base_model_id or (self.name if self.commit else None)
 
     def folder(self) -> Path | None:
-        """Return the base's folder: the one it was loaded from, or its snapshot in the hub's cache.
+        """Return the base's folder or GGUF file: what it was loaded from, or its snapshot in the hub's cache.
 
-        Return None if the folder no longer exists, the cache lacks the snapshot, or the base was in memory.
+        Return None if that no longer exists, the cache lacks the snapshot, or the base was in memory.
         """
         if self.name is None or not self.base_sha256:
             return None
-        if Path(self.name).is_dir():
+        if Path(self.name).exists():
             return Path(self.name)
         if self.commit is None:
             return None

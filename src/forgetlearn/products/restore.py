@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from forgetlearn.errors import ConfigError, ModelError, RunError
-from forgetlearn.models import hub
+from forgetlearn.models import gguf, hub
 from forgetlearn.products.chain import Base, carry_over, check_product, product_of
 from forgetlearn.storage.digests import HISTORY, copy_own, licences, model_files, sha256_of
 from forgetlearn.storage.disk import atomic_folder, write_json
@@ -48,7 +48,7 @@ def apply_run(
 ) -> str:
     """Write the product of a finished run to `output` again, and return a sentence that says how.
 
-    `base` is a folder or a hub id. A hub id is loaded at the commit that the run recorded.
+    `base` is a folder, a GGUF file or a hub id. A hub id is loaded at the commit that the run recorded.
 
     An adapter is copied, with `base` named as its base; with `merge` it is added to the base's weights instead, and
     the sentence also says how much of the change survived rounding. A whole model is rebuilt from the base and the
@@ -60,7 +60,7 @@ def apply_run(
         RunError: the run is not finished, or has neither product nor change; or the output exists.
     """
     folder = finished_run(run)
-    named, output = str(base), Path(output)
+    named, output = gguf.resolved(str(base)), Path(output)
     base = hub.folder_of(named, Base.of(folder).commit)
     check_places(output, [folder.path, base], overwrite)
     name = Summary.load(folder.path / SUMMARY).product or ""

@@ -14,6 +14,7 @@ from forgetlearn.errors import ConfigError, FactError, RunError
 from forgetlearn.evaluation import scoring
 from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
 from forgetlearn.method.checks import check_forgetting, check_learning
+from forgetlearn.models import gguf
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import check_product, product_of
 from forgetlearn.storage.records import Row
@@ -40,10 +41,12 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
         _no_contradiction("model", settings, model.settings, "the model that is passed in was wrapped or loaded with")
         return model.settings.model_copy(update={"name": model.name})
     if isinstance(model, (str, Path)):
-        return settings.model_copy(update={"name": str(model)})
-    if model is None and settings.name is None:
+        return settings.model_copy(update={"name": gguf.resolved(str(model))})
+    if model is not None:
+        return settings
+    if settings.name is None:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
-    return settings
+    return settings.model_copy(update={"name": gguf.resolved(settings.name)})
 
 
 def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, facts: object) -> RunConfig:

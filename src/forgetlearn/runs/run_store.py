@@ -45,7 +45,7 @@ class RunStore(Store):
         self.run, self.config, self.lm = run, config, lm
         self.stages = Stages(config)
         base = Path(base_name)
-        self.base_name = config.model.base_model_id or (str(base.resolve()) if base.is_dir() else base_name)
+        self.base_name = config.model.base_model_id or (str(base.resolve()) if base.exists() else base_name)
         if self.stages.teach:
             self.base_name = str((run.path / "taught").resolve())
         self.choice: Choice | None = None

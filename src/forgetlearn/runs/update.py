@@ -283,7 +283,7 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
         _check_begun_on(run, in_memory)
     base = Path(str(config.model.name))
     was = run.manifest.inputs
-    now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.is_dir() else None}
+    now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.exists() else None}
     now |= prompts.fingerprint(config.model.prompt_template)
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
     summary = records.Summary.load(path / "summary.json")

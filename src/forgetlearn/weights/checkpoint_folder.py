@@ -28,6 +28,10 @@ MOST_JSON_BYTES = 50_000_000  # the index of a model with 100,000 tensors has 10
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 WIDTHS = FLOATS | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 BLOCK_BYTES = 1 << 20
+# What to do where only safetensors will do.
+SAVE_FIRST = (
+    "Save it as a folder first: python -c \"import forgetlearn; forgetlearn.load_model('FILE').save('FOLDER')\""
+)
 HOLDS_NAN = "holds NaN (not a number). Did the training diverge, or is the file damaged?"
 
 
@@ -195,6 +199,8 @@ class CheckpointFolder:
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Return the names of the files that hold a folder's model, and the index (empty if there is none)."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise ModelError(f"{folder}: is a GGUF file, and safetensors are needed. {SAVE_FIRST}")
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "there is no such folder"
         raise ModelError(f"{folder}: {what}. Give the folder of a saved model (a hub model has to be downloaded).")
@@ -216,6 +222,8 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
         problem = f"{len(names)} .safetensors files and no index: {some(names)}. Save the model with save_pretrained."
     elif found:
         problem = "is an adapter, not a whole model. Pass it as --adapter, or merge it first."
+    elif any(folder.glob("*.gguf")):
+        problem = f"holds GGUF, and safetensors are needed. {SAVE_FIRST}"
     else:
         problem = "holds no .safetensors file. Pickled weights are not read: save with save_pretrained."
     raise ModelError(f"{folder}: {problem}")
