@@ -83,7 +83,9 @@ def read_header(file: Path) -> Header:
     """
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
-            raise ModelError(f"{file}: is a file, but not a GGUF file. Give the folder of a saved model, a GGUF file, or a hub id.")
+            raise ModelError(
+                f"{file}: is a file, but not a GGUF file. Give the folder of a saved model, a GGUF file, or a hub id."
+            )
     check_installed("gguf", f"{file}, a GGUF file", "gguf")
     try:
         header, n_bytes = _parsed(file)
