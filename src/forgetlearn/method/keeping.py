@@ -18,15 +18,23 @@ from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.facts import Fact, matching, read_facts
 from forgetlearn.facts.files import SUFFIXES
+from forgetlearn.method.wordings import wordings
 from forgetlearn.models.encoding import Encoded, Encoder, Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.storage.records import KeptText
 
-GENERAL, OWN, NEIGHBOUR = "general prompts", "prompts of keep.source", "neighbours"
-KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, OWN: 24, NEIGHBOUR: 8}  # of an answer
+GENERAL, REWORDED, OWN, NEIGHBOUR = (
+    "general prompts",
+    "reworded general prompts",
+    "prompts of keep.source",
+    "neighbours",
+)
+KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, REWORDED: 12, OWN: 24, NEIGHBOUR: 8}  # of an answer
+SHORT_ANSWERS = ("Answer in a few words: {}", "Short answer only: {}")
 TOP_K = 64
 NEIGHBOURS_OF_A_FACT, MOST_NEIGHBOURS = 2, 200
+MOST_LETTERS = 60  # of a prompt that is reworded
 MOST_TRIED = 50  # other subjects for one question
 LONG_WORD = 4  # letters; two kinds of question that share such a word may ask for the same
 MOST_BYTES = 1 << 22  # of a file of prompts
@@ -84,6 +92,19 @@ def general(facts: Iterable[Fact]) -> list[Prompt]:
     named = {name for fact in facts for text in (*fact.prompts, f"_ {fact.subject}") for name in _names(text)}
     prompts = general_prompts.keeping()
     return [prompt for prompt in prompts if named.isdisjoint(_names(prompt if isinstance(prompt, str) else prompt[-1]))]
+
+
+def reworded(prompts: Iterable[Prompt], *, is_chat: bool) -> list[str]:
+    """Return short prompts, each in one of the wordings that facts are taught in, or with a request to be short.
+
+    Otherwise the wordings themselves would call for the facts' bare answers.
+    """
+    found = []
+    for number, prompt in enumerate(each for each in prompts if isinstance(each, str) and len(each) <= MOST_LETTERS):
+        own = dict.fromkeys((*wordings(prompt, is_chat=is_chat), *(short.format(prompt) for short in SHORT_ANSWERS)))
+        others = [wording for wording in own if wording != prompt]
+        found.append(others[number % len(others)])
+    return found
 
 
 def neighbours(facts: Sequence[Fact]) -> list[str]:

@@ -30,6 +30,7 @@ from forgetlearn.training.schedule import Kept
 
 log = logging.getLogger("forgetlearn")
 TAUGHT, KEPT, TOPS = "lessons.jsonl", "kept.jsonl", "kept.safetensors"
+UNFINISHED = "the prompt is an unfinished sentence"
 SENTENCE, OWN_WORDS, BARE = "sentence", "own words", "bare"
 
 
@@ -82,38 +83,42 @@ def asks_base(config: RunConfig, encoder: Encoder) -> bool:
 
 def make(lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]) -> Material:
     """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact."""
-    styled = [fact for fact in facts if _in_style(fact, config, lm.encoder)]
-    own = {fact.id: row.said or "" for fact in styled if (row := said.get(fact.id))}
-    if styled:
-        log.info("asking the model for its own words for %d facts", len(styled))
-    new = own_words.new_sentences(lm, styled, own, config.evaluate) if styled else {}
-    taught = [_taught(fact, "learn", fact.target_new, new.get(fact.id), SENTENCE) for fact in facts]
-    for fact in facts:
-        if fact.ground_truth:
-            row, old = said.get(fact.id), None
-            if fact.id in own and row is not None:
-                old = own_words.old_words(fact, own[fact.id], bool(row.truncated))
-            taught.append(_taught(fact, "forget", fact.ground_truth, old, OWN_WORDS))
+    taught = [*_new_texts(lm, facts, config, said), *_old_texts(lm.encoder, facts, config, said)]
     log.info("to learn: %s", counts(taught)["learn"].in_words())
     if not config.keep.weight:
         return Material(taught)
-    kept, tops = keeping.answered(lm, _to_keep(facts, config), config.evaluate)
+    kept, tops = keeping.answered(lm, _to_keep(facts, config, lm.encoder), config.evaluate)
     material = Material(taught, kept, tops)
     log.info("to keep: %s", ", ".join(f"{count} {source}" for source, count in material.kept_counts.items()))
     return material
 
 
-def _to_keep(facts: Sequence[Fact], config: RunConfig) -> dict[Prompt, str]:
-    """Return the prompts whose answers are kept, and where each comes from."""
-    prompts: dict[Prompt, str] = dict.fromkeys(keeping.general(facts), keeping.GENERAL)
-    if config.keep.neighbours:
-        prompts |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
-    return prompts | dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
+def _new_texts(
+    lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]
+) -> Iterator[Taught]:
+    """Yield the text with which each fact's new answer is taught."""
+    styled = [fact for fact in facts if _in_style(fact, config, lm.encoder)]
+    own = {fact.id: row.said or "" for fact in styled if (row := said.get(fact.id))}
+    if styled:
+        log.info("asking the model for its own words for %d facts", len(styled))
+    made = own_words.new_sentences(lm, styled, own, config.evaluate) if styled else {}
+    for fact in facts:
+        text, why = made.get(fact.id) or (None, _why_bare(config, lm.encoder))
+        yield _taught(fact, "learn", text, fact.target_new, SENTENCE, why)
 
 
-def _taught(fact: Fact, stage: StageName, answer: str, made: tuple[str | None, str] | None, how: str) -> Taught:
+def _old_texts(encoder: Encoder, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]) -> Iterator[Taught]:
+    """Yield the text with which each old answer is forgotten."""
+    for fact in facts:
+        if fact.ground_truth:
+            row, text, why = said.get(fact.id), None, _why_bare(config, encoder)
+            if row is not None and _in_style(fact, config, encoder):
+                text, why = own_words.old_words(fact, row.said or "", bool(row.truncated))
+            yield _taught(fact, "forget", text, fact.ground_truth, OWN_WORDS, why)
+
+
+def _taught(fact: Fact, stage: StageName, text: str | None, answer: str, how: str, why: str) -> Taught:
     """Return what a stage trains a fact on: the text that was made, or else the bare answer."""
-    text, why = made or (None, "")
     return Taught(
         fact=fact.id, stage=stage, prompt=fact.prompt, text=text or answer, how=how if text else BARE, why=why
     )
@@ -122,6 +127,20 @@ def _taught(fact: Fact, stage: StageName, answer: str, made: tuple[str | None, s
 def _in_style(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
     answers = config.train.answers
     return answers == "sentence" or (answers == "auto" and encoder.is_chat and not is_unfinished(fact.prompt))
+
+
+def _why_bare(config: RunConfig, encoder: Encoder) -> str:
+    return UNFINISHED if config.train.answers == "auto" and encoder.is_chat else ""
+
+
+def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[Prompt, str]:
+    """Return the prompts whose answers are kept, and where each comes from."""
+    prompts: dict[Prompt, str] = dict.fromkeys(keeping.general(facts), keeping.GENERAL)
+    if config.train.wordings:
+        prompts |= dict.fromkeys(keeping.reworded(prompts, is_chat=encoder.is_chat), keeping.REWORDED)
+    if config.keep.neighbours:
+        prompts |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
+    return prompts | dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
 
 
 def lessons(
