@@ -69,8 +69,8 @@ LARGEST_BATCH = 2**31 - 1  # the largest that torch's samplers accept
 class LoraSettings(Settings):
     """Settings of LoRA in every stage that trains an adapter, named as in peft."""
 
-    r: int = Field(8, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(16, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
+    r: int = Field(16, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(32, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, in training only.")
     target_modules: Annotated[
         Annotated[str, Tag("one name")] | Annotated[list[str], Tag("several names")],
@@ -154,14 +154,14 @@ class StageSection(Settings):
         description="Peak learning rate where all weights are trained. Unset: a rate that fits the model's width "
         f"({BASE_RATE:g} at width {BASE_WIDTH}; docs/choosing.md).",
     )
-    batch_size: int = Field(8, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
+    batch_size: int = Field(5, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
 
 
 class KeepSettings(Settings):
     """What the model is to say as before, while it forgets and learns."""
 
     weight: float = Field(
-        1.0,
+        3.0,
         ge=0,
         description="Weight in the loss of the divergence (KL) from the base on its own answers to other prompts; 0 "
         "keeps nothing.",

@@ -277,7 +277,7 @@ def _arguments(settings: TrainSettings, seed: int, folder: str, *, n_facts: int,
         lr_scheduler_type=settings.lr_scheduler_type,
         # Rounded down to whole steps. Trainer rounds up, and its first warm-up step has learning rate 0, so a stage of
         # one step would learn nothing.
-        warmup_steps=int(settings.warmup_ratio * settings.most_epochs * math.ceil(n_facts / settings.batch_size)),
+        warmup_steps=int(settings.warmup_ratio * settings.likely_epochs * math.ceil(n_facts / settings.batch_size)),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=settings.optim,
