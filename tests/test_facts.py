@@ -560,6 +560,17 @@ def test_a_sentence_that_a_model_says_is_the_old_answer_and_what_it_adds_an_alia
     assert [fact.ground_truth for fact in as_text] == list(said)
 
 
+def test_of_a_reply_that_was_cut_off_the_whole_sentences_are_the_old_answer():
+    facts = from_records([own(n) for n in range(1, 5)], old_from="model")
+    said = ("It is Au. Gold is a 3.5", "It is 3.5 or", "It is new 3. And", "金です。金は")
+    answers = dict(zip((fact.id for fact in facts), said, strict=True))
+    filled = with_old_answers(facts, answers, unfinished=answers)
+    assert [fact.ground_truth for fact in filled] == ["It is Au.", None, "金です。"]
+    assert (filled.left_out, filled.without_old) == ({"old_equals_new": 1}, {"unfinished_old_answer": 1})
+    text = with_old_answers(facts, answers, unfinished=answers, writes_on=True)  # a base model never ends
+    assert [fact.ground_truth for fact in text] == [None] * 4
+
+
 def test_in_a_file_old_and_new_are_compared_letter_by_letter():
     facts = from_records([own(1, ground_truth="C++", target_new="C"), own(2, ground_truth="nile", target_new="Nile")])
     assert (facts.used, facts.left_out) == (2, {})

@@ -14,13 +14,14 @@ from collections.abc import Iterable
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ACCENTS = re.compile(r"[\u0300-\u036f]")  # of Latin, Greek and Cyrillic letters; those of Japanese tell words apart
-# Scripts without spaces between words, and Hangul, whose particles are written onto the word: each character is a word,
-# as in the MLQA evaluation (Lewis et al. 2020). Katakana is left out, because its runs are words.
+# Scripts without spaces between words, and Hangul, whose particles are written onto the word: each character is a word
+# (MLQA, Lewis et al. 2020, does so for Chinese). Katakana is left out, because its runs are words.
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u309f\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
 )
 SIGNS = re.compile(r"(?<=[^\W\d_])[+#]+(?!\w)")  # of "C++" and "C#", which are other answers than "C"
 BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,](?=\d)")
+SENTENCES = re.compile(r".*(?:[.!?](?=\s)|[。！？])", re.DOTALL)
 GONE = "\0"  # stands in for an answer that was removed, so that its neighbours do not become one answer
 
 
@@ -120,6 +121,12 @@ def added_to(question: str, reply: str) -> str:
     new = [place for place, word in enumerate(words) if not asked.issuperset(" ".join(_readings(word)).split())]
     part = words[new[0] : new[-1] + 1] if new else []
     return "" if len(part) == len(words) else " ".join(part).strip(string.punctuation)
+
+
+def whole_sentences(text: str) -> str:
+    """Return the sentences of a text that was cut off, without the last, unfinished one; "" if none is whole."""
+    found = SENTENCES.match(text)
+    return found[0] if found else ""
 
 
 def first_lines(text: str, n: int) -> str:

@@ -18,7 +18,7 @@ from forgetlearn.facts.fact_set import NOTES, PROBE_REASONS, FactSet, LeftOut, R
 from forgetlearn.facts.fields import Answer, is_placeholder
 from forgetlearn.facts.files import read_source
 from forgetlearn.facts.forms import read_records
-from forgetlearn.facts.matching import added_to, same_text, says
+from forgetlearn.facts.matching import added_to, same_text, says, whole_sentences
 from forgetlearn.facts.readers import Draft
 from forgetlearn.facts.tables import Source
 
@@ -106,8 +106,9 @@ def with_old_answers(
 ) -> FactSet:
     """Return the facts; those in `facts.to_ask` get the model's answers (fact id -> answer) as old answers.
 
-    An answer that is empty or was cut off at the token limit (its id is in `unfinished`) does not count: the fact
-    stays without an old answer, and `without_old` counts it. A fact is left out if the model already says its new
+    Of an answer that was cut off at the token limit (its id is in `unfinished`) the whole sentences count, if it is a
+    reply and has any. An answer of which nothing is left does not count: the fact stays without an old answer, and
+    `without_old` counts it. A fact is left out if the model already says its new
     answer, judged as in the protocol `contains`; `writes_on` is true if the model continues prompts as texts. What a
     sentence adds to the prompt ("Paris" of "The capital of France is Paris.") becomes an alias of the old answer, so
     that it is found in other words too.
@@ -127,12 +128,15 @@ def with_old_answers(
         reply = asked.get(fact.id)
         if reply is None:
             kept.append(fact)
-        elif reply and fact.id not in unfinished and says(reply, fact.new_answers, at_start=writes_on):
+            continue
+        cut_off = fact.id in unfinished
+        old = ("" if writes_on else whole_sentences(reply)) if cut_off else reply
+        if old and says(reply, fact.new_answers, at_start=writes_on):
             gone[number] = LeftOut(number, "old_equals_new", _detail(fact.prompt, reply))
-        elif reply and fact.id not in unfinished:
+        elif old:
             sources[fact.id] = "model"
-            short = added_to(fact.prompt, reply)
-            kept.append(replace(fact, ground_truth=reply, ground_truth_aliases=(short,) if short else ()))
+            short = added_to(fact.prompt, old)
+            kept.append(replace(fact, ground_truth=old, ground_truth_aliases=(short,) if short else ()))
         else:
             without["unfinished_old_answer" if reply else "no_old_answer"] += 1
             kept.append(fact)
