@@ -75,6 +75,20 @@ def _without_plots_and_fsync(request):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_general_prompts(request):
+    """Ask three general prompts in each update, not all of them. A module with `ALL_PROMPTS = True` asks all."""
+    from forgetlearn.evaluation import general_prompts
+
+    if getattr(request.module, "ALL_PROMPTS", False):
+        yield
+        return
+    few = general_prompts.measuring()[-3:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(general_prompts, "measuring", lambda: few)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """`shared_data("zsre.json")`: a file of ../shared/data; skips the test where it is not there."""

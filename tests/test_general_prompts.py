@@ -7,6 +7,8 @@ import json
 from forgetlearn.evaluation import general_prompts
 from forgetlearn.models.encoding import turns_of
 
+ALL_PROMPTS = True
+
 
 def test_two_halves_of_the_same_kinds_have_no_prompt_twice():
     keeping, measuring = general_prompts.keeping(), general_prompts.measuring()

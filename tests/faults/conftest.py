@@ -51,7 +51,7 @@ def settings(method: str, **more: object) -> dict[str, object]:
         "method": method,
         "forget": {**stage, "only_known": False, "coef": 1.0},
         "learn": stage,
-        "evaluate": {"protocols": ["token"]},
+        "evaluate": {"protocols": ["token"], "general_prompts": False},
         "checkpoint_minutes": 1e-9,
         **more,
     }

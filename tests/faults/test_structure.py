@@ -87,7 +87,7 @@ def root(tmp_path_factory, without_waiting, tiny_model, char_tokenizer) -> Path:
     ]
     disk.write_rows(folder / "facts.jsonl", rows)
     facts = folder / "facts.jsonl"
-    more = {"evaluate": {"protocols": ["token"], "every_phase": False}}
+    more = {"evaluate": {"protocols": ["token"], "every_phase": False, "general_prompts": False}}
     forgetlearn.update(folder / "base", facts, {"method": "f-ft", **QUICK, **more}, output=folder / "whole")
     forgetlearn.update(folder / "base", facts, {"method": "f-lora", **QUICK, **more}, output=folder / "lora")
     for name in ("whole", "lora"):
@@ -105,7 +105,11 @@ def _fill_in(run: Path) -> None:
     summary["rounding"] = {"share_changed": 0.9, "share_survived": 0.8, "looked_at": 100}
     text = {"source": "t.txt", "sha256": "0", "tokens": 9, "windows": 2, "loss": 1.0, "loss_low": 0.5, "loss_high": 2.0}
     text |= {"kl": 0.1, "kl_low": 0.0, "kl_high": 0.2, "perplexity": 2.7}
+    answer = {"prompt": ["Hi", "Hello", "Who?"], "said": "Me", "truncated": True, "before": "Who", "tokens": 2}
+    answers = [answer | {"agreement": 0.5, "kl": 0.2, "error": None}, {"prompt": "Who?", "error": "too long"}]
+    prompts = {"asked": 2, "compared": 1, "tokens": 2, "agreement": 50.0, "agreement_low": None, "agreement_high": None}
     general = {
+        "prompts": {**prompts, "kl": 0.2, "kl_low": 0.1, "kl_high": 0.3, "answers": answers},
         "text": text,
         "tasks": {"arc": {"acc": {"value": 0.5, "stderr": 0.1}, "f1": {"value": 0.5, "stderr": None}}},
     }

@@ -30,9 +30,10 @@ def warning(found: OnPrompts | None) -> str | None:
     """Return a warning, with the worst example, if the damage is bad; else None."""
     if found is None or not is_bad(found):
         return None
+    worst = "".join(f" {example(answer)}" for answer in found.answers[:1])
     return (
-        f"Damage: {in_words(found)}. It answers other questions differently too: {example(found.answers[0])} Fewer "
-        "epochs, a lower rate or a smaller coefficient damage less."
+        f"Damage: {in_words(found)}, so it answers other questions differently too.{worst} "
+        "Fewer epochs, a lower rate or a smaller coefficient damage less."
     )
 
 
