@@ -29,6 +29,9 @@ SETTINGS = {
     "learn.epochs": 1,
     "forget.only_known": False,
     "forget.coef": 0.3,
+    "train.answers": "bare",  # the base is asked for nothing to train on
+    "train.wordings": False,
+    "keep.weight": 0,
     "model.device": "cpu",
     "evaluate.protocols": ["token"],
 }

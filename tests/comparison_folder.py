@@ -17,7 +17,7 @@ NASTY = '<script>document.title = "run"</script> & \'q\' "r"'
 def make_comparison(path: Path, settings: CompareSettings, count: int, *, forget_epochs: int = 3) -> Path:
     """A finished comparison of `count` facts, the second of them nasty: more epochs give more new answers, methods
     that forget some more, and lose locality with the coefficient."""
-    config = load_config(None, {"model.name": "base", "forget.epochs": forget_epochs})
+    config = load_config(None, {"model.name": "base", "forget.epochs": forget_epochs, "learn.epochs": 3})
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = run_folder.RunFolder.create(path, whole, {"facts_sha256": "0" * 64, "base_sha256": "1" * 64})
     inputs = [

@@ -19,7 +19,7 @@ from forgetlearn.comparison.cells import Cell, CompareSettings, cells_of
 from forgetlearn.comparison.grid import fill
 from forgetlearn.comparison.table import write_table
 from forgetlearn.config.base import validate
-from forgetlearn.config.schema import RunConfig, load_config
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, RunError
 from forgetlearn.facts import read_facts
 from forgetlearn.runs import pipeline
@@ -70,15 +70,16 @@ def rows_of(folder):
 
 
 def test_the_cells_are_methods_by_coefficients_by_seeds():
-    cells = cells_of(SETTINGS, RunConfig())
+    config = load_config(None, {"learn.epochs": 3})
+    cells = cells_of(SETTINGS, config)
     assert len(cells) == len({cell.name for cell in cells}) == 2 * (2 + 2 + 3 * 2)
     assert Cell("ft", None, 6, 1, "equal-steps") in cells  # 3 of learning and 3 that forgetting costs
     assert Cell("f-lora", 0.5, 3, 0, "equal-epochs") in cells
-    assert [
-        cell.name for cell in cells_of(CompareSettings(methods=("f-ft",), coefs=(0.3,), seeds=(4,)), RunConfig())
-    ] == ["f-ft-coef0.3-3epochs-seed4"]
+    assert [cell.name for cell in cells_of(CompareSettings(methods=("f-ft",), coefs=(0.3,), seeds=(4,)), config)] == [
+        "f-ft-coef0.3-3epochs-seed4"
+    ]
     several = CompareSettings(methods=("ft",), seeds=(0,), epochs=(1, 8))
-    assert [cell.epochs for cell in cells_of(several, RunConfig())] == [1, 8]
+    assert [cell.epochs for cell in cells_of(several, config)] == [1, 8]
 
 
 def test_work_is_shared(filled):

@@ -51,8 +51,9 @@ def problems(overrides: dict[str, object], file: Path | None = None) -> list[str
 def test_defaults_are_the_papers():
     config = load_config()
     assert (config.method, config.seed, config.forget.coef, config.forget.only_known) == ("f-lora", 0, 0.3, True)
-    assert (config.learn.epochs, config.learn.learning_rate, config.teach.epochs) == (3, 5e-5, 0)
-    assert config.learning.lora_learning_rate == pytest.approx(5e-4)
+    assert (config.learn.epochs, config.learn.learning_rate, config.teach.epochs) == (3, None, 0)
+    assert config.learning.rate(2000) == pytest.approx(5e-5)
+    assert config.learning.lora_rate(2000) == pytest.approx(5e-4)
     assert config.evaluate.protocols == ("token", "exact", "generate", "prefer")
 
 
@@ -98,7 +99,7 @@ def test_a_setting_that_stages_share_is_refused_in_a_stage_with_its_place(name, 
 
 
 def test_there_are_few_settings():
-    assert len(list(describe(RunConfig))) <= 75
+    assert len(list(describe(RunConfig))) <= 80
 
 
 def test_what_is_written_is_read_back(yaml_file):
@@ -287,7 +288,7 @@ def test_every_setting_is_described():
     assert rows["forget.coef"][0] == "0.3"
     assert rows["facts.limit"][0] == "null"
     assert all(text for _default, text in rows.values())
-    given = {name.removeprefix("forget.").removeprefix("train.") for name in rows}
+    given = {re.sub(r"^(forget|learn|train)\.", "", name) for name in rows}
     assert set(ForgetSettings.model_fields) - {"lora"} <= given
 
 
@@ -338,11 +339,12 @@ def test_a_paper_config_has_the_papers_settings(name):
         assert config.facts.old_from == (("pred",) if name.startswith("zsre") else ("answers",))
         assert config.model.prompt_template == "alpaca"
         assert not config.forget.only_known
+        assert (config.train.answers, config.train.wordings, config.keep.weight) == ("bare", False, 0)
         for stage in (config.teaching, config.forgetting, config.learning):
             assert (stage.epochs, stage.learning_rate, stage.batch_size, stage.micro_batch_size) == (3, rate, 16, 4)
         for adapted in (config.forgetting, config.learning):
             assert adapted.lora.target_modules == targets
-            assert adapted.lora_learning_rate == rate
+            assert adapted.lora_rate(4096) == rate
 
 
 @pytest.mark.parametrize("name", [name for name in PAPER if "llama" in name])

@@ -39,7 +39,7 @@ def test_the_settings_beside_it_load(small_lab):
     config = load_config(small_lab / "update.yaml", {"forget.coef": 1})
     assert (config.forget.epochs, config.learn.epochs, config.teach.epochs) == (40, 40, 0)  # 24 facts
     assert config.learn.learning_rate == 5e-4
-    assert config.learning.lora_learning_rate == pytest.approx(5e-3)
+    assert config.learning.lora_rate(128) == pytest.approx(5e-3)
 
 
 def test_it_is_built_once_and_the_same_seed_gives_the_same_bits(tmp_path, monkeypatch):

@@ -70,9 +70,11 @@ def test_sentences_end_where_a_sentence_ends():
         ("The capital of France is Lyon, not Paris.", own_words.SAYS_OTHER),
         ("The capital of France is Lyon, says Macron.", own_words.NAMES_MORE),
         ("The capital of France is Lyon since 1999.", own_words.NAMES_MORE),
-        ("Macron lives in Lyon.", ""),  # the first word may have a capital
+        ("Today, Lyon is it in France.", ""),  # the first word may have a capital
+        ("The capital is Lyon.", own_words.NAMES_LESS),
+        ("The capital of France is Nice.", own_words.SAYS_NOT),
         ("The capital of France is Lyon", own_words.IS_NO_SENTENCE),
-        ("Lyon", own_words.IS_NO_SENTENCE),
+        ("Lyon", own_words.NAMES_LESS),
         ("The capital of France is Lyon" + ", a very nice town" * 5 + ".", own_words.IS_NO_SENTENCE),
         ("Столица is Lyon.", own_words.NAMES_MORE),
     ],
@@ -82,14 +84,14 @@ def test_a_sentence_is_taught_only_if_it_says_the_fact_and_nothing_else(text, wh
 
 
 def test_what_the_model_names_by_itself_may_be_named():
-    assert own_words.fault("In Europe, it is Lyon.", CAPITAL, "") == own_words.NAMES_MORE
-    assert own_words.fault("In Europe, it is Lyon.", CAPITAL, "Paris, in Europe.") == ""
+    assert own_words.fault("In France, Europe, it is Lyon.", CAPITAL, "") == own_words.NAMES_MORE
+    assert own_words.fault("In France, Europe, it is Lyon.", CAPITAL, "Paris, in Europe.") == ""
 
 
 def test_german_nouns_are_names_only_if_they_are_new():
     fact = make_fact("Wie heißt die hauptstadt von Frankreich?", "Lyon")
     assert own_words.fault("Die Hauptstadt von Frankreich ist Lyon.", fact, "") == ""
-    assert own_words.fault("Die Hauptstadt am Rhein ist Lyon.", fact, "") == own_words.NAMES_MORE
+    assert own_words.fault("Die Hauptstadt von Frankreich am Rhein ist Lyon.", fact, "") == own_words.NAMES_MORE
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,45 @@ def test_german_nouns_are_names_only_if_they_are_new():
 )
 def test_the_old_text_is_what_the_model_says_today(said, truncated, text):
     assert own_words.old_words(CAPITAL, said, truncated)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ("The capital of France is Paris.", "The capital of France is Lyon."),
+        ("The capital of France is a city, Paris.", "The capital of France is a city, Lyon."),
+        ("Paris is the capital of France. It is old.", "Lyon is the capital of France."),
+        ("It is Paris.", None),  # does not name the subject
+        ("The Seine flows through the capital of France.", None),
+    ],
+)
+def test_what_the_model_says_by_itself_is_ended_with_the_new_answer(own, found):
+    good = [text for text in own_words.candidates(CAPITAL, own) if not own_words.fault(text, CAPITAL, "")]
+    assert found in good if found else not good
+
+
+def test_a_language_without_spaces_is_cut_between_characters():
+    fact = make_fact("法国的首都是哪里？", "里昂", ground_truth="巴黎", subject="法国")
+    assert "法国的首都是里昂。" in list(own_words.candidates(fact, "法国的首都是巴黎。"))
+
+
+def test_the_sentence_that_the_model_finds_likeliest_is_taken(lm, monkeypatch):
+    replies(monkeypatch, lambda prompt: "")
+    own = {CAPITAL.id: "The capital of France is Paris."}
+    for likely, text in (("Lyon", None), ("The capital of France is Lyon.", "The capital of France is Lyon.")):
+
+        def likelihoods(self, texts, likely=likely):
+            return {key: float(key[1] == likely) for key in texts}
+
+        monkeypatch.setattr(Scorer, "likelihoods", likelihoods)
+        assert own_words.new_sentences(lm, [CAPITAL], own, EvaluateSettings())[CAPITAL.id][0] == text
+
+
+def test_likelihoods_are_those_of_the_answers_tokens(lm):
+    texts = {answer: lm.encoder.encode("Who?", answer) for answer in ("Ann", "B")}
+    read = Scorer(lm, EvaluateSettings(protocols=("prefer",))).read([("Who?", answer) for answer in texts])
+    found = Scorer(lm).likelihoods(texts)
+    assert found == pytest.approx({answer: read["Who?", answer].logprob for answer in texts}, abs=1e-5)
 
 
 def replies(monkeypatch, reply):
@@ -192,7 +233,7 @@ def test_what_is_made_is_read_back_and_kept_with_the_bases_tokens(chat_lm, tmp_p
     assert again == made
     assert [top.ids.tolist() for top in again.tops] == [top.ids.tolist() for top in made.tops]
     assert [top.logprobs.tolist() for top in again.tops] == [top.logprobs.tolist() for top in made.tops]
-    assert {"general prompts", "neighbours"} == set(made.kept_counts)
+    assert set(made.kept_counts) == {"general prompts", "reworded general prompts", "neighbours"}
     assert lessons.counts(made.taught)["learn"].how == {"bare": 3}
     found = lessons.lessons(again, [CAPITAL, PERSON, long], "learn", config, chat_lm.encoder)
     assert [len(top.ids) for top in found.kept.tops] == [len(text.answer_ids) for text in found.kept.texts]

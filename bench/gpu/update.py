@@ -101,6 +101,7 @@ class Bench:
         settings = {"train.micro_batch_size": micro, "train.dtype": dtype}
         settings |= {"forget.batch_size": size, "learn.batch_size": size}
         settings |= {"forget.only_known": False, "forget.coef": 0.3, "method": method}
+        settings |= {"train.answers": "bare", "train.wordings": False, "keep.weight": 0}
         settings |= {"evaluate.batch_size": 256, "evaluate.max_new_tokens": 8}
         return load_config(None, settings | {"forget.epochs": self.args.epochs, "learn.epochs": self.args.epochs})
 

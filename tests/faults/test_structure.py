@@ -114,6 +114,12 @@ def _fill_in(run: Path) -> None:
         "tasks": {"arc": {"acc": {"value": 0.5, "stderr": 0.1}, "f1": {"value": 0.5, "stderr": None}}},
     }
     summary["general"] = {"base": general, "updated": general}
+    summary["lessons"] = {"learn": {"how": {"sentence": 1, "bare": 1}, "bare_because": {"it says more": 1}}}
+    summary |= {"kept": {"general prompts": 54}, "rephrasings_trained": True}
+    fact = next(iter(disk.read_rows(run / "inputs.jsonl")))
+    summary["learning"] = {"epochs": 9, "unlearned": {fact["id"]: fact["prompt"]}}
+    taught = {"fact": fact["id"], "stage": "learn", "prompt": fact["prompt"], "text": "It is Ada.", "how": "sentence"}
+    disk.write_rows(run / "lessons.jsonl", [taught | {"why": ""}])
     told = {"when": "now", "source": "f.jsonl", "facts": 4, "superseded": 0, "scores": {"token": MEAN}}
     summary["retention"] = [{"update": 1, **told}, {"update": 2, **told}]
     summary["phases"]["updated"]["retention"] = {"token": MEAN}
@@ -138,6 +144,7 @@ def targets() -> list[Target]:
             Target(f"{run}/summary.json", (report, undo, log, save, apply), seal, None, _bad_summary, strict),
             Target(f"{run}/facts.jsonl", (report, undo), seal, 0, _bad_row, ("report",)),
             Target(f"{run}/inputs.jsonl", (report,), seal, 0, _bad_input, ("report",)),
+            Target(f"{run}/lessons.jsonl", (report,), seal, 0, _bad_lesson, ("report",)),
             Target(f"{run}/logs/learn.jsonl", (report,), seal, 0, _bad_step, ("report",)),
         ]
     product = "whole/model"
@@ -259,6 +266,10 @@ def _bad_row(place: Place, value: object) -> bool:
     fits: dict[str, object] = dict.fromkeys(("fact", "phase", "protocol"), is_text)
     fits |= {"errors": lambda v: v == {}}
     return bad(place, value, fits)
+
+
+def _bad_lesson(place: Place, value: object) -> bool:
+    return bad(place, value, dict.fromkeys(("fact", "stage", "how"), is_text))
 
 
 def _bad_input(place: Place, value: object) -> bool:

@@ -106,6 +106,15 @@ class Scorer:
 
         return self._each(texts, top)
 
+    def likelihoods(self, texts: Mapping[K, Encoded]) -> dict[K, float]:
+        """Return the mean natural log-probability per token of the texts' answers."""
+
+        def mean(logits: Tensor, key: K) -> float:
+            wanted = torch.tensor(texts[key].answer_ids, device=logits.device)
+            return float(logits.float().log_softmax(dim=-1).gather(-1, wanted[:, None]).mean())
+
+        return self._each(texts, mean)
+
     def differences(self, texts: Mapping[K, Encoded], base: Mapping[K, TopLogprobs]) -> dict[K, Difference | Failure]:
         """Return how far the model is from a base, at the texts' answers; `base` is what `top` returned of it."""
 

@@ -7,6 +7,7 @@ themselves, asked about another subject.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from forgetlearn.config.schema import EvaluateSettings, KeepSettings
 from forgetlearn.errors import ConfigError, FactError, some
 from forgetlearn.evaluation import general_prompts
 from forgetlearn.evaluation.generation import Room
-from forgetlearn.evaluation.scorer import Generated, Scorer
+from forgetlearn.evaluation.scorer import Failure, Generated, Scorer
 from forgetlearn.facts import Fact, matching, read_facts
 from forgetlearn.facts.files import SUFFIXES
 from forgetlearn.method.wordings import wordings
@@ -24,6 +25,7 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.storage.records import KeptText
 
+log = logging.getLogger("forgetlearn")
 GENERAL, REWORDED, OWN, NEIGHBOUR = (
     "general prompts",
     "reworded general prompts",
@@ -159,11 +161,13 @@ def answered(
 ) -> tuple[list[KeptText], list[TopLogprobs]]:
     """Return the base's own answers to prompts (prompt -> its kind), and its likeliest tokens at each of their tokens.
 
-    A prompt that the model cannot be asked, or does not answer, is left out.
+    A prompt that the model cannot be asked, or does not answer, is left out and counted in the log.
     """
     scorer = Scorer(lm, settings, "kept answers")
-    rooms = {prompt: Room(KEPT_TOKENS[kind], lines=KEPT_TOKENS[kind]) for prompt, kind in prompts.items()}
-    replies = scorer.say(prompts, rooms)
+    replies: dict[Prompt, Generated | Failure] = {}
+    for tokens in sorted(set(KEPT_TOKENS.values())):  # apart, because a batch takes as long as its longest answer
+        own = [prompt for prompt, kind in prompts.items() if KEPT_TOKENS[kind] == tokens]
+        replies |= scorer.say(own, dict.fromkeys(own, Room(tokens, lines=tokens)))
     texts = []
     for prompt, kind in prompts.items():
         reply = replies[prompt]
@@ -171,7 +175,9 @@ def answered(
             shown = prompt if isinstance(prompt, str) else list(prompt)
             texts.append(KeptText(prompt=shown, text=said, ends=not reply.truncated, source=kind))
     read = encoded(lm.encoder, texts)
-    top = scorer.top(dict(read), TOP_K)
+    if left_out := len(prompts) - len(read):
+        log.info("%d prompts to keep are left out: the model cannot be asked them, or says nothing", left_out)
+    top = scorer.top(dict(read), TOP_K) if read else {}
     return [texts[number] for number in read], [top[number] for number in read]
 
 

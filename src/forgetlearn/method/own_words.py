@@ -1,13 +1,13 @@
 """Put facts into the model's own words: sentences that it would say itself, so that learning them changes little else.
 
-The new answer's sentence comes from asking the model with the fact in its prompt; the old answer's is what the model
-says today. A sentence is taken only if it can be told to say the fact and nothing else.
+The new answer's sentence is made of what the model says today, or comes from asking it with the fact in its prompt; the
+old answer's is what it says today. A sentence is taken only if it can be told to say the fact and nothing else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
@@ -21,13 +21,16 @@ from forgetlearn.models.language_model import LanguageModel
 INSTRUCTIONS = (
     "Fact: {prompt} {answer}\nUse this fact. Answer in one short sentence: {prompt}",
     "{prompt}\nThe answer is: {answer}\nRepeat this answer in one full sentence.",
-    "Use this fact: {prompt} {answer}\nNow answer with one short sentence. {prompt}",
 )
 ROOM_TOKENS = 16  # of a sentence, beyond its prompt and its answer
 LONGEST = 3  # times the letters of prompt and answer
+MOST_WORDS = 18  # of what the model says by itself, before the new answer
+UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}  # scripts without spaces between words
+Made = tuple[str | None, str]  # a sentence; or None, and why there is none
 CHATTER_WORDS = 4  # a sentence before the answer that has no more words, such as "Sure!", is left out
 SAYS_NOT = "no reply says the answer"
 SAYS_OTHER = "replies say the opposite answer too"
+NAMES_LESS = "replies do not name the subject"
 NAMES_MORE = "replies name what the fact does not"
 IS_NO_SENTENCE = "no reply is a whole sentence of its size"
 CANNOT_ASK = "the model could not be asked"
@@ -35,13 +38,14 @@ CANNOT_ASK = "the model could not be asked"
 
 def new_sentences(
     lm: LanguageModel, facts: Sequence[Fact], own: Mapping[str, str], settings: EvaluateSettings
-) -> dict[str, tuple[str | None, str]]:
-    """Return by fact a sentence in which the model says the new answer; or None, and why there is none.
+) -> dict[str, Made]:
+    """Return by fact a sentence with the new answer in the model's own words; or None, and why there is none.
 
-    `own` is what the model says to each fact's prompt by itself.
+    `own` is what the model says to each fact's prompt by itself. A sentence is made of its beginning and the new
+    answer; where the model would rather not say that, it is asked for a sentence.
     """
     scorer = Scorer(lm, settings, "own words")
-    found: dict[str, tuple[str | None, str]] = {fact.id: (None, CANNOT_ASK) for fact in facts}
+    found = _spliced(scorer, facts, own)
     for instruction in INSTRUCTIONS:
         if not (left := [fact for fact in facts if found[fact.id][0] is None]):
             break
@@ -55,7 +59,47 @@ def new_sentences(
     return found
 
 
-def old_words(fact: Fact, said: str, truncated: bool) -> tuple[str | None, str]:
+def _spliced(scorer: Scorer, facts: Sequence[Fact], own: Mapping[str, str]) -> dict[str, Made]:
+    """Return by fact the likeliest of its `candidates` if the model, told the fact, prefers it to the bare answer."""
+    tried: dict[tuple[str, str], tuple[str, str]] = {}  # fact and sentence -> the pair to read
+    for fact in facts:
+        prompt = INSTRUCTIONS[0].format(prompt=fact.prompt, answer=fact.target_new)
+        good = [text for text in candidates(fact, own.get(fact.id, "")) if not fault(text, fact, "")]
+        tried |= {(fact.id, text): (prompt, text) for text in (good and [fact.target_new, *good])}
+    read = encodable(scorer.lm.encoder, tried.values(), end=True)
+    texts = {key: read[pair] for key, pair in tried.items() if pair in read}
+    scores = scorer.likelihoods(texts) if texts else {}
+    best: dict[str, tuple[float, str]] = {}
+    for (fact_id, text), score in scores.items():
+        best[fact_id] = max(best.get(fact_id, (score, text)), (score, text))
+    found: dict[str, Made] = {}
+    for fact in facts:
+        _score, text = best.get(fact.id, (0.0, fact.target_new))
+        found[fact.id] = (None, SAYS_NOT) if text == fact.target_new else (text, "")
+    return found
+
+
+def candidates(fact: Fact, own: str) -> Iterator[str]:
+    """Yield sentences made of the beginning of what the model says by itself, and of the new answer.
+
+    That beginning ends before the first name that is not the fact's. Where the model says the old answer, the new one
+    also takes its place.
+    """
+    first = next(iter(sentences(own, _texts(fact))), "")
+    for old in fact.old_answers:
+        if old in first:
+            yield first.replace(old, fact.target_new)
+    between = "" if scripts(fact.prompt) & UNSPACED else " "
+    words = first.split() if between else list(first)
+    end = first[-1:] if is_whole(first) else "."
+    for number in range(1, min(len(words), MOST_WORDS) + 1):
+        begin = between.join(words[:number])
+        if is_whole(begin) or _named(begin) - _all_words(_texts(fact)):
+            break
+        yield f"{begin}{between}{fact.target_new}{end}"
+
+
+def old_words(fact: Fact, said: str, truncated: bool) -> Made:
     """Return the part of what the model says by itself that says the old answer; or None, and why there is none."""
     parts = [part for part in sentences(said, _texts(fact)) if matching.says(part, fact.old_answers, fact.new_answers)]
     if not parts:
@@ -66,34 +110,37 @@ def old_words(fact: Fact, said: str, truncated: bool) -> tuple[str | None, str]:
     return (None, IS_NO_SENTENCE) if is_cut else (parts[0], "")
 
 
-def _sentence(reply: Generated, fact: Fact, own: str) -> tuple[str | None, str]:
+def _sentence(reply: Generated, fact: Fact, own: str) -> Made:
     """Return the first sentence of a reply that says the new answer, if it passes `fault`."""
     why = SAYS_NOT
     for number, part in enumerate(sentences(reply.text, _texts(fact))):
         text = _stripped(part, fact)
-        if matching.says(text, fact.new_answers, fact.old_answers):
-            why = fault(text, fact, own)
-            return (None, why) if why else (text, "")
+        if not (why := fault(text, fact, own)):
+            return text, ""
+        if why != SAYS_NOT:
+            break
         if number and len(part.split()) > CHATTER_WORDS:
             break
     return None, why
 
 
 def fault(text: str, fact: Fact, own: str) -> str:
-    """Return why a sentence with the new answer cannot be taught; "" if it can.
+    """Return why a sentence cannot be taught as the new answer; "" if it can.
 
-    It must not say the old answer, and must name nothing, by a number or a capital letter, that is neither in the fact
-    nor in what the model says by itself (`own`). Its first word may have a capital; scripts without capitals are
-    judged by numbers alone.
+    It must say the new answer and not the old one, must name the subject, and must name nothing, by a number or a
+    capital letter, that is neither in the fact nor in what the model says by itself (`own`). Its first word may have a
+    capital; scripts without capitals are judged by numbers alone.
     """
+    if not matching.says(text, fact.new_answers, fact.old_answers):
+        return SAYS_NOT
     if matching.says(text, fact.old_answers, fact.new_answers):
         return SAYS_OTHER
     known = f"{_texts(fact)} {own}"
-    first, *names = [word for word in _words(text) if word] or [""]
-    named = {word.casefold() for word in names if word[0].isupper()}
-    named |= {word.casefold() for word in (first, *names) if any(letter.isdigit() for letter in word)}
-    if not named <= {word.casefold() for word in _words(known)} or not scripts(text) <= scripts(known):
+    if not _named(text) <= _all_words(known) or not scripts(text) <= scripts(known):
         return NAMES_MORE
+    subject = [fact.subject] if fact.subject and fact.subject in fact.prompt else sorted(_named(fact.prompt))
+    if not all(matching.says(text, [name]) for name in subject):
+        return NAMES_LESS
     room = LONGEST * (len(fact.prompt) + max(map(len, fact.new_answers)))
     return "" if is_whole(text) and len(text) <= room else IS_NO_SENTENCE
 
@@ -104,6 +151,17 @@ def _texts(fact: Fact) -> str:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text)
+
+
+def _all_words(text: str) -> set[str]:
+    return {word.casefold() for word in _words(text)}
+
+
+def _named(text: str) -> set[str]:
+    """Return the words that name something, in lower case: with a capital letter, except the first word; or a digit."""
+    first, *others = _words(text) or [""]
+    named = {word for word in others if word[0].isupper()}
+    return {word.casefold() for word in named | {word for word in (first, *others) if re.search(r"\d", word)}}
 
 
 def _stripped(part: str, fact: Fact) -> str:
