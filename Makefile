@@ -17,7 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/forgetlearn demo --output demo --overwrite
+	@$(BIN)/python tests/smollm2.py "$$FORGETLEARN_SMOLLM2" || echo "the demo's second part, with a chat model, is left out"
+	$(BIN)/forgetlearn demo --output demo --overwrite \
+		$$(test -f "$$FORGETLEARN_SMOLLM2/model.safetensors" && echo --model "$$FORGETLEARN_SMOLLM2")
 
 # SmolLM2-135M-Instruct as a folder (93 MB to download, 540 MB on disk), for tests with the mark `real`.
 export FORGETLEARN_SMOLLM2 ?= $(CURDIR)/models/SmolLM2-135M-Instruct

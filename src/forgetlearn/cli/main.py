@@ -354,19 +354,31 @@ def demo(
     output: OutputOption = Path("demo"),
     seed: SeedOption = 0,
     limit: Annotated[int, typer.Option("--limit", help="How many facts to make up.")] = 150,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A chat model, to update with a dozen facts that went stale.")
+    ] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Build a small model that knows a made-up world, and run the paper's five methods on it."""
-    from forgetlearn.lab.demo import run_demo
+    """Build a small model that knows a made-up world, and run the paper's five methods on it; update a chat model."""
+    from forgetlearn.lab.demo import conversation, run_demo
+    from forgetlearn.report.run_page import overview
 
     with signals.handled():
-        result = run_demo(output, n_facts=limit, seed=seed, resume=resume, overwrite=overwrite)
+        result = run_demo(output, n_facts=limit, seed=seed, chat_model=model, resume=resume, overwrite=overwrite)
     print_table(result.rows, "method", result.columns)
     say(
         "Percent. Locality is agreement with the original; residue, the old answer, is better when it is lower.\n"
         f"A run folder for each method lies in {result.output}; open {result.output / 'f-ft' / 'report.html'}."
     )
+    if result.chat is None:
+        say("No chat model was updated: give one with --model. `make models` fetches a small one.")
+        return
+    say(f"\n{model}, updated with a dozen facts that went stale:")
+    for fact, before, after in conversation(result.chat):
+        say(f"  {fact}\n    before  {before}\n    after   {after}")
+    print_scores(overview(result.chat.summary))
+    say(f"Open {result.chat.output / 'report.html'}.")
 
 
 @app.command()
