@@ -287,7 +287,7 @@ def test_a_run_says_what_its_stages_trained_on(whole):
     assert whole.summary.kept["general prompts"] > 40
     assert whole.summary.learning.epochs == 2
     report = (whole.output / "report.md").read_text()
-    assert "learned: " in report
+    assert "texts to learn: " in report
     assert "general prompts" in report
 
 

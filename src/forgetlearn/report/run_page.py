@@ -212,7 +212,7 @@ def _last_prompts(summary: Summary, phases: Sequence[str]) -> OnPrompts | None:
 
 def _training(summary: Summary) -> Iterator[str]:
     """Yield lines on what the stages trained on, and on facts that were not learned."""
-    names = {"forget": "forgotten", "learn": "learned"}
+    names = {"forget": "texts to forget", "learn": "texts to learn"}
     for stage, found in summary.lessons.items():
         yield f"{names.get(stage, stage)}: {found.in_words()}"
     if summary.kept:
