@@ -1,7 +1,7 @@
 """Decide which texts each optimiser step of a stage shows.
 
 Each epoch shows the facts in a new order, each fact in one of its wordings. Beside them, each step shows some of the
-texts that are kept. If the stage ends when the facts are learned, a fact that was predicted right rests for an epoch.
+texts that are kept. If the stage ends when the facts are learned, a fact that is learned rests for an epoch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ T = TypeVar("T")
 Wordings = tuple[Encoded, ...]
 # Tokens of kept texts in a step, as a share of the facts' tokens, so that a step takes at most 1.5 times as long.
 KEPT_SHARE = 0.4
+# A fact is learned if so many visits in a row predicted its whole answer. After one, it is often lost in other words.
+RIGHT_VISITS = 2
 KEPT_SEED = 7_000_003  # the order of kept texts is drawn apart from that of facts
 
 
@@ -69,7 +71,7 @@ class Progress(BaseModel):
     epoch: int = 0
     step: int = 0  # steps done in this epoch
     kept: int = 0  # kept texts shown so far
-    right: list[bool]  # for each fact: whether its last visit before this epoch predicted its whole answer
+    right: list[int]  # for each fact: how many of its last visits before this epoch, in a row, predicted its answer
     rested: list[bool]  # for each fact: whether the epoch before this one left it out
     seen: dict[int, bool] = {}  # the facts visited in this epoch, and whether they were predicted right
 
@@ -86,7 +88,7 @@ class Schedule(IterableDataset[MicroBatch]):
     ) -> None:
         self.facts, self.settings, self.seed, self.n_micro = facts, settings, seed, n_micro
         self.kept = kept or Kept((), (), 0.0)
-        self.progress = Progress(right=[False] * len(facts), rested=[False] * len(facts))
+        self.progress = Progress(right=[0] * len(facts), rested=[False] * len(facts))
         self.shared = common_length([*(text for wordings in facts for text in wordings), *self.kept.texts])
         self._visits: tuple[int, list[tuple[int, Encoded]]] = (-1, [])  # the epoch, and whom it visits
 
@@ -97,17 +99,24 @@ class Schedule(IterableDataset[MicroBatch]):
 
     @property
     def learned(self) -> list[bool]:
-        """For each fact, whether its last visit predicted its whole answer."""
-        now = self.progress
-        return [now.seen.get(index, right) for index, right in enumerate(now.right)]
+        """For each fact, whether its last visits predicted its whole answer."""
+        return [count >= RIGHT_VISITS for count in self._counted()]
 
     @property
     def finished(self) -> bool:
         """True if the stage has ended: with until `learned`, if every fact is; or else after the last epoch."""
         if self.progress.step:  # within an epoch
             return False
-        is_learned = self.settings.until == "learned" and all(self.progress.right)
+        is_learned = self.settings.until == "learned" and all(self.learned)
         return is_learned or self.progress.epoch >= self.settings.most_epochs
+
+    def _counted(self) -> list[int]:
+        """Return how many visits in a row were right, with those of this epoch."""
+        now = self.progress
+        return [
+            count if index not in now.seen else count + 1 if now.seen[index] else 0
+            for index, count in enumerate(now.right)
+        ]
 
     def __iter__(self) -> Iterator[MicroBatch]:
         while True:
@@ -126,7 +135,7 @@ class Schedule(IterableDataset[MicroBatch]):
             return
         self.gather()
         visited = set(now.seen)
-        now.right = self.learned
+        now.right = self._counted()
         now.rested = [index not in visited for index in range(len(self.facts))]
         now.epoch, now.step, now.seen = now.epoch + 1, 0, {}
 
@@ -147,10 +156,10 @@ class Schedule(IterableDataset[MicroBatch]):
         return self._visits[1]
 
     def _due(self) -> Iterator[int]:
-        now = self.progress
+        now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
         rests = self.settings.until == "learned"
         for index, (right, rested) in enumerate(zip(now.right, now.rested, strict=True)):
-            if not (rests and right and not rested):
+            if not (rests and right >= RIGHT_VISITS and not rested):
                 yield index
 
     def _step(self) -> list[tuple[int, Encoded]]:
