@@ -69,8 +69,8 @@ LARGEST_BATCH = 2**31 - 1  # the largest that torch's samplers accept
 class LoraSettings(Settings):
     """Settings of LoRA in every stage that trains an adapter, named as in peft."""
 
-    r: int = Field(16, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(32, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
+    r: int = Field(64, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(128, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, in training only.")
     target_modules: Annotated[
         Annotated[str, Tag("one name")] | Annotated[list[str], Tag("several names")],
@@ -79,6 +79,19 @@ class LoraSettings(Settings):
         "all-linear",
         description="Modules that get an adapter: names, a regular expression, or all-linear (the output head "
         "excepted).",
+    )
+    layers: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="With all-linear: share of the layers that get an adapter, counted from the output.",
+    )
+    null_space: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="Share of what the layers read in kept texts (keep.weight) that the adapter does not react to; A "
+        "is then frozen. 0: as in peft.",
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
     learning_rate: float | None = Field(

@@ -101,4 +101,5 @@ def out_of_loras_reach(model: nn.Module, settings: LoraSettings) -> str | None:
     """
     if settings.target_modules != ALL_LINEAR:
         return None
-    return selection.out_of_reach(model, lora.check_targets(model, settings))
+    everywhere = settings.model_copy(update={"layers": 1.0})  # the layers that it leaves out by choice are no surprise
+    return selection.out_of_reach(model, lora.check_targets(model, everywhere))

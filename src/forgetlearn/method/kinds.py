@@ -5,6 +5,7 @@ To add a kind, add a row to `config.methods.KINDS`, and a class to `STAGE_KINDS`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from forgetlearn.config.methods import KindName
 from forgetlearn.config.schema import ForgetSettings, Modules, StageSettings, TrainSettings, TuningSettings
-from forgetlearn.models import lora, module_names
+from forgetlearn.models import lora, module_names, null_space
 from forgetlearn.models import modules as selection
 from forgetlearn.models.language_model import LanguageModel, editable_module, width
 from forgetlearn.runtime import processes, sharding
@@ -24,6 +25,7 @@ from forgetlearn.training.trainer import Variant
 from forgetlearn.weights import task_vector
 from forgetlearn.weights.task_vector import StateDict
 
+log = logging.getLogger("forgetlearn")
 Pairs = Sequence[tuple[str, str]]  # prompts with answers
 
 
@@ -140,6 +142,17 @@ class Adapter(StageKind):
         """Return the settings with the learning rate of adapters."""
         assert isinstance(settings, TuningSettings), "teaching trains no adapter"
         return settings.model_copy(update={"learning_rate": settings.lora_rate(width)}), Variant()
+
+    def fit(
+        self, lm: LanguageModel, lessons: Lessons, settings: TrainSettings, seed: int, stage_io: StageIO
+    ) -> StageLog:
+        """Train the adapter, after it was turned away from what the layers read in kept texts."""
+        assert isinstance(settings, TuningSettings), "teaching trains no adapter"
+        if lessons.kept and settings.lora.null_space and not lm.is_sharded:
+            name, share = lora.trained_name(lm.model), settings.lora.null_space
+            remaining = null_space.turn_away(lm.model, name, lessons.kept.texts, share, lm.pad_id, lm.device)
+            log.info("the adapter reacts to %.0f %% of the directions that its layers read", 100 * remaining)
+        return super().fit(lm, lessons, settings, seed, stage_io)
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:
         """Return None: the base keeps its weights."""

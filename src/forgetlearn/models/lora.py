@@ -70,7 +70,7 @@ def check_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
 
 
 def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftModel:
-    targets, by_weight = targets_for(model, settings.target_modules)
+    targets, by_weight = targets_for(model, settings.target_modules, settings.layers)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,
@@ -85,6 +85,14 @@ def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftMod
     except NotAdaptable as error:
         raise ConfigError(f"{error} {what_works(model)}") from error
     return adapted
+
+
+def trained_name(model: PeftModel) -> str:
+    """Return the name of the adapter that is trained."""
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    return next(
+        name for name in names(model) if any(f".{name}." in path or path.endswith(f".{name}") for path in trained)
+    )
 
 
 def activate(model: PeftModel, names: Sequence[str], trained: str | None = None) -> None:

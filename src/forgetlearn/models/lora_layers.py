@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetlearn.errors import ConfigError
+from forgetlearn.models.language_model import layer_list
 from forgetlearn.runtime.patterns import Pattern, problem
 from forgetlearn.weights.adapter_files import ALL_LINEAR, WEIGHT, AdapterConfig
 from forgetlearn.weights.structure import outline
@@ -46,8 +48,11 @@ class NotAdaptable(ConfigError):
     """Raised if `target_modules` names something that cannot be adapted."""
 
 
-def targets_for(model: nn.Module, chosen: str | list[str]) -> tuple[str | list[str], list[str]]:
-    """Return the chosen modules in two parts for peft: target modules, and paths to list by their weights."""
+def targets_for(model: nn.Module, chosen: str | list[str], share: float = 1.0) -> tuple[str | list[str], list[str]]:
+    """Return the chosen modules in two parts for peft: target modules, and paths to list by their weights.
+
+    Of all linear layers, return only those in this share of the model's layers, counted from the output.
+    """
     if isinstance(chosen, str) and chosen != ALL_LINEAR:
         pattern = Pattern("lora.target_modules", chosen, chosen)
         if reason := problem([pattern], [path for path, _module in model.named_modules()]):
@@ -56,12 +61,20 @@ def targets_for(model: nn.Module, chosen: str | list[str]) -> tuple[str | list[s
     if chosen == ALL_LINEAR:
         if not named and not by_weight:
             raise ConfigError(f"lora.target_modules = {ALL_LINEAR}: peft adapts no linear layer of this model.")
-        return named, by_weight
+        lower = _lower_layers(model, share)
+        upper = [[path for path in paths if not path.startswith(lower)] for paths in (named, by_weight)]
+        return (upper[0], upper[1]) if any(upper) else (named, by_weight)
     config = AdapterConfig(peft_type="LORA", target_modules=chosen)
     found = [path for path, _module in plain_modules(base_of(model)) if by_weight and config.targets(path)]
     if any(path in by_weight for path in found):
         return [path for path in found if path not in by_weight], [path for path in found if path in by_weight]
     return chosen, []
+
+
+def _lower_layers(model: nn.Module, share: float) -> tuple[str, ...]:
+    """Return the beginnings of the paths of modules in all but this share of the layers."""
+    path, stack = layer_list(base_of(model))
+    return tuple(f"{path}.{index}." for index in range(len(stack) - math.ceil(share * len(stack))))
 
 
 def what_works(model: nn.Module) -> str:
