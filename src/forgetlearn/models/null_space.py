@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from peft import PeftModel
@@ -21,7 +22,7 @@ from forgetlearn.models.batches import pad_left
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.lora_layers import adapted_layers
 
-MOST_TOKENS = 4096  # of the texts, drawn by one fixed seed
+MOST_TOKENS = 4096  # of the texts that are read, which are drawn by one fixed seed
 ROOM = 2 << 30  # bytes of inputs that are held at once; more layers take more passes over the texts
 AT_ONCE = 32  # texts in a forward pass
 SEED = 0
@@ -41,8 +42,9 @@ def turn_away(
         if name in layer.lora_A and not isinstance(layer, ParamWrapper)  # fused experts: one A for all of them
     }
     remaining: list[float] = []
-    for group in _groups(layers, min(MOST_TOKENS, sum(len(text.ids) for text in texts))):
-        for path, inputs in _inputs(model, group, texts, pad_id, device).items():
+    drawn = _drawn(texts)
+    for group in _groups(layers, sum(len(text.ids) for text in drawn)):
+        for path, inputs in _inputs(model, group, drawn, pad_id, device).items():
             a = layers[path].lora_A[name].weight
             remaining.append(_project(a, inputs, share))
             a.requires_grad_(False)
@@ -87,35 +89,35 @@ def _groups(layers: Mapping[str, LoraLayer], n_tokens: int) -> Iterator[dict[str
 def _inputs(
     model: PeftModel, layers: Mapping[str, LoraLayer], texts: Sequence[Encoded], pad_id: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the inputs (N, D) in float32 that these layers get from the texts, for the tokens that are drawn."""
+    """Return the inputs (N, D) in float32 that these layers get from the texts."""
     found: dict[str, list[Tensor]] = {path: [] for path in layers}
-    total = sum(len(text.ids) for text in texts)
-    drawn = torch.rand(total, generator=torch.Generator().manual_seed(SEED)) < MOST_TOKENS / total
     ordered = sorted(texts, key=lambda text: len(text.ids))
-    start = 0
     model.eval()
     for first in range(0, len(ordered), AT_ONCE):
-        some = ordered[first : first + AT_ONCE]
-        batch = pad_left(some, pad_id).inputs
-        real = batch["attention_mask"].flatten().bool().nonzero()[:, 0]
-        end = start + len(real)
-        wanted = real[drawn[start:end]].to(device)
-        start = end
-        with _watching(layers, found, wanted, n_places=batch["input_ids"].numel()):
+        batch = pad_left(ordered[first : first + AT_ONCE], pad_id).inputs
+        real = batch["attention_mask"].flatten().bool().nonzero()[:, 0].to(device)
+        with _watching(layers, found, real, n_places=batch["input_ids"].numel()):
             model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
     return {path: torch.cat(parts) for path, parts in found.items() if parts}
 
 
+def _drawn(texts: Sequence[Encoded]) -> list[Encoded]:
+    """Return texts of at most `MOST_TOKENS` tokens in all, and at least one text."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(SEED)).tolist()
+    sizes = accumulate(len(texts[index].ids) for index in order)
+    return [texts[index] for index, size in zip(order, sizes, strict=True) if size <= MOST_TOKENS or index == order[0]]
+
+
 @contextmanager
 def _watching(
-    layers: Mapping[str, LoraLayer], found: dict[str, list[Tensor]], wanted: Tensor, n_places: int
+    layers: Mapping[str, LoraLayer], found: dict[str, list[Tensor]], real: Tensor, n_places: int
 ) -> Iterator[None]:
-    """Within the `with` block, add the inputs of the layers, at the wanted places, to `found`."""
+    """Within the `with` block, add the inputs of the layers, without padding, to `found`."""
 
     def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].flatten(0, -2)  # an expert gets only the tokens that are routed to it
-            found[path].append((rows.index_select(0, wanted) if len(rows) == n_places else rows).float())
+            found[path].append((rows.index_select(0, real) if len(rows) == n_places else rows).float())
 
         return hook
 
