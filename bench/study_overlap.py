@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from forgetlearn.config.recipe import stage_seed
 from torch import Tensor
 
 from forgetlearn import load_model
 from forgetlearn.config.schema import RunConfig, load_config
+from forgetlearn.config.stages import stage_seed
 from forgetlearn.facts import FactSet
 from forgetlearn.method import core
 from forgetlearn.models import modules

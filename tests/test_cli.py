@@ -565,7 +565,7 @@ def test_interrupt(told, monkeypatch, updated):
 
 
 def test_a_signal_is_answered_with_the_command_that_goes_on(told, monkeypatch):
-    def interrupt(**_settings):
+    def interrupt(*_given, **_settings):
         raise Interrupted(signal.SIGTERM)
 
     monkeypatch.setattr("forgetlearn.runs.update.update", interrupt)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from architectures import make_architecture
 from torch import nn
 
+from architectures import make_architecture
 from forgetlearn.config.schema import LoraSettings
 from forgetlearn.models import lora, null_space
 from forgetlearn.models.encoding import Encoded

@@ -122,6 +122,7 @@ def test_run_folder(finished, method):
     product = "adapter" if method in ("lora", "f-lora") else "model"
     assert result.product == result.output / product
     files = {"config.yaml", "manifest.json", "facts.jsonl", "inputs.jsonl", "summary.json", "report.md", "report.html"}
+    files |= {"failed.jsonl"}
     assert {path.name for path in result.output.iterdir()} == files | {"logs", "stages", product}
     assert (result.product / "README.md").is_file()
     assert not list((result.output / "stages").rglob("*.safetensors"))
@@ -804,8 +805,8 @@ def test_what_was_forgotten_and_what_auto_came_to_are_written_down(finished, sma
     unknown = write_lines(tmp_path / "f.jsonl", [{"prompt": "Who is it?", "target_new": "Ann", "ground_truth": "Zog"}])
     nothing = update(small_lab, unknown, config("f-lora"), output=tmp_path / "run")
     assert nothing.summary.facts.forgotten == 0
-    assert "Nothing was forgotten." in (nothing.output / "report.md").read_text()
-    assert "Nothing was forgotten." not in (run.output / "report.md").read_text()
+    assert "nothing was forgotten" in (nothing.output / "report.md").read_text()
+    assert "nothing was forgotten" not in (run.output / "report.md").read_text()
     assert "safetensors&#39;" not in (run.output / "report.html").read_text()  # the hashes of a stage's files
 
 

@@ -167,7 +167,7 @@ class StageSection(Settings):
         description="Peak learning rate where all weights are trained. Unset: a rate that fits the model's width "
         f"({BASE_RATE:g} at width {BASE_WIDTH}; docs/choosing.md).",
     )
-    batch_size: int = Field(5, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
+    batch_size: int = Field(4, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
 
 
 class KeepSettings(Settings):

@@ -150,11 +150,11 @@ class Encoder:
 
     @property
     def writes_on(self) -> bool:
-        """True if the model continues the prompt as a text; False if it is asked to reply, in a chat or Alpaca's form.
+        """True if the model continues the prompt as a text; False if the template ends with words that ask for a reply.
 
         What a model writes on after its answer, such as the next question, is not part of the answer.
         """
-        return self.prompt_template not in ("chat", "alpaca")
+        return not self.is_chat and not self._after.strip()
 
     def prompt_text(self, prompt: Prompt) -> str:
         """Return what the model reads before it answers.

@@ -77,7 +77,7 @@ class Progress(BaseModel):
 
 
 class Schedule(IterableDataset[MicroBatch]):
-    """Yields the micro-batches of a stage, `n_micro` for each optimiser step, without an end.
+    """Yields the micro-batches of a stage, `n_micro` for each optimiser step, until it is finished.
 
     `facts` are the facts' texts, each in one or more wordings. Call `note` with what a step predicted, and `end_step`
     after it: they decide what comes next, and whether the stage is `finished`.
@@ -119,7 +119,7 @@ class Schedule(IterableDataset[MicroBatch]):
         ]
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        while True:
+        while not self.finished:
             yield from self._micro_batches(self._step())
 
     def note(self, right: dict[int, bool]) -> None:

@@ -67,6 +67,10 @@ class EndStep(TrainerCallback):  # type: ignore[misc]
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """End the stage at once if it is resumed after its last step."""
+        control.should_training_stop = self.schedule.finished
+
     def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Move the schedule on."""
         self.schedule.end_step()
