@@ -201,7 +201,7 @@ def test_case_3_a_config_in_python_or_in_a_file_is_held_to_the_same(small_lab, t
         (["evaluate", "--output", "out", "--set", "learn.epochs=7"], "learn.epochs"),
         (["ask", "Who?", "--set", "facts.limit=3"], "facts.limit"),
         (["compare", "--output", "out", "--set", "method=ga"], "method"),
-        (["compare", "--output", "out", "--set", "teach.batch_size=4"], "teach.batch_size"),
+        (["compare", "--output", "out", "--set", "teach.batch_size=3"], "teach.batch_size"),
     ],
 )
 def test_case_3_settings_of_another_command_are_refused_where_they_are_given(argv, name, small_lab, capsys):
@@ -225,7 +225,7 @@ def test_what_has_no_effect_with_the_rest_is_said(caplog):
 
 
 def test_settings_that_win_over_the_recipe_are_named_once(caplog):
-    config = load_config(None, {"recipe": "paper", "learn.epochs": 9, "lora.r": 4})
+    config = load_config(None, {"recipe": "paper", "learn.epochs": 9, "lora.use_rslora": True})
     with caplog.at_level("INFO", "forgetlearn"):
         preflight.check("update", config, ["learn.epochs"])  # as the command line does, before it calls update
         preflight.check("update", config)
