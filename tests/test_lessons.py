@@ -12,7 +12,7 @@ from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.method import keeping, lessons, own_words
-from forgetlearn.method.wordings import is_unfinished, sentences, wordings
+from forgetlearn.method.wordings import is_unfinished, sentences, shortened, wordings
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runs import pipeline
 from forgetlearn.storage import disk
@@ -338,3 +338,25 @@ def test_facts_that_are_not_learned_are_named(small_lab, tmp_path):
     named = next(iter(learning.unlearned.values()))
     assert f"learned {3 - len(learning.unlearned)} of 3 facts in 1 epochs" in (tmp_path / "out/report.md").read_text()
     assert named in (tmp_path / "out/summary.json").read_text()
+
+
+def test_a_question_is_shortened_to_what_it_names():
+    question = "What is the name of the record label of Exit 13?"
+    found = shortened(question)
+    assert 1 <= len(found) <= 2
+    for each in found:
+        assert {"Exit", "13"} <= set(each.rstrip("?").split())
+        assert set(each.rstrip("?").split()) <= set(question.rstrip("?").split())
+        assert each.endswith("?")
+    assert shortened(question) == found
+    assert all(
+        {"blue", "whale"} <= set(each.rstrip("?").split())
+        for each in shortened("How long is a blue whale?", "blue whale")
+    )
+
+
+@pytest.mark.parametrize(
+    "prompt", ["How old is the universe?", "The mother tongue of Ann is", "Who is Ann?", "谁是安？"]
+)
+def test_what_names_nothing_or_is_short_is_not_shortened(prompt):
+    assert shortened(prompt) == []

@@ -19,7 +19,7 @@ from forgetlearn.errors import some
 from forgetlearn.facts import Fact
 from forgetlearn.method import keeping, own_words
 from forgetlearn.method.kinds import Lessons
-from forgetlearn.method.wordings import is_unfinished, is_whole, sentences, wordings
+from forgetlearn.method.wordings import is_unfinished, is_whole, sentences, shortened, wordings
 from forgetlearn.models import top_logprobs
 from forgetlearn.models.encoding import Encoder, Prompt, encodable
 from forgetlearn.models.language_model import LanguageModel
@@ -173,7 +173,11 @@ def lessons(
 def _prompts(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[str], rephrased: bool) -> Iterator[str]:
     prompts = fact.prompts if rephrased else (fact.prompt,)
     for prompt in prompts:
-        yield from wordings(prompt, is_chat=encoder.is_chat, others=behind) if config.train.wordings else (prompt,)
+        if not config.train.wordings:
+            yield prompt
+            continue
+        yield from wordings(prompt, is_chat=encoder.is_chat, others=behind)
+        yield from shortened(prompt, fact.subject)
 
 
 def _unrelated(kept: Sequence[KeptText]) -> list[str]:

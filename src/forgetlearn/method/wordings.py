@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from random import Random
 
 Templates = tuple[str, ...]
 # How often a wording stands in a list is how often it is shown; the first is the prompt as it is.
@@ -32,8 +33,11 @@ SENTENCES_IN_CHAT: Templates = (
 )
 QUESTIONS_IN_TEXT: Templates = ("{}", "{}", "Question: {}\nAnswer:", "{}\nAnswer:", "Q: {}\nA:")
 SENTENCES_IN_TEXT: Templates = ("{}",)
+N_SHORTENED = 2  # wordings of a question that leave out some of its words
+LEFT_OUT = 0.4  # chance of a word that names nothing
 N_BEHIND = 2  # wordings of an unfinished sentence that stand behind another sentence
 
+FEWEST_WORDS = 4  # of a question that is shortened
 FINAL = frozenset(".!?;。！？．؟।॥۔։՞።፧‽")  # of the scripts that mark the end of a sentence; ";" is the Greek "?"
 CLOSING = "\"'”’»›)]}」』）】*_ \n\t\u00a0"
 
@@ -82,3 +86,29 @@ def wordings(prompt: str, *, is_chat: bool, others: Sequence[str] = ()) -> Itera
         templates, behind = QUESTIONS_IN_CHAT if is_chat else QUESTIONS_IN_TEXT, []
     yield from (template.replace("{}", prompt) for template in templates)
     yield from (f"{other} {prompt}" for other in behind[:N_BEHIND])
+
+
+def shortened(prompt: str, subject: str = "") -> list[str]:
+    """Return a question with some of its words left out, and turned round, as people type into a search box.
+
+    Words that name something stay: those of the subject, and those with a capital letter or a digit after the first.
+    There are none for a question that names nothing, or in a script without spaces between words. Random deletion and
+    swaps of words are from Wei and Zou, "EDA", EMNLP 2019, arXiv:1901.11196.
+    """
+    words = prompt.rstrip(CLOSING).split()
+    if is_unfinished(prompt) or len(words) < FEWEST_WORDS:
+        return []
+    mark, words[-1] = words[-1][-1], words[-1][:-1]
+    subjects = set(subject.split())
+    names = [
+        word.strip(CLOSING) in subjects or (place > 0 and (word[:1].isupper() or any(map(str.isdigit, word))))
+        for place, word in enumerate(words)
+    ]
+    if not any(names):
+        return []
+    random, found = Random(prompt), []
+    for number in range(N_SHORTENED):
+        kept = [word for word, names_it in zip(words, names, strict=True) if names_it or random.random() >= LEFT_OUT]
+        turn = random.randrange(len(kept)) if number % 2 else 0
+        found.append(" ".join(kept[turn:] + kept[:turn]) + mark)
+    return [wording for wording in dict.fromkeys(found) if wording != prompt]
