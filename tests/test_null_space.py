@@ -36,9 +36,12 @@ def test_whatever_b_learns_kept_texts_stay_and_others_change(name):
     assert moved < 0.2 * (logits(model, other) - other_before).abs().mean()
 
 
-def test_the_rows_of_a_are_orthogonal_to_the_main_inputs():
-    inputs = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) @ torch.eye(8)[:3]
-    a = torch.ones(2, 8)
-    assert null_space._project(a, inputs, 0.999999) == 5 / 8
-    assert (a @ inputs.T).abs().max() < 1e-5
+@pytest.mark.parametrize("n_tokens", [50, 6])  # more than the width, and less
+def test_the_rows_of_a_are_orthogonal_to_the_main_inputs(n_tokens):
+    inputs = torch.randn(n_tokens, 3, generator=torch.Generator().manual_seed(0)) @ torch.eye(8)[:3]
+    read, a = null_space._Inputs(8, n_tokens), torch.ones(2, 8)
+    for part in inputs.split(2):
+        read.add(part)
+    assert null_space._project(a, read, 0.999999) == 5 / 8
+    assert (a @ inputs.T).abs().max() < 1e-4
     assert a.norm() == pytest.approx(4)

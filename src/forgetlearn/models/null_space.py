@@ -22,10 +22,42 @@ from forgetlearn.models.batches import pad_left
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.lora_layers import adapted_layers
 
-MOST_TOKENS = 4096  # of the texts that are read, which are drawn by one fixed seed
-ROOM = 2 << 30  # bytes of inputs that are held at once; more layers take more passes over the texts
+MOST_TOKENS = 16384  # of the texts that are read, which are drawn by one fixed seed
+ROOM = 2 << 30  # bytes that are held at once; more layers take more passes over the texts
 AT_ONCE = 32  # texts in a forward pass
 SEED = 0
+
+
+class _Inputs:
+    """What a layer reads: inputs (N, D) or, if the texts have more tokens than that, their moments (D, D)."""
+
+    def __init__(self, width: int, n_tokens: int) -> None:
+        self.width, self.bytes = width, 4 * width * min(width, n_tokens)
+        self.moments = width <= n_tokens
+        self.parts: list[Tensor] = []
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs (N, D)."""
+        inputs = inputs.float()
+        if not self.moments:
+            self.parts.append(inputs)
+        elif self.parts:
+            self.parts[0].addmm_(inputs.T, inputs)
+        else:
+            self.parts.append(inputs.T @ inputs)
+
+    def main_directions(self, share: float) -> Tensor:
+        """Return the directions (D, K) that carry this share of the energy of the inputs; K is less than D."""
+        found = torch.cat(self.parts)
+        if self.moments:
+            energies, directions = torch.linalg.eigh(found)
+        else:  # the smaller of the two Gram matrices has the same energies
+            energies, mixtures = torch.linalg.eigh(found @ found.T)
+            directions = found.T @ mixtures / energies.clamp(min=torch.finfo(energies.dtype).tiny).sqrt()
+        energies, directions = energies.flip(0).clamp(min=0), directions.flip(1)
+        before = torch.cumsum(energies, 0) - energies  # of the directions with more energy than this one
+        main: Tensor = directions[:, (before < share * energies.sum()) & (energies > 0)]
+        return main[:, : self.width - 1]
 
 
 @torch.no_grad()
@@ -41,64 +73,41 @@ def turn_away(
         for path, layer in adapted_layers(model)
         if name in layer.lora_A and not isinstance(layer, ParamWrapper)  # fused experts: one A for all of them
     }
-    remaining: list[float] = []
     drawn = _drawn(texts)
+    remaining: list[float] = []
     for group in _groups(layers, sum(len(text.ids) for text in drawn)):
-        for path, inputs in _inputs(model, group, drawn, pad_id, device).items():
-            a = layers[path].lora_A[name].weight
-            remaining.append(_project(a, inputs, share))
-            a.requires_grad_(False)
+        _read(model, {layers[path]: inputs for path, inputs in group.items()}, drawn, pad_id, device)
+        for path, inputs in group.items():
+            if inputs.parts:  # an expert may have read nothing
+                a = layers[path].lora_A[name].weight
+                remaining.append(_project(a, inputs, share))
+                a.requires_grad_(False)
     return sum(remaining) / len(remaining) if remaining else 1.0
 
 
-def _project(a: Tensor, inputs: Tensor, share: float) -> float:
-    """Project the rows of A (r, D) off the main directions of inputs (N, D), in place, and keep their total length.
+def _project(a: Tensor, inputs: _Inputs, share: float) -> float:
+    """Project the rows of A (r, D) off the main directions of inputs, in place, and keep their total length.
 
     Return the share of the D directions that remain; at least one does.
     """
-    n_tokens, width = inputs.shape
-    if width <= n_tokens:
-        energies, directions = torch.linalg.eigh(inputs.T @ inputs)
-    else:  # through the smaller of the two Gram matrices
-        energies, mixtures = torch.linalg.eigh(inputs @ inputs.T)
-        directions = inputs.T @ mixtures / energies.clamp(min=torch.finfo(energies.dtype).tiny).sqrt()
-    energies, directions = energies.flip(0).clamp(min=0), directions.flip(1)
-    before = torch.cumsum(energies, 0) - energies  # of the directions with more energy than this one
-    main = directions[:, (before < share * energies.sum()) & (energies > 0)][:, : width - 1].to(a.dtype)
+    main = inputs.main_directions(share).to(a.dtype)
     length = a.norm()
     a.sub_((a @ main) @ main.T)
     a.mul_(length / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
-    return 1 - int(main.shape[1]) / width
+    return 1 - int(main.shape[1]) / inputs.width
 
 
-def _groups(layers: Mapping[str, LoraLayer], n_tokens: int) -> Iterator[dict[str, LoraLayer]]:
-    """Yield the layers in groups whose inputs fit into `ROOM`."""
-    group: dict[str, LoraLayer] = {}
-    size = 0
+def _groups(layers: Mapping[str, LoraLayer], n_tokens: int) -> Iterator[dict[str, _Inputs]]:
+    """Yield room for the inputs of the layers, in groups that fit into `ROOM`."""
+    group: dict[str, _Inputs] = {}
     for path, layer in layers.items():
-        own = 4 * n_tokens * int(layer.in_features)
-        if group and size + own > ROOM:
+        own = _Inputs(int(layer.in_features), n_tokens)
+        if group and own.bytes + sum(other.bytes for other in group.values()) > ROOM:
             yield group
-            group, size = {}, 0
-        group[path] = layer
-        size += own
+            group = {}
+        group[path] = own
     if group:
         yield group
-
-
-def _inputs(
-    model: PeftModel, layers: Mapping[str, LoraLayer], texts: Sequence[Encoded], pad_id: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Return the inputs (N, D) in float32 that these layers get from the texts."""
-    found: dict[str, list[Tensor]] = {path: [] for path in layers}
-    ordered = sorted(texts, key=lambda text: len(text.ids))
-    model.eval()
-    for first in range(0, len(ordered), AT_ONCE):
-        batch = pad_left(ordered[first : first + AT_ONCE], pad_id).inputs
-        real = batch["attention_mask"].flatten().bool().nonzero()[:, 0].to(device)
-        with _watching(layers, found, real, n_places=batch["input_ids"].numel()):
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
-    return {path: torch.cat(parts) for path, parts in found.items() if parts}
 
 
 def _drawn(texts: Sequence[Encoded]) -> list[Encoded]:
@@ -108,20 +117,31 @@ def _drawn(texts: Sequence[Encoded]) -> list[Encoded]:
     return [texts[index] for index, size in zip(order, sizes, strict=True) if size <= MOST_TOKENS or index == order[0]]
 
 
-@contextmanager
-def _watching(
-    layers: Mapping[str, LoraLayer], found: dict[str, list[Tensor]], real: Tensor, n_places: int
-) -> Iterator[None]:
-    """Within the `with` block, add the inputs of the layers, without padding, to `found`."""
+def _read(
+    model: PeftModel, layers: Mapping[LoraLayer, _Inputs], texts: Sequence[Encoded], pad_id: int, device: torch.device
+) -> None:
+    """Let the model read the texts, and add what these layers read of them."""
+    ordered = sorted(texts, key=lambda text: len(text.ids))
+    model.eval()
+    for first in range(0, len(ordered), AT_ONCE):
+        batch = pad_left(ordered[first : first + AT_ONCE], pad_id).inputs
+        real = batch["attention_mask"].flatten().bool().nonzero()[:, 0].to(device)
+        with _watching(layers, real, n_places=batch["input_ids"].numel()):
+            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
 
-    def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+
+@contextmanager
+def _watching(layers: Mapping[LoraLayer, _Inputs], real: Tensor, n_places: int) -> Iterator[None]:
+    """Within the `with` block, add what the layers read, without padding."""
+
+    def watch(found: _Inputs) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].flatten(0, -2)  # an expert gets only the tokens that are routed to it
-            found[path].append((rows.index_select(0, real) if len(rows) == n_places else rows).float())
+            found.add(rows.index_select(0, real) if len(rows) == n_places else rows)
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(path)) for path, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(watch(found)) for layer, found in layers.items()]
     try:
         yield
     finally:
