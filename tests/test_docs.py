@@ -43,7 +43,7 @@ def what_vllm_refuses(adapter):
     empty = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias", "trainable_token_indices")
     wrong = [name for name in empty if adapter.get(name)]
     wrong += ["bias"] if adapter["bias"] != "none" else []
-    wrong += ["r"] if adapter["r"] not in (1, 8, 16) else []
+    wrong += ["r"] if adapter["r"] not in (1, 8, 16, 32, 64, 128) else []
     names = adapter["target_modules"]
     return wrong + (["target_modules"] if not names or any("." in name or name == "lm_head" for name in names) else [])
 

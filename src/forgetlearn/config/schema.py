@@ -174,7 +174,7 @@ class KeepSettings(Settings):
     """What the model is to say as before, while it forgets and learns."""
 
     weight: float = Field(
-        3.0,
+        1.0,
         ge=0,
         description="Weight in the loss of the divergence (KL) from the base on its own answers to other prompts; 0 "
         "keeps nothing.",
