@@ -19,7 +19,6 @@ from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import ConfigError, ModelError, missing_extra
 from forgetlearn.models import attention
 from forgetlearn.models.batches import common_length, computing
-from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.loading import adapter_base
 from forgetlearn.runtime import processes, sharding
@@ -109,7 +108,7 @@ class TransformersGenerator:
 
     def _inputs(self, prompts: Sequence[Ids]) -> dict[str, torch.Tensor | DynamicCache]:
         """Return the inputs of a batch. Padding follows a common beginning whose keys and values are at hand."""
-        shared = common_length([Encoded(tuple(prompt), len(prompt)) for prompt in prompts])
+        shared = common_length(prompts)
         cache = self._cache_of(prompts[0][:shared]) if shared >= WORTH_CACHING and len(prompts) > 1 else None
         if cache is None:
             return self._laid_out(prompts, 0)

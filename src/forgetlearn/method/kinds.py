@@ -63,11 +63,8 @@ class StageKind:
         return model
 
     def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
-        """Return the settings to train with, and how the training differs from plain fine-tuning.
-
-        The learning rate in them is set, for a model of this width.
-        """
-        return settings.model_copy(update={"learning_rate": settings.rate(width)}), Variant()
+        """Return the settings to train a model of this width with, and how that differs from plain fine-tuning."""
+        return settings, Variant()
 
     def fit(
         self, lm: LanguageModel, lessons: Lessons, settings: TrainSettings, seed: int, stage_io: StageIO
@@ -211,7 +208,7 @@ class Bounded(StageKind):
     def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
         """Return the settings, and `max_change` as the bound on the change of a weight."""
         assert isinstance(settings, StageSettings), "a kind of learning"
-        return super().training(settings, width)[0], Variant(max_change=settings.max_change)
+        return settings, Variant(max_change=settings.max_change)
 
 
 class Ascent(StageKind):

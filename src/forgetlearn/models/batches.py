@@ -307,12 +307,12 @@ def rows_for_training(
 def _begin_alike(texts: Sequence[Encoded]) -> bool:
     """Return True if texts share enough of their beginnings to be worth it."""
     lengths = [len(text.ids) for text in texts]
-    return common_length(texts) >= WORTH_SHARING * sum(lengths) / len(lengths)
+    return common_length([text.ids for text in texts]) >= WORTH_SHARING * sum(lengths) / len(lengths)
 
 
-def common_length(texts: Sequence[Encoded]) -> int:
-    """Return how many tokens all texts begin with; the last token of a text does not count."""
-    columns = zip(*(text.ids[:-1] for text in texts), strict=False)
+def common_length(texts: Sequence[Sequence[int]]) -> int:
+    """Return how many ids all texts begin with; the last of a text does not count."""
+    columns = zip(*(ids[:-1] for ids in texts), strict=False)
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -89,7 +90,7 @@ class Schedule(IterableDataset[MicroBatch]):
         self.facts, self.settings, self.seed, self.n_micro = facts, settings, seed, n_micro
         self.kept = kept or Kept((), (), 0.0)
         self.progress = Progress(right=[0] * len(facts), rested=[False] * len(facts))
-        self.shared = common_length([*(text for wordings in facts for text in wordings), *self.kept.texts])
+        self.shared = common_length([text.ids for texts in (*facts, self.kept.texts) for text in texts])
         self._visits: tuple[int, list[tuple[int, Encoded]]] = (-1, [])  # the epoch, and whom it visits
 
     @property
@@ -199,6 +200,7 @@ def _drawn(wordings: Wordings, draw: float) -> Encoded:
     return wordings[int(draw * len(wordings))]
 
 
+@lru_cache(maxsize=2)  # a step asks for each kept text by itself, and twice
 def _shuffled(number: int, seed: int) -> list[int]:
     order: list[int] = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
     return order

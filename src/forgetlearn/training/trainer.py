@@ -79,7 +79,7 @@ class EndStep(TrainerCallback):  # type: ignore[misc]
 
 
 class StepBatch(TypedDict):
-    """One forward pass of all processes. `parts` are the model's inputs for this process's texts, with `places`.
+    """One forward pass of all processes. `parts` are the model's inputs for this process's texts, see `Collator`.
 
     The answer tokens of facts come first, then those of kept texts.
     """
@@ -121,18 +121,25 @@ class Collator:
         }
 
     def _part(self, texts: list[Encoded]) -> dict[str, Tensor]:
-        """Return the inputs of one forward pass, with the `positions` of logits and the `places` of answers in them."""
+        """Return the inputs of one forward pass, with the `positions` of logits.
+
+        `places` are the answers' places among these logits; they are left out if the logits are just those.
+        """
         if self.layout == "shared_by_text":
             row = share(texts)
             inputs = row.inputs() | attention.places(row.paths)
-            return {**inputs, "positions": row.positions, "places": row.which}
+            return {**inputs, "positions": row.positions} | _places(row.which, len(row.positions))
         # Without a mask (attention computed text by text), a row may have any length.
         longest = sys.maxsize if self.is_by_text else MAX_PACKED_TOKENS
         batch = lay_out(texts, self.layout, self.pad_id, longest)
         if self.is_by_text:
             batch = by_text(batch)
         places = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
-        return {**batch.inputs, "positions": batch.positions, "places": places}
+        return {**batch.inputs, "positions": batch.positions} | _places(places, batch.labels.numel())
+
+
+def _places(places: Tensor, n_logits: int) -> dict[str, Tensor]:
+    return {} if places.equal(torch.arange(n_logits)) else {"places": places}
 
 
 def own_part(texts: Sequence[Encoded]) -> list[Encoded]:
@@ -190,7 +197,8 @@ class FactTrainer(Trainer):  # type: ignore[misc]
                 f"{type(attention.plain(model)).__name__}: its loss has no gradient for the trained weights, because "
                 "its own code stops it (as reversible layers do over frozen embeddings). Use --method f-ft."
             )
-        self._note(inputs["facts"], of_facts, labels)
+        if self.schedule.settings.until == "learned":
+            self._note(inputs["facts"], of_facts, labels)
         n_tokens = num_items_in_batch if num_items_in_batch is not None else len(labels)
         scaled: Tensor = self.loss_sign * loss / n_tokens
         if inputs["n_kept_tokens"]:
@@ -204,10 +212,9 @@ class FactTrainer(Trainer):  # type: ignore[misc]
     @staticmethod
     def _answer_logits(model: nn.Module, part: dict[str, Tensor]) -> Tensor:
         """Return the logits (N, V) that predict the answer tokens of a forward pass, text after text."""
-        positions, places = part.pop("positions"), part.pop("places")
+        positions, places = part.pop("positions"), part.pop("places", None)
         logits = answer_logits(model, part, positions).flatten(0, 1)
-        is_all = len(places) == len(logits) and bool((places == torch.arange(len(places), device=places.device)).all())
-        return logits if is_all else logits.index_select(0, places)
+        return logits if places is None else logits.index_select(0, places)
 
     def _note(self, facts: Sequence[tuple[int, int]], logits: Tensor, labels: Tensor) -> None:
         """Tell the schedule which facts' answers were predicted right, token for token."""
