@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 RecipeName = Literal["default", "paper", "plain"]
-RECIPES: tuple[str, ...] = get_args(RecipeName)
 Sections = Mapping[str, object]
 
 # What fine-tuning does if nothing is added to it: bare answers to the facts' own prompts, and nothing is kept.

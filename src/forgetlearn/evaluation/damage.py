@@ -47,7 +47,7 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
     differences = scorer.differences(texts, dict(zip(texts, kept, strict=True)))
     agreed = {p for p, found in differences.items() if isinstance(found, Difference) and found.agreement == 1}
     replies = scorer.say([prompt for prompt in prompts if prompt not in agreed], dict.fromkeys(prompts, ROOM))
-    answers = [_compared(was, replies.get(_key(was)), differences) for was in base]
+    answers = [_compared(was, replies.get(was.asked), differences) for was in base]
     return _summed(sorted(answers, key=lambda answer: -_badness(answer)))
 
 
@@ -64,15 +64,11 @@ def _own_answer(prompt: Prompt, reply: Generated | Failure) -> GeneralAnswer:
     return GeneralAnswer(prompt=shown, said=reply.text, truncated=reply.truncated)
 
 
-def _key(answer: GeneralAnswer) -> Prompt:
-    return answer.prompt if isinstance(answer.prompt, str) else tuple(answer.prompt)
-
-
 def _texts(encoder: Encoder, answers: Sequence[GeneralAnswer]) -> dict[Prompt, Encoded]:
     """Return the prompts with a model's answers to them, and the end token of each answer that ended."""
     texts: dict[Prompt, Encoded] = {}
     for end in (True, False):
-        pairs = [(_key(answer), answer.said) for answer in answers if answer.said and answer.truncated != end]
+        pairs = [(answer.asked, answer.said) for answer in answers if answer.said and answer.truncated != end]
         encoded = encoder.encode_all(pairs, end=end)
         texts |= {prompt: text for (prompt, _said), text in encoded.items() if isinstance(text, Encoded)}
     return texts
@@ -85,8 +81,8 @@ def _compared(
 
     Without a reply, the answer is that of the base.
     """
-    now = was if reply is None else _own_answer(_key(was), reply)
-    found = differences.get(_key(was), Failure(was.error or "the base's answer is empty or too long"))
+    now = was if reply is None else _own_answer(was.asked, reply)
+    found = differences.get(was.asked, Failure(was.error or "the base's answer is empty or too long"))
     if isinstance(found, Failure):
         return now.model_copy(update={"before": was.said, "error": now.error or found.reason})
     numbers = {"tokens": found.n_tokens, "agreement": found.agreement, "kl": found.kl}

@@ -186,12 +186,7 @@ def encoded(encoder: Encoder, texts: Sequence[KeptText]) -> dict[int, Encoded]:
     found = {}
     for number, kept in enumerate(texts):
         try:
-            found[number] = encoder.encode(prompt_of(kept), kept.text, end=kept.ends)
+            found[number] = encoder.encode(kept.asked, kept.text, end=kept.ends)
         except FactError:
             continue
     return found
-
-
-def prompt_of(kept: KeptText) -> Prompt:
-    """Return the prompt of a kept text, as it is asked."""
-    return kept.prompt if isinstance(kept.prompt, str) else tuple(kept.prompt)

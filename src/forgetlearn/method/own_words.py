@@ -167,7 +167,7 @@ def _named(text: str) -> set[str]:
 def _stripped(part: str, fact: Fact) -> str:
     """Return a sentence without a label before it ("Answer: ...") and without quotation marks around it."""
     label, colon, rest = part.partition(": ")
-    if colon and set(map(str.casefold, _words(label))).isdisjoint(map(str.casefold, _words(_texts(fact)))):
+    if colon and _all_words(label).isdisjoint(_all_words(_texts(fact))):
         part = rest
     for left, right in ('""', "“”", "«»", "„“", "「」", "''", "**"):
         if part.startswith(left) and part.endswith(right) and len(part) > 1:

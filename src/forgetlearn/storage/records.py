@@ -226,10 +226,20 @@ class Taught(Record):
     why: Text = ""  # why it is bare, where a sentence was asked for
 
 
-class KeptText(Record):
-    """A prompt to which training keeps the base's own answer. A prompt of several turns is a chat."""
+class Prompted(Record):
+    """A record of a prompt: a question, or the turns of a chat."""
 
     prompt: str | list[str]
+
+    @property
+    def asked(self) -> str | tuple[str, ...]:
+        """The prompt as a model is asked it."""
+        return self.prompt if isinstance(self.prompt, str) else tuple(self.prompt)
+
+
+class KeptText(Prompted):
+    """A prompt to which training keeps the base's own answer."""
+
     text: str
     ends: bool  # False if the answer was cut off
     source: Text
@@ -468,10 +478,9 @@ class TaskScore(Record):
     stderr: Number | None
 
 
-class GeneralAnswer(Record):
+class GeneralAnswer(Prompted):
     """A model's answer to a general prompt, and how far the model is there from the base's own answer."""
 
-    prompt: str | list[str]  # a question, or the turns of a chat
     said: str | None = None
     truncated: bool = False
     before: str | None = None  # what the base said
