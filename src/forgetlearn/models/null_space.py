@@ -9,16 +9,16 @@ the energy); Fang et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null spa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
-from forgetlearn.models.batches import pad_left
+from forgetlearn.models.batches import Batch, answer_logits, computing, pad_left
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.lora_layers import adapted_layers
 
@@ -68,44 +68,55 @@ def turn_away(
 
     The inputs are those that the layers get from `texts`. Return the mean share of directions that remain.
     """
-    layers = {
-        path: layer
-        for path, layer in adapted_layers(model)
+    layers = [
+        layer
+        for _path, layer in adapted_layers(model)
         if name in layer.lora_A and not isinstance(layer, ParamWrapper)  # fused experts: one A for all of them
-    }
+    ]
     drawn = _drawn(texts)
+    alike = _reading_alike(model, layers, drawn[0], pad_id, device)
     remaining: list[float] = []
-    for group in _groups(layers, sum(len(text.ids) for text in drawn)):
-        _read(model, {layers[path]: inputs for path, inputs in group.items()}, drawn, pad_id, device)
-        for path, inputs in group.items():
-            if inputs.parts:  # an expert may have read nothing
-                a = layers[path].lora_A[name].weight
-                remaining.append(_project(a, inputs, share))
-                a.requires_grad_(False)
+    for group in _groups(alike, sum(len(text.ids) for text in drawn)):
+        _read(model, {members[0]: inputs for members, inputs in group}, drawn, pad_id, device)
+        for members, inputs in group:
+            if not inputs.parts:  # an expert may have read nothing
+                continue
+            main = inputs.main_directions(share)
+            for layer in members:
+                _project(layer.lora_A[name].weight.requires_grad_(False), main)
+                remaining.append(1 - main.shape[1] / inputs.width)
     return sum(remaining) / len(remaining) if remaining else 1.0
 
 
-def _project(a: Tensor, inputs: _Inputs, share: float) -> float:
-    """Project the rows of A (r, D) off the main directions of inputs, in place, and keep their total length.
-
-    Return the share of the D directions that remain; at least one does.
-    """
-    main = inputs.main_directions(share).to(a.dtype)
-    length = a.norm()
+def _project(a: Tensor, main: Tensor) -> None:
+    """Project the rows of A (r, D) off the directions (D, K), in place, and keep their total length."""
+    main, length = main.to(a.dtype), a.norm()
     a.sub_((a @ main) @ main.T)
     a.mul_(length / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
-    return 1 - int(main.shape[1]) / inputs.width
 
 
-def _groups(layers: Mapping[str, LoraLayer], n_tokens: int) -> Iterator[dict[str, _Inputs]]:
-    """Yield room for the inputs of the layers, in groups that fit into `ROOM`."""
-    group: dict[str, _Inputs] = {}
-    for path, layer in layers.items():
-        own = _Inputs(int(layer.in_features), n_tokens)
-        if group and own.bytes + sum(other.bytes for other in group.values()) > ROOM:
+def _reading_alike(
+    model: PeftModel, layers: Iterable[LoraLayer], text: Encoded, pad_id: int, device: torch.device
+) -> list[list[LoraLayer]]:
+    """Return the layers in groups that read the same tensor, as queries, keys and values do."""
+    read: dict[LoraLayer, Tensor] = {}  # holds the tensors, so that each has its own address
+    _run(model, {layer: partial(read.__setitem__, layer) for layer in layers}, pad_left([text], pad_id), device)
+    alike: dict[object, list[LoraLayer]] = {}
+    for layer in layers:
+        found = read.get(layer)
+        alike.setdefault(layer if found is None else (found.data_ptr(), found.shape), []).append(layer)
+    return list(alike.values())
+
+
+def _groups(alike: Iterable[list[LoraLayer]], n_tokens: int) -> Iterator[list[tuple[list[LoraLayer], _Inputs]]]:
+    """Yield layers that read alike, with room for their inputs, as many at once as fit into `ROOM`."""
+    group: list[tuple[list[LoraLayer], _Inputs]] = []
+    for members in alike:
+        own = _Inputs(int(members[0].in_features), n_tokens)
+        if group and own.bytes + sum(other.bytes for _members, other in group) > ROOM:
             yield group
-            group = {}
-        group[path] = own
+            group = []
+        group.append((members, own))
     if group:
         yield group
 
@@ -120,30 +131,35 @@ def _drawn(texts: Sequence[Encoded]) -> list[Encoded]:
 def _read(
     model: PeftModel, layers: Mapping[LoraLayer, _Inputs], texts: Sequence[Encoded], pad_id: int, device: torch.device
 ) -> None:
-    """Let the model read the texts, and add what these layers read of them."""
+    """Let the model read the texts, and add what these layers read of them, without padding."""
     ordered = sorted(texts, key=lambda text: len(text.ids))
-    model.eval()
     for first in range(0, len(ordered), AT_ONCE):
-        batch = pad_left(ordered[first : first + AT_ONCE], pad_id).inputs
-        real = batch["attention_mask"].flatten().bool().nonzero()[:, 0].to(device)
-        with _watching(layers, real, n_places=batch["input_ids"].numel()):
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+        batch = pad_left(ordered[first : first + AT_ONCE], pad_id)
+        real = batch.inputs["attention_mask"].flatten().bool().nonzero()[:, 0].to(device)
+        n_places = batch.inputs["input_ids"].numel()
+        watchers = {layer: partial(_add, inputs, real, n_places) for layer, inputs in layers.items()}
+        _run(model, watchers, batch, device)
 
 
-@contextmanager
-def _watching(layers: Mapping[LoraLayer, _Inputs], real: Tensor, n_places: int) -> Iterator[None]:
-    """Within the `with` block, add what the layers read, without padding."""
+def _add(found: _Inputs, real: Tensor, n_places: int, read: Tensor) -> None:
+    rows = read.flatten(0, -2)  # an expert gets only the tokens that are routed to it
+    found.add(rows.index_select(0, real) if len(rows) == n_places else rows)
 
-    def watch(found: _Inputs) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].flatten(0, -2)  # an expert gets only the tokens that are routed to it
-            found.add(rows.index_select(0, real) if len(rows) == n_places else rows)
 
-        return hook
+def _run(
+    model: PeftModel, watchers: Mapping[LoraLayer, Callable[[Tensor], None]], batch: Batch, device: torch.device
+) -> None:
+    """Run the model on a batch, and give each watcher what its layer reads."""
 
-    handles = [layer.register_forward_pre_hook(watch(found)) for layer, found in layers.items()]
+    def hook(layer: LoraLayer, inputs: tuple[Tensor, ...]) -> None:
+        watchers[layer](inputs[0])
+
+    handles = [layer.register_forward_pre_hook(hook) for layer in watchers]
+    inputs = {key: value.to(device) for key, value in batch.inputs.items()}
     try:
-        yield
+        model.eval()
+        with computing(model, device):
+            answer_logits(model, inputs, batch.positions[-1:].to(device))
     finally:
         for handle in handles:
             handle.remove()
