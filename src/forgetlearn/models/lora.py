@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from forgetlearn.config.schema import LoraSettings
 from forgetlearn.errors import ConfigError, ModelError, plain, some
+from forgetlearn.models.language_model import layer_list
 from forgetlearn.models.lora_layers import (
     NotAdaptable,
     adapt_by_weight,
@@ -34,7 +35,7 @@ from forgetlearn.models.lora_layers import (
     what_works,
 )
 from forgetlearn.runtime import processes, sharding
-from forgetlearn.weights.adapter_files import ALL_LINEAR, CONFIG, WEIGHT, AdapterFiles, open_adapter
+from forgetlearn.weights.adapter_files import ALL_LINEAR, CONFIG, WEIGHT, AdapterConfig, AdapterFiles, open_adapter
 from forgetlearn.weights.checkpoint_folder import ADAPTER
 from forgetlearn.weights.structure import outline
 
@@ -149,10 +150,6 @@ def compose(model: PeftModel, names: Sequence[str]) -> None:
     activate(model, [PRODUCT])
     for name in names:
         model.delete_adapter(name)
-    # Servers such as vLLM match on the last part of a module's name; keep full paths if short ones match more.
-    short = {path.rsplit(".", 1)[-1] for path in named}
-    if {path for path, _module in base_of(model).named_modules() if path.rsplit(".", 1)[-1] in short} == set(named):
-        model.peft_config[PRODUCT].target_modules = short
 
 
 def _stack(layer: LoraLayer, ranks: dict[str, int]) -> None:
@@ -284,6 +281,7 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
         return
     config = model.peft_config[name]
     config.base_model_name_or_path = base_model
+    _name_briefly(model, config)
     if isinstance(config.target_modules, set):  # peft would write it in an order that varies by process
         config.target_modules = sorted(config.target_modules)
     # Pass the adapter's weights; otherwise peft would gather the whole of a model that is split over processes.
@@ -294,3 +292,25 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
         for file in nested.iterdir():
             file.rename(folder / file.name)
         nested.rmdir()
+
+
+def _name_briefly(model: PeftModel, config: PeftConfig) -> None:
+    """Name the adapted modules by the last parts of their paths, and the layers if they are not all, if that suffices.
+
+    Servers such as vLLM match on these names.
+    """
+    base = base_of(model)
+    paths = {path for path, _module in base.named_modules()}
+    if isinstance(config.target_modules, str) or not (named := set(config.target_modules or ())) <= paths:
+        return
+    short = sorted({path.rsplit(".", 1)[-1] for path in named})
+    stack, layers = layer_list(base)
+    numbers = [index for index in range(len(layers)) if any(path.startswith(f"{stack}.{index}.") for path in named)]
+    upper: dict[str, object] = {"layers_to_transform": numbers, "layers_pattern": stack.rsplit(".", 1)[-1]}
+    for chosen in ({}, upper):
+        brief = AdapterConfig.model_validate({"peft_type": "LORA", "target_modules": short, **chosen})
+        if {path for path in paths if brief.targets(path)} == named:
+            config.target_modules = set(short)
+            for name, value in chosen.items():
+                setattr(config, name, value)
+            return
