@@ -14,9 +14,10 @@ def test_two_halves_of_the_same_kinds_have_no_prompt_twice():
     keeping, measuring = general_prompts.keeping(), general_prompts.measuring()
     assert len(keeping) == len(measuring) >= 48
     assert [len(turns_of(prompt)) for prompt in keeping] == [len(turns_of(prompt)) for prompt in measuring]
-    normal = [" ".join(turns_of(prompt)).casefold().strip(" .?!") for prompt in (*keeping, *measuring)]
+    prompts = (*keeping, *general_prompts.questions(), *measuring)
+    normal = [" ".join(turns_of(prompt)).casefold().strip(" .?!") for prompt in prompts]
     assert len(set(normal)) == len(normal)
-    assert all(turn == turn.strip() != "" for prompt in (*keeping, *measuring) for turn in turns_of(prompt))
+    assert all(turn == turn.strip() != "" for prompt in prompts for turn in turns_of(prompt))
 
 
 def test_chats_and_several_languages_are_among_them():
@@ -26,6 +27,9 @@ def test_chats_and_several_languages_are_among_them():
     assert len(foreign) >= 8
 
 
-def test_every_line_holds_a_kind_and_a_prompt_of_each_half():
+def test_every_line_holds_a_prompt_of_each_half_or_a_question_to_keep():
     rows = [json.loads(line) for line in general_prompts.FILE.read_text(encoding="utf-8").splitlines()]
-    assert {tuple(row) for row in rows} == {("kind", "keep", "measure")}
+    pairs, questions = [r for r in rows if "measure" in r], [r for r in rows if "measure" not in r]
+    assert {tuple(row) for row in pairs} == {("kind", "keep", "measure")}
+    assert {(row["kind"], tuple(row)) for row in questions} == {("question", ("kind", "keep"))}
+    assert len(questions) == len(general_prompts.questions()) >= 40

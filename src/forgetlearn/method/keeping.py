@@ -19,20 +19,21 @@ from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Scorer
 from forgetlearn.facts import Fact, matching, read_facts
 from forgetlearn.facts.files import SUFFIXES
-from forgetlearn.method.wordings import wordings
+from forgetlearn.method.wordings import shortened, wordings
 from forgetlearn.models.encoding import Encoded, Encoder, Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.storage.records import KeptText
 
 log = logging.getLogger("forgetlearn")
-GENERAL, REWORDED, OWN, NEIGHBOUR = (
+GENERAL, QUESTION, REWORDED, OWN, NEIGHBOUR = (
     "general prompts",
+    "general questions",
     "reworded general prompts",
     "prompts of keep.source",
     "neighbours",
 )
-KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, REWORDED: 12, OWN: 24, NEIGHBOUR: 8}  # of an answer
+KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, QUESTION: 12, REWORDED: 12, OWN: 24, NEIGHBOUR: 8}  # of an answer
 SHORT_ANSWERS = ("Answer in a few words: {}", "Short answer only: {}")
 TOP_K = 64
 NEIGHBOURS_OF_A_FACT, MOST_NEIGHBOURS = 2, 200
@@ -89,11 +90,12 @@ def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
     return prompts
 
 
-def general(facts: Iterable[Fact]) -> list[Prompt]:
-    """Return the general prompts for keeping, without those that name what a fact's prompt names."""
+def general(facts: Iterable[Fact]) -> dict[Prompt, str]:
+    """Return the general prompts for keeping and their kinds, without those that name what a fact's prompt names."""
     named = {name for fact in facts for text in (*fact.prompts, f"_ {fact.subject}") for name in _names(text)}
-    prompts = general_prompts.keeping()
-    return [prompt for prompt in prompts if named.isdisjoint(_names(prompt if isinstance(prompt, str) else prompt[-1]))]
+    kinds = dict.fromkeys(general_prompts.keeping(), GENERAL) | dict.fromkeys(general_prompts.questions(), QUESTION)
+    last = {prompt: prompt if isinstance(prompt, str) else prompt[-1] for prompt in kinds}
+    return {prompt: kind for prompt, kind in kinds.items() if named.isdisjoint(_names(last[prompt]))}
 
 
 def reworded(prompts: Iterable[Prompt], *, is_chat: bool) -> list[str]:
@@ -103,7 +105,8 @@ def reworded(prompts: Iterable[Prompt], *, is_chat: bool) -> list[str]:
     """
     found = []
     for number, prompt in enumerate(each for each in prompts if isinstance(each, str) and len(each) <= MOST_LETTERS):
-        own = dict.fromkeys((*wordings(prompt, is_chat=is_chat), *(short.format(prompt) for short in SHORT_ANSWERS)))
+        asked_short = [short.format(prompt) for short in SHORT_ANSWERS]
+        own = dict.fromkeys((*wordings(prompt, is_chat=is_chat), *shortened(prompt), *asked_short))
         others = [wording for wording in own if wording != prompt]
         found.append(others[number % len(others)])
     return found

@@ -135,7 +135,7 @@ def _why_bare(config: RunConfig, encoder: Encoder) -> str:
 
 def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
-    prompts: dict[Prompt, str] = dict.fromkeys(keeping.general(facts), keeping.GENERAL)
+    prompts = keeping.general(facts)
     if config.train.wordings:
         prompts |= dict.fromkeys(keeping.reworded(prompts, is_chat=encoder.is_chat), keeping.REWORDED)
     if config.keep.neighbours:
