@@ -152,7 +152,9 @@ class Schedule(IterableDataset[MicroBatch]):
             order = torch.randperm(len(self.facts), generator=generator).tolist()
             draws = torch.rand(len(self.facts), generator=generator).tolist()
             due = set(self._due())
-            shown = [(index, draws[index]) for index in order if index in due]
+            # The visit that may complete the right ones shows the first wording, the prompt itself.
+            confirmed = {i for i, right in enumerate(self.progress.right) if right == RIGHT_VISITS - 1}
+            shown = [(index, 0.0 if index in confirmed else draws[index]) for index in order if index in due]
             self._visits = epoch, [(index, _drawn(self.facts[index], draw)) for index, draw in shown]
         return self._visits[1]
 
