@@ -36,7 +36,8 @@ from written_by_hand import change_manifest, forget_stages
 TOLERANCE = 1e-5
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 STAGE = StageSettings(epochs=2, batch_size=4, learning_rate=1e-3)
-UNTIL_LEARNED = STAGE.model_copy(update={"until": "learned", "max_epochs": 12})
+# After 20 epochs about half of the facts are learned. At a larger rate, rounding would grow into other weights.
+LEARNED = StageSettings(until="learned", max_epochs=20, batch_size=4, learning_rate=3e-3, lora={"learning_rate": 3e-3})
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def learn_and_keep(how):
     texts, tops = keeping.answered(lm, prompts, EvaluateSettings(batch_size=2))
     kept = Kept(tuple(keeping.encoded(lm.encoder, texts).values()), tuple(tops), 1.0)
     lessons = Lessons([[(prompt, fact.target_new) for prompt in fact.prompts] for fact in some_facts(7)], kept)
-    log = learn(lm, some_facts(7), UNTIL_LEARNED, how, lessons=lessons)
+    log = learn(lm, some_facts(7), LEARNED, how, lessons=lessons)
     return (log.epochs, log.unlearned), {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
 
 
@@ -101,7 +102,7 @@ def as_process(place, port, folder):
                 came, weights = learn_and_keep(how)
                 assert processes.gather(came) == [came, came]
                 if processes.is_main():
-                    disk.write_json(folder / f"kept {how}.json", came)
+                    disk.write_json(folder / f"kept {how}.json", {"came": came})
                     save_file(weights, folder / f"kept {how}.safetensors")
     except BaseException:
         (folder / f"failure-{place}").write_text(traceback.format_exc())
@@ -131,8 +132,8 @@ def test_two_processes_learn_and_score_as_one_does(tmp_path, monkeypatch):
         assert (found.compared, found.tokens, found.kl) == (4, damaged.tokens, pytest.approx(damaged.kl, rel=1e-3))
         assert largest_difference(weights, load_file(tmp_path / f"{how}.safetensors")) < TOLERANCE
     for how, ((epochs, unlearned), weights) in keeping_alone.items():
-        print(how, epochs, unlearned, largest_difference(weights, load_file(tmp_path / f"kept {how}.safetensors")))
-        assert disk.read_json(tmp_path / f"kept {how}.json") == [epochs, list(unlearned)]
+        assert disk.read_json(tmp_path / f"kept {how}.json") == {"came": [epochs, list(unlearned)]}
+        assert 0 < len(unlearned) < 7
         assert largest_difference(weights, load_file(tmp_path / f"kept {how}.safetensors")) < TOLERANCE
 
 
