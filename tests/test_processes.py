@@ -36,8 +36,15 @@ from written_by_hand import change_manifest, forget_stages
 TOLERANCE = 1e-5
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 STAGE = StageSettings(epochs=2, batch_size=4, learning_rate=1e-3)
-# After 20 epochs about half of the facts are learned. At a larger rate, rounding would grow into other weights.
-LEARNED = StageSettings(until="learned", max_epochs=20, batch_size=4, learning_rate=3e-3, lora={"learning_rate": 3e-3})
+# Some facts are learned then, and some are not. With AdamW's usual epsilon, rounding would grow over so many steps.
+LEARNED = StageSettings(
+    until="learned",
+    max_epochs=20,
+    batch_size=4,
+    learning_rate=3e-3,
+    adam_epsilon=1e-5,
+    lora={"learning_rate": 3e-3},
+)
 
 
 @pytest.fixture
@@ -78,7 +85,7 @@ def learn_and_score(how, folder):
 def learn_and_keep(how):
     """How far a tiny model came that learned seven facts while it kept what it said, and its weights."""
     lm = wrap(make_tiny_model(), make_char_tokenizer())
-    prompts = dict.fromkeys(("Who?", ("Hi", "Hello", "What?"), "Why is it so?"), keeping.NEIGHBOUR)
+    prompts = dict.fromkeys(("Who?", "Why?", ("A", "B", "C?"), "How?", "Is it so?"), keeping.NEIGHBOUR)
     texts, tops = keeping.answered(lm, prompts, EvaluateSettings(batch_size=2))
     kept = Kept(tuple(keeping.encoded(lm.encoder, texts).values()), tuple(tops), 1.0)
     lessons = Lessons([[(prompt, fact.target_new) for prompt in fact.prompts] for fact in some_facts(7)], kept)
