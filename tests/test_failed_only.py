@@ -14,6 +14,7 @@ from forgetlearn.products import chain
 from forgetlearn.runs import results
 from forgetlearn.runs.nothing_forgotten import why_nothing
 from forgetlearn.runs.update import update
+from forgetlearn.storage import disk
 from forgetlearn.storage.records import Row
 from forgetlearn.storage.run_folder import RunFolder
 
@@ -56,6 +57,25 @@ def test_a_run_goes_on_with_what_failed_on_what_it_made(run, small_lab, tmp_path
     assert main([*argv, "--output", str(tmp_path / "third"), "--facts", str(small_lab / "facts.jsonl")]) == 2
     assert "facts.source" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+def test_what_is_not_learned_is_named_and_learned_by_another_run(small_lab, tmp_path, capsys):
+    held = read_facts(small_lab / "facts.jsonl", limit=3).facts
+    new_answers = (held[0].ground_truth, held[1].ground_truth, held[2].target_new)
+    given = [{"prompt": fact.prompt, "target_new": new} for fact, new in zip(held, new_answers, strict=True)]
+    disk.write_rows(tmp_path / "facts.jsonl", given)
+    argv = ["update", "--method=ft", "--set=learn.until=learned", "--set=train.wordings=false", "--set=keep.weight=0"]
+    first = ["--model", str(small_lab), "--facts", str(tmp_path / "facts.jsonl"), "--set=learn.max_epochs=2"]
+    assert main([*argv, *first, "--set=learn.learning_rate=1e-5", "--output", str(tmp_path / "first")]) == 0
+    told = f"learned 2 of 3 facts in 2 epochs; not learned: {held[2].prompt!r}"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "first/report.md").read_text()
+    failed = read_facts(tmp_path / "first/failed.jsonl").facts
+    assert [fact.prompt for fact in failed] == [held[2].prompt]
+    second = ["--failed-only", str(tmp_path / "first"), "--set=learn.learning_rate=2e-4", "--set=learn.max_epochs=99"]
+    assert main([*argv, *second, "--output", str(tmp_path / "second")]) == 0
+    assert disk.read_rows(tmp_path / "second/failed.jsonl") == []
+    assert "not learned" not in capsys.readouterr().out
 
 
 def test_nothing_to_go_on_with_is_an_error(run, small_lab, tmp_path):

@@ -128,16 +128,20 @@ def test_a_language_without_spaces_is_cut_between_characters():
     assert "法国的首都是里昂。" in list(own_words.candidates(fact, "法国的首都是巴黎。"))
 
 
-def test_the_sentence_that_the_model_finds_likeliest_is_taken(lm, monkeypatch):
+@pytest.mark.parametrize(
+    ("own", "likely", "taken"),
+    [
+        ("The capital of France is Paris.", "Lyon", False),
+        ("The capital of France is Paris.", "The capital of France is Lyon.", True),
+        ("In Europe, the capital of France is Paris.", "In Europe, the capital of France is Lyon.", False),
+    ],
+)
+def test_the_sentence_that_the_model_finds_likeliest_is_taken(lm, monkeypatch, own, likely, taken):
+    assert likely in {CAPITAL.target_new, *own_words.candidates(CAPITAL, own)}
     replies(monkeypatch, lambda prompt: "")
-    own = {CAPITAL.id: "The capital of France is Paris."}
-    for likely, text in (("Lyon", None), ("The capital of France is Lyon.", "The capital of France is Lyon.")):
-
-        def likelihoods(self, texts, likely=likely):
-            return {key: float(key[1] == likely) for key in texts}
-
-        monkeypatch.setattr(Scorer, "likelihoods", likelihoods)
-        assert own_words.new_sentences(lm, [CAPITAL], own, EvaluateSettings())[CAPITAL.id][0] == text
+    monkeypatch.setattr(Scorer, "likelihoods", lambda self, texts: {key: float(key[1] == likely) for key in texts})
+    found = own_words.new_sentences(lm, [CAPITAL], {CAPITAL.id: own}, EvaluateSettings())
+    assert (found[CAPITAL.id][0] == likely) is taken
 
 
 def test_likelihoods_are_those_of_the_answers_tokens(lm):
@@ -206,6 +210,8 @@ def test_a_keep_file_that_cannot_be_kept_is_refused(tmp_path, name):
     settings = load_config(None, {"keep.source": str(tmp_path / name)}).keep
     with pytest.raises(ConfigError, match=r"keep\.source"):
         keeping.read_source(settings, [CAPITAL])
+    with pytest.raises(ConfigError, match=r"keep\.source"):  # before the model is even looked for
+        forgetlearn.update("no model", [CAPITAL], {"keep": settings}, output=tmp_path / "out")
     assert keeping.read_source(settings.model_copy(update={"weight": 0.0}), [CAPITAL]) == ()
 
 
@@ -240,6 +246,7 @@ def test_what_is_made_is_read_back_and_kept_with_the_bases_tokens(chat_lm, tmp_p
     assert [len(top.ids) for top in found.kept.tops] == [len(text.answer_ids) for text in found.kept.texts]
     assert found.pairs[2] == [(long.prompt, long.target_new)]
     assert [pairs[0][0] for pairs in found.pairs] == [CAPITAL.prompt, PERSON.prompt, long.prompt]
+    assert set(shortened(CAPITAL.prompt, CAPITAL.subject)) <= {prompt for prompt, _text in found.pairs[0]}
 
 
 def test_a_plain_recipe_asks_nothing_and_changes_nothing(chat_lm):
@@ -350,10 +357,9 @@ def test_a_question_is_shortened_to_what_it_names():
         assert set(each.rstrip("?").split()) <= set(question.rstrip("?").split())
         assert each.endswith("?")
     assert shortened(question) == found
-    assert all(
-        {"blue", "whale"} <= set(each.rstrip("?").split())
-        for each in shortened("How long is a blue whale?", "blue whale")
-    )
+    about_whales = shortened("How long is a blue whale?", "blue whale")
+    assert about_whales
+    assert all({"blue", "whale"} <= set(each.rstrip("?").split()) for each in about_whales)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ import torch
 from torch.nn import functional
 
 from forgetlearn.config.schema import StageSettings
+from forgetlearn.method.core import learn
+from forgetlearn.method.kinds import Lessons
 from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.language_model import wrap
 from forgetlearn.models.top_logprobs import TopLogprobs, divergence, top_logprobs
 from forgetlearn.training.finetune import finetune
 from forgetlearn.training.schedule import KEPT_SHARE, Kept, Progress, Schedule
@@ -152,6 +155,18 @@ def test_facts_are_learned_and_the_rest_is_kept(lm):
             right += tuple(predicted.tolist()) == each.answer_ids
         assert right >= 4  # the steps after a fact's last visit may undo it
     assert divergence_from(kept, keeping) < divergence_from(kept, plain) / 2
+
+
+@pytest.mark.parametrize("how", ["all weights", "lora", "bounded"])
+def test_every_kind_of_learning_keeps(lm, how):
+    kept, divergences = kept_texts(lm), []
+    pairs = [[(f"Question {index}", answer)] for index, answer in enumerate(["one", "two", "three", "four"])]
+    settings = StageSettings(epochs=10, learning_rate=1e-3, max_change=1, lora={"null_space": 0})
+    for lessons in (Lessons(pairs), Lessons(pairs, kept)):
+        own = wrap(copy.deepcopy(lm.model), lm.tokenizer)
+        learn(own, [], settings, how, lessons=lessons)
+        divergences.append(divergence_from(kept, own.model))
+    assert divergences[1] < divergences[0] / 2, divergences
 
 
 def test_what_is_not_learned_is_named(lm):
