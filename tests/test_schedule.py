@@ -72,11 +72,24 @@ def test_with_epochs_every_fact_is_visited_in_each():
 
 def test_each_visit_shows_one_of_the_wordings():
     facts = [(text(index), text(index + 10), text(index + 20)) for index in range(20)]
+    schedule = Schedule(facts, settings_of(until="epochs", batch_size=20), seed=0)
+    assert wordings_shown(schedule, facts) == {0, 1, 2}
+
+
+def test_facts_to_be_learned_show_their_own_prompt_until_it_is_right():
+    facts = [(text(index), text(index + 10), text(index + 20)) for index in range(20)]
     schedule = Schedule(facts, settings_of(batch_size=20), seed=0)
+    assert wordings_shown(schedule, facts) == {0}
+    epoch(schedule, wrong=set(range(20)))
+    assert wordings_shown(schedule, facts) == {0}
+    epoch(schedule)
+    assert wordings_shown(schedule, facts) == {0, 1, 2}
+
+
+def wordings_shown(schedule, facts):
+    """The numbers of the wordings that the next step shows."""
     shown = next(iter(schedule))
-    kinds = [shown_text.ids[0] // 20 for shown_text in shown.texts]
-    assert all(shown_text in facts[index] for index, shown_text in zip(shown.facts, shown.texts, strict=True))
-    assert len({facts[index].index(t) for index, t in zip(shown.facts, shown.texts, strict=True)}) == 3, kinds
+    return {facts[index].index(text) for index, text in zip(shown.facts, shown.texts, strict=True)}
 
 
 def test_kept_texts_take_their_share_of_a_step_and_all_have_their_turn():

@@ -152,11 +152,18 @@ class Schedule(IterableDataset[MicroBatch]):
             order = torch.randperm(len(self.facts), generator=generator).tolist()
             draws = torch.rand(len(self.facts), generator=generator).tolist()
             due = set(self._due())
-            # The visit that may complete the right ones shows the first wording, the prompt itself.
-            confirmed = {i for i, right in enumerate(self.progress.right) if right == RIGHT_VISITS - 1}
-            shown = [(index, 0.0 if index in confirmed else draws[index]) for index in order if index in due]
-            self._visits = epoch, [(index, _drawn(self.facts[index], draw)) for index, draw in shown]
+            self._visits = epoch, [(index, self._shown(index, draws[index])) for index in order if index in due]
         return self._visits[1]
+
+    def _shown(self, index: int, draw: float) -> Encoded:
+        """Return the wording that a visit shows.
+
+        If the stage ends when the facts are learned, a fact shows its own prompt, the first wording, until that is
+        right. Other wordings before that took more steps and changed the model more.
+        """
+        wordings = self.facts[index]
+        is_new = self.settings.until == "learned" and not self.progress.right[index]
+        return wordings[0 if is_new else int(draw * len(wordings))]
 
     def _due(self) -> Iterator[int]:
         now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
@@ -196,10 +203,6 @@ class Schedule(IterableDataset[MicroBatch]):
             # A forward pass needs a text; one without an answer adds no loss.
             empty = (Encoded(step[0][1].ids, len(step[0][1].ids)),)
             yield MicroBatch(facts, texts or empty, tuple(others), n_kept_tokens)
-
-
-def _drawn(wordings: Wordings, draw: float) -> Encoded:
-    return wordings[int(draw * len(wordings))]
 
 
 @lru_cache(maxsize=2)  # a step asks for each kept text by itself, and twice
