@@ -25,11 +25,17 @@ CHANGES: Mapping[str, Sections] = {
         "forget": {**PAPER_STAGE, "coef": 0.3, "only_known": False},
         "learn": {"until": "epochs", **PAPER_STAGE},
         "train": {**BARE["train"], "lr_scheduler_type": "linear"},
-        "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "learning_rate": 5e-5},
+        "lora": {
+            "r": 8,
+            "lora_alpha": 16,
+            "layers": 1.0,
+            "target_modules": ["q_proj", "v_proj"],
+            "learning_rate": 5e-5,
+        },
         "keep": BARE["keep"],
     },
     # Fine-tuning as people do it with peft or TRL, but until the facts are learned.
-    "plain": {"method": "lora", "lora": {"r": 16, "lora_alpha": 32}, **BARE},
+    "plain": {"method": "lora", "lora": {"r": 16, "lora_alpha": 32, "layers": 1.0}, **BARE},
 }
 
 

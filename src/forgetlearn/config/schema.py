@@ -81,7 +81,7 @@ class LoraSettings(Settings):
         "excepted).",
     )
     layers: float = Field(
-        1.0,
+        0.5,
         gt=0,
         le=1,
         description="With all-linear: share of the layers that get an adapter, counted from the output.",
@@ -174,7 +174,7 @@ class KeepSettings(Settings):
     """What the model is to say as before, while it forgets and learns."""
 
     weight: float = Field(
-        1.0,
+        3.0,
         ge=0,
         description="Weight in the loss of the divergence (KL) from the base on its own answers to other prompts; 0 "
         "keeps nothing.",

@@ -33,7 +33,7 @@ SENTENCES_IN_CHAT: Templates = (
 )
 QUESTIONS_IN_TEXT: Templates = ("{}", "{}", "Question: {}\nAnswer:", "{}\nAnswer:", "Q: {}\nA:")
 SENTENCES_IN_TEXT: Templates = ("{}",)
-N_SHORTENED = 5  # wordings of a question that leave out some of its words
+N_SHORTENED = 4  # wordings of a question that leave out some of its words
 LEFT_OUT = 0.4  # chance of a word that names nothing
 N_BEHIND = 2  # wordings of an unfinished sentence that stand behind another sentence
 

@@ -156,13 +156,18 @@ def read_logits(
         logits = _flat_logits(model, pad_left(texts, pad_id), device)
         return logits, torch.arange(len(logits), device=device)
     row = share(texts, ROUNDED_TO)
+    inputs = shared_inputs(model, row, layout, device)
+    return answer_logits(model, inputs, row.positions.to(device))[0], row.which.to(device)
+
+
+def shared_inputs(model: nn.Module, row: SharedRow, layout: Layout, device: torch.device) -> dict[str, Tensor]:
+    """Return all inputs of a row in one of the two shared layouts."""
     inputs = row.inputs()
     if layout == "shared_by_text":
         inputs |= attention.places(row.paths)
     else:
         inputs["attention_mask"] = _mask(row, next(w.dtype for w in model.parameters() if w.is_floating_point()))
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    return answer_logits(model, inputs, row.positions.to(device))[0], row.which.to(device)
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _mask(row: SharedRow, dtype: torch.dtype) -> Tensor:

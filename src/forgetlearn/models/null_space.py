@@ -10,6 +10,7 @@ the energy); Fang et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null spa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -18,7 +19,19 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor
 
-from forgetlearn.models.batches import Batch, answer_logits, computing, pad_left
+from forgetlearn.models import attention
+from forgetlearn.models.batches import (
+    GPU_ROW_TOKENS,
+    ROW_TOKENS,
+    Layout,
+    answer_logits,
+    choose_layout,
+    computing,
+    pad_left,
+    share,
+    shared_inputs,
+    shared_rows,
+)
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.lora_layers import adapted_layers
 
@@ -73,11 +86,8 @@ def turn_away(
         for _path, layer in adapted_layers(model)
         if name in layer.lora_A and not isinstance(layer, ParamWrapper)  # fused experts: one A for all of them
     ]
-    drawn = _drawn(texts)
-    alike = _reading_alike(model, layers, drawn[0], pad_id, device)
     remaining: list[float] = []
-    for group in _groups(alike, sum(len(text.ids) for text in drawn)):
-        _read(model, {members[0]: inputs for members, inputs in group}, drawn, pad_id, device)
+    for group in _read(model, layers, _drawn(texts), pad_id, device):
         for members, inputs in group:
             if not inputs.parts:  # an expert may have read nothing
                 continue
@@ -95,12 +105,53 @@ def _project(a: Tensor, main: Tensor) -> None:
     a.mul_(length / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
 
 
-def _reading_alike(
-    model: PeftModel, layers: Iterable[LoraLayer], text: Encoded, pad_id: int, device: torch.device
-) -> list[list[LoraLayer]]:
+@dataclass(frozen=True)
+class _Pass:
+    """Inputs of a forward pass; `counts` (T,) tells how many texts each token of it belongs to, 0 for padding."""
+
+    inputs: dict[str, Tensor]
+    counts: Tensor
+
+
+def _read(
+    model: PeftModel, layers: Sequence[LoraLayer], texts: Sequence[Encoded], pad_id: int, device: torch.device
+) -> Iterator[list[tuple[list[LoraLayer], _Inputs]]]:
+    """Let the model read the texts; yield layers that read alike, with what they read, group by group."""
+    model.eval()
+    with attention.by_text(model), computing(model, device):
+        layout = choose_layout(model, texts, pad_id, device, "shared")
+        passes = list(_passes(model, texts, layout, pad_id, device))
+        for group in _groups(_reading_alike(model, layers, passes[0]), sum(len(text.ids) for text in texts)):
+            for each in passes:
+                _run(model, {members[0]: partial(_add, inputs, each.counts) for members, inputs in group}, each)
+            yield group
+
+
+def _passes(
+    model: PeftModel, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
+) -> Iterator[_Pass]:
+    """Yield the forward passes that read the texts; if the model allows it, equal beginnings are read once."""
+    if layout in ("shared", "shared_by_text"):
+        numbered = dict(enumerate(texts))
+        for keys in shared_rows(numbered, AT_ONCE, ROW_TOKENS.get(device.type, GPU_ROW_TOKENS)):
+            row = share([numbered[key] for key in keys])
+            counts = torch.zeros(row.input_ids.shape[1])
+            for path in row.paths:
+                counts[path] += 1
+            yield _Pass(shared_inputs(model, row, layout, device), counts.to(device))
+        return
+    ordered = sorted(texts, key=lambda text: len(text.ids))
+    size = 1 if layout == "single" else AT_ONCE
+    for first in range(0, len(ordered), size):
+        inputs = pad_left(ordered[first : first + size], pad_id).inputs
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        yield _Pass(inputs, inputs["attention_mask"].flatten().float())
+
+
+def _reading_alike(model: PeftModel, layers: Iterable[LoraLayer], first: _Pass) -> list[list[LoraLayer]]:
     """Return the layers in groups that read the same tensor, as queries, keys and values do."""
     read: dict[LoraLayer, Tensor] = {}  # holds the tensors, so that each has its own address
-    _run(model, {layer: partial(read.__setitem__, layer) for layer in layers}, pad_left([text], pad_id), device)
+    _run(model, {layer: partial(read.__setitem__, layer) for layer in layers}, first)
     alike: dict[object, list[LoraLayer]] = {}
     for layer in layers:
         found = read.get(layer)
@@ -128,38 +179,24 @@ def _drawn(texts: Sequence[Encoded]) -> list[Encoded]:
     return [texts[index] for index, size in zip(order, sizes, strict=True) if size <= MOST_TOKENS or index == order[0]]
 
 
-def _read(
-    model: PeftModel, layers: Mapping[LoraLayer, _Inputs], texts: Sequence[Encoded], pad_id: int, device: torch.device
-) -> None:
-    """Let the model read the texts, and add what these layers read of them, without padding."""
-    ordered = sorted(texts, key=lambda text: len(text.ids))
-    for first in range(0, len(ordered), AT_ONCE):
-        batch = pad_left(ordered[first : first + AT_ONCE], pad_id)
-        real = batch.inputs["attention_mask"].flatten().bool().nonzero()[:, 0].to(device)
-        n_places = batch.inputs["input_ids"].numel()
-        watchers = {layer: partial(_add, inputs, real, n_places) for layer, inputs in layers.items()}
-        _run(model, watchers, batch, device)
+def _add(found: _Inputs, counts: Tensor, read: Tensor) -> None:
+    """Add what a layer read in a forward pass; a token counts as often as there are texts that it belongs to."""
+    rows = read.flatten(0, -2)
+    if len(rows) == len(counts):  # an expert gets only the tokens that are routed to it
+        real = counts.nonzero()[:, 0]
+        rows = rows.index_select(0, real).float() * counts.index_select(0, real).sqrt().unsqueeze(1)
+    found.add(rows)
 
 
-def _add(found: _Inputs, real: Tensor, n_places: int, read: Tensor) -> None:
-    rows = read.flatten(0, -2)  # an expert gets only the tokens that are routed to it
-    found.add(rows.index_select(0, real) if len(rows) == n_places else rows)
-
-
-def _run(
-    model: PeftModel, watchers: Mapping[LoraLayer, Callable[[Tensor], None]], batch: Batch, device: torch.device
-) -> None:
-    """Run the model on a batch, and give each watcher what its layer reads."""
+def _run(model: PeftModel, watchers: Mapping[LoraLayer, Callable[[Tensor], None]], each: _Pass) -> None:
+    """Run a forward pass, and give each watcher what its layer reads."""
 
     def hook(layer: LoraLayer, inputs: tuple[Tensor, ...]) -> None:
         watchers[layer](inputs[0])
 
     handles = [layer.register_forward_pre_hook(hook) for layer in watchers]
-    inputs = {key: value.to(device) for key, value in batch.inputs.items()}
     try:
-        model.eval()
-        with computing(model, device):
-            answer_logits(model, inputs, batch.positions[-1:].to(device))
+        answer_logits(model, each.inputs, torch.tensor([0], device=each.counts.device))
     finally:
         for handle in handles:
             handle.remove()
