@@ -239,14 +239,22 @@ def test_what_is_made_is_read_back_and_kept_with_the_bases_tokens(chat_lm, tmp_p
     assert again == made
     assert [top.ids.tolist() for top in again.tops] == [top.ids.tolist() for top in made.tops]
     assert [top.logprobs.tolist() for top in again.tops] == [top.logprobs.tolist() for top in made.tops]
-    kinds = {"general prompts", "general questions", "reworded general prompts", "neighbours"}
-    assert set(made.kept_counts) == kinds
+    assert set(made.kept_counts) == {"general prompts", "general questions", "reworded general prompts"}
     assert lessons.counts(made.taught)["learn"].how == {"bare": 3}
     found = lessons.lessons(again, [CAPITAL, PERSON, long], "learn", config, chat_lm.encoder)
     assert [len(top.ids) for top in found.kept.tops] == [len(text.answer_ids) for text in found.kept.texts]
     assert found.pairs[2] == [(long.prompt, long.target_new)]
     assert [pairs[0][0] for pairs in found.pairs] == [CAPITAL.prompt, PERSON.prompt, long.prompt]
     assert set(shortened(CAPITAL.prompt, CAPITAL.subject)) <= {prompt for prompt, _text in found.pairs[0]}
+
+
+def test_unfinished_sentences_have_neighbours_and_questions_have_none(chat_lm):
+    opera = make_fact("The opera Aida was written by", "Ann", subject="Aida")
+    kinds = [
+        set(lessons._to_keep(facts, load_config(None, {}), chat_lm.encoder).values())
+        for facts in ([CAPITAL, PERSON], [TONGUE, opera])
+    ]
+    assert kinds[1] - kinds[0] == {keeping.NEIGHBOUR}
 
 
 def test_a_plain_recipe_asks_nothing_and_changes_nothing(chat_lm):

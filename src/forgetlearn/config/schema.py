@@ -87,7 +87,7 @@ class LoraSettings(Settings):
         description="With all-linear: share of the layers that get an adapter, counted from the output.",
     )
     null_space: float = Field(
-        0.99,
+        0.995,
         ge=0,
         lt=1,
         description="Share of what the layers read in kept texts (keep.weight) that the adapter does not react to; A "
@@ -174,7 +174,7 @@ class KeepSettings(Settings):
     """What the model is to say as before, while it forgets and learns."""
 
     weight: float = Field(
-        3.0,
+        5.0,
         ge=0,
         description="Weight in the loss of the divergence (KL) from the base on its own answers to other prompts; 0 "
         "keeps nothing.",
@@ -185,7 +185,7 @@ class KeepSettings(Settings):
         "general prompts that come with forgetlearn.",
     )
     neighbours: bool = Field(
-        True, description="Keep the answers to the file's own questions when they are asked about another subject."
+        True, description="Keep what the base says to the file's own unfinished sentences about another subject."
     )
 
 

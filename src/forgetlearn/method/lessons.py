@@ -138,8 +138,9 @@ def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict
     prompts = keeping.general(facts)
     if config.train.wordings:
         prompts |= dict.fromkeys(keeping.reworded(prompts, is_chat=encoder.is_chat), keeping.REWORDED)
-    if config.keep.neighbours:
-        prompts |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
+    if config.keep.neighbours:  # of sentences to complete; those of questions cost generality and kept little
+        unfinished = [fact for fact in facts if is_unfinished(fact.prompt)]
+        prompts |= dict.fromkeys(keeping.neighbours(unfinished), keeping.NEIGHBOUR)
     return prompts | dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
 
 
