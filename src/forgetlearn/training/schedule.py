@@ -1,7 +1,10 @@
 """Decide which texts each optimiser step of a stage shows.
 
 Each epoch shows the facts in a new order, each fact in one of its wordings. Beside them, each step shows some of the
-texts that are kept. If the stage ends when the facts are learned, a fact that is learned rests for an epoch.
+texts that are kept.
+
+A stage can end when every fact is learned: its last visit predicted the whole answer, and it was shown in another
+wording after its own prompt had been right. A fact that is learned rests for an epoch.
 """
 
 from __future__ import annotations
@@ -26,8 +29,6 @@ T = TypeVar("T")
 Wordings = tuple[Encoded, ...]
 # Tokens of kept texts in a step, as a share of the facts' tokens, so that a step takes at most 1.5 times as long.
 KEPT_SHARE = 0.4
-# A fact is learned if so many visits in a row predicted its whole answer. After one, it is often lost in other words.
-RIGHT_VISITS = 2
 KEPT_SEED = 7_000_003  # the order of kept texts is drawn apart from that of facts
 
 
@@ -72,7 +73,8 @@ class Progress(BaseModel):
     epoch: int = 0
     step: int = 0  # steps done in this epoch
     kept: int = 0  # kept texts shown so far
-    right: list[int]  # for each fact: how many of its last visits before this epoch, in a row, predicted its answer
+    right: list[bool]  # for each fact: whether its last visit before this epoch predicted its answer
+    reworded: list[bool]  # for each fact: whether it was shown in any wording, after its own prompt was right
     rested: list[bool]  # for each fact: whether the epoch before this one left it out
     seen: dict[int, bool] = {}  # the facts visited in this epoch, and whether they were predicted right
 
@@ -89,7 +91,8 @@ class Schedule(IterableDataset[MicroBatch]):
     ) -> None:
         self.facts, self.settings, self.seed, self.n_micro = facts, settings, seed, n_micro
         self.kept = kept or Kept((), (), 0.0)
-        self.progress = Progress(right=[0] * len(facts), rested=[False] * len(facts))
+        never = [False] * len(facts)
+        self.progress = Progress(right=never, rested=never, reworded=[len(wordings) == 1 for wordings in facts])
         self.shared = common_length([text.ids for texts in (*facts, self.kept.texts) for text in texts])
         self._visits: tuple[int, list[tuple[int, Encoded]]] = (-1, [])  # the epoch, and whom it visits
 
@@ -100,8 +103,8 @@ class Schedule(IterableDataset[MicroBatch]):
 
     @property
     def learned(self) -> list[bool]:
-        """For each fact, whether its last visits predicted its whole answer."""
-        return [count >= RIGHT_VISITS for count in self._counted()]
+        """For each fact, whether it is learned by now."""
+        return [right and reworded for right, reworded in zip(self._right(), self._reworded(), strict=True)]
 
     @property
     def finished(self) -> bool:
@@ -111,12 +114,16 @@ class Schedule(IterableDataset[MicroBatch]):
         is_learned = self.settings.until == "learned" and all(self.learned)
         return is_learned or self.progress.epoch >= self.settings.most_epochs
 
-    def _counted(self) -> list[int]:
-        """Return how many visits in a row were right, with those of this epoch."""
+    def _right(self) -> list[bool]:
+        """Return for each fact whether its last visit, in this epoch or before, predicted its answer."""
+        return [self.progress.seen.get(index, right) for index, right in enumerate(self.progress.right)]
+
+    def _reworded(self) -> list[bool]:
+        """Return for each fact whether it was shown in any wording: where it was right before, see `_shown`."""
         now = self.progress
         return [
-            count if index not in now.seen else count + 1 if now.seen[index] else 0
-            for index, count in enumerate(now.right)
+            done or (index in now.seen and right)
+            for index, (done, right) in enumerate(zip(now.reworded, now.right, strict=True))
         ]
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -136,7 +143,7 @@ class Schedule(IterableDataset[MicroBatch]):
             return
         self.gather()
         visited = set(now.seen)
-        now.right = self._counted()
+        now.right, now.reworded = self._right(), self._reworded()
         now.rested = [index not in visited for index in range(len(self.facts))]
         now.epoch, now.step, now.seen = now.epoch + 1, 0, {}
 
@@ -167,9 +174,10 @@ class Schedule(IterableDataset[MicroBatch]):
 
     def _due(self) -> Iterator[int]:
         now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
-        rests = self.settings.until == "learned"
-        for index, (right, rested) in enumerate(zip(now.right, now.rested, strict=True)):
-            if not (rests and right >= RIGHT_VISITS and not rested):
+        for index, states in enumerate(zip(now.right, now.reworded, now.rested, strict=True)):
+            right, reworded, rested = states
+            rests = self.settings.until == "learned" and right and reworded and not rested
+            if not rests:
                 yield index
 
     def _step(self) -> list[tuple[int, Encoded]]:
