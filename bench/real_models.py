@@ -7,10 +7,11 @@ Each row is an `update` with the settings below, and nothing else. `one-by-one` 
 it: one fact after the other, 25 steps each, on the last projection of one MLP. `--study` asks the paper's question, on
 the model as it is (old answers: what it says) and taught first: does forgetting first gain anything?
 
-Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words, unrelated answers as
-before (the file's probes), general answers as before, KL from the base on those in nats per token, old answer still
-said where the base said it; with --study also how often the old answer is preferred in multiple choice (lower is
-better), and how often it is said when the new one is denied. Then epochs and seconds.
+Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words; tokens of the answers
+to the file's unrelated probes that are predicted as before (agreement, as in the report), and tokens of the base's own
+answers to them; general answers as before, KL from the base on those in nats per token, old answer still said where the
+base said it; with --study also how often the old answer is preferred in multiple choice (lower is better), and how
+often it is said when the new one is denied. Then epochs and seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import EvaluateSettings, RunConfig, StageSettings
-from forgetlearn.evaluation import general_ability, scoring
+from forgetlearn.evaluation import damage, general_ability, scoring
 from forgetlearn.evaluation.scorer import Generated, Reading, Scorer
 from forgetlearn.facts import Fact, FactSet, matching, read_facts
 from forgetlearn.method.core import learn
@@ -128,10 +129,26 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
         found = scores(result.rows, result.summary.general["updated"], "updated")
         log = result.output / "logs" / "learn.jsonl"
         found["steps"] = len(disk.read_rows(log))
+        if any(fact.locality for fact in facts):
+            found["own answers to probes"] = probes_as_before(cell, args, facts, config, result.product)
         if args.study:
-            product = config.model.model_copy(update={"name": str(result.product)})
-            found |= brought_back(load_model(product), list(facts), config.evaluate)
+            found |= brought_back(model_at(result.product, config), list(facts), config.evaluate)
     return found | {"seconds": time.perf_counter() - began}
+
+
+def model_at(path: object, config: RunConfig) -> LanguageModel:
+    return load_model(config.model.model_copy(update={"name": str(path)}))
+
+
+def probes_as_before(
+    cell: Cell, args: argparse.Namespace, facts: FactSet, config: RunConfig, product: object
+) -> float | None:
+    """Return the agreement with the base on its own answers to the first probe of each fact."""
+    probes = list(dict.fromkeys(fact.locality[0].prompt for fact in facts if fact.locality))
+    before = args.output / f"{cell.facts}-probes"
+    if not before.is_dir():
+        damage.measure(model_at(args.model, config), config.evaluate, new_folder(before), prompts=probes)
+    return damage.measure(model_at(product, config), config.evaluate, before, before, probes).agreement
 
 
 def one_by_one(lm: LanguageModel, facts: FactSet, output: Path) -> dict[str, float | None]:

@@ -28,13 +28,20 @@ KEPT = 1024  # likeliest tokens of the base at each place; the others count as o
 ANSWERS, LIKELIEST = "answers.jsonl", "answers.safetensors"
 
 
-def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> OnPrompts:
-    """Ask the measuring half of the general prompts; return the answers and how far they are from those of a base.
+def measure(
+    lm: LanguageModel,
+    settings: EvaluateSettings,
+    folder: Path,
+    before: Path | None = None,
+    prompts: Sequence[Prompt] = (),
+) -> OnPrompts:
+    """Ask prompts; return the answers and how far they are from those of a base.
 
+    Unless prompts are given, they are the measuring half of the general prompts.
     `before` is the folder of an earlier call, for the base. Without it, nothing is compared, and `folder` gets what a
     later call needs. With it, the answers come worst first.
     """
-    scorer, prompts = Scorer(lm, settings, "general prompts"), general_prompts.measuring()
+    scorer, prompts = Scorer(lm, settings, "general prompts"), prompts or general_prompts.measuring()
     if before is None:
         replies = scorer.say(prompts, dict.fromkeys(prompts, ROOM))
         own = [_own_answer(prompt, replies[prompt]) for prompt in prompts]
