@@ -370,8 +370,26 @@ def test_a_question_is_shortened_to_what_it_names():
     assert all({"blue", "whale"} <= set(each.rstrip("?").split()) for each in about_whales)
 
 
+def test_an_unfinished_sentence_is_shortened_in_its_order_for_chats_alone(chat_lm, lm):
+    prompt = "The mother tongue of Danielle Darrieux is"
+    found = shortened(prompt)
+    places = [[prompt.split().index(word) for word in each.split()] for each in found]
+    assert found
+    assert all(each == sorted(each) and {4, 5} <= set(each) for each in places)
+    fact = make_fact(prompt, "Greek", subject="Danielle Darrieux")
+    config = load_config(None, {})
+    taught = {
+        asked.encoder.is_chat: {
+            each for each, _text in lessons.lessons(lessons.Material(), [fact], "learn", config, asked.encoder).pairs[0]
+        }
+        for asked in (chat_lm, lm)
+    }
+    assert set(found) <= taught[True]
+    assert not set(found) & taught[False]
+
+
 @pytest.mark.parametrize(
-    "prompt", ["How old is the universe?", "The mother tongue of Ann is", "Who is Ann?", "谁是安？"]
+    "prompt", ["How old is the universe?", "The oldest of all languages is", "Who is Ann?", "Ann speaks", "谁是安？"]
 )
 def test_what_names_nothing_or_is_short_is_not_shortened(prompt):
     assert shortened(prompt) == []

@@ -178,7 +178,8 @@ def _prompts(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[s
             yield prompt
             continue
         yield from wordings(prompt, is_chat=encoder.is_chat, others=behind)
-        yield from shortened(prompt, fact.subject)
+        if encoder.is_chat or not is_unfinished(prompt):  # what continues a text would continue the fragments
+            yield from shortened(prompt, fact.subject)
 
 
 def _unrelated(kept: Sequence[KeptText]) -> list[str]:

@@ -33,11 +33,11 @@ SENTENCES_IN_CHAT: Templates = (
 )
 QUESTIONS_IN_TEXT: Templates = ("{}", "{}", "Question: {}\nAnswer:", "{}\nAnswer:", "Q: {}\nA:")
 SENTENCES_IN_TEXT: Templates = ("{}",)
-N_SHORTENED = 4  # wordings of a question that leave out some of its words
+N_SHORTENED = 4  # wordings that leave out some of the words
 LEFT_OUT = 0.4  # chance of a word that names nothing
 N_BEHIND = 2  # wordings of an unfinished sentence that stand behind another sentence
 
-FEWEST_WORDS = 4  # of a question that is shortened
+FEWEST_WORDS = 4  # of a prompt that is shortened
 FINAL = frozenset(".!?;。！？．؟।॥۔։՞።፧‽")  # of the scripts that mark the end of a sentence; ";" is the Greek "?"
 CLOSING = "\"'”’»›)]}」』）】*_ \n\t\u00a0"
 
@@ -89,26 +89,31 @@ def wordings(prompt: str, *, is_chat: bool, others: Sequence[str] = ()) -> Itera
 
 
 def shortened(prompt: str, subject: str = "") -> list[str]:
-    """Return a question with some of its words left out, and turned round, as people type into a search box.
+    """Return a prompt with some of its words left out, as people type into a search box; a question also turned round.
 
-    Words that name something stay: those of the subject, and those with a capital letter or a digit after the first.
-    There are none for a question that names nothing, or in a script without spaces between words. Random deletion and
-    swaps of words are from Wei and Zou, "EDA", EMNLP 2019, arXiv:1901.11196.
+    Words that name something stay: those of the subject, and those with a capital letter or a digit after the first; so
+    does the longest of the others. There are none for a prompt that names nothing, or in a script without spaces
+    between words. Random deletion and swaps of words are from Wei and Zou, "EDA", EMNLP 2019, arXiv:1901.11196.
     """
-    words = prompt.rstrip(CLOSING).split()
-    if is_unfinished(prompt) or len(words) < FEWEST_WORDS:
+    asks = not is_unfinished(prompt)
+    words = (prompt.rstrip(CLOSING) if asks else prompt).split()
+    if len(words) < FEWEST_WORDS:
         return []
-    mark, words[-1] = words[-1][-1], words[-1][:-1]
+    mark = words[-1][-1] if asks else ""
+    words[-1] = words[-1].removesuffix(mark)
     subjects = set(subject.split())
-    names = [
+    stays = [
         word.strip(CLOSING) in subjects or (place > 0 and (word[:1].isupper() or any(map(str.isdigit, word))))
         for place, word in enumerate(words)
     ]
-    if not any(names):
+    if not any(stays) or all(stays):
         return []
+    # The longest of the others stays too: a subject alone would call for the answer, whatever is asked about it.
+    _length, longest = max((len(words[place]), place) for place, kept in enumerate(stays) if not kept)
+    stays[longest] = True
     random, found = Random(prompt), []
     for number in range(N_SHORTENED):
-        kept = [word for word, names_it in zip(words, names, strict=True) if names_it or random.random() >= LEFT_OUT]
-        turn = random.randrange(len(kept)) if number % 2 else 0
+        kept = [word for word, must in zip(words, stays, strict=True) if must or random.random() >= LEFT_OUT]
+        turn = random.randrange(len(kept)) if asks and number % 2 else 0
         found.append(" ".join(kept[turn:] + kept[:turn]) + mark)
     return [wording for wording in dict.fromkeys(found) if wording != prompt]
