@@ -1,17 +1,14 @@
 """Update a real chat model by several recipes on the same facts, and print one table; resumable.
 
     python bench/real_models.py MODEL ../shared/data --output runs/real [--sets zsre] [--rows default,plain] [--seeds 0]
-    python bench/real_models.py MODEL ../shared/data --output runs/forgetting --study --seeds 0,1,2
 
 Each row is an `update` with the settings below, and nothing else. `one-by-one` is fine-tuning as EasyEdit's `FT` does
-it: one fact after the other, 25 steps each, on the last projection of one MLP. `--study` asks the paper's question, on
-the model as it is (old answers: what it says) and taught first: does forgetting first gain anything?
+it: one fact after the other, 25 steps each, on the last projection of one MLP.
 
 Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words; tokens of the answers
 to the file's unrelated probes that are predicted as before (agreement, as in the report), and tokens of the base's own
 answers to them; general answers as before, KL from the base on those in nats per token, old answer still said where the
-base said it; with --study also how often the old answer is preferred in multiple choice (lower is better), and how
-often it is said when the new one is denied. Then epochs and seconds.
+base said it. Then steps and seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from forgetlearn.config.base import validate
 from forgetlearn.config.schema import EvaluateSettings, RunConfig, StageSettings
 from forgetlearn.evaluation import damage, general_ability, scoring
 from forgetlearn.evaluation.scorer import Generated, Reading, Scorer
+from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, FactSet, matching, read_facts
 from forgetlearn.method.core import learn
 from forgetlearn.models.language_model import LanguageModel, load_model
@@ -81,12 +79,14 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--limit", type=int, help="facts of each file, instead of the usual number")
     parser.add_argument("--template", default="auto", help="model.prompt_template")
-    parser.add_argument("--study", action="store_true", help="the rows of the study of forgetting first")
     args = parser.parse_args()
-    sets = [name for name in args.sets.split(",") if not args.study or name != "halluedit"]
-    rows = dict(study_rows() if args.study else ROWS)
-    wanted = args.rows.split(",") if args.rows else list(rows)
-    cells = [Cell(name, row, int(seed), rows[row]) for seed in args.seeds.split(",") for name in sets for row in wanted]
+    wanted = args.rows.split(",") if args.rows else list(ROWS)
+    cells = [
+        Cell(name, row, int(seed), ROWS[row])
+        for seed in args.seeds.split(",")
+        for name in args.sets.split(",")
+        for row in wanted
+    ]
     for cell in cells:
         file = args.output / f"{cell.name}.json"
         if not file.is_file():
@@ -94,24 +94,6 @@ def main() -> None:
             disk.write_json(file, found)
             print(f"{cell.name}: {json.dumps(found)}", flush=True)
     print(table(args.output, cells))
-
-
-def study_rows() -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Yield the rows of the study: taught or not, kept or not, forgotten first or not; all learn until learned."""
-    for taught in (False, True):
-        for keeps in (True, False):
-            for coef in (0.0, 0.3, 1.0):
-                name = f"{'taught' if taught else 'untaught'}-{'keep' if keeps else 'bare'}-coef{coef:g}"
-                yield (
-                    name,
-                    {
-                        "method": "f-lora" if coef else "lora",
-                        "forget": {"coef": coef, "only_known": False},
-                        "teach": {"epochs": 5 if taught else 0},
-                        "facts": {"old_from": "answers" if taught else "model"},
-                        **({} if keeps else {"recipe": "plain"}),
-                    },
-                )
 
 
 def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
@@ -131,8 +113,6 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
         found["steps"] = len(disk.read_rows(log))
         if any(fact.locality for fact in facts):
             found["own answers to probes"] = probes_as_before(cell, args, facts, config, result.product)
-        if args.study:
-            found |= brought_back(model_at(result.product, config), list(facts), config.evaluate)
     return found | {"seconds": time.perf_counter() - began}
 
 
@@ -174,19 +154,17 @@ def new_folder(path: Path) -> Path:
     return path
 
 
-def scores(rows: Sequence[Row], general: General, phase: str) -> dict[str, float | None]:
+def scores(rows: Sequence[Row], general: General | None, phase: str) -> dict[str, float | None]:
     """Return the columns of the table that an update's own scores give."""
     table = scoring.summarise([row for row in rows if row.phase == phase])
     said = {row.fact for row in rows if row.phase == "base" and row.protocol == "contains" and row.residue}
     still = [row.residue for row in rows if row.phase == phase and row.protocol == "contains" and row.fact in said]
-    prompts = general.prompts
-    assert prompts is not None, "general prompts are asked by default"
+    prompts = general.prompts if general else None
     return {
         "new": table["reliability"]["contains"].mean,
-        "in other words": table.get("generality", {"contains": scoring.mean_with_interval([])})["contains"].mean,
+        "in other words": table.get("generality", {"contains": mean_with_interval([])})["contains"].mean,
         "unrelated": table["locality"]["agreement"].mean,
-        "general": prompts.agreement,
-        "KL": prompts.kl,
+        **({"general": prompts.agreement, "KL": prompts.kl} if prompts else {}),
         "old": 100 * statistics.fmean(filter(None, still)) if any(still) else 0.0 if still else None,
         "held before": float(len(said)),
     }
@@ -214,7 +192,7 @@ def brought_back(lm: LanguageModel, facts: Sequence[Fact], evaluate: EvaluateSet
     said = scorer.say(denied.values())
     replies = {fact: said[prompt] for fact, prompt in denied.items()}
     back = [
-        matching.matches(reply.text, fact.old_answers, matching.contains)
+        matching.says(reply.text, fact.old_answers, fact.new_answers)
         for fact in both
         if isinstance(reply := replies[fact.id], Generated)
     ]

@@ -1,0 +1,192 @@
+"""Ask the paper's question on a real model: does forgetting first gain anything? Resumable.
+
+    python bench/forgetting_first.py MODEL ../shared/data --output runs/forgetting --seeds 0,1,2 [--part 0/2]
+
+The model learns the facts until they are learned, after forgetting with coefficient 0 (none), 0.3 or 1: as it is (old
+answers: what it says) or taught the old answers first, as in the paper; keeping everything else (the default recipe) or
+keeping nothing (`plain`). What the base says is asked once for all rows. Two processes share the work with --part 0/2
+and --part 1/2.
+
+Columns, in percent: new answer said, said in other words (by the protocol `contains`), unrelated probes as before
+(agreement), old answer still said where the base said it; how often the old answer is preferred in multiple choice, and
+how often it is said when the new one is denied. Then epochs of learning. Intervals (95 %) are over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from forgetlearn.config.base import validate
+from forgetlearn.config.schema import RunConfig
+from forgetlearn.evaluation.statistics import mean_of
+from forgetlearn.facts import read_facts
+from forgetlearn.method.core import old_pairs, teach
+from forgetlearn.models.language_model import load_model
+from forgetlearn.runs.checks import asked_answers, with_the_models_answers
+from forgetlearn.runs.pipeline import Pipeline, Store
+from forgetlearn.storage import disk
+from forgetlearn.storage.records import Row, load_rows, save_rows
+from real_models import SETS, brought_back, scores
+
+COEFS = (0.0, 0.3, 1.0)
+FILES = ("zsre", "counterfact")
+TEACH = {"epochs": 5}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One update of a model."""
+
+    facts: str
+    taught: bool
+    keeps: bool
+    coef: float
+    seed: int
+
+    @property
+    def row(self) -> str:
+        forgets = f"coefficient {self.coef:g}" if self.coef else "no forgetting"
+        return (
+            f"{self.facts}, {'taught' if self.taught else 'as it is'}, {'kept' if self.keeps else 'plain'}, {forgets}"
+        )
+
+    @property
+    def name(self) -> str:
+        return f"{self.row} {self.seed}".replace(", ", "-").replace(" ", "-")
+
+    @property
+    def base(self) -> str:
+        """The name of what is asked of this cell's base; only teaching depends on the seed."""
+        kind = f"taught{self.seed}" if self.taught else "as-it-is"
+        return f"base-{self.facts}-{kind}-{'kept' if self.keeps else 'plain'}"
+
+    def config(self) -> RunConfig:
+        settings: dict[str, object] = {
+            "recipe": "default" if self.keeps else "plain",
+            "method": "f-lora" if self.coef else "lora",
+            "seed": self.seed,
+            "forget": {"coef": self.coef, "only_known": not self.taught},
+            "facts": {"old_from": "answers" if self.taught else "model"},
+            "evaluate": {"protocols": ["generate"], "general_prompts": False, "every_phase": False},
+        }
+        return validate(RunConfig, settings)
+
+
+class SharedStore(Store):
+    """Keeps what was asked of a base in a folder that other cells read too."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
+        """Return the rows of a step: those of the base from the folder, if another cell computed them."""
+        if step not in ("old_answers", "score_base", "probe"):
+            return compute()
+        found = self.files(step, lambda folder: save_rows(compute(), folder / "rows.jsonl"))
+        return load_rows(Row, found / "rows.jsonl")
+
+    def files(self, step: str, write: Callable[[Path], None]) -> Path:
+        """Return the folder of a step, complete; `write` fills it if it does not exist."""
+        final = self.folder / step
+        if not final.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            begun = Path(tempfile.mkdtemp(dir=self.folder))
+            write(begun)
+            try:
+                begun.replace(final)
+            except OSError:  # the other process was faster
+                shutil.rmtree(begun)
+        return final
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a model")
+    parser.add_argument("data", type=Path, help="folder with the files of facts")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--sets", default=",".join(FILES))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--limit", type=int, default=60, help="facts of each file")
+    parser.add_argument("--part", default="0/1", help="which cells this process computes")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    cells = [
+        Cell(facts, taught, keeps, coef, seed)
+        for seed, facts, taught, keeps, coef in product(
+            seeds, args.sets.split(","), (False, True), (True, False), COEFS
+        )
+    ]
+    own, parts = (int(number) for number in args.part.split("/"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // parts))
+    for number, cell in enumerate(cells):
+        file = args.output / f"{cell.name}.json"
+        if not file.is_file() and number // len(COEFS) % parts == own:
+            disk.write_json(file, run(cell, args))
+    print(table(args.output, cells))
+
+
+def run(cell: Cell, args: argparse.Namespace) -> Mapping[str, float | None]:
+    """Return the scores of a cell."""
+    config = cell.config()
+    facts = read_facts(args.data / SETS[cell.facts][0], limit=args.limit, old_from=config.facts.old_from)
+    model = taught_model(cell, args) if cell.taught else Path(args.model)
+    lm = load_model(config.model.model_copy(update={"name": str(model)}))
+    store = SharedStore(args.output / cell.base)
+    if facts.to_ask:
+        said = store.rows("old_answers", lambda: asked_answers(lm, facts, config))
+        facts = with_the_models_answers(facts, said, config)
+    pipeline = Pipeline(lm, list(facts), config, store)
+    pipeline.prepare()
+    pipeline.update()
+    found = scores([row for rows in pipeline.rows.values() for row in rows], None, "updated")
+    learned = store.logs["learn"]
+    assert learned is not None, "every cell learns"
+    return found | brought_back(lm, list(facts), config.evaluate) | {"epochs": float(learned.epochs or 0)}
+
+
+def taught_model(cell: Cell, args: argparse.Namespace) -> Path:
+    """Return the folder of the model that was taught the old answers, with all weights."""
+    folder = Path(args.output) / f"taught-{cell.facts}-{cell.seed}"
+    if not folder.is_dir():
+        config = validate(RunConfig, {"seed": cell.seed, "teach": TEACH})
+        lm = load_model(config.model.model_copy(update={"name": args.model}))
+        facts = list(read_facts(args.data / SETS[cell.facts][0], limit=args.limit))
+        teach(lm, old_pairs(facts), config.teaching, seed=cell.seed)
+        begun = Path(tempfile.mkdtemp(dir=args.output))
+        lm.save(begun)
+        begun.replace(folder)
+    return folder
+
+
+def table(output: Path, cells: Sequence[Cell]) -> str:
+    """Return a table in Markdown: the mean over seeds of every row, with an interval."""
+    found = {cell: disk.read_json(file) for cell in cells if (file := output / f"{cell.name}.json").is_file()}
+    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    lines = [f"| | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
+    for row in dict.fromkeys(cell.row for cell in found):
+        own = [scores for cell, scores in found.items() if cell.row == row]
+        lines.append(f"| {row} | {' | '.join(_shown(own, names))} | {len(own)} |")
+    return "\n".join(lines)
+
+
+def _shown(own: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        values = [value for scores in own if (value := scores.get(name)) is not None]
+        mean, low, high = mean_of(values, [1] * len(values)) if values else (None, None, None)
+        shown = "–" if mean is None else f"{mean:.1f}"
+        yield shown if low is None or high is None else f"{shown} [{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    main()
