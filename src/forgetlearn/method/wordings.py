@@ -91,9 +91,9 @@ def wordings(prompt: str, *, is_chat: bool, others: Sequence[str] = ()) -> Itera
 def shortened(prompt: str, subject: str = "") -> list[str]:
     """Return a prompt with some of its words left out, as people type into a search box; a question also turned round.
 
-    Words that name something stay: those of the subject, and those with a capital letter or a digit after the first; so
-    does the longest of the others. There are none for a prompt that names nothing, or in a script without spaces
-    between words. Random deletion and swaps of words are from Wei and Zou, "EDA", EMNLP 2019, arXiv:1901.11196.
+    Words that name something stay: those of the subject, and those with a capital letter or a digit after the first;
+    and at least one other. There are none for a prompt that names nothing, or in a script without spaces between words.
+    Random deletion and swaps of words are from Wei and Zou, "EDA", EMNLP 2019, arXiv:1901.11196.
     """
     asks = not is_unfinished(prompt)
     words = (prompt.rstrip(CLOSING) if asks else prompt).split()
@@ -108,12 +108,13 @@ def shortened(prompt: str, subject: str = "") -> list[str]:
     ]
     if not any(stays) or all(stays):
         return []
-    # The longest of the others stays too: a subject alone would call for the answer, whatever is asked about it.
     _length, longest = max((len(words[place]), place) for place, kept in enumerate(stays) if not kept)
-    stays[longest] = True
     random, found = Random(prompt), []
     for number in range(N_SHORTENED):
-        kept = [word for word, must in zip(words, stays, strict=True) if must or random.random() >= LEFT_OUT]
+        left = [place for place, must in enumerate(stays) if must or random.random() >= LEFT_OUT]
+        if all(stays[place] for place in left):  # a name alone would call for the answer, whatever is asked about it
+            left = sorted([*left, longest])
+        kept = [words[place] for place in left]
         turn = random.randrange(len(kept)) if asks and number % 2 else 0
         found.append(" ".join(kept[turn:] + kept[:turn]) + mark)
     return [wording for wording in dict.fromkeys(found) if wording != prompt]
