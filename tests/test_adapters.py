@@ -62,23 +62,39 @@ def test_one_adapter_out_of_two_different_ones_is_their_sum(tiny_model, family):
     assert torch.allclose(dense(base, vectors), together, atol=1e-4)
 
 
-def test_adapters_on_different_modules_and_with_rslora_compose_too(tiny_model):
+def test_adapters_on_different_modules_and_with_rslora_compose_too(tiny_model, tmp_path):
     first = LoraSettings(r=2, target_modules=["q_proj", "down_proj"], use_rslora=True)
     second = LoraSettings(r=3, target_modules=["q_proj", "v_proj"])
     model = with_two_adapters(tiny_model(), first, second)
     together = logits(model)
     lora.compose(model, [FORGET, LEARN])
-    assert model.peft_config[PRODUCT].target_modules == {"q_proj", "v_proj", "down_proj"}
     assert torch.allclose(logits(model), together, atol=1e-5)
+    lora.save(model, PRODUCT, tmp_path, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    assert config["layers_to_transform"] is None
 
 
-def test_short_names_are_not_used_where_they_would_match_more(tiny_model):
+def test_short_names_come_with_the_layers_that_they_mean(tiny_model, tmp_path):
     only_first = LoraSettings(r=2, target_modules=["model.layers.0.self_attn.q_proj"])
     model = with_two_adapters(tiny_model(), only_first, only_first)
     together = logits(model)
     lora.compose(model, [FORGET, LEARN])
-    assert model.peft_config[PRODUCT].target_modules == {"model.layers.0.self_attn.q_proj"}
-    assert torch.allclose(logits(model), together, atol=1e-5)
+    lora.save(model, PRODUCT, tmp_path, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    named = {name: config[name] for name in ("target_modules", "layers_to_transform", "layers_pattern")}
+    assert named == {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}
+    assert torch.allclose(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), together, atol=1e-5)
+
+
+def test_paths_stay_whole_where_short_names_would_match_more(tiny_model, tmp_path):
+    targets = [f"model.layers.{layer}" for layer in ("0.self_attn.q_proj", "1.self_attn.v_proj")]
+    model = with_two_adapters(
+        tiny_model(), LoraSettings(r=2, target_modules=targets[:1]), LoraSettings(r=2, target_modules=targets[1:])
+    )
+    lora.compose(model, [FORGET, LEARN])
+    lora.save(model, PRODUCT, tmp_path, "base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == targets
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +122,7 @@ def test_a_new_adapter_changes_nothing_and_alone_learns(tiny_model):
 def test_only_the_adapter_that_learns_has_dropout(tiny_model):
     settings = LoraSettings(lora_dropout=0.5)
     model = with_two_adapters(tiny_model(), settings, settings).train()
-    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    layer = model.get_base_model().model.layers[1].mlp.down_proj
     assert isinstance(layer.lora_dropout[FORGET], torch.nn.Identity)
     assert isinstance(layer.lora_dropout[LEARN], torch.nn.Dropout)
 

@@ -319,7 +319,8 @@ def test_matrices_that_the_adapter_leaves_out_are_named(world, caplog):
         ("layers.0", ""),
         (("mlp", "embeddings"), "leaves out 1 of its matrices, which stay: model"),
     ):
-        check_forgetting(world[0], FORGET.model_copy(update={"modules": modules}), "lora")
+        whole = SMALL.model_copy(update={"layers": 1.0})
+        check_forgetting(world[0], FORGET.model_copy(update={"modules": modules, "lora": whole}), "lora")
         assert told in caplog.text if told else not caplog.text
 
 

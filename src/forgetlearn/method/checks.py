@@ -27,13 +27,14 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: KindName)
     if not any(name in factors for name in targets):
         raise ConfigError(
             f"forget.modules = {settings.modules!r}: the adapter changes none of these weights. It changes others, "
-            f"for example {targets[0]}. Name some that lora.target_modules covers."
+            f"for example {targets[0]}. Name some that lora.target_modules and lora.layers cover."
         )
     if kind.adapter and settings.modules != module_names.ALL:
         matrices = {name for name, weight in lm.model.named_parameters() if weight.dim() > 1}
         if out_of_reach := [name for name in factors if name in matrices and name not in targets]:
             log.warning(
-                "forget.modules = %s: lora.target_modules leaves out %d of its matrices, which stay: %s",
+                "forget.modules = %s: the adapter (lora.target_modules, lora.layers) leaves out %d of its matrices, which "
+                "stay: %s",
                 *(settings.modules, len(out_of_reach), some(out_of_reach)),
             )
     if settings.rows != "all":
