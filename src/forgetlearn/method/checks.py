@@ -33,8 +33,8 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: KindName)
         matrices = {name for name, weight in lm.model.named_parameters() if weight.dim() > 1}
         if out_of_reach := [name for name in factors if name in matrices and name not in targets]:
             log.warning(
-                "forget.modules = %s: the adapter (lora.target_modules, lora.layers) leaves out %d of its matrices, which "
-                "stay: %s",
+                "forget.modules = %s: the adapter (lora.target_modules, lora.layers) leaves out %d of its matrices, "
+                "which stay: %s",
                 *(settings.modules, len(out_of_reach), some(out_of_reach)),
             )
     if settings.rows != "all":
