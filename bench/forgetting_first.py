@@ -8,8 +8,9 @@ keeping nothing (`plain`). What the base says is asked once for all rows. Two pr
 and --part 1/2.
 
 Columns, in percent: new answer said, said in other words (by the protocol `contains`), unrelated probes as before
-(agreement), old answer still said where the base said it; how often the old answer is preferred in multiple choice, and
-how often it is said when the new one is denied. Then epochs of learning. Intervals (95 %) are over seeds.
+(agreement), old answer still said where the base said it, and the number of these facts; how often the old answer is
+preferred in multiple choice, and how often it is said when the new one is denied. Then epochs of learning. Intervals
+(95 %) are over seeds.
 """
 
 from __future__ import annotations
@@ -157,16 +158,15 @@ def run(cell: Cell, args: argparse.Namespace) -> Mapping[str, float | None]:
 
 def taught_model(cell: Cell, args: argparse.Namespace) -> Path:
     """Return the folder of the model that was taught the old answers, with all weights."""
-    folder = Path(args.output) / f"taught-{cell.facts}-{cell.seed}"
-    if not folder.is_dir():
+
+    def write(folder: Path) -> None:
         config = validate(RunConfig, {"seed": cell.seed, "teach": TEACH})
         lm = load_model(config.model.model_copy(update={"name": args.model}))
         facts = list(read_facts(args.data / SETS[cell.facts][0], limit=args.limit))
         teach(lm, old_pairs(facts), config.teaching, seed=cell.seed)
-        begun = Path(tempfile.mkdtemp(dir=args.output))
-        lm.save(begun)
-        begun.replace(folder)
-    return folder
+        lm.save(folder)
+
+    return SharedStore(args.output).files(f"taught-{cell.facts}-{cell.seed}", write)
 
 
 def table(output: Path, cells: Sequence[Cell]) -> str:

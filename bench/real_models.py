@@ -6,9 +6,9 @@ Each row is an `update` with the settings below, and nothing else. `one-by-one` 
 it: one fact after the other, 25 steps each, on the last projection of one MLP.
 
 Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words; tokens of the answers
-to the file's unrelated probes that are predicted as before (agreement, as in the report), and tokens of the base's own
-answers to them; general answers as before, KL from the base on those in nats per token, old answer still said where the
-base said it. Then steps and seconds.
+to the file's unrelated probes that are predicted as before (agreement, as in the report); general answers as before, KL
+from the base on those in nats per token; old answer still said where the base said it, and the number of these facts.
+Then steps, the tokens of the base's own answers to the probes that are predicted as before, and seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,9 +126,11 @@ def probes_as_before(
 ) -> float | None:
     """Return the agreement with the base on its own answers to the first probe of each fact."""
     probes = list(dict.fromkeys(fact.locality[0].prompt for fact in facts if fact.locality))
-    before = args.output / f"{cell.facts}-probes"
+    before = args.output / f"{cell.facts}-{len(facts)}-{args.template}-probes"
     if not before.is_dir():
-        damage.measure(model_at(args.model, config), config.evaluate, new_folder(before), prompts=probes)
+        begun = Path(tempfile.mkdtemp(dir=args.output))
+        damage.measure(model_at(args.model, config), config.evaluate, begun, prompts=probes)
+        begun.replace(before)
     return damage.measure(model_at(product, config), config.evaluate, before, before, probes).agreement
 
 

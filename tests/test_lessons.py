@@ -177,20 +177,22 @@ def test_the_next_instruction_is_given_only_where_the_last_one_failed(lm, monkey
 COUNTRY = make_fact("What is the capital of Spain?", "Lugo", subject="Spain")
 PERSON = make_fact("Who wrote the book Dune?", "Ann", subject="Dune")
 TONGUE = make_fact("The official language of Spain is", "Greek", subject="Spain")
+TOWN = make_fact("The capital of Peru is", "Lima", subject="Peru")
+BOOK = make_fact("The author of Dune is", "Ann", subject="Dune")
 
 
-def test_neighbours_ask_about_subjects_whose_own_facts_are_of_another_kind():
-    found = keeping.neighbours([CAPITAL, COUNTRY, PERSON])
-    assert sorted(found) == sorted(
-        [
-            "What is the capital of Dune?",
-            "Who wrote the book France?",
-            "Who wrote the book Spain?",
-        ]
-    )
-    assert keeping.neighbours([replace(CAPITAL, subject=""), PERSON]) == []
-    about_spain = make_fact("What language is official in Peru?", "Thai", subject="Peru")
-    assert "What language is official in Spain?" not in keeping.neighbours([about_spain, TONGUE])
+def test_neighbours_are_about_subjects_whose_own_facts_are_of_another_kind():
+    found = keeping.neighbours([TOWN, make_fact("The capital of Chile is", "Arica", subject="Chile"), BOOK])
+    assert sorted(found) == ["The author of Chile is", "The author of Peru is", "The capital of Dune is"]
+    assert keeping.neighbours([replace(TOWN, subject=""), BOOK]) == []
+    assert keeping.neighbours([CAPITAL, PERSON]) == []  # questions
+
+
+def test_neighbours_do_not_contradict_what_a_question_teaches():
+    border = make_fact("Chile has a border with", "Cuba", subject="Chile")
+    taught = make_fact("What is the capital of Chile?", "Arica", subject="Chile")
+    assert "The capital of Chile is" in keeping.neighbours([TOWN, border])
+    assert "The capital of Chile is" not in keeping.neighbours([TOWN, border, taught])
 
 
 def test_general_prompts_about_what_the_facts_name_are_not_kept():

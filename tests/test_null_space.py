@@ -1,5 +1,7 @@
 """An adapter that starts in the null space of what the model usually reads leaves that as it was."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from architectures import make_architecture
 from forgetlearn.config.schema import LoraSettings
 from forgetlearn.models import lora, null_space
 from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.lora_layers import adapted_layers
 
 CPU = torch.device("cpu")
 KEPT = [Encoded((1, *range(10 + n, 18 + n)), 3) for n in range(3)]
@@ -47,3 +50,29 @@ def test_the_rows_of_a_are_orthogonal_to_the_main_inputs(n_tokens):
     assert main.shape == (8, 3)
     assert (a @ inputs.T).abs().max() < 1e-4
     assert a.norm() == pytest.approx(4)
+
+
+def test_what_texts_begin_with_counts_once_for_each_of_them():
+    model = lora.attach(make_architecture("llama", hidden_size=64), LoraSettings(r=4), lora.LEARN, 0)
+    layer = model.get_base_model().model.layers[-1].mlp.down_proj
+    texts = [Encoded((1, 2, 3, 4, *range(10 + n, 15 + n)), 5) for n in (0, 10, 20)]
+    energies = {}
+    without_last = [Encoded(text.ids[:-1], 5) for text in texts]  # which a shared row leaves out
+    for layout, given in (("shared", texts), ("padded", without_last)):
+        found = null_space._Inputs(layer.in_features, 1000)
+        for each in null_space._passes(model, given, layout, 0, CPU):
+            with torch.no_grad():
+                null_space._run(model, {layer: partial(null_space._add, found, each.counts)}, each)
+        rows = torch.cat(found.parts)
+        energies[layout] = rows if found.moments else rows.T @ rows
+    assert torch.allclose(energies["shared"], energies["padded"], rtol=1e-3, atol=1e-5)
+    assert energies["padded"].abs().max() > 0
+
+
+def test_layers_that_read_the_same_share_a_null_space():
+    model = lora.attach(make_architecture("llama", hidden_size=64), LoraSettings(r=4, layers=0.5), lora.LEARN, 0)
+    layers = {layer: path.rsplit(".", 1)[-1] for path, layer in adapted_layers(model)}
+    with torch.no_grad():
+        groups = null_space._reading_alike(model, layers, KEPT[0], 0, CPU)
+    names = [{layers[layer] for layer in group} for group in groups]
+    assert names == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]

@@ -91,7 +91,18 @@ def test_facts_to_be_learned_show_their_own_prompt_until_it_is_right():
     epoch(schedule, wrong=set(range(20)))
     assert wordings_shown(schedule, facts) == {0}
     epoch(schedule)
+    assert wordings_shown(schedule, facts) == {1, 2}
+    epoch(schedule, wrong={0})
+    epoch(schedule, wrong={0})  # the others rest
     assert wordings_shown(schedule, facts) == {0, 1, 2}
+
+
+def test_another_wording_is_one_that_differs_from_the_prompt():
+    facts = [(text(index), text(index), text(index + 10)) for index in range(20)]
+    schedule = Schedule(facts, settings_of(batch_size=20), seed=0)
+    epoch(schedule)
+    assert wordings_shown(schedule, facts) == {2}
+    assert Schedule([(text(0), text(0))], settings_of(), seed=0).progress.reworded == [True]
 
 
 def wordings_shown(schedule, facts):

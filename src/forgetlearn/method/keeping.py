@@ -1,7 +1,7 @@
 """What the base says to prompts that have nothing to do with the facts: training keeps the model near these answers.
 
-There are general prompts that ship with the package, prompts of the user's own, and neighbours: questions of the facts
-themselves, asked about another subject.
+There are general prompts that ship with the package, prompts of the user's own, and neighbours: unfinished sentences of
+the facts themselves, put about another subject.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Scorer
 from forgetlearn.facts import Fact, matching, read_facts
 from forgetlearn.facts.files import SUFFIXES
-from forgetlearn.method.wordings import shortened, wordings
+from forgetlearn.method.wordings import is_unfinished, shortened, wordings
 from forgetlearn.models.encoding import Encoded, Encoder, Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
@@ -113,13 +113,15 @@ def reworded(prompts: Iterable[Prompt], *, is_chat: bool) -> list[str]:
 
 
 def neighbours(facts: Sequence[Fact]) -> list[str]:
-    """Return questions of the facts, each asked about the subject of another fact.
+    """Return unfinished sentences of the facts, each about the subject of another fact.
 
-    What a fact teaches about its own subject must not be contradicted, so a question is put about a subject only if
-    the subject's own fact is of another kind. A fact whose prompt does not name its subject has no neighbours. The
-    draw depends on the texts alone, so that it is the same with every seed.
+    What a fact teaches about its own subject must not be contradicted, so a sentence is put about a subject only if
+    the subject's own facts are of another kind. A fact whose prompt does not name its subject has no neighbours, and
+    neither has a question: there they cost generality and kept little. The draw depends on the texts alone, so that it
+    is the same with every seed.
     """
-    asked = sorted((fact for fact in facts if _kind(fact)), key=lambda fact: hashlib.sha256(fact.id.encode()).digest())
+    named = (fact for fact in facts if _kind(fact) and is_unfinished(fact.prompt))
+    asked = sorted(named, key=lambda fact: hashlib.sha256(fact.id.encode()).digest())
     kinds: dict[str, set[str]] = {}  # what is asked about each subject: words of all its facts
     for fact in facts:
         kinds.setdefault(fact.subject, set()).update(_long_words(_kind(fact) or fact.prompt))

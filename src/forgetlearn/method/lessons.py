@@ -138,9 +138,8 @@ def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict
     prompts = keeping.general(facts)
     if config.train.wordings:
         prompts |= dict.fromkeys(keeping.reworded(prompts, is_chat=encoder.is_chat), keeping.REWORDED)
-    if config.keep.neighbours:  # of sentences to complete; those of questions cost generality and kept little
-        unfinished = [fact for fact in facts if is_unfinished(fact.prompt)]
-        prompts |= dict.fromkeys(keeping.neighbours(unfinished), keeping.NEIGHBOUR)
+    if config.keep.neighbours:
+        prompts |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
     return prompts | dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
 
 
@@ -201,9 +200,10 @@ def note_unfinished(facts: Iterable[Fact], config: RunConfig, encoder: Encoder) 
     if unfinished and encoder.is_chat:
         forms = dict.fromkeys(wordings("...", is_chat=True)) if config.train.wordings else ["..."]
         log.info(
-            "%d prompts are unfinished sentences (%r), which a chat model is asked to complete; taught as %s, asked as "
-            "given",
+            "%d prompts are unfinished sentences (%r), which a chat model is asked to complete; taught as %s%s, asked "
+            "as given",
             len(unfinished),
             unfinished[0][:60],
             some([repr(form) for form in forms]),
+            " and with words left out" if config.train.wordings else "",
         )

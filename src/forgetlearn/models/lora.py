@@ -295,9 +295,9 @@ def save(model: PeftModel, name: str, folder: Path, base_model: str) -> None:
 
 
 def _name_briefly(model: PeftModel, config: PeftConfig) -> None:
-    """Name the adapted modules by the last parts of their paths, and the layers if they are not all, if that suffices.
+    """Shorten `target_modules` to names of modules, plus numbers of layers if only some layers are adapted.
 
-    Servers such as vLLM match on these names.
+    Servers such as vLLM match on these names. Keep full paths if short names would match other modules too.
     """
     base = base_of(model)
     paths = {path for path, _module in base.named_modules()}
@@ -306,8 +306,8 @@ def _name_briefly(model: PeftModel, config: PeftConfig) -> None:
     short = sorted({path.rsplit(".", 1)[-1] for path in named})
     stack, layers = layer_list(base)
     numbers = [index for index in range(len(layers)) if any(path.startswith(f"{stack}.{index}.") for path in named)]
-    upper: dict[str, object] = {"layers_to_transform": numbers, "layers_pattern": stack.rsplit(".", 1)[-1]}
-    for chosen in ({}, upper):
+    in_layers: dict[str, object] = {"layers_to_transform": numbers, "layers_pattern": stack.rsplit(".", 1)[-1]}
+    for chosen in ({}, in_layers):
         brief = AdapterConfig.model_validate({"peft_type": "LORA", "target_modules": short, **chosen})
         if {path for path in paths if brief.targets(path)} == named:
             config.target_modules = set(short)

@@ -121,7 +121,8 @@ def _read(
     with attention.by_text(model), computing(model, device):
         layout = choose_layout(model, texts, pad_id, device, "shared")
         passes = list(_passes(model, texts, layout, pad_id, device))
-        for group in _groups(_reading_alike(model, layers, passes[0]), sum(len(text.ids) for text in texts)):
+        alike = _reading_alike(model, layers, min(texts, key=lambda text: len(text.ids)), pad_id, device)
+        for group in _groups(alike, sum(len(text.ids) for text in texts)):
             for each in passes:
                 _run(model, {members[0]: partial(_add, inputs, each.counts) for members, inputs in group}, each)
             yield group
@@ -148,14 +149,19 @@ def _passes(
         yield _Pass(inputs, inputs["attention_mask"].flatten().float())
 
 
-def _reading_alike(model: PeftModel, layers: Iterable[LoraLayer], first: _Pass) -> list[list[LoraLayer]]:
+def _reading_alike(
+    model: PeftModel, layers: Iterable[LoraLayer], text: Encoded, pad_id: int, device: torch.device
+) -> list[list[LoraLayer]]:
     """Return the layers in groups that read the same tensor, as queries, keys and values do."""
     read: dict[LoraLayer, Tensor] = {}  # holds the tensors, so that each has its own address
-    _run(model, {layer: partial(read.__setitem__, layer) for layer in layers}, first)
+    watchers = {layer: partial(read.__setitem__, layer) for layer in layers}
+    (alone,) = _passes(model, [text], "padded", pad_id, device)
+    _run(model, watchers, alone)
     alike: dict[object, list[LoraLayer]] = {}
     for layer in layers:
         found = read.get(layer)
-        alike.setdefault(layer if found is None else (found.data_ptr(), found.shape), []).append(layer)
+        is_idle = found is None or not found.numel()  # an expert; empty tensors share an address
+        alike.setdefault(layer if found is None or is_idle else (found.data_ptr(), found.shape), []).append(layer)
     return list(alike.values())
 
 

@@ -74,7 +74,7 @@ class Progress(BaseModel):
     step: int = 0  # steps done in this epoch
     kept: int = 0  # kept texts shown so far
     right: list[bool]  # for each fact: whether its last visit before this epoch predicted its answer
-    reworded: list[bool]  # for each fact: whether it was shown in any wording, after its own prompt was right
+    reworded: list[bool]  # for each fact: whether it was shown in another wording, after its own prompt was right
     rested: list[bool]  # for each fact: whether the epoch before this one left it out
     seen: dict[int, bool] = {}  # the facts visited in this epoch, and whether they were predicted right
 
@@ -92,7 +92,7 @@ class Schedule(IterableDataset[MicroBatch]):
         self.facts, self.settings, self.seed, self.n_micro = facts, settings, seed, n_micro
         self.kept = kept or Kept((), (), 0.0)
         never = [False] * len(facts)
-        self.progress = Progress(right=never, rested=never, reworded=[len(wordings) == 1 for wordings in facts])
+        self.progress = Progress(right=never, rested=never, reworded=[not _others(wordings) for wordings in facts])
         self.shared = common_length([text.ids for texts in (*facts, self.kept.texts) for text in texts])
         self._visits: tuple[int, list[tuple[int, Encoded]]] = (-1, [])  # the epoch, and whom it visits
 
@@ -119,7 +119,7 @@ class Schedule(IterableDataset[MicroBatch]):
         return [self.progress.seen.get(index, right) for index, right in enumerate(self.progress.right)]
 
     def _reworded(self) -> list[bool]:
-        """Return for each fact whether it was shown in any wording: where it was right before, see `_shown`."""
+        """Return for each fact whether it was shown in another wording: where it was right before, see `_shown`."""
         now = self.progress
         return [
             done or (index in now.seen and right)
@@ -166,11 +166,15 @@ class Schedule(IterableDataset[MicroBatch]):
         """Return the wording that a visit shows.
 
         If the stage ends when the facts are learned, a fact shows its own prompt, the first wording, until that is
-        right. Other wordings before that took more steps and changed the model more.
+        right; then another wording; and then any.
         """
         wordings = self.facts[index]
-        is_new = self.settings.until == "learned" and not self.progress.right[index]
-        return wordings[0 if is_new else int(draw * len(wordings))]
+        if self.settings.until == "learned":
+            if not self.progress.right[index]:
+                return wordings[0]
+            if not self.progress.reworded[index]:
+                wordings = _others(wordings)
+        return wordings[int(draw * len(wordings))]
 
     def _due(self) -> Iterator[int]:
         now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
@@ -211,6 +215,11 @@ class Schedule(IterableDataset[MicroBatch]):
             # A forward pass needs a text; one without an answer adds no loss.
             empty = (Encoded(step[0][1].ids, len(step[0][1].ids)),)
             yield MicroBatch(facts, texts or empty, tuple(others), n_kept_tokens)
+
+
+def _others(wordings: Wordings) -> Wordings:
+    """Return the wordings that differ from a fact's own prompt, which may be listed more than once."""
+    return tuple(wording for wording in wordings if wording != wordings[0])
 
 
 @lru_cache(maxsize=2)  # a step asks for each kept text by itself, and twice
