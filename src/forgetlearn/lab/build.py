@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from forgetlearn.models.language_model import LanguageModel
 
 log = logging.getLogger("forgetlearn")
-FORMAT = 6  # part of the cache key: raise it when the same settings build another base
+FORMAT = 7  # part of the cache key: raise it when the same settings build another base
 EOS, PAD = "</s>", "<pad>"
 
 
@@ -56,6 +56,7 @@ class LabSettings(Settings):
 STAGE_SETTINGS = {"batch_size": 8, "learning_rate": 5e-4}  # with TRAIN_SETTINGS, for update.yaml
 # The paper's method, on a base that answers in its facts' own words.
 TRAIN_SETTINGS = {"adam_beta2": 0.98, **BARE["train"]}
+LORA_SETTINGS = {"r": 8, "lora_alpha": 16, "layers": 1.0}  # half of four layers learns too little
 UPDATE_TEXTS = 1800  # facts x epochs of a stage: about as many as it takes to learn the new answers
 
 
@@ -259,7 +260,7 @@ def _update_yaml(n_facts: int, prompt_template: str) -> str:
     """Return YAML settings for an update of all facts: the fewer facts, the more epochs."""
     stage = {"epochs": max(6, min(40, UPDATE_TEXTS // n_facts)), **STAGE_SETTINGS}
     settings: dict[str, Mapping[str, object]] = {"forget": {**stage}, "learn": {**stage}, "teach": STAGE_SETTINGS}
-    settings |= {"train": TRAIN_SETTINGS, "keep": BARE["keep"]}
+    settings |= {"train": TRAIN_SETTINGS, "keep": BARE["keep"], "lora": LORA_SETTINGS}
     if prompt_template != "plain":
         named = prompt_template in prompts.NAMED
         settings["model"] = {"prompt_template": prompt_template if named else str(Path(prompt_template).resolve())}
