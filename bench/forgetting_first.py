@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,12 +29,11 @@ from forgetlearn.config.schema import RunConfig
 from forgetlearn.evaluation.statistics import mean_of
 from forgetlearn.facts import read_facts
 from forgetlearn.method.core import old_pairs, teach
-from forgetlearn.models.language_model import load_model
 from forgetlearn.runs.checks import asked_answers, with_the_models_answers
 from forgetlearn.runs.pipeline import Pipeline, Store
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Row, load_rows, save_rows
-from real_models import SETS, brought_back, scores
+from real_models import SETS, arguments, brought_back, finished, in_markdown, model_at, scores
 
 COEFS = (0.0, 0.3, 1.0)
 FILES = ("zsre", "counterfact")
@@ -100,23 +97,13 @@ class SharedStore(Store):
         """Return the folder of a step, complete; `write` fills it if it does not exist."""
         final = self.folder / step
         if not final.is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            begun = Path(tempfile.mkdtemp(dir=self.folder))
-            write(begun)
-            try:
-                begun.replace(final)
-            except OSError:  # the other process was faster
-                shutil.rmtree(begun)
+            with disk.atomic_folder(final) as begun:
+                write(begun)
         return final
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder of a model")
-    parser.add_argument("data", type=Path, help="folder with the files of facts")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--sets", default=",".join(FILES))
-    parser.add_argument("--seeds", default="0")
+    parser = arguments(__doc__, FILES)
     parser.add_argument("--limit", type=int, default=60, help="facts of each file")
     parser.add_argument("--part", default="0/1", help="which cells this process computes")
     args = parser.parse_args()
@@ -134,7 +121,7 @@ def main() -> None:
         file = args.output / f"{cell.name}.json"
         if not file.is_file() and number // len(COEFS) % parts == own:
             disk.write_json(file, run(cell, args))
-    print(table(args.output, cells))
+    print(in_markdown(finished(args.output, {cell.name: cell.row for cell in cells}), with_interval))
 
 
 def run(cell: Cell, args: argparse.Namespace) -> Mapping[str, float | None]:
@@ -142,7 +129,7 @@ def run(cell: Cell, args: argparse.Namespace) -> Mapping[str, float | None]:
     config = cell.config()
     facts = read_facts(args.data / SETS[cell.facts][0], limit=args.limit, old_from=config.facts.old_from)
     model = taught_model(cell, args) if cell.taught else Path(args.model)
-    lm = load_model(config.model.model_copy(update={"name": str(model)}))
+    lm = model_at(model, config)
     store = SharedStore(args.output / cell.base)
     if facts.to_ask:
         said = store.rows("old_answers", lambda: asked_answers(lm, facts, config))
@@ -161,7 +148,7 @@ def taught_model(cell: Cell, args: argparse.Namespace) -> Path:
 
     def write(folder: Path) -> None:
         config = validate(RunConfig, {"seed": cell.seed, "teach": TEACH})
-        lm = load_model(config.model.model_copy(update={"name": args.model}))
+        lm = model_at(args.model, config)
         facts = list(read_facts(args.data / SETS[cell.facts][0], limit=args.limit))
         teach(lm, old_pairs(facts), config.teaching, seed=cell.seed)
         lm.save(folder)
@@ -169,23 +156,10 @@ def taught_model(cell: Cell, args: argparse.Namespace) -> Path:
     return SharedStore(args.output).files(f"taught-{cell.facts}-{cell.seed}", write)
 
 
-def table(output: Path, cells: Sequence[Cell]) -> str:
-    """Return a table in Markdown: the mean over seeds of every row, with an interval."""
-    found = {cell: disk.read_json(file) for cell in cells if (file := output / f"{cell.name}.json").is_file()}
-    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
-    lines = [f"| | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
-    for row in dict.fromkeys(cell.row for cell in found):
-        own = [scores for cell, scores in found.items() if cell.row == row]
-        lines.append(f"| {row} | {' | '.join(_shown(own, names))} | {len(own)} |")
-    return "\n".join(lines)
-
-
-def _shown(own: Sequence[Mapping[str, float | None]], names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        values = [value for scores in own if (value := scores.get(name)) is not None]
-        mean, low, high = mean_of(values, [1] * len(values)) if values else (None, None, None)
-        shown = "–" if mean is None else f"{mean:.1f}"
-        yield shown if low is None or high is None else f"{shown} [{low:.1f}, {high:.1f}]"
+def with_interval(_name: str, values: Sequence[float]) -> str:
+    """Return the mean of a column's values over seeds, and its interval if there are several."""
+    mean, low, high = mean_of(values, [1] * len(values))
+    return f"{mean:.1f}" if low is None else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 if __name__ == "__main__":

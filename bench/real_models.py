@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,14 +69,20 @@ class Cell:
         return f"{self.facts}-{self.row}-seed{self.seed}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(doc: str | None, sets: Iterable[str]) -> argparse.ArgumentParser:
+    """Return a parser of what every comparison on a real model is told; `sets` are the usual files of facts."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("model", help="folder of a model")
     parser.add_argument("data", type=Path, help="folder with the files of facts")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--rows", help="rows of the table; unset: all")
+    parser.add_argument("--sets", default=",".join(sets))
     parser.add_argument("--seeds", default="0")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__, SETS)
+    parser.add_argument("--rows", help="rows of the table; unset: all")
     parser.add_argument("--limit", type=int, help="facts of each file, instead of the usual number")
     parser.add_argument("--template", default="auto", help="model.prompt_template")
     args = parser.parse_args()
@@ -105,7 +110,7 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
     facts = read_facts(args.data / file, limit=args.limit or usual, old_from=config.facts.old_from)
     began = time.perf_counter()
     if cell.row == "one-by-one":
-        found = one_by_one(load_model(config.model.model_copy(update={"name": args.model})), facts, args.output)
+        found = one_by_one(model_at(args.model, config), facts, args.output)
     else:
         folder = args.output / cell.name
         result = update(args.model, facts, config, output=folder, resume=folder.is_dir())
@@ -128,9 +133,8 @@ def probes_as_before(
     probes = list(dict.fromkeys(fact.locality[0].prompt for fact in facts if fact.locality))
     before = args.output / f"{cell.facts}-{len(facts)}-{args.template}-probes"
     if not before.is_dir():
-        begun = Path(tempfile.mkdtemp(dir=args.output))
-        damage.measure(model_at(args.model, config), config.evaluate, begun, prompts=probes)
-        begun.replace(before)
+        with disk.atomic_folder(before) as begun:
+            damage.measure(model_at(args.model, config), config.evaluate, begun, prompts=probes)
     return damage.measure(model_at(product, config), config.evaluate, before, before, probes).agreement
 
 
@@ -208,17 +212,34 @@ def percent(hits: Sequence[float]) -> float | None:
 
 def table(output: Path, cells: Sequence[Cell]) -> str:
     """Return a table in Markdown with the mean over seeds of every finished row."""
-    found = {cell: disk.read_json(file) for cell in cells if (file := output / f"{cell.name}.json").is_file()}
-    names = list(dict.fromkeys(name for scores in found.values() for name in scores))
+    return in_markdown(finished(output, {cell.name: f"{cell.facts} {cell.row}" for cell in cells}), mean)
+
+
+def mean(name: str, values: Sequence[float]) -> str:
+    """Return the mean of a column's values over seeds."""
+    digits = 3 if name == "KL" else 0 if name in ("steps", "seconds", "held before") else 1
+    return f"{statistics.fmean(values):.{digits}f}"
+
+
+def finished(output: Path, rows: Mapping[str, str]) -> dict[str, list[Mapping[str, float | None]]]:
+    """Return by row the scores of its finished cells; `rows` are the rows of cells, by the cells' names."""
+    found: dict[str, list[Mapping[str, float | None]]] = {}
+    for name, row in rows.items():
+        if (file := output / f"{name}.json").is_file():
+            found.setdefault(row, []).append(disk.read_json(file))
+    return found
+
+
+def in_markdown(
+    found: Mapping[str, Sequence[Mapping[str, float | None]]], shown: Callable[[str, Sequence[float]], str]
+) -> str:
+    """Return a table of all rows; `shown` makes a cell of a column's name and its values over seeds."""
+    names = list(dict.fromkeys(name for own in found.values() for scores in own for name in scores))
     lines = [f"| | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
-    for group in dict.fromkeys((cell.facts, cell.row) for cell in found):
-        own = [scores for cell, scores in found.items() if (cell.facts, cell.row) == group]
-        shown = []
-        for name in names:
-            values = [scores[name] for scores in own if scores.get(name) is not None]
-            digits = 3 if name == "KL" else 0 if name in ("steps", "seconds", "held before") else 1
-            shown.append(f"{statistics.fmean(values):.{digits}f}" if values else "–")
-        lines.append(f"| {' '.join(group)} | {' | '.join(shown)} | {len(own)} |")
+    for row, own in found.items():
+        values = {name: [value for scores in own if (value := scores.get(name)) is not None] for name in names}
+        cells = [shown(name, values[name]) if values[name] else "–" for name in names]
+        lines.append(f"| {row} | {' | '.join(cells)} | {len(own)} |")
     return "\n".join(lines)
 
 

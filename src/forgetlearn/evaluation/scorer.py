@@ -18,13 +18,11 @@ from forgetlearn.evaluation.generation import Generator, Room, end_ids, generato
 from forgetlearn.facts import matching
 from forgetlearn.models import attention
 from forgetlearn.models.batches import (
-    GPU_ROW_TOKENS,
-    ROW_TOKENS,
     Layout,
     choose_layout,
     computing,
+    divided,
     read_logits,
-    shared_rows,
 )
 from forgetlearn.models.encoding import Encoded, P
 from forgetlearn.models.language_model import LanguageModel
@@ -209,13 +207,7 @@ class Scorer:
         return choose_layout(self.lm.model, checked, self.lm.pad_id, self.lm.device, best)
 
     def _batches(self, texts: Mapping[K, Encoded], layout: Layout) -> list[list[K]]:
-        """Divide keys into batches of texts that share their beginnings, or of texts of similar length."""
-        if layout in ("shared", "shared_by_text"):
-            room = ROW_TOKENS.get(self.lm.device.type, GPU_ROW_TOKENS)
-            return shared_rows(texts, self.settings.batch_size, room)
-        size = 1 if layout == "single" else self.settings.batch_size
-        order = sorted(texts, key=lambda key: len(texts[key].ids))
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        return divided(texts, layout, self.settings.batch_size, self.lm.device)
 
     def _shown(self, batches: list[list[K]], what: str) -> Iterator[list[K]]:
         """Yield this process's batches, with a progress bar in a terminal.

@@ -20,7 +20,7 @@ from forgetlearn.evaluation.scorer import Failure, Generated, Scorer
 from forgetlearn.facts import Fact, matching, read_facts
 from forgetlearn.facts.files import SUFFIXES
 from forgetlearn.method.wordings import is_unfinished, shortened, wordings
-from forgetlearn.models.encoding import Encoded, Encoder, Prompt
+from forgetlearn.models.encoding import Encoded, Encoder, Prompt, turns_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.storage.records import KeptText
@@ -94,8 +94,7 @@ def general(facts: Iterable[Fact]) -> dict[Prompt, str]:
     """Return the general prompts for keeping and their kinds, without those that name what a fact's prompt names."""
     named = {name for fact in facts for text in (*fact.prompts, f"_ {fact.subject}") for name in _names(text)}
     kinds = dict.fromkeys(general_prompts.keeping(), GENERAL) | dict.fromkeys(general_prompts.questions(), QUESTION)
-    last = {prompt: prompt if isinstance(prompt, str) else prompt[-1] for prompt in kinds}
-    return {prompt: kind for prompt, kind in kinds.items() if named.isdisjoint(_names(last[prompt]))}
+    return {prompt: kind for prompt, kind in kinds.items() if named.isdisjoint(_names(turns_of(prompt)[-1]))}
 
 
 def reworded(prompts: Iterable[Prompt], *, is_chat: bool) -> list[str]:

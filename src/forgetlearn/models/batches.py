@@ -96,6 +96,15 @@ def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> 
     return rows
 
 
+def divided(texts: Mapping[K, Encoded], layout: Layout, max_texts: int, device: torch.device) -> list[list[K]]:
+    """Divide keys into batches of texts that share their beginnings, or of texts of similar length."""
+    if layout in ("shared", "shared_by_text"):
+        return shared_rows(texts, max_texts, ROW_TOKENS.get(device.type, GPU_ROW_TOKENS))
+    size = 1 if layout == "single" else max_texts
+    order = sorted(texts, key=lambda key: len(texts[key].ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 @dataclass(frozen=True)
 class SharedRow:
     """One row (1, T) of texts, in which a beginning that several texts share occurs only once.

@@ -21,16 +21,14 @@ from torch import Tensor
 
 from forgetlearn.models import attention
 from forgetlearn.models.batches import (
-    GPU_ROW_TOKENS,
-    ROW_TOKENS,
     Layout,
     answer_logits,
     choose_layout,
     computing,
+    divided,
     pad_left,
     share,
     shared_inputs,
-    shared_rows,
 )
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.lora_layers import adapted_layers
@@ -132,21 +130,17 @@ def _passes(
     model: PeftModel, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> Iterator[_Pass]:
     """Yield the forward passes that read the texts; if the model allows it, equal beginnings are read once."""
-    if layout in ("shared", "shared_by_text"):
-        numbered = dict(enumerate(texts))
-        for keys in shared_rows(numbered, AT_ONCE, ROW_TOKENS.get(device.type, GPU_ROW_TOKENS)):
-            row = share([numbered[key] for key in keys])
+    for numbers in divided(dict(enumerate(texts)), layout, AT_ONCE, device):
+        together = [texts[number] for number in numbers]
+        if layout in ("shared", "shared_by_text"):
+            row = share(together)
             counts = torch.zeros(row.input_ids.shape[1])
             for path in row.paths:
                 counts[path] += 1
             yield _Pass(shared_inputs(model, row, layout, device), counts.to(device))
-        return
-    ordered = sorted(texts, key=lambda text: len(text.ids))
-    size = 1 if layout == "single" else AT_ONCE
-    for first in range(0, len(ordered), size):
-        inputs = pad_left(ordered[first : first + size], pad_id).inputs
-        inputs = {key: value.to(device) for key, value in inputs.items()}
-        yield _Pass(inputs, inputs["attention_mask"].flatten().float())
+        else:
+            inputs = {key: value.to(device) for key, value in pad_left(together, pad_id).inputs.items()}
+            yield _Pass(inputs, inputs["attention_mask"].flatten().float())
 
 
 def _reading_alike(

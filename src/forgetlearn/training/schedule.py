@@ -178,8 +178,7 @@ class Schedule(IterableDataset[MicroBatch]):
 
     def _due(self) -> Iterator[int]:
         now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
-        for index, states in enumerate(zip(now.right, now.reworded, now.rested, strict=True)):
-            right, reworded, rested = states
+        for index, (right, reworded, rested) in enumerate(zip(now.right, now.reworded, now.rested, strict=True)):
             rests = self.settings.until == "learned" and right and reworded and not rested
             if not rests:
                 yield index
