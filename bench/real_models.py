@@ -172,7 +172,7 @@ def scores(rows: Sequence[Row], general: General | None, phase: str) -> dict[str
         "in other words": table.get("generality", {"contains": mean_with_interval([])})["contains"].mean,
         "unrelated": table["locality"]["agreement"].mean,
         **({"general": prompts.agreement, "KL": prompts.kl} if prompts else {}),
-        "old": 100 * statistics.fmean(filter(None, still)) if any(still) else 0.0 if still else None,
+        "old": percent([residue for residue in still if residue is not None]),
         "held before": float(len(said)),
     }
 
