@@ -111,8 +111,8 @@ def main() -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     cells = [
         Cell(facts, taught, keeps, coef, seed)
-        for seed, facts, taught, keeps, coef in product(
-            seeds, args.sets.split(","), (False, True), (True, False), COEFS
+        for seed, keeps, taught, facts, coef in product(
+            seeds, (True, False), (False, True), args.sets.split(","), COEFS
         )
     ]
     own, parts = (int(number) for number in args.part.split("/"))
