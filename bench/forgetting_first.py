@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import RunConfig
@@ -30,9 +31,11 @@ from forgetlearn.evaluation.statistics import mean_of
 from forgetlearn.facts import read_facts
 from forgetlearn.method.core import old_pairs, teach
 from forgetlearn.runs.checks import asked_answers, with_the_models_answers
-from forgetlearn.runs.pipeline import Pipeline, Store
+from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Tuned
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Row, load_rows, save_rows
+from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.weights.task_vector import StateDict
 from real_models import SETS, arguments, brought_back, finished, in_markdown, model_at, scores
 
 COEFS = (0.0, 0.3, 1.0)
@@ -80,11 +83,11 @@ class Cell:
 
 
 class SharedStore(Store):
-    """Keeps what was asked of a base in a folder that other cells read too."""
+    """Keeps what was asked of a base, and what was fine-tuned on the old answers, in a folder that other cells read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seed: int) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.seed = folder, seed
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return the rows of a step: those of the base from the folder, if another cell computed them."""
@@ -92,6 +95,13 @@ class SharedStore(Store):
             return compute()
         found = self.files(step, lambda folder: save_rows(compute(), folder / "rows.jsonl"))
         return load_rows(Row, found / "rows.jsonl")
+
+    def tuned(self, tune: Callable[[StageIO], Tuned]) -> StateDict:
+        """Return the weights that are fine-tuned on the old answers: both coefficients subtract the same."""
+        file = "weights.safetensors"
+        found = self.files(f"tuned-{self.seed}", lambda folder: save_file(tune(self.stage_io)[0], folder / file))
+        weights: StateDict = load_file(found / file)
+        return weights
 
     def files(self, step: str, write: Callable[[Path], None]) -> Path:
         """Return the folder of a step, complete; `write` fills it if it does not exist."""
@@ -130,11 +140,11 @@ def run(cell: Cell, args: argparse.Namespace) -> Mapping[str, float | None]:
     facts = read_facts(args.data / SETS[cell.facts][0], limit=args.limit, old_from=config.facts.old_from)
     model = taught_model(cell, args) if cell.taught else Path(args.model)
     lm = model_at(model, config)
-    store = SharedStore(args.output / cell.base)
+    store = SharedStore(args.output / cell.base, cell.seed)
     if facts.to_ask:
         said = store.rows("old_answers", lambda: asked_answers(lm, facts, config))
         facts = with_the_models_answers(facts, said, config)
-    pipeline = Pipeline(lm, list(facts), config, store)
+    pipeline = Pipeline(lm, list(facts), config, store, HeldBase(lm))
     pipeline.prepare()
     pipeline.update()
     found = scores([row for rows in pipeline.rows.values() for row in rows], None, "updated")
@@ -153,7 +163,7 @@ def taught_model(cell: Cell, args: argparse.Namespace) -> Path:
         teach(lm, old_pairs(facts), config.teaching, seed=cell.seed)
         lm.save(folder)
 
-    return SharedStore(args.output).files(f"taught-{cell.facts}-{cell.seed}", write)
+    return SharedStore(args.output, cell.seed).files(f"taught-{cell.facts}-{cell.seed}", write)
 
 
 def with_interval(_name: str, values: Sequence[float]) -> str:
