@@ -416,7 +416,9 @@ def test_bad_facts(refused, small_lab, tmp_path, name):
     file_name, content, words = BAD_FACTS[name]
     file = tmp_path / file_name
     file.write_bytes(content)
-    err = refused(words, "update", "--model", small_lab, "--facts", file, "--output", tmp_path / "run")
+    err = refused(
+        words, "update", "--model", small_lab, "--facts", file, "--method", "f-lora", "--output", tmp_path / "run"
+    )
     assert err.startswith("FactError: ")
     assert len(err.splitlines()) <= 3
     if "old answer" not in name and "context" not in name:

@@ -48,9 +48,9 @@ def problems(overrides: dict[str, object], file: Path | None = None) -> list[str
 # Where a value comes from ------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers():
+def test_the_defaults():
     config = load_config()
-    assert (config.method, config.seed, config.forget.coef, config.forget.only_known) == ("f-lora", 0, 0.3, True)
+    assert (config.method, config.seed, config.forget.coef, config.forget.only_known) == ("lora", 0, 0.3, True)
     assert (config.learn.epochs, config.learn.learning_rate, config.teach.epochs) == (3, None, 0)
     assert config.learning.rate(2000) == pytest.approx(5e-5)
     assert config.learning.lora_rate(2000) == pytest.approx(5e-4)

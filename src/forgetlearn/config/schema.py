@@ -477,7 +477,7 @@ class RunConfig(Settings):
         description="A set of settings: default, what docs/choosing.md recommends; paper, the paper's own; plain, "
         "fine-tuning with LoRA as with peft. Settings given beside it win.",
     )
-    method: MethodName = Field("f-lora", description=f"How facts are updated: {', '.join(METHODS)} (docs/method.md).")
+    method: MethodName = Field("lora", description=f"How facts are updated: {', '.join(METHODS)} (docs/method.md).")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
     model: ModelSettings = Field(default_factory=ModelSettings)
     facts: FactsSettings = Field(default_factory=FactsSettings)
