@@ -62,6 +62,19 @@ def test_a_fact_is_learned_only_after_it_was_shown_in_other_wordings():
     assert schedule.learned == [True, True, True]
 
 
+def test_only_a_wrong_answer_to_its_own_prompt_sends_a_learned_fact_back():
+    facts = [tuple(text(index + 20 * number) for number in range(3)) for index in range(20)]
+    schedule = Schedule(facts, settings_of(batch_size=20), seed=0)
+    epoch(schedule)
+    epoch(schedule, wrong={0})
+    epoch(schedule, wrong={0})  # the others rest
+    shown = next(iter(schedule))
+    own = {index for index, each in zip(shown.facts, shown.texts, strict=True) if each == facts[index][0]}
+    assert 0 < len(own) < 19
+    epoch(schedule, wrong=set(range(20)))
+    assert {index for index, learned in enumerate(schedule.learned) if not learned} == own | {0}
+
+
 def test_a_stage_that_does_not_converge_ends_after_max_epochs_and_says_which_facts():
     schedule = Schedule([(text(index),) for index in range(3)], settings_of(max_epochs=4), seed=0)
     for _ in range(4):

@@ -3,8 +3,10 @@
 Each epoch shows the facts in a new order, each fact in one of its wordings. Beside them, each step shows some of the
 texts that are kept.
 
-A stage can end when every fact is learned: its last visit predicted the whole answer, and it was shown in another
-wording after its own prompt had been right. A fact that is learned rests for an epoch.
+A stage can end when every fact is learned: the model predicted the whole answer when its own prompt was last shown, and
+once in another wording. A fact that is learned rests every other epoch. (Were a wrong answer in any wording to count, a
+few dozen facts would seldom all be right at once, and the long end of the stage would change the model more than all
+the rest: docs/experiments.md.)
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ class Progress(BaseModel):
     epoch: int = 0
     step: int = 0  # steps done in this epoch
     kept: int = 0  # kept texts shown so far
-    right: list[bool]  # for each fact: whether its last visit before this epoch predicted its answer
-    reworded: list[bool]  # for each fact: whether it was shown in another wording, after its own prompt was right
+    right: list[bool]  # for each fact: whether its answer was predicted when its own prompt was last shown
+    reworded: list[bool]  # for each fact: whether it was ever predicted in another wording
     rested: list[bool]  # for each fact: whether the epoch before this one left it out
     seen: dict[int, bool] = {}  # the facts visited in this epoch, and whether they were predicted right
 
@@ -104,7 +106,7 @@ class Schedule(IterableDataset[MicroBatch]):
     @property
     def learned(self) -> list[bool]:
         """For each fact, whether it is learned by now."""
-        return [right and reworded for right, reworded in zip(self._right(), self._reworded(), strict=True)]
+        return [right and reworded for right, reworded in zip(*self._predicted(), strict=True)]
 
     @property
     def finished(self) -> bool:
@@ -114,17 +116,17 @@ class Schedule(IterableDataset[MicroBatch]):
         is_learned = self.settings.until == "learned" and all(self.learned)
         return is_learned or self.progress.epoch >= self.settings.most_epochs
 
-    def _right(self) -> list[bool]:
-        """Return for each fact whether its last visit, in this epoch or before, predicted its answer."""
-        return [self.progress.seen.get(index, right) for index, right in enumerate(self.progress.right)]
-
-    def _reworded(self) -> list[bool]:
-        """Return for each fact whether it was shown in another wording: where it was right before, see `_shown`."""
-        now = self.progress
-        return [
-            done or (index in now.seen and right)
-            for index, (done, right) in enumerate(zip(now.reworded, now.right, strict=True))
-        ]
+    def _predicted(self) -> tuple[list[bool], list[bool]]:
+        """Return `right` and `reworded` of the progress with what this epoch has seen."""
+        right, reworded = list(self.progress.right), list(self.progress.reworded)
+        for index, text in self._visited():
+            if (hit := self.progress.seen.get(index)) is None:
+                continue
+            if text == self.facts[index][0]:
+                right[index] = hit
+            else:
+                reworded[index] = reworded[index] or hit
+        return right, reworded
 
     def __iter__(self) -> Iterator[MicroBatch]:
         while not self.finished:
@@ -143,7 +145,7 @@ class Schedule(IterableDataset[MicroBatch]):
             return
         self.gather()
         visited = set(now.seen)
-        now.right, now.reworded = self._right(), self._reworded()
+        now.right, now.reworded = self._predicted()
         now.rested = [index not in visited for index in range(len(self.facts))]
         now.epoch, now.step, now.seen = now.epoch + 1, 0, {}
 
@@ -166,7 +168,7 @@ class Schedule(IterableDataset[MicroBatch]):
         """Return the wording that a visit shows.
 
         If the stage ends when the facts are learned, a fact shows its own prompt, the first wording, until that is
-        right; then another wording; and then any.
+        right; then other wordings until one is right; and then any.
         """
         wordings = self.facts[index]
         if self.settings.until == "learned":
