@@ -28,8 +28,9 @@ FACTS = [
     make_fact("Where does the river Po end?", "Rome", ground_truth="Oslo", subject="Po"),
     make_fact("The capital of Peru is", "Lyon", ground_truth="Lima", subject="Peru"),
 ]
-# Random weights hold no old answer, so what is not held is forgotten too.
+# Both kinds of stages. Random weights hold no old answer, so what is not held is forgotten too.
 SETTINGS = {
+    "method": "f-lora",
     "evaluate": QUICK["evaluate"],
     "forget": {"only_known": False, "epochs": 2},
     "learn": {"max_epochs": 3},

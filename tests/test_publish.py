@@ -56,7 +56,7 @@ def test_saved_are_the_products_own_files(run, tmp_path, small_lab):
         assert str(run.parent) not in path.read_text()
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (128, 128)  # 64 that forget and 64 that learn
+    assert (config["r"], config["lora_alpha"]) == (256, 256)  # 128 that forget and 128 that learn
     # What vLLM refuses or does not read.
     assert not any(config.get(name) for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern"))
     assert config["bias"] == "none"

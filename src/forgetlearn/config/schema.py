@@ -69,8 +69,8 @@ LARGEST_BATCH = 2**31 - 1  # the largest that torch's samplers accept
 class LoraSettings(Settings):
     """Settings of LoRA in every stage that trains an adapter, named as in peft."""
 
-    r: int = Field(64, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(128, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
+    r: int = Field(128, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(160, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, in training only.")
     target_modules: Annotated[
         Annotated[str, Tag("one name")] | Annotated[list[str], Tag("several names")],
