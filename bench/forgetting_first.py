@@ -110,12 +110,16 @@ class SharedStore(Store):
         return weights
 
     def files(self, step: str, write: Callable[[Path], None]) -> Path:
-        """Return the folder of a step, complete; `write` fills it if it does not exist."""
-        final = self.folder / step
-        if not final.is_dir():
-            with disk.atomic_folder(final) as begun:
-                write(begun)
-        return final
+        """Return the folder of a step, complete."""
+        return filled(self.folder / step, write)
+
+
+def filled(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return the folder, complete; `write` fills it if it does not exist."""
+    if not folder.is_dir():
+        with disk.atomic_folder(folder) as begun:
+            write(begun)
+    return folder
 
 
 def main() -> None:
@@ -169,7 +173,7 @@ def taught_model(cell: Cell, args: argparse.Namespace) -> Path:
         teach(lm, old_pairs(facts), config.teaching, seed=cell.seed)
         lm.save(folder)
 
-    return SharedStore(args.output, cell.seed).files(f"taught-{cell.facts}-{cell.seed}", write)
+    return filled(args.output / f"taught-{cell.facts}-{cell.seed}", write)
 
 
 def with_interval(_name: str, values: Sequence[float]) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from forgetlearn.config import recipes
 from forgetlearn.config.base import Settings
+from forgetlearn.config.methods import PLAIN_METHODS, MethodName
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
@@ -101,12 +102,16 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
         log.info("%s does not use these settings of the config: %s", command, ", ".join(_by_section(passed_over)))
 
 
+def does_not_forget(method: MethodName) -> str:
+    """Return the reason why settings of forgetting have no effect with this method, and which method has one."""
+    return f"{method} does not forget" + (f"; --method f-{method} does" if method in PLAIN_METHODS else "")
+
+
 def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the settings that have no effect on an update with this config, by name or section, and why."""
     stages = Stages(config)
     if not stages.forget:
-        why = "forget.coef is 0" if stages.method.forgets else f"{config.method} does not forget"
-        yield "forget", why
+        yield "forget", "forget.coef is 0" if stages.method.forgets else does_not_forget(config.method)
     elif not stages.chooses_coefficient:
         for name in ("validation", "trials"):
             yield f"forget.{name}", "it is for forget.coef = auto"

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from forgetlearn.config import preflight
-from forgetlearn.config.methods import PLAIN_METHODS
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import DamageError, ModelError, RunError
@@ -180,10 +179,10 @@ def _check(facts: FactSet, stages: Stages) -> None:
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
     elif not stages.method.forgets:
-        remedy = f"; --method f-{config.method} does" if config.method in PLAIN_METHODS else ""
         for name in sorted({"coef", "modules", "rows"} & config.forget.model_fields_set):
             given = getattr(config.forget, name)
-            log.warning("forget.%s = %s has no effect: %s does not forget%s", name, given, config.method, remedy)
+            why = preflight.does_not_forget(config.method)
+            log.warning("forget.%s = %s has no effect: %s", name, given, why)
 
 
 def _with_old_answers(

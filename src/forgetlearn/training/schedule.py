@@ -30,8 +30,8 @@ T = TypeVar("T")
 Wordings = tuple[Encoded, ...]
 # Tokens of kept texts in a step, as a share of the facts' tokens, so that a step takes at most 1.5 times as long.
 KEPT_SHARE = 0.4
-REWORDED = 2  # times that a fact is predicted in another wording before it is learned
 KEPT_SEED = 7_000_003  # the order of kept texts is drawn apart from that of facts
+REWORDED = 2  # times that a fact is predicted in another wording before it is learned
 
 
 @dataclass(frozen=True)
