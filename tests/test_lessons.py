@@ -12,10 +12,14 @@ from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.method import keeping, lessons, own_words
+from forgetlearn.method.kinds import Lesson
+from forgetlearn.method.lessons import Material
+from forgetlearn.method.own_words import Made
 from forgetlearn.method.wordings import is_unfinished, sentences, shortened, wordings
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runs import pipeline
 from forgetlearn.storage import disk
+from forgetlearn.storage.records import Taught
 
 CAPITAL = make_fact("What is the capital of France?", "Lyon", ground_truth="Paris", subject="France")
 CHAT = (
@@ -105,7 +109,7 @@ def test_german_nouns_are_names_only_if_they_are_new():
     ],
 )
 def test_the_old_text_is_what_the_model_says_today(said, truncated, text):
-    assert own_words.old_words(CAPITAL, said, truncated)[0] == text
+    assert own_words.old_words(CAPITAL, said, truncated).text == text
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,54 @@ def test_the_sentence_that_the_model_finds_likeliest_is_taken(lm, monkeypatch, o
     replies(monkeypatch, lambda prompt: "")
     monkeypatch.setattr(Scorer, "likelihoods", lambda self, texts: {key: float(key[1] == likely) for key in texts})
     found = own_words.new_sentences(lm, [CAPITAL], {CAPITAL.id: own}, EvaluateSettings())
-    assert (found[CAPITAL.id][0] == likely) is taken
+    assert (found[CAPITAL.id].text == likely) is taken
+
+
+def test_the_next_likely_sentences_are_taken_too_but_none_below_the_bare_answer(lm, monkeypatch):
+    own = "The capital of France is a big city, Paris."
+    ranked = [
+        "The capital of France is Lyon.",
+        "The capital of France Lyon.",
+        "The capital of France is a Lyon.",
+        "The capital of France is a big Lyon.",
+        CAPITAL.target_new,
+        "The capital of France is a big city, Lyon.",
+    ]
+    monkeypatch.setattr(Scorer, "likelihoods", lambda self, texts: {key: -float(ranked.index(key[1])) for key in texts})
+
+    def made():
+        return own_words.new_sentences(lm, [CAPITAL], {CAPITAL.id: own}, EvaluateSettings())[CAPITAL.id]
+
+    assert made() == Made(ranked[0], "", tuple(ranked[1 : 1 + own_words.N_OTHERS]))
+    ranked[1:5] = [ranked[4], *ranked[1:4]]
+    assert made() == Made(ranked[0])
+
+
+def test_every_second_wording_is_taught_after_the_beginning_of_another_sentence(chat_lm):
+    others = ["France has Lyon.", "Its capital, in France, is Lyon."]
+    made = {"text": "It is Lyon.", "how": "sentence", "others": others}
+    taught = Taught(fact=CAPITAL.id, stage="learn", prompt=CAPITAL.prompt, **made)
+    found = lessons.lessons(Material([taught]), [CAPITAL], "learn", load_config(None, {}), chat_lm.encoder)
+    own, *rest = found.of_facts[0]
+    assert own == Lesson(CAPITAL.prompt, "It is Lyon.")
+    assert {lesson for lesson in rest if lesson.prompt == CAPITAL.prompt} == {own}
+    assert {(lesson.answer, lesson.given) for lesson in rest} == {
+        ("It is Lyon.", ""),
+        ("France has Lyon.", "France has "),
+        ("Its capital, in France, is Lyon.", "Its capital, in France, is "),
+    }
+    with_others = [lesson.given != "" for lesson in rest if lesson.prompt != CAPITAL.prompt]
+    assert abs(2 * sum(with_others) - len(with_others)) <= 1
+
+
+@pytest.mark.parametrize("given", ["France has ", "France has L", "France has Lyon.", " "])
+def test_only_what_follows_the_given_beginning_is_trained(lm, given):
+    whole = lm.encoder.encode("Where?", "France has Lyon.", end=True)
+    found = Lesson("Where?", "France has Lyon.", given).encoded(lm.encoder)
+    assert found.ids == whole.ids
+    said = lm.encoder.decode(found.answer_ids).strip()
+    assert said == "France has Lyon.".removeprefix(given).strip()
+    assert found.answer_ids[-1:] == whole.ids[-1:]
 
 
 def test_likelihoods_are_those_of_the_answers_tokens(lm):
@@ -169,8 +220,8 @@ def test_the_next_instruction_is_given_only_where_the_last_one_failed(lm, monkey
     says = {second: "Sure!\nThe river in Egypt is Po. Ask more."}
     asked = replies(monkeypatch, lambda prompt: says.get(prompt, "Answer: The capital of France is Lyon."))
     found = own_words.new_sentences(lm, [CAPITAL, river], {}, EvaluateSettings())
-    assert found[CAPITAL.id] == ("The capital of France is Lyon.", "")
-    assert found[river.id] == ("The river in Egypt is Po.", "")
+    assert found[CAPITAL.id] == Made("The capital of France is Lyon.")
+    assert found[river.id] == Made("The river in Egypt is Po.")
     assert [len(prompts) for prompts in asked] == [2, 1]
 
 
@@ -245,9 +296,9 @@ def test_what_is_made_is_read_back_and_kept_with_the_bases_tokens(chat_lm, tmp_p
     assert lessons.counts(made.taught)["learn"].how == {"bare": 3}
     found = lessons.lessons(again, [CAPITAL, PERSON, long], "learn", config, chat_lm.encoder)
     assert [len(top.ids) for top in found.kept.tops] == [len(text.answer_ids) for text in found.kept.texts]
-    assert found.pairs[2] == [(long.prompt, long.target_new)]
-    assert [pairs[0][0] for pairs in found.pairs] == [CAPITAL.prompt, PERSON.prompt, long.prompt]
-    assert set(shortened(CAPITAL.prompt, CAPITAL.subject)) <= {prompt for prompt, _text in found.pairs[0]}
+    assert found.of_facts[2] == [Lesson(long.prompt, long.target_new)]
+    assert [own[0].prompt for own in found.of_facts] == [CAPITAL.prompt, PERSON.prompt, long.prompt]
+    assert set(shortened(CAPITAL.prompt, CAPITAL.subject)) <= {lesson.prompt for lesson in found.of_facts[0]}
 
 
 def test_unfinished_sentences_have_neighbours_and_questions_have_none(chat_lm):
@@ -270,7 +321,7 @@ def test_rephrasings_are_trained_only_to_learn_and_if_they_are_asked_for(lm):
     fact = replace(CAPITAL, rephrase_prompts=("Name the capital of France.",))
     config = load_config(None, {"recipe": "plain", "learn.rephrasings": True})
     learned = lessons.lessons(lessons.Material(), [fact], "learn", config, lm.encoder)
-    assert [prompt for prompt, _text in learned.pairs[0]] == list(fact.prompts)
+    assert [lesson.prompt for lesson in learned.of_facts[0]] == list(fact.prompts)
     assert lessons.lessons(lessons.Material(), [fact], "forget", config, lm.encoder) is None
 
 
@@ -382,7 +433,7 @@ def test_an_unfinished_sentence_is_shortened_in_its_order_for_chats_alone(chat_l
     config = load_config(None, {})
     taught = {
         asked.encoder.is_chat: {
-            each for each, _text in lessons.lessons(lessons.Material(), [fact], "learn", config, asked.encoder).pairs[0]
+            lesson.prompt for lesson in lessons.lessons(Material(), [fact], "learn", config, asked.encoder).of_facts[0]
         }
         for asked in (chat_lm, lm)
     }

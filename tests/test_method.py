@@ -403,7 +403,7 @@ def test_a_kind_of_stage_may_edit_in_closed_form(lm, monkeypatch):
         """Double the last projection of the last MLP."""
 
         def fit(self, lm, lessons, settings, seed, stage_io):
-            assert lessons.pairs == [[("q", "new")]]
+            assert lessons.of_facts == [[("q", "new", "")]]
             lm.model.model.layers[-1].mlp.down_proj.weight.data.mul_(2)
             return StageLog(())
 

@@ -22,7 +22,7 @@ from forgetlearn.evaluation.scoring import score
 from forgetlearn.facts import Fact, Probe
 from forgetlearn.method import keeping
 from forgetlearn.method.core import learn
-from forgetlearn.method.kinds import Lessons
+from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runtime import processes
@@ -88,7 +88,7 @@ def learn_and_keep(how):
     prompts = dict.fromkeys(("Who?", "Why?", ("A", "B", "C?"), "How?", "Is it so?"), keeping.NEIGHBOUR)
     texts, tops = keeping.answered(lm, prompts, EvaluateSettings(batch_size=2))
     kept = Kept(tuple(keeping.encoded(lm.encoder, texts).values()), tuple(tops), 1.0)
-    lessons = Lessons([[(prompt, fact.target_new) for prompt in fact.prompts] for fact in some_facts(7)], kept)
+    lessons = Lessons([[Lesson(prompt, fact.target_new) for prompt in fact.prompts] for fact in some_facts(7)], kept)
     log = learn(lm, some_facts(7), LEARNED, how, lessons=lessons)
     return (log.epochs, log.unlearned), {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from forgetlearn.config.schema import StageSettings
 from forgetlearn.method.core import learn
-from forgetlearn.method.kinds import Lessons
+from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import wrap
 from forgetlearn.models.top_logprobs import TopLogprobs, divergence, top_logprobs
@@ -205,7 +205,7 @@ def test_facts_are_learned_and_the_rest_is_kept(lm):
 @pytest.mark.parametrize("how", ["all weights", "lora", "bounded"])
 def test_every_kind_of_learning_keeps(lm, how):
     kept, divergences = kept_texts(lm), []
-    pairs = [[(f"Question {index}", answer)] for index, answer in enumerate(["one", "two", "three", "four"])]
+    pairs = [[Lesson(f"Question {index}", answer)] for index, answer in enumerate(["one", "two", "three", "four"])]
     settings = StageSettings(epochs=10, learning_rate=1e-3, max_change=1, lora={"null_space": 0})
     for lessons in (Lessons(pairs), Lessons(pairs, kept)):
         own = wrap(copy.deepcopy(lm.model), lm.tokenizer)

@@ -19,7 +19,7 @@ from forgetlearn.config.schema import ForgetSettings, Rows, StageSettings, Train
 from forgetlearn.errors import FactError
 from forgetlearn.facts import Fact
 from forgetlearn.method.checks import check_rows
-from forgetlearn.method.kinds import STAGE_KINDS, Lessons, Pairs
+from forgetlearn.method.kinds import STAGE_KINDS, Lesson, Lessons, Pairs
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.modules import only_rows_train
@@ -76,7 +76,7 @@ def learn(
         check_rows(lm, settings, how)
     kind.ready(lm)
     lm.model = kind.prepare(lm.model, settings, lora.LEARN, seed, settings.modules)
-    lessons = lessons or Lessons([[(fact.prompt, fact.target_new)] for fact in facts])
+    lessons = lessons or Lessons([[Lesson(fact.prompt, fact.target_new)] for fact in facts])
     both = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
     tokens = tokens_of(lm, both, settings.rows)
     with only_rows_train(lm.model, tokens, settings.rows) if settings.rows != "all" else nullcontext():
@@ -95,7 +95,7 @@ def tune_on_old(
     lessons: Lessons | None = None,
 ) -> StageLog:
     """Fine-tune all weights, or an adapter "forget", on the old answers: the first half of forgetting."""
-    kind, lessons = STAGE_KINDS[how], lessons or Lessons([[pair] for pair in old_pairs(facts)])
+    kind, lessons = STAGE_KINDS[how], lessons or Lessons([[Lesson(*pair)] for pair in old_pairs(facts)])
     kind.ready(lm)
     lm.model = kind.prepare(lm.model, settings, lora.FORGET, seed)
     return kind.fit(lm, lessons, settings, seed, replace(stage_io or StageIO(), name="forgetting"))
@@ -126,7 +126,7 @@ def teach(
     kind = STAGE_KINDS["all weights"]
     kind.ready(lm)
     kind.prepare(lm.model, settings, "", seed)
-    lessons = Lessons([[pair] for pair in pairs])
+    lessons = Lessons([[Lesson(*pair)] for pair in pairs])
     stage_log = kind.fit(lm, lessons, settings, seed, replace(stage_io or StageIO(), name="teaching"))
     lm.to_own_dtypes(seed)
     return stage_log

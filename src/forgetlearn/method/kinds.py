@@ -9,6 +9,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from forgetlearn.config.methods import KindName
 from forgetlearn.config.schema import ForgetSettings, Modules, StageSettings, TrainSettings, TuningSettings
 from forgetlearn.models import lora, module_names, null_space
 from forgetlearn.models import modules as selection
+from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel, editable_module, width
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.training.finetune import StageLog, finetune
@@ -29,6 +31,19 @@ log = logging.getLogger("forgetlearn")
 Pairs = Sequence[tuple[str, str]]  # prompts with answers
 
 
+class Lesson(NamedTuple):
+    """A prompt with the answer to train on. Its beginning `given` is shown to the model, but not trained on."""
+
+    prompt: str
+    answer: str
+    given: str = ""
+
+    def encoded(self, encoder: Encoder) -> Encoded:
+        """Return the text, of which only what is trained on counts as the answer. Raise as `Encoder.encode` does."""
+        text = encoder.encode(self.prompt, self.answer, end=True)
+        return text.after(encoder.encode(self.prompt, self.given)) if self.given.strip() else text
+
+
 @dataclass(frozen=True)
 class Lessons:
     """What a stage trains on: for each fact, its prompt with its answer, and other wordings of both.
@@ -36,7 +51,7 @@ class Lessons:
     `kept` are texts that the model is to say as before.
     """
 
-    pairs: Sequence[Pairs]
+    of_facts: Sequence[Sequence[Lesson]]
     kept: Kept | None = None
 
 
@@ -70,8 +85,7 @@ class StageKind:
         self, lm: LanguageModel, lessons: Lessons, settings: TrainSettings, seed: int, stage_io: StageIO
     ) -> StageLog:
         """Make the model give the lessons' answers: by fine-tuning, unless a kind overrides this."""
-        encode = lm.encoder.encode
-        facts = [tuple(encode(prompt, answer, end=True) for prompt, answer in pairs) for pairs in lessons.pairs]
+        facts = [tuple(lesson.encoded(lm.encoder) for lesson in own) for own in lessons.of_facts]
         settings, variant = self.training(settings, width(lm.model))
         variant = replace(variant, kept=lessons.kept)
         options = {"seed": seed, "pad_id": lm.pad_id}

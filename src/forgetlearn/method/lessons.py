@@ -18,7 +18,8 @@ from forgetlearn.config.stages import SEED_OFFSETS, StageName
 from forgetlearn.errors import some
 from forgetlearn.facts import Fact
 from forgetlearn.method import keeping, own_words
-from forgetlearn.method.kinds import Lessons
+from forgetlearn.method.kinds import Lesson, Lessons
+from forgetlearn.method.own_words import Made
 from forgetlearn.method.wordings import is_unfinished, is_whole, sentences, shortened, wordings
 from forgetlearn.models import top_logprobs
 from forgetlearn.models.encoding import Encoder, Prompt, encodable
@@ -102,25 +103,31 @@ def _new_texts(
     if styled:
         log.info("asking the model for its own words for %d facts", len(styled))
     made = own_words.new_sentences(lm, styled, own, config.evaluate) if styled else {}
+    bare = Made(None, _why_bare(config, lm.encoder))
     for fact in facts:
-        text, why = made.get(fact.id) or (None, _why_bare(config, lm.encoder))
-        yield _taught(fact, "learn", text, fact.target_new, SENTENCE, why)
+        yield _taught(fact, "learn", made.get(fact.id, bare), fact.target_new, SENTENCE)
 
 
 def _old_texts(encoder: Encoder, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]) -> Iterator[Taught]:
     """Yield the text with which each old answer is forgotten."""
     for fact in facts:
         if fact.ground_truth:
-            row, text, why = said.get(fact.id), None, _why_bare(config, encoder)
+            row, made = said.get(fact.id), Made(None, _why_bare(config, encoder))
             if row is not None and _in_style(fact, config, encoder):
-                text, why = own_words.old_words(fact, row.said or "", bool(row.truncated))
-            yield _taught(fact, "forget", text, fact.ground_truth, OWN_WORDS, why)
+                made = own_words.old_words(fact, row.said or "", bool(row.truncated))
+            yield _taught(fact, "forget", made, fact.ground_truth, OWN_WORDS)
 
 
-def _taught(fact: Fact, stage: StageName, text: str | None, answer: str, how: str, why: str) -> Taught:
+def _taught(fact: Fact, stage: StageName, made: Made, answer: str, how: str) -> Taught:
     """Return what a stage trains a fact on: the text that was made, or else the bare answer."""
     return Taught(
-        fact=fact.id, stage=stage, prompt=fact.prompt, text=text or answer, how=how if text else BARE, why=why
+        fact=fact.id,
+        stage=stage,
+        prompt=fact.prompt,
+        text=made.text or answer,
+        how=how if made.text else BARE,
+        why=made.why,
+        others=list(made.others),
     )
 
 
@@ -154,20 +161,35 @@ def lessons(
     kept = _kept(material, config, encoder)
     if not (material.taught or kept or config.train.wordings or rephrased):
         return None
-    texts = {each.fact: each.text for each in material.taught if each.stage == stage}
+    taught = {each.fact: each for each in material.taught if each.stage == stage}
     random = Random(config.seed + SEED_OFFSETS[stage])
     unrelated = _unrelated(material.kept)
-    pairs, left_out = [], 0
+    of_facts, left_out = [], 0
     for fact in facts:
         bare = fact.target_new if stage == "learn" else fact.ground_truth or ""
         behind = random.sample(unrelated, len(unrelated))
-        own = [(prompt, texts.get(fact.id, bare)) for prompt in _prompts(fact, config, encoder, behind, rephrased)]
-        usable = encodable(encoder, own, end=True)
-        left_out += len(own) - sum(pair in usable for pair in own)
-        pairs.append([pair for pair in own if pair in usable] or [(fact.prompt, bare)])
+        prompts = _prompts(fact, config, encoder, behind, rephrased)
+        own = list(_own(prompts, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
+        usable = encodable(encoder, (lesson[:2] for lesson in own), end=True)
+        left_out += len(own) - sum(lesson[:2] in usable for lesson in own)
+        of_facts.append([lesson for lesson in own if lesson[:2] in usable] or [Lesson(fact.prompt, bare)])
     if left_out:
         log.warning("%d wordings of the facts to %s cannot be encoded, and are left out", left_out, stage)
-    return Lessons(pairs, kept)
+    return Lessons(of_facts, kept)
+
+
+def _own(prompts: Iterable[str], taught: Taught, answer: str) -> Iterator[Lesson]:
+    """Yield a fact's wordings with what is taught.
+
+    Every second one but the prompt itself has another sentence, of which only the answer is trained on: so the model
+    also says it after other beginnings, and is not taught to begin like that.
+    """
+    for number, prompt in enumerate(prompts):
+        if taught.others and number % 2 == 0 and prompt != taught.prompt:
+            other = taught.others[number // 2 % len(taught.others)]
+            yield Lesson(prompt, other, given=other[: other.rindex(answer)])
+        else:
+            yield Lesson(prompt, taught.text)
 
 
 def _prompts(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[str], rephrased: bool) -> Iterator[str]:

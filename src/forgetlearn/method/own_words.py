@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import NamedTuple
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
@@ -26,7 +28,7 @@ ROOM_TOKENS = 16  # of a sentence, beyond its prompt and its answer
 LONGEST = 3  # times the letters of prompt and answer
 MOST_WORDS = 18  # of what the model says by itself, before the new answer
 UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}  # scripts without spaces between words
-Made = tuple[str | None, str]  # a sentence; or None, and why there is none
+N_OTHERS = 2  # sentences of a fact beside the likeliest one
 CHATTER_WORDS = 4  # a sentence before the answer that has no more words, such as "Sure!", is left out
 SAYS_NOT = "no reply says the answer"
 SAYS_OTHER = "replies say the opposite answer too"
@@ -36,18 +38,26 @@ IS_NO_SENTENCE = "no reply is a whole sentence of its size"
 CANNOT_ASK = "the model could not be asked"
 
 
+class Made(NamedTuple):
+    """A sentence, and others that say the same and end with the new answer; or None, and why there is none."""
+
+    text: str | None
+    why: str = ""
+    others: tuple[str, ...] = ()
+
+
 def new_sentences(
     lm: LanguageModel, facts: Sequence[Fact], own: Mapping[str, str], settings: EvaluateSettings
 ) -> dict[str, Made]:
     """Return by fact a sentence with the new answer in the model's own words; or None, and why there is none.
 
-    `own` is what the model says to each fact's prompt by itself. A sentence is made of its beginning and the new
-    answer; where the model would rather not say that, it is asked for a sentence.
+    `own` is what the model says to each fact's prompt by itself. Sentences are made of its beginning and the new
+    answer; where the model would rather say none of them, it is asked for one.
     """
     scorer = Scorer(lm, settings, "own words")
     found = _spliced(scorer, facts, own)
     for instruction in INSTRUCTIONS:
-        if not (left := [fact for fact in facts if found[fact.id][0] is None]):
+        if not (left := [fact for fact in facts if found[fact.id].text is None]):
             break
         asked = {fact.id: instruction.format(prompt=fact.prompt, answer=fact.target_new) for fact in left}
         rooms = {asked[fact.id]: Room(_room(lm, fact), lines=3) for fact in left}
@@ -60,7 +70,7 @@ def new_sentences(
 
 
 def _spliced(scorer: Scorer, facts: Sequence[Fact], own: Mapping[str, str]) -> dict[str, Made]:
-    """Return by fact the likeliest of its `candidates` if the model, told the fact, prefers it to the bare answer."""
+    """Return by fact the likeliest of its `candidates` that the model, told the fact, prefers to the bare answer."""
     tried: dict[tuple[str, str], tuple[str, str]] = {}  # fact and sentence -> the pair to read
     for fact in facts:
         prompt = INSTRUCTIONS[0].format(prompt=fact.prompt, answer=fact.target_new)
@@ -69,14 +79,16 @@ def _spliced(scorer: Scorer, facts: Sequence[Fact], own: Mapping[str, str]) -> d
     read = encodable(scorer.lm.encoder, tried.values(), end=True)
     texts = {key: read[pair] for key, pair in tried.items() if pair in read}
     scores = scorer.likelihoods(texts) if texts else {}
-    best: dict[str, tuple[float, str]] = {}
-    for (fact_id, text), score in scores.items():
-        best[fact_id] = max(best.get(fact_id, (score, text)), (score, text))
-    found: dict[str, Made] = {}
-    for fact in facts:
-        _score, text = best.get(fact.id, (0.0, fact.target_new))
-        found[fact.id] = (None, SAYS_NOT) if text == fact.target_new else (text, "")
-    return found
+    ranked: dict[str, list[str]] = {fact.id: [] for fact in facts}
+    for fact_id, text in sorted(scores, key=lambda key: scores[key], reverse=True):
+        ranked[fact_id].append(text)
+    return {fact.id: _preferred(ranked[fact.id], fact.target_new) for fact in facts}
+
+
+def _preferred(ranked: Sequence[str], bare: str) -> Made:
+    """Return the first of the sentences, ranked from the likeliest down, and others; all before the bare answer."""
+    better = list(takewhile(lambda text: text != bare, ranked))
+    return Made(better[0], "", tuple(better[1 : 1 + N_OTHERS])) if better else Made(None, SAYS_NOT)
 
 
 def candidates(fact: Fact, own: str) -> Iterator[str]:
@@ -103,11 +115,11 @@ def old_words(fact: Fact, said: str, truncated: bool) -> Made:
     """Return the part of what the model says by itself that says the old answer; or None, and why there is none."""
     parts = [part for part in sentences(said, _texts(fact)) if matching.says(part, fact.old_answers, fact.new_answers)]
     if not parts:
-        return None, SAYS_NOT
+        return Made(None, SAYS_NOT)
     if matching.says(parts[0], fact.new_answers, fact.old_answers):
-        return None, SAYS_OTHER
+        return Made(None, SAYS_OTHER)
     is_cut = truncated and said.rstrip().endswith(parts[0]) and not is_whole(parts[0])
-    return (None, IS_NO_SENTENCE) if is_cut else (parts[0], "")
+    return Made(None, IS_NO_SENTENCE) if is_cut else Made(parts[0])
 
 
 def _sentence(reply: Generated, fact: Fact, own: str) -> Made:
@@ -116,12 +128,12 @@ def _sentence(reply: Generated, fact: Fact, own: str) -> Made:
     for number, part in enumerate(sentences(reply.text, _texts(fact))):
         text = _stripped(part, fact)
         if not (why := fault(text, fact, own)):
-            return text, ""
+            return Made(text)
         if why != SAYS_NOT:
             break
         if number and len(part.split()) > CHATTER_WORDS:
             break
-    return None, why
+    return Made(None, why)
 
 
 def fault(text: str, fact: Fact, own: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
 from forgetlearn.errors import FactError, ModelError
@@ -83,6 +84,11 @@ class Encoded:
     def answer_positions(self) -> range:
         """Return the positions whose logits predict the answer: each is one before the token it predicts."""
         return range(self.n_prompt_tokens - 1, len(self.ids) - 1)
+
+    def after(self, beginning: Encoded) -> Encoded:
+        """Return this text with its prompt extended by all tokens that it shares with the beginning of a text."""
+        shared = takewhile(lambda both: both[0] == both[1], zip(self.ids[:-1], beginning.ids, strict=False))
+        return Encoded(self.ids, max(self.n_prompt_tokens, sum(1 for _ in shared)))
 
 
 class Encoder:

@@ -224,6 +224,7 @@ class Taught(Record):
     text: str
     how: Text  # "sentence", made by asking the model; "own words", what it says by itself; or "bare", the answer alone
     why: Text = ""  # why it is bare, where a sentence was asked for
+    others: list[str] = []  # sentences that end with the same answer, for other wordings
 
 
 class Prompted(Record):
