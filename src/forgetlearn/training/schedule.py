@@ -4,7 +4,7 @@ Each epoch shows the facts in a new order, each fact in one of its wordings. Bes
 texts that are kept.
 
 A stage can end when every fact is learned: the model predicted the whole answer when its own prompt was last shown, and
-twice in another wording. If wrong answers in other wordings counted too, many facts would seldom all be right at once,
+once in another wording. If wrong answers in other wordings counted too, many facts would seldom all be right at once,
 and the stage would be much longer and change much more (docs/experiments.md). A learned fact rests every other epoch.
 """
 
@@ -76,7 +76,7 @@ class Progress(BaseModel):
     step: int = 0  # steps done in this epoch
     kept: int = 0  # kept texts shown so far
     right: list[bool]  # for each fact: whether its answer was predicted when its own prompt was last shown
-    reworded: list[int]  # for each fact: how often it was predicted in another wording, up to `REWORDED`
+    reworded: list[bool]  # for each fact: whether it was ever predicted in another wording
     rested: list[bool]  # for each fact: whether the epoch before this one left it out
     seen: dict[int, bool] = {}  # the facts visited in this epoch, and whether they were predicted right
 
@@ -94,8 +94,7 @@ class Schedule(IterableDataset[MicroBatch]):
         self.facts, self.settings, self.seed, self.n_micro = facts, settings, seed, n_micro
         self.kept = kept or Kept((), (), 0.0)
         never = [False] * len(facts)
-        alone = [0 if _others(wordings) else REWORDED for wordings in facts]
-        self.progress = Progress(right=never, rested=never, reworded=alone)
+        self.progress = Progress(right=never, rested=never, reworded=[not _others(wordings) for wordings in facts])
         self.shared = common_length([text.ids for texts in (*facts, self.kept.texts) for text in texts])
         self._visits: tuple[int, list[tuple[int, Encoded]]] = (-1, [])  # the epoch, and whom it visits
 
@@ -107,7 +106,7 @@ class Schedule(IterableDataset[MicroBatch]):
     @property
     def learned(self) -> list[bool]:
         """For each fact, whether it is learned by now."""
-        return [self._is_learned(*both) for both in zip(*self._predicted(), strict=True)]
+        return [right and reworded for right, reworded in zip(*self._predicted(), strict=True)]
 
     @property
     def finished(self) -> bool:
@@ -117,11 +116,7 @@ class Schedule(IterableDataset[MicroBatch]):
         is_learned = self.settings.until == "learned" and all(self.learned)
         return is_learned or self.progress.epoch >= self.settings.most_epochs
 
-    @staticmethod
-    def _is_learned(right: bool, reworded: int) -> bool:
-        return right and reworded >= REWORDED
-
-    def _predicted(self) -> tuple[list[bool], list[int]]:
+    def _predicted(self) -> tuple[list[bool], list[bool]]:
         """Return `right` and `reworded` of the progress with what this epoch has seen."""
         right, reworded = list(self.progress.right), list(self.progress.reworded)
         for index, text in self._visited():
@@ -130,7 +125,7 @@ class Schedule(IterableDataset[MicroBatch]):
             if text == self.facts[index][0]:
                 right[index] = hit
             else:
-                reworded[index] = min(REWORDED, reworded[index] + hit)
+                reworded[index] = reworded[index] or hit
         return right, reworded
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -173,20 +168,20 @@ class Schedule(IterableDataset[MicroBatch]):
         """Return the wording that a visit shows.
 
         If the stage ends when the facts are learned, a fact shows its own prompt, the first wording, until that is
-        right; then other wordings until two were right; and then any.
+        right; then other wordings until one is right; and then any.
         """
         wordings = self.facts[index]
         if self.settings.until == "learned":
             if not self.progress.right[index]:
                 return wordings[0]
-            if self.progress.reworded[index] < REWORDED:
+            if not self.progress.reworded[index]:
                 wordings = _others(wordings)
         return wordings[int(draw * len(wordings))]
 
     def _due(self) -> Iterator[int]:
         now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
         for index, (right, reworded, rested) in enumerate(zip(now.right, now.reworded, now.rested, strict=True)):
-            rests = self.settings.until == "learned" and self._is_learned(right, reworded) and not rested
+            rests = self.settings.until == "learned" and right and reworded and not rested
             if not rests:
                 yield index
 
