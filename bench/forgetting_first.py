@@ -36,7 +36,7 @@ from forgetlearn.storage import disk
 from forgetlearn.storage.records import Row, load_rows, save_rows
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict
-from real_models import SETS, arguments, brought_back, finished, in_markdown, model_at, scores
+from real_models import SETS, arguments, brought_back, filled, finished, in_markdown, model_at, scores
 
 COEFS = (0.0, 0.3, 1.0)
 FILES = ("zsre", "counterfact")
@@ -112,14 +112,6 @@ class SharedStore(Store):
     def files(self, step: str, write: Callable[[Path], None]) -> Path:
         """Return the folder of a step, complete."""
         return filled(self.folder / step, write)
-
-
-def filled(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Return the folder, complete; `write` fills it if it does not exist."""
-    if not folder.is_dir():
-        with disk.atomic_folder(folder) as begun:
-            write(begun)
-    return folder
 
 
 def main() -> None:

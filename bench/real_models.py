@@ -132,9 +132,11 @@ def probes_as_before(
     """Return the agreement with the base on its own answers to the first probe of each fact."""
     probes = list(dict.fromkeys(fact.locality[0].prompt for fact in facts if fact.locality))
     before = args.output / f"{cell.facts}-{len(facts)}-{args.template}-probes"
-    if not before.is_dir():
-        with disk.atomic_folder(before) as begun:
-            damage.measure(model_at(args.model, config), config.evaluate, begun, prompts=probes)
+
+    def measure(folder: Path) -> None:
+        damage.measure(model_at(args.model, config), config.evaluate, folder, prompts=probes)
+
+    filled(before, measure)
     return damage.measure(model_at(product, config), config.evaluate, before, before, probes).agreement
 
 
@@ -154,6 +156,14 @@ def one_by_one(lm: LanguageModel, facts: FactSet, output: Path) -> dict[str, flo
         lm, evaluate, new_folder(output / "one-by-one-after"), output / "one-by-one-before"
     )
     return scores([*before, *after], general, "updated")
+
+
+def filled(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return the folder, complete; `write` fills it if it does not exist."""
+    if not folder.is_dir():
+        with disk.atomic_folder(folder) as begun:
+            write(begun)
+    return folder
 
 
 def new_folder(path: Path) -> Path:

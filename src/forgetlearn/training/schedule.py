@@ -31,7 +31,6 @@ Wordings = tuple[Encoded, ...]
 # Tokens of kept texts in a step, as a share of the facts' tokens, so that a step takes at most 1.5 times as long.
 KEPT_SHARE = 0.4
 KEPT_SEED = 7_000_003  # the order of kept texts is drawn apart from that of facts
-REWORDED = 2  # times that a fact is predicted in another wording before it is learned
 
 
 @dataclass(frozen=True)
