@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from adapter_vectors import as_vector
+from architectures import make_architecture
 from forgetlearn.config.schema import LoraSettings
 from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.models import lora
@@ -246,6 +247,14 @@ def test_checking_leaves_the_model_as_it_is(tiny_model, family, targets):
         name for name, weight in model.named_parameters() if weight is model.lm_head.weight
     ]
     assert model.training
+
+
+@pytest.mark.parametrize(("n_layers", "share", "lowest"), [(2, None, 0), (6, None, 2), (12, None, 6), (6, 0.5, 3)])
+def test_the_upper_half_of_the_layers_is_adapted_but_at_least_four(n_layers, share, lowest):
+    model = make_architecture("llama", num_hidden_layers=n_layers)
+    lora.attach(model, LoraSettings(r=2, layers=share), LEARN, seed=0)
+    adapted = [path for path, _module in model.named_modules() if path.endswith("lora_A")]
+    assert min(int(path.split("layers.")[1].split(".")[0]) for path in adapted) == lowest
 
 
 def test_checking_takes_no_memory_for_weights(tiny_model):

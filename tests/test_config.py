@@ -57,6 +57,12 @@ def test_the_defaults():
     assert config.evaluate.protocols == ("token", "exact", "generate", "prefer")
 
 
+def test_an_adapters_rate_has_a_limit_in_narrow_models_unless_it_is_chosen():
+    assert load_config().learning.lora_rate(64) == 1.5e-3
+    assert load_config(None, {"learn.learning_rate": 1e-3}).learning.lora_rate(64) == pytest.approx(1e-2)
+    assert load_config(None, {"lora.learning_rate": 2e-3}).learning.lora_rate(64) == 2e-3
+
+
 def test_file_wins_over_defaults_and_overrides_over_the_file(yaml_file):
     file = yaml_file("method: f-ft\nforget: {coef: 0.7, epochs: 5}\n")
     config = load_config(file, {"forget.coef": "1.5"})

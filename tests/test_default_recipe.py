@@ -53,8 +53,8 @@ def turned(monkeypatch):
     """For each stage, after its adapter was turned away: copies of A by layer, and what A lets through."""
     found, turn_away = {}, null_space.turn_away
 
-    def watched(model, name, texts, share, *more):
-        remaining = turn_away(model, name, texts, share, *more)
+    def watched(model, name, texts, facts, share, **options):
+        remaining = turn_away(model, name, texts, facts, share, **options)
         factors = {path: layer.lora_A[name].weight.clone() for path, layer in projected(model, name)}
         found[name] = factors, passed(model, name, texts)
         return remaining

@@ -60,8 +60,10 @@ Modules = Annotated[
     Discriminator(_kind_of_modules),
 ]
 # Schulman et al., "LoRA Without Regret", 2025, and the rule that tinker-cookbook made of its sweeps: LoRA takes ten
-# times the rate of full fine-tuning, and both fall with the model's width. The exponent is the one for Llama.
-LORA_RATE_FACTOR = 10
+# times the rate of full fine-tuning, and both fall with the model's width. The exponent is the one for Llama. The
+# sweeps begin at width 2048. Below, an adapter's best rate stops growing: Hayou et al., "LoRA+", ICML 2024,
+# arXiv:2402.12354, derive that B's does not depend on the width, and 1.5e-3 suits width 128 as well as 576.
+LORA_RATE_FACTOR, LARGEST_LORA_RATE = 10, 1.5e-3
 BASE_RATE, BASE_WIDTH, WIDTH_EXPONENT = 5e-5, 2000, 0.781
 LARGEST_BATCH = 2**31 - 1  # the largest that torch's samplers accept
 
@@ -70,7 +72,7 @@ class LoraSettings(Settings):
     """Settings of LoRA in every stage that trains an adapter, named as in peft."""
 
     r: int = Field(128, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(160, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
+    lora_alpha: float = Field(32, gt=0, description="Scale: the change of a weight is (lora_alpha / r) B A.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, in training only.")
     target_modules: Annotated[
         Annotated[str, Tag("one name")] | Annotated[list[str], Tag("several names")],
@@ -80,11 +82,12 @@ class LoraSettings(Settings):
         description="Modules that get an adapter: names, a regular expression, or all-linear (the output head "
         "excepted).",
     )
-    layers: float = Field(
-        0.5,
+    layers: float | None = Field(
+        None,
         gt=0,
         le=1,
-        description="With all-linear: share of the layers that get an adapter, counted from the output.",
+        description="With all-linear: share of the layers that get an adapter, counted from the output. Unset: half, "
+        "but at least 4 layers.",
     )
     null_space: float = Field(
         0.995,
@@ -97,7 +100,8 @@ class LoraSettings(Settings):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description=f"Peak learning rate of a LoRA stage. Unset: {LORA_RATE_FACTOR} times the stage's learning_rate.",
+        description=f"Peak learning rate of a LoRA stage. Unset: {LORA_RATE_FACTOR} times the stage's learning_rate; "
+        f"if that is unset too, at most {LARGEST_LORA_RATE:g}.",
     )
 
 
@@ -306,7 +310,9 @@ class TuningSettings(TrainSettings):
 
     def lora_rate(self, width: int) -> float:
         """Return the peak learning rate of this stage when it trains an adapter of a model of this width."""
-        return self.lora.learning_rate or LORA_RATE_FACTOR * self.rate(width)
+        rate = self.lora.learning_rate or LORA_RATE_FACTOR * self.rate(width)
+        is_chosen = self.lora.learning_rate or self.learning_rate
+        return rate if is_chosen else min(rate, LARGEST_LORA_RATE)
 
 
 class StageSettings(LearnSection, TuningSettings):

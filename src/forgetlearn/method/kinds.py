@@ -161,7 +161,10 @@ class Adapter(StageKind):
         assert isinstance(settings, TuningSettings), "teaching trains no adapter"
         if lessons.kept and settings.lora.null_space and not lm.is_sharded:
             name, share = lora.trained_name(lm.model), settings.lora.null_space
-            remaining = null_space.turn_away(lm.model, name, lessons.kept.texts, share, lm.pad_id, lm.device)
+            facts = [own[0].encoded(lm.encoder) for own in lessons.of_facts]
+            remaining = null_space.turn_away(
+                lm.model, name, lessons.kept.texts, facts, share, pad_id=lm.pad_id, device=lm.device
+            )
             log.info("the adapter reacts to %.0f %% of the directions that its layers read", 100 * remaining)
         return super().fit(lm, lessons, settings, seed, stage_io)
 

@@ -37,6 +37,7 @@ from forgetlearn.runtime.patterns import Pattern, problem
 from forgetlearn.weights.adapter_files import ALL_LINEAR, WEIGHT, AdapterConfig
 from forgetlearn.weights.structure import outline
 
+FEWEST_LAYERS = 4  # two of four layers learned two thirds of the facts that all four did
 TRIED = "tried"  # the adapter's name on an outline
 # The layers that can be adapted, by name and by weight, cached since several stages of a run ask about one model.
 _tried: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
@@ -48,10 +49,13 @@ class NotAdaptable(ConfigError):
     """Raised if `target_modules` names something that cannot be adapted."""
 
 
-def targets_for(model: nn.Module, chosen: str | list[str], share: float = 1.0) -> tuple[str | list[str], list[str]]:
+def targets_for(
+    model: nn.Module, chosen: str | list[str], share: float | None = 1.0
+) -> tuple[str | list[str], list[str]]:
     """Return the chosen modules in two parts for peft: target modules, and paths to list by their weights.
 
-    Of all linear layers, return only those in this share of the model's layers, counted from the output.
+    Of all linear layers, return only those in this share of the model's layers, counted from the output; without one,
+    those in the upper half, or in `FEWEST_LAYERS` if half is fewer.
     """
     if isinstance(chosen, str) and chosen != ALL_LINEAR:
         pattern = Pattern("lora.target_modules", chosen, chosen)
@@ -71,10 +75,11 @@ def targets_for(model: nn.Module, chosen: str | list[str], share: float = 1.0) -
     return chosen, []
 
 
-def _lower_layers(model: nn.Module, share: float) -> tuple[str, ...]:
-    """Return the beginnings of the paths of modules in all but this share of the layers."""
+def _lower_layers(model: nn.Module, share: float | None) -> tuple[str, ...]:
+    """Return the beginnings of the paths of modules in the layers that `targets_for` leaves out."""
     path, stack = layer_list(base_of(model))
-    return tuple(f"{path}.{index}." for index in range(len(stack) - math.ceil(share * len(stack))))
+    upper = max(FEWEST_LAYERS, math.ceil(len(stack) / 2)) if share is None else math.ceil(share * len(stack))
+    return tuple(f"{path}.{index}." for index in range(len(stack) - upper))
 
 
 def what_works(model: nn.Module) -> str:

@@ -3,8 +3,10 @@
 An adapter changes a layer's output by B A x. If the rows of A are orthogonal to the inputs x that the layer gets from
 ordinary texts, the output for those hardly changes, whatever B learns. So A is projected onto the complement of the
 directions that carry most of these inputs, and only B is trained: A would drift back, since Adam scales each number by
-itself. Sources: Saha et al., "Gradient Projection Memory", ICLR 2021, arXiv:2103.09762 (directions by their share of
-the energy); Fang et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null space of kept knowledge in editing).
+itself. What remains of A is scaled up, layer by layer, until it reacts to the facts as strongly as the whole A did, so
+that the usual learning rates fit. Sources: Saha et al., "Gradient Projection Memory", ICLR 2021, arXiv:2103.09762
+(directions by their share of the energy); Fang et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null space of kept
+knowledge in editing).
 """
 
 from __future__ import annotations
@@ -73,19 +75,27 @@ class _Inputs:
 
 @torch.no_grad()
 def turn_away(
-    model: PeftModel, name: str, texts: Sequence[Encoded], share: float, pad_id: int, device: torch.device
+    model: PeftModel,
+    name: str,
+    kept: Sequence[Encoded],
+    facts: Sequence[Encoded],
+    share: float,
+    pad_id: int,
+    device: torch.device,
 ) -> float:
     """Project an adapter's A off the directions that carry this share of the energy of its inputs; freeze A.
 
-    The inputs are those that the layers get from `texts`. Return the mean share of directions that remain.
+    The inputs are those that the layers get from the texts `kept`. A reacts to the texts of `facts` as strongly as
+    before. Return the mean share of directions that remain.
     """
     layers = [
         layer
         for _path, layer in adapted_layers(model)
         if name in layer.lora_A and not isinstance(layer, ParamWrapper)  # fused experts: one A for all of them
     ]
+    whole = {layer: layer.lora_A[name].weight.detach().clone() for layer in layers}
     remaining: list[float] = []
-    for group in _read(model, layers, _drawn(texts), pad_id, device):
+    for group in _read(model, layers, _drawn(kept), pad_id, device):
         for members, inputs in group:
             if not inputs.parts:  # an expert may have read nothing
                 continue
@@ -93,14 +103,44 @@ def turn_away(
             for layer in members:
                 _project(layer.lora_A[name].weight.requires_grad_(False), main)
                 remaining.append(1 - main.shape[1] / inputs.width)
+    _strengthen({layer: (a, layer.lora_A[name].weight) for layer, a in whole.items()}, model, facts, pad_id, device)
     return sum(remaining) / len(remaining) if remaining else 1.0
 
 
 def _project(a: Tensor, main: Tensor) -> None:
-    """Project the rows of A (r, D) off the directions (D, K), in place, and keep their total length."""
-    main, length = main.to(a.dtype), a.norm()
+    """Project the rows of A (r, D) off the directions (D, K), in place."""
+    main = main.to(a.dtype)
     a.sub_((a @ main) @ main.T)
-    a.mul_(length / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
+
+
+def _strengthen(
+    factors: Mapping[LoraLayer, tuple[Tensor, Tensor]],
+    model: PeftModel,
+    texts: Sequence[Encoded],
+    pad_id: int,
+    device: torch.device,
+) -> None:
+    """Scale each layer's projected A, in place, so that it reacts to the texts' tokens as strongly as the whole A.
+
+    The strength is the root of the mean over tokens of |A x|^2, relative to the whole A's: a few tokens, the first
+    above all, have inputs so long that they would outweigh all others.
+    """
+    reactions: dict[LoraLayer, list[Tensor]] = {layer: [] for layer in factors}
+
+    def watch(layer: LoraLayer, counts: Tensor, read: Tensor) -> None:
+        rows, _counts = _real(read, counts)
+        whole, projected = ((rows @ a.float().T).square().sum(1) for a in factors[layer])
+        reactions[layer].append(projected / whole.clamp(min=torch.finfo(whole.dtype).tiny))
+
+    model.eval()
+    with attention.by_text(model), computing(model, device):
+        drawn = _drawn(texts)
+        for each in _passes(model, drawn, choose_layout(model, drawn, pad_id, device, "shared"), pad_id, device):
+            _run(model, {layer: partial(watch, layer, each.counts) for layer in factors}, each)
+    for layer, (_whole, projected) in factors.items():
+        share = torch.cat(reactions[layer]).mean() if reactions[layer] else torch.tensor(0.0)
+        if share > 0:  # an expert may have read nothing
+            projected.mul_(share.rsqrt().to(projected.dtype))
 
 
 @dataclass(frozen=True)
@@ -181,11 +221,16 @@ def _drawn(texts: Sequence[Encoded]) -> list[Encoded]:
 
 def _add(found: _Inputs, counts: Tensor, read: Tensor) -> None:
     """Add what a layer read in a forward pass; a token counts as often as there are texts that it belongs to."""
+    rows, counts = _real(read, counts)
+    found.add(rows * counts.sqrt().unsqueeze(1))
+
+
+def _real(read: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inputs (N, D) of the tokens that are not padding, in float32, and their counts (N,)."""
     rows = read.flatten(0, -2)
-    if len(rows) == len(counts):  # an expert gets only the tokens that are routed to it
-        real = counts.nonzero()[:, 0]
-        rows = rows.index_select(0, real).float() * counts.index_select(0, real).sqrt().unsqueeze(1)
-    found.add(rows)
+    if len(rows) != len(counts):  # an expert gets only the tokens that are routed to it
+        return rows.float(), counts.new_ones(len(rows))
+    return rows[counts > 0].float(), counts[counts > 0]
 
 
 def _run(model: PeftModel, watchers: Mapping[LoraLayer, Callable[[Tensor], None]], each: _Pass) -> None:
