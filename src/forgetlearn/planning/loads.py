@@ -17,6 +17,7 @@ from forgetlearn.evaluation.damage import ROOM
 from forgetlearn.evaluation.general_prompts import measuring
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS, pairs_to_read
 from forgetlearn.facts import FactSet
+from forgetlearn.method import lessons
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder
@@ -84,6 +85,8 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
         notes += [note for note in (left, problem) if note]
     if config.forget.only_known and stages.method.forgets and stages.teach is None:
         notes.append("forgetting takes only facts that the model holds (forget.only_known); all are counted here")
+    if outline.encoder is not None and lessons.asks_base(config, outline.encoder):
+        notes.append("the time leaves out asking the model for its own words, and training on what it is to keep")
     if config.evaluate.engine == "vllm":
         notes.append("answers are planned as those of transformers; vLLM uses all free memory of a GPU for a while")
     load, problem = _score_load(outline, stages, texts(read), facts, device)
