@@ -66,9 +66,8 @@ def test_it_reacts_to_the_facts_as_strongly_as_before(name):
     before = reactions(model, [Encoded(fact.ids[:-1], 1) for fact in facts])  # a shared row leaves out the last token
     null_space.turn_away(model, lora.LEARN, KEPT, facts, 0.99, 0, CPU)
     after = reactions(model, [Encoded(fact.ids[:-1], 1) for fact in facts])
-    assert before
-    for layer, strength in before.items():
-        assert (after[layer] / strength).mean() == pytest.approx(1, rel=0.2), layer
+    ratios = torch.cat([after[layer] / strength for layer, strength in before.items()])
+    assert ratios.mean() == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("n_tokens", [50, 6])  # more than the width, and less
@@ -81,6 +80,7 @@ def test_the_rows_of_a_are_orthogonal_to_the_main_inputs(n_tokens):
     null_space._project(a, main)
     assert main.shape == (8, 3)
     assert (a @ inputs.T).abs().max() < 1e-4
+    assert a.norm() == pytest.approx(4)
 
 
 def test_what_texts_begin_with_counts_once_for_each_of_them():

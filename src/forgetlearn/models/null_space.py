@@ -3,10 +3,10 @@
 An adapter changes a layer's output by B A x. If the rows of A are orthogonal to the inputs x that the layer gets from
 ordinary texts, the output for those hardly changes, whatever B learns. So A is projected onto the complement of the
 directions that carry most of these inputs, and only B is trained: A would drift back, since Adam scales each number by
-itself. What remains of A is scaled up, layer by layer, until it reacts to the facts as strongly as the whole A did, so
-that the usual learning rates fit. Sources: Saha et al., "Gradient Projection Memory", ICLR 2021, arXiv:2103.09762
-(directions by their share of the energy); Fang et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null space of kept
-knowledge in editing).
+itself. What remains of A is scaled up until it reacts to the facts as strongly as the whole A did, so that the usual
+learning rates fit. One factor serves all layers: where facts differ more from kept texts, more is learned. Sources:
+Saha et al., "Gradient Projection Memory", ICLR 2021, arXiv:2103.09762 (directions by their share of the energy); Fang
+et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null space of kept knowledge in editing).
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ def turn_away(
         for _path, layer in adapted_layers(model)
         if name in layer.lora_A and not isinstance(layer, ParamWrapper)  # fused experts: one A for all of them
     ]
+    if not layers:
+        return 1.0
     whole = {layer: layer.lora_A[name].weight.detach().clone() for layer in layers}
     remaining: list[float] = []
     for group in _read(model, layers, _drawn(kept), pad_id, device):
@@ -108,9 +110,10 @@ def turn_away(
 
 
 def _project(a: Tensor, main: Tensor) -> None:
-    """Project the rows of A (r, D) off the directions (D, K), in place."""
-    main = main.to(a.dtype)
+    """Project the rows of A (r, D) off the directions (D, K), in place, and keep their total length."""
+    main, length = main.to(a.dtype), a.norm()
     a.sub_((a @ main) @ main.T)
+    a.mul_(length / a.norm().clamp(min=torch.finfo(a.dtype).tiny))
 
 
 def _strengthen(
@@ -120,26 +123,28 @@ def _strengthen(
     pad_id: int,
     device: torch.device,
 ) -> None:
-    """Scale each layer's projected A, in place, so that it reacts to the texts' tokens as strongly as the whole A.
+    """Scale all projected A by one factor, in place, so that they react to the texts as strongly as the whole A did.
 
-    The strength is the root of the mean over tokens of |A x|^2, relative to the whole A's: a few tokens, the first
-    above all, have inputs so long that they would outweigh all others.
+    The strength is the root of the mean of |A x|^2 over layers and tokens, each relative to the whole A's: a few
+    tokens, the first above all, have inputs so long that they would outweigh all others.
     """
-    reactions: dict[LoraLayer, list[Tensor]] = {layer: [] for layer in factors}
+    reactions: list[Tensor] = []
+    weights: list[Tensor] = []
 
     def watch(layer: LoraLayer, counts: Tensor, read: Tensor) -> None:
-        rows, _counts = _real(read, counts)
+        rows, counts = _real(read, counts)
         whole, projected = ((rows @ a.float().T).square().sum(1) for a in factors[layer])
-        reactions[layer].append(projected / whole.clamp(min=torch.finfo(whole.dtype).tiny))
+        reactions.append(counts * projected / whole.clamp(min=torch.finfo(whole.dtype).tiny))
+        weights.append(counts)
 
     model.eval()
     with attention.by_text(model), computing(model, device):
         drawn = _drawn(texts)
         for each in _passes(model, drawn, choose_layout(model, drawn, pad_id, device, "shared"), pad_id, device):
             _run(model, {layer: partial(watch, layer, each.counts) for layer in factors}, each)
-    for layer, (_whole, projected) in factors.items():
-        share = torch.cat(reactions[layer]).mean() if reactions[layer] else torch.tensor(0.0)
-        if share > 0:  # an expert may have read nothing
+    share = torch.cat(reactions).sum() / torch.cat(weights).sum()
+    if share > 0:
+        for _whole, projected in factors.values():
             projected.mul_(share.rsqrt().to(projected.dtype))
 
 
