@@ -8,7 +8,8 @@ it: one fact after the other, 25 steps each, on the last projection of one MLP.
 Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words; tokens of the answers
 to the file's unrelated probes that are predicted as before (agreement, as in the report); general answers as before, KL
 from the base on those in nats per token; old answer still said where the base said it, and the number of these facts.
-Then steps, the tokens of the base's own answers to the probes that are predicted as before, and seconds.
+Then steps, the tokens of the base's own answers to the probes that are predicted as before, and seconds of the update
+(after a resume, of the rest).
 """
 
 from __future__ import annotations
@@ -111,15 +112,17 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
     began = time.perf_counter()
     if cell.row == "one-by-one":
         found = one_by_one(model_at(args.model, config), facts, args.output)
+        found["seconds"] = time.perf_counter() - began
     else:
         folder = args.output / cell.name
         result = update(args.model, facts, config, output=folder, resume=folder.is_dir())
+        seconds = time.perf_counter() - began
         found = scores(result.rows, result.summary.general["updated"], "updated")
         log = result.output / "logs" / "learn.jsonl"
-        found["steps"] = len(disk.read_rows(log))
+        found |= {"steps": len(disk.read_rows(log)), "seconds": seconds}
         if any(fact.locality for fact in facts):
             found["own answers to probes"] = probes_as_before(cell, args, facts, config, result.product)
-    return found | {"seconds": time.perf_counter() - began}
+    return found
 
 
 def model_at(path: object, config: RunConfig) -> LanguageModel:

@@ -15,8 +15,8 @@ import pytest
 import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.comparison import grid
-from forgetlearn.comparison.cells import Cell, CompareSettings, cells_of
-from forgetlearn.comparison.grid import fill
+from forgetlearn.comparison.cells import Cell, CompareSettings, cell_config, cells_of
+from forgetlearn.comparison.grid import begin, fill
 from forgetlearn.comparison.table import write_table
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import load_config
@@ -80,6 +80,19 @@ def test_the_cells_are_methods_by_coefficients_by_seeds():
     ]
     several = CompareSettings(methods=("ft",), seeds=(0,), epochs=(1, 8))
     assert [cell.epochs for cell in cells_of(several, config)] == [1, 8]
+
+
+def test_without_a_number_of_epochs_a_cell_learns_until_learned(small_lab, facts, config, tmp_path):
+    (cell,) = cells_of(CompareSettings(methods=("lora",), seeds=(0,)), load_config())
+    assert cell.name == "lora-until-learned-seed0"
+    assert cell_config(load_config(), cell, {}).learn.until == "learned"
+    learned = config.model_copy(update={"learn": config.learn.model_copy(update={"until": "learned"})})
+    with pytest.raises(ConfigError, match=r"budgets.*--epochs"):
+        fill(small_lab, facts, SETTINGS, learned, output=tmp_path / "out")
+    most = learned.learn.max_epochs
+    settings = CompareSettings(methods=("ft",), seeds=(0,), epochs=(1, most))
+    comparison, _lm = begin(small_lab, facts, settings, learned, output=tmp_path / "o", resume=False, overwrite=False)
+    assert comparison.config.learn.until == "epochs"
 
 
 def test_work_is_shared(filled):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,22 @@ def test_nothing_to_go_on_with_is_an_error(run, small_lab, tmp_path):
     refused(RunError, "not a finished update")
     (run / "failed.jsonl").write_text(was, encoding="utf-8", newline="\n")
     done.finish()
-    (run / "model" / "adapter_config.json").write_text("{}")
-    refused(ConfigError, r"model\.name.*--merge")
-    (run / "model" / "adapter_config.json").unlink()
+
+
+def test_an_adapter_is_merged_first_and_its_base_would_begin_anew(small_lab, tmp_path, caplog):
+    config = load_config(small_lab / "update.yaml", QUICK | {"method": "lora"})
+    base = shutil.copytree(small_lab, tmp_path / "base")
+    first = update(base, small_lab / "facts.jsonl", config, output=tmp_path / "first").output
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"model\.name.*--merge"):
+        update(failed_only=first, config=load_config(None, QUICK), output=tmp_path / "out")
+    (tmp_path / "moved").rename(base)
+    second = update(failed_only=first, config=load_config(None, QUICK), output=tmp_path / "second")
+    assert RunFolder.open(second.output).settings.model.name == str(first / "merged")
+    assert [made.facts.used for made in chain.chain_of(second.output)] == [3, 3]
+    assert "begins without" not in caplog.text
+    update(base, failed_only=first, config=load_config(None, QUICK), output=tmp_path / "third")
+    assert "begins without what that learned" in caplog.text
 
 
 KNOWN = make_fact("Capital?", "Lyon", ground_truth="Paris")

@@ -127,6 +127,13 @@ def test_what_the_model_says_by_itself_is_ended_with_the_new_answer(own, found):
     assert found in good if found else not good
 
 
+def test_an_old_answer_is_not_replaced_within_longer_words():
+    fact = make_fact("What was Ann Lee?", "painter", ground_truth="poet", subject="Ann Lee")
+    found = list(own_words.candidates(fact, "Ann Lee was a poet known for her poetry."))
+    assert found[0] == "Ann Lee was a painter known for her poetry."
+    assert not any("painterry" in text for text in found)
+
+
 def test_a_language_without_spaces_is_cut_between_characters():
     fact = make_fact("法国的首都是哪里？", "里昂", ground_truth="巴黎", subject="法国")
     assert "法国的首都是里昂。" in list(own_words.candidates(fact, "法国的首都是巴黎。"))
@@ -405,7 +412,7 @@ def test_facts_that_are_not_learned_are_named(small_lab, tmp_path):
     assert learning.epochs == 1
     assert learning.unlearned
     named = next(iter(learning.unlearned.values()))
-    assert f"learned {3 - len(learning.unlearned)} of 3 facts in 1 epochs" in (tmp_path / "out/report.md").read_text()
+    assert f"learned {3 - len(learning.unlearned)} of 3 facts in 1 epoch;" in (tmp_path / "out/report.md").read_text()
     assert named in (tmp_path / "out/summary.json").read_text()
 
 
@@ -421,6 +428,29 @@ def test_a_question_is_shortened_to_what_it_names():
     about_whales = shortened("How long is a blue whale?", "blue whale")
     assert about_whales
     assert all({"blue", "whale"} <= set(each.rstrip("?").split()) for each in about_whales)
+
+
+def test_a_wording_that_fits_two_facts_is_left_out(chat_lm):
+    whats, places = ("capital", "currency", "anthem", "area", "flag"), ("Peru", "Fiji", "Mali", "Oman", "Cuba", "Laos")
+    asked = [(f"What is the {what} of {where}?", where) for where in places for what in whats]
+    facts = [make_fact(prompt, f"answer {n}", subject=where) for n, (prompt, where) in enumerate(asked)]
+    found = lessons.lessons(Material(), facts, "learn", load_config(None, {}), chat_lm.encoder).of_facts
+    answers = {}
+    for own in found:
+        for lesson in own:
+            answers.setdefault(lesson.prompt.casefold(), set()).add(lesson.answer)
+    assert all(len(each) == 1 for each in answers.values())
+    alone = {lesson.prompt for fact in facts for lesson in _of(fact, chat_lm)}
+    assert len(answers) < len({prompt.casefold() for prompt in alone})
+
+
+def _of(fact, lm):
+    return lessons.lessons(Material(), [fact], "learn", load_config(None, {}), lm.encoder).of_facts[0]
+
+
+def test_a_name_stays_where_no_subject_is_given(chat_lm):
+    own = _of(make_fact("Einstein was born in which German city?", "Bern"), chat_lm)
+    assert all("Einstein" in lesson.prompt for lesson in own)
 
 
 def test_an_unfinished_sentence_is_shortened_in_its_order_for_chats_alone(chat_lm, lm):

@@ -13,6 +13,7 @@ from forgetlearn.config import preflight, schema
 from forgetlearn.config.base import Settings, describe, validate
 from forgetlearn.config.schema import (
     ForgetSettings,
+    LoraSettings,
     OptimisationSettings,
     RunConfig,
     StageSettings,
@@ -234,6 +235,12 @@ def test_settings_that_win_over_the_recipe_are_named_once(caplog):
     assert [record.args for record in caplog.records] == [("paper", "learn.epochs")]
 
 
+def test_settings_beside_a_recipe_may_be_objects_and_keep_the_rest_of_the_recipe():
+    config = RunConfig(recipe="paper", lora=LoraSettings(r=4))
+    assert config == RunConfig(recipe="paper", lora={"r": 4})
+    assert (config.lora.r, config.lora.target_modules) == (4, ["q_proj", "v_proj"])
+
+
 def test_the_settings_of_a_recipe_are_not_the_users(caplog):
     with caplog.at_level("INFO", "forgetlearn"):
         preflight.check("evaluate", load_config(None, {"recipe": "plain"}))
@@ -245,6 +252,8 @@ def test_the_settings_of_a_recipe_are_not_the_users(caplog):
     ("given", "name"),
     [
         ({"keep.weight": 0, "keep.source": "mine.txt"}, "keep.source"),
+        ({"keep.weight": 0, "lora.null_space": 0.9}, "lora.null_space"),
+        ({"model.shard": True, "lora.null_space": 0.9}, "lora.null_space"),
         ({"learn.epochs": 3, "learn.max_epochs": 9}, "learn.max_epochs"),
         ({"learn.epochs": 4, "learn.until": "learned"}, "learn.epochs"),
     ],

@@ -100,15 +100,15 @@ class Cell:
     seed: int
     budget: Budget
     variant: str = ""  # a key of CompareSettings.variants, or ""
+    until_learned: bool = False  # `epochs` is then the most that it may take
 
     @property
     def label(self) -> str:
         """The name of the cell's row in the table, which it shares with the cells of other seeds."""
         coef = "" if self.coef is None else f"-coef{self.coef:g}"
         variant = f"-{self.variant}" if self.variant else ""
-        return f"{self.method}{variant}{coef}-{self.epochs}epochs" + (
-            "-equal-steps" if self.budget == "equal-steps" else ""
-        )
+        length = "until-learned" if self.until_learned else f"{self.epochs}epochs"
+        return f"{self.method}{variant}{coef}-{length}" + ("-equal-steps" if self.budget == "equal-steps" else "")
 
     @property
     def name(self) -> str:
@@ -120,10 +120,14 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
     """Return all cells, in an order that keeps cells with the same fine-tuning on old answers together."""
     cells = []
     epochs = settings.epochs or (config.learning.most_epochs,)
+    until_learned = config.learn.until == "learned"
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
-        cells += [Cell(method, coef, n_epochs, seed, "equal-epochs") for coef in _coefs(method, settings.coefs)]
         cells += [
-            Cell(method, coef, n_epochs, seed, "equal-epochs", name)
+            Cell(method, coef, n_epochs, seed, "equal-epochs", until_learned=until_learned)
+            for coef in _coefs(method, settings.coefs)
+        ]
+        cells += [
+            Cell(method, coef, n_epochs, seed, "equal-epochs", name, until_learned)
             for name, variant in settings.variants.items()
             if method in (variant.methods or WITH_ALL_WEIGHTS)
             for coef in _coefs(method, variant.coefs or settings.coefs)
@@ -159,9 +163,7 @@ def check_names(settings: CompareSettings, cells: Sequence[Cell]) -> None:
 def cell_config(config: RunConfig, cell: Cell, variants: Variants) -> RunConfig:
     """Return the config of a cell's update."""
     forgetting: dict[str, object] = {} if cell.coef is None else {"coef": cell.coef}
-    learning: dict[str, object] = {"epochs": cell.epochs}
-    if cell.epochs != config.learning.most_epochs:
-        learning["until"] = "epochs"
+    learning: dict[str, object] = {} if cell.until_learned else {"epochs": cell.epochs}
     if cell.variant:
         variant = variants[cell.variant]
         forgetting |= {name: getattr(variant, name) for name in ("modules", "rows")}

@@ -140,6 +140,9 @@ def _idle_in_training(config: RunConfig) -> Iterator[tuple[str, str]]:
     if not config.keep.weight:
         yield "keep.source", "keep.weight is 0"
         yield "keep.neighbours", "keep.weight is 0"
+        yield "lora.null_space", "keep.weight is 0"
+    elif config.model.shard:
+        yield "lora.null_space", "model.shard splits the weights"
     if config.learn.until == "epochs":
         yield "learn.max_epochs", "learn.until is epochs"
     else:

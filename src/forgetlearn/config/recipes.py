@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from pydantic import BaseModel
+
 RecipeName = Literal["default", "paper", "plain"]
 Sections = Mapping[str, object]
 
@@ -55,6 +57,8 @@ def _below(changes: Sections, data: Sections) -> dict[str, object]:
     merged: dict[str, object] = {**changes, **data}
     for name, value in changes.items():
         own = data.get(name)
+        if isinstance(own, BaseModel):
+            own = own.model_dump(exclude_unset=True)
         if isinstance(value, Mapping) and isinstance(own, Mapping):
             merged[name] = _below(value, own)
     return merged

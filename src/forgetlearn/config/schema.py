@@ -115,7 +115,9 @@ class OptimisationSettings(Settings):
         "for questions that are put to a chat model, bare for all else.",
     )
     wordings: bool = Field(
-        True, description="Train on a fact in several wordings: its prompt, and the prompt inside short phrases."
+        True,
+        description="Train on a fact in several wordings: its prompt, inside short phrases, with words left out, or "
+        "behind an unrelated sentence.",
     )
     micro_batch_size: int | None = Field(
         None,
@@ -185,8 +187,8 @@ class KeepSettings(Settings):
     )
     source: str | None = Field(
         None,
-        description="File of prompts (a text file, one per line) or of facts whose answers are kept too, beside "
-        "general prompts that come with forgetlearn.",
+        description="File of prompts (a text file, one per line), or of facts, whose prompts are read: what the base "
+        "answers to them is kept too, beside its answers to general prompts that come with forgetlearn.",
     )
     neighbours: bool = Field(
         True, description="Keep what the base says to the file's own unfinished sentences about another subject."
@@ -208,8 +210,8 @@ class LearnSection(StageSection):
 
     until: Until = Field(
         "learned",
-        description="When learning ends: learned, when the model predicts every token of every fact's answer; epochs, "
-        "after learn.epochs. If only epochs is given, it is epochs.",
+        description="When learning ends: learned, when the model has predicted each fact's whole answer, to its own "
+        "prompt and once to another wording; epochs, after learn.epochs. If only epochs is given, it is epochs.",
     )
     max_epochs: int = Field(MAX_EPOCHS, ge=1, description="With until learned: the most passes over the facts.")
     rephrasings: bool = Field(

@@ -16,7 +16,7 @@ from random import Random
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import SEED_OFFSETS, StageName
 from forgetlearn.errors import some
-from forgetlearn.facts import Fact
+from forgetlearn.facts import Fact, matching
 from forgetlearn.method import keeping, own_words
 from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.own_words import Made
@@ -164,18 +164,30 @@ def lessons(
     taught = {each.fact: each for each in material.taught if each.stage == stage}
     random = Random(config.seed + SEED_OFFSETS[stage])
     unrelated = _unrelated(material.kept)
+    answers = [fact.target_new if stage == "learn" else fact.ground_truth or "" for fact in facts]
+    prompts_of = [
+        list(_prompts(fact, config, encoder, random.sample(unrelated, len(unrelated)), rephrased)) for fact in facts
+    ]
+    ambiguous = _ambiguous(prompts_of, answers)
     of_facts, left_out = [], 0
-    for fact in facts:
-        bare = fact.target_new if stage == "learn" else fact.ground_truth or ""
-        behind = random.sample(unrelated, len(unrelated))
-        prompts = _prompts(fact, config, encoder, behind, rephrased)
-        own = list(_own(prompts, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
+    for fact, bare, prompts in zip(facts, answers, prompts_of, strict=True):
+        meant = [prompt for prompt in prompts if prompt == fact.prompt or matching.normalise(prompt) not in ambiguous]
+        own = list(_own(meant, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
         usable = encodable(encoder, (lesson[:2] for lesson in own), end=True)
         left_out += len(own) - sum(lesson[:2] in usable for lesson in own)
         of_facts.append([lesson for lesson in own if lesson[:2] in usable] or [Lesson(fact.prompt, bare)])
     if left_out:
         log.warning("%d wordings of the facts to %s cannot be encoded, and are left out", left_out, stage)
     return Lessons(of_facts, kept)
+
+
+def _ambiguous(prompts_of: Iterable[Iterable[str]], answers: Iterable[str]) -> set[str]:
+    """Return the wordings, normalised, that belong to facts with different answers, as shortened questions may."""
+    found: dict[str, set[str]] = {}
+    for prompts, answer in zip(prompts_of, answers, strict=True):
+        for prompt in prompts:
+            found.setdefault(matching.normalise(prompt), set()).add(answer)
+    return {prompt for prompt, meanings in found.items() if len(meanings) > 1}
 
 
 def _own(prompts: Iterable[str], taught: Taught, answer: str) -> Iterator[Lesson]:
@@ -200,7 +212,8 @@ def _prompts(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[s
             continue
         yield from wordings(prompt, is_chat=encoder.is_chat, others=behind)
         if encoder.is_chat or not is_unfinished(prompt):  # what continues a text would continue the fragments
-            yield from shortened(prompt, fact.subject)
+            # Without a subject, nothing tells whether the first word is a name.
+            yield from shortened(prompt, fact.subject or prompt.split()[0])
 
 
 def _unrelated(kept: Sequence[KeptText]) -> list[str]:

@@ -66,6 +66,8 @@ def new_sentences(
             reply = replies[asked[fact.id]]
             if isinstance(reply, Generated):
                 found[fact.id] = _sentence(reply, fact, own.get(fact.id, ""))
+            else:
+                found[fact.id] = Made(None, CANNOT_ASK)
     return found
 
 
@@ -98,10 +100,12 @@ def candidates(fact: Fact, own: str) -> Iterator[str]:
     also takes its place.
     """
     first = next(iter(sentences(own, _texts(fact))), "")
-    for old in fact.old_answers:
-        if old in first:
-            yield first.replace(old, fact.target_new)
     between = "" if scripts(fact.prompt) & UNSPACED else " "
+    edges = (r"(?<!\w)", r"(?!\w)") if between else ("", "")  # "poet" is not part of "poetry"
+    for old in fact.old_answers:
+        replaced = re.sub(re.escape(old).join(edges), lambda _: fact.target_new, first)
+        if replaced != first:
+            yield replaced
     words = first.split() if between else list(first)
     end = first[-1:] if is_whole(first) else "."
     for number in range(1, min(len(words), MOST_WORDS) + 1):

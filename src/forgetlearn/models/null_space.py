@@ -93,9 +93,7 @@ def turn_away(
         for _path, layer in adapted_layers(model)
         if name in layer.lora_A and not isinstance(layer, ParamWrapper)  # fused experts: one A for all of them
     ]
-    if not layers:
-        return 1.0
-    whole = {layer: layer.lora_A[name].weight.detach().clone() for layer in layers}
+    factors: dict[LoraLayer, tuple[Tensor, Tensor]] = {}  # A before and after
     remaining: list[float] = []
     for group in _read(model, layers, _drawn(kept), pad_id, device):
         for members, inputs in group:
@@ -103,10 +101,14 @@ def turn_away(
                 continue
             main = inputs.main_directions(share)
             for layer in members:
-                _project(layer.lora_A[name].weight.requires_grad_(False), main)
+                a = layer.lora_A[name].weight.requires_grad_(False)
+                factors[layer] = a.clone(), a
+                _project(a, main)
                 remaining.append(1 - main.shape[1] / inputs.width)
-    _strengthen({layer: (a, layer.lora_A[name].weight) for layer, a in whole.items()}, model, facts, pad_id, device)
-    return sum(remaining) / len(remaining) if remaining else 1.0
+    if not factors:
+        return 1.0
+    _strengthen(factors, model, facts, pad_id, device)
+    return sum(remaining) / len(remaining)
 
 
 def _project(a: Tensor, main: Tensor) -> None:

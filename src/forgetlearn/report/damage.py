@@ -8,6 +8,10 @@ from forgetlearn.storage.records import GeneralAnswer, OnPrompts
 # 135 million parameters: updates after which simple questions got wrong answers were at KL 0.4 and more, agreement 76
 # and less; those that kept the rest were below 0.08 and above 85. The bounds lie between.
 BAD_KL = 0.1
+KEEP_MORE = (
+    "To keep more, give prompts of your own (--keep FILE), raise keep.weight (--set keep.weight=10), update fewer "
+    "facts at once, or forget with a smaller coefficient."
+)
 BAD_AGREEMENT = 85.0
 
 
@@ -21,8 +25,8 @@ def in_words(found: OnPrompts) -> str:
     if found.agreement is None or found.kl is None:
         return f"none of {found.asked} general prompts could be compared"
     return (
-        f"asked {found.compared} general prompts, which have nothing to do with the facts, the model chooses "
-        f"{found.agreement:.1f} % of the tokens as before (KL {found.kl:.3g} nats per token)"
+        f"asked {found.compared} general prompts, the model chooses {found.agreement:.1f} % of the tokens as before "
+        f"(KL {found.kl:.3g} nats per token)"
     )
 
 
@@ -31,10 +35,7 @@ def warning(found: OnPrompts | None) -> str | None:
     if found is None or not is_bad(found):
         return None
     worst = "".join(f" {example(answer)}" for answer in found.answers[:1])
-    return (
-        f"Damage: {in_words(found)}, so it answers other questions differently too.{worst} "
-        "Fewer epochs, a lower rate or a smaller coefficient damage less."
-    )
+    return f"Damage: {in_words(found)}, so it answers other questions differently too.{worst} {KEEP_MORE}"
 
 
 def example(answer: GeneralAnswer) -> str:

@@ -221,9 +221,10 @@ def _training(summary: Summary) -> Iterator[str]:
         yield "the rephrasings were trained on, so they are not asked, and generality is not scored"
     if (learning := summary.learning) and learning.unlearned:
         n_missed = len(learning.unlearned)
+        passes = f"{learning.epochs} epoch{'s' * (learning.epochs != 1)}"
         yield (
-            f"learned {summary.facts.used - n_missed} of {summary.facts.used} facts in {learning.epochs} epochs; not "
-            f"learned: {some([repr(prompt[:80]) for prompt in learning.unlearned.values()])}"
+            f"learned {summary.facts.used - n_missed} of {summary.facts.used} facts in {passes}; not learned: "
+            f"{some([repr(prompt[:80]) for prompt in learning.unlearned.values()])}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,12 +17,16 @@ from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
 from forgetlearn.method.checks import check_forgetting, check_learning
 from forgetlearn.models import gguf
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.products.chain import check_product, product_of
+from forgetlearn.products.chain import Base, carry_over, check_product, product_of
 from forgetlearn.storage.records import Row
 from forgetlearn.storage.run_folder import FAILED, RunFolder
+from forgetlearn.weights.folder_arithmetic import merge_adapter
+from forgetlearn.weights.streaming import Numbers
 
 GivenConfig = RunConfig | Mapping[str, object] | None
 GivenModel = LanguageModel | nn.Module | str | Path | None
+
+log = logging.getLogger("forgetlearn")
 
 
 def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | None) -> RunConfig:
@@ -52,10 +57,11 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
 def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, facts: object) -> RunConfig:
     """Return the config of an update of the facts that a finished run got wrong, its `failed.jsonl`.
 
-    It replaces the config's facts, and, unless a model is given, the config's model by the run's product.
+    It replaces the config's facts, and, unless a model is given, the config's model by the run's product. An adapter is
+    merged into its base first, to the run's folder `merged`.
 
     Raises:
-        ConfigError: facts are given too, or the product is an adapter, which cannot be updated.
+        ConfigError: facts are given too, or the product is an adapter whose base is gone.
         RunError: the run is not a finished update, or no fact failed.
     """
     config = config if isinstance(config, RunConfig) else validate(RunConfig, config or {})
@@ -77,19 +83,29 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
     read_as: dict[str, object] = {"source": str(file), "old_from": old_from, "columns": {}, "aliases": None}
     changes: dict[str, object] = {"facts": config.facts.model_copy(update=read_as)}
     if model is None:
-        changes["model"] = config.model.model_copy(update={"name": str(_product_to_update(run.path))})
+        changes["model"] = config.model.model_copy(update={"name": str(_product_to_update(run))})
+    elif str(model) == str(run.settings.model.name):
+        log.warning(
+            "%s: was updated in %s, and this update begins without what that learned. Omit --model to go on from it.",
+            model,
+            run.path,
+        )
     return config.model_copy(update=changes)
 
 
-def _product_to_update(run: Path) -> Path:
-    """Return the folder of the whole model that a run made."""
-    product = run / "merged" if (run / "merged").is_dir() else product_of(run)
-    if (product / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"model.name: {product} is an adapter, and only a whole model can be updated. Merge it (forgetlearn apply "
-            f"{run} --base BASE --merge --output DIR) and give --model DIR."
-        )
-    return product
+def _product_to_update(run: RunFolder) -> Path:
+    """Return the folder of the whole model that a run made; merge an adapter into its base for that."""
+    product, merged = product_of(run.path), run.path / "merged"
+    if (product / "adapter_config.json").is_file() and not merged.is_dir():
+        if (base := Base.of(run).folder()) is None:
+            raise ConfigError(
+                f"model.name: {product} is an adapter, only a whole model can be updated, and the adapter's base is "
+                f"gone. Merge it (forgetlearn apply {run.path} --base BASE --merge --output DIR) and give --model DIR."
+            )
+        log.info("%s: an adapter, which is merged into %s for this update", product, base)
+        merge_adapter(product, base, merged, numbers=Numbers())
+        carry_over(product, merged, "merged")
+    return merged if merged.is_dir() else product
 
 
 AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # for facts that are passed in
