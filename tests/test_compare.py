@@ -16,7 +16,7 @@ import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.comparison import grid
 from forgetlearn.comparison.cells import Cell, CompareSettings, cell_config, cells_of
-from forgetlearn.comparison.grid import begin, fill
+from forgetlearn.comparison.grid import fill
 from forgetlearn.comparison.table import write_table
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import load_config
@@ -89,10 +89,9 @@ def test_without_a_number_of_epochs_a_cell_learns_until_learned(small_lab, facts
     learned = config.model_copy(update={"learn": config.learn.model_copy(update={"until": "learned"})})
     with pytest.raises(ConfigError, match=r"budgets.*--epochs"):
         fill(small_lab, facts, SETTINGS, learned, output=tmp_path / "out")
-    most = learned.learn.max_epochs
-    settings = CompareSettings(methods=("ft",), seeds=(0,), epochs=(1, most))
-    comparison, _lm = begin(small_lab, facts, settings, learned, output=tmp_path / "o", resume=False, overwrite=False)
-    assert comparison.config.learn.until == "epochs"
+    several = CompareSettings(methods=("ft",), seeds=(0,), epochs=(1, learned.learn.max_epochs))
+    cells = cells_of(several, learned)
+    assert {cell_config(learned, cell, {}).learn.until for cell in cells} == {"epochs"}
 
 
 def test_work_is_shared(filled):

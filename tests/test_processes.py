@@ -35,7 +35,7 @@ from written_by_hand import change_manifest, forget_stages
 
 TOLERANCE = 1e-5
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-STAGE = StageSettings(epochs=2, batch_size=4, learning_rate=1e-3)
+STAGE = StageSettings(epochs=2, batch_size=4, learning_rate=1e-3, lora={"learning_rate": 2e-3})
 # Some facts are learned then, and some are not. With AdamW's usual epsilon, rounding would grow over so many steps.
 LEARNED = StageSettings(
     until="learned",

@@ -120,7 +120,7 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
     """Return all cells, in an order that keeps cells with the same fine-tuning on old answers together."""
     cells = []
     epochs = settings.epochs or (config.learning.most_epochs,)
-    until_learned = config.learn.until == "learned"
+    until_learned = config.learn.until == "learned" and not settings.epochs
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
         cells += [
             Cell(method, coef, n_epochs, seed, "equal-epochs", until_learned=until_learned)
@@ -163,7 +163,7 @@ def check_names(settings: CompareSettings, cells: Sequence[Cell]) -> None:
 def cell_config(config: RunConfig, cell: Cell, variants: Variants) -> RunConfig:
     """Return the config of a cell's update."""
     forgetting: dict[str, object] = {} if cell.coef is None else {"coef": cell.coef}
-    learning: dict[str, object] = {} if cell.until_learned else {"epochs": cell.epochs}
+    learning: dict[str, object] = {} if cell.until_learned else {"until": "epochs", "epochs": cell.epochs}
     if cell.variant:
         variant = variants[cell.variant]
         forgetting |= {name: getattr(variant, name) for name in ("modules", "rows")}

@@ -110,9 +110,7 @@ def begin(
     preflight.check("compare", config)
     scores = config.evaluate.model_copy(update={"general_prompts": False})  # which would double a cell's scoring
     config = config.model_copy(update={"evaluate": scores})
-    if settings.epochs:
-        config = config.model_copy(update={"learn": config.learn.model_copy(update={"until": "epochs"})})
-    elif "equal-steps" in settings.budgets and config.learn.until == "learned":
+    if "equal-steps" in settings.budgets and config.learn.until == "learned" and not settings.epochs:
         raise ConfigError(
             "budgets: equal-steps needs a number of epochs, and here learning ends when the facts are learned. Give "
             "--epochs, or --set learn.until=epochs."
