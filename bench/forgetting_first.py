@@ -117,21 +117,22 @@ class SharedStore(Store):
 def main() -> None:
     parser = arguments(__doc__, FILES)
     parser.add_argument("--limit", type=int, default=60, help="facts of each file")
+    parser.add_argument("--coefs", default=",".join(f"{coef:g}" for coef in COEFS), help="0 is no forgetting")
     parser.add_argument("--part", default="0/1", help="which cells this process computes")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    seeds = [int(seed) for seed in args.seeds.split(",")]
+    seeds, coefs = [int(seed) for seed in args.seeds.split(",")], [float(coef) for coef in args.coefs.split(",")]
     cells = [
         Cell(facts, taught, keeps, coef, seed)
         for seed, keeps, taught, facts, coef in product(
-            seeds, (True, False), (False, True), args.sets.split(","), COEFS
+            seeds, (True, False), (False, True), args.sets.split(","), coefs
         )
     ]
     own, parts = (int(number) for number in args.part.split("/"))
     torch.set_num_threads(max(1, torch.get_num_threads() // parts))
     for number, cell in enumerate(cells):
         file = args.output / f"{cell.name}.json"
-        if not file.is_file() and number // len(COEFS) % parts == own:
+        if not file.is_file() and number // len(coefs) % parts == own:
             disk.write_json(file, run(cell, args))
     print(in_markdown(finished(args.output, {cell.name: cell.row for cell in cells}), with_interval))
 
