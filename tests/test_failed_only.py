@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import load_config
-from forgetlearn.errors import ConfigError, RunError
+from forgetlearn.errors import ConfigError, ModelError, RunError
 from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.products import chain
+from forgetlearn.products.restore import apply_run
 from forgetlearn.runs import results
 from forgetlearn.runs.nothing_forgotten import why_nothing
 from forgetlearn.runs.update import update
@@ -104,12 +106,27 @@ def test_an_adapter_is_merged_first_and_its_base_would_begin_anew(small_lab, tmp
     with pytest.raises(ConfigError, match=r"model\.name.*--merge"):
         update(failed_only=first, config=load_config(None, QUICK), output=tmp_path / "out")
     (tmp_path / "moved").rename(base)
+    was = (base / "config.json").read_text()
+    (base / "config.json").write_text(was + "\n")
+    with pytest.raises(ModelError, match="is not the base of"):
+        update(failed_only=first, config=load_config(None, QUICK), output=tmp_path / "out")
+    assert not (first / "merged").exists()
+    (base / "config.json").write_text(was)
     second = update(failed_only=first, config=load_config(None, QUICK), output=tmp_path / "second")
     assert RunFolder.open(second.output).settings.model.name == str(first / "merged")
     assert [made.facts.used for made in chain.chain_of(second.output)] == [3, 3]
     assert "begins without" not in caplog.text
     update(base, failed_only=first, config=load_config(None, QUICK), output=tmp_path / "third")
     assert "begins without what that learned" in caplog.text
+
+
+def test_an_adapter_on_a_taught_base_is_merged_into_that(small_lab, tmp_path):
+    config = load_config(small_lab / "update.yaml", QUICK | {"method": "lora", "teach.epochs": 1})
+    first = update(small_lab, small_lab / "facts.jsonl", config, output=tmp_path / "first").output
+    update(failed_only=first, config=load_config(None, QUICK), output=tmp_path / "second")
+    apply_run(first, first / "taught", tmp_path / "by-hand", merge=True)
+    merged, by_hand = (load_file(folder / "model.safetensors") for folder in (first / "merged", tmp_path / "by-hand"))
+    assert all(weight.equal(by_hand[name]) for name, weight in merged.items())
 
 
 KNOWN = make_fact("Capital?", "Lyon", ground_truth="Paris")

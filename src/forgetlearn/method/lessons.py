@@ -169,13 +169,16 @@ def lessons(
         list(_prompts(fact, config, encoder, random.sample(unrelated, len(unrelated)), rephrased)) for fact in facts
     ]
     ambiguous = _ambiguous(prompts_of, answers)
-    of_facts, left_out = [], 0
+    of_facts, left_out, unclear = [], 0, 0
     for fact, bare, prompts in zip(facts, answers, prompts_of, strict=True):
         meant = [prompt for prompt in prompts if prompt == fact.prompt or matching.normalise(prompt) not in ambiguous]
+        unclear += len(prompts) - len(meant)
         own = list(_own(meant, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
         usable = encodable(encoder, (lesson[:2] for lesson in own), end=True)
         left_out += len(own) - sum(lesson[:2] in usable for lesson in own)
         of_facts.append([lesson for lesson in own if lesson[:2] in usable] or [Lesson(fact.prompt, bare)])
+    if unclear:
+        log.info("%d wordings of the facts to %s fit facts with other answers too, and are left out", unclear, stage)
     if left_out:
         log.warning("%d wordings of the facts to %s cannot be encoded, and are left out", left_out, stage)
     return Lessons(of_facts, kept)

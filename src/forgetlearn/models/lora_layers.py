@@ -37,7 +37,7 @@ from forgetlearn.runtime.patterns import Pattern, problem
 from forgetlearn.weights.adapter_files import ALL_LINEAR, WEIGHT, AdapterConfig
 from forgetlearn.weights.structure import outline
 
-FEWEST_LAYERS = 4  # two of four layers learned two thirds of the facts that all four did
+FEWEST_LAYERS = 4  # in the lab's four layers, two learned 50 to 80 % of the facts, all four 90 to 95 %
 TRIED = "tried"  # the adapter's name on an outline
 # The layers that can be adapted, by name and by weight, cached since several stages of a run ask about one model.
 _tried: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}

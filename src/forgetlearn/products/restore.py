@@ -25,7 +25,7 @@ from forgetlearn.storage.disk import atomic_folder, write_json
 from forgetlearn.storage.records import Summary
 from forgetlearn.storage.run_folder import SUMMARY, RunFolder
 from forgetlearn.weights.checkpoint_folder import CheckpointFolder, Entry, header_bytes, read_header, read_object
-from forgetlearn.weights.folder_arithmetic import check_places, check_space, merge_adapter
+from forgetlearn.weights.folder_arithmetic import Written, check_places, check_space, merge_adapter
 from forgetlearn.weights.rounding import in_words
 from forgetlearn.weights.streaming import Numbers
 
@@ -71,13 +71,12 @@ def apply_run(
         _rebuild(folder.path / CHANGE, "product", base, output)
         return f"{output}: the product, made from {base} and the kept change; verified by hash"
     product = product_of(folder.path)
-    check_product(product)
-    _check_base(folder, base, taught=name == "adapter")
     if merge:
-        written = merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
-        carry_over(product, output, "merged")
+        written = merge_product(folder, base, output, numbers=numbers, overwrite=overwrite)
         lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
         return "\n".join(line for line in (*lines, written.warning()) if line)
+    check_product(product)
+    _check_base(folder, base, taught=name == "adapter")
     with atomic_folder(output) as unfinished:
         shutil.copytree(product, unfinished, dirs_exist_ok=True)
         if name == "adapter":
@@ -132,6 +131,23 @@ def _in_memory(base: Base) -> str:
     found = base.weights_sha256
     hashed = f"the hash of its weights is {found}" if found else "its hash is not known"
     return f"a model in memory ({hashed}), which no folder is known to hold"
+
+
+def merge_product(
+    run: RunFolder,
+    base: Path,
+    output: Path,
+    *,
+    numbers: Numbers = Numbers(),  # noqa: B008 (frozen)
+    overwrite: bool = False,
+) -> Written:
+    """Write the adapter that a run made, added to the weights that it belongs on; raise as `apply_run` does."""
+    product = product_of(run.path)
+    check_product(product)
+    _check_base(run, base, taught=True)
+    written = merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
+    carry_over(product, output, "merged")
+    return written
 
 
 def _check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:

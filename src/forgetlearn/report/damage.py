@@ -8,11 +8,11 @@ from forgetlearn.storage.records import GeneralAnswer, OnPrompts
 # 135 million parameters: updates after which simple questions got wrong answers were at KL 0.4 and more, agreement 76
 # and less; those that kept the rest were below 0.08 and above 85. The bounds lie between.
 BAD_KL = 0.1
+BAD_AGREEMENT = 85.0
 KEEP_MORE = (
     "To keep more, give prompts of your own (--keep FILE), raise keep.weight (--set keep.weight=10), update fewer "
     "facts at once, or forget with a smaller coefficient."
 )
-BAD_AGREEMENT = 85.0
 
 
 def is_bad(found: OnPrompts) -> bool:

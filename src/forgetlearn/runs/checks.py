@@ -17,11 +17,10 @@ from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
 from forgetlearn.method.checks import check_forgetting, check_learning
 from forgetlearn.models import gguf
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.products.chain import Base, carry_over, check_product, product_of
+from forgetlearn.products.chain import Base, check_product, product_of
+from forgetlearn.products.restore import merge_product
 from forgetlearn.storage.records import Row
 from forgetlearn.storage.run_folder import FAILED, RunFolder
-from forgetlearn.weights.folder_arithmetic import merge_adapter
-from forgetlearn.weights.streaming import Numbers
 
 GivenConfig = RunConfig | Mapping[str, object] | None
 GivenModel = LanguageModel | nn.Module | str | Path | None
@@ -62,6 +61,7 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
 
     Raises:
         ConfigError: facts are given too, or the product is an adapter whose base is gone.
+        ModelError: the product is an adapter whose base has changed.
         RunError: the run is not a finished update, or no fact failed.
     """
     config = config if isinstance(config, RunConfig) else validate(RunConfig, config or {})
@@ -97,14 +97,14 @@ def _product_to_update(run: RunFolder) -> Path:
     """Return the folder of the whole model that a run made; merge an adapter into its base for that."""
     product, merged = product_of(run.path), run.path / "merged"
     if (product / "adapter_config.json").is_file() and not merged.is_dir():
-        if (base := Base.of(run).folder()) is None:
+        base = run.path / "taught" if run.settings.teach.epochs > 0 else Base.of(run).folder()
+        if base is None:
             raise ConfigError(
                 f"model.name: {product} is an adapter, only a whole model can be updated, and the adapter's base is "
                 f"gone. Merge it (forgetlearn apply {run.path} --base BASE --merge --output DIR) and give --model DIR."
             )
         log.info("%s: an adapter, which is merged into %s for this update", product, base)
-        merge_adapter(product, base, merged, numbers=Numbers())
-        carry_over(product, merged, "merged")
+        merge_product(run, base, merged)
     return merged if merged.is_dir() else product
 
 
