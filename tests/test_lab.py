@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError, RunError
 from forgetlearn.facts import from_records, read_facts
-from forgetlearn.lab.build import LabSettings, build_lab, cache_folder, held_pairs, train_tokenizer
+from forgetlearn.lab.build import LabSettings, build_lab, held_pairs, train_tokenizer
 
 TINY = LabSettings(
     n_facts=5,
@@ -45,7 +45,7 @@ def test_the_settings_beside_it_load(small_lab):
 def test_it_is_built_once_and_the_same_seed_gives_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setenv("FORGETLEARN_CACHE", str(tmp_path / "one"))
     first = build_lab(settings=TINY)
-    assert first.parent == cache_folder()
+    assert first.parent == disk.cache_folder()
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert build_lab(settings=TINY) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp

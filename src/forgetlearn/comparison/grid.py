@@ -144,7 +144,7 @@ def begin(
     lessons.note_unfinished(fact_set, config, lm.encoder)
     for cell in {(cell.method, cell.variant): cell for cell in cells}.values():  # before the first cell is begun
         try:
-            check_stages(Stages(cell_config(config, cell, settings.variants)), lm)
+            check_stages(Stages(cell_config(config, cell, settings.variants)), lm, fact_set)
         except ConfigError as error:
             raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
     in_memory = not isinstance(named, (str, Path))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-KindName = Literal["all weights", "lora", "one module", "bounded", "ascent"]
+KindName = Literal["all weights", "lora", "one module", "bounded", "ascent", "rome", "memit", "alphaedit"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Kind:
     subtracts: bool = False  # forgetting subtracts what training added; otherwise the training itself forgets
     chooses_weights: bool = False  # learn.modules and learn.rows restrict what it trains
     bounded: bool = False  # no weight changes by more than learn.max_change
+    closed_form: bool = False  # writes each fact's bare answer by a formula; nothing is fine-tuned or kept
 
     @property
     def subtracts_from_base(self) -> bool:
@@ -33,6 +34,9 @@ KINDS: Mapping[str, Kind] = {
         Kind("one module"),
         Kind("bounded", chooses_weights=True, bounded=True),
         Kind("ascent"),
+        Kind("rome", closed_form=True),
+        Kind("memit", closed_form=True),
+        Kind("alphaedit", closed_form=True),
     )
 }
 
@@ -49,6 +53,11 @@ class Method:
     def makes_adapter(self) -> bool:
         """True if the product is an adapter; otherwise it is a whole model."""
         return KINDS[self.learns].adapter
+
+    @property
+    def closed_form(self) -> bool:
+        """True if learning writes the facts by a formula."""
+        return KINDS[self.learns].closed_form
 
     @property
     def plain(self) -> str:
@@ -76,6 +85,9 @@ METHODS: Mapping[str, Method] = {
     "locft": Method(None, "one module", "LocFT-BF, ICLR 2026: breadth-first fine-tuning of one module"),
     "ft-c": Method(None, "bounded", "Zhu et al. 2020, arXiv:2012.00363: within an L-infinity ball"),
     "ga": Method("ascent", "all weights", "Jang et al. 2023, arXiv:2210.01504: gradient ascent on the old answers"),
+    "rome": Method(None, "rome", "Meng et al. 2022, arXiv:2202.05262: one fact after the other, in one layer"),
+    "memit": Method(None, "memit", "Meng et al. 2023, arXiv:2210.07229: all facts at once, in several layers"),
+    "alphaedit": Method(None, "alphaedit", "Fang et al. 2025, arXiv:2410.02355: MEMIT in the null space of its keys"),
 }
 PLAIN_METHODS = tuple(name for name, method in METHODS.items() if method.plain == name)
 PAPER_METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")

@@ -13,7 +13,7 @@ from typing import Literal
 
 from forgetlearn.config import recipes
 from forgetlearn.config.base import Settings
-from forgetlearn.config.methods import PLAIN_METHODS, MethodName
+from forgetlearn.config.methods import METHODS, PLAIN_METHODS, MethodName
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
@@ -39,7 +39,7 @@ class Unused:
 
 PRODUCTS = ("save_merged", "keep_change", "report_to")
 TRAINING = (
-    *("method", "seed", "teach", "forget", "learn", "train", "lora", "keep"),
+    *("method", "seed", "teach", "forget", "learn", "train", "lora", "rome", "memit", "moments", "keep"),
     *("checkpoint_minutes", "keep_stages", "model.base_model_id"),
 )
 GENERAL = tuple(
@@ -121,11 +121,13 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "save_merged", f"the product of {config.method} is a whole model"
     else:
         yield "keep_change", f"the product of {config.method} is an adapter"
+    yield from _idle_in_editing(config)
     if not stages.learn.kind.bounded:
         yield "learn.max_change", "it is for method ft-c"
     if not stages.teach:
         yield "teach", "teach.epochs is 0"
-    yield from _idle_in_training(config)
+    if not stages.method.closed_form:
+        yield from _idle_in_training(config)
     if config.evaluate.general is None:
         yield "evaluate.general_tokens", "evaluate.general names no text"
     if not config.evaluate.tasks:
@@ -134,6 +136,22 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     asks = "generate" in config.evaluate.protocols or "model" in config.facts.old_from
     if not asks and not (stages.forget and config.forget.only_known):
         yield "evaluate.max_new_tokens", "nothing is generated"
+
+
+def _idle_in_editing(config: RunConfig) -> Iterator[tuple[str, str]]:
+    method = METHODS[config.method]
+    if method.closed_form:
+        for section in ("learn", "train", "keep"):
+            yield section, f"{config.method} fine-tunes nothing"
+    for section, methods in (("rome", ("rome",)), ("memit", ("memit", "alphaedit"))):
+        if config.method not in methods:
+            yield section, f"it is for method {' and '.join(methods)}"
+    if not method.closed_form:
+        yield "moments", f"{config.method} fine-tunes, and reads no moments"
+    if config.method == "memit":
+        yield "memit.null_space", "it is for method alphaedit"
+    if config.method == "alphaedit":
+        yield "memit.moment_weight", "it is for method memit"
 
 
 def _idle_in_training(config: RunConfig) -> Iterator[tuple[str, str]]:

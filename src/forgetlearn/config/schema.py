@@ -34,6 +34,16 @@ def _split(value: object) -> object:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
+def _numbers(value: object) -> object:
+    """Return the numbers of a text such as "4-8" or "4,5,6"; return any other value unchanged."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if not isinstance(value, str) or not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", value):
+        return value
+    spans = [[int(number) for number in span.split("-")] for span in value.split(",")]
+    return tuple(number for span in spans for number in range(span[0], span[-1] + 1))
+
+
 Policies = Annotated[  # a file may give a list or one text with commas; it is written as a text
     tuple[OldFrom, ...],
     BeforeValidator(_split, json_schema_input_type=str | tuple[OldFrom, ...]),
@@ -102,6 +112,64 @@ class LoraSettings(Settings):
         gt=0,
         description=f"Peak learning rate of a LoRA stage. Unset: {LORA_RATE_FACTOR} times the stage's learning_rate; "
         f"if that is unset too, at most {LARGEST_LORA_RATE:g}.",
+    )
+
+
+class TargetSettings(Settings):
+    """How ROME and MEMIT find the output for a subject that makes the model say the new answer."""
+
+    steps: int = Field(25, ge=1, description="Steps of optimisation for each fact; it ends earlier at a loss of 0.05.")
+    learning_rate: float = Field(0.5, gt=0, description="Adam's learning rate for the output.")
+    weight_decay: float = Field(1e-3, ge=0, description="Weight in the loss of the change's length.")
+    kl_factor: float = Field(
+        0.0625, ge=0, description='Weight in the loss of the divergence (KL) after "{subject} is a".'
+    )
+    contexts: int = Field(
+        5, ge=0, description="Beginnings, sampled from the model, that stand before the prompt beside the bare prompt."
+    )
+
+
+class RomeSettings(TargetSettings):
+    """Settings of ROME (Meng et al. 2022, arXiv:2202.05262), with the defaults of its authors' code where not unset."""
+
+    layer: int | None = Field(
+        None, ge=0, description="Layer that is edited, from 0. Unset: 5 of 32, in proportion to the model's depth."
+    )
+    contexts: int = Field(20, ge=0, description="As memit.contexts.")
+    clamp_norm_factor: float = Field(4.0, gt=0, description="Longest change of the output, in lengths of the output.")
+
+
+class MemitSettings(TargetSettings):
+    """Settings of MEMIT (Meng et al. 2023, arXiv:2210.07229) and AlphaEdit (Fang et al. 2025, arXiv:2410.02355)."""
+
+    layers: Annotated[tuple[int, ...], BeforeValidator(_numbers)] | None = Field(
+        None, description="Layers that are edited, from 0. Unset: 4 to 8 of 32, in proportion to the model's depth."
+    )
+    clamp_norm_factor: float = Field(0.75, gt=0, description="As rome.clamp_norm_factor.")
+    moment_weight: float | None = Field(
+        None,
+        gt=0,
+        description="MEMIT: weight of the second moments of the keys beside the facts' own. Unset: the number of the "
+        "layer's inputs (the authors took 15,000 for 16,384).",
+    )
+    null_space: float = Field(
+        0.98,
+        gt=0,
+        lt=1,
+        description="AlphaEdit: share of the energy of the keys in the directions that it leaves alone.",
+    )
+
+
+class MomentsSettings(Settings):
+    """Where the second moments of the keys come from, for ROME, MEMIT and AlphaEdit."""
+
+    source: str | None = Field(
+        None,
+        description="Text file to read, or moments that an earlier run cached (.safetensors). Unset: text that the "
+        "model itself samples after general prompts.",
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="Tokens of text to read. Unset: 10 for each of the layer's inputs."
     )
 
 
@@ -320,6 +388,10 @@ class TuningSettings(TrainSettings):
 class StageSettings(LearnSection, TuningSettings):
     """All settings of the learning stage."""
 
+    rome: RomeSettings = Field(default_factory=RomeSettings)
+    memit: MemitSettings = Field(default_factory=MemitSettings)
+    moments: MomentsSettings = Field(default_factory=MomentsSettings)
+
 
 class ForgetSettings(ForgetSection, TuningSettings):
     """All settings of the forgetting stage."""
@@ -494,6 +566,9 @@ class RunConfig(Settings):
     learn: LearnSection = Field(default_factory=LearnSection)
     train: OptimisationSettings = Field(default_factory=OptimisationSettings)
     lora: LoraSettings = Field(default_factory=LoraSettings)
+    rome: RomeSettings = Field(default_factory=RomeSettings)
+    memit: MemitSettings = Field(default_factory=MemitSettings)
+    moments: MomentsSettings = Field(default_factory=MomentsSettings)
     keep: KeepSettings = Field(default_factory=KeepSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     save_merged: bool = Field(
@@ -529,7 +604,8 @@ class RunConfig(Settings):
     @property
     def learning(self) -> StageSettings:
         """All settings of the learning stage, for the training engine."""
-        return validate(StageSettings, {**dict(self.train), **dict(self.learn), "lora": self.lora})
+        own = {name: getattr(self, name) for name in ("lora", "rome", "memit", "moments")}
+        return validate(StageSettings, {**dict(self.train), **dict(self.learn), **own})
 
     @model_validator(mode="before")
     @classmethod

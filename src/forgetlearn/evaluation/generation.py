@@ -7,18 +7,18 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import ConfigError, ModelError, missing_extra
 from forgetlearn.models import attention
-from forgetlearn.models.batches import common_length, computing
+from forgetlearn.models.batches import common_length, computing, plain_cache
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.loading import adapter_base
 from forgetlearn.runtime import processes, sharding
@@ -70,6 +70,13 @@ def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generat
     if settings.engine == "vllm":
         yield VllmGenerator(lm)
         return
+    with generator_in_memory(lm) as found:
+        yield found
+
+
+@contextmanager
+def generator_in_memory(lm: LanguageModel) -> Iterator[TransformersGenerator]:
+    """Yield a generator that uses the model in memory."""
     with sharding.no_gradients(lm.model), _plain_generation(lm.model), computing(lm.model, lm.device):
         yield TransformersGenerator(lm)
 
@@ -106,6 +113,18 @@ class TransformersGenerator:
         )
         return [ids[: room.tokens] for ids, room in zip(out[:, width:].tolist(), rooms, strict=True)]
 
+    def sample(self, prompts: Sequence[Ids], n_tokens: int, seed: int) -> list[list[int]]:
+        """Return ids that continue each prompt, drawn from the model's own distribution, up to an end token."""
+        width = max(len(prompt) for prompt in prompts)
+        config = GenerationConfig(
+            max_new_tokens=n_tokens, do_sample=True, top_k=0, eos_token_id=self.ends, pad_token_id=self.lm.pad_id
+        )
+        generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = generate(**self._inputs(prompts), generation_config=config)
+        return [list(takewhile(lambda token: token not in self.ends, ids)) for ids in out[:, width:].tolist()]
+
     def _inputs(self, prompts: Sequence[Ids]) -> dict[str, torch.Tensor | DynamicCache]:
         """Return the inputs of a batch. Padding follows a common beginning whose keys and values are at hand."""
         shared = common_length(prompts)
@@ -129,14 +148,8 @@ class TransformersGenerator:
         """Return the keys and values of a beginning; None if this model keeps anything else, such as a state."""
         if tuple(self._start[0]) != tuple(start):
             out = self.lm.model(input_ids=torch.tensor([list(start)], device=self.lm.device), use_cache=True)
-            found = getattr(out, "past_key_values", None)
-            self._start = (tuple(start), found if isinstance(found, DynamicCache) and _is_plain(found) else None)
+            self._start = (tuple(start), plain_cache(out))
         return self._start[1]
-
-
-def _is_plain(cache: DynamicCache) -> bool:
-    """Return True if every layer keeps the keys and values of all tokens: then it can be repeated for each prompt."""
-    return all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
 
 
 class VllmGenerator:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -97,7 +96,7 @@ def build_lab(
     if facts is None:
         facts = world_facts(settings)
     vocabulary_from = vocabulary_from or facts
-    cached = cache_folder() / f"lab-{_key(facts, vocabulary_from, settings, device)}"
+    cached = disk.cache_folder() / f"lab-{_key(facts, vocabulary_from, settings, device)}"
     with disk.naming(cached.parent):
         cached.parent.mkdir(parents=True, exist_ok=True)
     with claimed(cached.with_name(f".{cached.name}.lock"), waits=True):  # a second process waits, and finds it built
@@ -116,13 +115,6 @@ def build_lab(
 def world_facts(settings: LabSettings) -> FactSet:
     """Return the facts of the made-up world, which a lab base holds if no other facts are given."""
     return from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
-
-
-def cache_folder() -> Path:
-    """Return the folder that lab bases are cached in."""
-    if named := os.environ.get("FORGETLEARN_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgetlearn"
 
 
 def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:

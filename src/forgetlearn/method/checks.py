@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 from torch import nn
 
 from forgetlearn.config.methods import KINDS, KindName
 from forgetlearn.config.schema import ForgetSettings, LoraSettings, StageSettings, TuningSettings
-from forgetlearn.errors import ConfigError, some
+from forgetlearn.errors import ConfigError, FactError, some
+from forgetlearn.facts import Fact
+from forgetlearn.facts.subjects import subject_end
+from forgetlearn.method.kinds import STAGE_KINDS, ClosedForm
 from forgetlearn.models import lora, module_names
 from forgetlearn.models import modules as selection
 from forgetlearn.models.language_model import LanguageModel
@@ -55,6 +59,8 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: KindName) ->
     check_computing(settings, lm.device)
     if kind.adapter:
         lora.check_targets(lm.model, settings.lora)
+    if isinstance(editor := STAGE_KINDS[how], ClosedForm):
+        _check_layers(lm, settings, editor)
     if settings.modules == module_names.ALL:
         return
     if not kind.chooses_weights:
@@ -65,6 +71,27 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: KindName) ->
     if isinstance(settings.modules, dict):
         raise ConfigError("learn.modules: a weight is trained or not, so give names without factors.")
     selection.factors(lm.model, settings.modules, "learn.modules")
+
+
+def _check_layers(lm: LanguageModel, settings: StageSettings, kind: ClosedForm) -> None:
+    """Raise an error if the model is split, or does not have the layers to edit with one MLP in each."""
+    if lm.is_sharded:
+        raise ConfigError("model.shard: ROME, MEMIT and AlphaEdit need whole matrices, and this splits them.")
+    for layer in kind.layers(lm.model, settings):
+        selection.mlp_output(lm.model, layer)
+
+
+def check_subjects(facts: Iterable[Fact]) -> None:
+    """Raise FactError, naming the first three, if facts have no subject that ROME and MEMIT could edit at."""
+    problems = []
+    for fact in facts:
+        try:
+            subject_end(fact)
+        except FactError as error:
+            problems.append(str(error))
+    if problems:
+        more = f"\nand {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise FactError("\n".join(problems[:3]) + more)
 
 
 def check_rows(lm: LanguageModel, settings: StageSettings, how: KindName) -> None:

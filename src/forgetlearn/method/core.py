@@ -76,7 +76,7 @@ def learn(
         check_rows(lm, settings, how)
     kind.ready(lm)
     lm.model = kind.prepare(lm.model, settings, lora.LEARN, seed, settings.modules)
-    lessons = lessons or Lessons([[Lesson(fact.prompt, fact.target_new)] for fact in facts])
+    lessons = lessons or Lessons([[Lesson(fact.prompt, fact.target_new)] for fact in facts], facts=facts)
     both = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
     tokens = tokens_of(lm, both, settings.rows)
     with only_rows_train(lm.model, tokens, settings.rows) if settings.rows != "all" else nullcontext():

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from forgetlearn.config.methods import KindName
 from forgetlearn.config.schema import ForgetSettings, Modules, StageSettings, TrainSettings, TuningSettings
+from forgetlearn.facts import Fact
+from forgetlearn.method import editing
 from forgetlearn.models import lora, module_names, null_space
 from forgetlearn.models import modules as selection
 from forgetlearn.models.encoding import Encoded, Encoder
@@ -48,11 +50,13 @@ class Lesson(NamedTuple):
 class Lessons:
     """What a stage trains on: for each fact, its prompt with its answer, and other wordings of both.
 
-    `kept` are texts that the model is to say as before.
+    `kept` are texts that the model is to say as before. `facts` are the facts themselves, for kinds that write them by
+    a formula.
     """
 
     of_facts: Sequence[Sequence[Lesson]]
     kept: Kept | None = None
+    facts: Sequence[Fact] = ()
 
 
 class StageKind:
@@ -247,12 +251,40 @@ class Ascent(StageKind):
         """Do nothing: the training itself has forgotten."""
 
 
+class ClosedForm(StageKind):
+    """Write the facts into the weights by a formula. Nothing is fine-tuned."""
+
+    def __init__(self, write: editing.Write, layers: editing.Layers) -> None:
+        self.write, self.layers = write, layers
+
+    def prepare(
+        self, model: nn.Module, settings: TrainSettings, name: str, seed: int, modules: Modules = module_names.ALL
+    ) -> nn.Module:
+        """Make only the edited matrices require gradients, so that a traced step covers the layers above them."""
+        assert isinstance(settings, StageSettings), "a kind of learning"
+        model.requires_grad_(False)
+        for layer in self.layers(model, settings):
+            model.get_submodule(selection.mlp_output(model, layer)).requires_grad_(True)
+        return model
+
+    def fit(
+        self, lm: LanguageModel, lessons: Lessons, settings: TrainSettings, seed: int, stage_io: StageIO
+    ) -> StageLog:
+        """Write the facts; the log has a row for each, with the loss of its answer when its value was found."""
+        assert isinstance(settings, StageSettings), "a kind of learning"
+        losses = self.write(lm, lessons.facts, settings, seed, stage_io)
+        return StageLog(tuple({"step": number, "loss": loss} for number, loss in enumerate(losses, 1)))
+
+
 STAGE_KINDS: Mapping[KindName, StageKind] = {
     "all weights": StageKind(),
     "lora": Adapter(),
     "one module": OneModule(),
     "bounded": Bounded(),
     "ascent": Ascent(),
+    "rome": ClosedForm(editing.rome, editing.rome_layers),
+    "memit": ClosedForm(editing.memit, editing.memit_layers),
+    "alphaedit": ClosedForm(editing.alphaedit, editing.memit_layers),
 }
 
 

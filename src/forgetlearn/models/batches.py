@@ -26,6 +26,8 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from forgetlearn.errors import ModelError
 from forgetlearn.models import attention
@@ -229,6 +231,18 @@ def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor
     return logits[:, positions]
 
 
+def plain_cache(output: object) -> DynamicCache | None:
+    """Return the cache of a forward pass, if every layer keeps the keys and values of all tokens.
+
+    Only such a cache can be repeated for several texts. None stands for a model that keeps anything else, such as a
+    state, or the tokens of a window.
+    """
+    cache = getattr(output, "past_key_values", None)
+    if not isinstance(cache, DynamicCache):
+        return None
+    return cache if all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers) else None
+
+
 @contextmanager
 def computing(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the `with` block, use the right number of threads and the faster library for linear layers on the CPU.
@@ -292,9 +306,9 @@ def choose_layout(
             raise ModelError("The model's logits are not finite (NaN or infinite). Are its weights damaged?")
         if best == "shared" and (sharing := _sharing(model, sample, alone, pad_id, device)):
             return sharing
-        if not _agree(_flat_logits(model, pad_left(sample, pad_id), device), alone):
+        if not agree(_flat_logits(model, pad_left(sample, pad_id), device), alone):
             return "single"
-        if best == "packed" and _agree(_flat_logits(model, pack(sample), device), alone):
+        if best == "packed" and agree(_flat_logits(model, pack(sample), device), alone):
             return "packed"
         return "padded"
 
@@ -339,7 +353,7 @@ def _agrees_shared(model: nn.Module, sample: Sequence[Encoded], pad_id: int, dev
 def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:
     with _checking(model):
         alone = _flat_logits(model, pad_left(sample, pad_id), device)
-        return _agree(_flat_logits(model, by_text(pack(sample)), device), alone)
+        return agree(_flat_logits(model, by_text(pack(sample)), device), alone)
 
 
 def by_text(batch: Batch) -> Batch:
@@ -376,12 +390,12 @@ def _sharing(
             logits, which = read_logits(model, [*siblings, *sample], layout, pad_id, device)
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue  # each model that does not accept this row fails in its own way
-        if _agree(logits[which[-len(alone) :]], alone):
+        if agree(logits[which[-len(alone) :]], alone):
             return layout
     return None
 
 
-def _agree(together: Tensor, alone: Tensor) -> bool:
+def agree(together: Tensor, alone: Tensor) -> bool:
     """Return True if two computations (N, V) of the same logits differ only by rounding."""
     tolerance = HALF_PRECISION_TOLERANCE if alone.dtype.itemsize == 2 else AGREEMENT_TOLERANCE
     together, alone = together.float(), alone.float()

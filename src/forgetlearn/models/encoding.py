@@ -87,8 +87,12 @@ class Encoded:
 
     def after(self, beginning: Encoded) -> Encoded:
         """Return this text with its prompt extended by all tokens that it shares with the beginning of a text."""
-        shared = takewhile(lambda both: both[0] == both[1], zip(self.ids[:-1], beginning.ids, strict=False))
-        return Encoded(self.ids, max(self.n_prompt_tokens, sum(1 for _ in shared)))
+        return Encoded(self.ids, max(self.n_prompt_tokens, common_start(self.ids[:-1], beginning.ids)))
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many ids two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 class Encoder:
@@ -195,6 +199,24 @@ class Encoder:
         ids = self._prompt_ids(prompt)
         self._check_prompt(prompt, ids)
         return list(ids)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text outside the prompt template, with leading special tokens."""
+        return _leading_specials(self.tokenizer) + self._tokenize(text)[0]
+
+    def place_of(self, prompt: str, end: int) -> int:
+        """Return the place, among `prompt_ids`, of the token with the character before `end` in the prompt.
+
+        Raises:
+            TextError: as `encode` does.
+        """
+        ids, text = self.prompt_ids(prompt), self.prompt_text(prompt)
+        written = prompt if prompt in text else prompt.strip()  # some chat templates strip the user's message
+        up_to = text[: text.rindex(written) + end - prompt.index(written)]
+        before = self._first_ids + self._tokenize(up_to)[0]
+        shared = common_start(ids, before)
+        # If the tokenizer joins what follows to the last token, the token at the first difference has the character.
+        return min(shared if shared < len(before) else shared - 1, len(ids) - 1)
 
     def encode(self, prompt: Prompt, answer: str, *, end: bool = False) -> Encoded:
         """Return the ids of prompt and answer; `end=True` adds the token that ends an answer, for training.

@@ -30,6 +30,7 @@ from forgetlearn.weights.rounding import Array, Survival
 from forgetlearn.weights.task_vector import rounded, sample
 
 log = logging.getLogger("forgetlearn")
+LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass
@@ -307,14 +308,19 @@ def editable_module(model: nn.Module) -> str:
     n_wanted = width(model)
     found = []
     for name, module in stack[index].named_modules() if len(stack) else ():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            rows, columns = module.weight.shape
-            n_in, n_out = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+        if isinstance(module, LINEAR):
+            n_in, n_out = linear_shape(module)
             if n_out == n_wanted:
                 found.append((n_in, f"{path}.{index}.{name}"))
     if not found:
         raise ModelError("No module that maps to the model's width was found in its layers: locft cannot choose one.")
     return max(found)[1]
+
+
+def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Return the numbers of inputs and of outputs of a linear module. GPT-2's Conv1D stores the transposed matrix."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from forgetlearn.config.schema import Rows
 from forgetlearn.errors import ModelError, some
-from forgetlearn.models.language_model import layer_list
+from forgetlearn.models import attention
+from forgetlearn.models.language_model import LINEAR, layer_list, linear_shape, width
 from forgetlearn.models.module_names import ALL, Modules, factors_among
 from forgetlearn.weights.structure import skeleton
 from forgetlearn.weights.task_vector import StateDict
@@ -57,6 +58,32 @@ def groups(model: nn.Module) -> dict[str, list[str]]:
         for name, full in own.items():
             found[_kind(layer, name)].append(full)
     return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def mlp_output(model: nn.Module, layer: int) -> str:
+    """Return the path of the last projection of a layer's MLP, which ROME and MEMIT edit.
+
+    It is the linear module outside attention whose output is as wide as the model and that has the most inputs.
+
+    Raises:
+        ModelError: the layer has no such module, or several, as a mixture of experts does.
+    """
+    path, layers = layer_list(model)
+    inputs = {
+        name: linear_shape(module)[0]
+        for name, module in layers[layer].named_modules()
+        if isinstance(module, LINEAR)
+        and linear_shape(module)[1] == width(model)
+        and _kind(layers[layer], f"{name}.weight") == "mlp"
+    }
+    widest = [name for name, n_in in inputs.items() if n_in == max(inputs.values())]
+    if len(widest) != 1:
+        held = f"has {len(widest)} of them, as a mixture of experts does" if widest else "has none"
+        raise ModelError(
+            f"{attention.plain(model).config.model_type}: ROME, MEMIT and AlphaEdit edit the last projection of the "
+            f"MLP, and layer {layer} {held}. Choose other layers, or another method."
+        )
+    return f"{path}.{layer}.{widest[0]}"
 
 
 def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:

@@ -87,6 +87,8 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
         notes.append("forgetting takes only facts that the model holds (forget.only_known); all are counted here")
     if outline.encoder is not None and lessons.asks_base(config, outline.encoder):
         notes.append("the time leaves out asking the model for its own words, and training on what it is to keep")
+    if stages.method.closed_form:
+        notes.append("the time is an upper bound: a fact ends when it is learned, and beginnings are read once")
     if config.evaluate.engine == "vllm":
         notes.append("answers are planned as those of transformers; vLLM uses all free memory of a GPU for a while")
     load, problem = _score_load(outline, stages, texts(read), facts, device)
@@ -105,8 +107,17 @@ def staged(
     for stage in (stages.teach, forget):
         if stage and old.number:
             yield stage, old, stage.settings.likely_epochs, []
-    passes = stages.learn.settings.likely_epochs * trials
+    passes = _passes(stages) * trials
     yield stages.learn, new, passes, [*before] if stages.learn.kind.adapter else []
+
+
+def _passes(stages: Stages) -> int:
+    """Return how often learning reads the facts' texts."""
+    settings = stages.learn.settings
+    if not stages.method.closed_form:
+        return settings.likely_epochs
+    own = settings.rome if stages.config.method == "rome" else settings.memit
+    return own.steps * (own.contexts + 2)
 
 
 def _train_load(

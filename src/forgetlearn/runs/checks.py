@@ -14,7 +14,7 @@ from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError, RunError
 from forgetlearn.evaluation import scoring
 from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
-from forgetlearn.method.checks import check_forgetting, check_learning
+from forgetlearn.method.checks import check_forgetting, check_learning, check_subjects
 from forgetlearn.models import gguf
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import Base, check_product, product_of
@@ -177,8 +177,10 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     raise FactError(f"{facts.source}: {reason} old answers, but no fact has one ({counts}).\n{remedy}")
 
 
-def check_stages(stages: Stages, lm: LanguageModel) -> None:
-    """Raise ConfigError if the settings of a stage do not fit this model; see `method.checks`."""
+def check_stages(stages: Stages, lm: LanguageModel, facts: FactSet) -> None:
+    """Raise an error if the settings of a stage do not fit this model or these facts; see `method.checks`."""
+    if stages.method.closed_form:
+        check_subjects(facts)
     check_learning(lm, stages.learn.settings, stages.learn.kind.name)
     if stages.forget:
         check_forgetting(lm, stages.forget.settings, stages.forget.kind.name)

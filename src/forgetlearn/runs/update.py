@@ -126,7 +126,7 @@ def _update(
     check_texts(lm.encoder, fact_set)
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
-    check_stages(stages, lm)
+    check_stages(stages, lm, fact_set)
     base = base_of(lm, in_memory=in_memory)
     if goes_on and in_memory:
         _check_begun_on(run_folder.RunFolder.open(output), base)

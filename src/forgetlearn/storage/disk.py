@@ -22,6 +22,13 @@ UNFINISHED = ".unfinished-"  # in the temporary name of a file or folder that is
 DEEPEST = 100  # levels of nested lists and objects; Python can recurse this deep
 
 
+def cache_folder() -> Path:
+    """Return the folder where lab bases and second moments are cached."""
+    if named := os.environ.get("FORGETLEARN_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forgetlearn"
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see all of the old text or all of the new. Only the main process writes.
 

@@ -1,0 +1,157 @@
+"""Write facts into the last projections of MLPs by a formula: ROME, MEMIT and AlphaEdit.
+
+Each projection W is seen as a memory with W k = v for keys k. The key of a fact is what W reads at the subject's last
+token, and `targets` finds the value that makes the model say the new answer. With C, the second moments of the keys of
+other texts (`moments`):
+
+    ROME        W + (v - W k) u^T / (u^T k),  u = C^-1 k                      (eq. 2 of arXiv:2202.05262)
+    MEMIT       W + R K^T (c C + K K^T)^-1,  R: what the values still lack    (eq. 14 of arXiv:2210.07229)
+    AlphaEdit   W + R K^T P (K K^T P + I)^-1,  P: projection onto what other keys hardly use  (arXiv:2410.02355)
+
+Shapes: N facts, I inputs and O outputs of a projection.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from forgetlearn.config.schema import StageSettings
+from forgetlearn.errors import ConfigError
+from forgetlearn.facts import Fact
+from forgetlearn.method import targets
+from forgetlearn.method.moments import second_moments
+from forgetlearn.method.reading import at_last_token
+from forgetlearn.method.targets import Request
+from forgetlearn.models.language_model import LanguageModel, layer_list
+from forgetlearn.models.modules import mlp_output
+from forgetlearn.training.stage_checkpoints import StageIO
+
+log = logging.getLogger("forgetlearn")
+# For Llama-2-7B, which has 32 layers, ROME is used in layer 5 and MEMIT in 4 to 8 (arXiv:2311.08011, EasyEdit).
+DEPTH, ROME_LAYER, MEMIT_LAYERS = 32, 5, (4, 8)
+Layers = Callable[[nn.Module, StageSettings], list[int]]
+Write = Callable[[LanguageModel, Sequence[Fact], StageSettings, int, StageIO], list[float]]
+
+
+def rome_layers(model: nn.Module, settings: StageSettings) -> list[int]:
+    """Return the layer that ROME edits; raise ConfigError if the model does not have the chosen one."""
+    n_layers, chosen = len(layer_list(model)[1]), settings.rome.layer
+    return [_existing(round(ROME_LAYER / DEPTH * n_layers) if chosen is None else chosen, n_layers, "rome.layer")]
+
+
+def memit_layers(model: nn.Module, settings: StageSettings) -> list[int]:
+    """Return the layers that MEMIT edits, in order; raise ConfigError if the model does not have a chosen one."""
+    n_layers, chosen = len(layer_list(model)[1]), settings.memit.layers
+    if chosen is None:
+        first, last = (min(round(layer / DEPTH * n_layers), n_layers - 1) for layer in MEMIT_LAYERS)
+        return list(range(first, last + 1))
+    return [_existing(layer, n_layers, "memit.layers") for layer in sorted(set(chosen))]
+
+
+def _existing(layer: int, n_layers: int, setting: str) -> int:
+    if layer >= n_layers:
+        raise ConfigError(f"{setting} = {layer}: the model has {n_layers} layers, 0 to {n_layers - 1}.")
+    return layer
+
+
+def rome(
+    lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO
+) -> list[float]:
+    """Write facts one after the other into one layer, in place; return the loss of each new answer, in nats."""
+    own = settings.rome
+    (path,) = (mlp_output(lm.model, layer) for layer in rome_layers(lm.model, settings))
+    moments = second_moments(lm, [path], settings.moments, seed)[path]
+    wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
+    losses = []
+    for request in wanted:
+        found = targets.find(lm, [request], path, own, own.clamp_norm_factor)
+        keys = at_last_token(lm, [text.up_to_subject for text in request.taught], [path])[path][0]
+        direction = torch.linalg.solve(moments, keys.double().mean(0))
+        direction = direction / direction.norm()
+        change = torch.outer(found.deltas[0].double(), direction) / (direction @ keys[0].double())
+        add(lm.model.get_submodule(path), change)
+        losses.append(found.losses.item())
+    return losses
+
+
+def memit(
+    lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO
+) -> list[float]:
+    """Write all facts at once into several layers, in place; return the loss of each new answer, in nats."""
+    own = settings.memit
+
+    def written(keys: Tensor, moments: Tensor) -> Tensor:
+        weight = own.moment_weight or len(moments)
+        found: Tensor = torch.linalg.solve(weight * moments + keys.T @ keys, keys.T)
+        return found
+
+    return _in_layers(lm, facts, settings, seed, written)
+
+
+def alphaedit(
+    lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO
+) -> list[float]:
+    """Write all facts at once, in the null space of other keys, in place; return the loss of each new answer."""
+
+    def written(keys: Tensor, moments: Tensor) -> Tensor:
+        projection = null_space(moments, settings.memit.null_space)
+        regular = projection @ keys.T @ keys + torch.eye(len(moments), dtype=keys.dtype, device=keys.device)
+        found: Tensor = torch.linalg.solve(regular, projection @ keys.T)
+        return found
+
+    return _in_layers(lm, facts, settings, seed, written)
+
+
+def _in_layers(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    settings: StageSettings,
+    seed: int,
+    written: Callable[[Tensor, Tensor], Tensor],
+) -> list[float]:
+    """Spread the changes over the layers: each takes its share of what the values still lack at the last of them.
+
+    `written` returns, from keys (N, I) and moments (I, I), what each fact's lack is multiplied with (I, N).
+    """
+    own = settings.memit
+    layers = memit_layers(lm.model, settings)
+    paths = [mlp_output(lm.model, layer) for layer in layers]
+    moments = second_moments(lm, paths, settings.moments, seed)
+    wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
+    last = f"{layer_list(lm.model)[0]}.{layers[-1]}"
+    bare = [request.bare.up_to_subject for request in wanted]
+    found = targets.find(lm, wanted, last, own, own.clamp_norm_factor)
+    values = at_last_token(lm, bare, [last])[last][1] + found.deltas
+    for number, path in enumerate(paths):
+        lack = (values - at_last_token(lm, bare, [last])[last][1]) / (len(paths) - number)
+        add(lm.model.get_submodule(path), lack.double().T @ written(keys_of(lm, wanted, path), moments[path]).T)
+    return found.losses.tolist()
+
+
+def keys_of(lm: LanguageModel, wanted: Sequence[Request], path: str) -> Tensor:
+    """Return the key (N, I) of each fact, in float64: the mean of the bare prompt's and of that behind contexts."""
+    read = at_last_token(lm, [text.up_to_subject for request in wanted for text in request.taught], [path])[path][0]
+    parts = iter(read.double().split([size for request in wanted for size in (1, len(request.behind))]))
+    means = [torch.stack([part.mean(0) for part in both if len(part)]) for both in zip(parts, parts, strict=True)]
+    return torch.stack([mean.mean(0) for mean in means])
+
+
+def null_space(moments: Tensor, share: float) -> Tensor:
+    """Return the projection (I, I) off the directions that carry this share of the energy of the keys."""
+    energies, directions = torch.linalg.eigh(moments)
+    after = energies.clamp(min=0).cumsum(0)  # of the directions with no more energy than this one
+    rest: Tensor = directions[:, after <= (1 - share) * after[-1]]
+    return rest @ rest.T
+
+
+@torch.no_grad()
+def add(module: nn.Module, change: Tensor) -> None:
+    """Add a change (O, I) to a projection's weight, in place."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight.add_((change.T if isinstance(module, Conv1D) else change).to(weight.dtype))
