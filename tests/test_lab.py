@@ -8,6 +8,7 @@ from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError, RunError
 from forgetlearn.facts import from_records, read_facts
 from forgetlearn.lab.build import LabSettings, build_lab, held_pairs, train_tokenizer
+from forgetlearn.storage import disk
 
 TINY = LabSettings(
     n_facts=5,

@@ -41,16 +41,21 @@ Write = Callable[[LanguageModel, Sequence[Fact], StageSettings, int, StageIO], l
 def rome_layers(model: nn.Module, settings: StageSettings) -> list[int]:
     """Return the layer that ROME edits; raise ConfigError if the model does not have the chosen one."""
     n_layers, chosen = len(layer_list(model)[1]), settings.rome.layer
-    return [_existing(round(ROME_LAYER / DEPTH * n_layers) if chosen is None else chosen, n_layers, "rome.layer")]
+    return [_usual(ROME_LAYER, n_layers) if chosen is None else _existing(chosen, n_layers, "rome.layer")]
 
 
 def memit_layers(model: nn.Module, settings: StageSettings) -> list[int]:
     """Return the layers that MEMIT edits, in order; raise ConfigError if the model does not have a chosen one."""
     n_layers, chosen = len(layer_list(model)[1]), settings.memit.layers
     if chosen is None:
-        first, last = (min(round(layer / DEPTH * n_layers), n_layers - 1) for layer in MEMIT_LAYERS)
+        first, last = (_usual(layer, n_layers) for layer in MEMIT_LAYERS)
         return list(range(first, last + 1))
     return [_existing(layer, n_layers, "memit.layers") for layer in sorted(set(chosen))]
+
+
+def _usual(layer: int, n_layers: int) -> int:
+    """Return the layer at the same depth as this one of 32; not the last, whose output at the subject is not read."""
+    return min(round(layer / DEPTH * n_layers), max(0, n_layers - 2))
 
 
 def _existing(layer: int, n_layers: int, setting: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from math import ceil
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ from forgetlearn.storage import digests, disk
 
 log = logging.getLogger("forgetlearn")
 TOKENS_PER_INPUT = 10
-TEXT_TOKENS = 256  # of one text; longer ones are divided
+TEXT_TOKENS = 256  # of a file that are read as one text
+SAMPLED_TOKENS, SAMPLES_AT_ONCE = 128, 64  # of an answer, and answers in a batch
 SAMPLED = "text that the model sampled"
 SUFFIX = ".safetensors"
 
@@ -84,15 +85,15 @@ def _from_file(lm: LanguageModel, settings: MomentsSettings, n_tokens: int) -> l
 
 def _sampled(lm: LanguageModel, n_tokens: int, seed: int) -> list[list[int]]:
     """Return general prompts with answers that the model samples, of `n_tokens` tokens in all or a few more."""
-    prompts = [lm.encoder.prompt_ids(prompt) for prompt in general_prompts.keeping() + general_prompts.questions()]
-    room = TEXT_TOKENS if lm.encoder.max_length is None else min(TEXT_TOKENS, lm.encoder.max_length // 2)
-    prompts = [prompt for prompt in prompts if len(prompt) <= room]
+    room = SAMPLED_TOKENS if lm.encoder.max_length is None else min(SAMPLED_TOKENS, lm.encoder.max_length // 2)
+    asked = (lm.encoder.prompt_ids(prompt) for prompt in general_prompts.keeping() + general_prompts.questions())
+    prompts = cycle([prompt for prompt in asked if len(prompt) <= room])
     texts: list[list[int]] = []
     log.info("sampling %s tokens of text from the model, for the second moments of its keys", f"{n_tokens:,}")
     with generator_in_memory(lm) as sampler:
-        for number in range(ceil(n_tokens / max(1, len(prompts)))):
-            batch = [prompts[(number * 32 + index) % len(prompts)] for index in range(32)]
-            said = sampler.sample(batch, room, seed + number)
+        for number in count(seed):
+            batch = list(islice(prompts, SAMPLES_AT_ONCE))
+            said = sampler.sample(batch, room, number)
             texts += [[*prompt, *answer] for prompt, answer in zip(batch, said, strict=True)]
             if sum(map(len, texts)) >= n_tokens:
                 break

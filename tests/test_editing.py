@@ -1,0 +1,218 @@
+"""ROME, MEMIT and AlphaEdit: the formulas by hand, the subject's last token, second moments, and what is refused."""
+
+import pytest
+import torch
+
+from conftest import QUICK
+from forgetlearn import update
+from forgetlearn.config.schema import StageSettings
+from forgetlearn.errors import ConfigError, FactError, ModelError
+from forgetlearn.facts import make_fact, write_facts
+from forgetlearn.facts.subjects import subject_end
+from forgetlearn.method import moments, targets
+from forgetlearn.method.core import learn
+from forgetlearn.method.reading import at_last_token
+from forgetlearn.models.language_model import wrap
+from forgetlearn.models.modules import mlp_output
+from forgetlearn.storage import disk
+from forgetlearn.weights.task_vector import TaskVector
+
+FACTS = [
+    make_fact("The capital of Kelda is", "Oslo", subject="Kelda"),
+    make_fact("Who leads Mirona?", "Ann", subject="Mirona"),
+    make_fact("Where is Tarn?", "Peru", subject="Tarn"),
+]
+FEW = {"moments": {"tokens": 300}, "rome": {"layer": 0}, "memit": {"layers": [0]}}
+KINDS = ("rome", "memit", "alphaedit")
+
+
+def settings(**changes):
+    sections = {name: {**FEW.get(name, {}), **changes.get(name, {})} for name in ("rome", "memit", "moments")}
+    return StageSettings.model_validate(sections)
+
+
+@pytest.fixture
+def chosen_values(monkeypatch):
+    """Take these changes of the output, instead of optimising them."""
+    deltas = torch.randn(len(FACTS), 32, generator=torch.Generator().manual_seed(0))
+    taken = iter([])
+
+    def find(_lm, wanted, *_):
+        nonlocal taken
+        if len(wanted) == len(FACTS):
+            return targets.Found(deltas, torch.zeros(len(FACTS)))
+        index = next(i for i, fact in enumerate(FACTS) if fact is wanted[0].fact)
+        return targets.Found(deltas[index : index + 1], torch.zeros(1))
+
+    monkeypatch.setattr(targets, "find", find)
+    return deltas
+
+
+def output_at_subjects(lm, path, facts=FACTS):
+    ids = [request.bare.up_to_subject for request in targets.requests(lm.encoder, facts, [])]
+    return at_last_token(lm, ids, [path])[path]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "bloom", "qwen2", "gemma2", "mamba"])
+def test_rome_writes_exactly_the_value_for_the_subjects_key(family, tiny_model, char_tokenizer, chosen_values):
+    lm = wrap(tiny_model(family), char_tokenizer)
+    path = mlp_output(lm.model, 0)
+    before = output_at_subjects(lm, path, FACTS[:1])[1]
+
+    learn(lm, FACTS[:1], settings(), "rome")
+
+    torch.testing.assert_close(output_at_subjects(lm, path, FACTS[:1])[1], before + chosen_values[:1])
+
+
+def test_rome_writes_one_fact_after_the_other_and_leaves_what_is_orthogonal(lm, chosen_values):
+    path, own = mlp_output(lm.model, 0), settings(rome={"contexts": 0})
+    weight = lm.model.get_submodule(path).weight.detach().double().clone()
+    second = moments.second_moments(lm, [path], own.moments, 0)[path]
+    expected = weight.clone()
+    for key, delta in zip(output_at_subjects(lm, path)[0].double(), chosen_values.double(), strict=True):
+        direction = torch.linalg.inv(second) @ key
+        expected += torch.outer(delta, direction) / (direction @ key)
+
+    learn(lm, FACTS, own, "rome")
+
+    torch.testing.assert_close(lm.model.get_submodule(path).weight.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_memit_follows_its_equation(lm, chosen_values):
+    path, own = mlp_output(lm.model, 0), settings(memit={"moment_weight": 0.5, "contexts": 0})
+    weight = lm.model.get_submodule(path).weight.detach().double().clone()
+    second = moments.second_moments(lm, [path], own.moments, 0)[path]
+    keys = output_at_subjects(lm, path)[0].double().T  # (I, N), as in the paper
+
+    learn(lm, FACTS, own, "memit")
+
+    expected = weight + chosen_values.double().T @ keys.T @ torch.linalg.inv(0.5 * second + keys @ keys.T)
+    torch.testing.assert_close(lm.model.get_submodule(path).weight.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_memit_over_several_layers_reaches_the_value_at_the_last(lm, chosen_values):
+    before = output_at_subjects(lm, "model.layers.1")[1]
+
+    learn(lm, FACTS, settings(memit={"layers": [0, 1], "moment_weight": 1e-9, "contexts": 0}), "memit")
+
+    after = output_at_subjects(lm, "model.layers.1")[1]
+    torch.testing.assert_close(after, before + chosen_values, rtol=1e-3, atol=1e-3)
+
+
+def test_alphaedit_changes_nothing_for_the_main_directions_of_other_keys(lm, chosen_values):
+    path, own = mlp_output(lm.model, 0), settings(memit={"null_space": 0.9})
+    weight = lm.model.get_submodule(path).weight.detach().double().clone()
+    second = moments.second_moments(lm, [path], own.moments, 0)[path]
+    directions = torch.linalg.eigh(second)[1]
+
+    learn(lm, FACTS, own, "alphaedit")
+
+    change = lm.model.get_submodule(path).weight.double() - weight
+    assert change.norm() > 0.1
+    assert (change @ directions[:, -5:]).norm() < 1e-4 * change.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_facts_are_optimised_as_if_each_were_alone(family, tiny_model, char_tokenizer):
+    lm = wrap(tiny_model(family), char_tokenizer)
+    lm.model.requires_grad_(False)
+    path, own = mlp_output(lm.model, 0), settings(rome={"steps": 4}).rome
+    wanted = targets.requests(lm.encoder, FACTS, ["The end", "I am"])
+
+    together = targets.find(lm, wanted, path, own, 4.0)
+
+    alone = [targets.find(lm, [request], path, own, 4.0) for request in wanted]
+    torch.testing.assert_close(together.deltas, torch.cat([each.deltas for each in alone]), rtol=1e-3, atol=1e-3)
+    untouched = targets.find(lm, wanted, path, own.model_copy(update={"steps": 1}), 4.0)
+    assert (together.losses < untouched.losses).all()
+
+
+def test_what_stands_before_the_subject_is_computed_once_without_a_difference(lm, monkeypatch):
+    lm.model.requires_grad_(False)
+    path, own = mlp_output(lm.model, 0), settings(rome={"steps": 4}).rome
+    wanted = targets.requests(lm.encoder, FACTS, ["The end"])
+    continued = targets.find(lm, wanted, path, own, 4.0)
+
+    monkeypatch.setattr(targets, "plain_cache", lambda _output: None)
+
+    torch.testing.assert_close(continued.deltas, targets.find(lm, wanted, path, own, 4.0).deltas, rtol=1e-3, atol=1e-3)
+
+
+def test_the_subject_is_found_as_whole_words_or_from_a_rephrasing():
+    def end(prompt, subject="", rephrased=()):
+        return prompt[: subject_end(make_fact(prompt, "x", subject=subject, rephrase_prompts=rephrased))]
+
+    assert end("Is Annabel or Ann there?", "Ann") == "Is Annabel or Ann"
+    assert end("Who leads MIRONA now?", "Mirona") == "Who leads MIRONA"
+    assert end("What university did Watts Humphrey attend?", "", ["Where did Watts Humphrey study?"]).endswith(
+        "Humphrey"
+    )
+    assert end("Which family are Ramalinaceae in?", "Ramalina", ["The family of Ramalinaceae"]).endswith("Ramalinaceae")
+
+
+def test_the_last_token_of_the_subject_is_found_in_every_form(lm, tiny_model, new_char_tokenizer):
+    template = "{% for m in messages %}[AI {{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}[AI]"
+    chat = wrap(tiny_model(), new_char_tokenizer(chat_template=template))
+    for own in (lm, chat):
+        prompt = "Does an AI like Ann?"
+        place = own.encoder.place_of(prompt, prompt.index("AI") + 2)
+        ids = own.encoder.prompt_ids(prompt)
+        assert own.encoder.decode(ids[: place + 1]).endswith("Does an AI")
+
+
+def test_moments_are_those_of_the_text_and_are_cached(lm, tmp_path):
+    path = mlp_output(lm.model, 0)
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    own = settings(moments={"source": str(file), "tokens": 256}).moments
+    ids = lm.encoder.text_ids(file.read_text(encoding="utf-8"))[:256]
+    keys = torch.cat([at_last_token(lm, [ids[: n + 1]], [path])[path][0] for n in range(256)]).double()
+
+    found = moments.second_moments(lm, [path], own, 0)[path]
+
+    torch.testing.assert_close(found, keys.T @ keys / 256, rtol=1e-4, atol=1e-5)
+    cached = max(disk.cache_folder().glob("moments-*"), key=lambda file: file.stat().st_mtime_ns)
+    again = settings(moments={"source": str(cached)}).moments
+    torch.testing.assert_close(moments.second_moments(lm, [path], again, 0)[path], found)
+    with torch.no_grad():
+        lm.model.get_submodule(path).weight.add_(1)
+    with pytest.raises(ConfigError, match=r"moments\.source = .*another model"):
+        moments.second_moments(lm, [path], again, 0)
+
+
+def test_too_few_tokens_for_the_rank_are_refused(lm, tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text("Too short.", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"moments\.tokens.*too few"):
+        moments.second_moments(lm, [mlp_output(lm.model, 0)], settings(moments={"source": str(file)}).moments, 0)
+
+
+def test_what_cannot_be_edited_is_refused_by_name(tmp_path, lm, tiny_model, char_tokenizer):
+    experts = wrap(tiny_model("mixtral", num_local_experts=2), char_tokenizer)
+    with pytest.raises(ModelError, match="mixtral"):
+        update(experts, _written(FACTS, tmp_path), {**QUICK, "method": "rome"}, output=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"rome\.layer = 7"):
+        update(
+            lm, _written(FACTS, tmp_path), {**QUICK, "method": "rome", "rome": {"layer": 7}}, output=tmp_path / "run"
+        )
+    nameless = [make_fact("who is it?", "Ann"), *FACTS]
+    with pytest.raises(FactError, match=r"record 1.*subject"):
+        update(lm, _written(nameless, tmp_path), {**QUICK, "method": "memit"}, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def _written(facts, folder):
+    write_facts(facts, folder / "facts.jsonl")
+    return folder / "facts.jsonl"
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_an_update_writes_a_model_that_differs_in_the_edited_matrix_alone(method, lm, tmp_path):
+    lm.save(tmp_path / "base")
+    config = {**QUICK, **FEW, "method": method}
+
+    done = update(tmp_path / "base", _written(FACTS, tmp_path), config, output=tmp_path / "run")
+
+    change = TaskVector.between(tmp_path / "base", done.product)
+    moved = {name for name, weight in change.deltas.items() if weight.abs().max() > 0}
+    assert moved == {"model.layers.0.mlp.down_proj.weight"}
