@@ -1,5 +1,7 @@
 """ROME, MEMIT and AlphaEdit: the formulas by hand, the subject's last token, second moments, and what is refused."""
 
+import signal
+
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ from forgetlearn.method.core import learn
 from forgetlearn.method.reading import at_last_token
 from forgetlearn.models.language_model import wrap
 from forgetlearn.models.modules import mlp_output
+from forgetlearn.runtime import signals
 from forgetlearn.storage import disk
+from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import TaskVector
 
 FACTS = [
@@ -35,16 +39,13 @@ def settings(**changes):
 def chosen_values(monkeypatch):
     """Take these changes of the output, instead of optimising them."""
     deltas = torch.randn(len(FACTS), 32, generator=torch.Generator().manual_seed(0))
-    taken = iter([])
 
     def find(_lm, wanted, *_):
-        nonlocal taken
-        if len(wanted) == len(FACTS):
-            return targets.Found(deltas, torch.zeros(len(FACTS)))
-        index = next(i for i, fact in enumerate(FACTS) if fact is wanted[0].fact)
-        return targets.Found(deltas[index : index + 1], torch.zeros(1))
+        numbers = [FACTS.index(request.fact) for request in wanted]
+        return targets.Found(deltas[numbers], torch.zeros(len(wanted)))
 
     monkeypatch.setattr(targets, "find", find)
+    monkeypatch.setattr(targets, "together", find)
     return deltas
 
 
@@ -216,3 +217,33 @@ def test_an_update_writes_a_model_that_differs_in_the_edited_matrix_alone(method
     change = TaskVector.between(tmp_path / "base", done.product)
     moved = {name for name, weight in change.deltas.items() if weight.abs().max() > 0}
     assert moved == {"model.layers.0.mlp.down_proj.weight"}
+
+
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(method, tiny_model, char_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "ROWS_AT_ONCE", 1)  # one fact after the other
+    own = settings(rome={"steps": 3, "contexts": 1}, memit={"steps": 3, "contexts": 1})
+    whole, halves = (wrap(tiny_model(), char_tokenizer) for _ in range(2))
+    learn(whole, FACTS, own, method)
+    points, together = StageIO(points=tmp_path / "points"), targets.together
+
+    def stopped(_lm, wanted, *options):
+        if wanted[0].fact is FACTS[1]:
+            signal.raise_signal(signal.SIGTERM)
+        return together(_lm, wanted, *options)
+
+    monkeypatch.setattr(targets, "together", stopped)
+    with pytest.raises(signals.Interrupted), signals.handled():
+        learn(wrap(tiny_model(), char_tokenizer), FACTS, own, method, stage_io=points)
+    asked = []
+
+    def noted(lm, wanted, *options):
+        asked.append(wanted[0].fact)
+        return together(lm, wanted, *options)
+
+    monkeypatch.setattr(targets, "together", noted)
+    learn(halves, FACTS, own, method, stage_io=points)
+
+    assert asked == FACTS[2:]
+    for one, other in zip(whole.model.parameters(), halves.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -29,7 +29,7 @@ from forgetlearn.method.reading import at_last_token
 from forgetlearn.method.targets import Request
 from forgetlearn.models.language_model import LanguageModel, layer_list
 from forgetlearn.models.modules import mlp_output
-from forgetlearn.training.stage_checkpoints import StageIO
+from forgetlearn.training.stage_checkpoints import Progress, StageIO
 
 log = logging.getLogger("forgetlearn")
 # For Llama-2-7B, which has 32 layers, ROME is used in layer 5 and MEMIT in 4 to 8 (arXiv:2311.08011, EasyEdit).
@@ -72,16 +72,23 @@ def rome(
     (path,) = (mlp_output(lm.model, layer) for layer in rome_layers(lm.model, settings))
     moments = second_moments(lm, [path], settings.moments, seed)[path]
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
-    losses = []
-    for request in wanted:
-        found = targets.find(lm, [request], path, own, own.clamp_norm_factor)
+    weight = lm.model.get_parameter(f"{path}.weight").data
+    progress = Progress(stage_io)
+    losses = progress.found.get("losses", torch.empty(0))
+    if progress.found:
+        weight.copy_(progress.found["weight"])
+    for part in progress.parts(len(wanted), 1, "fact"):
+        request = wanted[part.start]
+        found = targets.together(lm, [request], path, own, own.clamp_norm_factor)
         keys = at_last_token(lm, [text.up_to_subject for text in request.taught], [path])[path][0]
         direction = torch.linalg.solve(moments, keys.double().mean(0))
-        direction = direction / direction.norm()
-        change = torch.outer(found.deltas[0].double(), direction) / (direction @ keys[0].double())
-        add(lm.model.get_submodule(path), change)
-        losses.append(found.losses.item())
-    return losses
+        add(
+            lm.model.get_submodule(path),
+            torch.outer(found.deltas[0].double(), direction) / (direction @ keys[0].double()),
+        )
+        losses = torch.cat([losses, found.losses.cpu()])
+        progress.save(part, {"losses": losses, "weight": weight})
+    return [float(loss) for loss in losses]
 
 
 def memit(
@@ -95,7 +102,7 @@ def memit(
         found: Tensor = torch.linalg.solve(weight * moments + keys.T @ keys, keys.T)
         return found
 
-    return _in_layers(lm, facts, settings, seed, written)
+    return _in_layers(lm, facts, settings, seed, stage_io, written)
 
 
 def alphaedit(
@@ -109,7 +116,7 @@ def alphaedit(
         found: Tensor = torch.linalg.solve(regular, projection @ keys.T)
         return found
 
-    return _in_layers(lm, facts, settings, seed, written)
+    return _in_layers(lm, facts, settings, seed, stage_io, written)
 
 
 def _in_layers(
@@ -117,6 +124,7 @@ def _in_layers(
     facts: Sequence[Fact],
     settings: StageSettings,
     seed: int,
+    stage_io: StageIO,
     written: Callable[[Tensor, Tensor], Tensor],
 ) -> list[float]:
     """Spread the changes over the layers: each takes its share of what the values still lack at the last of them.
@@ -130,12 +138,12 @@ def _in_layers(
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     last = f"{layer_list(lm.model)[0]}.{layers[-1]}"
     bare = [request.bare.up_to_subject for request in wanted]
-    found = targets.find(lm, wanted, last, own, own.clamp_norm_factor)
+    found = targets.find(lm, wanted, last, own, own.clamp_norm_factor, Progress(stage_io))
     values = at_last_token(lm, bare, [last])[last][1] + found.deltas
     for number, path in enumerate(paths):
         lack = (values - at_last_token(lm, bare, [last])[last][1]) / (len(paths) - number)
         add(lm.model.get_submodule(path), lack.double().T @ written(keys_of(lm, wanted, path), moments[path]).T)
-    return found.losses.tolist()
+    return [float(loss) for loss in found.losses]
 
 
 def keys_of(lm: LanguageModel, wanted: Sequence[Request], path: str) -> Tensor:

@@ -33,6 +33,7 @@ from forgetlearn.models.batches import (
 )
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.training.stage_checkpoints import Progress, StageIO
 
 STARTS = ("The", "Therefore", "Because", "I", "You")  # of sampled contexts, as in MEMIT's code
 CONTEXT_TOKENS = (10, 5)  # lengths of sampled contexts, in turn
@@ -120,18 +121,32 @@ class Found:
     losses: Tensor
 
 
-def find(lm: LanguageModel, wanted: Sequence[Request], path: str, settings: TargetSettings, clamp: float) -> Found:
+def find(
+    lm: LanguageModel,
+    wanted: Sequence[Request],
+    path: str,
+    settings: TargetSettings,
+    clamp: float,
+    progress: Progress | None = None,
+) -> Found:
     """Return the changes of the output of the module `path`, each at most `clamp` times as long as the output.
 
-    The model's weights do not change, and need no gradients. Facts are optimised together, but none affects another.
+    The model's weights do not change, and need no gradients. What `progress` holds is not optimised again.
     """
-    per_fact = max(len(request.taught) for request in wanted) + 1
-    size = max(1, ROWS_AT_ONCE // per_fact)
-    parts = [
-        _Chunk(lm, wanted[start : start + size], path).optimised(settings, clamp)
-        for start in range(0, len(wanted), size)
-    ]
-    return Found(torch.cat([part.deltas for part in parts]), torch.cat([part.losses for part in parts]))
+    progress = progress or Progress(StageIO())
+    size = max(1, ROWS_AT_ONCE // (max(len(request.taught) for request in wanted) + 1))
+    found = {name: tensor.to(lm.device) for name, tensor in progress.found.items()}
+    for part in progress.parts(len(wanted), size, "fact"):
+        new = together(lm, [wanted[index] for index in part], path, settings, clamp)
+        both = {"deltas": new.deltas, "losses": new.losses}
+        found = {name: torch.cat([found[name], tensor]) if found else tensor for name, tensor in both.items()}
+        progress.save(part, found)
+    return Found(found["deltas"], found["losses"])
+
+
+def together(lm: LanguageModel, wanted: Sequence[Request], path: str, settings: TargetSettings, clamp: float) -> Found:
+    """Do what `find` does, for facts that are optimised in the same passes. None of them affects another."""
+    return _Chunk(lm, wanted, path).optimised(settings, clamp)
 
 
 class _Chunk:

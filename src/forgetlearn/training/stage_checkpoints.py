@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from forgetlearn.errors import RunError
-from forgetlearn.runtime import processes
+from forgetlearn.runtime import processes, signals
 from forgetlearn.storage import digests, disk
 
 log = logging.getLogger("forgetlearn")
@@ -72,6 +74,44 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
             for older in set(_points(folder)) - {final}:
                 shutil.rmtree(older, ignore_errors=True)
         processes.barrier()
+
+
+class Progress:
+    """Does a stage that is not fine-tuned in parts, so that it goes on after the last part that was saved.
+
+    `found` are the tensors that were saved last; it is empty at the beginning.
+    """
+
+    def __init__(self, stage_io: StageIO) -> None:
+        self.stage_io = stage_io
+        self.saved = time.monotonic()
+        point = newest(stage_io.points) if stage_io.points else None
+        self.found = load_file(point / WEIGHTS) if point else {}
+        self.done = int(disk.read_json(point / MARKER)["step"]) if point else 0
+
+    def parts(self, total: int, size: int, unit: str) -> Iterator[range]:
+        """Yield the parts that are left, up to a signal, and then raise Interrupted. Show a progress bar."""
+        bar = tqdm(total=total, initial=self.done, desc=self.stage_io.name, unit=unit, disable=processes.no_bar())
+        with signals.deferred(), bar:
+            for start in range(self.done, total, size):
+                part = range(start, min(start + size, total))
+                yield part
+                bar.update(len(part))
+                if signals.requested():
+                    return
+
+    def save(self, part: range, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Save what was found up to the end of a part, if it is time, or if a signal was received."""
+        minutes = self.stage_io.minutes
+        is_due = minutes and time.monotonic() - self.saved >= 60 * minutes
+        wishes = processes.gather((bool(is_due), signals.requested()))
+        if any(stops for _due, stops in wishes):
+            signals.request()
+        if self.stage_io.points and any(map(any, wishes)):
+            with writing(self.stage_io.points, part.stop) as folder:
+                if processes.is_main():
+                    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+            self.saved = time.monotonic()
 
 
 def newest(folder: Path) -> Path | None:
