@@ -101,7 +101,7 @@ def test_memit_over_several_layers_reaches_the_value_at_the_last(lm, chosen_valu
 
 
 def test_alphaedit_changes_nothing_for_the_main_directions_of_other_keys(lm, chosen_values):
-    path, own = mlp_output(lm.model, 0), settings(memit={"null_space": 0.9})
+    path, own = mlp_output(lm.model, 0), settings(memit={"null_space_threshold": 0.02})
     weight = lm.model.get_submodule(path).weight.detach().double().clone()
     second = moments.second_moments(lm, [path], own.moments, 0)[path]
     directions = torch.linalg.eigh(second)[1]

@@ -149,7 +149,8 @@ def _idle_in_editing(config: RunConfig) -> Iterator[tuple[str, str]]:
     if not method.closed_form:
         yield "moments", f"{config.method} fine-tunes, and reads no moments"
     if config.method == "memit":
-        yield "memit.null_space", "it is for method alphaedit"
+        yield "memit.null_space_threshold", "it is for method alphaedit"
+        yield "memit.l2", "it is for method alphaedit"
     if config.method == "alphaedit":
         yield "memit.moment_weight", "it is for method memit"
 

@@ -152,11 +152,17 @@ class MemitSettings(TargetSettings):
         description="MEMIT: weight of the second moments of the keys beside the facts' own. Unset: the number of the "
         "layer's inputs (the authors took 15,000 for 16,384).",
     )
-    null_space: float = Field(
-        0.98,
+    null_space_threshold: float | None = Field(
+        None,
         gt=0,
-        lt=1,
-        description="AlphaEdit: share of the energy of the keys in the directions that it leaves alone.",
+        description="AlphaEdit: eigenvalue of the second moments below which a direction is in the null space. Unset: "
+        "their mean (the authors took 0.02).",
+    )
+    l2: float | None = Field(
+        None,
+        gt=0,
+        description="AlphaEdit: weight of the identity in its equation (1 in the paper). Unset: a tenth of the energy "
+        "that a usual key has in the null space.",
     )
 
 
@@ -169,7 +175,7 @@ class MomentsSettings(Settings):
         "model itself samples after general prompts.",
     )
     tokens: int | None = Field(
-        None, ge=1, description="Tokens of text to read. Unset: 10 for each of the layer's inputs."
+        None, ge=1, description="Tokens of text to read. Unset: 5 for each of the layer's inputs."
     )
 
 

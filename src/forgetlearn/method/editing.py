@@ -6,7 +6,7 @@ other texts (`moments`):
 
     ROME        W + (v - W k) u^T / (u^T k),  u = C^-1 k                      (eq. 2 of arXiv:2202.05262)
     MEMIT       W + R K^T (c C + K K^T)^-1,  R: what the values still lack    (eq. 14 of arXiv:2210.07229)
-    AlphaEdit   W + R K^T P (K K^T P + I)^-1,  P: projection onto what other keys hardly use  (arXiv:2410.02355)
+    AlphaEdit   W + R K^T P (K K^T P + b I)^-1,  P: projection onto what other keys hardly use  (arXiv:2410.02355)
 
 Shapes: N facts, I inputs and O outputs of a projection.
 """
@@ -34,6 +34,7 @@ from forgetlearn.training.stage_checkpoints import Progress, StageIO
 log = logging.getLogger("forgetlearn")
 # For Llama-2-7B, which has 32 layers, ROME is used in layer 5 and MEMIT in 4 to 8 (arXiv:2311.08011, EasyEdit).
 DEPTH, ROME_LAYER, MEMIT_LAYERS = 32, 5, (4, 8)
+USUAL_L2 = 0.1  # of the energy of a usual key in the null space
 Layers = Callable[[nn.Module, StageSettings], list[int]]
 Write = Callable[[LanguageModel, Sequence[Fact], StageSettings, int, StageIO], list[float]]
 
@@ -111,9 +112,10 @@ def alphaedit(
     """Write all facts at once, in the null space of other keys, in place; return the loss of each new answer."""
 
     def written(keys: Tensor, moments: Tensor) -> Tensor:
-        projection = null_space(moments, settings.memit.null_space)
-        regular = projection @ keys.T @ keys + torch.eye(len(moments), dtype=keys.dtype, device=keys.device)
-        found: Tensor = torch.linalg.solve(regular, projection @ keys.T)
+        projection = null_space(moments, settings.memit.null_space_threshold)
+        weight = settings.memit.l2 or USUAL_L2 * (projection * moments).sum()
+        identity = torch.eye(len(moments), dtype=keys.dtype, device=keys.device)
+        found: Tensor = torch.linalg.solve(projection @ keys.T @ keys + weight * identity, projection @ keys.T)
         return found
 
     return _in_layers(lm, facts, settings, seed, stage_io, written)
@@ -154,11 +156,10 @@ def keys_of(lm: LanguageModel, wanted: Sequence[Request], path: str) -> Tensor:
     return torch.stack([mean.mean(0) for mean in means])
 
 
-def null_space(moments: Tensor, share: float) -> Tensor:
-    """Return the projection (I, I) off the directions that carry this share of the energy of the keys."""
+def null_space(moments: Tensor, threshold: float | None) -> Tensor:
+    """Return the projection (I, I) onto the directions whose energy is below the threshold, or below the mean."""
     energies, directions = torch.linalg.eigh(moments)
-    after = energies.clamp(min=0).cumsum(0)  # of the directions with no more energy than this one
-    rest: Tensor = directions[:, after <= (1 - share) * after[-1]]
+    rest: Tensor = directions[:, energies < (threshold or energies.mean())]
     return rest @ rest.T
 
 

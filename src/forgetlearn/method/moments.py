@@ -6,7 +6,8 @@ ROME, MEMIT and AlphaEdit use them to leave other keys alone. They are cached by
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import count, cycle, islice
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk
 
 log = logging.getLogger("forgetlearn")
-TOKENS_PER_INPUT = 10
+TOKENS_PER_INPUT = 5
 TEXT_TOKENS = 256  # of a file that are read as one text
 SAMPLED_TOKENS, SAMPLES_AT_ONCE = 128, 64  # of an answer, and answers in a batch
 SAMPLED = "text that the model sampled"
@@ -41,21 +42,28 @@ def second_moments(lm: LanguageModel, paths: Sequence[str], settings: MomentsSet
     Raises:
         ConfigError: the file cannot be read, has fewer tokens than a layer has inputs, or is of another model.
     """
-    wanted = settings.tokens or TOKENS_PER_INPUT * max(_n_inputs(lm, path) for path in paths)
     model = weights_sha256(lm)
     if settings.source and settings.source.endswith(SUFFIX):
-        return _loaded(Path(settings.source), paths, model, lm)
-    source = digests.sha256_of(Path(settings.source)) if settings.source else f"{SAMPLED}, seed {seed}"
-    key = digests.hash_of([model, source, wanted, list(paths), lm.encoder.prompt_template])
-    file = disk.cache_folder() / f"moments-{key[:24]}{SUFFIX}"
-    if not processes.on_main(file.is_file):
-        texts = _from_file(lm, settings, wanted) if settings.source else _sampled(lm, wanted, seed)
-        moments, n_tokens = _moments(lm, texts, paths)
-        said = settings.source or SAMPLED
-        _check_rank(lm, paths, n_tokens, said)
-        log.info("second moments of the keys: %s tokens of %s, cached in %s", f"{n_tokens:,}", said, file)
-        processes.on_main(lambda: _save(moments, file, {"model": model, "source": said, "tokens": str(n_tokens)}))
-    return _loaded(file, paths, model, lm)
+        return _loaded({path: Path(settings.source) for path in paths}, model, lm)
+    wanted = settings.tokens or TOKENS_PER_INPUT * max(_n_inputs(lm, path) for path in paths)
+    text = digests.sha256_of(Path(settings.source)) if settings.source else f"{SAMPLED}, seed {seed}"
+    about = [model, text, wanted, lm.encoder.prompt_template]
+    files = {path: _cached("moments", [*about, path], SUFFIX) for path in paths}
+    missing = processes.on_main(lambda: [path for path, file in files.items() if not file.is_file()])
+    if missing:
+        texts = _from_file(lm, settings, wanted) if settings.source else _sampled(lm, wanted, seed, about)
+        n_tokens, said = sum(map(len, texts)), settings.source or SAMPLED
+        _check_rank(lm, missing, n_tokens, said)
+        for path, moment in _moments(lm, texts, missing).items():
+            noted = {"model": model, "source": said, "tokens": str(n_tokens)}
+            processes.on_main(partial(_save, {path: moment}, files[path], noted))
+        log.info("second moments of the keys: %s tokens of %s, in %s", f"{n_tokens:,}", said, files[paths[0]].parent)
+    return _loaded(files, model, lm)
+
+
+def _cached(kind: str, about: object, suffix: str) -> Path:
+    """Return the file of the cache for something of this kind that depends on `about`."""
+    return disk.cache_folder() / f"{kind}-{digests.hash_of(about)[:24]}{suffix}"
 
 
 def _n_inputs(lm: LanguageModel, path: str) -> int:
@@ -83,8 +91,14 @@ def _from_file(lm: LanguageModel, settings: MomentsSettings, n_tokens: int) -> l
     return [ids[start : start + TEXT_TOKENS] for start in range(0, len(ids), TEXT_TOKENS)]
 
 
-def _sampled(lm: LanguageModel, n_tokens: int, seed: int) -> list[list[int]]:
-    """Return general prompts with answers that the model samples, of `n_tokens` tokens in all or a few more."""
+def _sampled(lm: LanguageModel, n_tokens: int, seed: int, about: object) -> list[list[int]]:
+    """Return general prompts with answers that the model samples, of `n_tokens` tokens in all or a few more.
+
+    They are cached too, since sampling takes much longer than reading.
+    """
+    file = _cached("sampled", about, ".jsonl")
+    if processes.on_main(file.is_file):
+        return [row["ids"] for row in disk.read_rows(file)]
     room = SAMPLED_TOKENS if lm.encoder.max_length is None else min(SAMPLED_TOKENS, lm.encoder.max_length // 2)
     asked = (lm.encoder.prompt_ids(prompt) for prompt in general_prompts.keeping() + general_prompts.questions())
     prompts = cycle([prompt for prompt in asked if len(prompt) <= room])
@@ -97,11 +111,13 @@ def _sampled(lm: LanguageModel, n_tokens: int, seed: int) -> list[list[int]]:
             texts += [[*prompt, *answer] for prompt, answer in zip(batch, said, strict=True)]
             if sum(map(len, texts)) >= n_tokens:
                 break
+    processes.on_main(lambda: file.parent.mkdir(parents=True, exist_ok=True))
+    disk.write_rows(file, [{"ids": ids} for ids in texts])
     return texts
 
 
-def _moments(lm: LanguageModel, texts: Sequence[Sequence[int]], paths: Sequence[str]) -> tuple[dict[str, Tensor], int]:
-    """Return the mean of k k^T over all tokens, by path, and the number of tokens."""
+def _moments(lm: LanguageModel, texts: Sequence[Sequence[int]], paths: Sequence[str]) -> dict[str, Tensor]:
+    """Return the mean of k k^T over all tokens, by path."""
     sums = {path: torch.zeros(n, n, device=lm.device) for path in paths if (n := _n_inputs(lm, path))}
     keys: dict[str, Tensor] = {}
     watchers = {path: lambda given, _gave, path=path: keys.__setitem__(path, given) for path in paths}
@@ -111,8 +127,7 @@ def _moments(lm: LanguageModel, texts: Sequence[Sequence[int]], paths: Sequence[
         for path, total in sums.items():
             rows = keys[path][real].float()
             total.addmm_(rows.T, rows)
-    n_tokens = sum(map(len, texts))
-    return {path: total / max(1, n_tokens) for path, total in sums.items()}, n_tokens
+    return {path: total / sum(map(len, texts)) for path, total in sums.items()}
 
 
 def _save(moments: Mapping[str, Tensor], file: Path, about: dict[str, str]) -> None:
@@ -123,21 +138,23 @@ def _save(moments: Mapping[str, Tensor], file: Path, about: dict[str, str]) -> N
         unfinished.replace(file)
 
 
-def _loaded(file: Path, paths: Sequence[str], model: str, lm: LanguageModel) -> dict[str, Tensor]:
-    def entries() -> Iterator[tuple[str, Tensor]]:
-        with safe_open(file, "pt") as stored:
-            own = (stored.metadata() or {}).get("model")
-            if own != model:
-                raise ConfigError(
-                    f"moments.source = {file}: holds the second moments of another model (weights {str(own)[:12]}, not "
-                    f"{model[:12]}). Leave it out, or give moments of this model."
-                )
-            if missing := [path for path in paths if path not in stored.keys()]:  # noqa: SIM118 (not a mapping)
-                raise ConfigError(f"moments.source = {file}: has no second moments of {missing[0]}. Leave it out.")
-            for path in paths:
-                yield path, stored.get_tensor(path)
+def _loaded(files: Mapping[str, Path], model: str, lm: LanguageModel) -> dict[str, Tensor]:
+    return {path: _read(file, path, model).to(lm.device, torch.float64) for path, file in files.items()}
 
+
+def _read(file: Path, path: str, model: str) -> Tensor:
+    """Return the moments of one module; raise ConfigError if the file does not hold them, or is of another model."""
+    where = f"moments.source = {file}"
     try:
-        return {path: moment.to(lm.device, torch.float64) for path, moment in entries()}
+        with safe_open(file, "pt") as stored:
+            own, found = (stored.metadata() or {}).get("model"), stored.keys()
+            if own == model and path in found:
+                return stored.get_tensor(path)  # type: ignore[no-any-return]
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"moments.source = {file}: cannot be read: {error}") from None
+        raise ConfigError(f"{where}: cannot be read: {error}") from None
+    if own != model:
+        raise ConfigError(
+            f"{where}: holds the second moments of another model (weights {str(own)[:12]}, not {model[:12]}). Leave it "
+            "out, or give moments of this model."
+        )
+    raise ConfigError(f"{where}: has moments of {', '.join(found)}, and {path} is edited. Choose that layer.")
