@@ -307,6 +307,8 @@ class CellStore(Store):
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return a step's rows; rows of the base and of forgotten models are shared with other cells."""
+        if step == "score_updated" and self.stages.method.in_context:
+            return self.shared.rows(f"updated-{self.stages.config.method}", compute)  # the same for every seed
         if step == "score_updated":
             return compute()
         if step == "score_forgotten" and (stage := self.stages.forget):

@@ -86,6 +86,8 @@ class _Group:
             for phase in ("base", "forgotten", "updated")
         }
         self.scores: dict[Column, Floats] = self.phases["updated"]
+        added = {row.fact: row.added_tokens for row in rows if row.added_tokens is not None}  # the same for every seed
+        self.added_tokens = sum(added.values()) / len(added) if added else None
         self.nothing_forgotten = Summary.load(path / CELLS / self.first.name / SUMMARY).nothing_forgotten
 
 
@@ -143,6 +145,7 @@ def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Co
         scores={f"{q}.{p}": _estimate(scores) for (q, p), scores in group.scores.items()},
         forgotten=_forgotten(group),
         nothing_forgotten=group.nothing_forgotten,
+        added_tokens=group.added_tokens,
         against={
             budget: Against(
                 label=baseline.first.label,
@@ -235,7 +238,7 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[Equ
     """Return how each method and coefficient compares with plain fine-tuning at equal reliability."""
     lines: dict[tuple[str, str, float | None], list[_Group]] = {}
     for group in groups.values():
-        if group.first.budget == "equal-epochs":
+        if group.first.budget == "equal-epochs" and not METHODS[group.first.method].in_context:
             lines.setdefault((group.first.method, group.first.variant, group.first.coef), []).append(group)
     curves = {key: _curve(members) for key, members in lines.items()}
     found = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-KindName = Literal["all weights", "lora", "one module", "bounded", "ascent"]
+KindName = Literal["all weights", "lora", "one module", "bounded", "ascent", "in context", "retrieval"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Kind:
     subtracts: bool = False  # forgetting subtracts what training added; otherwise the training itself forgets
     chooses_weights: bool = False  # learn.modules and learn.rows restrict what it trains
     bounded: bool = False  # no weight changes by more than learn.max_change
+    in_context: bool = False  # no weight changes at all: a new fact stands before what is asked
 
     @property
     def subtracts_from_base(self) -> bool:
@@ -33,6 +34,8 @@ KINDS: Mapping[str, Kind] = {
         Kind("one module"),
         Kind("bounded", chooses_weights=True, bounded=True),
         Kind("ascent"),
+        Kind("in context", in_context=True),
+        Kind("retrieval", in_context=True),
     )
 }
 
@@ -49,6 +52,11 @@ class Method:
     def makes_adapter(self) -> bool:
         """True if the product is an adapter; otherwise it is a whole model."""
         return KINDS[self.learns].adapter
+
+    @property
+    def in_context(self) -> bool:
+        """True if the method changes no weight, and so makes no product: it shows the model the new facts."""
+        return KINDS[self.learns].in_context
 
     @property
     def plain(self) -> str:
@@ -76,8 +84,12 @@ METHODS: Mapping[str, Method] = {
     "locft": Method(None, "one module", "LocFT-BF, ICLR 2026: breadth-first fine-tuning of one module"),
     "ft-c": Method(None, "bounded", "Zhu et al. 2020, arXiv:2012.00363: within an L-infinity ball"),
     "ga": Method("ascent", "all weights", "Jang et al. 2023, arXiv:2210.01504: gradient ascent on the old answers"),
+    # What can be done without changing the model.
+    "in-context": Method(None, "in context", "Cohen et al. 2023, arXiv:2307.12976: the new fact in the prompt"),
+    "retrieval": Method(None, "retrieval", "Zhong et al. 2023, arXiv:2305.14795: the nearest of all new facts"),
 }
 PLAIN_METHODS = tuple(name for name, method in METHODS.items() if method.plain == name)
+UPDATING_METHODS = tuple(name for name, method in METHODS.items() if not method.in_context)
 PAPER_METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 
 if TYPE_CHECKING:

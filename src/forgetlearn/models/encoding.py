@@ -87,8 +87,12 @@ class Encoded:
 
     def after(self, beginning: Encoded) -> Encoded:
         """Return this text with its prompt extended by all tokens that it shares with the beginning of a text."""
-        shared = takewhile(lambda both: both[0] == both[1], zip(self.ids[:-1], beginning.ids, strict=False))
-        return Encoded(self.ids, max(self.n_prompt_tokens, sum(1 for _ in shared)))
+        return Encoded(self.ids, max(self.n_prompt_tokens, common_start(self.ids[:-1], beginning.ids)))
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many ids two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 class Encoder:
@@ -195,6 +199,16 @@ class Encoder:
         ids = self._prompt_ids(prompt)
         self._check_prompt(prompt, ids)
         return list(ids)
+
+    def own_places(self, prompt: str) -> range:
+        """Return the places of a prompt's own tokens in `prompt_ids`: without those that the template writes around it.
+
+        Return at least one place.
+        """
+        one, two, ids = (self._prompt_ids(text) for text in (*PROBES, prompt))
+        before, after = (common_start(*both) for both in ((one, two), (one[::-1], two[::-1])))
+        start = min(before, len(ids) - 1)
+        return range(start, max(len(ids) - after, start + 1))
 
     def encode(self, prompt: Prompt, answer: str, *, end: bool = False) -> Encoded:
         """Return the ids of prompt and answer; `end=True` adds the token that ends an answer, for training.

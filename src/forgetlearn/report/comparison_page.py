@@ -80,6 +80,7 @@ def write_pages(
         "lines": {row.label: row.line for row in table.rows},
         "verdict": sentence,
         "remarks": remarks,
+        "adds_tokens": any(row.added_tokens is not None for row in table.rows),
         "widest": _widest(table),
         "averaged": ", ".join(map(_words, table.overall)),
     }
@@ -267,9 +268,9 @@ def _loss_panels(
     first = {name.rsplit("-seed", 1)[0]: file for name, file in reversed(old.items())}
     panels = [("fine-tuning on the old answers", first, {}), ("learning the new answers", learning, styles)]
     return [
-        plots.plot_training(title, {name: load_rows(Step, file) for name, file in files.items()}, looks)
+        plots.plot_training(title, curves, looks)
         for title, files, looks in panels
-        if files
+        if (curves := {name: steps for name, file in files.items() if (steps := load_rows(Step, file))})
     ]
 
 
