@@ -69,6 +69,7 @@ class _Group:
         self.first = ordered[0]
         tables: list[Scores] = []
         self.answers: list[CellAnswers] = []
+        added: dict[str, float] = {}  # tokens, by fact
         for cell in ordered:
             folder = path / CELLS / cell.name
             if not is_run(folder):
@@ -76,6 +77,7 @@ class _Group:
             RunFolder.open(folder).check_results(f"remove {folder} and continue with --resume")
             rows = load_rows(Row, folder / ROWS)
             tables.append(_scores(folder, rows))
+            added |= {row.fact: row.added_tokens for row in rows if row.added_tokens is not None}
             self.answers.append(CellAnswers.of(folder, rows))
         self.phases = {
             phase: {
@@ -86,7 +88,6 @@ class _Group:
             for phase in ("base", "forgotten", "updated")
         }
         self.scores: dict[Column, Floats] = self.phases["updated"]
-        added = {row.fact: row.added_tokens for row in rows if row.added_tokens is not None}  # the same for every seed
         self.added_tokens = sum(added.values()) / len(added) if added else None
         self.nothing_forgotten = Summary.load(path / CELLS / self.first.name / SUMMARY).nothing_forgotten
 
