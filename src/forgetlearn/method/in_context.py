@@ -59,9 +59,9 @@ def nearest(
     """Return the fact whose prompt is nearest to each text that is asked, except texts too long for the model.
 
     Nearness is the cosine similarity of the model's own hidden states (`Scorer.directions`), of which the mean over the
-    facts is subtracted: what all prompts have in common tells none of them apart. On lab models of 200 facts of ZsRE and
-    of COUNTERFACT this found the own fact of 1 to 3 more rephrasings in 100, and the middle of the model found about as
-    many as its last layer (45 and 56 in 100, against 47 and 58).
+    facts is subtracted: what all prompts have in common tells none of them apart. On lab models of 200 facts of ZsRE
+    and of COUNTERFACT this found the own fact of 1 to 3 more rephrasings in 100, and the middle of the model found
+    about as many as its last layer (45 and 56 in 100, against 47 and 58).
     """
     texts = dict.fromkeys(asked)
     vectors = Scorer(lm, settings, "retrieval").directions([*(fact.prompt for fact in facts), *texts])
