@@ -19,11 +19,12 @@ from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.facts.fact import Probe
-from forgetlearn.method import in_context
+from forgetlearn.method import in_context, lessons
 from forgetlearn.method.core import learn
 from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models.language_model import load_model, wrap
 from forgetlearn.planning.plan import plan_update
+from forgetlearn.report.comparison_page import verdict
 from forgetlearn.runs.update import update
 from forgetlearn.storage.disk import read_json
 from forgetlearn.storage.records import Row, load_rows
@@ -205,6 +206,10 @@ def test_the_table_and_its_pages_say_what_it_costs(filled, small_lab, capsys):
     assert added["ft-1epochs"] is None
     assert added["in-context"] == pytest.approx(sum(longer) / len(longer))
     assert all(list(row.against) == ["equal-epochs"] for row in table.rows if row.method in METHODS)
+    unscored = table.rows[0].model_copy(update={"overall": None})
+    sentence, remarks = verdict(table.model_copy(update={"rows": [unscored, table.rows[1]]}))
+    assert "against ft, an interval" in sentence  # with no word about epochs
+    assert remarks[0].startswith("Against ft, in points")
     for page in ("compare.md", "report.html"):
         text = (output / page).read_text()
         assert f"{added['in-context']:.1f}" in text
@@ -215,6 +220,16 @@ def test_the_table_and_its_pages_say_what_it_costs(filled, small_lab, capsys):
     summary = read_json(folder / "summary.json")
     assert (summary["method"], summary["product"]) == ("in-context", None)
     assert "lessons" not in summary
+
+
+def test_without_a_method_that_trains_the_base_is_asked_for_nothing_to_train_on(small_lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(lessons, "make", None)
+    facts = read_facts(small_lab / "facts.jsonl", limit=2)
+    config = load_config(None, {"model.name": str(small_lab), "evaluate.protocols": ["token"]})
+    settings = CompareSettings(methods=METHODS, seeds=(0,))
+    assert len(fill(small_lab, facts, settings, config, output=tmp_path / "out")) == 2
+    table = write_table(tmp_path / "out")
+    assert [each.method for each in table.unpaired] == list(METHODS)
 
 
 def test_resume_makes_a_lost_cell_again_with_the_same_bytes(filled, small_lab, monkeypatch):
