@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import SEED_OFFSETS, StageName
 from forgetlearn.errors import some
@@ -78,6 +79,8 @@ def counts(taught: Iterable[Taught]) -> dict[str, StageLessons]:
 
 def asks_base(config: RunConfig, encoder: Encoder) -> bool:
     """Return True if the base is asked for something to train on."""
+    if METHODS[config.method].in_context:
+        return False
     answers = config.train.answers
     return config.keep.weight > 0 or answers == "sentence" or (answers == "auto" and encoder.is_chat)
 
@@ -157,6 +160,8 @@ def lessons(
 
     A wording that cannot be encoded is left out; the bare answer to the prompt itself always can.
     """
+    if METHODS[config.method].in_context:
+        return None
     rephrased = stage == "learn" and config.learn.rephrasings
     kept = _kept(material, config, encoder)
     if not (material.taught or kept or config.train.wordings or rephrased):

@@ -132,7 +132,7 @@ class Pipeline:
 
     def _ask_for_lessons(self) -> None:
         """Ask the base for what the stages train on, if they train on more than bare answers."""
-        if not self.stages.learn.kind.in_context and lessons.asks_base(self.config, self.lm.encoder):
+        if lessons.asks_base(self.config, self.lm.encoder):
             said = {row.fact: row for row in self.replies}
             made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, said))
             self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
