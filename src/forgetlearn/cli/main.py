@@ -275,6 +275,9 @@ def compare(
     table = write_table(output)
     columns = short_columns(table.protocols)
     print_table([(row.label, [row.scores.get(f"{q}.{p}") for q, p in columns]) for row in table.rows], "", columns)
+    for row in table.rows:
+        if row.added_tokens is not None:
+            say(f"{row.label}: {row.added_tokens:.1f} tokens more in each question, on average")
     say(f"\n{verdict(table)[0]}\nreport   {output / 'report.html'}\ncells    {output / 'cells'}, a run folder each")
 
 

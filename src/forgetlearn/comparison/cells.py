@@ -105,6 +105,8 @@ class Cell:
     @property
     def label(self) -> str:
         """The name of the cell's row in the table, which it shares with the cells of other seeds."""
+        if not METHODS[self.method].fine_tunes:  # it has no epochs
+            return self.method
         coef = "" if self.coef is None else f"-coef{self.coef:g}"
         variant = f"-{self.variant}" if self.variant else ""
         length = "until-learned" if self.until_learned else f"{self.epochs}epochs"
@@ -122,6 +124,8 @@ def cells_of(settings: CompareSettings, config: RunConfig) -> list[Cell]:
     epochs = settings.epochs or (config.learning.most_epochs,)
     until_learned = config.learn.until == "learned" and not settings.epochs
     for seed, method, n_epochs in itertools.product(settings.seeds, settings.methods, epochs):
+        if not METHODS[method].fine_tunes and n_epochs != max(epochs):  # once, to be compared with the longest learning
+            continue
         cells += [
             Cell(method, coef, n_epochs, seed, "equal-epochs", until_learned=until_learned)
             for coef in _coefs(method, settings.coefs)

@@ -208,8 +208,9 @@ class _Worker:
                 (comparison.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
-        store = CellStore(self.shared, Stages(self.comparison.config), "")
-        Pipeline(self.lm, self.comparison.facts.facts, self.comparison.config, store).prepare()  # scores the base
+        first = self._config_of(self.comparison.cells[0])
+        store = CellStore(self.shared, Stages(first), "")
+        Pipeline(self.lm, self.comparison.facts.facts, first, store).prepare()  # scores the base
         while open_cells := self.comparison.open_cells():
             if not self._fill_one(open_cells):
                 time.sleep(POLL_S)  # other processes hold the rest; if one dies, its cell is free again
@@ -225,8 +226,11 @@ class _Worker:
                     return True
         return False
 
+    def _config_of(self, cell: Cell) -> RunConfig:
+        return cell_config(self.comparison.config, cell, self.comparison.variants)
+
     def _fill(self, cell: Cell, path: Path) -> None:
-        config = cell_config(self.comparison.config, cell, self.comparison.variants)
+        config = self._config_of(cell)
         store = CellStore(self.shared, Stages(config), cell.variant)
         pipeline = Pipeline(self.lm, self.comparison.facts.facts, config, store, base=self.base)
         pipeline.prepare()
@@ -307,6 +311,8 @@ class CellStore(Store):
 
     def rows(self, step: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return a step's rows; rows of the base and of forgotten models are shared with other cells."""
+        if step == "score_updated" and self.stages.method.in_context:
+            return self.shared.rows(f"updated-{self.stages.config.method}", compute)  # the same for every seed
         if step == "score_updated":
             return compute()
         if step == "score_forgotten" and (stage := self.stages.forget):

@@ -69,6 +69,7 @@ class _Group:
         self.first = ordered[0]
         tables: list[Scores] = []
         self.answers: list[CellAnswers] = []
+        added: dict[str, float] = {}  # tokens, by fact
         for cell in ordered:
             folder = path / CELLS / cell.name
             if not is_run(folder):
@@ -76,6 +77,7 @@ class _Group:
             RunFolder.open(folder).check_results(f"remove {folder} and continue with --resume")
             rows = load_rows(Row, folder / ROWS)
             tables.append(_scores(folder, rows))
+            added |= {row.fact: row.added_tokens for row in rows if row.added_tokens is not None}
             self.answers.append(CellAnswers.of(folder, rows))
         self.phases = {
             phase: {
@@ -86,6 +88,7 @@ class _Group:
             for phase in ("base", "forgotten", "updated")
         }
         self.scores: dict[Column, Floats] = self.phases["updated"]
+        self.added_tokens = sum(added.values()) / len(added) if added else None
         self.nothing_forgotten = Summary.load(path / CELLS / self.first.name / SUMMARY).nothing_forgotten
 
 
@@ -143,6 +146,7 @@ def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Co
         scores={f"{q}.{p}": _estimate(scores) for (q, p), scores in group.scores.items()},
         forgotten=_forgotten(group),
         nothing_forgotten=group.nothing_forgotten,
+        added_tokens=group.added_tokens,
         against={
             budget: Against(
                 label=baseline.first.label,
@@ -235,7 +239,7 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[Equ
     """Return how each method and coefficient compares with plain fine-tuning at equal reliability."""
     lines: dict[tuple[str, str, float | None], list[_Group]] = {}
     for group in groups.values():
-        if group.first.budget == "equal-epochs":
+        if group.first.budget == "equal-epochs" and METHODS[group.first.method].fine_tunes:
             lines.setdefault((group.first.method, group.first.variant, group.first.coef), []).append(group)
     curves = {key: _curve(members) for key, members in lines.items()}
     found = []

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-KindName = Literal["all weights", "lora", "one module", "bounded", "ascent", "rome", "memit", "alphaedit"]
+KindName = Literal[
+    "all weights",
+    "lora",
+    "one module",
+    "bounded",
+    "ascent",
+    "rome",
+    "memit",
+    "alphaedit",
+    "in context",
+    "retrieval",
+]
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,7 @@ class Kind:
     chooses_weights: bool = False  # learn.modules and learn.rows restrict what it trains
     bounded: bool = False  # no weight changes by more than learn.max_change
     closed_form: bool = False  # writes each fact's bare answer by a formula; nothing is fine-tuned or kept
+    in_context: bool = False  # no weight changes at all: a new fact stands before what is asked
 
     @property
     def subtracts_from_base(self) -> bool:
@@ -37,6 +49,8 @@ KINDS: Mapping[str, Kind] = {
         Kind("rome", closed_form=True),
         Kind("memit", closed_form=True),
         Kind("alphaedit", closed_form=True),
+        Kind("in context", in_context=True),
+        Kind("retrieval", in_context=True),
     )
 }
 
@@ -58,6 +72,16 @@ class Method:
     def closed_form(self) -> bool:
         """True if learning writes the facts by a formula."""
         return KINDS[self.learns].closed_form
+
+    @property
+    def in_context(self) -> bool:
+        """True if the method changes no weight, and so makes no product: it shows the model the new facts."""
+        return KINDS[self.learns].in_context
+
+    @property
+    def fine_tunes(self) -> bool:
+        """True if learning trains on texts."""
+        return not (self.closed_form or self.in_context)
 
     @property
     def plain(self) -> str:
@@ -88,8 +112,12 @@ METHODS: Mapping[str, Method] = {
     "rome": Method(None, "rome", "Meng et al. 2022, arXiv:2202.05262: one fact after the other, in one layer"),
     "memit": Method(None, "memit", "Meng et al. 2023, arXiv:2210.07229: all facts at once, in several layers"),
     "alphaedit": Method(None, "alphaedit", "Fang et al. 2025, arXiv:2410.02355: MEMIT in the null space of its keys"),
+    # What can be done without changing the model.
+    "in-context": Method(None, "in context", "Cohen et al. 2023, arXiv:2307.12976: the new fact in the prompt"),
+    "retrieval": Method(None, "retrieval", "Zhong et al. 2023, arXiv:2305.14795: the nearest of all new facts"),
 }
 PLAIN_METHODS = tuple(name for name, method in METHODS.items() if method.plain == name)
+UPDATING_METHODS = tuple(name for name, method in METHODS.items() if not method.in_context)
 PAPER_METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 
 if TYPE_CHECKING:

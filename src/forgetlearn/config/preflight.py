@@ -93,6 +93,11 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
         if refused:
             problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
         passed_over += [name for name in names if name not in refused and not row.always]
+    if command in ("update", "plan") and METHODS[config.method].in_context:
+        problems.append(
+            f"method = {config.method}: changes no weight, so an update makes no product. "
+            f"Score it with forgetlearn compare --methods {config.method}."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     departs = recipes.overridden(dict(config), config.recipe) if command in ("update", "compare") else []

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
 from forgetlearn.config.base import Settings, read_yaml, validate
-from forgetlearn.config.methods import METHODS, MethodName
+from forgetlearn.config.methods import METHODS, UPDATING_METHODS, MethodName
 from forgetlearn.config.recipes import RecipeName, with_recipe
 from forgetlearn.errors import ConfigError, without_secrets
 
@@ -563,7 +563,9 @@ class RunConfig(Settings):
         description="A set of settings: default, what docs/choosing.md recommends; paper, the paper's own; plain, "
         "fine-tuning with LoRA as with peft. Settings given beside it win.",
     )
-    method: MethodName = Field("lora", description=f"How facts are updated: {', '.join(METHODS)} (docs/method.md).")
+    method: MethodName = Field(
+        "lora", description=f"How facts are updated: {', '.join(UPDATING_METHODS)} (docs/method.md)."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
     model: ModelSettings = Field(default_factory=ModelSettings)
     facts: FactsSettings = Field(default_factory=FactsSettings)

@@ -23,6 +23,7 @@ from forgetlearn.models.batches import (
     computing,
     divided,
     read_logits,
+    read_states,
 )
 from forgetlearn.models.encoding import Encoded, P
 from forgetlearn.models.language_model import LanguageModel
@@ -124,14 +125,38 @@ class Scorer:
 
         return self._each(texts, difference)
 
-    def _each(self, texts: Mapping[K, Encoded], use: Callable[[Tensor, K], R]) -> dict[K, R]:
-        """Return the result of `use` for each text, given the logits (N, V) of its answer and its key."""
+    def directions(self, prompts: Iterable[str]) -> dict[str, Tensor]:
+        """Return a vector (D,) for each distinct prompt, to compare prompts by; leave out prompts that are too long.
+
+        It is the mean over the prompt's own tokens, without those of a template, of the hidden states after half of the
+        layers. Each is scaled to length 1 first, because a few tokens have states so long that they would outweigh all
+        others.
+        """
+        texts: dict[str, Encoded] = {}
+        for prompt in dict.fromkeys(prompts):
+            ids, own = self.lm.encoder.prompt_ids(prompt), self.lm.encoder.own_places(prompt)
+            text = Encoded((*ids[: own.stop], ids[-1]), own.start + 1)  # its answer's positions are `own`
+            if not self.lm.encoder.max_length or len(text.ids) <= self.lm.encoder.max_length:
+                texts[prompt] = text
+
+        def mean(states: Tensor, _prompt: str) -> Tensor:
+            return torch.nn.functional.normalize(states.double(), dim=-1).mean(dim=0).cpu()
+
+        return self._each(texts, mean, read_states)
+
+    def _each(
+        self,
+        texts: Mapping[K, Encoded],
+        use: Callable[[Tensor, K], R],
+        read: Callable[..., tuple[Tensor, Tensor]] = read_logits,
+    ) -> dict[K, R]:
+        """Return the result of `use` for each text, given what `read` computes at its answer (N, ...), and its key."""
 
         def run(keys: list[K], layout: Layout) -> list[R]:
             own = [texts[key] for key in keys]
-            logits, which = read_logits(self.lm.model, own, layout, self.lm.pad_id, self.lm.device)
+            found, which = read(self.lm.model, own, layout, self.lm.pad_id, self.lm.device)
             parts = which.split([len(text.answer_ids) for text in own])
-            return [use(logits[part], key) for key, part in zip(keys, parts, strict=True)]
+            return [use(found[part], key) for key, part in zip(keys, parts, strict=True)]
 
         return self._over(texts, run)
 

@@ -14,9 +14,16 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from forgetlearn.config.methods import KindName
-from forgetlearn.config.schema import ForgetSettings, Modules, StageSettings, TrainSettings, TuningSettings
+from forgetlearn.config.schema import (
+    EvaluateSettings,
+    ForgetSettings,
+    Modules,
+    StageSettings,
+    TrainSettings,
+    TuningSettings,
+)
 from forgetlearn.facts import Fact
-from forgetlearn.method import editing
+from forgetlearn.method import editing, in_context
 from forgetlearn.models import lora, module_names, null_space
 from forgetlearn.models import modules as selection
 from forgetlearn.models.encoding import Encoded, Encoder
@@ -133,6 +140,12 @@ class StageKind:
         """Turn the base, or the forgotten model, into the product that has this `state`."""
         to_own_form(lm)
         task_vector.load_into(lm.model, state)
+
+    def asked(
+        self, lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
+    ) -> Sequence[Fact]:
+        """Return the scored facts as the product is asked them; `facts` are all that the update is about."""
+        return scored
 
     def save_product(self, lm: LanguageModel, folder: Path, base_name: str) -> None:
         """Write the product in a form that other programs can load. An adapter names its base."""
@@ -276,6 +289,45 @@ class ClosedForm(StageKind):
         return StageLog(tuple({"step": number, "loss": loss} for number, loss in enumerate(losses, 1)))
 
 
+class InContext(StageKind):
+    """Change no weight: whatever is asked about a fact stands behind the fact itself."""
+
+    def ready(self, lm: LanguageModel) -> None:
+        """Do nothing: the base stays as it is."""
+
+    def prepare(
+        self, model: nn.Module, settings: TrainSettings, name: str, seed: int, modules: Modules = module_names.ALL
+    ) -> nn.Module:
+        """Freeze all weights."""
+        return model.requires_grad_(False)
+
+    def fit(
+        self, lm: LanguageModel, lessons: Lessons, settings: TrainSettings, seed: int, stage_io: StageIO
+    ) -> StageLog:
+        """Do nothing: there is nothing to train."""
+        return StageLog(())
+
+    def finish(self, lm: LanguageModel, stage_log: StageLog, seed: int) -> StageLog:
+        """Do nothing: the product is the base, which `asked` shows the facts to."""
+        return stage_log
+
+    def asked(
+        self, lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
+    ) -> list[Fact]:
+        """Return the scored facts, each with everything that is asked about it behind itself."""
+        return in_context.behind_own(scored)
+
+
+class Retrieval(InContext):
+    """Change no weight: whatever is asked stands behind the nearest of all new facts, even if that is another one."""
+
+    def asked(
+        self, lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
+    ) -> list[Fact]:
+        """Return the scored facts, with everything that is asked about each behind the nearest of `facts`."""
+        return in_context.behind_nearest(lm, facts, scored, settings)
+
+
 STAGE_KINDS: Mapping[KindName, StageKind] = {
     "all weights": StageKind(),
     "lora": Adapter(),
@@ -285,6 +337,8 @@ STAGE_KINDS: Mapping[KindName, StageKind] = {
     "rome": ClosedForm(editing.rome, editing.rome_layers),
     "memit": ClosedForm(editing.memit, editing.memit_layers),
     "alphaedit": ClosedForm(editing.alphaedit, editing.memit_layers),
+    "in context": InContext(),
+    "retrieval": Retrieval(),
 }
 
 

@@ -79,7 +79,7 @@ def counts(taught: Iterable[Taught]) -> dict[str, StageLessons]:
 
 def asks_base(config: RunConfig, encoder: Encoder) -> bool:
     """Return True if the base is asked for something to train on."""
-    if METHODS[config.method].closed_form:
+    if not METHODS[config.method].fine_tunes:
         return False
     answers = config.train.answers
     return config.keep.weight > 0 or answers == "sentence" or (answers == "auto" and encoder.is_chat)
@@ -160,7 +160,7 @@ def lessons(
 
     A wording that cannot be encoded is left out; the bare answer to the prompt itself always can.
     """
-    if METHODS[config.method].closed_form:
+    if not METHODS[config.method].fine_tunes:
         return None
     rephrased = stage == "learn" and config.learn.rephrasings
     kept = _kept(material, config, encoder)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, takewhile
 from statistics import median
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.onednn import fast_linear_layers
 
 K = TypeVar("K")
+Compute = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
 Layout = Literal["packed", "shared_by_text", "shared", "padded", "single"]
 IGNORE = -100
 # Tokens in a row of shared beginnings. Of 192 to 1,024, 512 were fastest on a CPU, with attention text by text.
@@ -163,12 +164,25 @@ def read_logits(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return logits (K, V) and, for each answer token (text after text), the index of its logits (N,)."""
+    return _read(answer_logits, model, texts, layout, pad_id, device)
+
+
+def read_states(
+    model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return hidden states (K, D) in the middle of the model, and which belongs to each answer token, as above."""
+    return _read(answer_states, model, texts, layout, pad_id, device)
+
+
+def _read(
+    compute: Compute, model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     if layout not in ("shared", "shared_by_text"):
-        logits = _flat_logits(model, pad_left(texts, pad_id), device)
-        return logits, torch.arange(len(logits), device=device)
+        found = _flat(compute, model, pad_left(texts, pad_id), device)
+        return found, torch.arange(len(found), device=device)
     row = share(texts, ROUNDED_TO)
     inputs = shared_inputs(model, row, layout, device)
-    return answer_logits(model, inputs, row.positions.to(device))[0], row.which.to(device)
+    return compute(model, inputs, row.positions.to(device))[0], row.which.to(device)
 
 
 def shared_inputs(model: nn.Module, row: SharedRow, layout: Layout, device: torch.device) -> dict[str, Tensor]:
@@ -214,20 +228,40 @@ def lay_out(texts: Sequence[Encoded], layout: Layout, pad_id: int, max_packed_to
     return pad_left(texts, pad_id)
 
 
+def answer_states(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
+    """Return hidden states (B, K, D) at the given positions, after half of the layers.
+
+    Raises:
+        ModelError: the model returns no hidden states.
+    """
+    states = _forward(model, inputs, positions[:1], output_hidden_states=True).hidden_states
+    if not states:
+        raise ModelError(f"{type(attention.plain(model)).__name__} returns no hidden states to compare prompts by.")
+    middle: Tensor = states[len(states) // 2]
+    return middle[:, positions]
+
+
+def _forward(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor, **options: bool) -> Any:
+    """Return the model's output; its head runs on the given positions alone if the model supports that."""
+    accepted = forward_parameters(model)
+    given: dict[str, Tensor | bool] = {
+        name: value for name, value in inputs.items() if name in accepted or name in attention.PLACES
+    }
+    if "use_cache" in accepted:
+        given["use_cache"] = False  # with a cache, transformers would treat the whole row as one text
+    if "logits_to_keep" in accepted:
+        given["logits_to_keep"] = positions
+    return model(**given, **options)
+
+
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
     """Return logits (B, K, V) at the given positions, in the dtype of the model.
 
     The output head runs on these positions alone if the model supports that.
     """
-    accepted = forward_parameters(model)
-    inputs = {name: value for name, value in inputs.items() if name in accepted or name in attention.PLACES}
-    if "use_cache" in accepted:
-        # With a cache, transformers would treat the whole row as one text.
-        inputs["use_cache"] = False  # type: ignore[assignment]
-    if "logits_to_keep" in accepted:
-        logits: Tensor = model(**inputs, logits_to_keep=positions).logits
+    logits: Tensor = _forward(model, inputs, positions).logits
+    if "logits_to_keep" in forward_parameters(model):
         return logits
-    logits = model(**inputs).logits
     return logits[:, positions]
 
 
@@ -404,6 +438,11 @@ def agree(together: Tensor, alone: Tensor) -> bool:
 
 def _flat_logits(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Return the logits (N, V) of the answer tokens of a batch, text after text."""
+    return _flat(answer_logits, model, batch, device)
+
+
+def _flat(compute: Compute, model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Return what is computed (N, ...) at the answer tokens of a batch, text after text."""
     inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-    logits = answer_logits(model, inputs, batch.positions.to(device))
-    return logits[(batch.labels != IGNORE).to(device)]
+    found = compute(model, inputs, batch.positions.to(device))
+    return found[(batch.labels != IGNORE).to(device)]

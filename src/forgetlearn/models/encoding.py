@@ -218,6 +218,16 @@ class Encoder:
         # If the tokenizer joins what follows to the last token, the token at the first difference has the character.
         return min(shared if shared < len(before) else shared - 1, len(ids) - 1)
 
+    def own_places(self, prompt: str) -> range:
+        """Return the places of a prompt's own tokens in `prompt_ids`: without those that the template writes around it.
+
+        Return at least one place.
+        """
+        one, two, ids = (self._prompt_ids(text) for text in (*PROBES, prompt))
+        before, after = (common_start(*both) for both in ((one, two), (one[::-1], two[::-1])))
+        start = min(before, len(ids) - 1)
+        return range(start, max(len(ids) - after, start + 1))
+
     def encode(self, prompt: Prompt, answer: str, *, end: bool = False) -> Encoded:
         """Return the ids of prompt and answer; `end=True` adds the token that ends an answer, for training.
 

@@ -107,6 +107,8 @@ def staged(
     for stage in (stages.teach, forget):
         if stage and old.number:
             yield stage, old, stage.settings.likely_epochs, []
+    if stages.learn.kind.in_context:
+        return
     passes = _passes(stages) * trials
     yield stages.learn, new, passes, [*before] if stages.learn.kind.adapter else []
 
@@ -156,7 +158,7 @@ def _score_load(outline: Outline, stages: Stages, read: Texts, facts: FactSet, d
     batches = math.ceil(n_prompts / size) if "generate" in settings.protocols else 0
     rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.encoded] or [longest]
     general = 2 * ROOM.tokens * math.ceil(len(measuring()) / size) if settings.general_prompts else 0
-    skeleton = outline.skeleton(None if stages.method.makes_adapter else torch.float32)
+    skeleton = outline.skeleton(None if stages.method.makes_adapter or stages.method.in_context else torch.float32)
     row = read.fullest_row(size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))
     step, problem = _traced(lambda: skeleton.read_step(row))
     if problem:  # a model that does not take such a mask

@@ -95,7 +95,9 @@ def _disk(
     config: RunConfig, loads: Sequence[Load], own_bytes: int, parameters: int, devices: Devices
 ) -> dict[str, float]:
     """Return the bytes of the run folder, by part. Weights between stages and checkpoints are removed at the end."""
-    learns = next(load for load in loads if load.name == "learn")
+    learns = next((load for load in loads if load.name == "learn"), None)
+    if learns is None:  # a method that changes no weight makes no product
+        return {}
     forgets = next((load for load in loads if load.name == "forget"), None)
     adapter = METHODS[config.method].makes_adapter
     frozen = forgets.trained if forgets and KINDS[forgets.how].adapter else 0

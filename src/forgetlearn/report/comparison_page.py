@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from forgetlearn.config.methods import METHODS
 from forgetlearn.evaluation import statistics
 from forgetlearn.evaluation.statistics import Estimate
 from forgetlearn.report import plots, render, run_page
@@ -80,6 +81,7 @@ def write_pages(
         "lines": {row.label: row.line for row in table.rows},
         "verdict": sentence,
         "remarks": remarks,
+        "adds_tokens": any(row.added_tokens is not None for row in table.rows),
         "widest": _widest(table),
         "averaged": ", ".join(map(_words, table.overall)),
     }
@@ -131,7 +133,7 @@ def _against(row: TableRow, table: Table) -> str:
     """Format a row's difference from its first baseline, and say whether the difference is significant."""
     budget, against = next(iter(row.against.items()))
     difference = against.overall
-    text = f"{show_difference(difference)} points against {against.name} with {BUDGETS[budget]}"
+    text = f"{show_difference(difference)} points against {against.name}{_budget(row, budget, ' with {}')}"
     if difference is None or difference.low is None or difference.high is None:
         return f"{text}, without an interval"
     if difference.low <= 0 <= difference.high:
@@ -141,16 +143,27 @@ def _against(row: TableRow, table: Table) -> str:
     return f"{text}, an interval without zero, but not by enough for the best of many"
 
 
+def _budget(row: TableRow, budget: str, form: str) -> str:
+    """Return a baseline's budget in words, put into a form; "" if the row itself trains nothing."""
+    return form.format(BUDGETS[budget]) if METHODS[row.method].fine_tunes else ""
+
+
+def _differences(row: TableRow, table: Table) -> list[str]:
+    """Return a sentence for each baseline of a row: the paired differences from it."""
+    names = {each.label: table.name_of(each) for each in table.rows}
+    found = []
+    for budget, against in row.against.items():
+        shown = [f"{c.split('.')[0]} {show_difference(against.differences.get(c))}" for c in table.overall]
+        found.append(
+            f"Against {names[against.label]}{_budget(row, budget, ' ({})')}, in points: "
+            f"{show_difference(against.overall)}; of which {', '.join(shown)}."
+        )
+    return found
+
+
 def _remarks(table: Table, row: TableRow | None) -> list[str]:
     count = _comparisons(table)
-    names = {each.label: table.name_of(each) for each in table.rows}
-    remarks = []
-    for budget, against in row.against.items() if row else ():
-        shown = [f"{c.split('.')[0]} {show_difference(against.differences.get(c))}" for c in table.overall]
-        remarks.append(
-            f"Against {names[against.label]} ({BUDGETS[budget]}), in points: {show_difference(against.overall)}; "
-            f"of which {', '.join(shown)}."
-        )
+    remarks = _differences(row, table) if row else []
     whys = {own.sentence: own.example_line for each in table.rows if (own := each.nothing_forgotten)}
     remarks += [f"{why} ({example})" if example else why for why, example in whys.items()]
     if count > 1:
@@ -267,9 +280,9 @@ def _loss_panels(
     first = {name.rsplit("-seed", 1)[0]: file for name, file in reversed(old.items())}
     panels = [("fine-tuning on the old answers", first, {}), ("learning the new answers", learning, styles)]
     return [
-        plots.plot_training(title, {name: load_rows(Step, file) for name, file in files.items()}, looks)
+        plots.plot_training(title, curves, looks)
         for title, files, looks in panels
-        if files
+        if (curves := {name: steps for name, file in files.items() if (steps := load_rows(Step, file))})
     ]
 
 

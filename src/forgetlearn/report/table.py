@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict
 
+from forgetlearn.config.methods import METHODS
 from forgetlearn.evaluation.statistics import AtEqualReliability, Difference, Estimate, OverSeeds
 from forgetlearn.storage.records import NothingForgotten, Record
 
@@ -49,6 +50,7 @@ class TableRow(Part):
     scores: dict[str, Estimate | None]
     forgotten: Forgotten | None
     nothing_forgotten: NothingForgotten | None = None
+    added_tokens: float | None = None  # mean number of tokens that the method adds to what the model is asked
     against: dict[str, Against]  # by budget
 
     @property
@@ -96,7 +98,7 @@ class Table(Part):
             parts.append(f"coef {row.coef:g}")
         if row.nothing_forgotten:
             parts.append("nothing forgotten")
-        if len({other.epochs for other in self.rows}) > 1:
+        if len({other.epochs for other in self.rows}) > 1 and METHODS[row.method].fine_tunes:
             parts.append(f"{row.epochs} epoch{'s' if row.epochs > 1 else ''}")
         return ", ".join(parts)
 

@@ -18,7 +18,7 @@ from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.config.stages import Stage, Stages
 from forgetlearn.evaluation import general_ability, scoring
 from forgetlearn.facts import Fact
-from forgetlearn.method import lessons
+from forgetlearn.method import in_context, lessons
 from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
 from forgetlearn.method.kinds import STAGE_KINDS, Lessons, to_own_form
 from forgetlearn.method.lessons import Material
@@ -231,10 +231,18 @@ class Pipeline:
         def compute() -> list[Row]:
             log.info("scoring the %s model", phase)
             reference = scoring.locality_predictions(self.rows["base"]) if phase != "base" else None
-            evaluate = self.config.evaluate
-            return scoring.score(self.lm, self.scored, phase=phase, settings=evaluate, reference=reference)
+            evaluate, asked = self.config.evaluate, self._as_asked(phase)
+            rows = scoring.score(self.lm, asked, phase=phase, settings=evaluate, reference=reference)
+            return in_context.with_cost(rows, self.lm.encoder, self.scored, asked)
 
         self.rows[phase] = self.store.rows(f"score_{phase}", self.ready(compute))
+
+    def _as_asked(self, phase: str) -> Sequence[Fact]:
+        """Return the scored facts as the model is asked them in this phase: some kinds show new facts in the prompt."""
+        if phase != "updated":
+            return self.scored
+        kind = STAGE_KINDS[self.stages.learn.kind.name]
+        return kind.asked(self.lm, self.facts, self.scored, self.config.evaluate)
 
     def _measure(self, phase: str) -> None:
         if not general_ability.asked(self.config.evaluate):

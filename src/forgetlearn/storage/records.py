@@ -170,6 +170,7 @@ class Row(Record):
     writes_on: bool = False  # an answer counts only at the beginning of `said`
     truncated: Count = 0  # number of answers cut off at the token limit
     predicted: list[list[int]] = []  # token ids for each locality probe; only in rows kept to resume a stage
+    added_tokens: Number | None = None  # mean number that a context in the prompt adds to each question of the fact
     split: Text | None = None  # "validation" if forget.coef = auto was chosen on this fact
     old_from: Text | None = None
 
