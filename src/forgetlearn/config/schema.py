@@ -125,17 +125,19 @@ class TargetSettings(Settings):
         0.0625, ge=0, description='Weight in the loss of the divergence (KL) after "{subject} is a".'
     )
     contexts: int = Field(
-        5, ge=0, description="Beginnings, sampled from the model, that stand before the prompt beside the bare prompt."
+        5,
+        ge=0,
+        description="Beginnings, sampled from the model, that stand before the prompt, beside the bare prompt (ROME's "
+        "authors took 20).",
     )
 
 
 class RomeSettings(TargetSettings):
-    """Settings of ROME (Meng et al. 2022, arXiv:2202.05262), with the defaults of its authors' code where not unset."""
+    """Settings of ROME (Meng et al. 2022, arXiv:2202.05262), with the defaults of its authors' code unless said."""
 
     layer: int | None = Field(
         None, ge=0, description="Layer that is edited, from 0. Unset: 5 of 32, in proportion to the model's depth."
     )
-    contexts: int = Field(20, ge=0, description="As memit.contexts.")
     clamp_norm_factor: float = Field(4.0, gt=0, description="Longest change of the output, in lengths of the output.")
 
 
