@@ -26,13 +26,14 @@ FACTS = [
     make_fact("Who leads Mirona?", "Ann", subject="Mirona"),
     make_fact("Where is Tarn?", "Peru", subject="Tarn"),
 ]
-FEW = {"moments": {"tokens": 300}, "rome": {"layer": 0}, "memit": {"layers": [0]}}
+FEW = {"edit": {"moment_tokens": 300}, "rome": {"layer": 0}, "memit": {"layers": [0]}}
 KINDS = ("rome", "memit", "alphaedit")
 
 
 def settings(**changes):
-    sections = {name: {**FEW.get(name, {}), **changes.get(name, {})} for name in ("rome", "memit", "moments")}
-    return StageSettings.model_validate(sections)
+    return StageSettings.model_validate(
+        {name: {**FEW.get(name, {}), **changes.get(name, {})} for name in {**FEW, **changes}}
+    )
 
 
 @pytest.fixture
@@ -66,9 +67,9 @@ def test_rome_writes_exactly_the_value_for_the_subjects_key(family, tiny_model, 
 
 
 def test_rome_writes_one_fact_after_the_other_and_leaves_what_is_orthogonal(lm, chosen_values):
-    path, own = mlp_output(lm.model, 0), settings(rome={"contexts": 0})
+    path, own = mlp_output(lm.model, 0), settings(edit={"contexts": 0})
     weight = lm.model.get_submodule(path).weight.detach().double().clone()
-    second = moments.second_moments(lm, [path], own.moments, 0)[path]
+    second = moments.second_moments(lm, [path], own.edit, 0)[path]
     expected = weight.clone()
     for key, delta in zip(output_at_subjects(lm, path)[0].double(), chosen_values.double(), strict=True):
         direction = torch.linalg.inv(second) @ key
@@ -80,9 +81,9 @@ def test_rome_writes_one_fact_after_the_other_and_leaves_what_is_orthogonal(lm, 
 
 
 def test_memit_follows_its_equation(lm, chosen_values):
-    path, own = mlp_output(lm.model, 0), settings(memit={"moment_weight": 0.5, "contexts": 0})
+    path, own = mlp_output(lm.model, 0), settings(memit={"moment_weight": 0.5}, edit={"contexts": 0})
     weight = lm.model.get_submodule(path).weight.detach().double().clone()
-    second = moments.second_moments(lm, [path], own.moments, 0)[path]
+    second = moments.second_moments(lm, [path], own.edit, 0)[path]
     keys = output_at_subjects(lm, path)[0].double().T  # (I, N), as in the paper
 
     learn(lm, FACTS, own, "memit")
@@ -94,16 +95,16 @@ def test_memit_follows_its_equation(lm, chosen_values):
 def test_memit_over_several_layers_reaches_the_value_at_the_last(lm, chosen_values):
     before = output_at_subjects(lm, "model.layers.1")[1]
 
-    learn(lm, FACTS, settings(memit={"layers": [0, 1], "moment_weight": 1e-9, "contexts": 0}), "memit")
+    learn(lm, FACTS, settings(memit={"layers": [0, 1], "moment_weight": 1e-9}, edit={"contexts": 0}), "memit")
 
     after = output_at_subjects(lm, "model.layers.1")[1]
     torch.testing.assert_close(after, before + chosen_values, rtol=1e-3, atol=1e-3)
 
 
 def test_alphaedit_changes_nothing_for_the_main_directions_of_other_keys(lm, chosen_values):
-    path, own = mlp_output(lm.model, 0), settings(memit={"null_space_threshold": 0.02})
+    path, own = mlp_output(lm.model, 0), settings(alphaedit={"null_space_threshold": 0.02})
     weight = lm.model.get_submodule(path).weight.detach().double().clone()
-    second = moments.second_moments(lm, [path], own.moments, 0)[path]
+    second = moments.second_moments(lm, [path], own.edit, 0)[path]
     directions = torch.linalg.eigh(second)[1]
 
     learn(lm, FACTS, own, "alphaedit")
@@ -117,7 +118,7 @@ def test_alphaedit_changes_nothing_for_the_main_directions_of_other_keys(lm, cho
 def test_facts_are_optimised_as_if_each_were_alone(family, tiny_model, char_tokenizer):
     lm = wrap(tiny_model(family), char_tokenizer)
     lm.model.requires_grad_(False)
-    path, own = mlp_output(lm.model, 0), settings(rome={"steps": 4}).rome
+    path, own = mlp_output(lm.model, 0), settings(edit={"steps": 4}).edit
     wanted = targets.requests(lm.encoder, FACTS, ["The end", "I am"])
 
     together = targets.find(lm, wanted, path, own, 4.0)
@@ -130,7 +131,7 @@ def test_facts_are_optimised_as_if_each_were_alone(family, tiny_model, char_toke
 
 def test_what_stands_before_the_subject_is_computed_once_without_a_difference(lm, monkeypatch):
     lm.model.requires_grad_(False)
-    path, own = mlp_output(lm.model, 0), settings(rome={"steps": 4}).rome
+    path, own = mlp_output(lm.model, 0), settings(edit={"steps": 4}).edit
     wanted = targets.requests(lm.encoder, FACTS, ["The end"])
     continued = targets.find(lm, wanted, path, own, 4.0)
 
@@ -165,7 +166,7 @@ def test_moments_are_those_of_the_text_and_are_cached(lm, tmp_path):
     path = mlp_output(lm.model, 0)
     file = tmp_path / "text.txt"
     file.write_text("The quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
-    own = settings(moments={"source": str(file), "tokens": 256}).moments
+    own = settings(edit={"moments": str(file), "moment_tokens": 256}).edit
     ids = lm.encoder.text_ids(file.read_text(encoding="utf-8"))[:256]
     keys = torch.cat([at_last_token(lm, [ids[: n + 1]], [path])[path][0] for n in range(256)]).double()
 
@@ -173,19 +174,19 @@ def test_moments_are_those_of_the_text_and_are_cached(lm, tmp_path):
 
     torch.testing.assert_close(found, keys.T @ keys / 256, rtol=1e-4, atol=1e-5)
     cached = max(disk.cache_folder().glob("moments-*"), key=lambda file: file.stat().st_mtime_ns)
-    again = settings(moments={"source": str(cached)}).moments
+    again = settings(edit={"moments": str(cached)}).edit
     torch.testing.assert_close(moments.second_moments(lm, [path], again, 0)[path], found)
     with torch.no_grad():
         lm.model.get_submodule(path).weight.add_(1)
-    with pytest.raises(ConfigError, match=r"moments\.source = .*another model"):
+    with pytest.raises(ConfigError, match=r"edit\.moments = .*another model"):
         moments.second_moments(lm, [path], again, 0)
 
 
 def test_too_few_tokens_for_the_rank_are_refused(lm, tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("Too short.", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"moments\.tokens.*too few"):
-        moments.second_moments(lm, [mlp_output(lm.model, 0)], settings(moments={"source": str(file)}).moments, 0)
+    with pytest.raises(ConfigError, match=r"edit\.moment_tokens.*too few"):
+        moments.second_moments(lm, [mlp_output(lm.model, 0)], settings(edit={"moments": str(file)}).edit, 0)
 
 
 def test_what_cannot_be_edited_is_refused_by_name(tmp_path, lm, tiny_model, char_tokenizer):
@@ -222,7 +223,7 @@ def test_an_update_writes_a_model_that_differs_in_the_edited_matrix_alone(method
 @pytest.mark.parametrize("method", ["rome", "memit"])
 def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(method, tiny_model, char_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(targets, "ROWS_AT_ONCE", 1)  # one fact after the other
-    own = settings(rome={"steps": 3, "contexts": 1}, memit={"steps": 3, "contexts": 1})
+    own = settings(edit={"steps": 3, "contexts": 1})
     whole, halves = (wrap(tiny_model(), char_tokenizer) for _ in range(2))
     learn(whole, FACTS, own, method)
     points, together = StageIO(points=tmp_path / "points"), targets.together

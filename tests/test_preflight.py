@@ -39,6 +39,7 @@ OTHER = {  # where no value can be made from the type
     "evaluate.protocols": ("token",),
     "evaluate.tasks": ("arc_easy",),
     "report_to": ("tensorboard",),
+    "memit.layers": (0,),
 }
 
 
@@ -121,8 +122,9 @@ def reads(small_lab, files, tmp_path_factory):
         config(method="f-ft", forget__coef=0.1, keep_change=True),
         config(**auto, forget__only_known=True),
         config(method="ft-c", teach__epochs=1, **until),
+        *(config(method=method) for method in ("rome", "memit", "alphaedit")),
     ]
-    cells = {"methods": ["f-ft", "f-lora", "ft-c"], "coefs": [0.1], "seeds": [0]}
+    cells = {"methods": ["f-ft", "f-lora", "ft-c", "rome", "memit", "alphaedit"], "coefs": [0.1], "seeds": [0]}
     scored = {"model.name": str(small_lab), "facts.source": str(file), "evaluate.general": str(text)}
 
     def run(command: str) -> None:

@@ -39,7 +39,7 @@ class Unused:
 
 PRODUCTS = ("save_merged", "keep_change", "report_to")
 TRAINING = (
-    *("method", "seed", "teach", "forget", "learn", "train", "lora", "rome", "memit", "moments", "keep"),
+    *("method", "seed", "teach", "forget", "learn", "train", "lora", "edit", "rome", "memit", "alphaedit", "keep"),
     *("checkpoint_minutes", "keep_stages", "model.base_model_id"),
 )
 GENERAL = tuple(
@@ -148,16 +148,17 @@ def _idle_in_editing(config: RunConfig) -> Iterator[tuple[str, str]]:
     if method.closed_form:
         for section in ("learn", "train", "keep"):
             yield section, f"{config.method} fine-tunes nothing"
-    for section, methods in (("rome", ("rome",)), ("memit", ("memit", "alphaedit"))):
+    else:
+        yield "edit", f"it is for methods {', '.join(name for name, each in METHODS.items() if each.closed_form)}"
+    readers = {
+        "rome": ("rome",),
+        "memit.layers": ("memit", "alphaedit"),
+        "memit.moment_weight": ("memit",),
+        "alphaedit": ("alphaedit",),
+    }
+    for name, methods in readers.items():
         if config.method not in methods:
-            yield section, f"it is for method {' and '.join(methods)}"
-    if not method.closed_form:
-        yield "moments", f"{config.method} fine-tunes, and reads no moments"
-    if config.method == "memit":
-        yield "memit.null_space_threshold", "it is for method alphaedit"
-        yield "memit.l2", "it is for method alphaedit"
-    if config.method == "alphaedit":
-        yield "memit.moment_weight", "it is for method memit"
+            yield name, f"it is for method {' and '.join(methods)}"
 
 
 def _idle_in_training(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -44,6 +44,7 @@ def _numbers(value: object) -> object:
     return tuple(number for span in spans for number in range(span[0], span[-1] + 1))
 
 
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_numbers, json_schema_input_type=str | tuple[int, ...])]
 Policies = Annotated[  # a file may give a list or one text with commas; it is written as a text
     tuple[OldFrom, ...],
     BeforeValidator(_split, json_schema_input_type=str | tuple[OldFrom, ...]),
@@ -115,69 +116,73 @@ class LoraSettings(Settings):
     )
 
 
-class TargetSettings(Settings):
-    """How ROME and MEMIT find the output for a subject that makes the model say the new answer."""
+class EditSettings(Settings):
+    """How `rome`, `memit` and `alphaedit` find and write an output, with the defaults of the authors' code."""
 
-    steps: int = Field(25, ge=1, description="Steps of optimisation for each fact; it ends earlier at a loss of 0.05.")
-    learning_rate: float = Field(0.5, gt=0, description="Adam's learning rate for the output.")
-    weight_decay: float = Field(1e-3, ge=0, description="Weight in the loss of the change's length.")
+    steps: int = Field(
+        25, ge=1, description="Steps in search of the output with which a fact is said; they end at a loss of 0.05."
+    )
+    learning_rate: float = Field(0.5, gt=0, description="Adam's learning rate in that search.")
+    weight_decay: float = Field(1e-3, ge=0, description="Weight in its loss of the length of the change.")
     kl_factor: float = Field(
-        0.0625, ge=0, description='Weight in the loss of the divergence (KL) after "{subject} is a".'
+        0.0625, ge=0, description='Weight in its loss of the divergence (KL) after "{subject} is a".'
+    )
+    clamp_norm_factor: float | None = Field(
+        None,
+        gt=0,
+        description="Longest change, in lengths of the output. Unset: 4 for rome, 0.75 for memit and alphaedit.",
     )
     contexts: int = Field(
         5,
         ge=0,
-        description="Beginnings, sampled from the model, that stand before the prompt, beside the bare prompt (ROME's "
+        description="Beginnings, sampled from the model, that the prompt stands behind, beside the bare prompt (ROME's "
         "authors took 20).",
     )
-
-
-class RomeSettings(TargetSettings):
-    """Settings of ROME (Meng et al. 2022, arXiv:2202.05262), with the defaults of its authors' code unless said."""
-
-    layer: int | None = Field(
-        None, ge=0, description="Layer that is edited, from 0. Unset: 5 of 32, in proportion to the model's depth."
+    moments: str | None = Field(
+        None,
+        description="What the second moments of the keys are read from: a text file, or moments that an earlier run "
+        "cached (.safetensors). Unset: text that the model itself samples after general prompts.",
     )
-    clamp_norm_factor: float = Field(4.0, gt=0, description="Longest change of the output, in lengths of the output.")
-
-
-class MemitSettings(TargetSettings):
-    """Settings of MEMIT (Meng et al. 2023, arXiv:2210.07229) and AlphaEdit (Fang et al. 2025, arXiv:2410.02355)."""
-
-    layers: Annotated[tuple[int, ...], BeforeValidator(_numbers)] | None = Field(
-        None, description="Layers that are edited, from 0. Unset: 4 to 8 of 32, in proportion to the model's depth."
+    moment_tokens: int | None = Field(
+        None, ge=1, description="Tokens of text for the second moments. Unset: 5 for each of the layer's inputs."
     )
-    clamp_norm_factor: float = Field(0.75, gt=0, description="As rome.clamp_norm_factor.")
+
+
+class RomeSettings(Settings):
+    """Settings of ROME (Meng et al. 2022, arXiv:2202.05262)."""
+
+    layer: int | None = Field(None, ge=0, description="Layer that is edited, from 0. Unset: 5 of 32, by depth.")
+
+
+class MemitSettings(Settings):
+    """Settings of MEMIT (Meng et al. 2023, arXiv:2210.07229); AlphaEdit takes its layers."""
+
+    layers: Numbers | None = Field(
+        None,
+        description="Layers that are edited, from 0: 4-8, or 4,5,6. Unset: 4 to 8 of 32, by depth.",
+    )
     moment_weight: float | None = Field(
         None,
         gt=0,
-        description="MEMIT: weight of the second moments of the keys beside the facts' own. Unset: the number of the "
-        "layer's inputs (the authors took 15,000 for 16,384).",
+        description="Weight of the second moments beside the facts' own. Unset: the number of the layer's inputs (the "
+        "authors took 15,000 for 16,384).",
     )
+
+
+class AlphaEditSettings(Settings):
+    """Settings of AlphaEdit (Fang et al. 2025, arXiv:2410.02355)."""
+
     null_space_threshold: float | None = Field(
         None,
         gt=0,
-        description="AlphaEdit: eigenvalue of the second moments below which a direction is in the null space. Unset: "
-        "their mean (the authors took 0.02).",
+        description="Eigenvalue of the second moments below which a direction is in the null space. Unset: their mean "
+        "(the authors took 0.02).",
     )
     l2: float | None = Field(
         None,
         gt=0,
-        description="AlphaEdit: weight of the identity in its equation (1 in the paper). Unset: a tenth of the energy "
-        "that a usual key has in the null space.",
-    )
-
-
-class MomentsSettings(Settings):
-    """Where the second moments of the keys come from, for ROME, MEMIT and AlphaEdit."""
-
-    source: str | None = Field(
-        None,
-        description="Text file to read, or moments that an earlier run cached (.safetensors). Unset: text that the "
-        "model itself samples after general prompts.",
-    )
-    tokens: int | None = Field(
-        None, ge=1, description="Tokens of text to read. Unset: 5 for each of the layer's inputs."
+        description="Weight of the identity in its equation (1 in the paper). Unset: a tenth of the energy of a usual "
+        "key in the null space.",
     )
 
 
@@ -398,7 +403,8 @@ class StageSettings(LearnSection, TuningSettings):
 
     rome: RomeSettings = Field(default_factory=RomeSettings)
     memit: MemitSettings = Field(default_factory=MemitSettings)
-    moments: MomentsSettings = Field(default_factory=MomentsSettings)
+    alphaedit: AlphaEditSettings = Field(default_factory=AlphaEditSettings)
+    edit: EditSettings = Field(default_factory=EditSettings)
 
 
 class ForgetSettings(ForgetSection, TuningSettings):
@@ -578,7 +584,8 @@ class RunConfig(Settings):
     lora: LoraSettings = Field(default_factory=LoraSettings)
     rome: RomeSettings = Field(default_factory=RomeSettings)
     memit: MemitSettings = Field(default_factory=MemitSettings)
-    moments: MomentsSettings = Field(default_factory=MomentsSettings)
+    alphaedit: AlphaEditSettings = Field(default_factory=AlphaEditSettings)
+    edit: EditSettings = Field(default_factory=EditSettings)
     keep: KeepSettings = Field(default_factory=KeepSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     save_merged: bool = Field(
@@ -614,7 +621,7 @@ class RunConfig(Settings):
     @property
     def learning(self) -> StageSettings:
         """All settings of the learning stage, for the training engine."""
-        own = {name: getattr(self, name) for name in ("lora", "rome", "memit", "moments")}
+        own = {name: getattr(self, name) for name in ("lora", "edit", "rome", "memit", "alphaedit")}
         return validate(StageSettings, {**dict(self.train), **dict(self.learn), **own})
 
     @model_validator(mode="before")

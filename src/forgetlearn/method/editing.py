@@ -34,6 +34,7 @@ from forgetlearn.training.stage_checkpoints import Progress, StageIO
 log = logging.getLogger("forgetlearn")
 # For Llama-2-7B, which has 32 layers, ROME is used in layer 5 and MEMIT in 4 to 8 (arXiv:2311.08011, EasyEdit).
 DEPTH, ROME_LAYER, MEMIT_LAYERS = 32, 5, (4, 8)
+ROME_CLAMP, MEMIT_CLAMP = 4.0, 0.75  # of their authors
 USUAL_L2 = 0.1  # of the energy of a usual key in the null space
 Layers = Callable[[nn.Module, StageSettings], list[int]]
 Write = Callable[[LanguageModel, Sequence[Fact], StageSettings, int, StageIO], list[float]]
@@ -69,9 +70,9 @@ def rome(
     lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO
 ) -> list[float]:
     """Write facts one after the other into one layer, in place; return the loss of each new answer, in nats."""
-    own = settings.rome
+    own = settings.edit
     (path,) = (mlp_output(lm.model, layer) for layer in rome_layers(lm.model, settings))
-    moments = second_moments(lm, [path], settings.moments, seed)[path]
+    moments = second_moments(lm, [path], settings.edit, seed)[path]
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     weight = lm.model.get_parameter(f"{path}.weight").data
     progress = Progress(stage_io)
@@ -80,7 +81,7 @@ def rome(
         weight.copy_(progress.found["weight"])
     for part in progress.parts(len(wanted), 1, "fact"):
         request = wanted[part.start]
-        found = targets.together(lm, [request], path, own, own.clamp_norm_factor)
+        found = targets.together(lm, [request], path, own, own.clamp_norm_factor or ROME_CLAMP)
         keys = at_last_token(lm, [text.up_to_subject for text in request.taught], [path])[path][0]
         direction = torch.linalg.solve(moments, keys.double().mean(0))
         add(
@@ -96,10 +97,9 @@ def memit(
     lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO
 ) -> list[float]:
     """Write all facts at once into several layers, in place; return the loss of each new answer, in nats."""
-    own = settings.memit
 
     def written(keys: Tensor, moments: Tensor) -> Tensor:
-        weight = own.moment_weight or len(moments)
+        weight = settings.memit.moment_weight or len(moments)
         found: Tensor = torch.linalg.solve(weight * moments + keys.T @ keys, keys.T)
         return found
 
@@ -112,8 +112,8 @@ def alphaedit(
     """Write all facts at once, in the null space of other keys, in place; return the loss of each new answer."""
 
     def written(keys: Tensor, moments: Tensor) -> Tensor:
-        projection = null_space(moments, settings.memit.null_space_threshold)
-        weight = settings.memit.l2 or USUAL_L2 * (projection * moments).sum()
+        projection = null_space(moments, settings.alphaedit.null_space_threshold)
+        weight = settings.alphaedit.l2 or USUAL_L2 * (projection * moments).sum()
         identity = torch.eye(len(moments), dtype=keys.dtype, device=keys.device)
         found: Tensor = torch.linalg.solve(projection @ keys.T @ keys + weight * identity, projection @ keys.T)
         return found
@@ -133,14 +133,13 @@ def _in_layers(
 
     `written` returns, from keys (N, I) and moments (I, I), what each fact's lack is multiplied with (I, N).
     """
-    own = settings.memit
-    layers = memit_layers(lm.model, settings)
+    own, layers = settings.edit, memit_layers(lm.model, settings)
     paths = [mlp_output(lm.model, layer) for layer in layers]
-    moments = second_moments(lm, paths, settings.moments, seed)
+    moments = second_moments(lm, paths, settings.edit, seed)
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     last = f"{layer_list(lm.model)[0]}.{layers[-1]}"
     bare = [request.bare.up_to_subject for request in wanted]
-    found = targets.find(lm, wanted, last, own, own.clamp_norm_factor, Progress(stage_io))
+    found = targets.find(lm, wanted, last, own, own.clamp_norm_factor or MEMIT_CLAMP, Progress(stage_io))
     values = at_last_token(lm, bare, [last])[last][1] + found.deltas
     for number, path in enumerate(paths):
         lack = (values - at_last_token(lm, bare, [last])[last][1]) / (len(paths) - number)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from forgetlearn.config.schema import MomentsSettings
+from forgetlearn.config.schema import EditSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation import general_prompts
 from forgetlearn.evaluation.generation import generator_in_memory
@@ -34,7 +34,7 @@ SAMPLED = "text that the model sampled"
 SUFFIX = ".safetensors"
 
 
-def second_moments(lm: LanguageModel, paths: Sequence[str], settings: MomentsSettings, seed: int) -> dict[str, Tensor]:
+def second_moments(lm: LanguageModel, paths: Sequence[str], settings: EditSettings, seed: int) -> dict[str, Tensor]:
     """Return the second moments (D, D), in float64 on the model's device, of the inputs of each module in `paths`.
 
     They are read from the cache if this model has read this text before.
@@ -43,16 +43,16 @@ def second_moments(lm: LanguageModel, paths: Sequence[str], settings: MomentsSet
         ConfigError: the file cannot be read, has fewer tokens than a layer has inputs, or is of another model.
     """
     model = weights_sha256(lm)
-    if settings.source and settings.source.endswith(SUFFIX):
-        return _loaded({path: Path(settings.source) for path in paths}, model, lm)
-    wanted = settings.tokens or TOKENS_PER_INPUT * max(_n_inputs(lm, path) for path in paths)
-    text = digests.sha256_of(Path(settings.source)) if settings.source else f"{SAMPLED}, seed {seed}"
+    if settings.moments and settings.moments.endswith(SUFFIX):
+        return _loaded({path: Path(settings.moments) for path in paths}, model, lm)
+    wanted = settings.moment_tokens or TOKENS_PER_INPUT * max(_n_inputs(lm, path) for path in paths)
+    text = digests.sha256_of(Path(settings.moments)) if settings.moments else f"{SAMPLED}, seed {seed}"
     about = [model, text, wanted, lm.encoder.prompt_template]
     files = {path: _cached("moments", [*about, path], SUFFIX) for path in paths}
     missing = processes.on_main(lambda: [path for path, file in files.items() if not file.is_file()])
     if missing:
-        texts = _from_file(lm, settings, wanted) if settings.source else _sampled(lm, wanted, seed, about)
-        n_tokens, said = sum(map(len, texts)), settings.source or SAMPLED
+        texts = _from_file(lm, settings, wanted) if settings.moments else _sampled(lm, wanted, seed, about)
+        n_tokens, said = sum(map(len, texts)), settings.moments or SAMPLED
         _check_rank(lm, missing, n_tokens, said)
         for path, moment in _moments(lm, texts, missing).items():
             noted = {"model": model, "source": said, "tokens": str(n_tokens)}
@@ -76,17 +76,17 @@ def _check_rank(lm: LanguageModel, paths: Sequence[str], n_tokens: int, source: 
     most = max(_n_inputs(lm, path) for path in paths)
     if n_tokens < most:
         raise ConfigError(
-            f"moments.tokens: {n_tokens:,} tokens of {source} are too few for the second moments of {most:,} inputs, "
-            f"which need at least {most:,}. Give a longer text (moments.source), or raise moments.tokens."
+            f"edit.moment_tokens: {n_tokens:,} tokens of {source} are too few for the second moments of {most:,} "
+            f"inputs, which need at least {most:,}. Give a longer text (edit.moments), or raise edit.moment_tokens."
         )
 
 
-def _from_file(lm: LanguageModel, settings: MomentsSettings, n_tokens: int) -> list[list[int]]:
-    """Return the first `n_tokens` ids of the text file `moments.source`, in texts of equal length."""
+def _from_file(lm: LanguageModel, settings: EditSettings, n_tokens: int) -> list[list[int]]:
+    """Return the first `n_tokens` ids of the text file `edit.moments`, in texts of equal length."""
     try:
-        text = Path(str(settings.source)).read_text(encoding="utf-8")
+        text = Path(str(settings.moments)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"moments.source = {settings.source}: cannot be read as a text: {error}") from None
+        raise ConfigError(f"edit.moments = {settings.moments}: cannot be read as a text: {error}") from None
     ids = lm.encoder.text_ids(text)[:n_tokens]
     return [ids[start : start + TEXT_TOKENS] for start in range(0, len(ids), TEXT_TOKENS)]
 
@@ -144,7 +144,7 @@ def _loaded(files: Mapping[str, Path], model: str, lm: LanguageModel) -> dict[st
 
 def _read(file: Path, path: str, model: str) -> Tensor:
     """Return the moments of one module; raise ConfigError if the file does not hold them, or is of another model."""
-    where = f"moments.source = {file}"
+    where = f"edit.moments = {file}"
     try:
         with safe_open(file, "pt") as stored:
             own, found = (stored.metadata() or {}).get("model"), stored.keys()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from forgetlearn.config.schema import TargetSettings
+from forgetlearn.config.schema import EditSettings
 from forgetlearn.errors import FactError
 from forgetlearn.evaluation.generation import generator_in_memory
 from forgetlearn.facts import Fact
@@ -125,7 +125,7 @@ def find(
     lm: LanguageModel,
     wanted: Sequence[Request],
     path: str,
-    settings: TargetSettings,
+    settings: EditSettings,
     clamp: float,
     progress: Progress | None = None,
 ) -> Found:
@@ -144,7 +144,7 @@ def find(
     return Found(found["deltas"], found["losses"])
 
 
-def together(lm: LanguageModel, wanted: Sequence[Request], path: str, settings: TargetSettings, clamp: float) -> Found:
+def together(lm: LanguageModel, wanted: Sequence[Request], path: str, settings: EditSettings, clamp: float) -> Found:
     """Do what `find` does, for facts that are optimised in the same passes. None of them affects another."""
     return _Chunk(lm, wanted, path).optimised(settings, clamp)
 
@@ -192,7 +192,7 @@ class _Chunk:
         cache = plain_cache(self.lm.model(**given, use_cache=True))
         return None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
 
-    def optimised(self, settings: TargetSettings, clamp: float) -> Found:
+    def optimised(self, settings: EditSettings, clamp: float) -> Found:
         """Return the changes, after at most `settings.steps` steps of Adam."""
         with computing(self.lm.model, self.lm.device), torch.enable_grad():
             before, first, width = self._unchanged()

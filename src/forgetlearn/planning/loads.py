@@ -118,8 +118,7 @@ def _passes(stages: Stages) -> int:
     settings = stages.learn.settings
     if not stages.method.closed_form:
         return settings.likely_epochs
-    own = settings.rome if stages.config.method == "rome" else settings.memit
-    return own.steps * (own.contexts + 2)
+    return settings.edit.steps * (settings.edit.contexts + 2)
 
 
 def _train_load(
