@@ -238,12 +238,15 @@ def plan_line(
 
 def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     """Return the numbers of parameters, facts and steps, in words."""
+    size = f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts"
+    if Stages(config).method.closed_form:
+        return f"{size} to write into the weights"
     held = len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)  # can be forgotten if the model holds it
     steps = [
         f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} to {stage.name}"
         for stage, texts, passes, _ in staged(Stages(config), Texts((), held), Texts((), len(facts)))
     ]
-    return f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts, {' + '.join(steps)} steps"
+    return f"{size}, {' + '.join(steps)} steps"
 
 
 def took(manifest: Manifest, device: torch.device) -> str:
