@@ -9,7 +9,7 @@ from conftest import QUICK
 from forgetlearn import update
 from forgetlearn.config.schema import StageSettings
 from forgetlearn.errors import ConfigError, FactError, ModelError
-from forgetlearn.facts import make_fact, write_facts
+from forgetlearn.facts import Fact, make_fact, write_facts
 from forgetlearn.facts.subjects import subject_end
 from forgetlearn.method import moments, targets
 from forgetlearn.method.core import learn
@@ -41,12 +41,11 @@ def chosen_values(monkeypatch):
     """Take these changes of the output, instead of optimising them."""
     deltas = torch.randn(len(FACTS), 32, generator=torch.Generator().manual_seed(0))
 
-    def find(_lm, wanted, *_):
+    def together(_self, wanted):
         numbers = [FACTS.index(request.fact) for request in wanted]
         return targets.Found(deltas[numbers], torch.zeros(len(wanted)))
 
-    monkeypatch.setattr(targets, "find", find)
-    monkeypatch.setattr(targets, "together", find)
+    monkeypatch.setattr(targets.Search, "together", together)
     return deltas
 
 
@@ -121,11 +120,11 @@ def test_facts_are_optimised_as_if_each_were_alone(family, tiny_model, char_toke
     path, own = mlp_output(lm.model, 0), settings(edit={"steps": 4}).edit
     wanted = targets.requests(lm.encoder, FACTS, ["The end", "I am"])
 
-    together = targets.find(lm, wanted, path, own, 4.0)
+    together = targets.Search(lm, path, own, 4.0).together(wanted)
 
-    alone = [targets.find(lm, [request], path, own, 4.0) for request in wanted]
-    torch.testing.assert_close(together.deltas, torch.cat([each.deltas for each in alone]), rtol=1e-3, atol=1e-3)
-    untouched = targets.find(lm, wanted, path, own.model_copy(update={"steps": 1}), 4.0)
+    alone = torch.cat([targets.Search(lm, path, own, 4.0).together([request]).deltas for request in wanted])
+    torch.testing.assert_close(together.deltas, alone, rtol=1e-3, atol=1e-3)
+    untouched = targets.Search(lm, path, own.model_copy(update={"steps": 1}), 4.0).together(wanted)
     assert (together.losses < untouched.losses).all()
 
 
@@ -133,11 +132,14 @@ def test_what_stands_before_the_subject_is_computed_once_without_a_difference(lm
     lm.model.requires_grad_(False)
     path, own = mlp_output(lm.model, 0), settings(edit={"steps": 4}).edit
     wanted = targets.requests(lm.encoder, FACTS, ["The end"])
-    continued = targets.find(lm, wanted, path, own, 4.0)
+    search = targets.Search(lm, path, own, 4.0)
+    continued = search.together(wanted)
 
     monkeypatch.setattr(targets, "plain_cache", lambda _output: None)
+    whole = targets.Search(lm, path, own, 4.0).together(wanted)
 
-    torch.testing.assert_close(continued.deltas, targets.find(lm, wanted, path, own, 4.0).deltas, rtol=1e-3, atol=1e-3)
+    assert search.continues
+    torch.testing.assert_close(continued.deltas, whole.deltas, rtol=1e-3, atol=1e-3)
 
 
 def test_the_subject_is_found_as_whole_words_or_from_a_rephrasing():
@@ -226,25 +228,20 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(method, tiny_model, c
     own = settings(edit={"steps": 3, "contexts": 1})
     whole, halves = (wrap(tiny_model(), char_tokenizer) for _ in range(2))
     learn(whole, FACTS, own, method)
-    points, together = StageIO(points=tmp_path / "points"), targets.together
+    points, together = StageIO(points=tmp_path / "points"), targets.Search.together
+    asked: list[Fact] = []
 
-    def stopped(_lm, wanted, *options):
-        if wanted[0].fact is FACTS[1]:
+    def noted(search, wanted):
+        asked.append(wanted[0].fact)
+        if asked == FACTS[:2]:
             signal.raise_signal(signal.SIGTERM)
-        return together(_lm, wanted, *options)
+        return together(search, wanted)
 
-    monkeypatch.setattr(targets, "together", stopped)
+    monkeypatch.setattr(targets.Search, "together", noted)
     with pytest.raises(signals.Interrupted), signals.handled():
         learn(wrap(tiny_model(), char_tokenizer), FACTS, own, method, stage_io=points)
-    asked = []
-
-    def noted(lm, wanted, *options):
-        asked.append(wanted[0].fact)
-        return together(lm, wanted, *options)
-
-    monkeypatch.setattr(targets, "together", noted)
     learn(halves, FACTS, own, method, stage_io=points)
 
-    assert asked == FACTS[2:]
+    assert asked == FACTS
     for one, other in zip(whole.model.parameters(), halves.model.parameters(), strict=True):
         assert torch.equal(one, other)

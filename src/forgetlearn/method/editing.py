@@ -75,13 +75,14 @@ def rome(
     moments = second_moments(lm, [path], settings.edit, seed)[path]
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     weight = lm.model.get_parameter(f"{path}.weight").data
+    search = targets.Search(lm, path, own, own.clamp_norm_factor or ROME_CLAMP)
     progress = Progress(stage_io)
     losses = progress.found.get("losses", torch.empty(0))
     if progress.found:
         weight.copy_(progress.found["weight"])
     for part in progress.parts(len(wanted), 1, "fact"):
         request = wanted[part.start]
-        found = targets.together(lm, [request], path, own, own.clamp_norm_factor or ROME_CLAMP)
+        found = search.together([request])
         keys = at_last_token(lm, [text.up_to_subject for text in request.taught], [path])[path][0]
         direction = torch.linalg.solve(moments, keys.double().mean(0))
         add(
@@ -139,7 +140,8 @@ def _in_layers(
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     last = f"{layer_list(lm.model)[0]}.{layers[-1]}"
     bare = [request.bare.up_to_subject for request in wanted]
-    found = targets.find(lm, wanted, last, own, own.clamp_norm_factor or MEMIT_CLAMP, Progress(stage_io))
+    search = targets.Search(lm, last, own, own.clamp_norm_factor or MEMIT_CLAMP)
+    found = search.all(wanted, Progress(stage_io))
     values = at_last_token(lm, bare, [last])[last][1] + found.deltas
     for number, path in enumerate(paths):
         lack = (values - at_last_token(lm, bare, [last])[last][1]) / (len(paths) - number)

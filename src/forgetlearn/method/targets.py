@@ -33,7 +33,7 @@ from forgetlearn.models.batches import (
 )
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.training.stage_checkpoints import Progress, StageIO
+from forgetlearn.training.stage_checkpoints import Progress
 
 STARTS = ("The", "Therefore", "Because", "I", "You")  # of sampled contexts, as in MEMIT's code
 CONTEXT_TOKENS = (10, 5)  # lengths of sampled contexts, in turn
@@ -88,12 +88,10 @@ def _request(encoder: Encoder, fact: Fact, contexts: Sequence[str]) -> Request:
             behind.append(_text(encoder, f"{context}. {fact.prompt}", fact.target_new, len(context) + 2 + end))
         except FactError:
             continue
-    subject = fact.subject or fact.prompt[:end].split()[-1]
-    about = f"{subject} is a"
-    essence = Text(Encoded((*encoder.prompt_ids(about), 0), len(encoder.prompt_ids(about))), 0)
-    place = encoder.place_of(about, len(subject))
-    bare = _text(encoder, fact.prompt, fact.target_new, end)
-    return Request(fact, bare, tuple(behind), Text(essence.text, place))
+    about = f"{fact.subject or fact.prompt[:end].split()[-1]} is a"
+    ids = encoder.prompt_ids(about)
+    essence = Text(Encoded((*ids, ids[-1]), len(ids)), encoder.place_of(about, len(about) - len(" is a")))
+    return Request(fact, _text(encoder, fact.prompt, fact.target_new, end), tuple(behind), essence)
 
 
 def _text(encoder: Encoder, prompt: str, answer: str, end: int) -> Text:
@@ -121,32 +119,36 @@ class Found:
     losses: Tensor
 
 
-def find(
-    lm: LanguageModel,
-    wanted: Sequence[Request],
-    path: str,
-    settings: EditSettings,
-    clamp: float,
-    progress: Progress | None = None,
-) -> Found:
-    """Return the changes of the output of the module `path`, each at most `clamp` times as long as the output.
+class Search:
+    """Finds changes of the output of the module `path`, each at most `clamp` times as long as the output.
 
-    The model's weights do not change, and need no gradients. What `progress` holds is not optimised again.
+    The model's weights do not change, and need no gradients.
     """
-    progress = progress or Progress(StageIO())
-    size = max(1, ROWS_AT_ONCE // (max(len(request.taught) for request in wanted) + 1))
-    found = {name: tensor.to(lm.device) for name, tensor in progress.found.items()}
-    for part in progress.parts(len(wanted), size, "fact"):
-        new = together(lm, [wanted[index] for index in part], path, settings, clamp)
-        both = {"deltas": new.deltas, "losses": new.losses}
-        found = {name: torch.cat([found[name], tensor]) if found else tensor for name, tensor in both.items()}
-        progress.save(part, found)
-    return Found(found["deltas"], found["losses"])
 
+    def __init__(self, lm: LanguageModel, path: str, settings: EditSettings, clamp: float) -> None:
+        self.lm, self.path, self.settings, self.clamp = lm, path, settings, clamp
+        self.continues: bool | None = None  # the model can go on from keys and values; None: not tried yet
 
-def together(lm: LanguageModel, wanted: Sequence[Request], path: str, settings: EditSettings, clamp: float) -> Found:
-    """Do what `find` does, for facts that are optimised in the same passes. None of them affects another."""
-    return _Chunk(lm, wanted, path).optimised(settings, clamp)
+    def together(self, wanted: Sequence[Request]) -> Found:
+        """Return the changes of facts that are optimised in the same passes. None of them affects another."""
+        with computing(self.lm.model, self.lm.device):
+            chunk = _Chunk(self.lm, wanted, self.path, may_continue=self.continues is not False)
+            if self.continues is None:
+                self.continues = chunk.agrees_with_whole_texts()
+            if not self.continues:
+                chunk.past = None
+            return chunk.optimised(self.settings, self.clamp)
+
+    def all(self, wanted: Sequence[Request], progress: Progress) -> Found:
+        """Return the changes of all facts, part by part. What `progress` holds is not optimised again."""
+        size = max(1, ROWS_AT_ONCE // (max(len(request.taught) for request in wanted) + 1))
+        found = {name: tensor.to(self.lm.device) for name, tensor in progress.found.items()}
+        for part in progress.parts(len(wanted), size, "fact"):
+            new = self.together([wanted[index] for index in part])
+            both = {"deltas": new.deltas, "losses": new.losses}
+            found = {name: torch.cat([found[name], tensor]) if found else tensor for name, tensor in both.items()}
+            progress.save(part, found)
+        return Found(found["deltas"], found["losses"])
 
 
 class _Chunk:
@@ -155,7 +157,7 @@ class _Chunk:
     What stands before the subject's last token does not see the change, so its keys and values are computed once.
     """
 
-    def __init__(self, lm: LanguageModel, wanted: Sequence[Request], path: str) -> None:
+    def __init__(self, lm: LanguageModel, wanted: Sequence[Request], path: str, *, may_continue: bool) -> None:
         self.lm, self.path, self.n_facts = lm, path, len(wanted)
         self.texts = [text for request in wanted for text in (*request.taught, request.essence)]
         owner = [index for index, request in enumerate(wanted) for _ in (*request.taught, request.essence)]
@@ -166,20 +168,20 @@ class _Chunk:
         taught = torch.zeros(self.n_facts, len(owner), device=lm.device)
         taught[self.owner, torch.arange(len(owner), device=lm.device)] = (~self.essence).float()
         self.shares = taught / taught.sum(1, keepdim=True)  # of each text in its fact's mean loss (N, R)
-        with computing(lm.model, lm.device), torch.no_grad():
-            self.past = self._past_that_agrees()
+        self.past = self._past() if may_continue else None
 
-    def _past_that_agrees(self) -> Past | None:
-        """Return the keys and values before the subjects; None if the model cannot go on from them."""
-        past = self._past()
-        if past is None:
-            return None
+    @torch.no_grad()
+    def agrees_with_whole_texts(self) -> bool:
+        """Return True if the model gets the same logits when it goes on from the keys and values."""
+        if self.past is None:
+            return False
         everything = list(range(len(self.texts)))
         whole, _ = self._logits(everything, None)
-        continued, labels = self._logits(everything, past)
+        continued, labels = self._logits(everything, self.past)
         real = labels != IGNORE
-        return past if agree(continued[real], whole[real]) else None
+        return agree(continued[real], whole[real])
 
+    @torch.no_grad()
     def _past(self) -> Past | None:
         """Return the keys and values of what stands before the subjects' last tokens."""
         heads = [text.text.ids[: text.place] for text in self.texts]
@@ -194,7 +196,7 @@ class _Chunk:
 
     def optimised(self, settings: EditSettings, clamp: float) -> Found:
         """Return the changes, after at most `settings.steps` steps of Adam."""
-        with computing(self.lm.model, self.lm.device), torch.enable_grad():
+        with torch.enable_grad():
             before, first, width = self._unchanged()
             lengths = before.norm(dim=1)
             deltas = torch.zeros(self.n_facts, width, device=self.lm.device, requires_grad=True)
