@@ -282,7 +282,7 @@ def compare(
 @takes("model.name", "facts.limit", "model.prompt_template", "evaluate.tasks")
 def paper(
     given: Given,
-    output: OutputOption,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to write; not needed with --plan.")] = None,
     zsre: Annotated[Path | None, typer.Option("--zsre", help="File of ZsRE's facts.")] = None,
     counterfact: Annotated[Path | None, typer.Option("--counterfact", help="File of COUNTERFACT's facts.")] = None,
     like: Annotated[
@@ -327,6 +327,8 @@ def paper(
         for line in plan_lines(plan_paper(request, memory_gb=memory, rate=rate)):
             say(plain(line))
         return
+    if output is None:
+        raise ConfigError("--output is not set. Give the folder to write, or --plan to only see what it would take.")
     from forgetlearn.report.paper_page import PAGE, verdict
     from forgetlearn.reproduction.paper import paper as run_paper
 
@@ -406,12 +408,11 @@ def ask(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run or a comparison.")]) -> None:
-    """Write the pages of a run or a comparison again from its folder, without the model."""
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a paper.")]) -> None:
+    """Write the pages of a run, a comparison or a reproduction again from its folder, without the model."""
     from forgetlearn.comparison.compare import write_report
 
-    write_report(run_folder)
-    say(str(run_folder / "report.html"))
+    say(str(write_report(run_folder)))
 
 
 @app.command()

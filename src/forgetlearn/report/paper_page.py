@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from forgetlearn.report import plots, render, run_page
-from forgetlearn.report.paper_table import QUANTITIES, PaperReport, Sign
+from forgetlearn.report.paper_table import QUANTITIES, PaperReport, Sign, Verdict
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Manifest
 
 PAGE = "paper.html"
-CLASSES = {"confirmed": "up", "contradicted": "down", "open": "dim"}
+CLASSES: Mapping[Verdict, str] = {"confirmed": "up", "contradicted": "down", "open": "dim"}
 
 
 def write_page(path: Path, report: PaperReport, manifest: Manifest) -> None:
@@ -43,10 +44,8 @@ def verdict(report: PaperReport) -> str:
     """Return one sentence that sums up how many of the paper's signs were found again."""
     if not report.signs:
         return "Nothing was reproduced that has a sign in the paper to compare with."
-    return (
-        f"Of {len(report.signs)} differences in the paper, {report.count('confirmed')} are confirmed here, "
-        f"{report.count('contradicted')} contradicted, and {report.count('open')} open."
-    )
+    counts = [f"{count} {name}" for name in CLASSES if (count := report.count(name))]
+    return f"{len(report.signs)} differences in the paper: {', '.join(counts)} here."
 
 
 def _tables(report: PaperReport) -> set[str]:
@@ -58,7 +57,7 @@ def _gains(report: PaperReport) -> dict[str, list[Sign]]:
     found: dict[str, list[Sign]] = {}
     for sign in report.signs:
         if sign.part in _tables(report):
-            found.setdefault(f"{named(sign.part)}, {sign.data}: points gained by forgetting first", []).append(sign)
+            found.setdefault(f"{named(sign.part)}, {sign.data}: gain in points", []).append(sign)
     return found
 
 

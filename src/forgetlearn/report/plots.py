@@ -231,22 +231,33 @@ def plot_distances(distances: Distances, name: str) -> Markup:
     """Return an SVG plot of the distance of each matrix, a group per layer; bands mark the paper's."""
     title = f"{name}: forgetting with {'LoRA' if distances.kind == 'lora' else distances.kind}"
     layers = list(dict.fromkeys(each.layer for each in distances.matrices))
+    moved = [each for each in distances.matrices if each.ours.mean]
     figure, axes = _figure(4.6, 2.6, title)
     colours = {"attention": OF_MARKS[2], "mlp": OF_MARKS[3]}
     for part, (low, high) in distances.paper.items():
         axes.axhspan(low, high, color=colours[part], alpha=0.15, lw=0)
         axes.text(1.01, high, f"{part}, paper", transform=axes.get_yaxis_transform(), fontsize=7.5, color=colours[part])
     for place, layer in enumerate(layers):
-        own = [each for each in distances.matrices if each.layer == layer]
+        own = [each for each in moved if each.layer == layer]
         for number, each in enumerate(own):
             at = place + 0.7 * ((number + 0.5) / len(own) - 0.5)
             axes.plot([at], [each.ours.mean], "o" if each.part == "attention" else "^", ms=5, color=colours[each.part])
     axes.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
     axes.set_xlim(-0.5, len(layers) - 0.5)
-    axes.set_ylim(bottom=0)
+    shown = [each.ours.mean for each in moved] + [end for ends in distances.paper.values() for end in ends]
+    axes.set_yscale("log")
+    axes.set_yticks(ticks := _log_ticks(min(shown), max(shown)), [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     _open_frame(axes)
     words = [f"layer {each.layer} {each.matrix} {each.ours.mean:.3g}" for each in distances.matrices]
     return _svg(figure, title, f"{title}, distance per matrix: {'; '.join(words)}")
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return the numbers 1, 2 and 5 times a power of ten that enclose a range."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    return [tick for tick in ticks if max((t for t in ticks if t <= low), default=low) <= tick <= 2.5 * high]
 
 
 def plot_forgetting(curve: Curve, name: str) -> Markup:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 
 from forgetlearn.config.methods import METHODS, MethodName
 from forgetlearn.facts import FactSet
-from forgetlearn.planning.estimate import Devices, Plan, StagePlan, show_bytes, show_seconds
-from forgetlearn.planning.plan import MEASURE, devices_here, plan_update
+from forgetlearn.planning.estimate import Devices, Plan, Speed, StagePlan, show_bytes, show_seconds
+from forgetlearn.planning.plan import MEASURE, devices_here, plan_update, speed_of
 from forgetlearn.reproduction import published
 from forgetlearn.reproduction.request import Request
 from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName
@@ -69,7 +69,8 @@ def plan_paper(request: Request, *, memory_gb: float | None = None, rate: str | 
     `rate` is as for `plan_update`; unset, this machine is timed unless `memory_gb` is given.
     """
     devices = devices_here(request.config, memory_gb=memory_gb)
-    planner = _Planner(request, devices, rate or (None if memory_gb is not None else MEASURE))
+    speed = None if rate or memory_gb is not None else speed_of(MEASURE, (), request.config, devices)
+    planner = _Planner(request, devices, rate or speed)
     work = tuple(planner.work())
     return PaperPlan(
         model=request.outline.name,
@@ -84,7 +85,7 @@ def plan_paper(request: Request, *, memory_gb: float | None = None, rate: str | 
 class _Planner:
     """Plans each method once for each data set, and counts work that parts share once."""
 
-    def __init__(self, request: Request, devices: Devices, rate: str | None) -> None:
+    def __init__(self, request: Request, devices: Devices, rate: str | Speed | None) -> None:
         self.request, self.devices = request, devices
         self.rate = rate
         self.plans: dict[tuple[str, str, int | None], Plan] = {}
