@@ -321,10 +321,10 @@ def paper(
     settings = validate(PaperSettings, asked, elsewhere=frozenset(asked))
     if plan_only:
         from forgetlearn.reproduction.plan import plan_lines, plan_paper
-        from forgetlearn.reproduction.request import prepare
 
-        request = prepare(zsre=zsre, counterfact=counterfact, settings=settings, config=config)
-        for line in plan_lines(plan_paper(request, memory_gb=memory, rate=rate)):
+        given_facts = {"zsre": zsre, "counterfact": counterfact}
+        found = plan_paper(**given_facts, settings=settings, config=config, memory_gb=memory, rate=rate)
+        for line in plan_lines(found):
             say(plain(line))
         return
     if output is None:

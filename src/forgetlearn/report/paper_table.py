@@ -167,7 +167,7 @@ class PaperReport(Part):
     like: str
     seeds: list[int]
     differs: list[str]  # what is not as in the paper
-    left_out: list[str]  # what was not reproduced, and why
+    not_measured: list[str]  # parts of the paper that were not reproduced
     signs: list[Sign]
     scores: list[ScoreTable]
     times: list[TimeRow]

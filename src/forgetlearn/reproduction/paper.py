@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
 
 from forgetlearn.config import recipes
 from forgetlearn.config.schema import RunConfig
+from forgetlearn.errors import RunError
 from forgetlearn.method import keeping
 from forgetlearn.models.identity import named_sha256
 from forgetlearn.report import paper_page
 from forgetlearn.report.paper_table import FILE, PaperReport
 from forgetlearn.reproduction import gather, published
 from forgetlearn.reproduction.measure import measure
+from forgetlearn.reproduction.published import DataName
 from forgetlearn.reproduction.request import Request, prepare
 from forgetlearn.reproduction.settings import FIRST_SEED_ONLY, ORDER, PaperSettings, PartName
 from forgetlearn.reproduction.workspace import Workspace
@@ -71,6 +73,11 @@ def _begin(path: Path, request: Request, *, resume: bool, overwrite: bool) -> ru
         del own["evaluate"][name]
     whole = {"run": own, "paper": request.settings.model_dump(exclude={"only"})}
     run = run_folder.RunFolder.create(path, whole, inputs, resume=resume, overwrite=overwrite)
+    given = {data.name for data in request.data}
+    if absent := [name for name in published.TITLES if name not in given and run_folder.is_run(path / name)]:
+        raise RunError(
+            f"{path} holds work on {', '.join(absent)}. Give --{absent[0]} again, so that its page shows it."
+        )
     for data in request.data:
         of_data = {"facts_sha256": data.facts.sha256()}
         run_folder.RunFolder.create(
@@ -82,7 +89,7 @@ def _begin(path: Path, request: Request, *, resume: bool, overwrite: bool) -> ru
 def report_of(path: Path, request: Request) -> PaperReport:
     """Return the report on everything that is finished in the folder, whether or not it was asked for now."""
     settings = request.settings
-    found: dict[tuple[PartName, str], list[Workspace]] = {}
+    found: dict[tuple[PartName, DataName], list[Workspace]] = {}
     for part in ORDER:
         for data in request.data:
             seeds = settings.seeds[: 1 if part in FIRST_SEED_ONLY else None]
@@ -109,7 +116,7 @@ def report_of(path: Path, request: Request) -> PaperReport:
         like=published.MODELS[settings.like],
         seeds=list(settings.seeds),
         differs=list(differences(request)),
-        left_out=list(request.left_out),
+        not_measured=list(_not_measured(settings, found)),
         signs=signs,
         scores=[table for table, _signs in tables],
         times=gather.times(on_zsre["table3"][0]) if "table3" in on_zsre else [],
@@ -118,6 +125,18 @@ def report_of(path: Path, request: Request) -> PaperReport:
         distances=[gather.distances(part, own) for part, own in moved.items()],
         curves=[curve for curve, _scored in curves.values()],
     )
+
+
+def _not_measured(settings: PaperSettings, found: Container[tuple[PartName, DataName]]) -> Iterator[str]:
+    """Yield what the paper has and the folder has not."""
+    for part in (settings.score_table, *ORDER[2:]):
+        for name in ("zsre", "counterfact") if part == "table1" else ("zsre",):
+            if (part, name) not in found:
+                yield (
+                    f"{paper_page.named(part)} on {published.TITLES[name]}"
+                    if part == "table1"
+                    else paper_page.named(part)
+                )
 
 
 def differences(request: Request) -> Iterator[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from forgetlearn.config.methods import METHODS, MethodName
-from forgetlearn.facts import FactSet
 from forgetlearn.planning.estimate import Devices, Plan, Speed, StagePlan, show_bytes, show_seconds
 from forgetlearn.planning.plan import MEASURE, devices_here, plan_update, speed_of
 from forgetlearn.reproduction import published
-from forgetlearn.reproduction.request import Request
-from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName
+from forgetlearn.reproduction.request import Request, prepare
+from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PaperSettings, PartName
 from forgetlearn.reproduction.workspace import DataSet
+from forgetlearn.runs.checks import GivenConfig
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,23 @@ class PaperPlan:
         """True if all work fits the device; None if the device's memory is not known."""
         return None if self.devices.memory_bytes is None else self.peak_bytes <= self.devices.memory_bytes
 
-    def as_dict(self) -> dict[str, object]:
-        """Return the plan and its totals as a dict for JSON."""
-        return asdict(self) | {"peak_bytes": self.peak_bytes, "seconds": self.seconds, "fits": self.fits}
 
+def plan_paper(
+    model: str | Path | None = None,
+    *,
+    zsre: str | Path | None = None,
+    counterfact: str | Path | None = None,
+    settings: PaperSettings | None = None,
+    config: GivenConfig = None,
+    memory_gb: float | None = None,
+    rate: str | None = None,
+) -> PaperPlan:
+    """Plan a reproduction on this machine, or on a device with this memory, without reading the model's weights.
 
-def plan_paper(request: Request, *, memory_gb: float | None = None, rate: str | None = None) -> PaperPlan:
-    """Plan a reproduction that `prepare` checked, on this machine, or on devices with this memory.
-
-    `rate` is as for `plan_update`; unset, this machine is timed unless `memory_gb` is given.
+    The first arguments and the errors are those of `paper`. `rate` is as for `plan_update`; unless it or `memory_gb` is
+    given, this machine is timed.
     """
+    request = prepare(model, zsre=zsre, counterfact=counterfact, settings=settings, config=config)
     devices = devices_here(request.config, memory_gb=memory_gb)
     speed = None if rate or memory_gb is not None else speed_of(MEASURE, (), request.config, devices)
     planner = _Planner(request, devices, rate or speed)
@@ -86,9 +95,9 @@ class _Planner:
     """Plans each method once for each data set, and counts work that parts share once."""
 
     def __init__(self, request: Request, devices: Devices, rate: str | Speed | None) -> None:
-        self.request, self.devices = request, devices
-        self.rate = rate
-        self.plans: dict[tuple[str, str, int | None], Plan] = {}
+        self.request, self.outline = request, request.outline
+        self.devices, self.rate = devices, rate
+        self.plans: dict[tuple[str, str], Plan] = {}
         self.shared: set[tuple[str, str]] = set()
         self.notes: list[str] = []
         self.speed: str | None = None
@@ -114,8 +123,7 @@ class _Planner:
         elif part == "table3":
             for method in data.configs:
                 for edits in (edits for edits in published.EDITS if edits <= len(data.facts)):
-                    stages = self._stages(data, method, "forget", edits) + self._stages(data, method, "learn", edits)
-                    yield _work(part, f"{method}: {edits} edit{'s' * (edits > 1)}", stages, 1)
+                    yield self._edits(part, data, method, edits)
         elif part in FIGURE_KINDS:
             yield from self._once(FIGURE_KINDS[part], part, data)
             if part in ("figure6", "figure7"):
@@ -146,15 +154,24 @@ class _Planner:
         disk = self._plan(data, method).disk
         self.disk_bytes += times * disk["taught base" if what == "teach" else "between stages"]
 
-    def _stages(self, data: DataSet, method: MethodName, name: str, edits: int | None = None) -> list[StagePlan]:
-        return [stage for stage in self._plan(data, method, edits).stages if stage.name == name]
+    def _edits(self, part: PartName, data: DataSet, method: MethodName, edits: int) -> Work:
+        """Return the training of the first facts: the share of the steps that they take of those of all."""
+        config, stages = data.configs[method], []
+        for name, section in (("forget", config.forget), ("learn", config.learn)):
+            own, whole = (math.ceil(number / section.batch_size) for number in (edits, len(data.facts)))
+            stages += [_scaled(stage, own / whole) for stage in self._stages(data, method, name)]
+        return _work(part, f"{method}: {edits} edit{'s' * (edits > 1)}", stages, 1)
 
-    def _plan(self, data: DataSet, method: MethodName, edits: int | None = None) -> Plan:
-        key = data.name, method, edits
+    def _stages(self, data: DataSet, method: MethodName, name: str) -> list[StagePlan]:
+        return [stage for stage in self._plan(data, method).stages if stage.name == name]
+
+    def _plan(self, data: DataSet, method: MethodName) -> Plan:
+        key = data.name, method
         if key not in self.plans:
-            config = data.configs[method].model_copy(update={"teach": data.teaching.teach})
-            facts = data.facts if edits is None else _first(data.facts, edits)
-            plan = plan_update(config, facts, outline=self.request.outline, devices=self.devices, rate=self.rate)
+            config = data.configs[method]
+            if method == "f-ft":  # teaching is the same for all methods, so that it is planned with one of them
+                config = config.model_copy(update={"teach": data.teaching.teach})
+            plan = plan_update(config, data.facts, outline=self.outline, devices=self.devices, rate=self.rate)
             self.notes += [note for note in plan.notes if note not in self.notes]
             self.speed = plan.speed.source if plan.speed else None
             self.plans[key] = plan
@@ -163,10 +180,7 @@ class _Planner:
     def _scoring(self, part: PartName, data: DataSet, method: MethodName, n_seeds: int, phases: int) -> Work:
         """Return the scoring of some phases, out of a plan that scores as many as the method has."""
         planned = 3 if METHODS[method].forgets else 2
-        stages = [
-            replace(stage, seconds=None if stage.seconds is None else stage.seconds * phases / planned)
-            for stage in self._stages(data, method, "score")
-        ]
+        stages = [_scaled(stage, phases / planned) for stage in self._stages(data, method, "score")]
         return _work(part, f"{published.TITLES[data.name]}, {method}: score", stages, n_seeds)
 
 
@@ -176,8 +190,8 @@ def _work(part: str, what: str, stages: Sequence[StagePlan], times: int) -> Work
     return Work(part, what, times, seconds, max((stage.peak_bytes for stage in stages), default=0.0))
 
 
-def _first(facts: FactSet, number: int) -> FactSet:
-    return replace(facts, facts=facts.facts[:number])
+def _scaled(stage: StagePlan, share: float) -> StagePlan:
+    return replace(stage, seconds=None if stage.seconds is None else share * stage.seconds)
 
 
 def plan_lines(plan: PaperPlan) -> list[str]:

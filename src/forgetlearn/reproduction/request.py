@@ -95,9 +95,7 @@ def prepare(
     shape = Shape.of(skeleton)
     config = with_shape(config, shape)
     data = tuple(
-        _data_set(name, str(file), settings, config, shape)
-        for name, file in files.items()
-        if file is not None and (name == "zsre" or "table1" in parts)
+        _data_set(name, str(file), settings, config, shape) for name, file in files.items() if file is not None
     )
     device = pick_device(config.model.device)
     lm = LanguageModel(skeleton, outline.encoder, outline.name, device, config.model, {})
@@ -128,9 +126,8 @@ def _parts(settings: PaperSettings, files: Files, evaluate: EvaluateSettings) ->
     """Return the parts to reproduce, and what is left out; raise ConfigError if a part cannot be reproduced."""
     parts, left_out = settings.parts, []
     if files["counterfact"] is not None and settings.score_table == "table2":
-        raise ConfigError(
-            f"counterfact: the paper has no figures of {published.MODELS[settings.like]} on COUNTERFACT. Leave out the file."
-        )
+        model = published.MODELS[settings.like]
+        raise ConfigError(f"counterfact: the paper has no figures of {model} on COUNTERFACT. Leave out the file.")
     if not any(files.values()) and parts == ("table1",):
         raise ConfigError("table1 needs facts. Give --zsre or --counterfact, or both.")
     on_zsre = [part for part in parts if part != "table1"]
