@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import pytest
@@ -22,6 +23,7 @@ from forgetlearn.config.schema import (
 )
 from forgetlearn.errors import ConfigError
 from forgetlearn.report import run_page
+from forgetlearn.storage import disk
 
 COMMANDS = get_args(preflight.Command)
 # Read where these runs do not come: for lm-evaluation-harness and for models on the hub, which have tests of their own.
@@ -92,6 +94,17 @@ def files(small_lab, tmp_path_factory):
     return facts, text
 
 
+def reproduce(file, config: RunConfig, output) -> None:
+    """A reproduction of two parts of the paper, with the facts of a file in the form of ZsRE."""
+    asked = {"alt": "target_new", "src": "prompt", "pred": "ground_truth"}
+    asked |= dict.fromkeys(("rephrase", "loc", "loc_ans", "answers", "cond", "subject"), "prompt")
+    records = [{new: fact[old] for new, old in asked.items()} for fact in disk.read_rows(file)]
+    zsre = output.with_suffix(".json")
+    disk.write_text(zsre, json.dumps(records))
+    settings = forgetlearn.PaperSettings(seeds=(0,), only=("table1", "table4"))
+    forgetlearn.paper(zsre=zsre, settings=settings, config=config, output=output)
+
+
 @pytest.fixture(scope="module")
 def reads(small_lab, files, tmp_path_factory):
     """`reads("compare")`: what the command reads of the settings, from small runs of it."""
@@ -126,7 +139,10 @@ def reads(small_lab, files, tmp_path_factory):
     scored = {"model.name": str(small_lab), "facts.source": str(file), "evaluate.general": str(text)}
 
     def run(command: str) -> None:
-        if command == "compare":
+        if command == "paper":
+            given = {"recipe": "paper", "facts__source": None, "model__prompt_template": "plain", **kept}
+            reproduce(file, config(**given), folder())
+        elif command == "compare":
             fill(settings=validate(CompareSettings, cells), config=config(**kept), output=folder())
             fill(
                 settings=validate(CompareSettings, cells | {"methods": ["ft"]}), config=config(**until), output=folder()

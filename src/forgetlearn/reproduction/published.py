@@ -37,7 +37,7 @@ class Setting:
 
 SETTINGS: Mapping[tuple[Like, DataName], Setting] = {
     ("llama-2-7b", "zsre"): Setting(
-        {"f-lora": 0.7, "f-lora-ft": 3, "f-ft": 0.3},
+        {"f-lora": 0.7, "f-lora-ft": 3.0, "f-ft": 0.3},
         {
             ORIGINAL: Scores(43.70, 43.17),
             "lora": Scores(43.10, 42.20, 70.83),
@@ -51,7 +51,7 @@ SETTINGS: Mapping[tuple[Like, DataName], Setting] = {
         },
     ),
     ("llama-2-7b", "counterfact"): Setting(
-        {"f-lora": 1.5, "f-lora-ft": 3, "f-ft": 0.1},
+        {"f-lora": 1.5, "f-lora-ft": 3.0, "f-ft": 0.1},
         {
             ORIGINAL: Scores(18.47, 16.95),
             "lora": Scores(30.56, 23.24, 40.08),
@@ -65,7 +65,7 @@ SETTINGS: Mapping[tuple[Like, DataName], Setting] = {
         },
     ),
     ("llama-7b", "zsre"): Setting(
-        {"f-lora": 0.7, "f-lora-ft": 2, "f-ft": 0.3},
+        {"f-lora": 0.7, "f-lora-ft": 2.0, "f-ft": 0.3},
         {
             ORIGINAL: Scores(43.29, 42.85),
             "lora": Scores(46.93, 45.87, 75.86),
@@ -79,7 +79,7 @@ SETTINGS: Mapping[tuple[Like, DataName], Setting] = {
         },
     ),
     ("llama-7b", "counterfact"): Setting(
-        {"f-lora": 1, "f-lora-ft": 3, "f-ft": 0.05},
+        {"f-lora": 1.0, "f-lora-ft": 3.0, "f-ft": 0.05},
         {
             ORIGINAL: Scores(21.61, 17.88),
             "lora": Scores(27.54, 21.21, 39.75),
@@ -94,7 +94,7 @@ SETTINGS: Mapping[tuple[Like, DataName], Setting] = {
         learning_rate=1e-5,
     ),
     ("bloom-7b", "zsre"): Setting(
-        {"f-lora": 0.1, "f-lora-ft": 3, "f-ft": 0.2},
+        {"f-lora": 0.1, "f-lora-ft": 3.0, "f-ft": 0.2},
         {
             ORIGINAL: Scores(27.99, 27.89),
             "lora": Scores(29.25, 29.07, 77.17),
