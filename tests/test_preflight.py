@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any, get_args
 
@@ -139,10 +140,7 @@ def reads(small_lab, files, tmp_path_factory):
     scored = {"model.name": str(small_lab), "facts.source": str(file), "evaluate.general": str(text)}
 
     def run(command: str) -> None:
-        if command == "paper":
-            given = {"recipe": "paper", "facts__source": None, "model__prompt_template": "plain", **kept}
-            reproduce(file, config(**given), folder())
-        elif command == "compare":
+        if command == "compare":
             fill(settings=validate(CompareSettings, cells), config=config(**kept), output=folder())
             fill(
                 settings=validate(CompareSettings, cells | {"methods": ["ft"]}), config=config(**until), output=folder()
@@ -155,6 +153,10 @@ def reads(small_lab, files, tmp_path_factory):
             for each in updates:
                 forgetlearn.update(config=each, output=folder())
 
+    def reproduction() -> None:
+        given = {"recipe": "paper", "facts__source": None, "model__prompt_template": "plain", **kept}
+        reproduce(file, config(**given), folder())
+
     def of(command: str) -> Reads:
         command = "update" if command == "plan" else command
         if command not in found:
@@ -163,7 +165,7 @@ def reads(small_lab, files, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Settings, "__getattribute__", recording, raising=False)
                 patch.setattr(run_page, "write_run", lambda *_args, **_options: None)  # reads what was written alone
-                run(command)
+                {"paper": reproduction}.get(command, functools.partial(run, command))()
             now.clear()
         return found[command]
 

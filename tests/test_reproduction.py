@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.methods import METHODS
+from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.models.language_model import load_model
@@ -137,6 +138,17 @@ def test_methods_of_the_paper_that_do_not_exist_here_are_named():
         assert {*own, *missing, published.ORIGINAL} == set(SETTINGS[like, data].scores)
         assert set(own) <= set(METHODS)
         assert not set(missing) & set(METHODS)
+
+
+def test_bloom_has_table_2_and_a_shipped_config_may_be_given(small_lab, files):
+    config = load_config(ROOT / "configs" / "paper" / "zsre-llama-7b.yaml", {"model.prompt_template": "plain"})
+    request = prepare(small_lab, zsre=files["zsre"], settings=PaperSettings(like="bloom-7b"), config=config)
+    assert request.parts[0] == "table2"
+    (data,) = request.data
+    coefs = {method: own.forget.number for method, own in data.configs.items() if METHODS[method].forgets}
+    assert coefs == {"f-lora": 0.1, "f-lora-ft": 3, "f-ft": 0.2}
+    assert {own.teach.epochs for own in data.configs.values()} == {0}
+    assert data.teaching.teach.epochs == 3
 
 
 # One reproduction ---------------------------------------------------------------------------------

@@ -310,7 +310,8 @@ def paper(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Reproduce the paper's tables and figures on a model, and set each of its figures beside yours."""
-    config = Given({"recipe": "paper", **given.values}, given.file).config("paper")
+    in_file = read_yaml(given.file) if given.file else {}
+    config = Given({"recipe": in_file.get("recipe", "paper"), **given.values}, given.file).config("paper")
     if not plan_only and (memory is not None or rate is not None):
         raise ConfigError("--memory and --rate need --plan: they say what is planned for.")
     from forgetlearn.reproduction.settings import PaperSettings

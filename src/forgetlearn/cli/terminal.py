@@ -121,8 +121,9 @@ def print_paper(report: PaperReport) -> None:
     """Print the tables of scores of a reproduction, the paper's figures in brackets, and the signs of its gains."""
     for table in report.scores:
         say(f"{table.part}, {table.data}: percent, in brackets the paper's")
+        say(" " * 12 + "".join(f"{name:>16}" for name in table.rows[0].paper))
         for row in table.rows:
-            cells = "".join(f"{_beside(row.ours.get(name), row.paper[name]):>20}" for name in row.paper)
+            cells = "".join(f"{_beside(row.ours.get(name), row.paper[name]):>16}" for name in row.paper)
             say(f"{row.method:<12}{cells}")
         say("")
     for sign in report.signs:

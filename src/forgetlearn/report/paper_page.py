@@ -45,7 +45,8 @@ def verdict(report: PaperReport) -> str:
     if not report.signs:
         return "Nothing was reproduced that has a sign in the paper to compare with."
     counts = [f"{count} {name}" for name in CLASSES if (count := report.count(name))]
-    return f"{len(report.signs)} differences in the paper: {', '.join(counts)} here."
+    one = " With one seed, intervals are over facts alone." if len(report.seeds) == 1 else ""
+    return f"{len(report.signs)} differences in the paper: {', '.join(counts)} here.{one}"
 
 
 def _tables(report: PaperReport) -> set[str]:

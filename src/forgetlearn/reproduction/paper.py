@@ -155,6 +155,10 @@ def differences(request: Request) -> Iterator[str]:
         "The paper does not state optimiser, schedule, warm-up, precision, and which tokens count in the loss. Here: "
         f"{train.optim}, {train.lr_scheduler_type}, {train.warmup_ratio:g}, {train.dtype}, those of the answer."
     )
+    yield (
+        f"A step has {config.learn.batch_size} facts; the paper's has 4 x 4 accumulated, or 64 if each of its four "
+        "devices took as many."
+    )
     template = config.model.prompt_template
     yield f"The paper does not print the text around an instruction; here it is the template {template}."
     targets = config.lora.target_modules

@@ -113,6 +113,12 @@ LAYERS = 32
 FT_C_LAYER, FT_C_EPOCHS, FT_C_RATE = 21, 5, 5e-5
 DISTANCE_LAYERS = (6, 15, 24, 30)
 
+# ROME and MEMIT of table 1, by the names of their settings; their layers are those of their authors.
+EDITING: Mapping[str, Mapping[str, float]] = {
+    "rome": {"steps": 25, "learning_rate": 5e-3, "weight_decay": 1e-3, "kl_factor": 0.0625},
+    "memit": {"steps": 25, "learning_rate": 5e-2, "weight_decay": 1e-3, "kl_factor": 0.0625},
+}
+
 # Table 3: seconds for each number of edits, on ZsRE.
 EDITS = (1, 10, 100)
 SECONDS: Mapping[str, tuple[float, float, float]] = {

@@ -116,7 +116,7 @@ def _resolved(model: str | Path | None, config: GivenConfig) -> RunConfig:
         config = validate(RunConfig, {"recipe": "paper", **(config or {})})
     config = resolve(config, model, None)
     if config.recipe != "paper":
-        raise ConfigError(f"recipe = {config.recipe}: paper runs the recipe paper. Leave recipe out.")
+        raise ConfigError(f"recipe = {config.recipe}: only the recipe paper is reproduced. Set recipe = paper.")
     preflight.check("paper", config)
     check_engine(config.evaluate, changed_by="paper")
     return config

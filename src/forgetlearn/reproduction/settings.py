@@ -145,9 +145,13 @@ def method_config(config: RunConfig, like: Like, data: DataName, method: MethodN
         learn = learn.model_copy(update={**own, "modules": f"layers.{shape.layer(published.FT_C_LAYER)}"})
         train = train.model_copy(update={"micro_batch_size": None})
     teach = config.teach.model_copy(update={"epochs": 0})
-    return config.model_copy(
-        update={"method": method, "teach": teach, "forget": forget, "learn": learn, "train": train}
-    )
+    changes: dict[str, object] = {"method": method, "teach": teach, "forget": forget, "learn": learn, "train": train}
+    section = getattr(config, method, None)  # of a method that has settings of its own
+    if isinstance(section, Settings):
+        printed = published.EDITING.get(method, {})
+        unset = {name: value for name, value in printed.items() if name not in section.model_fields_set}
+        changes[method] = section.model_copy(update=unset)
+    return config.model_copy(update=changes)
 
 
 def at_rate(config: RunConfig, rate: float) -> RunConfig:
