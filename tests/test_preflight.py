@@ -95,15 +95,16 @@ def files(small_lab, tmp_path_factory):
     return facts, text
 
 
-def reproduce(file, config: RunConfig, output) -> None:
+def reproduce(file, config, kept, folder) -> None:
     """A reproduction of two parts of the paper, with the facts of a file in the form of ZsRE."""
     asked = {"alt": "target_new", "src": "prompt", "pred": "ground_truth"}
     asked |= dict.fromkeys(("rephrase", "loc", "loc_ans", "answers", "cond", "subject"), "prompt")
     records = [{new: fact[old] for new, old in asked.items()} for fact in disk.read_rows(file)]
-    zsre = output.with_suffix(".json")
+    zsre = folder().with_suffix(".json")
     disk.write_text(zsre, json.dumps(records))
     settings = forgetlearn.PaperSettings(seeds=(0,), only=("table1", "table4"))
-    forgetlearn.paper(zsre=zsre, settings=settings, config=config, output=output)
+    own = config(recipe="paper", facts__source=None, model__prompt_template="plain", **kept)
+    forgetlearn.paper(zsre=zsre, settings=settings, config=own, output=folder())
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +154,6 @@ def reads(small_lab, files, tmp_path_factory):
             for each in updates:
                 forgetlearn.update(config=each, output=folder())
 
-    def reproduction() -> None:
-        given = {"recipe": "paper", "facts__source": None, "model__prompt_template": "plain", **kept}
-        reproduce(file, config(**given), folder())
-
     def of(command: str) -> Reads:
         command = "update" if command == "plan" else command
         if command not in found:
@@ -165,7 +162,9 @@ def reads(small_lab, files, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Settings, "__getattribute__", recording, raising=False)
                 patch.setattr(run_page, "write_run", lambda *_args, **_options: None)  # reads what was written alone
-                {"paper": reproduction}.get(command, functools.partial(run, command))()
+                {"paper": functools.partial(reproduce, file, config, kept, folder)}.get(
+                    command, functools.partial(run, command)
+                )()
             now.clear()
         return found[command]
 
