@@ -219,13 +219,14 @@ def _forget_and_score(workspace: Workspace, config: RunConfig) -> Mapping[str, l
 
 
 def _asked_for_old(fact: Fact) -> Fact:
-    """Return a fact whose reliability is that of the OLD answer."""
+    """Return a fact whose reliability is that of the OLD answer. Nothing but that and locality is scored."""
     return replace(
         fact,
         target_new=fact.ground_truth or "",
-        target_new_aliases=fact.ground_truth_aliases,
-        ground_truth=fact.target_new,
-        ground_truth_aliases=fact.target_new_aliases,
+        target_new_aliases=(),
+        ground_truth=None,
+        ground_truth_aliases=(),
+        rephrase_prompts=(),
     )
 
 

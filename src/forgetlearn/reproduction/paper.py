@@ -149,7 +149,7 @@ def differences(request: Request) -> Iterator[str]:
             f"{published.FACTS[data.name]:,}."
         )
     n = len(request.settings.seeds)
-    yield f"{n} seed{'s' if n > 1 else ''}, of which each teaches its own base; the paper states none."
+    yield f"{n} seed{'s, each' if n > 1 else ','} with its own taught base; the paper states none."
     train = config.train
     yield (
         "The paper does not state optimiser, schedule, warm-up, precision, and which tokens count in the loss. Here: "
