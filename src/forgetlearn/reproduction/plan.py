@@ -138,8 +138,7 @@ class _Planner:
         kind = METHODS[method].forgets
         if kind:
             yield from self._once(kind, part, data)
-        what = f"{published.TITLES[data.name]}, {method}: learn"
-        yield _work(part, what, self._stages(data, method, "learn"), n_seeds)
+        yield _work(part, f"{published.TITLES[data.name]}, {method}: learn", self._learning(data, method), n_seeds)
         yield self._scoring(part, data, method, n_seeds, 2 if kind else 1)
 
     def _once(self, what: str, part: PartName, data: DataSet) -> Iterator[Work]:
@@ -155,12 +154,20 @@ class _Planner:
         self.disk_bytes += times * disk["taught base" if what == "teach" else "between stages"]
 
     def _edits(self, part: PartName, data: DataSet, method: MethodName, edits: int) -> Work:
-        """Return the training of the first facts: the share of the steps that they take of those of all."""
-        config, stages = data.configs[method], []
-        for name, section in (("forget", config.forget), ("learn", config.learn)):
-            own, whole = (math.ceil(number / section.batch_size) for number in (edits, len(data.facts)))
-            stages += [_scaled(stage, own / whole) for stage in self._stages(data, method, name)]
+        """Return the training on the first facts: the share of the steps that they take of those of all."""
+        config, kind = data.configs[method], METHODS[method].forgets
+        trained = [(self._learning(data, method), config.learn.batch_size)]
+        if kind:
+            trained.append((self._stages(data, METHOD_OF_KIND[kind], "forget"), config.forget.batch_size))
+        stages = [
+            _scaled(stage, math.ceil(edits / size) / math.ceil(len(data.facts) / size))
+            for own, size in trained
+            for stage in own
+        ]
         return _work(part, f"{method}: {edits} edit{'s' * (edits > 1)}", stages, 1)
+
+    def _learning(self, data: DataSet, method: MethodName) -> list[StagePlan]:
+        return self._stages(data, _planned_as(method), "learn")
 
     def _stages(self, data: DataSet, method: MethodName, name: str) -> list[StagePlan]:
         return [stage for stage in self._plan(data, method).stages if stage.name == name]
@@ -179,8 +186,9 @@ class _Planner:
 
     def _scoring(self, part: PartName, data: DataSet, method: MethodName, n_seeds: int, phases: int) -> Work:
         """Return the scoring of some phases, out of a plan that scores as many as the method has."""
-        planned = 3 if METHODS[method].forgets else 2
-        stages = [_scaled(stage, phases / planned) for stage in self._stages(data, method, "score")]
+        like = _planned_as(method)
+        planned = 3 if METHODS[like].forgets else 2
+        stages = [_scaled(stage, phases / planned) for stage in self._stages(data, like, "score")]
         return _work(part, f"{published.TITLES[data.name]}, {method}: score", stages, n_seeds)
 
 
@@ -188,6 +196,11 @@ def _work(part: str, what: str, stages: Sequence[StagePlan], times: int) -> Work
     known = [stage.seconds for stage in stages if stage.seconds is not None]
     seconds = sum(known) if len(known) == len(stages) else None
     return Work(part, what, times, seconds, max((stage.peak_bytes for stage in stages), default=0.0))
+
+
+def _planned_as(method: MethodName) -> MethodName:
+    """Return the method whose plan is used for learning and scoring: tracing every method takes minutes."""
+    return METHOD_OF_KIND.get(METHODS[method].learns, method)
 
 
 def _scaled(stage: StagePlan, share: float) -> StagePlan:
@@ -216,4 +229,9 @@ def plan_lines(plan: PaperPlan) -> list[str]:
         f"disk     {show_bytes(plan.disk_bytes)} of taught bases and shared weights",
         f"time     {total}",
         *(f"note     {note}" for note in plan.notes),
+        *(
+            ["try      forgetlearn plan --recipe paper --method f-ft, which says what would fit"]
+            if plan.fits is False
+            else []
+        ),
     ]
