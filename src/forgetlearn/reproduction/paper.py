@@ -153,7 +153,8 @@ def differences(request: Request) -> Iterator[str]:
     train = config.train
     yield (
         "The paper does not state optimiser, schedule, warm-up, precision, and which tokens count in the loss. Here: "
-        f"{train.optim}, {train.lr_scheduler_type}, {train.warmup_ratio:g}, {train.dtype}, those of the answer."
+        f"{train.optim}, {train.lr_scheduler_type}, warm-up over {train.warmup_ratio:g} of the steps, {train.dtype}, "
+        "those of the answer."
     )
     yield (
         f"A step has {config.learn.batch_size} facts; the paper's has 4 x 4 accumulated, or 64 if each of its four "
