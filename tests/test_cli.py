@@ -19,7 +19,7 @@ from forgetlearn.lab.build import LabSettings
 from forgetlearn.runtime.signals import Interrupted
 from forgetlearn.storage import disk
 
-COMMANDS = ["facts", "lab", "update", "evaluate", "ask", "report", "demo", "settings"]
+COMMANDS = ["facts", "lab", "update", "paper", "evaluate", "ask", "report", "demo", "settings"]
 FEW = ["--limit", "2", "--set", "forget.epochs=1", "--set", "learn.epochs=2", "--set", "learn.batch_size=1"]
 
 

@@ -152,7 +152,7 @@ def test_two_processes_do_each_cell_once(small_lab, facts, config, tmp_path):
         output, {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}, {}
     )
     log = tmp_path / "log"
-    own = grid._Worker._fill
+    own = grid.Worker._fill
 
     def noted(self, cell, folder):
         with log.open("a") as file:
@@ -160,7 +160,7 @@ def test_two_processes_do_each_cell_once(small_lab, facts, config, tmp_path):
         own(self, cell, folder)
 
     def job():
-        grid._Worker._fill = noted
+        grid.Worker._fill = noted
         grid.help_fill(grid.Comparison(output, config, facts, cells_of(settings, config)))
 
     children = [in_child(job), in_child(job)]

@@ -123,7 +123,7 @@ def test_the_settings_in_the_docs_are_the_settings_of_the_program(capsys, flags,
 
 def test_every_command_is_in_the_docs(capsys):
     page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
-    scores = ("facts", "lab", "plan", "update", "compare", "evaluate", "ask", "report", "demo", "settings")
+    scores = ("facts", "lab", "plan", "update", "compare", "paper", "evaluate", "ask", "report", "demo", "settings")
     for name in (*scores, "subtract", "vector", "apply", "inspect", "log", "undo", "save", "push"):
         assert f"forgetlearn {name}" in page
         assert main([name, "--help"]) == 0

@@ -27,6 +27,7 @@ LAYERS = (
     "planning",
     "runs",
     "comparison",
+    "reproduction",
     "lab",
     "cli",
 )

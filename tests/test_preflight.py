@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any, get_args
 
 import pytest
@@ -22,6 +24,7 @@ from forgetlearn.config.schema import (
 )
 from forgetlearn.errors import ConfigError
 from forgetlearn.report import run_page
+from forgetlearn.storage import disk
 
 COMMANDS = get_args(preflight.Command)
 # Read where these runs do not come: for lm-evaluation-harness and for models on the hub, which have tests of their own.
@@ -93,6 +96,18 @@ def files(small_lab, tmp_path_factory):
     return facts, text
 
 
+def reproduce(file, config, kept, folder) -> None:
+    """A reproduction of two parts of the paper, with the facts of a file in the form of ZsRE."""
+    asked = {"alt": "target_new", "src": "prompt", "pred": "ground_truth"}
+    asked |= dict.fromkeys(("rephrase", "loc", "loc_ans", "answers", "cond", "subject"), "prompt")
+    records = [{new: fact[old] for new, old in asked.items()} for fact in disk.read_rows(file)]
+    zsre = folder().with_suffix(".json")
+    disk.write_text(zsre, json.dumps(records))
+    settings = forgetlearn.PaperSettings(seeds=(0,), only=("table1", "table4"))
+    own = config(recipe="paper", facts__source=None, model__prompt_template="plain", **kept)
+    forgetlearn.paper(zsre=zsre, settings=settings, config=own, output=folder())
+
+
 @pytest.fixture(scope="module")
 def reads(small_lab, files, tmp_path_factory):
     """`reads("compare")`: what the command reads of the settings, from small runs of it."""
@@ -149,7 +164,9 @@ def reads(small_lab, files, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Settings, "__getattribute__", recording, raising=False)
                 patch.setattr(run_page, "write_run", lambda *_args, **_options: None)  # reads what was written alone
-                run(command)
+                {"paper": functools.partial(reproduce, file, config, kept, folder)}.get(
+                    command, functools.partial(run, command)
+                )()
             now.clear()
         return found[command]
 

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from forgetlearn.products.publish import push, save
     from forgetlearn.products.restore import apply_run
     from forgetlearn.products.restore import undo_run as undo
+    from forgetlearn.reproduction.paper import paper
+    from forgetlearn.reproduction.plan import plan_paper
+    from forgetlearn.reproduction.settings import PaperSettings
     from forgetlearn.runs.coefficient import choose_coefficient
     from forgetlearn.runs.evaluate import ask, evaluate
     from forgetlearn.runs.update import update
@@ -87,6 +90,9 @@ _PUBLIC = {
     "save": "products.publish.save",
     "apply_run": "products.restore.apply_run",
     "undo": "products.restore.undo_run",
+    "paper": "reproduction.paper.paper",
+    "plan_paper": "reproduction.plan.plan_paper",
+    "PaperSettings": "reproduction.settings.PaperSettings",
     "choose_coefficient": "runs.coefficient.choose_coefficient",
     "ask": "runs.evaluate.ask",
     "evaluate": "runs.evaluate.evaluate",
@@ -108,6 +114,7 @@ __all__ = [
     "LabSettings",
     "LanguageModel",
     "Numbers",
+    "PaperSettings",
     "RunConfig",
     "StageSettings",
     "TaskVector",
@@ -127,7 +134,9 @@ __all__ = [
     "load_config",
     "load_model",
     "log",
+    "paper",
     "plan",
+    "plan_paper",
     "push",
     "read_facts",
     "save",

@@ -30,7 +30,7 @@ from forgetlearn.cli.options import (
     ResumeOption,
     takes,
 )
-from forgetlearn.cli.terminal import PlainLines, print_facts, print_scores, print_table, say
+from forgetlearn.cli.terminal import PlainLines, print_facts, print_paper, print_scores, print_table, say
 from forgetlearn.config.base import describe, parse_assignments, read_yaml, validate
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ConfigError, ForgetLearnError, is_out_of_memory, plain
@@ -282,6 +282,74 @@ def compare(
 
 
 @app.command()
+@takes("model.name", "facts.limit", "model.prompt_template", "evaluate.tasks")
+def paper(
+    given: Given,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to write; not needed with --plan.")] = None,
+    zsre: Annotated[Path | None, typer.Option("--zsre", help="File of ZsRE's facts.")] = None,
+    counterfact: Annotated[Path | None, typer.Option("--counterfact", help="File of COUNTERFACT's facts.")] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            "--like",
+            help="The paper's model whose coefficients and figures are used: llama-2-7b "
+            "(unless set), llama-7b, or bloom-7b, which is table 2.",
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Seeds, separated by commas; unset: 0,1,2.")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help="Parts, separated by commas: table1 to table5, figure4 to figure7.")
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Say what it takes on this machine, and start nothing.")
+    ] = False,
+    memory: Annotated[
+        float | None, typer.Option("--memory", min=0.1, help="With --plan: GB (1e9 bytes) of the device.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option("--rate", help="With --plan: TFLOP/s that training reaches (400), or 12000tokens/s.")
+    ] = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Reproduce the paper's tables and figures on a model, and set each of its figures beside yours."""
+    in_file = read_yaml(given.file) if given.file else {}
+    config = Given({"recipe": in_file.get("recipe", "paper"), **given.values}, given.file).config("paper")
+    if not plan_only and (memory is not None or rate is not None):
+        raise ConfigError("--memory and --rate need --plan: they say what is planned for.")
+    from forgetlearn.reproduction.settings import PaperSettings
+
+    lists = {"seeds": seeds, "only": only}
+    asked: dict[str, object] = {name: text.split(",") for name, text in lists.items() if text is not None}
+    asked |= {"like": like} if like is not None else {}
+    settings = validate(PaperSettings, asked, elsewhere=frozenset(asked))
+    if plan_only:
+        from forgetlearn.reproduction.plan import plan_lines, plan_paper
+
+        given_facts = {"zsre": zsre, "counterfact": counterfact}
+        found = plan_paper(**given_facts, settings=settings, config=config, memory_gb=memory, rate=rate)
+        for line in plan_lines(found):
+            say(plain(line))
+        return
+    if output is None:
+        raise ConfigError("--output is not set. Give the folder to write, or --plan to only see what it would take.")
+    from forgetlearn.report.paper_page import PAGE, verdict
+    from forgetlearn.reproduction.paper import paper as run_paper
+
+    report = run_paper(
+        zsre=zsre,
+        counterfact=counterfact,
+        settings=settings,
+        config=config,
+        output=output,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    print_paper(report)
+    say(f"\n{verdict(report)}\nreport   {output / PAGE}")
+
+
+@app.command()
 @takes(*INPUTS, "facts.strict", "evaluate.general", "evaluate.tasks", "evaluate.engine", "model.shard")
 def evaluate(
     given: Given,
@@ -344,12 +412,11 @@ def ask(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run or a comparison.")]) -> None:
-    """Write the pages of a run or a comparison again from its folder, without the model."""
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a paper.")]) -> None:
+    """Write the pages of a run, a comparison or a reproduction again from its folder, without the model."""
     from forgetlearn.comparison.compare import write_report
 
-    write_report(run_folder)
-    say(str(run_folder / "report.html"))
+    say(str(write_report(run_folder)))
 
 
 @app.command()

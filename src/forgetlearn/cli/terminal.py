@@ -17,6 +17,7 @@ from forgetlearn.errors import plain, some, without_secrets
 if TYPE_CHECKING:
     from forgetlearn.facts import FactSet
     from forgetlearn.products.inspect import Tally
+    from forgetlearn.report.paper_table import PaperReport
     from forgetlearn.report.render import Interval
     from forgetlearn.report.run_page import Overview
 
@@ -114,6 +115,26 @@ def print_table(
     for name, shown in lines:
         cells = "  ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True))
         say(f"{name:<{name_width}}  {cells}")
+
+
+def print_paper(report: PaperReport) -> None:
+    """Print the tables of scores of a reproduction, the paper's figures in brackets, and the signs of its gains."""
+    for table in report.scores:
+        say(f"{table.part}, {table.data}: percent, in brackets the paper's")
+        say(" " * 12 + "".join(f"{name:>16}" for name in table.rows[0].paper))
+        for row in table.rows:
+            cells = "".join(f"{_beside(row.ours.get(name), row.paper[name]):>16}" for name in row.paper)
+            say(f"{row.method:<12}{cells}")
+        say("")
+    for sign in report.signs:
+        say(plain(sign.sentence))
+
+
+def _beside(ours: Interval | None, paper: float | None) -> str:
+    """Format our score, with the paper's in brackets."""
+    from forgetlearn.report.render import show_score
+
+    return f"{show_score(ours)} [{'–' if paper is None else f'{paper:.1f}'}]"
 
 
 def print_tallies(rows: list[tuple[str, Tally]]) -> None:

@@ -8,6 +8,8 @@ from forgetlearn.comparison.cells import CompareSettings
 from forgetlearn.comparison.grid import fill
 from forgetlearn.comparison.table import write_table
 from forgetlearn.facts import GivenFacts
+from forgetlearn.report import paper_page, paper_table
+from forgetlearn.report.paper_table import PaperReport
 from forgetlearn.report.run_page import write_run
 from forgetlearn.report.table import Table
 from forgetlearn.runs.checks import GivenConfig, GivenModel
@@ -39,14 +41,19 @@ def compare(
     return write_table(Path(output))
 
 
-def write_report(folder: str | Path) -> None:
-    """Write the report of a run or a comparison again from its folder, without the model.
+def write_report(folder: str | Path) -> Path:
+    """Write the page of a run, a comparison or a reproduction again from its folder, without the model; return it.
 
     Raises:
-        RunError: the folder holds neither a run nor a comparison, or the run or a cell is not finished.
+        RunError: the folder holds none of them, or the run, a cell or the reproduction is not finished.
     """
     folder = Path(folder)
-    if "compare" in RunFolder.open(folder).manifest.config:
+    manifest = RunFolder.open(folder).manifest
+    if "paper" in manifest.config:
+        paper_page.write_page(folder, PaperReport.load(folder / paper_table.FILE), manifest)
+        return folder / paper_page.PAGE
+    if "compare" in manifest.config:
         write_table(folder)
     else:
         write_run(folder)
+    return folder / "report.html"

@@ -59,6 +59,10 @@ class Comparison:
     cells: list[Cell]
     variants: Variants = field(default_factory=dict)
 
+    def config_of(self, cell: Cell) -> RunConfig:
+        """Return the config of a cell's update."""
+        return cell_config(self.config, cell, self.variants)
+
     def is_done(self, cell: Cell) -> bool:
         """Return True if the cell is done, by whichever process."""
         return run_folder.is_run(self.path / CELLS / cell.name)
@@ -87,7 +91,7 @@ def fill(
     if workers > 1:
         check_named(model, f"workers = {workers}")
     comparison, lm = begin(model, facts, settings, config, output=output, resume=resume, overwrite=overwrite)
-    worker = _Worker(comparison, lm)
+    worker = Worker(comparison, lm)
     with _helpers(workers - 1, comparison):
         worker.work()
     return comparison.cells
@@ -167,7 +171,7 @@ def help_fill(comparison: Comparison, n_threads: int | None = None) -> None:
     """Load the model and fill cells that no other process is filling; return when all cells are done."""
     if n_threads is not None:
         torch.set_num_threads(n_threads)
-    _Worker(comparison, load_model(comparison.config.model)).work()
+    Worker(comparison, load_model(comparison.config.model)).work()
 
 
 @contextmanager
@@ -197,7 +201,7 @@ def _helpers(n: int, comparison: Comparison) -> Iterator[None]:
         log.warning("%d of %d workers failed; this process filled their cells", len(failed), len(helpers))
 
 
-class _Worker:
+class Worker:
     """Fills cells in one process. It keeps the base's weights and the latest fine-tuned weights in memory."""
 
     def __init__(self, comparison: Comparison, lm: LanguageModel) -> None:
@@ -208,9 +212,10 @@ class _Worker:
                 (comparison.path / folder).mkdir(exist_ok=True)
 
     def work(self) -> None:
-        first = self._config_of(self.comparison.cells[0])
+        """Score the base and fill the cells that no other process is filling; return when all cells are done."""
+        first = self.comparison.config_of(self.comparison.cells[0])
         store = CellStore(self.shared, Stages(first), "")
-        Pipeline(self.lm, self.comparison.facts.facts, first, store).prepare()  # scores the base
+        Pipeline(self.lm, self.comparison.facts.facts, first, store, base=self.base).prepare()  # scores the base
         while open_cells := self.comparison.open_cells():
             if not self._fill_one(open_cells):
                 time.sleep(POLL_S)  # other processes hold the rest; if one dies, its cell is free again
@@ -226,11 +231,8 @@ class _Worker:
                     return True
         return False
 
-    def _config_of(self, cell: Cell) -> RunConfig:
-        return cell_config(self.comparison.config, cell, self.comparison.variants)
-
     def _fill(self, cell: Cell, path: Path) -> None:
-        config = self._config_of(cell)
+        config = self.comparison.config_of(cell)
         store = CellStore(self.shared, Stages(config), cell.variant)
         pipeline = Pipeline(self.lm, self.comparison.facts.facts, config, store, base=self.base)
         pipeline.prepare()

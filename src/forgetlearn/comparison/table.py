@@ -58,22 +58,21 @@ def write_table(path: Path) -> Table:
     return table
 
 
-class _Group:
-    """The cells of one row of the table, one per seed, and their scores.
+class Group:
+    """The cells of one row of the table, one per seed, and their scores. Each cell is given with its folder.
 
     Scores are matrices of seeds x facts, with NaN where a fact was not scored.
     """
 
-    def __init__(self, path: Path, cells: Sequence[Cell]) -> None:
-        ordered = sorted(cells, key=lambda cell: cell.seed)
-        self.first = ordered[0]
+    def __init__(self, cells: Sequence[tuple[Cell, Path]]) -> None:
+        ordered = sorted(cells, key=lambda item: item[0].seed)
+        self.first, first_folder = ordered[0]
         tables: list[Scores] = []
         self.answers: list[CellAnswers] = []
         added: dict[str, float] = {}  # tokens, by fact
-        for cell in ordered:
-            folder = path / CELLS / cell.name
+        for cell, folder in ordered:
             if not is_run(folder):
-                raise RunError(f"{path}: the cell {cell.name} is not finished. Continue with --resume.")
+                raise RunError(f"{folder}: the cell {cell.name} is not finished. Continue with --resume.")
             RunFolder.open(folder).check_results(f"remove {folder} and continue with --resume")
             rows = load_rows(Row, folder / ROWS)
             tables.append(_scores(folder, rows))
@@ -89,14 +88,16 @@ class _Group:
         }
         self.scores: dict[Column, Floats] = self.phases["updated"]
         self.added_tokens = sum(added.values()) / len(added) if added else None
-        self.nothing_forgotten = Summary.load(path / CELLS / self.first.name / SUMMARY).nothing_forgotten
+        self.nothing_forgotten = Summary.load(first_folder / SUMMARY).nothing_forgotten
 
 
-def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, _Group]:
+def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, Group]:
     by_label: dict[str, list[Cell]] = {}
     for cell in cells:
         by_label.setdefault(cell.label, []).append(cell)
-    groups = {label: _Group(path, members) for label, members in by_label.items()}
+    groups = {
+        label: Group([(cell, path / CELLS / cell.name) for cell in members]) for label, members in by_label.items()
+    }
     counts = {scores.shape[-1] for group in groups.values() for own in group.phases.values() for scores in own.values()}
     if len(counts) > 1:
         raise RunError(
@@ -133,7 +134,7 @@ def _scores(folder: Path, rows: Iterable[Row]) -> Scores:
     return found
 
 
-def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Column]) -> TableRow:
+def _row(group: Group, baselines: Mapping[Budget, Group], overall: Sequence[Column]) -> TableRow:
     cell, ours = group.first, _overall(group, overall)
     return TableRow(
         label=cell.label,
@@ -163,7 +164,7 @@ def _row(group: _Group, baselines: Mapping[Budget, _Group], overall: Sequence[Co
     )
 
 
-def _overall_columns(groups: Iterable[_Group]) -> list[Column]:
+def _overall_columns(groups: Iterable[Group]) -> list[Column]:
     """Return the columns that a row's overall score averages: reliability, generality, locality.
 
     Columns that some group lacks are left out.
@@ -176,14 +177,14 @@ def _overall_columns(groups: Iterable[_Group]) -> list[Column]:
     return [column for column in leading_columns(protocols) if column in shared and column[0] != "residue"]
 
 
-def _overall(group: _Group, columns: Sequence[Column]) -> Floats:
+def _overall(group: Group, columns: Sequence[Column]) -> Floats:
     """Return the mean over the columns for each seed and fact; NaN if a column has no score."""
     matrices = [group.scores[column] for column in columns] or [np.full((1, 1), np.nan)]
     mean: Floats = np.mean(matrices, axis=0)
     return mean
 
 
-def _forgotten(group: _Group) -> Forgotten | None:
+def _forgotten(group: Group) -> Forgotten | None:
     """Return how much of the old answers the forgotten model lost (in points below the base), and its locality."""
     base, forgotten = group.phases["base"], group.phases["forgotten"]
     residue = leading_columns(protocol for _quantity, protocol in base.keys() & forgotten.keys())[-1]
@@ -198,8 +199,8 @@ def _forgotten(group: _Group) -> Forgotten | None:
 
 
 def _baselines(
-    group: _Group, groups: Iterable[_Group], settings: CompareSettings, config: RunConfig
-) -> dict[Budget, _Group]:
+    group: Group, groups: Iterable[Group], settings: CompareSettings, config: RunConfig
+) -> dict[Budget, Group]:
     """Return the groups of plain fine-tuning that a group is compared with, by budget (equal epochs, equal steps)."""
     cell = group.first
     method = METHODS[cell.method]
@@ -235,9 +236,9 @@ def _difference(ours: Floats, baseline: Floats) -> Difference | None:
     return statistics.paired_difference(ours, baseline, rng=0) if both.any() else None
 
 
-def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[EqualReliability]:
+def _curves(groups: Mapping[str, Group], settings: CompareSettings) -> list[EqualReliability]:
     """Return how each method and coefficient compares with plain fine-tuning at equal reliability."""
-    lines: dict[tuple[str, str, float | None], list[_Group]] = {}
+    lines: dict[tuple[str, str, float | None], list[Group]] = {}
     for group in groups.values():
         if group.first.budget == "equal-epochs" and METHODS[group.first.method].fine_tunes:
             lines.setdefault((group.first.method, group.first.variant, group.first.coef), []).append(group)
@@ -265,7 +266,7 @@ def _curves(groups: Mapping[str, _Group], settings: CompareSettings) -> list[Equ
     return found
 
 
-def _curve(groups: Sequence[_Group]) -> statistics.Curve | None:
+def _curve(groups: Sequence[Group]) -> statistics.Curve | None:
     """Return the curve over epochs: matrices of seeds x epochs, in percent; None if a quantity was not scored."""
     reliability, generality, locality, _residue = leading_columns(
         protocol for group in groups for _quantity, protocol in group.scores

@@ -19,7 +19,7 @@ from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
-Command = Literal["update", "plan", "compare", "evaluate", "ask"]
+Command = Literal["update", "plan", "compare", "paper", "evaluate", "ask"]
 WARNED_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # if the method does not forget
 
 
@@ -62,6 +62,28 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         Unused(
             ("checkpoint_minutes", "keep_stages", "model.base_model_id", "model.shard"),
             "a cell is done whole, by one process, and keeps no model",
+        ),
+    ),
+    "paper": (
+        Unused(
+            (*PRODUCTS, "evaluate.max_damage", "evaluate.general", "evaluate.general_tokens"),
+            "scores are kept, no models. Leave them out",
+            always=True,
+        ),
+        Unused(("model.shard", "model.quantization"), "all weights are trained, by one process", always=True),
+        Unused(
+            ("method", "seed", "forget.coef"), "the paper's methods and coefficients are run; give --like and --seeds"
+        ),
+        Unused(("facts.source", "facts.old_from"), "give --zsre and --counterfact; old answers are the paper's"),
+        Unused(("forget.only_known", "forget.validation", "forget.trials"), "all old answers are forgotten"),
+        Unused(("learn.until", "learn.max_epochs"), "each method learns for a number of epochs; give learn.epochs"),
+        Unused(("learn.modules", "learn.rows"), "the methods differ in what they train"),
+        Unused(
+            ("evaluate.protocols", "evaluate.general_prompts", "evaluate.every_phase"),
+            "the parts differ in what they score",
+        ),
+        Unused(
+            ("checkpoint_minutes", "keep_stages", "model.base_model_id"), "stages are done whole, and no model is kept"
         ),
     ),
     "evaluate": (

@@ -30,7 +30,7 @@ def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
     None for a model in memory whose weights differ from those that its name loads; `weights_sha256` then identifies
     them.
     """
-    named = processes.on_main(lambda: _named(lm))
+    named = processes.on_main(lambda: named_sha256(lm.name, getattr(lm.model, "config", None)))
     if not in_memory:
         return {"base_sha256": named}
     own = weights_sha256(lm)
@@ -38,12 +38,12 @@ def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
     return {"base_sha256": named} if is_named else {"base_sha256": None, "weights_sha256": own}
 
 
-def _named(lm: LanguageModel) -> str | None:
-    """Return the hash of the model's folder or file, or its commit on the hub; None if it has neither."""
-    place = Path(lm.name)
+def named_sha256(name: str, config: object) -> str | None:
+    """Return the hash of a model's folder or file, or its commit on the hub; None if it has neither."""
+    place = Path(name)
     if place.exists():
         return digests.sha256_of(place)
-    return getattr(getattr(lm.model, "config", None), "_commit_hash", None)
+    return getattr(config, "_commit_hash", None)
 
 
 def _stored_sha256(lm: LanguageModel) -> str | None:

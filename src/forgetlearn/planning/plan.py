@@ -51,11 +51,11 @@ def plan_update(
     *,
     outline: Outline | None = None,
     devices: Devices | None = None,
-    rate: str | None = None,
+    rate: str | Speed | None = None,
 ) -> Plan:
     """Plan an update of these facts with these settings, without reading the model's weights.
 
-    `rate` is the speed of training, see `speed_of`; without it, the plan has no time.
+    `rate` is the speed of training, or its text, see `speed_of`; without it, the plan has no time.
 
     Raises:
         ModelError: the model's config or tokenizer cannot be read, see `load_model`.
@@ -68,7 +68,9 @@ def plan_update(
             check_texts(outline.encoder, facts)
     devices = devices or devices_here(config)
     loads, notes = loads_of(outline, Stages(config), facts, devices.kind)
-    speed = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices) if rate else None
+    speed = rate if not isinstance(rate, str) else None
+    if isinstance(rate, str):
+        speed = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices)
     skeleton = outline.skeleton()
     parameters = sum(weight.numel() for weight in skeleton.model.parameters())
     if outline.stored and abs(sum(outline.stored.values()) - parameters) > 0.01 * parameters:

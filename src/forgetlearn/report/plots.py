@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from markupsafe import Markup
 
 from forgetlearn.evaluation.statistics import Estimate
+from forgetlearn.report.paper_table import Curve, Distances, Sign
 from forgetlearn.report.render import QUESTIONS, Interval, show_score
 from forgetlearn.storage.records import Retained, Step, Summary, load_rows
 
@@ -208,6 +209,76 @@ def plot_training(title: str, curves: Mapping[str, Sequence[Step]], looks: Mappi
     _open_frame(axes)
     ends = [f"{name} {log[0].loss:.3g} to {log[-1].loss:.3g}" for name, log in curves.items() if log]
     return _svg(figure, title, f"Loss of {title}: {'; '.join(ends)}")
+
+
+def plot_gains(title: str, signs: Sequence[Sign]) -> Markup:
+    """Return an SVG plot of differences, a line each: ours with its interval, and the paper's as a hollow diamond."""
+    figure, axes = _figure(5.2, 0.6 + 0.26 * len(signs), title)
+    places = range(len(signs))
+    means, bounds = _with_bounds([sign.ours for sign in signs])
+    _free_bars(axes.errorbar(means, places, xerr=bounds, fmt="o", ms=4.5, color=OF_MARKS[2], lw=1.2))
+    axes.plot([sign.paper for sign in signs], places, "D", ms=5, mfc="none", mec="#262626", mew=1, clip_on=False)
+    axes.axvline(0, color=DIM, lw=0.9, zorder=0)
+    axes.set_yticks(places, [sign.what for sign in signs])
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=LINE, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    return _svg(figure, title, f"{title}: {' '.join(sign.sentence for sign in signs)}")
+
+
+def plot_distances(distances: Distances, name: str) -> Markup:
+    """Return an SVG plot of the distance of each matrix, a group per layer; bands mark the paper's."""
+    title = f"{name}: forgetting with {'LoRA' if distances.kind == 'lora' else distances.kind}"
+    layers = list(dict.fromkeys(each.layer for each in distances.matrices))
+    moved = [each for each in distances.matrices if each.ours.mean]
+    figure, axes = _figure(4.6, 2.6, title)
+    colours = {"attention": OF_MARKS[2], "mlp": OF_MARKS[3]}
+    for part, (low, high) in distances.paper.items():
+        axes.axhspan(low, high, color=colours[part], alpha=0.15, lw=0)
+        axes.text(1.01, high, f"{part}, paper", transform=axes.get_yaxis_transform(), fontsize=7.5, color=colours[part])
+    for place, layer in enumerate(layers):
+        own = [each for each in moved if each.layer == layer]
+        for number, each in enumerate(own):
+            at = place + 0.7 * ((number + 0.5) / len(own) - 0.5)
+            axes.plot([at], [each.ours.mean], "o" if each.part == "attention" else "^", ms=5, color=colours[each.part])
+    axes.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    shown = [each.ours.mean for each in moved] + [end for ends in distances.paper.values() for end in ends]
+    axes.set_yscale("log")
+    axes.set_yticks(ticks := _log_ticks(min(shown), max(shown)), [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    _open_frame(axes)
+    words = [f"layer {each.layer} {each.matrix} {each.ours.mean:.3g}" for each in distances.matrices]
+    return _svg(figure, title, f"{title}, distance per matrix: {'; '.join(words)}")
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return the numbers 1, 2 and 5 times a power of ten that enclose a range."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    return [tick for tick in ticks if max((t for t in ticks if t <= low), default=low) <= tick <= 2.5 * high]
+
+
+def plot_forgetting(curve: Curve, name: str) -> Markup:
+    """Return an SVG plot of a forgotten model's scores on the OLD answers, by coefficient; hollow marks: the paper."""
+    title = f"{name}: forgetting with {'LoRA' if curve.kind == 'lora' else curve.kind}"
+    figure, axes = _figure(4.6, 2.8, title)
+    looks = {"reliability": (OF_MARKS[2], "o"), "locality": (OF_MARKS[3], "^")}
+    words = []
+    for quantity, (colour, marker) in looks.items():
+        own = [(point.coef, cell) for point in curve.points if (cell := point.ours.get(quantity))]
+        means, bounds = _with_bounds([cell for _coef, cell in own])
+        at = [coef for coef, _cell in own]
+        _free_bars(axes.errorbar(at, means, bounds, fmt=f"-{marker}", ms=4.5, color=colour, lw=1.2, elinewidth=0.8))
+        paper = [(point.coef, point.paper[quantity]) for point in curve.points if quantity in point.paper]
+        xs, ys = [coef for coef, _score in paper], [score for _coef, score in paper]
+        axes.plot(xs, ys, ":D", ms=5.5, mfc="none", mec=colour, color=colour, lw=0.9, clip_on=False)
+        words.append(f"{quantity} " + ", ".join(f"{coef:g}: {cell.mean:.1f}" for coef, cell in own))
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("coefficient", fontsize=8, color=DIM)
+    _open_frame(axes)
+    return _svg(figure, title, f"{title}, in percent by coefficient: {'; '.join(words)}")
 
 
 def _open_frame(axes: Axes) -> None:

@@ -18,9 +18,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from forgetlearn.evaluation.statistics import Estimate, OverSeeds
+from forgetlearn.report.paper_table import Measured
 from forgetlearn.storage.records import Score
 
-Interval = Estimate | OverSeeds | Score  # a mean with its 95 % interval, in percent or points
+Interval = Estimate | OverSeeds | Score | Measured  # a mean with its 95 % interval, in percent or points
 Column = tuple[str, str]  # quantity and protocol
 COLUMNS: tuple[Column, ...] = (
     ("reliability", "contains"),

@@ -167,6 +167,13 @@ class Pipeline:
 
     def update(self) -> None:
         """Forget and learn, and score the results."""
+        self.forget()
+        self._train(self.stages.learn, len(self.facts), self._learn)
+        self._score("updated")
+        self._measure("updated")
+
+    def forget(self) -> None:
+        """Forget the old answers, if the method does, and score the forgotten model."""
         if (stage := self.stages.forget) and (facts := self.to_forget):
             tuned = self.store.tuned(self.ready(self.tune)) if stage.kind.subtracts else None
             self._train(stage, len(facts), lambda stage_io: self._forget(stage, facts, tuned, stage_io))
@@ -174,9 +181,6 @@ class Pipeline:
                 self._score("forgotten")
         elif nothing := self.nothing_forgotten:
             log.warning("%s", "\n".join(filter(None, (nothing.sentence, nothing.example_line))))
-        self._train(self.stages.learn, len(self.facts), self._learn)
-        self._score("updated")
-        self._measure("updated")
 
     def set_coefficient(self, coef: float) -> None:
         """Set the coefficient of forgetting."""

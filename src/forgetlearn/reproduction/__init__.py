@@ -1,0 +1,1 @@
+"""The paper's tables and figures on any model, beside the figures that it prints."""
