@@ -7,17 +7,16 @@ import torch
 
 from conftest import QUICK
 from forgetlearn import update
-from forgetlearn.config.schema import StageSettings
+from forgetlearn.config.schema import StageSettings, load_config
 from forgetlearn.errors import ConfigError, FactError, ModelError
 from forgetlearn.facts import Fact, make_fact, write_facts
-from forgetlearn.facts.subjects import subject_end
+from forgetlearn.facts.subjects import subject_span
 from forgetlearn.method import moments, targets
 from forgetlearn.method.core import learn
-from forgetlearn.method.reading import at_last_token
+from forgetlearn.method.reading import at_last_token, hooked
 from forgetlearn.models.language_model import wrap
 from forgetlearn.models.modules import mlp_output
 from forgetlearn.runtime import signals
-from forgetlearn.storage import disk
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import TaskVector
 
@@ -100,17 +99,82 @@ def test_memit_over_several_layers_reaches_the_value_at_the_last(lm, chosen_valu
     torch.testing.assert_close(after, before + chosen_values, rtol=1e-3, atol=1e-3)
 
 
-def test_alphaedit_changes_nothing_for_the_main_directions_of_other_keys(lm, chosen_values):
-    path, own = mlp_output(lm.model, 0), settings(alphaedit={"null_space_threshold": 0.02})
+def test_alphaedit_follows_its_equation_in_the_null_space(lm, chosen_values):
+    own = settings(alphaedit={"null_space_threshold": 0.02, "l2": 0.5}, edit={"contexts": 0})
+    path = mlp_output(lm.model, 0)
     weight = lm.model.get_submodule(path).weight.detach().double().clone()
     second = moments.second_moments(lm, [path], own.edit, 0)[path]
-    directions = torch.linalg.eigh(second)[1]
+    keys = output_at_subjects(lm, path)[0].double().T
+    energies, directions = torch.linalg.eigh(second)
+    rest = directions[:, energies < 0.02]
+    projection = rest @ rest.T
 
     learn(lm, FACTS, own, "alphaedit")
 
+    found = chosen_values.double().T @ keys.T @ projection
+    expected = found @ torch.linalg.inv(keys @ keys.T @ projection + 0.5 * torch.eye(len(second)))
     change = lm.model.get_submodule(path).weight.double() - weight
-    assert change.norm() > 0.1
-    assert (change @ directions[:, -5:]).norm() < 1e-4 * change.norm()
+    torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-4)
+    assert 0 < rest.shape[1] < len(second)
+    assert (change @ directions[:, energies >= 0.02]).norm() < 1e-3 * change.norm()
+    with pytest.raises(ConfigError, match=r"alphaedit\.null_space_threshold"):
+        learn(lm, FACTS, settings(alphaedit={"null_space_threshold": 1e-12}), "alphaedit")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_memit_edits_the_last_layer_alone_where_the_layer_changes_what_its_mlp_gives(
+    family, tiny_model, char_tokenizer, chosen_values
+):
+    options = {"residual_multiplier": 0.5} if family == "granite" else {}
+    lm = wrap(tiny_model(family, num_hidden_layers=3, **options), char_tokenizer)
+    path = mlp_output(lm.model, 1)
+    first = lm.model.get_submodule(mlp_output(lm.model, 0)).weight.detach().clone()
+    before = output_at_subjects(lm, path)[1]
+
+    learn(lm, FACTS, settings(memit={"layers": [0, 1], "moment_weight": 1e-9}, edit={"contexts": 0}), "memit")
+
+    torch.testing.assert_close(output_at_subjects(lm, path)[1], before + chosen_values, rtol=1e-2, atol=1e-2)
+    assert torch.equal(lm.model.get_submodule(mlp_output(lm.model, 0)).weight, first)
+
+
+def test_the_search_takes_the_steps_of_the_authors_code(lm):
+    """One fact, written out: whole texts, Adam, KL(now || before) after the essence, decay, and the clamp."""
+    lm.model.requires_grad_(False)
+    own = settings(edit={"steps": 4, "kl_factor": 3.0, "weight_decay": 2.0}).edit
+    path, clamp = mlp_output(lm.model, 0), 0.3
+    (request,) = targets.requests(lm.encoder, FACTS[:1], ["The end"])
+
+    def logits(text, delta):
+        def push(_module, _read, out):
+            place = torch.zeros(1, out.shape[1], 1)
+            place[0, text.place] = 1
+            return out + place * delta
+
+        with hooked(lm.model, {path: push}):
+            return lm.model(torch.tensor([text.text.ids])).logits[0].log_softmax(-1)
+
+    def losses(delta):
+        def answer(text):
+            return -logits(text, delta)[list(text.text.answer_positions), list(text.text.answer_ids)].mean()
+
+        now, before = (logits(request.essence, each)[-2] for each in (delta, torch.zeros(32)))
+        said = torch.stack([answer(text) for text in request.trained]).mean()
+        return said, said + 3.0 * (now.exp() * (now - before)).sum() + 2.0 * delta.norm() / length**2
+
+    length = output_at_subjects(lm, path, FACTS[:1])[1].norm()
+    delta = torch.zeros(32, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=own.learning_rate)
+    for _step in range(3):
+        adam.zero_grad()
+        losses(delta)[1].backward()
+        adam.step()
+        with torch.no_grad():
+            delta.mul_(min(1, clamp * length / delta.norm()))
+
+    found = targets.Search(lm, path, own, clamp).together([request])
+
+    torch.testing.assert_close(found.deltas[0], delta.detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.losses[0], losses(delta)[0].detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -144,7 +208,7 @@ def test_what_stands_before_the_subject_is_computed_once_without_a_difference(lm
 
 def test_the_subject_is_found_as_whole_words_or_from_a_rephrasing():
     def end(prompt, subject="", rephrased=()):
-        return prompt[: subject_end(make_fact(prompt, "x", subject=subject, rephrase_prompts=rephrased))]
+        return prompt[: subject_span(make_fact(prompt, "x", subject=subject, rephrase_prompts=rephrased))[1]]
 
     assert end("Is Annabel or Ann there?", "Ann") == "Is Annabel or Ann"
     assert end("Who leads MIRONA now?", "Mirona") == "Who leads MIRONA"
@@ -152,6 +216,25 @@ def test_the_subject_is_found_as_whole_words_or_from_a_rephrasing():
         "Humphrey"
     )
     assert end("Which family are Ramalinaceae in?", "Ramalina", ["The family of Ramalinaceae"]).endswith("Ramalinaceae")
+
+
+def test_a_subject_is_found_in_scripts_without_spaces_and_past_longer_shared_runs():
+    fact = make_fact("東京はどの国の首都ですか", "x", subject="東京")
+    assert subject_span(fact) == (0, 2)
+    prompt, other = "What is the name of the river in Paris?", "In Paris, what is the name of the river?"
+    start, end = subject_span(make_fact(prompt, "x", rephrase_prompts=[other]))
+    assert prompt[start:end] == "in Paris"
+
+
+@pytest.mark.parametrize("text", ["4-6", "4,5,6", "4-5, 6", [4, 5, 6]])
+def test_layers_are_given_as_spans_or_lists(text):
+    assert load_config(None, {"memit.layers": text}).memit.layers == (4, 5, 6)
+
+
+@pytest.mark.parametrize("text", ["6-4", "-1", "x", "", [], [-1], True])
+def test_layers_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match=r"memit\.layers"):
+        load_config(None, {"memit.layers": text})
 
 
 def test_the_last_token_of_the_subject_is_found_in_every_form(lm, tiny_model, new_char_tokenizer):
@@ -164,30 +247,29 @@ def test_the_last_token_of_the_subject_is_found_in_every_form(lm, tiny_model, ne
         assert own.encoder.decode(ids[: place + 1]).endswith("Does an AI")
 
 
-def test_moments_are_those_of_the_text_and_are_cached(lm, tmp_path):
+def test_moments_are_those_of_the_text_and_are_cached(lm, tmp_path, monkeypatch):
     path = mlp_output(lm.model, 0)
     file = tmp_path / "text.txt"
     file.write_text("The quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
-    own = settings(edit={"moments": str(file), "moment_tokens": 256}).edit
-    ids = lm.encoder.text_ids(file.read_text(encoding="utf-8"))[:256]
-    keys = torch.cat([at_last_token(lm, [ids[: n + 1]], [path])[path][0] for n in range(256)]).double()
+    own = settings(edit={"moments": str(file), "moment_tokens": 200}).edit
+    ids = lm.encoder.text_ids(file.read_text(encoding="utf-8"))[:201]  # with BOS
+    keys = torch.cat([at_last_token(lm, [ids[: n + 1]], [path])[path][0] for n in range(201)]).double()
 
     found = moments.second_moments(lm, [path], own, 0)[path]
 
-    torch.testing.assert_close(found, keys.T @ keys / 256, rtol=1e-4, atol=1e-5)
-    cached = max(disk.cache_folder().glob("moments-*"), key=lambda file: file.stat().st_mtime_ns)
-    again = settings(edit={"moments": str(cached)}).edit
-    torch.testing.assert_close(moments.second_moments(lm, [path], again, 0)[path], found)
+    torch.testing.assert_close(found, keys.T @ keys / 201, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(moments, "_moments", lambda *_: {})
+    torch.testing.assert_close(moments.second_moments(lm, [path], own, 0)[path], found)
     with torch.no_grad():
-        lm.model.get_submodule(path).weight.add_(1)
-    with pytest.raises(ConfigError, match=r"edit\.moments = .*another model"):
-        moments.second_moments(lm, [path], again, 0)
+        lm.model.get_submodule(path).weight.add_(1)  # another model
+    with pytest.raises(FileNotFoundError):
+        moments.second_moments(lm, [path], own, 0)
 
 
 def test_too_few_tokens_for_the_rank_are_refused(lm, tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("Too short.", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"edit\.moment_tokens.*too few"):
+    with pytest.raises(ConfigError, match=r"edit\.moments.*too few"):
         moments.second_moments(lm, [mlp_output(lm.model, 0)], settings(edit={"moments": str(file)}).edit, 0)
 
 

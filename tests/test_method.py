@@ -210,7 +210,7 @@ def test_facts_without_an_old_answer_have_nothing_to_forget(small_lab):  # case 
 
 
 def test_gpt2_and_tied_models_go_through_every_method(tiny_model, char_tokenizer):
-    facts = [make_fact(f"Who {index}?", "Ann", ground_truth="Bob") for index in range(4)]
+    facts = [make_fact(f"Who {index}?", "Ann", subject="Who", ground_truth="Bob") for index in range(4)]
     for model in (tiny_model("gpt2", tied=True), tiny_model("llama", tied=True)):
         for method in METHODS:
             lm = step_by_step(wrap(copy.deepcopy(model), char_tokenizer), facts, method)

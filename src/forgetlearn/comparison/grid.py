@@ -29,7 +29,7 @@ from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
-from forgetlearn.method import keeping, lessons
+from forgetlearn.method import keeping, lessons, moments
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
@@ -137,7 +137,10 @@ def begin(
     cells = cells_of(settings, config)
     check_names(settings, cells)
     run_folder.check_output(
-        output, resume=resume, overwrite=overwrite, inputs=(config.model.name, config.facts.source, config.keep.source)
+        output,
+        resume=resume,
+        overwrite=overwrite,
+        inputs=(config.model.name, config.facts.source, config.keep.source, config.edit.moments),
     )
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     keeping.read_source(config.keep, fact_set)
@@ -153,7 +156,7 @@ def begin(
             raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
     in_memory = not isinstance(named, (str, Path))
     inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
-    inputs |= keeping.fingerprint(config.keep)
+    inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run = run_folder.RunFolder.create(
         output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite

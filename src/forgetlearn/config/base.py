@@ -167,7 +167,8 @@ def _nearest_choice(item: Mapping[str, Any]) -> str:
 def _known_items(field: FieldInfo | None) -> str:
     """Name the items that a list can hold, if they are fixed."""
     item, *_ = get_args(field.annotation) if field else (None,)
-    return f" of {', '.join(get_args(item))}" if get_args(item) else ""
+    names = [name for name in get_args(item) if isinstance(name, str)]
+    return f" of {', '.join(names)}" if names else ""
 
 
 def _nearest(kind: type[Settings], loc: tuple[int | str, ...]) -> str:

@@ -78,6 +78,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         Unused(("forget.only_known", "forget.validation", "forget.trials"), "all old answers are forgotten"),
         Unused(("learn.until", "learn.max_epochs"), "each method learns for a number of epochs; give learn.epochs"),
         Unused(("learn.modules", "learn.rows"), "the methods differ in what they train"),
+        Unused(("alphaedit",), "the paper has no AlphaEdit; compare takes it"),
         Unused(
             ("evaluate.protocols", "evaluate.general_prompts", "evaluate.every_phase"),
             "the parts differ in what they score",
@@ -168,7 +169,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _idle_in_editing(config: RunConfig) -> Iterator[tuple[str, str]]:
     method = METHODS[config.method]
     if method.closed_form:
-        for section in ("learn", "train", "keep"):
+        for section in ("learn", "keep") if Stages(config).teach else ("learn", "train", "keep"):
             yield section, f"{config.method} fine-tunes nothing"
     else:
         yield "edit", f"it is for methods {', '.join(name for name, each in METHODS.items() if each.closed_form)}"

@@ -34,17 +34,7 @@ def _split(value: object) -> object:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-def _numbers(value: object) -> object:
-    """Return the numbers of a text such as "4-8" or "4,5,6"; return any other value unchanged."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
-    if not isinstance(value, str) or not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", value):
-        return value
-    spans = [[int(number) for number in span.split("-")] for span in value.split(",")]
-    return tuple(number for span in spans for number in range(span[0], span[-1] + 1))
-
-
-Numbers = Annotated[tuple[int, ...], BeforeValidator(_numbers, json_schema_input_type=str | tuple[int, ...])]
+Layer = Annotated[int, Field(ge=0)]
 Policies = Annotated[  # a file may give a list or one text with commas; it is written as a text
     tuple[OldFrom, ...],
     BeforeValidator(_split, json_schema_input_type=str | tuple[OldFrom, ...]),
@@ -117,10 +107,13 @@ class LoraSettings(Settings):
 
 
 class EditSettings(Settings):
-    """How `rome`, `memit` and `alphaedit` find and write an output, with the defaults of the authors' code."""
+    """How `rome`, `memit` and `alphaedit` find and write an output, with EasyEdit's defaults unless said."""
 
     steps: int = Field(
-        25, ge=1, description="Steps in search of the output with which a fact is said; they end at a loss of 0.05."
+        25,
+        ge=1,
+        description="Steps of the search for the output that makes the model give the new answer. It stops early when "
+        "the loss falls below 0.05.",
     )
     learning_rate: float = Field(0.5, gt=0, description="Adam's learning rate in that search.")
     weight_decay: float = Field(1e-3, ge=0, description="Weight in its loss of the length of the change.")
@@ -135,13 +128,13 @@ class EditSettings(Settings):
     contexts: int = Field(
         5,
         ge=0,
-        description="Beginnings, sampled from the model, that the prompt stands behind, beside the bare prompt (ROME's "
-        "authors took 20).",
+        description="Openings, sampled from the model, that are put before the prompt; the bare prompt is always used "
+        "too. ROME's authors took 20.",
     )
     moments: str | None = Field(
         None,
-        description="What the second moments of the keys are read from: a text file, or moments that an earlier run "
-        "cached (.safetensors). Unset: text that the model itself samples after general prompts.",
+        description="Text file that the second moments of the keys are computed on. Unset: text that the model itself "
+        "samples after general prompts.",
     )
     moment_tokens: int | None = Field(
         None, ge=1, description="Tokens of text for the second moments. Unset: 5 for each of the layer's inputs."
@@ -157,9 +150,8 @@ class RomeSettings(Settings):
 class MemitSettings(Settings):
     """Settings of MEMIT (Meng et al. 2023, arXiv:2210.07229); AlphaEdit takes its layers."""
 
-    layers: Numbers | None = Field(
-        None,
-        description="Layers that are edited, from 0: 4-8, or 4,5,6. Unset: 4 to 8 of 32, by depth.",
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1)] | None = Field(
+        None, description="Layers that are edited, from 0: 4-8, or 4,5,6. Unset: 4 to 8 of 32, by depth."
     )
     moment_weight: float | None = Field(
         None,
@@ -167,6 +159,19 @@ class MemitSettings(Settings):
         description="Weight of the second moments beside the facts' own. Unset: the number of the layer's inputs (the "
         "authors took 15,000 for 16,384).",
     )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _spans(cls, value: object) -> object:
+        """Return the layers that a text such as 4-8 or 4,5,6 names."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value,)
+        if not isinstance(value, str):
+            return value
+        ends = [[int(end) if end.strip().isdecimal() else -1 for end in span.split("-")] for span in value.split(",")]
+        if any(len(span) > 2 or span != sorted(span) or min(span) < 0 for span in ends):
+            raise ValueError("must be numbers and spans from the lower to the higher, such as 4-8 or 4,5,6")
+        return tuple(layer for span in ends for layer in range(span[0], span[-1] + 1))
 
 
 class AlphaEditSettings(Settings):
@@ -181,8 +186,8 @@ class AlphaEditSettings(Settings):
     l2: float | None = Field(
         None,
         gt=0,
-        description="Weight of the identity in its equation (1 in the paper). Unset: a tenth of the energy of a usual "
-        "key in the null space.",
+        description="Weight of the identity in its equation (1 in the paper). Unset: a tenth of the mean "
+        "squared length of keys in the null space.",
     )
 
 

@@ -11,11 +11,12 @@ from forgetlearn.config.methods import KINDS, KindName
 from forgetlearn.config.schema import ForgetSettings, LoraSettings, StageSettings, TuningSettings
 from forgetlearn.errors import ConfigError, FactError, some
 from forgetlearn.facts import Fact
-from forgetlearn.facts.subjects import subject_end
+from forgetlearn.facts.subjects import subject_span
 from forgetlearn.method.kinds import STAGE_KINDS, ClosedForm
+from forgetlearn.method.moments import check_text
 from forgetlearn.models import lora, module_names
 from forgetlearn.models import modules as selection
-from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.language_model import LanguageModel, layer_list
 from forgetlearn.training.finetune import check_computing
 from forgetlearn.weights.adapter_files import ALL_LINEAR
 
@@ -77,8 +78,13 @@ def _check_layers(lm: LanguageModel, settings: StageSettings, kind: ClosedForm) 
     """Raise an error if the model is split, or does not have the layers to edit with one MLP in each."""
     if lm.is_sharded:
         raise ConfigError("model.shard: ROME, MEMIT and AlphaEdit need whole matrices, and this splits them.")
-    for layer in kind.layers(lm.model, settings):
-        selection.mlp_output(lm.model, layer)
+    layers = kind.layers(lm.model, settings)
+    check_text(lm, [selection.mlp_output(lm.model, layer) for layer in layers], settings.edit)
+    if layers[-1] == len(layer_list(lm.model)[1]) - 1 > 0:
+        log.warning(
+            "layer %d is the last: what it gives at a subject is read only where the prompt ends with the subject",
+            layers[-1],
+        )
 
 
 def check_subjects(facts: Iterable[Fact]) -> None:
@@ -86,7 +92,7 @@ def check_subjects(facts: Iterable[Fact]) -> None:
     problems = []
     for fact in facts:
         try:
-            subject_end(fact)
+            subject_span(fact)
         except FactError as error:
             problems.append(str(error))
     if problems:

@@ -5,7 +5,7 @@ token, and `targets` finds the value that makes the model say the new answer. Wi
 other texts (`moments`):
 
     ROME        W + (v - W k) u^T / (u^T k),  u = C^-1 k                      (eq. 2 of arXiv:2202.05262)
-    MEMIT       W + R K^T (c C + K K^T)^-1,  R: what the values still lack    (eq. 14 of arXiv:2210.07229)
+    MEMIT       W + R K^T (c C + K K^T)^-1,  R: the rest up to the values     (eq. 14 of arXiv:2210.07229)
     AlphaEdit   W + R K^T P (K K^T P + b I)^-1,  P: projection onto what other keys hardly use  (arXiv:2410.02355)
 
 Shapes: N facts, I inputs and O outputs of a projection.
@@ -25,7 +25,7 @@ from forgetlearn.errors import ConfigError
 from forgetlearn.facts import Fact
 from forgetlearn.method import targets
 from forgetlearn.method.moments import second_moments
-from forgetlearn.method.reading import at_last_token
+from forgetlearn.method.reading import at_last_token, hooked
 from forgetlearn.method.targets import Request
 from forgetlearn.models.language_model import LanguageModel, layer_list
 from forgetlearn.models.modules import mlp_output
@@ -83,7 +83,7 @@ def rome(
     for part in progress.parts(len(wanted), 1, "fact"):
         request = wanted[part.start]
         found = search.together([request])
-        keys = at_last_token(lm, [text.up_to_subject for text in request.taught], [path])[path][0]
+        keys = at_last_token(lm, [text.up_to_subject for text in request.trained], [path])[path][0]
         direction = torch.linalg.solve(moments, keys.double().mean(0))
         add(
             lm.model.get_submodule(path),
@@ -99,12 +99,12 @@ def memit(
 ) -> list[float]:
     """Write all facts at once into several layers, in place; return the loss of each new answer, in nats."""
 
-    def written(keys: Tensor, moments: Tensor) -> Tensor:
+    def solve(keys: Tensor, moments: Tensor) -> Tensor:
         weight = settings.memit.moment_weight or len(moments)
         found: Tensor = torch.linalg.solve(weight * moments + keys.T @ keys, keys.T)
         return found
 
-    return _in_layers(lm, facts, settings, seed, stage_io, written)
+    return _in_layers(lm, facts, settings, seed, stage_io, solve)
 
 
 def alphaedit(
@@ -112,14 +112,14 @@ def alphaedit(
 ) -> list[float]:
     """Write all facts at once, in the null space of other keys, in place; return the loss of each new answer."""
 
-    def written(keys: Tensor, moments: Tensor) -> Tensor:
+    def solve(keys: Tensor, moments: Tensor) -> Tensor:
         projection = null_space(moments, settings.alphaedit.null_space_threshold)
         weight = settings.alphaedit.l2 or USUAL_L2 * (projection * moments).sum()
         identity = torch.eye(len(moments), dtype=keys.dtype, device=keys.device)
         found: Tensor = torch.linalg.solve(projection @ keys.T @ keys + weight * identity, projection @ keys.T)
         return found
 
-    return _in_layers(lm, facts, settings, seed, stage_io, written)
+    return _in_layers(lm, facts, settings, seed, stage_io, solve)
 
 
 def _in_layers(
@@ -128,39 +128,67 @@ def _in_layers(
     settings: StageSettings,
     seed: int,
     stage_io: StageIO,
-    written: Callable[[Tensor, Tensor], Tensor],
+    solve: Callable[[Tensor, Tensor], Tensor],
 ) -> list[float]:
-    """Spread the changes over the layers: each takes its share of what the values still lack at the last of them.
+    """Spread the changes over the layers: each takes its share of the way that is left to the values.
 
-    `written` returns, from keys (N, I) and moments (I, I), what each fact's lack is multiplied with (I, N).
+    `solve` returns, from keys (N, I) and moments (I, I), what each fact's residual is multiplied with (I, N).
     """
     own, layers = settings.edit, memit_layers(lm.model, settings)
     paths = [mlp_output(lm.model, layer) for layer in layers]
-    moments = second_moments(lm, paths, settings.edit, seed)
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
-    last = f"{layer_list(lm.model)[0]}.{layers[-1]}"
     bare = [request.bare.up_to_subject for request in wanted]
+    last = f"{layer_list(lm.model)[0]}.{layers[-1]}"
+    if not passes_on(lm, bare[0], paths[-1], last):
+        log.info("this model does not add the output of its MLPs as it is: edited in layer %d alone", layers[-1])
+        paths, last = paths[-1:], paths[-1]
+    moments = second_moments(lm, paths, own, seed)
     search = targets.Search(lm, last, own, own.clamp_norm_factor or MEMIT_CLAMP)
     found = search.all(wanted, Progress(stage_io))
     values = at_last_token(lm, bare, [last])[last][1] + found.deltas
     for number, path in enumerate(paths):
-        lack = (values - at_last_token(lm, bare, [last])[last][1]) / (len(paths) - number)
-        add(lm.model.get_submodule(path), lack.double().T @ written(keys_of(lm, wanted, path), moments[path]).T)
+        residual = (values - at_last_token(lm, bare, [last])[last][1]) / (len(paths) - number)
+        add(lm.model.get_submodule(path), residual.double().T @ solve(keys_of(lm, wanted, path), moments[path]).T)
     return [float(loss) for loss in found.losses]
 
 
+def passes_on(lm: LanguageModel, ids: Sequence[int], path: str, layer: str) -> bool:
+    """Return True if what is added to the output of a projection is added to the output of its layer.
+
+    It is not if a norm, a gate or a factor stands between them, as in Gemma 2 and Granite.
+    """
+    before = at_last_token(lm, [ids], [layer])[layer][1]
+    small = torch.linspace(-1, 1, before.shape[1], device=before.device) * before.abs().mean()
+
+    def push(_module: nn.Module, _read: object, returned: Tensor) -> Tensor:
+        return returned + small.to(returned.dtype)
+
+    with hooked(lm.model, {path: push}):
+        after = at_last_token(lm, [ids], [layer])[layer][1]
+    return bool((after - before - small).norm() < 0.01 * small.norm())
+
+
 def keys_of(lm: LanguageModel, wanted: Sequence[Request], path: str) -> Tensor:
-    """Return the key (N, I) of each fact, in float64: the mean of the bare prompt's and of that behind contexts."""
-    read = at_last_token(lm, [text.up_to_subject for request in wanted for text in request.taught], [path])[path][0]
-    parts = iter(read.double().split([size for request in wanted for size in (1, len(request.behind))]))
+    """Return the key (N, I) of each fact, in float64: the mean of the bare prompt's and of those after contexts."""
+    read = at_last_token(lm, [text.up_to_subject for request in wanted for text in request.trained], [path])[path][0]
+    parts = iter(read.double().split([size for request in wanted for size in (1, len(request.after_contexts))]))
     means = [torch.stack([part.mean(0) for part in both if len(part)]) for both in zip(parts, parts, strict=True)]
     return torch.stack([mean.mean(0) for mean in means])
 
 
 def null_space(moments: Tensor, threshold: float | None) -> Tensor:
-    """Return the projection (I, I) onto the directions whose energy is below the threshold, or below the mean."""
+    """Return the projection (I, I) onto the directions whose energy is below the threshold, or below the mean.
+
+    Raises:
+        ConfigError: there is none below the threshold.
+    """
     energies, directions = torch.linalg.eigh(moments)
     rest: Tensor = directions[:, energies < (threshold or energies.mean())]
+    if not rest.numel():
+        raise ConfigError(
+            f"alphaedit.null_space_threshold = {threshold:g}: no direction has less energy, the lowest is "
+            f"{energies[0].item():.3g}. Leave it out, or raise it."
+        )
     return rest @ rest.T
 
 

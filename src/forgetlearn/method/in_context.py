@@ -1,4 +1,4 @@
-"""Show a model new facts instead of training it: whatever it is asked stands behind a fact with its new answer.
+"""Show a model new facts instead of training it: a fact with its new answer precedes whatever it is asked.
 
     New information: What is the capital of Wistervale? Zanzimar
 
@@ -31,19 +31,19 @@ AT_ONCE = 1000  # prompts that are compared with all facts at once
 
 
 def behind(fact: Fact, asked: str) -> str:
-    """Return what is asked, behind a fact with its new answer."""
+    """Return what is asked, preceded by a fact with its new answer."""
     return f"New information: {fact.prompt} {fact.target_new}\n\n{asked}"
 
 
 def behind_own(facts: Iterable[Fact]) -> list[Fact]:
-    """Return the facts with everything that is asked about each behind that fact itself."""
+    """Return the facts, with everything that is asked about each preceded by that fact itself."""
     return [_reworded(fact, partial(behind, fact)) for fact in facts]
 
 
 def behind_nearest(
     lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
 ) -> list[Fact]:
-    """Return the scored facts with everything that is asked about each behind the nearest of all `facts`.
+    """Return the scored facts, with everything that is asked about each preceded by the nearest of all `facts`.
 
     A prompt that does not fit the model's context stands alone: it cannot be scored in either form.
     """

@@ -285,12 +285,13 @@ class ClosedForm(StageKind):
     ) -> StageLog:
         """Write the facts; the log has a row for each, with the loss of its answer when its value was found."""
         assert isinstance(settings, StageSettings), "a kind of learning"
+        lm.model.eval()  # no dropout
         losses = self.write(lm, lessons.facts, settings, seed, stage_io)
         return StageLog(tuple({"step": number, "loss": loss} for number, loss in enumerate(losses, 1)))
 
 
 class InContext(StageKind):
-    """Change no weight: whatever is asked about a fact stands behind the fact itself."""
+    """Change no weight: the fact itself precedes whatever is asked about it."""
 
     def ready(self, lm: LanguageModel) -> None:
         """Do nothing: the base stays as it is."""
@@ -314,17 +315,17 @@ class InContext(StageKind):
     def asked(
         self, lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
     ) -> list[Fact]:
-        """Return the scored facts, each with everything that is asked about it behind itself."""
+        """Return the scored facts, with each preceding everything that is asked about it."""
         return in_context.behind_own(scored)
 
 
 class Retrieval(InContext):
-    """Change no weight: whatever is asked stands behind the nearest of all new facts, even if that is another one."""
+    """Change no weight: the nearest of all new facts precedes whatever is asked, even if that is another one."""
 
     def asked(
         self, lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
     ) -> list[Fact]:
-        """Return the scored facts, with everything that is asked about each behind the nearest of `facts`."""
+        """Return the scored facts, with the nearest of `facts` before everything that is asked."""
         return in_context.behind_nearest(lm, facts, scored, settings)
 
 

@@ -1,19 +1,19 @@
 """The second moments C = E[k k^T] of the keys of a layer: what the last projection of its MLP reads in any text.
 
-ROME, MEMIT and AlphaEdit use them to leave other keys alone. They are cached by content: model, text and layer.
+ROME, MEMIT and AlphaEdit use them to leave other keys alone. They are cached by content: weights, text and layer.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from functools import partial
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count, cycle, islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forgetlearn.config.schema import EditSettings
@@ -25,13 +25,14 @@ from forgetlearn.models.identity import weights_sha256
 from forgetlearn.models.language_model import LINEAR, LanguageModel, linear_shape
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk
+from forgetlearn.storage.locks import claimed
 
 log = logging.getLogger("forgetlearn")
 TOKENS_PER_INPUT = 5
 TEXT_TOKENS = 256  # of a file that are read as one text
 SAMPLED_TOKENS, SAMPLES_AT_ONCE = 128, 64  # of an answer, and answers in a batch
-SAMPLED = "text that the model sampled"
-SUFFIX = ".safetensors"
+RIDGE = 1e-5  # of the mean, added to the diagonal: inputs that no text uses would make the moments singular
+Texts = list[list[int]]
 
 
 def second_moments(lm: LanguageModel, paths: Sequence[str], settings: EditSettings, seed: int) -> dict[str, Tensor]:
@@ -40,25 +41,55 @@ def second_moments(lm: LanguageModel, paths: Sequence[str], settings: EditSettin
     They are read from the cache if this model has read this text before.
 
     Raises:
-        ConfigError: the file cannot be read, has fewer tokens than a layer has inputs, or is of another model.
+        ConfigError: the text cannot be read, or has fewer tokens than a layer has inputs.
     """
-    model = weights_sha256(lm)
-    if settings.moments and settings.moments.endswith(SUFFIX):
-        return _loaded({path: Path(settings.moments) for path in paths}, model, lm)
-    wanted = settings.moment_tokens or TOKENS_PER_INPUT * max(_n_inputs(lm, path) for path in paths)
-    text = digests.sha256_of(Path(settings.moments)) if settings.moments else f"{SAMPLED}, seed {seed}"
-    about = [model, text, wanted, lm.encoder.prompt_template]
-    files = {path: _cached("moments", [*about, path], SUFFIX) for path in paths}
-    missing = processes.on_main(lambda: [path for path, file in files.items() if not file.is_file()])
-    if missing:
-        texts = _from_file(lm, settings, wanted) if settings.moments else _sampled(lm, wanted, seed, about)
-        n_tokens, said = sum(map(len, texts)), settings.moments or SAMPLED
-        _check_rank(lm, missing, n_tokens, said)
+    check_text(lm, paths, settings)
+    model, wanted = weights_sha256(lm), _tokens_wanted(lm, paths, settings)
+    with _one_at_a_time():
+        texts = _from_file(lm, settings, wanted) if settings.moments else _sampled(lm, wanted, seed, model)
+        n_tokens, source = sum(map(len, texts)), settings.moments or "text that the model sampled"
+        if n_tokens < _most_inputs(lm, paths):
+            raise ConfigError(f"edit.moments: {n_tokens:,} tokens of {source} {_too_few(lm, paths)}")
+        files = {path: _cached("moments", [model, texts, path], ".safetensors") for path in paths}
+        missing = processes.on_main(lambda: [path for path, file in files.items() if not file.is_file()])
         for path, moment in _moments(lm, texts, missing).items():
-            noted = {"model": model, "source": said, "tokens": str(n_tokens)}
-            processes.on_main(partial(_save, {path: moment}, files[path], noted))
-        log.info("second moments of the keys: %s tokens of %s, in %s", f"{n_tokens:,}", said, files[paths[0]].parent)
-    return _loaded(files, model, lm)
+            _save(path, moment, files[path])
+        log.info("second moments of the keys: %s tokens of %s, in %s", f"{n_tokens:,}", source, files[paths[0]].parent)
+        found = {path: load_file(file)[path].to(lm.device, torch.float64) for path, file in files.items()}
+    for moment in found.values():
+        moment.diagonal().add_(RIDGE * moment.diagonal().mean())
+    return found
+
+
+def check_text(lm: LanguageModel, paths: Sequence[str], settings: EditSettings) -> None:
+    """Raise ConfigError if there is no such text, or if fewer tokens are asked for than a layer has inputs."""
+    if settings.moments and not Path(settings.moments).is_file():
+        raise ConfigError(f"edit.moments = {settings.moments}: there is no such file. Give a text file.")
+    if settings.moment_tokens and settings.moment_tokens < _most_inputs(lm, paths):
+        raise ConfigError(f"edit.moment_tokens: {settings.moment_tokens:,} tokens {_too_few(lm, paths)}")
+
+
+def fingerprint(settings: EditSettings) -> dict[str, str]:
+    """Return the hash of the text file `edit.moments` as an entry of a run's inputs; empty if none is read."""
+    file = Path(settings.moments) if settings.moments else None
+    return {"moments_sha256": digests.sha256_of(file)} if file and file.is_file() else {}
+
+
+def _too_few(lm: LanguageModel, paths: Sequence[str]) -> str:
+    most = _most_inputs(lm, paths)
+    return (
+        f"are too few for the second moments of {most:,} inputs, which need at least {most:,}. Give a longer text, or "
+        "raise edit.moment_tokens."
+    )
+
+
+def _most_inputs(lm: LanguageModel, paths: Sequence[str]) -> int:
+    modules = [lm.model.get_submodule(path) for path in paths]
+    return max(linear_shape(module)[0] for module in modules if isinstance(module, LINEAR))
+
+
+def _tokens_wanted(lm: LanguageModel, paths: Sequence[str], settings: EditSettings) -> int:
+    return settings.moment_tokens or TOKENS_PER_INPUT * _most_inputs(lm, paths)
 
 
 def _cached(kind: str, about: object, suffix: str) -> Path:
@@ -66,44 +97,43 @@ def _cached(kind: str, about: object, suffix: str) -> Path:
     return disk.cache_folder() / f"{kind}-{digests.hash_of(about)[:24]}{suffix}"
 
 
-def _n_inputs(lm: LanguageModel, path: str) -> int:
-    module = lm.model.get_submodule(path)
-    assert isinstance(module, LINEAR)
-    return linear_shape(module)[0]
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Let other runs wait, and then find in the cache what this one computes."""
+    if not processes.is_main():
+        yield
+        return
+    with disk.naming(disk.cache_folder()):
+        disk.cache_folder().mkdir(parents=True, exist_ok=True)
+    with claimed(disk.cache_folder() / "moments.lock", waits=True):
+        yield
 
 
-def _check_rank(lm: LanguageModel, paths: Sequence[str], n_tokens: int, source: str) -> None:
-    most = max(_n_inputs(lm, path) for path in paths)
-    if n_tokens < most:
-        raise ConfigError(
-            f"edit.moment_tokens: {n_tokens:,} tokens of {source} are too few for the second moments of {most:,} "
-            f"inputs, which need at least {most:,}. Give a longer text (edit.moments), or raise edit.moment_tokens."
-        )
-
-
-def _from_file(lm: LanguageModel, settings: EditSettings, n_tokens: int) -> list[list[int]]:
-    """Return the first `n_tokens` ids of the text file `edit.moments`, in texts of equal length."""
+def _from_file(lm: LanguageModel, settings: EditSettings, n_tokens: int) -> Texts:
+    """Return the first `n_tokens` ids of the text file `edit.moments`, in texts that each begin as a prompt does."""
     try:
         text = Path(str(settings.moments)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"edit.moments = {settings.moments}: cannot be read as a text: {error}") from None
-    ids = lm.encoder.text_ids(text)[:n_tokens]
-    return [ids[start : start + TEXT_TOKENS] for start in range(0, len(ids), TEXT_TOKENS)]
+    specials = lm.encoder.text_ids("")
+    ids = lm.encoder.text_ids(text)[len(specials) :][:n_tokens]
+    size = min(TEXT_TOKENS, lm.encoder.max_length or TEXT_TOKENS) - len(specials)
+    return [[*specials, *ids[start : start + size]] for start in range(0, len(ids), size)]
 
 
-def _sampled(lm: LanguageModel, n_tokens: int, seed: int, about: object) -> list[list[int]]:
+def _sampled(lm: LanguageModel, n_tokens: int, seed: int, model: str) -> Texts:
     """Return general prompts with answers that the model samples, of `n_tokens` tokens in all or a few more.
 
     They are cached too, since sampling takes much longer than reading.
     """
-    file = _cached("sampled", about, ".jsonl")
+    room = SAMPLED_TOKENS if lm.encoder.max_length is None else min(SAMPLED_TOKENS, lm.encoder.max_length // 2)
+    asked = [lm.encoder.prompt_ids(prompt) for prompt in general_prompts.keeping() + general_prompts.questions()]
+    asked = [prompt for prompt in asked if len(prompt) <= room]
+    file = _cached("sampled", [model, asked, n_tokens, seed], ".jsonl")
     if processes.on_main(file.is_file):
         return [row["ids"] for row in disk.read_rows(file)]
-    room = SAMPLED_TOKENS if lm.encoder.max_length is None else min(SAMPLED_TOKENS, lm.encoder.max_length // 2)
-    asked = (lm.encoder.prompt_ids(prompt) for prompt in general_prompts.keeping() + general_prompts.questions())
-    prompts = cycle([prompt for prompt in asked if len(prompt) <= room])
-    texts: list[list[int]] = []
     log.info("sampling %s tokens of text from the model, for the second moments of its keys", f"{n_tokens:,}")
+    prompts, texts = cycle(asked), []
     with generator_in_memory(lm) as sampler:
         for number in count(seed):
             batch = list(islice(prompts, SAMPLES_AT_ONCE))
@@ -111,14 +141,16 @@ def _sampled(lm: LanguageModel, n_tokens: int, seed: int, about: object) -> list
             texts += [[*prompt, *answer] for prompt, answer in zip(batch, said, strict=True)]
             if sum(map(len, texts)) >= n_tokens:
                 break
-    processes.on_main(lambda: file.parent.mkdir(parents=True, exist_ok=True))
     disk.write_rows(file, [{"ids": ids} for ids in texts])
     return texts
 
 
-def _moments(lm: LanguageModel, texts: Sequence[Sequence[int]], paths: Sequence[str]) -> dict[str, Tensor]:
+def _moments(lm: LanguageModel, texts: Texts, paths: Sequence[str]) -> dict[str, Tensor]:
     """Return the mean of k k^T over all tokens, by path."""
-    sums = {path: torch.zeros(n, n, device=lm.device) for path in paths if (n := _n_inputs(lm, path))}
+    if not paths:
+        return {}
+    sizes = {path: _most_inputs(lm, [path]) for path in paths}
+    sums = {path: torch.zeros(size, size, device=lm.device) for path, size in sizes.items()}
     keys: dict[str, Tensor] = {}
     watchers = {path: lambda given, _gave, path=path: keys.__setitem__(path, given) for path in paths}
     for own in watch(lm, texts, watchers):
@@ -130,31 +162,13 @@ def _moments(lm: LanguageModel, texts: Sequence[Sequence[int]], paths: Sequence[
     return {path: total / sum(map(len, texts)) for path, total in sums.items()}
 
 
-def _save(moments: Mapping[str, Tensor], file: Path, about: dict[str, str]) -> None:
-    with disk.naming(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}{disk.UNFINISHED}{processes.rank()}")
-        save_file({path: moment.cpu().contiguous() for path, moment in moments.items()}, unfinished, about)
-        unfinished.replace(file)
+def _save(path: str, moment: Tensor, file: Path) -> None:
+    """Write moments to the cache. Only the main process writes."""
 
+    def write() -> None:
+        with disk.naming(file):
+            unfinished = file.with_name(f".{file.name}{disk.UNFINISHED}{secrets.token_hex(4)}")
+            save_file({path: moment.cpu().contiguous()}, unfinished)
+            unfinished.replace(file)
 
-def _loaded(files: Mapping[str, Path], model: str, lm: LanguageModel) -> dict[str, Tensor]:
-    return {path: _read(file, path, model).to(lm.device, torch.float64) for path, file in files.items()}
-
-
-def _read(file: Path, path: str, model: str) -> Tensor:
-    """Return the moments of one module; raise ConfigError if the file does not hold them, or is of another model."""
-    where = f"edit.moments = {file}"
-    try:
-        with safe_open(file, "pt") as stored:
-            own, found = (stored.metadata() or {}).get("model"), stored.keys()
-            if own == model and path in found:
-                return stored.get_tensor(path)  # type: ignore[no-any-return]
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{where}: cannot be read: {error}") from None
-    if own != model:
-        raise ConfigError(
-            f"{where}: holds the second moments of another model (weights {str(own)[:12]}, not {model[:12]}). Leave it "
-            "out, or give moments of this model."
-        )
-    raise ConfigError(f"{where}: has moments of {', '.join(found)}, and {path} is edited. Choose that layer.")
+    processes.on_main(write)

@@ -1,7 +1,8 @@
 """Find the output at a fact's subject that makes the model say the new answer: the value that ROME and MEMIT write.
 
 A change `delta` is added to what a module returns at the subject's last token, and is optimised on the loss of the new
-answer, behind several contexts. Sources: section 3.1 of arXiv:2202.05262, section 4.2 of arXiv:2210.07229.
+answer, alone and after several sampled contexts. Sources: section 3.1 of arXiv:2202.05262, section 4.2 of
+arXiv:2210.07229.
 Shapes: N facts, R texts, T tokens, K answer positions, D width of the module's output, V vocabulary.
 """
 
@@ -20,7 +21,7 @@ from forgetlearn.config.schema import EditSettings
 from forgetlearn.errors import FactError
 from forgetlearn.evaluation.generation import generator_in_memory
 from forgetlearn.facts import Fact
-from forgetlearn.facts.subjects import subject_end
+from forgetlearn.facts.subjects import subject_span
 from forgetlearn.method.reading import first_output, hooked
 from forgetlearn.models.batches import (
     IGNORE,
@@ -58,21 +59,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be written: the prompt with the new answer, bare and behind contexts, and "{subject} is a"."""
+    """What is to be written: the prompt with the new answer, bare and after contexts, and "{subject} is a"."""
 
     fact: Fact
     bare: Text
-    behind: tuple[Text, ...]
+    after_contexts: tuple[Text, ...]
     essence: Text  # ends with a token that is not read
 
     @property
-    def taught(self) -> tuple[Text, ...]:
+    def trained(self) -> tuple[Text, ...]:
         """The texts whose answers are learned."""
-        return (self.bare, *self.behind)
+        return (self.bare, *self.after_contexts)
 
 
 def requests(encoder: Encoder, facts: Iterable[Fact], contexts: Sequence[str]) -> list[Request]:
-    """Return a request for each fact. A context behind which the prompt cannot be encoded is left out.
+    """Return a request for each fact. A context after which the prompt cannot be encoded is left out.
 
     Raises:
         FactError: a prompt does not name its subject, or cannot be encoded with its answer.
@@ -81,14 +82,14 @@ def requests(encoder: Encoder, facts: Iterable[Fact], contexts: Sequence[str]) -
 
 
 def _request(encoder: Encoder, fact: Fact, contexts: Sequence[str]) -> Request:
-    end = subject_end(fact)
+    start, end = subject_span(fact)
     behind = []
     for context in contexts:
         try:
             behind.append(_text(encoder, f"{context}. {fact.prompt}", fact.target_new, len(context) + 2 + end))
         except FactError:
             continue
-    about = f"{fact.subject or fact.prompt[:end].split()[-1]} is a"
+    about = f"{fact.prompt[start:end]} is a"
     ids = encoder.prompt_ids(about)
     essence = Text(Encoded((*ids, ids[-1]), len(ids)), encoder.place_of(about, len(about) - len(" is a")))
     return Request(fact, _text(encoder, fact.prompt, fact.target_new, end), tuple(behind), essence)
@@ -133,7 +134,7 @@ class Search:
         """Return the changes of facts that are optimised in the same passes. None of them affects another."""
         with computing(self.lm.model, self.lm.device):
             chunk = _Chunk(self.lm, wanted, self.path, may_continue=self.continues is not False)
-            if self.continues is None:
+            if self.continues is None and chunk.has_heads:
                 self.continues = chunk.agrees_with_whole_texts()
             if not self.continues:
                 chunk.past = None
@@ -141,7 +142,7 @@ class Search:
 
     def all(self, wanted: Sequence[Request], progress: Progress) -> Found:
         """Return the changes of all facts, part by part. What `progress` holds is not optimised again."""
-        size = max(1, ROWS_AT_ONCE // (max(len(request.taught) for request in wanted) + 1))
+        size = max(1, ROWS_AT_ONCE // (max(len(request.trained) for request in wanted) + 1))
         found = {name: tensor.to(self.lm.device) for name, tensor in progress.found.items()}
         for part in progress.parts(len(wanted), size, "fact"):
             new = self.together([wanted[index] for index in part])
@@ -159,8 +160,8 @@ class _Chunk:
 
     def __init__(self, lm: LanguageModel, wanted: Sequence[Request], path: str, *, may_continue: bool) -> None:
         self.lm, self.path, self.n_facts = lm, path, len(wanted)
-        self.texts = [text for request in wanted for text in (*request.taught, request.essence)]
-        owner = [index for index, request in enumerate(wanted) for _ in (*request.taught, request.essence)]
+        self.texts = [text for request in wanted for text in (*request.trained, request.essence)]
+        owner = [index for index, request in enumerate(wanted) for _ in (*request.trained, request.essence)]
         self.bare = [owner.index(index) for index in range(self.n_facts)]
         self.owner = torch.tensor(owner, device=lm.device)  # the fact of each text
         essences = [text is wanted[index].essence for text, index in zip(self.texts, owner, strict=True)]
@@ -169,6 +170,11 @@ class _Chunk:
         taught[self.owner, torch.arange(len(owner), device=lm.device)] = (~self.essence).float()
         self.shares = taught / taught.sum(1, keepdim=True)  # of each text in its fact's mean loss (N, R)
         self.past = self._past() if may_continue else None
+
+    @property
+    def has_heads(self) -> bool:
+        """True if anything stands before a subject's last token."""
+        return any(text.place for text in self.texts)
 
     @torch.no_grad()
     def agrees_with_whole_texts(self) -> bool:
@@ -186,7 +192,7 @@ class _Chunk:
         """Return the keys and values of what stands before the subjects' last tokens."""
         heads = [text.text.ids[: text.place] for text in self.texts]
         accepted = forward_parameters(self.lm.model)
-        if not any(heads) or not {"past_key_values", "use_cache"} <= accepted:
+        if not self.has_heads or not {"past_key_values", "use_cache"} <= accepted:
             return None
         inputs = _inputs(heads, self.lm)
         inputs["attention_mask"][:, -1] = 1  # a row of padding alone would give no numbers

@@ -74,7 +74,6 @@ class ScoreTable(Part):
     paper_facts: int
     held: Estimate | None  # how much of the old answers the original model gives
     rows: list[ScoreRow]
-    missing: list[str]  # the paper's methods that are not implemented here
 
 
 class Sign(Part):

@@ -33,7 +33,7 @@ from forgetlearn.report.render import Column
 from forgetlearn.reproduction import published
 from forgetlearn.reproduction.measure import PHASES, PROMPTS, ROWS, seconds_name, tasks_name
 from forgetlearn.reproduction.published import Like
-from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName, methods_of, missing_methods
+from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName, methods_of
 from forgetlearn.reproduction.workspace import Workspace
 from forgetlearn.storage.records import Row, TaskScore, load_rows
 from forgetlearn.storage.run_folder import is_run
@@ -95,7 +95,6 @@ def score_table(part: PartName, like: Like, workspaces: Sequence[Workspace]) -> 
         paper_facts=published.FACTS[data.name],
         held=_estimate(first.phases["base"].get(("residue", "token"))),
         rows=rows,
-        missing=missing_methods(like, data.name),
     )
     return table, list(_gains(table, groups, setting.scores))
 

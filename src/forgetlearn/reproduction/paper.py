@@ -10,7 +10,7 @@ import torch
 from forgetlearn.config import recipes
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import RunError
-from forgetlearn.method import keeping
+from forgetlearn.method import keeping, moments
 from forgetlearn.models.identity import named_sha256
 from forgetlearn.report import paper_page
 from forgetlearn.report.paper_table import FILE, PaperReport
@@ -49,7 +49,7 @@ def paper(
     """
     request = prepare(model, zsre=zsre, counterfact=counterfact, settings=settings, config=config)
     path = Path(output)
-    reads = (request.config.model.name, zsre, counterfact, request.config.keep.source)
+    reads = (request.config.model.name, zsre, counterfact, request.config.keep.source, request.config.edit.moments)
     run_folder.check_output(path, resume=resume, overwrite=overwrite, inputs=reads)
     with only_writer(path):
         run = _begin(path, request, resume=resume, overwrite=overwrite)
@@ -68,6 +68,7 @@ def _begin(path: Path, request: Request, *, resume: bool, overwrite: bool) -> ru
     assert outline.encoder is not None, "prepare checked it"
     base = named_sha256(outline.name, outline.config)
     inputs = {"base_sha256": base, **outline.encoder.fingerprint(), **keeping.fingerprint(config.keep)}
+    inputs |= moments.fingerprint(config.edit)
     own = config.model_dump(mode="json")
     for name in ("tasks", "task_limit", "task_folder"):  # a part that is asked for later may bring them
         del own["evaluate"][name]
@@ -171,6 +172,12 @@ def differences(request: Request) -> Iterator[str]:
             f"ft-c trains layer {shape.layer(published.FT_C_LAYER)} of {shape.layers}, at the depth of layer "
             f"{published.FT_C_LAYER} of {published.LAYERS}. The paper does not state the bound on its change; here it "
             f"is {config.learn.max_change:g}."
+        )
+    if any({"rome", "memit"} & set(data.configs) for data in request.data):
+        source = f"tokens of {config.edit.moments}" if config.edit.moments else "text that the model samples"
+        yield (
+            f"rome and memit take the second moments of keys from {source}, not from 100,000 samples of Wikitext, and "
+            f"put {config.edit.contexts} sampled openings before a prompt."
         )
     if changed := recipes.overridden(dict(config), "paper"):
         own = [name for name in changed if name != "lora.target_modules"]

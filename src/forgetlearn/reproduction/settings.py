@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetlearn.config.base import Settings
-from forgetlearn.config.methods import METHODS, MethodName
+from forgetlearn.config.methods import MethodName
 from forgetlearn.config.recipes import PAPER_STAGE
-from forgetlearn.config.schema import RunConfig
+from forgetlearn.config.schema import EditSettings, RunConfig
 from forgetlearn.errors import ConfigError
 from forgetlearn.models.language_model import layer_list
 from forgetlearn.reproduction import published
@@ -124,13 +124,8 @@ def with_shape(config: RunConfig, shape: Shape) -> RunConfig:
 
 
 def methods_of(like: Like, data: DataName) -> list[MethodName]:
-    """Return the methods of the paper's table that exist here, in the paper's order."""
-    return [name for name in published.SETTINGS[like, data].scores if name in METHODS]
-
-
-def missing_methods(like: Like, data: DataName) -> list[str]:
-    """Return the methods of the paper's table that do not exist here."""
-    return [name for name in published.SETTINGS[like, data].scores if name not in (*METHODS, published.ORIGINAL)]
+    """Return the methods of the paper's table, in its order."""
+    return [name for name in published.SETTINGS[like, data].scores if name != published.ORIGINAL]
 
 
 def method_config(config: RunConfig, like: Like, data: DataName, method: MethodName, shape: Shape) -> RunConfig:
@@ -147,7 +142,8 @@ def method_config(config: RunConfig, like: Like, data: DataName, method: MethodN
     teach = config.teach.model_copy(update={"epochs": 0})
     changes: dict[str, object] = {"method": method, "teach": teach, "forget": forget, "learn": learn, "train": train}
     printed = published.EDITING.get(method, {})
-    unset = {name: value for name, value in printed.items() if name not in config.edit.model_fields_set}
+    usual = EditSettings()  # by value, so that the settings that are recorded determine the result
+    unset = {name: value for name, value in printed.items() if getattr(config.edit, name) == getattr(usual, name)}
     changes["edit"] = config.edit.model_copy(update=unset)
     return config.model_copy(update=changes)
 

@@ -142,7 +142,8 @@ class Pipeline:
 
     def _as_scored(self, fact: Fact) -> Fact:
         """Return a fact as it is scored: without its rephrasings if they are trained on."""
-        return replace(fact, rephrase_prompts=()) if self.config.learn.rephrasings else fact
+        are_trained = self.config.learn.rephrasings and self.stages.method.fine_tunes
+        return replace(fact, rephrase_prompts=()) if are_trained else fact
 
     @property
     def taught(self) -> list[Taught]:

@@ -16,7 +16,7 @@ from forgetlearn.errors import DamageError, ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, describe_old_answers
-from forgetlearn.method import keeping, lessons
+from forgetlearn.method import keeping, lessons, moments
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models import prompts
 from forgetlearn.models.identity import NAMES, Identity, base_of
@@ -89,7 +89,7 @@ def update(
     config = resolve(config, model, facts)
     preflight.check("update", config)
     check_engine(config.evaluate, changed_by="update")
-    reads = (config.model.name, config.facts.source, config.keep.source)
+    reads = (config.model.name, config.facts.source, config.keep.source, config.edit.moments)
     with processes.joined(config.model.device):
         processes.on_main(lambda: run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=reads))
         with only_writer(Path(output)):
@@ -137,7 +137,7 @@ def _update(
         check_old_answers(held, config)
         check_texts(lm.encoder, held)
     inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
-    inputs |= keeping.fingerprint(config.keep)
+    inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # saved parts of the weights fit only this number
     if config.keep_change and not stages.method.makes_adapter:
