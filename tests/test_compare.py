@@ -450,6 +450,8 @@ def test_a_variant_that_matches_nothing_is_found_at_once(small_lab, facts, confi
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="a/b"):
         validate(CompareSettings, {"variants": {"a/b": {}}})
+    with pytest.raises(ConfigError, match="rome: fine-tunes nothing"):
+        validate(CompareSettings, {"methods": ["rome"], "variants": {"x": {"methods": ["rome"]}}})
 
 
 @pytest.mark.parametrize(

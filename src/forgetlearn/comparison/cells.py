@@ -40,6 +40,13 @@ class VariantSettings(Settings):
 
     _forgets = field_validator("coefs")(_above_zero)
 
+    @field_validator("methods")
+    @classmethod
+    def _fine_tune(cls, values: tuple[MethodName, ...]) -> tuple[MethodName, ...]:
+        if fixed := [name for name in values if not METHODS[name].fine_tunes]:
+            raise ValueError(f"{some(fixed)}: fine-tunes nothing, so a variant changes nothing. Leave it out")
+        return values
+
     @property
     def learning(self) -> dict[str, object]:
         """The settings of `learn` that the variant changes, by name."""

@@ -136,7 +136,9 @@ def method_config(config: RunConfig, like: Like, data: DataName, method: MethodN
     forget = config.forget.model_copy(update={"only_known": False, **coef})
     learn, train = config.learn.model_copy(update={"modules": "all", "rows": "all"}), config.train
     if method == "ft-c":
-        own = {"epochs": published.FT_C_EPOCHS, "batch_size": 1, "learning_rate": published.FT_C_RATE}
+        own = {"batch_size": 1, "learning_rate": published.FT_C_RATE}
+        if config.learn.epochs == PAPER_STAGE["epochs"]:
+            own["epochs"] = published.FT_C_EPOCHS
         learn = learn.model_copy(update={**own, "modules": f"layers.{shape.layer(published.FT_C_LAYER)}"})
         train = train.model_copy(update={"micro_batch_size": None})
     teach = config.teach.model_copy(update={"epochs": 0})
