@@ -7,7 +7,7 @@ from peft import PeftModel
 
 from adapter_vectors import as_vector
 from forgetlearn.config.methods import METHODS, PAPER_METHODS
-from forgetlearn.config.schema import ForgetSettings, LoraSettings, ModelSettings, StageSettings
+from forgetlearn.config.schema import EditSettings, ForgetSettings, LoraSettings, ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation.scoring import score, summarise
 from forgetlearn.facts import make_fact, read_facts
@@ -24,7 +24,7 @@ from forgetlearn.weights.task_vector import TaskVector, snapshot, subtract
 # A rank above the lab's width would make training chaotic.
 SMALL = LoraSettings(r=8, lora_alpha=16)
 FORGET = ForgetSettings(epochs=3, learning_rate=1e-3, coef=0.5, lora=SMALL)
-LEARN = StageSettings(epochs=3, learning_rate=1e-3, lora=SMALL)
+LEARN = StageSettings(epochs=3, learning_rate=1e-3, lora=SMALL, edit=EditSettings(steps=3, contexts=1))
 
 
 @pytest.fixture
