@@ -4,6 +4,8 @@ import signal
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from conftest import QUICK
 from forgetlearn import update
@@ -14,6 +16,7 @@ from forgetlearn.facts.subjects import subject_span
 from forgetlearn.method import moments, targets
 from forgetlearn.method.core import learn
 from forgetlearn.method.reading import at_last_token, hooked
+from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.language_model import wrap
 from forgetlearn.models.modules import mlp_output
 from forgetlearn.runtime import signals
@@ -137,11 +140,12 @@ def test_memit_edits_the_last_layer_alone_where_the_layer_changes_what_its_mlp_g
     assert torch.equal(lm.model.get_submodule(mlp_output(lm.model, 0)).weight, first)
 
 
-def test_the_search_takes_the_steps_of_the_authors_code(lm):
+@pytest.mark.parametrize(("kl_factor", "clamp"), [(1e4, 9.0), (3.0, 0.3)])
+def test_the_search_takes_the_steps_of_the_authors_code(lm, kl_factor, clamp):
     """One fact, written out: whole texts, Adam, KL(now || before) after the essence, decay, and the clamp."""
     lm.model.requires_grad_(False)
-    own = settings(edit={"steps": 4, "kl_factor": 3.0, "weight_decay": 2.0}).edit
-    path, clamp = mlp_output(lm.model, 0), 0.3
+    own = settings(edit={"steps": 4, "kl_factor": kl_factor, "weight_decay": 2.0}).edit
+    path = mlp_output(lm.model, 0)
     (request,) = targets.requests(lm.encoder, FACTS[:1], ["The end"])
 
     def logits(text, delta):
@@ -159,7 +163,7 @@ def test_the_search_takes_the_steps_of_the_authors_code(lm):
 
         now, before = (logits(request.essence, each)[-2] for each in (delta, torch.zeros(32)))
         said = torch.stack([answer(text) for text in request.trained]).mean()
-        return said, said + 3.0 * (now.exp() * (now - before)).sum() + 2.0 * delta.norm() / length**2
+        return said, said + kl_factor * (now.exp() * (now - before)).sum() + 2.0 * delta.norm() / length**2
 
     length = output_at_subjects(lm, path, FACTS[:1])[1].norm()
     delta = torch.zeros(32, requires_grad=True)
@@ -245,6 +249,15 @@ def test_the_last_token_of_the_subject_is_found_in_every_form(lm, tiny_model, ne
         place = own.encoder.place_of(prompt, prompt.index("AI") + 2)
         ids = own.encoder.prompt_ids(prompt)
         assert own.encoder.decode(ids[: place + 1]).endswith("Does an AI")
+
+
+def test_a_token_that_joins_the_subject_to_what_follows_is_its_last():
+    vocabulary = {"</s>": 0, **{letter: index for index, letter in enumerate(" AIinst?", 1)}, "n?": 9}
+    merging = Tokenizer(models.BPE(vocabulary, [("n", "?")]))
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="</s>"))
+    assert encoder.prompt_ids("Is it Ann?") == [vocabulary[part] for part in [*"Is it An", "n?"]]
+    assert encoder.place_of("Is it Ann?", 9) == 8
+    assert encoder.place_of("Is it Ann in?", 9) == 8
 
 
 def test_moments_are_those_of_the_text_and_are_cached(lm, tmp_path, monkeypatch):
