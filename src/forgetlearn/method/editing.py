@@ -145,9 +145,12 @@ def _in_layers(
     moments = second_moments(lm, paths, own, seed)
     search = targets.Search(lm, last, own, own.clamp_norm_factor or MEMIT_CLAMP)
     found = search.all(wanted, Progress(stage_io))
-    values = at_last_token(lm, bare, [last])[last][1] + found.deltas
+    outputs = at_last_token(lm, bare, [last])[last][1]
+    values = outputs + found.deltas
     for number, path in enumerate(paths):
-        residual = (values - at_last_token(lm, bare, [last])[last][1]) / (len(paths) - number)
+        if number:  # the earlier layers have changed them
+            outputs = at_last_token(lm, bare, [last])[last][1]
+        residual = (values - outputs) / (len(paths) - number)
         add(lm.model.get_submodule(path), residual.double().T @ solve(keys_of(lm, wanted, path), moments[path]).T)
     return [float(loss) for loss in found.losses]
 
