@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from forgetlearn.config.base import Settings
+from forgetlearn.config.base import Settings, no_repeats
 from forgetlearn.config.methods import METHODS, PAPER_METHODS, PLAIN_METHODS, MethodName
 from forgetlearn.config.schema import AUTO, Modules, Rows, RunConfig
 from forgetlearn.errors import ConfigError, some
@@ -78,13 +78,7 @@ class CompareSettings(Settings):
             )
         return values
 
-    @field_validator("methods", "coefs", "seeds", "epochs", "budgets")
-    @classmethod
-    def _no_repeats(cls, values: tuple[object, ...]) -> tuple[object, ...]:
-        repeated = sorted({str(value) for value in values if values.count(value) > 1})
-        if repeated:
-            raise ValueError(f"{', '.join(repeated)} is listed more than once")
-        return values
+    _repeats = field_validator("methods", "coefs", "seeds", "epochs", "budgets")(no_repeats)
 
     @field_validator("variants")
     @classmethod

@@ -35,6 +35,14 @@ class Settings(BaseModel):
         return value
 
 
+def no_repeats(values: tuple[object, ...]) -> tuple[object, ...]:
+    """Return the values of a list, for a validator; raise ValueError if one is listed more than once."""
+    repeated = sorted({str(value) for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is listed more than once")
+    return values
+
+
 def _number(value: object) -> object:
     """Convert a text, such as a flag's, to a number. By itself pydantic would also accept `010` and `1_0`."""
     if not isinstance(value, str):

@@ -9,14 +9,13 @@ from typing import Literal, get_args
 
 from pydantic import Field, field_validator
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from forgetlearn.config.base import Settings
+from forgetlearn.config.base import Settings, no_repeats
 from forgetlearn.config.methods import MethodName
 from forgetlearn.config.recipes import PAPER_STAGE
 from forgetlearn.config.schema import EditSettings, RunConfig
 from forgetlearn.errors import ConfigError
-from forgetlearn.models.language_model import layer_list
+from forgetlearn.models.language_model import LINEAR, layer_list, linear_shape
 from forgetlearn.reproduction import published
 from forgetlearn.reproduction.published import DataName, Like
 
@@ -43,13 +42,7 @@ class PaperSettings(Settings):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Whole numbers, 0 or more.")
     only: tuple[PartName, ...] = Field((), description=f"Parts to reproduce: {', '.join(ORDER)}; unset: all.")
 
-    @field_validator("seeds", "only")
-    @classmethod
-    def _no_repeats(cls, values: tuple[object, ...]) -> tuple[object, ...]:
-        repeated = sorted({str(value) for value in values if values.count(value) > 1})
-        if repeated:
-            raise ValueError(f"{', '.join(repeated)} is listed more than once")
-        return values
+    _repeats = field_validator("seeds", "only")(no_repeats)
 
     @field_validator("seeds")
     @classmethod
@@ -99,9 +92,8 @@ def query_and_value(model: nn.Module) -> list[str]:
     """
     found: dict[str, int] = {}
     for path, module in layer_list(model)[1].named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and "att" in path.lower():
-            rows, columns = module.weight.shape
-            found[path.rpartition(".")[2]] = columns if isinstance(module, Conv1D) else rows
+        if isinstance(module, LINEAR) and "att" in path.lower():
+            found[path.rpartition(".")[2]] = linear_shape(module)[1]
     named = [name for name in found if QUERY.search(name.lower()) or VALUE.search(name.lower())]
     return named or [max(found, key=lambda name: found[name])] if found else []
 
