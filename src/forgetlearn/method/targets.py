@@ -83,16 +83,16 @@ def requests(encoder: Encoder, facts: Iterable[Fact], contexts: Sequence[str]) -
 
 def _request(encoder: Encoder, fact: Fact, contexts: Sequence[str]) -> Request:
     start, end = subject_span(fact)
-    behind = []
+    after_contexts = []
     for context in contexts:
         try:
-            behind.append(_text(encoder, f"{context}. {fact.prompt}", fact.target_new, len(context) + 2 + end))
+            after_contexts.append(_text(encoder, f"{context}. {fact.prompt}", fact.target_new, len(context) + 2 + end))
         except FactError:
             continue
     about = f"{fact.prompt[start:end]} is a"
     ids = encoder.prompt_ids(about)
     essence = Text(Encoded((*ids, ids[-1]), len(ids)), encoder.place_of(about, len(about) - len(" is a")))
-    return Request(fact, _text(encoder, fact.prompt, fact.target_new, end), tuple(behind), essence)
+    return Request(fact, _text(encoder, fact.prompt, fact.target_new, end), tuple(after_contexts), essence)
 
 
 def _text(encoder: Encoder, prompt: str, answer: str, end: int) -> Text:
@@ -166,9 +166,9 @@ class _Chunk:
         self.owner = torch.tensor(owner, device=lm.device)  # the fact of each text
         essences = [text is wanted[index].essence for text, index in zip(self.texts, owner, strict=True)]
         self.essence = torch.tensor(essences, device=lm.device)
-        taught = torch.zeros(self.n_facts, len(owner), device=lm.device)
-        taught[self.owner, torch.arange(len(owner), device=lm.device)] = (~self.essence).float()
-        self.shares = taught / taught.sum(1, keepdim=True)  # of each text in its fact's mean loss (N, R)
+        trained = torch.zeros(self.n_facts, len(owner), device=lm.device)
+        trained[self.owner, torch.arange(len(owner), device=lm.device)] = (~self.essence).float()
+        self.shares = trained / trained.sum(1, keepdim=True)  # of each text in its fact's mean loss (N, R)
         self.past = self._past() if may_continue else None
 
     @property
@@ -203,9 +203,9 @@ class _Chunk:
     def optimised(self, settings: EditSettings, clamp: float) -> Found:
         """Return the changes, after at most `settings.steps` steps of Adam."""
         with torch.enable_grad():
-            before, first, width = self._unchanged()
+            before, first = self._unchanged()
             lengths = before.norm(dim=1)
-            deltas = torch.zeros(self.n_facts, width, device=self.lm.device, requires_grad=True)
+            deltas = torch.zeros_like(before, requires_grad=True)
             adam = torch.optim.Adam([deltas], lr=settings.learning_rate)
             losses = torch.full((self.n_facts,), torch.inf, device=self.lm.device)
             waiting = torch.ones(self.n_facts, dtype=torch.bool, device=self.lm.device)
@@ -229,8 +229,8 @@ class _Chunk:
         return Found(deltas.detach(), losses)
 
     @torch.no_grad()
-    def _unchanged(self) -> tuple[Tensor, Tensor, int]:
-        """Return outputs (N, D) at the subjects of bare prompts, log-probabilities (N, V) after essences, and D."""
+    def _unchanged(self) -> tuple[Tensor, Tensor]:
+        """Return outputs (N, D) at the subjects of bare prompts, and log-probabilities (N, V) after essences."""
         seen: list[Tensor] = []
 
         def look(out: Tensor, places: Tensor) -> Tensor:
@@ -240,8 +240,7 @@ class _Chunk:
         own = sorted([*self.bare, *self.essence.nonzero().flatten().tolist()])
         logits, _ = self._logits(own, self.past, look)
         is_bare = torch.tensor([index in set(self.bare) for index in own], device=self.lm.device)
-        outputs = seen[0][is_bare]
-        return outputs, logits[~is_bare, -1].float().log_softmax(-1), outputs.shape[1]
+        return seen[0][is_bare], logits[~is_bare, -1].float().log_softmax(-1)
 
     def _losses(self, deltas: Tensor, waiting: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean loss of each answer (N,) and the divergence after each essence (N,); 0 if not waiting."""
