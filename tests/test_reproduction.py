@@ -190,8 +190,16 @@ def test_a_cell_is_an_update_of_the_taught_base(done, small_lab, files, tmp_path
     update(taught, zsre.facts, config, output=tmp_path / "run")
     cell = output / "zsre" / "seed1" / "cells" / "f-lora-ft-coef3-1epochs-seed1"
     assert (cell / "facts.jsonl").read_text() == (tmp_path / "run" / "facts.jsonl").read_text()
-    assert zsre.configs["ft-c"].learn.modules == "layers.1"
-    assert (zsre.configs["ft-c"].learn.epochs, zsre.configs["ft-c"].learn.batch_size) == (5, 1)
+
+
+def test_ft_c_has_its_own_epochs_unless_some_are_given(small_lab, files):
+    def learn(config):
+        request = prepare(small_lab, zsre=files["zsre"], config=config)
+        return request.data[0].configs["ft-c"].learn
+
+    usual = learn({"facts": {"limit": 3}})
+    assert (usual.modules, usual.epochs, usual.batch_size) == ("layers.1", 5, 1)
+    assert learn(QUICK).epochs == QUICK["learn"]["epochs"]
 
 
 def test_distances_are_norms_of_what_fine_tuning_added(done):
