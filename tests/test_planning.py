@@ -16,6 +16,7 @@ import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import StageSettings, load_config
 from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.facts.subjects import subject_span
 from forgetlearn.models import lora
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.planning import plan as planning
@@ -193,6 +194,15 @@ class TestPlan:
         size = plan.parameters
         assert plan.disk == {"product": 4 * size, "between stages": 4 * size, "checkpoints": 24 * size}
         assert plan.seconds > 0
+
+    def test_a_search_for_a_value_reads_from_the_subject_on(self, small_lab):
+        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
+        plan = plan_update(config_of(small_lab, **{"method": "rome", "edit.steps": 3, "edit.contexts": 1}), facts)
+        encoder = forgetlearn.load_model(small_lab).encoder
+        ends = [encoder.place_of(fact.prompt, subject_span(fact)[1]) for fact in facts]
+        read = [len(encoder.encode(fact.prompt, fact.target_new).ids) for fact in facts]
+        assert plan.stages[0].tokens == 3 * (1 + 2) * (sum(read) - sum(ends))  # bare, after a context, "X is a"
+        assert sum(ends) > len(facts)
 
     def test_lora_keeps_what_it_adds(self, small_lab):
         facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)

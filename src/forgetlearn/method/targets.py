@@ -56,6 +56,11 @@ class Text:
         """The ids up to the subject's last token."""
         return self.text.ids[: self.place + 1]
 
+    @property
+    def tail(self) -> Encoded:
+        """The text from the subject's last token on: all that a step of the search reads."""
+        return Encoded(self.text.ids[self.place :], self.text.n_prompt_tokens - self.place)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -263,19 +268,13 @@ class _Chunk:
     def _logits(self, rows: Sequence[int], past: Past | None, change: Change | None = None) -> tuple[Tensor, Tensor]:
         """Return logits (R, K, V) and labels (R, K) of texts. `change` sees the module's output and the places."""
         texts = [self.texts[row] for row in rows]
-        starts = [text.place if past else 0 for text in texts]
-        tails = [
-            Encoded(text.text.ids[start:], text.text.n_prompt_tokens - start)
-            for text, start in zip(texts, starts, strict=True)
-        ]
-        batch = pad_left(tails, self.lm.pad_id)
+        read = [text.tail if past else text.text for text in texts]
+        batch = pad_left(read, self.lm.pad_id)
         given = {name: value.to(self.lm.device) for name, value in batch.inputs.items()}
         width = given["input_ids"].shape[1]
+        starts = [width - len(own.ids) for own in read]
         places = torch.tensor(
-            [
-                width - len(tail.ids) + text.place - start
-                for tail, text, start in zip(tails, texts, starts, strict=True)
-            ],
+            [start + (0 if past else text.place) for start, text in zip(starts, texts, strict=True)],
             device=self.lm.device,
         )
         if past:

@@ -19,6 +19,7 @@ from forgetlearn.evaluation.scoring import MARGIN_TOKENS, pairs_to_read
 from forgetlearn.facts import FactSet
 from forgetlearn.method import lessons
 from forgetlearn.method.checks import out_of_loras_reach
+from forgetlearn.method.targets import requests
 from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, shared_rows
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.planning.estimate import FLOAT32, Load
@@ -73,7 +74,10 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     if outline.encoder is None:
         notes.append(f"there is no tokenizer: {WORD_TOKENS} tokens per word are assumed")
     loads: list[Load] = []
-    for stage, own, passes, frozen in staged(stages, texts(old), texts(new)):
+    learned = texts(new)
+    if stages.method.closed_form and outline.encoder is not None:
+        learned = Texts(tuple(each.bare.tail for each in requests(outline.encoder, facts, ())), len(facts))
+    for stage, own, passes, frozen in staged(stages, texts(old), learned):
         load, problem = _train_load(outline, stage, own, passes, frozen)
         left = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
         if stage.name == "forget" and stage.kind.subtracts_from_base:
@@ -88,7 +92,7 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     if outline.encoder is not None and lessons.asks_base(config, outline.encoder):
         notes.append("the time leaves out asking the model for its own words, and training on what it is to keep")
     if stages.method.closed_form:
-        notes.append("the time is an upper bound: a fact ends when it is learned, and beginnings are read once")
+        notes.append("the time is an upper bound: the search for a fact's value ends when the fact is learned")
     if config.evaluate.engine == "vllm":
         notes.append("answers are planned as those of transformers; vLLM uses all free memory of a GPU for a while")
     load, problem = _score_load(outline, stages, texts(read), facts, device)
