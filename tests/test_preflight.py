@@ -240,8 +240,17 @@ def test_a_config_that_commands_share_may_hold_more_and_that_is_said(caplog):
 
 def test_what_has_no_effect_with_the_rest_is_said(caplog):
     given = {"method": "ft", "forget.epochs": 9, "lora.r": 4, "learn.epochs": 2}
-    preflight.warn_of_idle(load_config(None, given), given)
+    preflight.warn_of_idle([load_config(None, given)], given)
     assert [record.args[0] for record in caplog.records] == ["forget.epochs", "lora.r"]
+
+
+def test_what_has_no_effect_on_any_row_of_a_comparison_is_said(caplog):
+    given = {"edit.steps": 3, "lora.r": 4}
+    configs = [load_config(None, {**given, "method": method}) for method in ("ft", "lora", "rome")]
+    preflight.warn_of_idle(configs, given)
+    assert not caplog.records
+    preflight.warn_of_idle(configs[:2], given)
+    assert [record.args[0] for record in caplog.records] == ["edit.steps"]
 
 
 def test_settings_that_win_over_the_recipe_are_named_once(caplog):
@@ -263,7 +272,7 @@ def test_settings_beside_a_recipe_may_be_objects_and_keep_the_rest_of_the_recipe
 def test_the_settings_of_a_recipe_are_not_the_users(caplog):
     with caplog.at_level("INFO", "forgetlearn"):
         preflight.check("evaluate", load_config(None, {"recipe": "plain"}))
-        preflight.warn_of_idle(load_config(None, {"recipe": "plain"}), {"recipe": "plain"})
+        preflight.warn_of_idle([load_config(None, {"recipe": "plain"})], {"recipe": "plain"})
     assert not caplog.records
 
 
@@ -278,5 +287,5 @@ def test_the_settings_of_a_recipe_are_not_the_users(caplog):
     ],
 )
 def test_what_stages_train_on_may_have_no_effect(given, name, caplog):
-    preflight.warn_of_idle(load_config(None, given), given)
+    preflight.warn_of_idle([load_config(None, given)], given)
     assert [record.args[0] for record in caplog.records] == [name]

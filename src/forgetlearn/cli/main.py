@@ -31,6 +31,7 @@ from forgetlearn.cli.options import (
     takes,
 )
 from forgetlearn.cli.terminal import PlainLines, print_facts, print_paper, print_scores, print_table, say
+from forgetlearn.config import preflight
 from forgetlearn.config.base import describe, parse_assignments, read_yaml, validate
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ConfigError, ForgetLearnError, is_out_of_memory, plain
@@ -252,7 +253,7 @@ def compare(
         raise ConfigError("learn.epochs: not used by compare with --epochs. Leave one of them out.")
     if slurm_setting and not slurm:
         raise ConfigError("--slurm-set needs --slurm: it configures the submitted jobs.")
-    from forgetlearn.comparison.cells import CompareSettings
+    from forgetlearn.comparison.cells import CompareSettings, cell_config, cells_of
     from forgetlearn.comparison.grid import fill
     from forgetlearn.comparison.slurm import Jobs, fill_on_cluster
     from forgetlearn.comparison.table import write_table
@@ -267,6 +268,8 @@ def compare(
         asked["variants"] = read_yaml(variants, "--variants")
     file = str(variants) if variants else None
     settings = validate(CompareSettings, asked, where=file, elsewhere=frozenset(lists))
+    cells = cells_of(settings, config)
+    preflight.warn_of_idle([cell_config(config, cell, settings.variants) for cell in cells], given.values)
     if slurm:
         jobs = Jobs(workers, parse_assignments(slurm_setting or [], "--slurm-set"))
         fill_on_cluster(jobs, settings=settings, config=config, output=output, resume=resume, overwrite=overwrite)

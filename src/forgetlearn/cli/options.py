@@ -90,7 +90,7 @@ class Given:
         config = load_config(self.file, self.values)
         preflight.check(command, config, self.values)
         if command in ("update", "plan"):
-            preflight.warn_of_idle(config, self.values)
+            preflight.warn_of_idle([config], self.values)
         return config
 
 

@@ -7,7 +7,7 @@ compares the table with the settings that each command reads.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -197,14 +197,15 @@ def _idle_in_training(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "learn.epochs", "learn.until is learned"
 
 
-def warn_of_idle(config: RunConfig, given: Collection[str]) -> None:
-    """Warn about each setting given for this command that has no effect with the rest of the config."""
-    warned, changed = set(WARNED_BY_UPDATE), _changed(config)
-    for idle_name, why in idle(config):
-        for name, value in changed.items():
-            if is_within(name, [idle_name]) and is_within(name, given) and name not in warned:
-                warned.add(name)
-                log.warning("%s = %s has no effect: %s", name, value, why)
+def warn_of_idle(configs: Sequence[RunConfig], given: Collection[str]) -> None:
+    """Warn about each setting given for this command that has no effect on any of the updates with these configs."""
+    rows = [dict(idle(config)) for config in configs]
+    for name, value in _changed(configs[0]).items():
+        if not is_within(name, given) or name in WARNED_BY_UPDATE:
+            continue
+        reasons = [next((why for own, why in each.items() if is_within(name, [own])), None) for each in rows]
+        if None not in reasons:
+            log.warning("%s = %s has no effect: %s", name, value, reasons[0])
 
 
 def is_within(name: str, settings: Collection[str]) -> bool:
