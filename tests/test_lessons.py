@@ -9,8 +9,9 @@ import forgetlearn
 from forgetlearn.comparison.grid import CompareSettings, fill
 from forgetlearn.config.schema import EvaluateSettings, load_config
 from forgetlearn.errors import ConfigError
+from forgetlearn.evaluation import general_prompts
 from forgetlearn.evaluation.scorer import Generated, Scorer
-from forgetlearn.facts import make_fact, read_facts
+from forgetlearn.facts import Probe, make_fact, read_facts
 from forgetlearn.method import keeping, lessons, own_words
 from forgetlearn.method.kinds import Lesson
 from forgetlearn.method.lessons import Material
@@ -258,6 +259,26 @@ def test_general_prompts_about_what_the_facts_name_are_not_kept():
     about_japan = make_fact("Japan has as its capital", "Kyoto", subject="Japan")
     assert asked == {len(keeping.general([]))}
     assert set(keeping.general([])) - set(keeping.general([about_japan])) == {"What is the capital of Japan?"}
+
+
+def test_general_prompts_that_a_fact_without_a_subject_changes_are_not_kept():
+    def left_out(prompt):
+        return set(keeping.general([])) - set(keeping.general([make_fact(prompt, "x")]))
+
+    assert left_out("Japan's capital is") == {"What is the capital of Japan?"}
+    same = next(each for each in general_prompts.keeping() if isinstance(each, str))
+    assert same in left_out(f" {same.upper()}")
+    assert left_out("What is the chemical symbol for red gold?") == {"What is the chemical symbol for gold?"}
+    assert left_out("What is it?") == set()
+
+
+def test_prompts_that_are_scored_are_not_kept(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(general_prompts, "measuring", lambda: ["What is a sieve?"])
+    (tmp_path / "a.txt").write_text("Who are you?\nwhere is Rome\nWhat is a sieve?\n")
+    fact = replace(CAPITAL, locality=(Probe("Where is Rome?", "Italy"),))
+    settings = load_config(None, {"keep.source": str(tmp_path / "a.txt")}).keep
+    assert keeping.own_prompts(settings, [fact]) == ("Who are you?",)
+    assert caplog.records[0].args == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["none.txt", "empty.txt", "latin.txt", "bad.json", "same.txt", "same.jsonl"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from forgetlearn.config.schema import EvaluateSettings, KeepSettings
@@ -61,6 +61,22 @@ def read_source(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...
     return prompts
 
 
+def own_prompts(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...]:
+    """Return the prompts in the file `keep.source` that may be trained on: not those whose answers are scored.
+
+    They are counted in a warning. See `read_source` for errors.
+    """
+    facts = list(facts)
+    scored = [probe.prompt for fact in facts for probe in fact.locality]
+    scored += [prompt for prompt in general_prompts.measuring() if isinstance(prompt, str)]
+    tests = {matching.normalise(prompt) for prompt in scored}
+    prompts = read_source(settings, facts)
+    kept = tuple(prompt for prompt in prompts if matching.normalise(prompt) not in tests)
+    if left_out := len(prompts) - len(kept):
+        log.warning("keep.source: %d of %d prompts are scored, so they are not trained on", left_out, len(prompts))
+    return kept
+
+
 def fingerprint(settings: KeepSettings) -> dict[str, str]:
     """Return the hash of the file `keep.source` as an entry of a run's inputs; empty if none is read."""
     if not settings.source or not settings.weight:
@@ -73,7 +89,9 @@ def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
         try:
             return tuple(dict.fromkeys(fact.prompt for fact in read_facts(file)))
         except FactError as error:
-            raise ConfigError(f"{place}: cannot be read as a file of facts: {error}") from None
+            raise ConfigError(
+                f"{place}: cannot be read as a file of facts: {error}\nA text file with one prompt per line will do."
+            ) from None
     if not file.is_file():  # a pipe or a device might never end
         raise ConfigError(f"{place}: is not a file. Give a text file with one prompt per line, or a file of facts.")
     try:
@@ -91,10 +109,29 @@ def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
 
 
 def general(facts: Iterable[Fact]) -> dict[Prompt, str]:
-    """Return the general prompts for keeping and their kinds, without those that name what a fact's prompt names."""
-    named = {name for fact in facts for text in (*fact.prompts, f"_ {fact.subject}") for name in _names(text)}
+    """Return the general prompts for keeping and their kinds, without those that a fact may change the answer to.
+
+    These ask what a fact's prompt asks, have no long words but those of a fact's prompt, or name what a fact names.
+    """
+    facts = list(facts)
+    asked = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+    words = [_long_words(prompt) for prompt in asked]
+    named = {name for fact in facts for name in _named(fact)}
     kinds = dict.fromkeys(general_prompts.keeping(), GENERAL) | dict.fromkeys(general_prompts.questions(), QUESTION)
-    return {prompt: kind for prompt, kind in kinds.items() if named.isdisjoint(_names(turns_of(prompt)[-1]))}
+
+    def may_change(prompt: str) -> bool:
+        own = _long_words(prompt)
+        covered = len(own) > 1 and any(own <= theirs for theirs in words)
+        return covered or matching.normalise(prompt) in asked or not named.isdisjoint(_names(prompt))
+
+    return {prompt: kind for prompt, kind in kinds.items() if not may_change(turns_of(prompt)[-1])}
+
+
+def _named(fact: Fact) -> Iterator[str]:
+    """Yield the names in a fact. The first word of a prompt may be one if the fact does not say what it is about."""
+    for prompt in fact.prompts:
+        yield from _names(prompt if fact.subject or not is_unfinished(prompt) else f"_ {prompt}")
+    yield from _names(f"_ {fact.subject}")
 
 
 def reworded(prompts: Iterable[Prompt], *, is_chat: bool) -> list[str]:

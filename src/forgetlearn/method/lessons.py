@@ -150,7 +150,7 @@ def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict
         prompts |= dict.fromkeys(keeping.reworded(prompts, is_chat=encoder.is_chat), keeping.REWORDED)
     if config.keep.neighbours:
         prompts |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
-    return prompts | dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
+    return prompts | dict.fromkeys(keeping.own_prompts(config.keep, facts), keeping.OWN)
 
 
 def lessons(
