@@ -1,28 +1,34 @@
 """Update a real chat model by several recipes on the same facts, and print one table; resumable.
 
     python bench/real_models.py MODEL ../shared/data --output runs/real [--sets zsre] [--rows default,plain] [--seeds 0]
+    python bench/real_models.py MODEL ../shared/data --output runs/methods --rows methods --old-from model --seeds 0,1,2
 
 Each row is an `update` with the settings below, and nothing else. `one-by-one` is fine-tuning as EasyEdit's `FT` does
-it: one fact after the other, 25 steps each, on the last projection of one MLP.
+it: one fact after the other, 25 steps each, on the last projection of one MLP. `--rows methods` sets every method
+beside the default recipe, all with the recipe `plain`; the f- methods forget with coefficient 0.3. `in-context` and
+`retrieval` change no weight, so they have no steps, and no general answers are measured.
 
 Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words; tokens of the answers
 to the file's unrelated probes that are predicted as before (agreement, as in the report); general answers as before, KL
 from the base on those in nats per token; old answer still said where the base said it, and the number of these facts.
 Then steps, the tokens of the base's own answers to the probes that are predicted as before, and seconds of the update
-(after a resume, of the rest).
+(after a resume, of the rest) with its peak memory in GB. Each cell is computed by a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from forgetlearn.config.base import validate
+from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import EvaluateSettings, RunConfig, StageSettings
 from forgetlearn.evaluation import damage, general_ability, scoring
 from forgetlearn.evaluation.scorer import Generated, Reading, Scorer
@@ -30,8 +36,10 @@ from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, FactSet, matching, read_facts
 from forgetlearn.method.core import learn
 from forgetlearn.models.language_model import LanguageModel, load_model
+from forgetlearn.runs.checks import asked_answers, with_the_models_answers
+from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store
 from forgetlearn.runs.update import update
-from forgetlearn.storage import disk
+from forgetlearn.storage import disk, provenance
 from forgetlearn.storage.records import General, Row
 
 SETS = {
@@ -47,12 +55,22 @@ FORMER = {
     "train": {"lr_scheduler_type": "linear"},
     "lora": {"r": 8, "lora_alpha": 16, "learning_rate": 5e-4},
 }
-ROWS: Mapping[str, Mapping[str, object]] = {
+RECIPES: Mapping[str, Mapping[str, object]] = {
     "default": {},
     "plain": {"recipe": "plain"},
     "former": FORMER,
     "one-by-one": {},
 }
+METHOD_ROWS: Mapping[str, Mapping[str, object]] = {
+    "default": {},
+    **{
+        name: {"recipe": "plain", "method": name, **({"forget": {"coef": 0.3}} if method.forgets else {})}
+        for name, method in METHODS.items()
+        if name != "ga"  # ascent is a way to forget
+    },
+}
+GROUPS = {"recipes": RECIPES, "methods": METHOD_ROWS}
+ROWS = {**METHOD_ROWS, **RECIPES}
 STEPS_PER_FACT, RATE_PER_FACT = 25, 5e-4  # of EasyEdit's FT for Llama
 
 
@@ -83,11 +101,12 @@ def arguments(doc: str | None, sets: Iterable[str]) -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = arguments(__doc__, SETS)
-    parser.add_argument("--rows", help="rows of the table; unset: all")
+    parser.add_argument("--rows", default="recipes", help=f"{' or '.join(GROUPS)}, or names: {', '.join(ROWS)}")
     parser.add_argument("--limit", type=int, help="facts of each file, instead of the usual number")
     parser.add_argument("--template", default="auto", help="model.prompt_template")
+    parser.add_argument("--old-from", default=RunConfig().facts.old_from, help="facts.old_from")
     args = parser.parse_args()
-    wanted = args.rows.split(",") if args.rows else list(ROWS)
+    wanted = list(GROUPS.get(args.rows, args.rows.split(",")))
     cells = [
         Cell(name, row, int(seed), ROWS[row])
         for seed in args.seeds.split(",")
@@ -97,7 +116,8 @@ def main() -> None:
     for cell in cells:
         file = args.output / f"{cell.name}.json"
         if not file.is_file():
-            found = run(cell, args)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found = process.submit(run, cell, args).result()
             disk.write_json(file, found)
             print(f"{cell.name}: {json.dumps(found)}", flush=True)
     print(table(args.output, cells))
@@ -106,23 +126,37 @@ def main() -> None:
 def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
     """Return the scores of a cell."""
     file, usual = SETS[cell.facts]
-    settings = {"seed": cell.seed, "model": {"prompt_template": args.template}, **cell.settings}
-    config = validate(RunConfig, settings)
+    general = {"seed": cell.seed, "model": {"prompt_template": args.template}, "facts": {"old_from": args.old_from}}
+    config = validate(RunConfig, {**general, **cell.settings})
     facts = read_facts(args.data / file, limit=args.limit or usual, old_from=config.facts.old_from)
     began = time.perf_counter()
     if cell.row == "one-by-one":
-        found = one_by_one(model_at(args.model, config), facts, args.output)
-        found["seconds"] = time.perf_counter() - began
-    else:
-        folder = args.output / cell.name
-        result = update(args.model, facts, config, output=folder, resume=folder.is_dir())
-        seconds = time.perf_counter() - began
-        found = scores(result.rows, result.summary.general["updated"], "updated")
-        log = result.output / "logs" / "learn.jsonl"
-        found |= {"steps": len(disk.read_rows(log)), "seconds": seconds}
-        if any(fact.locality for fact in facts):
-            found["own answers to probes"] = probes_as_before(cell, args, facts, config, result.product)
+        return one_by_one(model_at(args.model, config), facts, args.output) | cost(began)
+    if METHODS[config.method].in_context:
+        return in_context(model_at(args.model, config), facts, config) | cost(began)
+    folder = args.output / cell.name
+    result = update(args.model, facts, config, output=folder, resume=folder.is_dir())
+    found = scores(result.rows, result.summary.general["updated"], "updated")
+    found |= {"steps": len(disk.read_rows(result.output / "logs" / "learn.jsonl")), **cost(began)}
+    if any(fact.locality for fact in facts):
+        found["own answers to probes"] = probes_as_before(cell, args, facts, config, result.product)
     return found
+
+
+def cost(began: float) -> dict[str, float | None]:
+    """Return the seconds since `began`, and this process's peak memory so far."""
+    return {"seconds": time.perf_counter() - began, "peak GB": provenance.peak_memory_bytes() / 1e9}
+
+
+def in_context(lm: LanguageModel, facts: FactSet, config: RunConfig) -> dict[str, float | None]:
+    """Return the scores of a method that puts facts into the prompt."""
+    if facts.to_ask:
+        facts = with_the_models_answers(facts, asked_answers(lm, facts, config), config)
+    evaluate = config.evaluate.model_copy(update={"general_prompts": False})
+    pipeline = Pipeline(lm, list(facts), config.model_copy(update={"evaluate": evaluate}), Store(), HeldBase(lm))
+    pipeline.prepare()
+    pipeline.update()
+    return scores([row for rows in pipeline.rows.values() for row in rows], None, "updated")
 
 
 def model_at(path: object, config: RunConfig) -> LanguageModel:
