@@ -16,6 +16,7 @@ from forgetlearn.config.schema import LoraSettings
 from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.models import lora
 from forgetlearn.models.lora import FORGET, LEARN, PRODUCT
+from forgetlearn.models.lora_layers import adapted_layers, query_and_value
 from forgetlearn.weights.structure import outline
 from forgetlearn.weights.task_vector import load_into
 
@@ -264,3 +265,25 @@ def test_checking_takes_no_memory_for_weights(tiny_model):
     assert [name for name, _weight in outlined.named_parameters()] == [name for name, _ in model.named_parameters()]
     tied = outline(tiny_model(tied=True))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", ["q_proj", "v_proj"]),
+        ("opt", ["v_proj", "q_proj"]),
+        ("gpt2", ["c_attn"]),
+        ("gpt_neox", ["query_key_value"]),
+    ],
+)
+def test_query_and_value_are_found_in_the_structure(tiny_model, family, names):
+    settings = LoraSettings(r=2, target_modules="query-value")
+    adapted = lora.attach(tiny_model(family), settings, FORGET, seed=0)
+    assert query_and_value(adapted) == names
+    again = lora.attach(adapted, settings, LEARN, seed=1)  # beside the first
+    assert {path.rpartition(".")[2] for path, _layer in adapted_layers(again)} == set(names)
+
+
+def test_without_attention_query_and_value_are_refused(tiny_model):
+    with pytest.raises(ConfigError, match=r"^lora\.target_modules = query-value: .*It can be"):
+        lora.check_targets(tiny_model("mamba"), LoraSettings(target_modules="query-value"))

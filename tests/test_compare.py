@@ -248,6 +248,15 @@ def test_impossible_comparisons_are_refused(changes, message):
         validate(CompareSettings, changes)
 
 
+def test_the_recipe_of_the_paper_is_compared_without_its_teaching(small_lab, facts, tmp_path, caplog):
+    recipe = {"recipe": "paper", "model": {"prompt_template": "plain"}, "facts": {"old_from": "answers"}}
+    with caplog.at_level("INFO", "forgetlearn"):
+        begun = {"output": tmp_path / "out", "resume": False, "overwrite": False}
+        comparison, _lm = grid.begin(small_lab, facts, SETTINGS, recipe, **begun)
+    assert (comparison.config.teach.epochs, comparison.config.learn.epochs) == (0, 3)
+    assert "without its teaching" in caplog.text
+
+
 def test_a_base_that_is_to_be_taught_is_refused(small_lab, facts, config, tmp_path):
     taught = config.model_copy(update={"teach": config.teach.model_copy(update={"epochs": 1})})
     with pytest.raises(ConfigError, match=r"teach\.epochs"):

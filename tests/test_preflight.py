@@ -266,7 +266,7 @@ def test_settings_that_win_over_the_recipe_are_named_once(caplog):
 def test_settings_beside_a_recipe_may_be_objects_and_keep_the_rest_of_the_recipe():
     config = RunConfig(recipe="paper", lora=LoraSettings(r=4))
     assert config == RunConfig(recipe="paper", lora={"r": 4})
-    assert (config.lora.r, config.lora.target_modules) == (4, ["q_proj", "v_proj"])
+    assert (config.lora.r, config.lora.target_modules) == (4, "query-value")
 
 
 def test_the_settings_of_a_recipe_are_not_the_users(caplog):

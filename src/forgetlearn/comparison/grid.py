@@ -112,6 +112,9 @@ def begin(
     facts = as_fact_set(facts)
     config = resolve(config, model, facts)
     preflight.check("compare", config)
+    if config.teach.epochs and config.teach == RunConfig(recipe=config.recipe).teach:
+        log.info("recipe %s, but without its teaching: compare takes the base as it is", config.recipe)
+        config = config.model_copy(update={"teach": RunConfig().teach})
     scores = config.evaluate.model_copy(update={"general_prompts": False})  # which would double a cell's scoring
     config = config.model_copy(update={"evaluate": scores})
     if "equal-steps" in settings.budgets and config.learn.until == "learned" and not settings.epochs:

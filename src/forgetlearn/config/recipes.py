@@ -23,6 +23,7 @@ CHANGES: Mapping[str, Sections] = {
     "paper": {
         "method": "f-ft",
         "model": {"prompt_template": "alpaca"},
+        "facts": {"old_from": ("pred", "answers")},  # only ZsRE has `pred`
         "teach": PAPER_STAGE,
         "forget": {**PAPER_STAGE, "coef": 0.3, "only_known": False},
         "learn": {"until": "epochs", **PAPER_STAGE},
@@ -31,7 +32,7 @@ CHANGES: Mapping[str, Sections] = {
             "r": 8,
             "lora_alpha": 16,
             "layers": 1.0,
-            "target_modules": ["q_proj", "v_proj"],
+            "target_modules": "query-value",
             "learning_rate": 5e-5,
         },
         "keep": BARE["keep"],

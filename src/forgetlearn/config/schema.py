@@ -80,8 +80,8 @@ class LoraSettings(Settings):
         Discriminator(lambda value: "several names" if isinstance(value, (list, tuple)) else "one name"),
     ] = Field(
         "all-linear",
-        description="Modules that get an adapter: names, a regular expression, or all-linear (the output head "
-        "excepted).",
+        description="Modules that get an adapter: names, a regular expression, all-linear (the output head excepted), "
+        "or query-value (found in the attention's structure, as in the paper).",
     )
     layers: float | None = Field(
         None,

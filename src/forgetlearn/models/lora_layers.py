@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from forgetlearn.errors import ConfigError
-from forgetlearn.models.language_model import layer_list
+from forgetlearn.models.language_model import LINEAR, layer_list, linear_shape
 from forgetlearn.runtime.patterns import Pattern, problem
 from forgetlearn.weights.adapter_files import ALL_LINEAR, WEIGHT, AdapterConfig
 from forgetlearn.weights.structure import outline
@@ -42,6 +42,8 @@ TRIED = "tried"  # the adapter's name on an outline
 # The layers that can be adapted, by name and by weight, cached since several stages of a run ask about one model.
 _tried: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+QUERY_VALUE = "query-value"
+_QUERY, _VALUE = re.compile(r"(^|_)w?q(uery)?(_|$)"), re.compile(r"(^|_)w?v(alue)?(_|$)")
 _READ_WHOLE = re.compile(r"self\.(\w+)\.weight\b(?!\[|\.(?:dtype|device|shape|size|data)\b| *=[^=])")
 
 
@@ -57,6 +59,10 @@ def targets_for(
     Of all linear layers, return only those in this share of the model's layers, counted from the output; without one,
     those in the upper half, or in `FEWEST_LAYERS` if half is fewer.
     """
+    if chosen == QUERY_VALUE and not (chosen := query_and_value(model)):
+        raise ConfigError(
+            f"lora.target_modules = {QUERY_VALUE}: this model has no modules called attention. {what_works(model)}"
+        )
     if isinstance(chosen, str) and chosen != ALL_LINEAR:
         pattern = Pattern("lora.target_modules", chosen, chosen)
         if reason := problem([pattern], [path for path, _module in model.named_modules()]):
@@ -73,6 +79,20 @@ def targets_for(
     if any(path in by_weight for path in found):
         return [path for path in found if path not in by_weight], [path for path in found if path in by_weight]
     return chosen, []
+
+
+def query_and_value(model: nn.Module) -> list[str]:
+    """Return the names of the modules that compute query and value, from the structure of the model's layers.
+
+    If query, key and value are one matrix, it is that: the attention's module with the most outputs. The list is empty
+    if no module of the layers is called attention.
+    """
+    found: dict[str, int] = {}
+    for path, module in plain_modules(layer_list(base_of(model))[1]):
+        if isinstance(own := own_layer(module), LINEAR) and "att" in path.lower():
+            found[path.rpartition(".")[2]] = linear_shape(own)[1]
+    named = [name for name in found if _QUERY.search(name.lower()) or _VALUE.search(name.lower())]
+    return named or [max(found, key=lambda name: found[name])] if found else []
 
 
 def _lower_layers(model: nn.Module, share: float | None) -> tuple[str, ...]:

@@ -180,9 +180,7 @@ def differences(request: Request) -> Iterator[str]:
             f"put {config.edit.contexts} sampled openings before a prompt."
         )
     if changed := recipes.overridden(dict(config), "paper"):
-        own = [name for name in changed if name != "lora.target_modules"]
-        if own:
-            yield f"Settings that were changed: {', '.join(f'{name} = {_value(config, name)}' for name in own)}."
+        yield f"Settings that were changed: {', '.join(f'{name} = {_value(config, name)}' for name in changed)}."
 
 
 def _value(config: RunConfig, name: str) -> object:

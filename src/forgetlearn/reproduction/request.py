@@ -32,7 +32,6 @@ from forgetlearn.reproduction.settings import (
     at_rate,
     method_config,
     methods_of,
-    with_shape,
 )
 from forgetlearn.reproduction.workspace import DataSet, Workspace
 from forgetlearn.runs.checks import GivenConfig, check_old_answers, check_stages, check_weights, resolve
@@ -93,7 +92,6 @@ def prepare(
         raise ModelError(f"{outline.name}: {' '.join(outline.notes)}")
     skeleton = outline.skeleton().model
     shape = Shape.of(skeleton)
-    config = with_shape(config, shape)
     data = tuple(
         _data_set(name, str(file), settings, config, shape) for name, file in files.items() if file is not None
     )

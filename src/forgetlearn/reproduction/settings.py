@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,7 +14,7 @@ from forgetlearn.config.methods import MethodName
 from forgetlearn.config.recipes import PAPER_STAGE
 from forgetlearn.config.schema import EditSettings, RunConfig
 from forgetlearn.errors import ConfigError
-from forgetlearn.models.language_model import LINEAR, layer_list, linear_shape
+from forgetlearn.models.language_model import layer_list
 from forgetlearn.reproduction import published
 from forgetlearn.reproduction.published import DataName, Like
 
@@ -30,7 +29,6 @@ FIGURE_KINDS: Mapping[PartName, str] = {
 }
 FIRST_SEED_ONLY: tuple[PartName, ...] = ("table3", "table4", "table5")
 METHOD_OF_KIND: Mapping[str, MethodName] = {"all weights": "f-ft", "lora": "f-lora"}
-QUERY, VALUE = re.compile(r"(^|_)w?q(uery)?(_|$)"), re.compile(r"(^|_)w?v(alue)?(_|$)")
 
 
 class PaperSettings(Settings):
@@ -69,50 +67,18 @@ class PaperSettings(Settings):
 
 @dataclass(frozen=True)
 class Shape:
-    """What the settings take from a model's structure: the number of layers, and LoRA's modules."""
+    """What the settings take from a model's structure: the number of layers."""
 
     layers: int
-    query_and_value: list[str]
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
         """Return the shape of a model, which may be without weights."""
-        return cls(len(layer_list(model)[1]), query_and_value(model))
+        return cls(len(layer_list(model)[1]))
 
     def layer(self, number: int) -> int:
         """Return the layer at the same relative depth as a layer of the paper's LLaMA."""
         return number * self.layers // published.LAYERS
-
-
-def query_and_value(model: nn.Module) -> list[str]:
-    """Return the names of the modules that compute query and value, from the structure of the model's layers.
-
-    If query, key and value are one matrix, it is that: the attention's module with the most outputs. The list is empty
-    if no module of the layers is called attention.
-    """
-    found: dict[str, int] = {}
-    for path, module in layer_list(model)[1].named_modules():
-        if isinstance(module, LINEAR) and "att" in path.lower():
-            found[path.rpartition(".")[2]] = linear_shape(module)[1]
-    named = [name for name in found if QUERY.search(name.lower()) or VALUE.search(name.lower())]
-    return named or [max(found, key=lambda name: found[name])] if found else []
-
-
-def with_shape(config: RunConfig, shape: Shape) -> RunConfig:
-    """Return the config with LoRA on query and value, whatever this model calls them, unless modules are given.
-
-    Raises:
-        ConfigError: the model has no attention to put LoRA on.
-    """
-    if config.lora.target_modules != RunConfig(recipe="paper").lora.target_modules:
-        return config
-    if not shape.query_and_value:
-        raise ConfigError(
-            "lora.target_modules: the paper adapts query and value, and this model has no modules called attention. "
-            "Name the modules to adapt with --set lora.target_modules=[NAME,NAME]."
-        )
-    lora = config.lora.model_copy(update={"target_modules": shape.query_and_value})
-    return config.model_copy(update={"lora": lora})
 
 
 def methods_of(like: Like, data: DataName) -> list[MethodName]:
