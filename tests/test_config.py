@@ -302,11 +302,11 @@ def test_every_setting_is_described():
 
 # Sections 5.1 to 5.3 and A.2: coefficients of f-ft, f-lora, f-lora-ft; the rate; what LoRA adapts (5.8).
 PAPER = {
-    "zsre-llama-2-7b": ((0.3, 0.7, 3), 5e-5, ["q_proj", "v_proj"]),
-    "zsre-llama-7b": ((0.3, 0.7, 2), 5e-5, ["q_proj", "v_proj"]),
+    "zsre-llama-2-7b": ((0.3, 0.7, 3), 5e-5, "query-value"),
+    "zsre-llama-7b": ((0.3, 0.7, 2), 5e-5, "query-value"),
     "zsre-bloom-7b": ((0.2, 0.1, 3), 5e-5, ["query_key_value"]),
-    "counterfact-llama-2-7b": ((0.1, 1.5, 3), 5e-5, ["q_proj", "v_proj"]),
-    "counterfact-llama-7b": ((0.05, 1, 3), 1e-5, ["q_proj", "v_proj"]),
+    "counterfact-llama-2-7b": ((0.1, 1.5, 3), 5e-5, "query-value"),
+    "counterfact-llama-7b": ((0.05, 1, 3), 1e-5, "query-value"),
 }
 
 

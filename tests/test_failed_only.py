@@ -15,6 +15,7 @@ from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.products import chain
 from forgetlearn.products.restore import apply_run
 from forgetlearn.runs import results
+from forgetlearn.runs.checks import go_on_from
 from forgetlearn.runs.nothing_forgotten import why_nothing
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk
@@ -79,6 +80,16 @@ def test_what_is_not_learned_is_named_and_learned_by_another_run(small_lab, tmp_
     assert main([*argv, *second, "--output", str(tmp_path / "second")]) == 0
     assert disk.read_rows(tmp_path / "second/failed.jsonl") == []
     assert "not learned" not in capsys.readouterr().out
+    assert [fact.prompt for fact in read_facts(tmp_path / "first/right.jsonl")] == [held[0].prompt, held[1].prompt]
+    keep = RunFolder.open(tmp_path / "second").manifest.config["keep"]
+    assert keep["source"] == str(tmp_path / "first/right.jsonl")
+
+
+def test_settings_are_the_runs_unless_given(run):
+    again = go_on_from(run, {"learn": {"batch_size": 3}}, None, None)
+    assert (again.method, again.learn.epochs, again.learn.batch_size) == ("f-ft", 1, 3)
+    assert not go_on_from(run, None, None, None).evaluate.every_phase
+    assert go_on_from(run, load_config(None, {}), None, None).method == "lora"
 
 
 def test_nothing_to_go_on_with_is_an_error(run, small_lab, tmp_path):

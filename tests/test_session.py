@@ -122,7 +122,7 @@ def test_run_folder(finished, method):
     product = "adapter" if method in ("lora", "f-lora") else "model"
     assert result.product == result.output / product
     files = {"config.yaml", "manifest.json", "facts.jsonl", "inputs.jsonl", "summary.json", "report.md", "report.html"}
-    files |= {"failed.jsonl"}
+    files |= {"failed.jsonl", "right.jsonl"}
     assert {path.name for path in result.output.iterdir()} == files | {"logs", "stages", product}
     assert (result.product / "README.md").is_file()
     assert not list((result.output / "stages").rglob("*.safetensors"))

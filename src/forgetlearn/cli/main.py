@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -158,7 +158,10 @@ def update(
     output: OutputOption,
     failed_only: Annotated[
         Path | None,
-        typer.Option("--failed-only", help="Go on with the facts that this finished run got wrong, on its product."),
+        typer.Option(
+            "--failed-only",
+            help="Go on with what this finished run got wrong, on its product, with its settings.",
+        ),
     ] = None,
     n_processes: ProcessesOption = None,
     resume: ResumeOption = False,
@@ -166,6 +169,8 @@ def update(
 ) -> None:
     """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
     processes.check_launched(n_processes)
+    if failed_only and given.file is None and (failed_only / "config.yaml").is_file():
+        given = replace(given, file=failed_only / "config.yaml")
     config = given.config("update")
     from forgetlearn.report.run_page import overview
     from forgetlearn.runs.update import update as run_update

@@ -45,7 +45,7 @@ CHANGES: Mapping[str, Sections] = {
 def with_recipe(data: Mapping[str, object]) -> dict[str, object]:
     """Return settings with those of their recipe added below them. An unknown recipe changes nothing."""
     changes = CHANGES.get(str(data.get("recipe", "default")), {})
-    return _below(changes, data)
+    return below(changes, data)
 
 
 def overridden(data: Mapping[str, object], recipe: str) -> list[str]:
@@ -53,15 +53,15 @@ def overridden(data: Mapping[str, object], recipe: str) -> list[str]:
     return [name for name, value in _flat(CHANGES[recipe]) if (given := _at(data, name)) is not None and given != value]
 
 
-def _below(changes: Sections, data: Sections) -> dict[str, object]:
-    """Return `data`, filled up with `changes`, section by section."""
+def below(changes: Sections, data: Sections) -> dict[str, object]:
+    """Return `data`, filled up with `changes`, section by section. What `data` has wins."""
     merged: dict[str, object] = {**changes, **data}
     for name, value in changes.items():
         own = data.get(name)
         if isinstance(own, BaseModel):
             own = own.model_dump(exclude_unset=True)
         if isinstance(value, Mapping) and isinstance(own, Mapping):
-            merged[name] = _below(value, own)
+            merged[name] = below(value, own)
     return merged
 
 

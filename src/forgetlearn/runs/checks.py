@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from forgetlearn.config.base import Settings, validate
+from forgetlearn.config.recipes import below
 from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError, RunError
@@ -20,7 +21,7 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import Base, check_product, product_of
 from forgetlearn.products.restore import merge_product
 from forgetlearn.storage.records import Row
-from forgetlearn.storage.run_folder import FAILED, RunFolder
+from forgetlearn.storage.run_folder import FAILED, RIGHT, RunFolder
 
 GivenConfig = RunConfig | Mapping[str, object] | None
 GivenModel = LanguageModel | nn.Module | str | Path | None
@@ -56,17 +57,17 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
 def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, facts: object) -> RunConfig:
     """Return the config of an update of the facts that a finished run got wrong, its `failed.jsonl`.
 
-    It replaces the config's facts, and, unless a model is given, the config's model by the run's product. An adapter is
-    merged into its base first, to the run's folder `merged`.
+    Settings that are not given are the run's. The facts are replaced, and, unless a model is given, so is the model, by
+    the run's product. An adapter is merged into its base first, to the run's folder `merged`. What the run got right is
+    kept, unless `keep.source` is given.
 
     Raises:
         ConfigError: facts are given too, or the product is an adapter whose base is gone.
         ModelError: the product is an adapter whose base has changed.
         RunError: the run is not a finished update, or no fact failed.
     """
-    config = config if isinstance(config, RunConfig) else validate(RunConfig, config or {})
     run = RunFolder.open(run_folder)
-    file = run.path / FAILED
+    file, right = run.path / FAILED, run.path / RIGHT
     if facts is not None:
         raise ConfigError(
             f"facts.source: with --failed-only the facts are those of {file}. Omit --facts, or omit --failed-only."
@@ -78,12 +79,20 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
         raise RunError(
             f"{run.path}: no fact failed: each prompt gets its new answer, none an old one. Nothing is left to update."
         )
+    recorded = validate(RunConfig, run.manifest.config, where=str(run.path))
+    if not isinstance(config, RunConfig):
+        config = validate(RunConfig, below(run.manifest.config, config or {}))
     # The file is of the project's own form, however the run's own file was to be read.
     old_from = tuple(policy for policy in config.facts.old_from if policy != "pred") or ("answers",)
     read_as: dict[str, object] = {"source": str(file), "old_from": old_from, "columns": {}, "aliases": None}
     changes: dict[str, object] = {"facts": config.facts.model_copy(update=read_as)}
+    if right.is_file() and right.stat().st_size and config.keep.source is None:
+        changes["keep"] = config.keep.model_copy(update={"source": str(right)})
     if model is None:
-        changes["model"] = config.model.model_copy(update={"name": str(_product_to_update(run))})
+        base = {"name": str(_product_to_update(run)), "base_model_id": None}
+        changes["model"] = config.model.model_copy(update=base)
+        if config.teach == recorded.teach:  # the run's product was taught already
+            changes["teach"] = RunConfig().teach
     elif str(model) == str(run.settings.model.name):
         log.warning(
             "%s: was updated in %s, and this update begins without what that learned. Omit --model to go on from it.",

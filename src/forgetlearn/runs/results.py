@@ -14,7 +14,7 @@ from forgetlearn.facts import Fact, FactSet, write_facts
 from forgetlearn.report import run_page
 from forgetlearn.storage import disk, records
 from forgetlearn.storage.records import Row, Summary, save_rows
-from forgetlearn.storage.run_folder import FAILED, INPUTS, LESSONS, ROWS, SUMMARY
+from forgetlearn.storage.run_folder import FAILED, INPUTS, LESSONS, RIGHT, ROWS, SUMMARY
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def write_results(
     with disk.naming(path / INPUTS):
         write_facts(facts, path / INPUTS)
         if done:
-            write_facts(_failed(facts, rows["updated"]), path / FAILED)
+            failed = {fact.id: fact for fact in _failed(facts, rows["updated"])}
+            write_facts(failed.values(), path / FAILED)
+            write_facts((fact for fact in facts if fact.id not in failed), path / RIGHT)
     scored = {phase: [row for row in own if row.fact not in aside] for phase, own in rows.items()}
     summary = _summary(config, facts, scored, done, len(aside), general or {})
     summary.save(path / SUMMARY)

@@ -25,11 +25,21 @@ from forgetlearn.storage.records import Config, Manifest, Record, Rounding
 log = logging.getLogger("forgetlearn")
 
 MANIFEST = "manifest.json"
-SUMMARY, ROWS, INPUTS, FAILED = "summary.json", "facts.jsonl", "inputs.jsonl", "failed.jsonl"
+SUMMARY, ROWS, INPUTS = "summary.json", "facts.jsonl", "inputs.jsonl"
+FAILED, RIGHT = "failed.jsonl", "right.jsonl"
 FORMAT = 2  # version of the manifest's format
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
 LESSONS = "lessons.jsonl"  # what each fact was trained on
-RESULTS = (ROWS, INPUTS, LESSONS, FAILED, SUMMARY, "config.yaml", "logs/*.jsonl")  # files whose hashes `finish` records
+RESULTS = (
+    ROWS,
+    INPUTS,
+    LESSONS,
+    FAILED,
+    RIGHT,
+    SUMMARY,
+    "config.yaml",
+    "logs/*.jsonl",
+)  # files whose hashes `finish` records
 WITHOUT_EFFECT = ("checkpoint_minutes", "report_to")  # settings that may differ when a run is resumed
 LOCKS = (".lock", ".writer.json")  # exist while a process writes the run: its lock, and its id and host
 REMEDY = "Restore it from a backup"
