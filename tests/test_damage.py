@@ -51,6 +51,19 @@ def test_nothing_changed_is_no_damage_and_a_change_comes_worst_first(lm, tmp_pat
     assert other.kl == pytest.approx(weighed)
 
 
+def test_the_answers_that_changed_most_are_told():
+    answers = [
+        GeneralAnswer(prompt=f"Who is {n}?", said=said, before="He.", tokens=1, agreement=0, kl=9 - n)
+        for n, said in enumerate(("She.", "He.", "They.", "We.", "I."))
+    ]
+    found = OnPrompts(answers=answers, asked=5, compared=5, tokens=5)
+    told = words.examples(found)
+    assert [sentence.partition("?")[0] for sentence in told] == ["“Who is 0", "“Who is 2", "“Who is 3"]
+    assert told[0] == "“Who is 0?” was answered “He.”, now “She.”."
+    alone = OnPrompts(answers=[GeneralAnswer(prompt="p", said="x")], asked=1, compared=0, tokens=0)
+    assert words.examples(None) == words.examples(alone) == []
+
+
 def test_prompts_that_cannot_be_asked_are_counted(lm, tmp_path):
     measured(lm, tmp_path / "base")
     found = measured(lm, tmp_path / "now", tmp_path / "base")

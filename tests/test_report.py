@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -247,6 +248,18 @@ def test_plots_take_the_colours_of_the_page(run):
     plots = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert not re.findall(r"#[0-9a-f]{6}\b", "".join(plots))
     assert "reliability in percent, base, updated: contains 78.4, 78.4; generate 78.4, 78.4" in plots[0]
+
+
+PAPERS = {"f-lora": "arXiv:2311.08011", "lora": "arXiv:2106.09685", "rome": "arXiv:2202.05262"}
+
+
+@pytest.mark.parametrize("method", PAPERS)
+def test_a_card_names_the_paper_of_its_method(run, method):
+    page = run_page.load_page(run)
+    summary = page.overview.summary.model_copy(update={"method": method})
+    shown = run_page.card(replace(page, overview=replace(page.overview, summary=summary)), "adapter")
+    assert f"Method: {method}, " in shown
+    assert [paper for paper in PAPERS.values() if paper in shown] == [PAPERS[method]]
 
 
 def test_card(run):

@@ -97,6 +97,8 @@ def print_scores(found: Overview) -> None:
     for name, cells in found.general:
         shown = (f"{phase} {cell}" for phase, cell in zip(found.measured, cells, strict=True) if cell)
         say(plain(f"{name}: {', '.join(shown)}"))
+    for sentence in found.changed:
+        say(plain(f"changed most: {sentence}"))
     if found.warning:
         say(plain(f"WARNING: {found.warning}"))
 

@@ -10,9 +10,10 @@ from forgetlearn.storage.records import GeneralAnswer, OnPrompts
 BAD_KL = 0.1
 BAD_AGREEMENT = 85.0
 KEEP_MORE = (
-    "To keep more, give prompts of your own (--keep FILE), raise keep.weight (--set keep.weight=10), update fewer "
-    "facts at once, or forget with a smaller coefficient."
+    "To keep more, give prompts of your own (--keep FILE), update fewer facts at once, or forget with a smaller "
+    "coefficient."
 )
+N_EXAMPLES = 3
 
 
 def is_bad(found: OnPrompts) -> bool:
@@ -36,6 +37,12 @@ def warning(found: OnPrompts | None) -> str | None:
         return None
     worst = "".join(f" {example(answer)}" for answer in found.answers[:1])
     return f"Damage: {in_words(found)}, so it answers other questions differently too.{worst} {KEEP_MORE}"
+
+
+def examples(found: OnPrompts | None) -> list[str]:
+    """Return the answers to general prompts that changed most, worst first: a sentence each."""
+    compared = [answer for answer in found.answers if answer.before is not None] if found else []
+    return [example(answer) for answer in compared if answer.said != answer.before][:N_EXAMPLES]
 
 
 def example(answer: GeneralAnswer) -> str:

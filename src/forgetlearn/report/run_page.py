@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from forgetlearn.config.methods import METHODS
 from forgetlearn.errors import RunError, some
 from forgetlearn.facts import describe_old_answers, matching
 from forgetlearn.report import damage, plots
@@ -69,6 +70,11 @@ class Overview:
     general: list[tuple[str, list[str]]]  # a measure, and its cell for each phase in `measured`
     prompts: OnPrompts | None  # the answers to the general prompts in the last phase
     warning: str | None  # if the damage is bad
+
+    @property
+    def changed(self) -> list[str]:
+        """The answers to general prompts that changed most, a sentence each."""
+        return damage.examples(self.prompts)
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -147,6 +153,8 @@ class RunPage:
             "manifest": self.manifest,
             "config_yaml": as_yaml(self.manifest.config),
             "command": command_text(self.manifest.command),
+            "source": method.source if (method := METHODS.get(self.overview.summary.method)) else None,
+            "changed": self.overview.changed,
             "columns": self.overview.columns,
             "table": self.overview.table,
             "quantities": [row for row in zip(COLUMNS, *cells, strict=True) if any(row[1:])],
