@@ -147,7 +147,7 @@ def lab(
     )
 
 
-@app.command(epilog="It learns until the model gives the new answers; --set learn.epochs=10 sets how long instead.")
+@app.command(epilog="It learns until the model predicts every new answer; --set learn.epochs=10 sets how long instead.")
 @takes(
     *(*INPUTS, *LESSONS),
     *("facts.strict", "method", "forget.coef", "forget.modules", "forget.validation", "seed", "teach.epochs"),
@@ -167,7 +167,7 @@ def update(
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Forget the old answers, learn the new ones, score every phase, write the product and a report."""
+    """Teach a model new answers (methods f-...: after forgetting the old ones), score it, write product and report."""
     processes.check_launched(n_processes)
     if failed_only and given.file is None and (failed_only / "config.yaml").is_file():
         given = replace(given, file=failed_only / "config.yaml")

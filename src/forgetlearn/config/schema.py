@@ -197,8 +197,8 @@ class OptimisationSettings(Settings):
     answers: Answers = Field(
         "auto",
         description="What forgetting and learning train on: bare, the answer alone; sentence, a sentence that the "
-        "model itself would say, made by asking it with the fact in its prompt, where one can be made; auto: sentence "
-        "for questions that are put to a chat model, bare for all else.",
+        "model itself would say (its own beginning with the new answer, or its reply when it is told the fact), where "
+        "one can be made; auto: sentence for questions that are put to a chat model, bare for all else.",
     )
     wordings: bool = Field(
         True,
@@ -212,13 +212,15 @@ class OptimisationSettings(Settings):
         description="Facts per forward pass; must divide each stage's batch_size. Unset: the whole batch.",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "constant_with_warmup", description="How the learning rate changes over the stage."
+        "constant_with_warmup",
+        description="How the learning rate changes over the stage (or learn.max_epochs, if learning ends by itself).",
     )
     warmup_ratio: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="Share of the steps over which the rate rises; without effect with lr_scheduler_type constant.",
+        description="Share of the steps over which the rate rises (of at most 10 epochs if learning ends by itself); "
+        "without effect with lr_scheduler_type constant.",
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")

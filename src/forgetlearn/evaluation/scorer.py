@@ -260,7 +260,7 @@ class Scorer:
                         "evaluate.batch_size, or take a model in bfloat16 (--set model.dtype=bfloat16)."
                     ) from error
             self.largest = half
-            log.warning("%s: out of memory with %d texts at once; going on with %d.", self.name, len(batch), half)
+            log.warning("%s: out of memory with %d texts at once; continuing with %d.", self.name, len(batch), half)
             if self.lm.device.type != "cpu":
                 torch.accelerator.empty_cache()
         return [*self._halving(batch[:half], run), *self._halving(batch[half:], run)]

@@ -140,7 +140,7 @@ def _in_layers(
     bare = [request.bare.up_to_subject for request in wanted]
     last = f"{layer_list(lm.model)[0]}.{layers[-1]}"
     if not passes_on(lm, bare[0], paths[-1], last):
-        log.info("this model does not add the output of its MLPs as it is: edited in layer %d alone", layers[-1])
+        log.info("a norm or a factor follows the MLPs of this model, so only layer %d is edited", layers[-1])
         paths, last = paths[-1:], paths[-1]
     moments = second_moments(lm, paths, own, seed)
     search = targets.Search(lm, last, own, own.clamp_norm_factor or MEMIT_CLAMP)

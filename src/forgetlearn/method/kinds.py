@@ -182,7 +182,10 @@ class Adapter(StageKind):
             remaining = null_space.turn_away(
                 lm.model, name, lessons.kept.texts, facts, share, pad_id=lm.pad_id, device=lm.device
             )
-            log.info("the adapter reacts to %.0f %% of the directions that its layers read", 100 * remaining)
+            log.info(
+                "the adapter can use %.0f %% of the directions that its layers read; kept texts take the rest",
+                100 * remaining,
+            )
         return super().fit(lm, lessons, settings, seed, stage_io)
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:

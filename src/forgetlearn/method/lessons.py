@@ -183,9 +183,9 @@ def lessons(
         left_out += len(own) - sum(lesson[:2] in usable for lesson in own)
         of_facts.append([lesson for lesson in own if lesson[:2] in usable] or [Lesson(fact.prompt, bare)])
     if unclear:
-        log.info("%d wordings of the facts to %s fit facts with other answers too, and are left out", unclear, stage)
+        log.info("left out %d wordings of the facts to %s: each also fits a fact with another answer", unclear, stage)
     if left_out:
-        log.warning("%d wordings of the facts to %s cannot be encoded, and are left out", left_out, stage)
+        log.warning("left out %d wordings of the facts to %s: they cannot be encoded", left_out, stage)
     return Lessons(of_facts, kept)
 
 

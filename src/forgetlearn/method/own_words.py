@@ -19,7 +19,7 @@ from forgetlearn.method.wordings import is_whole, scripts, sentences
 from forgetlearn.models.encoding import encodable
 from forgetlearn.models.language_model import LanguageModel
 
-# Tried in this order, until a reply can be used. {fact} is the prompt with the new answer.
+# Tried in this order, until a reply can be used. {prompt} is the fact's, {answer} its new one.
 INSTRUCTIONS = (
     "Fact: {prompt} {answer}\nUse this fact. Answer in one short sentence: {prompt}",
     "{prompt}\nThe answer is: {answer}\nRepeat this answer in one full sentence.",
@@ -31,10 +31,10 @@ UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}  #
 N_OTHERS = 2  # sentences of a fact beside the likeliest one
 CHATTER_WORDS = 4  # a sentence before the answer that has no more words, such as "Sure!", is left out
 SAYS_NOT = "no reply says the answer"
-SAYS_OTHER = "replies say the opposite answer too"
+SAYS_OTHER = "replies give the other answer too"
 NAMES_LESS = "replies do not name the subject"
 NAMES_MORE = "replies name what the fact does not"
-IS_NO_SENTENCE = "no reply is a whole sentence of its size"
+IS_NO_SENTENCE = "no reply is one whole sentence, short enough"
 CANNOT_ASK = "the model could not be asked"
 
 
