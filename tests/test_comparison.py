@@ -82,6 +82,12 @@ def test_the_verdict_says_how_sure_it_is(difference, says):
     assert any(remark.startswith("2 comparisons with plain fine-tuning were made") for remark in remarks)
 
 
+def test_facts_that_a_row_did_not_learn_are_counted():
+    other = make_row("f-ft-coef1", 52.0).model_copy(update={"unlearned": 2})
+    _sentence, remarks = comparison_page.verdict(make_table(PLAIN, other))
+    assert "f-ft, coef 1: 2 facts were not learned when learning ended." in remarks
+
+
 def test_the_verdict_when_plain_fine_tuning_is_best():
     other = make_row("f-ft-coef1", 49.0, (-1.0, -3.0, 1.0, 0.3))
     sentence, _remarks = comparison_page.verdict(make_table(PLAIN, other))

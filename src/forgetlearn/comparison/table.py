@@ -66,7 +66,7 @@ class Group:
 
     def __init__(self, cells: Sequence[tuple[Cell, Path]]) -> None:
         ordered = sorted(cells, key=lambda item: item[0].seed)
-        self.first, first_folder = ordered[0]
+        self.first = ordered[0][0]
         tables: list[Scores] = []
         self.answers: list[CellAnswers] = []
         added: dict[str, float] = {}  # tokens, by fact
@@ -88,7 +88,9 @@ class Group:
         }
         self.scores: dict[Column, Floats] = self.phases["updated"]
         self.added_tokens = sum(added.values()) / len(added) if added else None
-        self.nothing_forgotten = Summary.load(first_folder / SUMMARY).nothing_forgotten
+        summaries = [Summary.load(folder / SUMMARY) for _cell, folder in ordered]
+        self.nothing_forgotten = summaries[0].nothing_forgotten
+        self.n_unlearned = len({fact for own in summaries if own.learning for fact in own.learning.unlearned})
 
 
 def _groups(path: Path, cells: Iterable[Cell]) -> dict[str, Group]:
@@ -147,6 +149,7 @@ def _row(group: Group, baselines: Mapping[Budget, Group], overall: Sequence[Colu
         scores={f"{q}.{p}": _estimate(scores) for (q, p), scores in group.scores.items()},
         forgotten=_forgotten(group),
         nothing_forgotten=group.nothing_forgotten,
+        unlearned=group.n_unlearned,
         added_tokens=group.added_tokens,
         against={
             budget: Against(

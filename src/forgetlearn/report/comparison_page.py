@@ -166,6 +166,12 @@ def _remarks(table: Table, row: TableRow | None) -> list[str]:
     remarks = _differences(row, table) if row else []
     whys = {own.sentence: own.example_line for each in table.rows if (own := each.nothing_forgotten)}
     remarks += [f"{why} ({example})" if example else why for why, example in whys.items()]
+    remarks += [
+        f"{table.name_of(each)}: {each.unlearned} fact{'s were' if each.unlearned > 1 else ' was'} not learned when "
+        "learning ended."
+        for each in table.rows
+        if each.unlearned
+    ]
     if count > 1:
         remarks.append(
             f"{count} comparisons with plain fine-tuning were made, and the best row was chosen on the very facts "
@@ -178,6 +184,7 @@ def _remarks(table: Table, row: TableRow | None) -> list[str]:
         f"differences: add {each.plain} to --methods."
         for each in table.unpaired
     ]
+    remarks.append("Only facts are scored here: an update by the method that you choose shows what else it changes.")
     return remarks
 
 

@@ -50,6 +50,7 @@ class TableRow(Part):
     scores: dict[str, Estimate | None]
     forgotten: Forgotten | None
     nothing_forgotten: NothingForgotten | None = None
+    unlearned: int = 0  # facts that some seed had not learned when its learning ended
     added_tokens: float | None = None  # mean number of tokens that the method adds to what the model is asked
     against: dict[str, Against]  # by budget
 
