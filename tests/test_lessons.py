@@ -180,7 +180,7 @@ def test_every_second_wording_is_taught_after_the_beginning_of_another_sentence(
     others = ["France has Lyon.", "Its capital, in France, is Lyon."]
     made = {"text": "It is Lyon.", "how": "sentence", "others": others}
     taught = Taught(fact=CAPITAL.id, stage="learn", prompt=CAPITAL.prompt, **made)
-    found = lessons.lessons(Material([taught]), [CAPITAL], "learn", load_config(None, {}), chat_lm.encoder)
+    found = lessons.of_stage(Material([taught]), [CAPITAL], "learn", load_config(None, {}), chat_lm.encoder)
     own, *rest = found.of_facts[0]
     assert own == Lesson(CAPITAL.prompt, "It is Lyon.")
     assert {lesson for lesson in rest if lesson.prompt == CAPITAL.prompt} == {own}
@@ -322,7 +322,7 @@ def test_what_is_made_is_read_back_and_kept_with_the_bases_tokens(chat_lm, tmp_p
     assert [top.logprobs.tolist() for top in again.tops] == [top.logprobs.tolist() for top in made.tops]
     assert set(made.kept_counts) == {"general prompts", "general questions", "reworded general prompts"}
     assert lessons.counts(made.taught)["learn"].how == {"bare": 3}
-    found = lessons.lessons(again, [CAPITAL, PERSON, long], "learn", config, chat_lm.encoder)
+    found = lessons.of_stage(again, [CAPITAL, PERSON, long], "learn", config, chat_lm.encoder)
     assert [len(top.ids) for top in found.kept.tops] == [len(text.answer_ids) for text in found.kept.texts]
     assert found.of_facts[2] == [Lesson(long.prompt, long.target_new)]
     assert [own[0].prompt for own in found.of_facts] == [CAPITAL.prompt, PERSON.prompt, long.prompt]
@@ -342,15 +342,15 @@ def test_a_plain_recipe_asks_nothing_and_changes_nothing(chat_lm):
     for recipe in ("plain", "paper"):
         config = load_config(None, {"recipe": recipe})
         assert not lessons.asks_base(config, chat_lm.encoder)
-        assert lessons.lessons(lessons.Material(), [CAPITAL], "learn", config, chat_lm.encoder) is None
+        assert lessons.of_stage(lessons.Material(), [CAPITAL], "learn", config, chat_lm.encoder) is None
 
 
 def test_rephrasings_are_trained_only_to_learn_and_if_they_are_asked_for(lm):
     fact = replace(CAPITAL, rephrase_prompts=("Name the capital of France.",))
     config = load_config(None, {"recipe": "plain", "learn.rephrasings": True})
-    learned = lessons.lessons(lessons.Material(), [fact], "learn", config, lm.encoder)
+    learned = lessons.of_stage(lessons.Material(), [fact], "learn", config, lm.encoder)
     assert [lesson.prompt for lesson in learned.of_facts[0]] == list(fact.prompts)
-    assert lessons.lessons(lessons.Material(), [fact], "forget", config, lm.encoder) is None
+    assert lessons.of_stage(lessons.Material(), [fact], "forget", config, lm.encoder) is None
 
 
 GENERAL = {"evaluate.general_prompts": False}
@@ -455,7 +455,7 @@ def test_a_wording_that_fits_two_facts_is_left_out(chat_lm):
     whats, places = ("capital", "currency", "anthem", "area", "flag"), ("Peru", "Fiji", "Mali", "Oman", "Cuba", "Laos")
     asked = [(f"What is the {what} of {where}?", where) for where in places for what in whats]
     facts = [make_fact(prompt, f"answer {n}", subject=where) for n, (prompt, where) in enumerate(asked)]
-    found = lessons.lessons(Material(), facts, "learn", load_config(None, {}), chat_lm.encoder).of_facts
+    found = lessons.of_stage(Material(), facts, "learn", load_config(None, {}), chat_lm.encoder).of_facts
     answers = {}
     for own in found:
         for lesson in own:
@@ -466,7 +466,7 @@ def test_a_wording_that_fits_two_facts_is_left_out(chat_lm):
 
 
 def _of(fact, lm):
-    return lessons.lessons(Material(), [fact], "learn", load_config(None, {}), lm.encoder).of_facts[0]
+    return lessons.of_stage(Material(), [fact], "learn", load_config(None, {}), lm.encoder).of_facts[0]
 
 
 def test_a_name_stays_where_no_subject_is_given(chat_lm):
@@ -484,7 +484,7 @@ def test_an_unfinished_sentence_is_shortened_in_its_order_for_chats_alone(chat_l
     config = load_config(None, {})
     taught = {
         asked.encoder.is_chat: {
-            lesson.prompt for lesson in lessons.lessons(Material(), [fact], "learn", config, asked.encoder).of_facts[0]
+            lesson.prompt for lesson in lessons.of_stage(Material(), [fact], "learn", config, asked.encoder).of_facts[0]
         }
         for asked in (chat_lm, lm)
     }

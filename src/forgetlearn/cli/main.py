@@ -20,8 +20,8 @@ from forgetlearn.cli import weights
 from forgetlearn.cli.options import (
     HELP,
     INPUTS,
-    LESSONS,
     READING,
+    TRAINED_ON,
     Given,
     JsonOption,
     OutputOption,
@@ -149,7 +149,7 @@ def lab(
 
 @app.command(epilog="It learns until the model predicts every new answer; --set learn.epochs=10 sets how long instead.")
 @takes(
-    *(*INPUTS, *LESSONS),
+    *(*INPUTS, *TRAINED_ON),
     *("facts.strict", "method", "forget.coef", "forget.modules", "forget.validation", "seed", "teach.epochs"),
     *("model.shard", "train.deepspeed", "evaluate.max_damage", "evaluate.general", "evaluate.tasks", "report_to"),
 )
@@ -191,7 +191,7 @@ def update(
 
 
 @app.command()
-@takes(*INPUTS, *LESSONS, "method", "forget.coef", "teach.epochs")
+@takes(*INPUTS, *TRAINED_ON, "method", "forget.coef", "teach.epochs")
 def plan(
     given: Given,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices that share the work.")] = 1,
@@ -222,7 +222,7 @@ def plan(
 
 
 @app.command()
-@takes(*INPUTS, *LESSONS)
+@takes(*INPUTS, *TRAINED_ON)
 def compare(
     given: Given,
     output: OutputOption,

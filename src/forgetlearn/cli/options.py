@@ -46,7 +46,7 @@ FLAGS: Mapping[str, str] = {
     "report_to": "--report-to",
 }
 READING = ("facts.old_from", "facts.limit", "facts.columns", "facts.aliases")  # how a file of facts is read
-LESSONS = ("recipe", "train.answers", "learn.rephrasings", "keep.source")  # what is trained on
+TRAINED_ON = ("recipe", "train.answers", "learn.rephrasings", "keep.source")  # what is trained on
 INPUTS = ("model.name", "facts.source", *READING, "model.prompt_template")
 # The default is shown unless it only says that nothing is set.
 HELP = {

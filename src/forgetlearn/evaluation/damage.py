@@ -24,7 +24,7 @@ from forgetlearn.runtime import processes
 from forgetlearn.storage.records import GeneralAnswer, OnPrompts, load_rows, save_rows
 
 ROOM = Room(tokens=24, lines=24)  # of an answer
-KEPT = 1024  # likeliest tokens of the base at each place; the others count as one
+N_LIKELIEST = 1024  # likeliest tokens of the base at each place; the others count as one
 ANSWERS, LIKELIEST = "answers.jsonl", "answers.safetensors"
 
 
@@ -45,7 +45,7 @@ def measure(
     if before is None:
         replies = scorer.say(prompts, dict.fromkeys(prompts, ROOM))
         own = [_own_answer(prompt, replies[prompt]) for prompt in prompts]
-        top = scorer.top(_texts(lm.encoder, own), KEPT)
+        top = scorer.top(_texts(lm.encoder, own), N_LIKELIEST)
         processes.on_main(lambda: _keep(folder, own, list(top.values())))
         return OnPrompts(asked=len(prompts), compared=0, tokens=0, answers=own)
     base = load_rows(GeneralAnswer, before / ANSWERS)

@@ -1,7 +1,7 @@
 """Decide what the stages train on: each fact's text, its wordings, and what the model is to say as before.
 
 The base is asked once (`make`). What it said is kept in a folder (`Material`), so that a resumed run, and every cell of
-a comparison, trains on the same texts. `lessons` then makes from it what a stage trains on.
+a comparison, trains on the same texts. `of_stage` then makes from it what a stage trains on.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.runtime import processes
 from forgetlearn.storage.records import KeptText, Row, StageLessons, Taught, load_rows, save_rows
+from forgetlearn.storage.run_folder import LESSONS
 from forgetlearn.training.schedule import Kept
 
 log = logging.getLogger("forgetlearn")
-TAUGHT, KEPT, TOPS = "lessons.jsonl", "kept.jsonl", "kept.safetensors"
+KEPT, TOPS = "kept.jsonl", "kept.safetensors"
 UNFINISHED = "the prompt is an unfinished sentence"
 SENTENCE, OWN_WORDS, BARE = "sentence", "own words", "bare"
 
@@ -46,7 +47,7 @@ class Material:
 
     def save(self, folder: Path) -> None:
         """Write the material to a folder. Only the main process writes."""
-        save_rows(self.taught, folder / TAUGHT)
+        save_rows(self.taught, folder / LESSONS)
         save_rows(self.kept, folder / KEPT)
         if self.tops:
             processes.on_main(lambda: top_logprobs.save(self.tops, folder / TOPS))
@@ -55,7 +56,7 @@ class Material:
     def load(cls, folder: Path) -> Material:
         """Return what `save` wrote. Without the likeliest tokens, which a finished run removes, nothing is kept."""
         tops = top_logprobs.load(folder / TOPS) if (folder / TOPS).is_file() else []
-        return cls(load_rows(Taught, folder / TAUGHT), load_rows(KeptText, folder / KEPT), tops)
+        return cls(load_rows(Taught, folder / LESSONS), load_rows(KeptText, folder / KEPT), tops)
 
     @property
     def kept_counts(self) -> dict[str, int]:
@@ -153,7 +154,7 @@ def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict
     return prompts | dict.fromkeys(keeping.own_prompts(config.keep, facts), keeping.OWN)
 
 
-def lessons(
+def of_stage(
     material: Material, facts: Sequence[Fact], stage: StageName, config: RunConfig, encoder: Encoder
 ) -> Lessons | None:
     """Return what a stage trains on, fact by fact; None if that is each fact's prompt with its bare answer alone.

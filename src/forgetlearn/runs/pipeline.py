@@ -138,7 +138,7 @@ class Pipeline:
             self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
 
     def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
-        return lessons.lessons(self.material, facts, stage.name, self.config, self.lm.encoder)
+        return lessons.of_stage(self.material, facts, stage.name, self.config, self.lm.encoder)
 
     def _as_scored(self, fact: Fact) -> Fact:
         """Return a fact as it is scored: without its rephrasings if they are trained on."""
