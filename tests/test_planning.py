@@ -336,3 +336,14 @@ def test_the_program_for_a_gpu_runs_tiny(shared_data, tmp_path):
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert {"lora: training", "scoring, batches", "f-lora: learn", "f-ft: learn"} <= rows.keys()
     assert not [name for name in rows if "failed" in name or "not" in name]
+
+
+@pytest.mark.slow
+def test_the_program_that_reproduces_the_paper_on_a_gpu_runs_tiny(shared_data, tmp_path):
+    program = Path(__file__).parents[1] / "bench/gpu/paper.py"
+    flags = ["--zsre", str(shared_data("zsre.json")), "--scratch", str(tmp_path / "scratch"), "--shape", "tiny"]
+    flags += ["--limit", "6", "--parts", "table1,table3", "--output", str(tmp_path / "gpu.json")]
+    subprocess.run([sys.executable, str(program), *flags], check=True, timeout=300, capture_output=True)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {"planned time, s", "table1, s", "table3, s"} <= rows.keys()
+    assert (tmp_path / "scratch/paper/paper.html").is_file()

@@ -52,6 +52,29 @@ BATCH = {"7b": 128, "tiny": 8}
 SHARE = {"all weights": 0.12, "lora": 0.1, "scoring": 0.12, "arithmetic": 0.08, "f-lora": 0.28, "f-ft": 0.3}
 
 
+def shape_of(name: str, tokenizer: Any, dtype: torch.dtype) -> LlamaConfig:
+    """The config of a model of this shape, with a vocabulary that has room for the tokenizer's."""
+    return LlamaConfig(
+        vocab_size=max(32000 if name == "7b" else 0, len(tokenizer)),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=dtype,
+        **SHAPES[name],
+    )
+
+
+def random_model(shape: LlamaConfig, device: torch.device) -> LlamaForCausalLM:
+    """A model of random weights, made on the device, in the config's dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(shape.dtype)
+    try:
+        with device:
+            return LlamaForCausalLM(shape)
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Bench:
     """The parts; each fills `rows`, name -> value and unit."""
 
@@ -62,14 +85,7 @@ class Bench:
         n_facts, self.n_stage, self.n_scored, self.n_alone = SIZES[args.shape]
         self.facts = read_facts(args.facts, limit=args.limit or n_facts)
         self.tokenizer = tokenizer_of(self.facts, 32000)
-        self.shape = LlamaConfig(
-            vocab_size=max(32000 if args.shape == "7b" else 0, len(self.tokenizer)),
-            bos_token_id=None,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            dtype=self.half,
-            **SHAPES[args.shape],
-        )
+        self.shape = shape_of(args.shape, self.tokenizer, self.half)
         self.rate = 0.0  # of matrix products, FLOP/s
 
     def row(self, name: str, value: float | str, unit: str = "") -> None:
@@ -87,14 +103,7 @@ class Bench:
     def model(self) -> LanguageModel:
         """A fresh one."""
         self.clear()
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.half)
-        try:
-            with self.device:
-                model = LlamaForCausalLM(self.shape)
-        finally:
-            torch.set_default_dtype(before)
-        return wrap(model.eval(), self.tokenizer)
+        return wrap(random_model(self.shape, self.device).eval(), self.tokenizer)
 
     def config(self, method: str, micro: int | None = None) -> RunConfig:
         size, dtype = BATCH[self.args.shape], "bfloat16" if self.device.type == "cuda" else "float32"
