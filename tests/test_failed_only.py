@@ -89,6 +89,7 @@ def test_settings_are_the_runs_unless_given(run):
     again = go_on_from(run, {"learn": {"batch_size": 3}}, None, None)
     assert (again.method, again.learn.epochs, again.learn.batch_size) == ("f-ft", 1, 3)
     assert not go_on_from(run, None, None, None).evaluate.every_phase
+    assert go_on_from(run, {"recipe": "plain"}, None, None).method == "lora"
     assert go_on_from(run, load_config(None, {}), None, None).method == "lora"
 
 

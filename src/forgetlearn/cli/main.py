@@ -169,8 +169,9 @@ def update(
 ) -> None:
     """Teach a model new answers (methods f-...: after forgetting the old ones), score it, write product and report."""
     processes.check_launched(n_processes)
-    if failed_only and given.file is None and (failed_only / "config.yaml").is_file():
-        given = replace(given, file=failed_only / "config.yaml")
+    if failed_only and given.file is None and "recipe" not in given.values:
+        of_run = failed_only / "config.yaml"
+        given = replace(given, file=of_run if of_run.is_file() else None)
     config = given.config("update")
     from forgetlearn.report.run_page import overview
     from forgetlearn.runs.update import update as run_update

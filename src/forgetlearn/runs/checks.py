@@ -57,9 +57,9 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
 def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, facts: object) -> RunConfig:
     """Return the config of an update of the facts that a finished run got wrong, its `failed.jsonl`.
 
-    Settings that are not given are the run's. The facts are replaced, and, unless a model is given, so is the model, by
-    the run's product. An adapter is merged into its base first, to the run's folder `merged`. What the run got right is
-    kept, unless `keep.source` is given.
+    Settings that are not given are the run's, or those of a recipe that is given. The facts are replaced, and, unless a
+    model is given, so is the model, by the run's product. An adapter is merged into its base first, to the run's folder
+    `merged`. What the run got right is kept, unless `keep.source` is given.
 
     Raises:
         ConfigError: facts are given too, or the product is an adapter whose base is gone.
@@ -81,7 +81,8 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
         )
     recorded = validate(RunConfig, run.manifest.config, where=str(run.path))
     if not isinstance(config, RunConfig):
-        config = validate(RunConfig, below(run.manifest.config, config or {}))
+        config = config or {}
+        config = validate(RunConfig, config if "recipe" in config else below(run.manifest.config, config))
     # The file is of the project's own form, however the run's own file was to be read.
     old_from = tuple(policy for policy in config.facts.old_from if policy != "pred") or ("answers",)
     read_as: dict[str, object] = {"source": str(file), "old_from": old_from, "columns": {}, "aliases": None}
