@@ -156,7 +156,10 @@ def neighbours(facts: Sequence[Fact]) -> list[str]:
     neither has a question: there they cost generality and kept little. The draw depends on the texts alone, so that it
     is the same with every seed.
     """
-    named = (fact for fact in facts if _kind(fact) and is_unfinished(fact.prompt))
+    unfinished = [fact for fact in facts if is_unfinished(fact.prompt)]
+    named = [fact for fact in unfinished if _kind(fact)]
+    if nameless := len(unfinished) - len(named):
+        log.info("%d unfinished sentences have no neighbours to keep: they do not contain the field subject", nameless)
     asked = sorted(named, key=lambda fact: hashlib.sha256(fact.id.encode()).digest())
     kinds: dict[str, set[str]] = {}  # what is asked about each subject: words of all its facts
     for fact in facts:
