@@ -70,8 +70,8 @@ def test_retrieval_shows_the_nearest_of_all_facts_whichever_fact_is_asked_about(
     assert all(fact.prompt == prompt for prompt, fact in found.items())
     stranger = make_fact("Who rules Oz?", "x", rephrase_prompts=[FACTS[1].prompt], locality=[Probe("Who?", "me")])
     (shown,) = asked("retrieval", lm, scored=[stranger])
-    assert shown.prompts == tuple(in_context.behind(fact, fact.prompt) for fact in FACTS)
-    assert shown.locality[0].prompt in {in_context.behind(fact, "Who?") for fact in FACTS}
+    assert shown.prompts == tuple(in_context.with_fact(fact, fact.prompt) for fact in FACTS)
+    assert shown.locality[0].prompt in {in_context.with_fact(fact, "Who?") for fact in FACTS}
     (alone,) = asked("retrieval", lm, FACTS[:1])
     assert in_context.questions(alone) == in_context.questions(asked("in context", lm)[0])
 
@@ -199,7 +199,7 @@ def test_the_table_and_its_pages_say_what_it_costs(filled, small_lab, capsys):
     longer = []  # by fact, each of which counts once, whatever is asked about it
     for fact in facts:
         lengths = [
-            [len(encoder.prompt_ids(text)) for text in (asked, in_context.behind(fact, asked))]
+            [len(encoder.prompt_ids(text)) for text in (asked, in_context.with_fact(fact, asked))]
             for asked in in_context.questions(fact)
         ]
         longer.append(sum(shown - bare for bare, shown in lengths) / len(lengths))

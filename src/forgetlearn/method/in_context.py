@@ -30,17 +30,17 @@ log = logging.getLogger("forgetlearn")
 AT_ONCE = 1000  # prompts that are compared with all facts at once
 
 
-def behind(fact: Fact, asked: str) -> str:
+def with_fact(fact: Fact, asked: str) -> str:
     """Return what is asked, preceded by a fact with its new answer."""
     return f"New information: {fact.prompt} {fact.target_new}\n\n{asked}"
 
 
-def behind_own(facts: Iterable[Fact]) -> list[Fact]:
+def with_own_fact(facts: Iterable[Fact]) -> list[Fact]:
     """Return the facts, with everything that is asked about each preceded by that fact itself."""
-    return [_reworded(fact, partial(behind, fact)) for fact in facts]
+    return [_reworded(fact, partial(with_fact, fact)) for fact in facts]
 
 
-def behind_nearest(
+def with_nearest_fact(
     lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
 ) -> list[Fact]:
     """Return the scored facts, with everything that is asked about each preceded by the nearest of all `facts`.
@@ -50,7 +50,9 @@ def behind_nearest(
     found = nearest(lm, facts, (asked for fact in scored for asked in questions(fact)), settings)
     own = [(found[asked].id == fact.id, asked) for fact in scored for asked in fact.prompts if asked in found]
     log.info("retrieval: %d of %d prompts are nearest to their own fact", sum(is_own for is_own, _ in own), len(own))
-    return [_reworded(fact, lambda asked: behind(found[asked], asked) if asked in found else asked) for fact in scored]
+    return [
+        _reworded(fact, lambda asked: with_fact(found[asked], asked) if asked in found else asked) for fact in scored
+    ]
 
 
 def nearest(

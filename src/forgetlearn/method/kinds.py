@@ -319,7 +319,7 @@ class InContext(StageKind):
         self, lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
     ) -> list[Fact]:
         """Return the scored facts, with each preceding everything that is asked about it."""
-        return in_context.behind_own(scored)
+        return in_context.with_own_fact(scored)
 
 
 class Retrieval(InContext):
@@ -329,7 +329,7 @@ class Retrieval(InContext):
         self, lm: LanguageModel, facts: Sequence[Fact], scored: Sequence[Fact], settings: EvaluateSettings
     ) -> list[Fact]:
         """Return the scored facts, with the nearest of `facts` before everything that is asked."""
-        return in_context.behind_nearest(lm, facts, scored, settings)
+        return in_context.with_nearest_fact(lm, facts, scored, settings)
 
 
 STAGE_KINDS: Mapping[KindName, StageKind] = {
