@@ -249,7 +249,7 @@ def test_impossible_comparisons_are_refused(changes, message):
 
 
 def test_the_recipe_of_the_paper_is_compared_without_its_teaching(small_lab, facts, tmp_path, caplog):
-    recipe = {"recipe": "paper", "model": {"prompt_template": "plain"}, "facts": {"old_from": "answers"}}
+    recipe = {"recipe": "paper", "model": {"prompt_template": "plain"}, "learn": {"epochs": 3}}
     with caplog.at_level("INFO", "forgetlearn"):
         begun = {"output": tmp_path / "out", "resume": False, "overwrite": False}
         comparison, _lm = grid.begin(small_lab, facts, SETTINGS, recipe, **begun)

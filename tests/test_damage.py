@@ -159,7 +159,7 @@ def test_an_adapter_is_compared_with_its_own_base(small_lab, tmp_path):
 @pytest.mark.parametrize(
     ("agreement", "kl", "bad"), [(99.0, 0.01, False), (85.0, 0.1, False), (84.9, 0.05, True), (90.0, 0.11, True)]
 )
-def test_bad_damage_is_a_warning_with_the_worst_example(updated, agreement, kl, bad, capsys):
+def test_bad_damage_is_a_warning(updated, agreement, kl, bad, capsys):
     answer = GeneralAnswer(prompt="The capital of France?", before="Paris", said="Lyon\n" + "x" * 200, kl=kl)
     found = OnPrompts(asked=2, compared=2, tokens=9, agreement=agreement, kl=kl, answers=[answer])
     assert words.is_bad(found) == bad
@@ -167,8 +167,11 @@ def test_bad_damage_is_a_warning_with_the_worst_example(updated, agreement, kl, 
     shown = overview(updated.summary.model_copy(update={"general": general}))
     assert (shown.warning is not None) == bad
     if bad:
-        assert "“The capital of France?” was answered “Paris”, now “Lyon xx" in shown.warning
-        assert len(shown.warning.splitlines()) == 1
+        assert "--keep FILE" not in shown.warning  # nothing was kept by this run
+        assert "--keep FILE" in words.warning(found, kept=True)
+    (sentence,) = shown.changed
+    assert sentence.startswith("“The capital of France?” was answered “Paris”, now “Lyon xx")
+    assert len(sentence.splitlines()) == 1
 
 
 def test_without_probes_the_verdict_mentions_the_general_prompts(updated):

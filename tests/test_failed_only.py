@@ -21,6 +21,7 @@ from forgetlearn.runs.update import update
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Row
 from forgetlearn.storage.run_folder import RunFolder
+from written_by_hand import change_manifest
 
 QUICK = {"learn.epochs": 1, "forget.epochs": 1, "evaluate.every_phase": False, "facts.limit": 3}
 
@@ -81,16 +82,47 @@ def test_what_is_not_learned_is_named_and_learned_by_another_run(small_lab, tmp_
     assert disk.read_rows(tmp_path / "second/failed.jsonl") == []
     assert "not learned" not in capsys.readouterr().out
     assert [fact.prompt for fact in read_facts(tmp_path / "first/right.jsonl")] == [held[0].prompt, held[1].prompt]
-    keep = RunFolder.open(tmp_path / "second").manifest.config["keep"]
-    assert keep["source"] == str(tmp_path / "first/right.jsonl")
 
 
-def test_settings_are_the_runs_unless_given(run):
+def test_settings_are_the_runs_unless_given(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
     again = go_on_from(run, {"learn": {"batch_size": 3}}, None, None)
     assert (again.method, again.learn.epochs, again.learn.batch_size) == ("f-ft", 1, 3)
     assert not go_on_from(run, None, None, None).evaluate.every_phase
+    change_manifest(run, lambda manifest: manifest["config"]["learn"].update(until="learned"))
+    assert go_on_from(run, {}, None, None).learn.until == "learned"
+    assert go_on_from(run, {"learn": {"epochs": 7}}, None, None).learn.until == "epochs"
     assert go_on_from(run, {"recipe": "plain"}, None, None).method == "lora"
     assert go_on_from(run, load_config(None, {}), None, None).method == "lora"
+
+
+def test_what_belongs_to_the_base_or_was_taught_is_not_taken_over(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    of_base = {"base_model_id": "org/base", "revision": "main"}
+    change_manifest(run, lambda manifest: manifest["config"]["model"].update(of_base))
+    change_manifest(run, lambda manifest: manifest["config"]["teach"].update(epochs=2))
+    again = go_on_from(run, {"teach": {"batch_size": 3}}, None, None)
+    assert (again.model.base_model_id, again.model.revision, again.teach.epochs) == (None, None, 0)
+    assert go_on_from(run, {"model": {"base_model_id": "org/own"}}, None, None).model.base_model_id == "org/own"
+    assert go_on_from(run, {"teach": {"epochs": 1}}, None, None).teach.epochs == 1
+
+
+def test_what_earlier_runs_got_right_is_kept(run, tmp_path, caplog):
+    changed = shutil.copytree(run, tmp_path / "run")
+    disk.write_rows(changed / "right.jsonl", [{"prompt": "Who is he?", "target_new": "x"}])
+    RunFolder.open(changed).finish()
+    right = str(changed / "right.jsonl")
+    given = {"recipe": "default", "keep": {"facts": ["older.jsonl"]}}
+    assert go_on_from(changed, given, None, None).keep.facts == ("older.jsonl", right)
+    assert go_on_from(changed, {"recipe": "plain"}, None, None).keep.facts == ()
+    assert "may change" in caplog.text
+
+
+def test_the_command_takes_the_runs_settings(run, tmp_path):
+    argv = ["update", "--failed-only", str(run), "--set", "learn.batch_size=1", "--output", str(tmp_path / "out")]
+    assert main(argv) == 0
+    config = RunFolder.open(tmp_path / "out").manifest.config
+    assert (config["method"], config["learn"]["batch_size"]) == ("f-ft", 1)
 
 
 def test_nothing_to_go_on_with_is_an_error(run, small_lab, tmp_path):

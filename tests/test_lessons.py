@@ -269,16 +269,22 @@ def test_general_prompts_that_a_fact_without_a_subject_changes_are_not_kept():
     same = next(each for each in general_prompts.keeping() if isinstance(each, str))
     assert same in left_out(f" {same.upper()}")
     assert left_out("What is the chemical symbol for red gold?") == {"What is the chemical symbol for gold?"}
+    assert "What is the chemical symbol for gold?" in left_out("The chemical symbol for gold is")
     assert left_out("What is it?") == set()
 
 
-def test_prompts_that_are_scored_are_not_kept(tmp_path, caplog, monkeypatch):
+def test_prompts_that_are_scored_are_not_kept(lm, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(general_prompts, "measuring", lambda: ["What is a sieve?"])
     (tmp_path / "a.txt").write_text("Who are you?\nwhere is Rome\nWhat is a sieve?\n")
     fact = replace(CAPITAL, locality=(Probe("Where is Rome?", "Italy"),))
-    settings = load_config(None, {"keep.source": str(tmp_path / "a.txt")}).keep
-    assert keeping.own_prompts(settings, [fact]) == ("Who are you?",)
-    assert caplog.records[0].args == (2, 3)
+    disk.write_rows(tmp_path / "b.jsonl", [{"prompt": "what is the capital of France", "target_new": "x"}])
+    disk.write_rows(tmp_path / "c.jsonl", [{"prompt": "Who is he?", "target_new": "x"}])
+    earlier = [str(tmp_path / name) for name in ("b.jsonl", "c.jsonl")]
+    config = load_config(None, {"keep.source": str(tmp_path / "a.txt"), "keep.facts": earlier})
+    kept = lessons._to_keep([fact], config, lm.encoder)
+    assert [prompt for prompt, kind in kept.items() if kind == keeping.OWN] == ["Who are you?"]
+    assert [prompt for prompt, kind in kept.items() if kind == keeping.EARLIER] == ["Who is he?"]
+    assert caplog.records[-1].args == ("2 prompts of keep.source",)
 
 
 @pytest.mark.parametrize("name", ["none.txt", "empty.txt", "latin.txt", "bad.json", "same.txt", "same.jsonl"])

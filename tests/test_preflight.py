@@ -245,12 +245,12 @@ def test_what_has_no_effect_with_the_rest_is_said(caplog):
 
 
 def test_what_has_no_effect_on_any_row_of_a_comparison_is_said(caplog):
-    given = {"edit.steps": 3, "lora.r": 4}
+    given = {"edit.steps": 3, "lora.r": 4, "forget.rows": "facts"}
     configs = [load_config(None, {**given, "method": method}) for method in ("ft", "lora", "rome")]
     preflight.warn_of_idle(configs, given)
     assert not caplog.records
-    preflight.warn_of_idle(configs[:2], given)
-    assert [record.args[0] for record in caplog.records] == ["edit.steps"]
+    preflight.warn_of_idle(configs[:2], given | {"forget.rows": "facts"})
+    assert [record.args[0] for record in caplog.records] == ["forget.rows", "edit.steps"]
 
 
 def test_settings_that_win_over_the_recipe_are_named_once(caplog):

@@ -50,16 +50,22 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}; {machine()}; {args.limit} facts, {args.model or f'random weights, shape {args.shape}'}")
-    found = {}
-    for row, value in rows(args, device):
+    before = json.loads(args.output.read_text()) if args.output and args.output.is_file() else {"rows": {}}
+    found: dict[str, float | str] = before["rows"]
+    done = {row.removesuffix(", s") for row in found}
+    args.parts = ",".join(part for part in args.parts.split(",") if part not in done)
+    for row, value in rows(args, device, found.get("optimiser")):
         found[row] = value
         print(f"{row:40} {value:,.3g}" if isinstance(value, float) else f"{row:40} {value}", flush=True)
         if args.output:
             args.output.write_text(json.dumps({"device": name, "machine": machine(), "rows": found}, indent=2))
 
 
-def rows(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, float | str]]:
+def rows(
+    args: argparse.Namespace, device: torch.device, optimiser: float | str | None
+) -> Iterator[tuple[str, float | str]]:
     """Yield the plan, then each part with its seconds and its peak memory, until the time is over."""
+    parts = tuple(part for part in args.parts.split(",") if part)
     ends = time.monotonic() + 60 * args.minutes
     asked: dict[str, Any] = {
         "model": args.model or random_folder(args, device),
@@ -67,15 +73,17 @@ def rows(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, 
         "counterfact": args.counterfact,
         "config": {"facts": {"limit": args.limit}, "model": {"prompt_template": "plain"}},
     }
-    for optimiser in OPTIMISERS:
-        asked["config"]["train"] = {"optim": optimiser, "dtype": "bfloat16" if device.type == "cuda" else "float32"}
-        plan = plan_paper(**asked, settings=PaperSettings(seeds=(0,)))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the memory that is free decides what fits
+    for tried in (optimiser,) if optimiser else OPTIMISERS:
+        asked["config"]["train"] = {"optim": tried, "dtype": "bfloat16" if device.type == "cuda" else "float32"}
+        plan = plan_paper(**asked, settings=PaperSettings(seeds=(0,), only=parts))
         if plan.fits is not False:
             break
-    yield "optimiser", optimiser
+    yield "optimiser", str(tried)
     yield "planned peak, GB", plan.peak_bytes / GB
     yield "planned time, s", plan.seconds or "not known"
-    for part in args.parts.split(","):
+    for part in parts:
         left = ends - time.monotonic()
         if left <= 0:
             yield f"{part}: not begun", "the time is over"

@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -158,10 +158,7 @@ def update(
     output: OutputOption,
     failed_only: Annotated[
         Path | None,
-        typer.Option(
-            "--failed-only",
-            help="Go on with what this finished run got wrong, on its product, with its settings.",
-        ),
+        typer.Option("--failed-only", help="Update this run's product on the facts that it got wrong, as it did."),
     ] = None,
     n_processes: ProcessesOption = None,
     resume: ResumeOption = False,
@@ -169,23 +166,17 @@ def update(
 ) -> None:
     """Teach a model new answers (methods f-...: after forgetting the old ones), score it, write product and report."""
     processes.check_launched(n_processes)
-    if failed_only and given.file is None and "recipe" not in given.values:
-        of_run = failed_only / "config.yaml"
-        given = replace(given, file=of_run if of_run.is_file() else None)
-    config = given.config("update")
     from forgetlearn.report.run_page import overview
+    from forgetlearn.runs.checks import go_on_from
     from forgetlearn.runs.update import update as run_update
 
+    if failed_only:
+        model, facts = given.flag("model.name"), given.flag("facts.source")
+        config = given.checked("update", go_on_from(failed_only, given.settings, model, facts))
+    else:
+        config = given.config("update")
     with signals.handled():
-        result = run_update(
-            given.flag("model.name") if failed_only else None,
-            given.flag("facts.source") if failed_only else None,
-            config,
-            output=output,
-            failed_only=failed_only,
-            resume=resume,
-            overwrite=overwrite,
-        )
+        result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
     shown = overview(result.summary)
     print_scores(shown)
     say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
@@ -259,7 +250,7 @@ def compare(
         raise ConfigError("learn.epochs: not used by compare with --epochs. Leave one of them out.")
     if slurm_setting and not slurm:
         raise ConfigError("--slurm-set needs --slurm: it configures the submitted jobs.")
-    from forgetlearn.comparison.cells import CompareSettings, cell_config, cells_of
+    from forgetlearn.comparison.cells import CompareSettings, cell_config, cells_of, without_teaching
     from forgetlearn.comparison.grid import fill
     from forgetlearn.comparison.slurm import Jobs, fill_on_cluster
     from forgetlearn.comparison.table import write_table
@@ -274,8 +265,9 @@ def compare(
         asked["variants"] = read_yaml(variants, "--variants")
     file = str(variants) if variants else None
     settings = validate(CompareSettings, asked, where=file, elsewhere=frozenset(lists))
-    cells = cells_of(settings, config)
-    preflight.warn_of_idle([cell_config(config, cell, settings.variants) for cell in cells], given.values)
+    untaught = without_teaching(config)
+    cells = [cell_config(untaught, cell, settings.variants) for cell in cells_of(settings, untaught)]
+    preflight.warn_of_idle(cells, given.values)
     if slurm:
         jobs = Jobs(workers, parse_assignments(slurm_setting or [], "--slurm-set"))
         fill_on_cluster(jobs, settings=settings, config=config, output=output, resume=resume, overwrite=overwrite)

@@ -13,7 +13,7 @@ import typer
 
 from forgetlearn.config import preflight
 from forgetlearn.config.base import describe, locate, parse_assignments
-from forgetlearn.config.schema import RunConfig, load_config
+from forgetlearn.config.schema import RunConfig, load_config, read_settings
 from forgetlearn.models.module_names import parse
 
 Command = Callable[..., None]
@@ -81,16 +81,24 @@ class Given:
         """Return the text of a setting given on the command line; None if it is not given there."""
         return str(self.values[name]) if name in self.values else None
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """The settings that are given, by section: those of the file, with the flags' and --set's put over them."""
+        return read_settings(self.file, self.values)
+
     def config(self, command: preflight.Command) -> RunConfig:
         """Return the config, merged from the file, the flags and --set, in this order.
 
         Raises:
             ConfigError: a setting is wrong, or is given for a command that does not use it.
         """
-        config = load_config(self.file, self.values)
+        return self.checked(command, load_config(self.file, self.values))
+
+    def checked(self, command: preflight.Command, config: RunConfig) -> RunConfig:
+        """Return a config, after it was checked as the command's; raise ConfigError as `config` does."""
         preflight.check(command, config, self.values)
         if command in ("update", "plan"):
-            preflight.warn_of_idle([config], self.values)
+            preflight.warn_of_idle([config], self.values, passed_over=preflight.WARNED_BY_UPDATE)
         return config
 
 

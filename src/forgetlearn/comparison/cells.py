@@ -12,7 +12,8 @@ from pydantic import Field, field_validator
 
 from forgetlearn.config.base import Settings, no_repeats
 from forgetlearn.config.methods import METHODS, PAPER_METHODS, PLAIN_METHODS, MethodName
-from forgetlearn.config.schema import AUTO, Modules, Rows, RunConfig
+from forgetlearn.config.recipes import set_by
+from forgetlearn.config.schema import AUTO, Modules, Rows, RunConfig, TeachSection
 from forgetlearn.errors import ConfigError, some
 
 Budget = Literal["equal-epochs", "equal-steps"]
@@ -163,6 +164,12 @@ def check_names(settings: CompareSettings, cells: Sequence[Cell]) -> None:
             f"{some(twice)}: more than one row of the table would have this name. Give the variant another name, or "
             "leave out the coefficient that repeats."
         )
+
+
+def without_teaching(config: RunConfig) -> RunConfig:
+    """Return the config without the teaching that its recipe asks for: a comparison takes the base as it is."""
+    of_recipe = set_by(config.recipe, "teach").get("epochs", 0)
+    return config.model_copy(update={"teach": TeachSection()}) if config.teach.epochs == of_recipe else config
 
 
 def cell_config(config: RunConfig, cell: Cell, variants: Variants) -> RunConfig:

@@ -22,7 +22,15 @@ from typing import TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from forgetlearn.comparison.cells import Cell, CompareSettings, Variants, cell_config, cells_of, check_names
+from forgetlearn.comparison.cells import (
+    Cell,
+    CompareSettings,
+    Variants,
+    cell_config,
+    cells_of,
+    check_names,
+    without_teaching,
+)
 from forgetlearn.config import preflight
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.config.stages import Stages
@@ -112,9 +120,9 @@ def begin(
     facts = as_fact_set(facts)
     config = resolve(config, model, facts)
     preflight.check("compare", config)
-    if config.teach.epochs and config.teach == RunConfig(recipe=config.recipe).teach:
+    if (untaught := without_teaching(config)) != config:
         log.info("recipe %s, but without its teaching: compare takes the base as it is", config.recipe)
-        config = config.model_copy(update={"teach": RunConfig().teach})
+        config = untaught
     scores = config.evaluate.model_copy(update={"general_prompts": False})  # which would double a cell's scoring
     config = config.model_copy(update={"evaluate": scores})
     if "equal-steps" in settings.budgets and config.learn.until == "learned" and not settings.epochs:
@@ -143,10 +151,10 @@ def begin(
         output,
         resume=resume,
         overwrite=overwrite,
-        inputs=(config.model.name, config.facts.source, config.keep.source, config.edit.moments),
+        inputs=(config.model.name, config.facts.source, config.keep.source, *config.keep.facts, config.edit.moments),
     )
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
-    keeping.read_source(config.keep, fact_set)
+    keeping.check(config.keep, fact_set)
     named = model if model is not None else str(config.model.name)
     check_weights(named)
     lm = as_language_model(named, None, config.model)

@@ -197,11 +197,14 @@ def _idle_in_training(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "learn.epochs", "learn.until is learned"
 
 
-def warn_of_idle(configs: Sequence[RunConfig], given: Collection[str]) -> None:
-    """Warn about each setting given for this command that has no effect on any of the updates with these configs."""
+def warn_of_idle(configs: Sequence[RunConfig], given: Collection[str], passed_over: Collection[str] = ()) -> None:
+    """Warn about each setting given for this command that has no effect on any of the updates with these configs.
+
+    `passed_over` are settings that the command itself warns about.
+    """
     rows = [dict(idle(config)) for config in configs]
     for name, value in _changed(configs[0]).items():
-        if not is_within(name, given) or name in WARNED_BY_UPDATE:
+        if not is_within(name, given) or name in passed_over:
             continue
         reasons = [next((why for own, why in each.items() if is_within(name, [own])), None) for each in rows]
         if None not in reasons:

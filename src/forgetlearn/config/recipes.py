@@ -45,7 +45,13 @@ CHANGES: Mapping[str, Sections] = {
 def with_recipe(data: Mapping[str, object]) -> dict[str, object]:
     """Return settings with those of their recipe added below them. An unknown recipe changes nothing."""
     changes = CHANGES.get(str(data.get("recipe", "default")), {})
-    return below(changes, data)
+    return _below(changes, data)
+
+
+def set_by(recipe: str, section: str) -> Mapping[str, object]:
+    """Return what a recipe sets in a section of settings."""
+    found = CHANGES[recipe].get(section, {})
+    return found if isinstance(found, Mapping) else {}
 
 
 def overridden(data: Mapping[str, object], recipe: str) -> list[str]:
@@ -53,7 +59,7 @@ def overridden(data: Mapping[str, object], recipe: str) -> list[str]:
     return [name for name, value in _flat(CHANGES[recipe]) if (given := _at(data, name)) is not None and given != value]
 
 
-def below(changes: Sections, data: Sections) -> dict[str, object]:
+def _below(changes: Sections, data: Sections) -> dict[str, object]:
     """Return `data`, filled up with `changes`, section by section. What `data` has wins."""
     merged: dict[str, object] = {**changes, **data}
     for name, value in changes.items():
@@ -61,7 +67,7 @@ def below(changes: Sections, data: Sections) -> dict[str, object]:
         if isinstance(own, BaseModel):
             own = own.model_dump(exclude_unset=True)
         if isinstance(value, Mapping) and isinstance(own, Mapping):
-            merged[name] = below(value, own)
+            merged[name] = _below(value, own)
     return merged
 
 

@@ -214,7 +214,7 @@ class OptimisationSettings(Settings):
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "constant_with_warmup",
-        description="How the learning rate changes over the stage (or learn.max_epochs, if learning ends by itself).",
+        description="How the learning rate changes over the stage; with learn.until learned, over learn.max_epochs.",
     )
     warmup_ratio: float = Field(
         0.05,
@@ -279,9 +279,19 @@ class KeepSettings(Settings):
         description="File of prompts (a text file, one per line), or of facts, whose prompts are read: what the base "
         "answers to them is kept too, beside its answers to general prompts that come with forgetlearn.",
     )
+    facts: tuple[str, ...] = Field(
+        (),
+        description="Files of facts that stay, as far as the facts to update do not change them; --failed-only names "
+        "those that the run got right.",
+    )
     neighbours: bool = Field(
         True, description="Keep what the base says to the file's own unfinished sentences about another subject."
     )
+
+    @field_validator("facts", mode="before")
+    @classmethod
+    def _one_file(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
 
 class TeachSection(StageSection):
@@ -681,10 +691,16 @@ def load_config(file: Path | None = None, overrides: Mapping[str, object] | None
     Raises:
         ConfigError: lists all problems, one per line.
     """
-    data = read_yaml(file) if file else {}
-    for dotted, value in (overrides or {}).items():
-        _assign(data, dotted, value)
+    data = read_settings(file, overrides or {})
     return validate(RunConfig, data, where=str(file) if file else None, elsewhere=frozenset(overrides or {}))
+
+
+def read_settings(file: Path | None, overrides: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings of a YAML file, by section, with others by dotted name put over them."""
+    data = read_yaml(file) if file else {}
+    for dotted, value in overrides.items():
+        _assign(data, dotted, value)
+    return data
 
 
 def _assign(data: dict[str, object], dotted: str, value: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,17 +24,20 @@ from forgetlearn.method.wordings import is_unfinished, shortened, wordings
 from forgetlearn.models.encoding import Encoded, Encoder, Prompt, turns_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
+from forgetlearn.storage import digests
 from forgetlearn.storage.records import KeptText
 
 log = logging.getLogger("forgetlearn")
-GENERAL, QUESTION, REWORDED, OWN, NEIGHBOUR = (
+GENERAL, QUESTION, REWORDED, OWN, EARLIER, NEIGHBOUR = (
     "general prompts",
     "general questions",
     "reworded general prompts",
     "prompts of keep.source",
+    "earlier facts",
     "neighbours",
 )
-KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, QUESTION: 12, REWORDED: 12, OWN: 24, NEIGHBOUR: 8}  # of an answer
+# Tokens of an answer.
+KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, QUESTION: 12, REWORDED: 12, OWN: 24, EARLIER: 24, NEIGHBOUR: 8}
 SHORT_ANSWERS = ("Answer in a few words: {}", "Short answer only: {}")
 TOP_K = 64
 NEIGHBOURS_OF_A_FACT, MOST_NEIGHBOURS = 4, 200
@@ -61,27 +65,44 @@ def read_source(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...
     return prompts
 
 
-def own_prompts(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...]:
-    """Return the prompts in the file `keep.source` that may be trained on: not those whose answers are scored.
+def check(settings: KeepSettings, facts: Iterable[Fact]) -> None:
+    """Raise the errors of `read_source` for all files that are named, before anything is written."""
+    read_source(settings, facts)
+    for file in settings.facts if settings.weight else ():
+        _prompts_in(Path(file), f"keep.facts = {file}")
 
-    They are counted in a warning. See `read_source` for errors.
-    """
-    facts = list(facts)
+
+def prompts_of_earlier(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...]:
+    """Return the prompts of the facts in the files `keep.facts` that these facts do not change; see `read_source`."""
+    if not settings.weight:
+        return ()
+    taught = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+    prompts = [prompt for file in settings.facts for prompt in _prompts_in(Path(file), f"keep.facts = {file}")]
+    kept = tuple(prompt for prompt in prompts if matching.normalise(prompt) not in taught)
+    if changed := len(prompts) - len(kept):
+        log.info("keep.facts: %d of %d facts are not kept: the facts to update change them", changed, len(prompts))
+    return kept
+
+
+def without_scored(prompts: Mapping[Prompt, str], facts: Iterable[Fact]) -> dict[Prompt, str]:
+    """Return the prompts whose answers are not scored as unrelated: a score of what was trained on would be no test."""
     scored = [probe.prompt for fact in facts for probe in fact.locality]
-    scored += [prompt for prompt in general_prompts.measuring() if isinstance(prompt, str)]
-    tests = {matching.normalise(prompt) for prompt in scored}
-    prompts = read_source(settings, facts)
-    kept = tuple(prompt for prompt in prompts if matching.normalise(prompt) not in tests)
-    if left_out := len(prompts) - len(kept):
-        log.warning("keep.source: %d of %d prompts are scored, so they are not trained on", left_out, len(prompts))
+    tests = {matching.normalise(turns_of(prompt)[-1]) for prompt in (*scored, *general_prompts.measuring())}
+    kept = {prompt: kind for prompt, kind in prompts.items() if matching.normalise(turns_of(prompt)[-1]) not in tests}
+    if left_out := Counter(kind for prompt, kind in prompts.items() if prompt not in kept):
+        counted = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+        log.warning("not trained on, because their answers are scored: %s", counted)
     return kept
 
 
 def fingerprint(settings: KeepSettings) -> dict[str, str]:
-    """Return the hash of the file `keep.source` as an entry of a run's inputs; empty if none is read."""
-    if not settings.source or not settings.weight:
+    """Return the hashes of the files `keep.source` and `keep.facts` as entries of a run's inputs; empty if none."""
+    if not settings.weight:
         return {}
-    return {"keep_sha256": hashlib.sha256(Path(settings.source).read_bytes()).hexdigest()}
+    found = {"keep_sha256": digests.sha256_of(Path(settings.source))} if settings.source else {}
+    if settings.facts:
+        found["keep_facts_sha256"] = digests.hash_of([digests.sha256_of(Path(file)) for file in settings.facts])
+    return found
 
 
 def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
@@ -120,7 +141,7 @@ def general(facts: Iterable[Fact]) -> dict[Prompt, str]:
     kinds = dict.fromkeys(general_prompts.keeping(), GENERAL) | dict.fromkeys(general_prompts.questions(), QUESTION)
 
     def may_change(prompt: str) -> bool:
-        own = _long_words(prompt)
+        own = _long_words(prompt.partition(" ")[2])  # without "What" or "Who", which a fact's sentence does not have
         covered = len(own) > 1 and any(own <= theirs for theirs in words)
         return covered or matching.normalise(prompt) in asked or not named.isdisjoint(_names(prompt))
 
@@ -128,7 +149,7 @@ def general(facts: Iterable[Fact]) -> dict[Prompt, str]:
 
 
 def _named(fact: Fact) -> Iterator[str]:
-    """Yield the names in a fact. The first word of a prompt may be one if the fact does not say what it is about."""
+    """Yield the names in a fact. A prompt may begin with one if the fact does not say what it is about."""
     for prompt in fact.prompts:
         yield from _names(prompt if fact.subject or not is_unfinished(prompt) else f"_ {prompt}")
     yield from _names(f"_ {fact.subject}")
@@ -164,7 +185,7 @@ def neighbours(facts: Sequence[Fact]) -> list[str]:
     kinds: dict[str, set[str]] = {}  # what is asked about each subject: words of all its facts
     for fact in facts:
         kinds.setdefault(fact.subject, set()).update(_long_words(_kind(fact) or fact.prompt))
-    taught = {prompt for fact in facts for prompt in fact.prompts}
+    taught = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
     found: dict[str, None] = {}
     for place, fact in enumerate(asked):
         own, made = _long_words(_kind(fact)), 0
@@ -173,7 +194,7 @@ def neighbours(facts: Sequence[Fact]) -> list[str]:
             if (
                 other.subject in fact.prompt
                 or own & kinds[other.subject]
-                or prompt in taught
+                or matching.normalise(prompt) in taught
                 or _kind(fact) == _kind(other)
             ):
                 continue

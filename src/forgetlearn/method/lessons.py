@@ -146,12 +146,15 @@ def _why_bare(config: RunConfig, encoder: Encoder) -> str:
 
 def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
-    prompts = keeping.general(facts)
+    prompts = keeping.without_scored(keeping.general(facts), facts)
     if config.train.wordings:
         prompts |= dict.fromkeys(keeping.reworded(prompts, is_chat=encoder.is_chat), keeping.REWORDED)
+    own: dict[Prompt, str] = {}
     if config.keep.neighbours:
-        prompts |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
-    return prompts | dict.fromkeys(keeping.own_prompts(config.keep, facts), keeping.OWN)
+        own |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
+    own |= dict.fromkeys(keeping.prompts_of_earlier(config.keep, facts), keeping.EARLIER)
+    own |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
+    return prompts | keeping.without_scored(own, facts)
 
 
 def of_stage(

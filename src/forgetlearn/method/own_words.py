@@ -34,7 +34,7 @@ SAYS_NOT = "no reply says the answer"
 SAYS_OTHER = "replies give the other answer too"
 NAMES_LESS = "replies do not name the subject"
 NAMES_MORE = "replies name what the fact does not"
-IS_NO_SENTENCE = "no reply is one whole sentence, short enough"
+IS_NO_SENTENCE = "no reply is a single short sentence"
 CANNOT_ASK = "the model could not be asked"
 
 

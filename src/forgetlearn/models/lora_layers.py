@@ -105,7 +105,11 @@ def _lower_layers(model: nn.Module, share: float | None) -> tuple[str, ...]:
 def what_works(model: nn.Module) -> str:
     """Return a sentence for an error message with the names that `target_modules` may list."""
     names = sorted({path.rsplit(".", 1)[-1] for paths in _adaptable(model) for path in paths})
-    return f"It can be target_modules=[{','.join(names)}], or {ALL_LINEAR} for all of them." if names else ""
+    return (
+        f"It can be target_modules=[{','.join(names)}], {ALL_LINEAR} for all of them, or {QUERY_VALUE}."
+        if names
+        else ""
+    )
 
 
 def check_layers(model: PeftModel, name: str) -> None:

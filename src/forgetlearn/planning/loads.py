@@ -92,7 +92,7 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     if outline.encoder is not None and lessons.asks_base(config, outline.encoder):
         notes.append("the time leaves out asking the model for its own words, and training on what it is to keep")
     if stages.method.closed_form:
-        notes.append("the time is an upper bound: the search for a fact's value ends when the fact is learned")
+        notes.append("the time is that of the search for values, at most; second moments come on top")
     if config.evaluate.engine == "vllm":
         notes.append("answers are planned as those of transformers; vLLM uses all free memory of a GPU for a while")
     load, problem = _score_load(outline, stages, texts(read), facts, device)

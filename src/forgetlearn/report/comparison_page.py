@@ -184,7 +184,7 @@ def _remarks(table: Table, row: TableRow | None) -> list[str]:
         f"differences: add {each.plain} to --methods."
         for each in table.unpaired
     ]
-    remarks.append("Only facts are scored here: an update by the method that you choose shows what else it changes.")
+    remarks.append("A comparison scores facts only. Run update with the method you choose to see what else changes.")
     return remarks
 
 

@@ -9,10 +9,9 @@ from forgetlearn.storage.records import GeneralAnswer, OnPrompts
 # and less; those that kept the rest were below 0.08 and above 85. The bounds lie between.
 BAD_KL = 0.1
 BAD_AGREEMENT = 85.0
-KEEP_MORE = (
-    "To keep more, give prompts of your own (--keep FILE), update fewer facts at once, or forget with a smaller "
-    "coefficient."
-)
+KEEP_MORE = "To keep more, {}, update fewer facts at once, or forget with a smaller coefficient."
+OWN_PROMPTS = "give prompts of your own (--keep FILE)"
+KEEP_AT_ALL = "take the default recipe, which keeps other answers (keep.weight)"
 N_EXAMPLES = 3
 
 
@@ -31,12 +30,12 @@ def in_words(found: OnPrompts) -> str:
     )
 
 
-def warning(found: OnPrompts | None) -> str | None:
-    """Return a warning, with the worst example, if the damage is bad; else None."""
+def warning(found: OnPrompts | None, *, kept: bool) -> str | None:
+    """Return a warning if the damage is bad, else None. `kept` tells whether training kept other answers."""
     if found is None or not is_bad(found):
         return None
-    worst = "".join(f" {example(answer)}" for answer in found.answers[:1])
-    return f"Damage: {in_words(found)}, so it answers other questions differently too.{worst} {KEEP_MORE}"
+    advice = KEEP_MORE.format(OWN_PROMPTS if kept else KEEP_AT_ALL)
+    return f"Damage: {in_words(found)}, so it answers other questions differently too. {advice}"
 
 
 def examples(found: OnPrompts | None) -> list[str]:

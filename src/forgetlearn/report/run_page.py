@@ -210,7 +210,9 @@ def overview(summary: Summary) -> Overview:
         lines.append(f"the product as it is stored: {words}")
     cells = _general(summary.general, measured)
     told = verdict(summary, phases)
-    return Overview(summary, phases, told, lines, measured, cells, prompts, damage.warning(prompts))
+    return Overview(
+        summary, phases, told, lines, measured, cells, prompts, damage.warning(prompts, kept=bool(summary.kept))
+    )
 
 
 def _last_prompts(summary: Summary, phases: Sequence[str]) -> OnPrompts | None:

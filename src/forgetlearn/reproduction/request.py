@@ -99,7 +99,7 @@ def prepare(
     lm = LanguageModel(skeleton, outline.encoder, outline.name, device, config.model, {})
     for each in data:
         check_texts(outline.encoder, each.facts)
-        keeping.read_source(config.keep, each.facts)
+        keeping.check(config.keep, each.facts)
         for own in each.configs.values():
             check_old_answers(each.facts, own)
             check_stages(Stages(own), lm, each.facts)

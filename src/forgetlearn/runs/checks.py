@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from forgetlearn.config.base import Settings, validate
-from forgetlearn.config.recipes import below
+from forgetlearn.config.methods import METHODS
+from forgetlearn.config.recipes import set_by
 from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError, RunError
@@ -27,6 +28,7 @@ GivenConfig = RunConfig | Mapping[str, object] | None
 GivenModel = LanguageModel | nn.Module | str | Path | None
 
 log = logging.getLogger("forgetlearn")
+OF_ITS_BASE = {("model", "name"), ("model", "revision"), ("model", "base_model_id")}
 
 
 def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | None) -> RunConfig:
@@ -37,7 +39,10 @@ def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | No
     """
     config = config if isinstance(config, RunConfig) else validate(RunConfig, config or {})
     return config.model_copy(
-        update={"model": _model_settings(config.model, model), "facts": _facts_settings(config.facts, facts)}
+        update={
+            "model": _model_settings(config.model, model),
+            "facts": _facts_settings(config.facts, facts, set_by(config.recipe, "facts")),
+        }
     )
 
 
@@ -57,9 +62,9 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
 def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, facts: object) -> RunConfig:
     """Return the config of an update of the facts that a finished run got wrong, its `failed.jsonl`.
 
-    Settings that are not given are the run's, or those of a recipe that is given. The facts are replaced, and, unless a
-    model is given, so is the model, by the run's product. An adapter is merged into its base first, to the run's folder
-    `merged`. What the run got right is kept, unless `keep.source` is given.
+    Where the config is a mapping, settings that it leaves out are the run's, unless it names a recipe. The facts are
+    replaced, and, unless a model is given, so is the model, by the run's product. An adapter is merged into its base
+    first, to the run's folder `merged`. What the run got right, and what it kept of earlier runs, is kept.
 
     Raises:
         ConfigError: facts are given too, or the product is an adapter whose base is gone.
@@ -79,21 +84,20 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
         raise RunError(
             f"{run.path}: no fact failed: each prompt gets its new answer, none an old one. Nothing is left to update."
         )
-    recorded = validate(RunConfig, run.manifest.config, where=str(run.path))
     if not isinstance(config, RunConfig):
-        config = config or {}
-        config = validate(RunConfig, config if "recipe" in config else below(run.manifest.config, config))
+        config = validate(RunConfig, _with_settings_of(run, config or {}), where=str(run.path))
     # The file is of the project's own form, however the run's own file was to be read.
     old_from = tuple(policy for policy in config.facts.old_from if policy != "pred") or ("answers",)
     read_as: dict[str, object] = {"source": str(file), "old_from": old_from, "columns": {}, "aliases": None}
     changes: dict[str, object] = {"facts": config.facts.model_copy(update=read_as)}
-    if right.is_file() and right.stat().st_size and config.keep.source is None:
-        changes["keep"] = config.keep.model_copy(update={"source": str(right)})
+    if right.is_file() and right.stat().st_size:
+        if config.keep.weight and METHODS[config.method].fine_tunes:
+            kept = tuple(dict.fromkeys((*config.keep.facts, str(right))))
+            changes["keep"] = config.keep.model_copy(update={"facts": kept})
+        else:
+            log.warning("%s: what it got right may change: this update keeps nothing", run.path)
     if model is None:
-        base = {"name": str(_product_to_update(run)), "base_model_id": None}
-        changes["model"] = config.model.model_copy(update=base)
-        if config.teach == recorded.teach:  # the run's product was taught already
-            changes["teach"] = RunConfig().teach
+        changes["model"] = config.model.model_copy(update={"name": str(_product_to_update(run))})
     elif str(model) == str(run.settings.model.name):
         log.warning(
             "%s: was updated in %s, and this update begins without what that learned. Omit --model to go on from it.",
@@ -101,6 +105,31 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
             run.path,
         )
     return config.model_copy(update=changes)
+
+
+def _with_settings_of(run: RunFolder, given: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the settings that are given, filled up with those of a run, unless they name a recipe.
+
+    Not the run's are what belongs to its base or its facts: where they come from, and that the base was taught.
+    """
+    if "recipe" in given:
+        return given
+    recorded = {name: value for name, value in run.manifest.config.items() if name != "facts"}
+    recorded["teach"] = {"epochs": 0}  # else a recipe would fill it up
+    for name, value in recorded.items():
+        if isinstance(value, Mapping):
+            recorded[name] = {own: each for own, each in value.items() if (name, own) not in OF_ITS_BASE}
+    if "epochs" in _section(given, "learn") and "until" not in _section(given, "learn"):
+        recorded["learn"].pop("until", None)  # epochs that are given end learning
+    sections = {name: {**own, **_section(given, name)} for name, own in recorded.items() if isinstance(own, Mapping)}
+    return {**recorded, **given, **sections}
+
+
+def _section(settings: Mapping[str, object], name: str) -> Mapping[str, object]:
+    found = settings.get(name)
+    if isinstance(found, Settings):
+        found = found.model_dump(exclude_unset=True)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _product_to_update(run: RunFolder) -> Path:
@@ -121,17 +150,24 @@ def _product_to_update(run: RunFolder) -> Path:
 AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # for facts that are passed in
 
 
-def _facts_settings(settings: FactsSettings, facts: FactSet | str | Path | None) -> FactsSettings:
+def _facts_settings(
+    settings: FactsSettings, facts: FactSet | str | Path | None, of_recipe: Mapping[str, object]
+) -> FactsSettings:
     if isinstance(facts, FactSet):
         own = settings.model_copy(update={"source": facts.source, "old_from": facts.old_from, **AS_READ})
-        _no_contradiction("facts", settings, own, "the facts that are passed in were read with")
+        why = "the facts that are passed in were read with"
+        _no_contradiction("facts", settings, own, why, of_recipe)
         return own
     return settings if facts is None else settings.model_copy(update={"source": str(facts)})
 
 
-def _no_contradiction(part: str, asked: Settings, given: Settings, why: str) -> None:
+def _no_contradiction(
+    part: str, asked: Settings, given: Settings, why: str, of_recipe: Mapping[str, object] | None = None
+) -> None:
+    """Raise ConfigError if a setting that the user chose, and no recipe, is not the one that is given."""
     for name in sorted(asked.model_fields_set - {"name", "source"}):
-        if getattr(asked, name) != getattr(given, name):
+        by_recipe = of_recipe is not None and of_recipe.get(name) == getattr(asked, name)
+        if not by_recipe and getattr(asked, name) != getattr(given, name):
             raise ConfigError(f"{part}.{name} = {getattr(asked, name)!r}, but {why} {getattr(given, name)!r}.")
 
 

@@ -89,7 +89,7 @@ def update(
     config = resolve(config, model, facts)
     preflight.check("update", config)
     check_engine(config.evaluate, changed_by="update")
-    reads = (config.model.name, config.facts.source, config.keep.source, config.edit.moments)
+    reads = (config.model.name, config.facts.source, config.keep.source, *config.keep.facts, config.edit.moments)
     with processes.joined(config.model.device):
         processes.on_main(lambda: run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=reads))
         with only_writer(Path(output)):
@@ -174,7 +174,7 @@ def _check(facts: FactSet, stages: Stages) -> None:
     processes.check_enough_for(len(facts))
     check_old_answers(facts, config)
     general_ability.check(config.evaluate)
-    keeping.read_source(config.keep, facts)
+    keeping.check(config.keep, facts)
     check_quantization(stages)
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
