@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -281,6 +282,17 @@ def test_the_table_has_a_row_per_group_and_pairs_each_with_its_baselines(filled)
             for column, difference in entry.differences.items():
                 ours, baseline = row.scores[column], rows[entry.label].scores[column]
                 assert difference.mean == pytest.approx(ours.mean - baseline.mean, abs=1e-9), (label, budget)
+
+
+def test_facts_that_some_seed_did_not_learn_are_counted_once(filled, tmp_path):
+    output = shutil.copytree(filled[0], tmp_path / "out")
+    for seed, unlearned in ((0, {"a": "p"}), (1, {"a": "p", "b": "q"})):
+        cell = run_folder.RunFolder.open(output / "cells" / f"lora-2epochs-seed{seed}")
+        summary = disk.read_json(cell.path / "summary.json")
+        disk.write_json(cell.path / "summary.json", summary | {"learning": {"epochs": 2, "unlearned": unlearned}})
+        cell.finish()
+    rows = {row.label: row for row in write_table(output).rows}
+    assert (rows["lora-2epochs"].unlearned, rows["ft-2epochs"].unlearned) == (2, 0)
 
 
 def test_the_means_of_the_table_are_those_of_the_cells(filled):
