@@ -245,11 +245,12 @@ def test_what_has_no_effect_with_the_rest_is_said(caplog):
 
 
 def test_what_has_no_effect_on_any_row_of_a_comparison_is_said(caplog):
-    given = {"edit.steps": 3, "lora.r": 4, "forget.rows": "facts"}
+    given = {"edit.steps": 3, "lora.r": 4}
     configs = [load_config(None, {**given, "method": method}) for method in ("ft", "lora", "rome")]
     preflight.warn_of_idle(configs, given)
     assert not caplog.records
-    preflight.warn_of_idle(configs[:2], given | {"forget.rows": "facts"})
+    configs = [load_config(None, {**given, "forget.rows": "facts", "method": method}) for method in ("ft", "lora")]
+    preflight.warn_of_idle(configs, {**given, "forget.rows": "facts"})
     assert [record.args[0] for record in caplog.records] == ["forget.rows", "edit.steps"]
 
 
