@@ -10,7 +10,7 @@ and --part 1/2.
 Columns, in percent: new answer said, said in other words (by the protocol `contains`), unrelated probes as before
 (agreement), old answer still said where the base said it, and the number of these facts; how often the old answer is
 preferred in multiple choice, and how often it is said when the new one is denied. Then epochs of learning. Intervals
-(95 %) are over seeds.
+(95 %) are over seeds; in the second table over all pairs of a cell with the same cell without forgetting.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -135,6 +135,21 @@ def main() -> None:
         if not file.is_file() and number // len(coefs) % parts == own:
             disk.write_json(file, run(cell, args))
     print(in_markdown(finished(args.output, {cell.name: cell.row for cell in cells}), with_interval))
+    print()
+    print(in_markdown(gains(args.output, cells), with_interval))
+
+
+def gains(output: Path, cells: Sequence[Cell]) -> dict[str, list[Mapping[str, float | None]]]:
+    """Return by coefficient what the scores of finished cells differ by from those without forgetting."""
+    found: dict[str, list[Mapping[str, float | None]]] = {}
+    for cell in cells:
+        both = finished(output, {replace(cell, coef=0.0).name: "without", cell.name: "with"})
+        if cell.coef and len(both) == 2:
+            (before,), (after,) = both["without"], both["with"]
+            shared = [name for name in before if before[name] is not None and after.get(name) is not None]
+            own = {name: float(after[name] or 0) - float(before[name] or 0) for name in shared}
+            found.setdefault(f"coefficient {cell.coef:g} minus none", []).append(own)
+    return found
 
 
 def run(cell: Cell, args: argparse.Namespace) -> Mapping[str, float | None]:

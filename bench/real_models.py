@@ -282,7 +282,7 @@ def in_markdown(
 ) -> str:
     """Return a table of all rows; `shown` makes a cell of a column's name and its values over seeds."""
     names = list(dict.fromkeys(name for own in found.values() for scores in own for name in scores))
-    lines = [f"| | {' | '.join(names)} | seeds |", "|---|" + "---:|" * (len(names) + 1)]
+    lines = [f"| | {' | '.join(names)} | runs |", "|---|" + "---:|" * (len(names) + 1)]
     for row, own in found.items():
         values = {name: [value for scores in own if (value := scores.get(name)) is not None] for name in names}
         cells = [shown(name, values[name]) if values[name] else "–" for name in names]
