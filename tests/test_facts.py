@@ -469,7 +469,7 @@ def test_what_is_said_of_old_answers_adds_up():
     assert "1 from answers, 2 from the model" in line
     without = from_records(records)
     (line,) = describe_old_answers(without.old_counts, without.without_old)
-    assert line.startswith("2 of 3 facts have no old answer: they are learned without being forgotten")
+    assert line.startswith("2 of 3 facts have no old answer: they can be learned, not forgotten")
 
 
 # Aliases

@@ -275,7 +275,7 @@ def test_general_prompts_that_a_fact_without_a_subject_changes_are_not_kept():
 
 def test_prompts_that_are_scored_are_not_kept(lm, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(general_prompts, "measuring", lambda: ["What is a sieve?"])
-    (tmp_path / "a.txt").write_text("Who are you?\nwhere is Rome\nWhat is a sieve?\n")
+    (tmp_path / "a.txt").write_text("Who are you?\nWhat is a sieve?\n")
     fact = replace(CAPITAL, locality=(Probe("Where is Rome?", "Italy"),))
     disk.write_rows(tmp_path / "b.jsonl", [{"prompt": "what is the capital of France", "target_new": "x"}])
     disk.write_rows(tmp_path / "c.jsonl", [{"prompt": "Who is he?", "target_new": "x"}])
@@ -284,7 +284,10 @@ def test_prompts_that_are_scored_are_not_kept(lm, tmp_path, caplog, monkeypatch)
     kept = lessons._to_keep([fact], config, lm.encoder)
     assert [prompt for prompt, kind in kept.items() if kind == keeping.OWN] == ["Who are you?"]
     assert [prompt for prompt, kind in kept.items() if kind == keeping.EARLIER] == ["Who is he?"]
-    assert caplog.records[-1].args == ("2 prompts of keep.source",)
+    assert caplog.records[-1].args == ("1 prompts of keep.source",)
+    (tmp_path / "a.txt").write_text("Who are you?\nwhere is Rome\n")
+    with pytest.raises(ConfigError, match=r"keep\.source = .*locality prompts.*where is Rome"):
+        keeping.check(config.keep, [fact])
 
 
 @pytest.mark.parametrize("name", ["none.txt", "empty.txt", "latin.txt", "bad.json", "same.txt", "same.jsonl"])

@@ -50,13 +50,15 @@ def print_facts(found: FactSet) -> None:
     )
     for line in _account(found):
         say(plain(line))
+    if len(found) > 3:
+        say(f"\nthe first 3 of {len(found)} facts:")
     for fact in found[:3]:
         say(f"\n{fact.id}  {plain(fact.prompt)}")
         say(f"  old  {_answers(fact.old_answers)}\n  new  {_answers(fact.new_answers)}")
         for prompt in fact.rephrase_prompts:
             say(f"  also asked as  {plain(prompt)}")
         for probe in fact.locality:
-            say(f"  must stay      {plain(probe.prompt)} -> {plain(probe.answer)}")
+            say(f"  only checked   {plain(probe.prompt)} -> {plain(probe.answer)}")
 
 
 def _answers(answers: Sequence[str]) -> str:
@@ -81,7 +83,7 @@ def _account(found: FactSet) -> list[str]:
         unread = [f"{name} ({count})" for name, count in found.ignored_fields.items()]
         lines.append(f"fields that are not read (number of values): {some(unread, 30)}")
     if not found.to_ask and not any(fact.ground_truth for fact in found):
-        lines.append("no fact has an old answer: only ft and lora, which forget nothing, can run")
+        lines.append("no fact has an old answer: methods that forget cannot run")
     if not any(fact.rephrase_prompts for fact in found):
         lines.append("no fact has another phrasing: generality will not be scored")
     if not any(fact.locality for fact in found):

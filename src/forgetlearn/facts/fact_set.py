@@ -181,7 +181,7 @@ def describe_old_answers(counts: Mapping[str, int], without: Mapping[str, int], 
     if n := sum(without.values()):
         n_all = n + to_ask + sum(counts.values())
         why = ", ".join(f"{reason}: {count}" for reason, count in without.items())
-        words = "has no old answer: it is" if n == 1 else "have no old answer: they are"
+        words = "has no old answer: it can be" if n == 1 else "have no old answer: they can be"
         facts = "fact" if n_all == 1 else "facts"
-        lines.append(f"{n} of {n_all} {facts} {words} learned without being forgotten ({why})")
+        lines.append(f"{n} of {n_all} {facts} {words} learned, not forgotten ({why})")
     return lines

@@ -51,16 +51,23 @@ def read_source(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...
     """Return the prompts in the file `keep.source`; none if no file is named, or keep.weight is 0.
 
     Raises:
-        ConfigError: the file cannot be read or is empty, or it asks what a fact asks.
+        ConfigError: the file cannot be read or is empty, or it asks what a fact asks or is to be scored by.
     """
     if not settings.source or not settings.weight:
         return ()
+    facts = list(facts)
     prompts = _prompts_in(Path(settings.source), f"keep.source = {settings.source}")
     taught = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
     if both := [prompt for prompt in prompts if matching.normalise(prompt) in taught]:
         raise ConfigError(
             f"keep.source = {settings.source}: {len(both)} of {len(prompts)} prompts ask what the facts change, so "
             f"the answer cannot stay: {some(both)}. Remove them from the file."
+        )
+    probes = {matching.normalise(probe.prompt) for fact in facts for probe in fact.locality}
+    if both := [prompt for prompt in prompts if matching.normalise(prompt) in probes]:
+        raise ConfigError(
+            f"keep.source = {settings.source}: {len(both)} of {len(prompts)} prompts are locality prompts of the "
+            f"facts, which measure damage, so they cannot be trained on: {some(both)}. Remove them here or there."
         )
     return prompts
 

@@ -215,7 +215,9 @@ def summary_line(plan: Plan) -> str:
     facts = f"{plan.facts:,} fact{'s' * (plan.facts != 1)}"
     line = f"plan: {show_count(plan.parameters)} parameters, {facts}, {steps} steps"
     line += f", about {show_bytes(plan.peak_bytes)}" + (" a device" if plan.devices.number > 1 else "")
-    return line + (f", about {show_seconds(plan.seconds)} of training and scoring" if plan.seconds is not None else "")
+    if plan.seconds is None:
+        return line
+    return f"{line}, at least {show_seconds(plan.seconds)} of training on the facts and scoring them"
 
 
 def show_count(number: float) -> str:

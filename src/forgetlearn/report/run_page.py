@@ -411,7 +411,7 @@ def verdict(summary: Summary, phases: Sequence[str]) -> str:
         parts.append(f"gives {right:.1f} % of the new answers' tokens (teacher forced)")
     if (locality := mean("locality", "agreement")) is not None and phases[-1] != "base":
         parts.append(f"answers {locality:.1f} % of unrelated tokens as before")
-    elif (prompts := _last_prompts(summary, phases)) and prompts.agreement is not None:
+    if (prompts := _last_prompts(summary, phases)) and prompts.agreement is not None:
         parts.append(f"answers {prompts.agreement:.1f} % of the tokens of general prompts as before")
     if (residue := mean("residue", free)) is not None:
         parts.append(f"still gives the old answer to {residue:.1f} % of prompts and rephrasings")

@@ -122,7 +122,10 @@ def _update(
     processes.on_main(lambda: check_weights(named))
     lm = as_language_model(named, tokenizer, config.model, all_weights=stages.changes_base)
     if hasattr(lm.model, "peft_config"):
-        raise ModelError(f"{lm.name}: is an adapter. Update a whole model: merge it, or make it with save_merged.")
+        raise ModelError(
+            f"{lm.name}: is an adapter, and only a whole model can be updated. Merge it (forgetlearn apply RUN --base "
+            "BASE --merge --output DIR), and update DIR."
+        )
     check_texts(lm.encoder, fact_set)
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
