@@ -163,7 +163,7 @@ class TestUndo:
     @pytest.mark.parametrize("name", ["whole", "lora"])
     def test_the_base_is_where_it_was(self, made, tmp_path, name, capsys):
         assert main(["undo", str(made / name)]) == 0
-        assert "untouched" in capsys.readouterr().out
+        assert "is the base, as it was" in capsys.readouterr().out
         restore.undo_run(made / name, tmp_path / "base")
         assert digests.sha256_of(tmp_path / "base") == digests.sha256_of(made / "base")
 
