@@ -206,7 +206,10 @@ def test_flags_and_other_answers_of_a_fact():
     rows = [row | said | {"said_rephrased": ["Oslo", "Rome", "", "Oslo"]}]
     rows.append(row | {"protocol": "agreement", "locality": 0.9, "errors": {"locality": "too long"}})
     rows = [Row.model_validate(own) for own in rows]
-    (fact,) = run_page.fact_table(inputs("a", target_new="rome.", ground_truth="Oslo"), rows, ["updated"])
+    probes = [{"prompt": "Where is Bonn?", "answer": "Germany"}, {"prompt": "Who is he?", "answer": "Bo"}]
+    asked = inputs("a", target_new="rome.", ground_truth="Oslo", locality=probes)
+    (fact,) = run_page.fact_table(asked, rows, ["updated"])
+    assert fact.probes == "Where is Bonn?; Who is he?"
     assert fact.flags == fact.shown_flags == ["residue", "broken", "errored"]
     assert fact.rephrased == "Oslo (2), (nothing)"
     assert fact.which == {"updated": "new"}

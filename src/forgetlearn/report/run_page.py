@@ -125,6 +125,7 @@ class RunFactLine(FactLine):
     said: dict[str, str | None]
     which: dict[str, str | None]
     rephrased: str
+    probes: str  # the unrelated prompts, if some are no longer answered as before
     state: str
     shown_flags: list[str]
     reason: str | None
@@ -327,6 +328,7 @@ def _fact_line(fact: Input, own: RowsOfFact, phases: Sequence[str], judge: str) 
         said=said,
         which={phase: _which_answer(row, fact) for phase, row in answers.items()},
         rephrased=_other_texts(answered),
+        probes="; ".join(probe.prompt for probe in fact.locality) if flags["broken"] else "",
         state=state,
         flags=found,
         shown_flags=[name for name in found if name not in ("unlearned", TAG_SAYS.get(state))],

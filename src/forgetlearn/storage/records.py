@@ -196,6 +196,12 @@ class RetentionRow(Record):
     errors: dict[str, str]
 
 
+class ProbeInput(Record):
+    """An unrelated prompt of a fact in inputs.jsonl."""
+
+    prompt: str
+
+
 class Input(Record):
     """A line of inputs.jsonl: a fact. An answer that has aliases is a list."""
 
@@ -203,6 +209,7 @@ class Input(Record):
     prompt: str
     target_new: Answer
     ground_truth: Answer | None = None
+    locality: list[ProbeInput] = []
 
     @property
     def new(self) -> list[str]:
