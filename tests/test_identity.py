@@ -187,7 +187,7 @@ class TestCase21:
         model = AutoModelForCausalLM.from_pretrained(folder / "base")
         config = FT | {"keep_change": True}
         forgetlearn.update(model, folder / "early.jsonl", config, tokenizer=char_tokenizer, output=folder / "run")
-        assert "the base, untouched" in undo_run(folder / "run")
+        assert "is the base, as it was" in undo_run(folder / "run")
         apply_run(folder / "run", folder / "base", folder / "again")
         assert digests.sha256_of(folder / "again") == digests.sha256_of(folder / "run/model")
 
