@@ -57,7 +57,7 @@ def read_source(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...
         return ()
     facts = list(facts)
     prompts = _prompts_in(Path(settings.source), f"keep.source = {settings.source}")
-    taught = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+    taught = _asked(facts)
     if both := [prompt for prompt in prompts if matching.normalise(prompt) in taught]:
         raise ConfigError(
             f"keep.source = {settings.source}: {len(both)} of {len(prompts)} prompts ask what the facts change, so "
@@ -83,7 +83,7 @@ def prompts_of_earlier(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[s
     """Return the prompts of the facts in the files `keep.facts` that these facts do not change; see `read_source`."""
     if not settings.weight:
         return ()
-    taught = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+    taught = _asked(facts)
     prompts = [prompt for file in settings.facts for prompt in _prompts_in(Path(file), f"keep.facts = {file}")]
     kept = tuple(prompt for prompt in prompts if matching.normalise(prompt) not in taught)
     if changed := len(prompts) - len(kept):
@@ -142,7 +142,7 @@ def general(facts: Iterable[Fact]) -> dict[Prompt, str]:
     These ask what a fact's prompt asks, have no long words but those of a fact's prompt, or name what a fact names.
     """
     facts = list(facts)
-    asked = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+    asked = _asked(facts)
     words = [_long_words(prompt) for prompt in asked]
     named = {name for fact in facts for name in _named(fact)}
     kinds = dict.fromkeys(general_prompts.keeping(), GENERAL) | dict.fromkeys(general_prompts.questions(), QUESTION)
@@ -153,6 +153,11 @@ def general(facts: Iterable[Fact]) -> dict[Prompt, str]:
         return covered or matching.normalise(prompt) in asked or not named.isdisjoint(_names(prompt))
 
     return {prompt: kind for prompt, kind in kinds.items() if not may_change(turns_of(prompt)[-1])}
+
+
+def _asked(facts: Iterable[Fact]) -> set[str]:
+    """Return what the facts are asked by, normalised: prompts and rephrasings."""
+    return {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
 
 
 def _named(fact: Fact) -> Iterator[str]:
@@ -192,7 +197,7 @@ def neighbours(facts: Sequence[Fact]) -> list[str]:
     kinds: dict[str, set[str]] = {}  # what is asked about each subject: words of all its facts
     for fact in facts:
         kinds.setdefault(fact.subject, set()).update(_long_words(_kind(fact) or fact.prompt))
-    taught = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+    taught = _asked(facts)
     found: dict[str, None] = {}
     for place, fact in enumerate(asked):
         own, made = _long_words(_kind(fact)), 0
