@@ -70,7 +70,7 @@ def test_rome_writes_exactly_the_value_for_the_subjects_key(family, tiny_model, 
 def test_rome_writes_one_fact_after_the_other_and_leaves_what_is_orthogonal(lm, chosen_values):
     path, own = mlp_output(lm.model, 0), settings(edit={"contexts": 0})
     weight = lm.model.get_submodule(path).weight.detach().double().clone()
-    second = moments.second_moments(lm, [path], own.edit, 0)[path]
+    second = moments.second_moments(lm, [path], own.edit, 0).of[path]
     expected = weight.clone()
     for key, delta in zip(output_at_subjects(lm, path)[0].double(), chosen_values.double(), strict=True):
         direction = torch.linalg.inv(second) @ key
@@ -84,7 +84,7 @@ def test_rome_writes_one_fact_after_the_other_and_leaves_what_is_orthogonal(lm, 
 def test_memit_follows_its_equation(lm, chosen_values):
     path, own = mlp_output(lm.model, 0), settings(memit={"moment_weight": 0.5}, edit={"contexts": 0})
     weight = lm.model.get_submodule(path).weight.detach().double().clone()
-    second = moments.second_moments(lm, [path], own.edit, 0)[path]
+    second = moments.second_moments(lm, [path], own.edit, 0).of[path]
     keys = output_at_subjects(lm, path)[0].double().T  # (I, N), as in the paper
 
     learn(lm, FACTS, own, "memit")
@@ -106,7 +106,7 @@ def test_alphaedit_follows_its_equation_in_the_null_space(lm, chosen_values):
     own = settings(alphaedit={"null_space_threshold": 0.02, "l2": 0.5}, edit={"contexts": 0})
     path = mlp_output(lm.model, 0)
     weight = lm.model.get_submodule(path).weight.detach().double().clone()
-    second = moments.second_moments(lm, [path], own.edit, 0)[path]
+    second = moments.second_moments(lm, [path], own.edit, 0).of[path]
     keys = output_at_subjects(lm, path)[0].double().T
     energies, directions = torch.linalg.eigh(second)
     rest = directions[:, energies < 0.02]
@@ -268,11 +268,11 @@ def test_moments_are_those_of_the_text_and_are_cached(lm, tmp_path, monkeypatch)
     ids = lm.encoder.text_ids(file.read_text(encoding="utf-8"))[:201]  # with BOS
     keys = torch.cat([at_last_token(lm, [ids[: n + 1]], [path])[path][0] for n in range(201)]).double()
 
-    found = moments.second_moments(lm, [path], own, 0)[path]
+    found = moments.second_moments(lm, [path], own, 0).of[path]
 
     torch.testing.assert_close(found, keys.T @ keys / 201, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(moments, "_moments", lambda *_: {})
-    torch.testing.assert_close(moments.second_moments(lm, [path], own, 0)[path], found)
+    torch.testing.assert_close(moments.second_moments(lm, [path], own, 0).of[path], found)
     with torch.no_grad():
         lm.model.get_submodule(path).weight.add_(1)  # another model
     with pytest.raises(FileNotFoundError):
@@ -315,6 +315,7 @@ def test_an_update_writes_a_model_that_differs_in_the_edited_matrix_alone(method
     change = TaskVector.between(tmp_path / "base", done.product)
     moved = {name for name, weight in change.deltas.items() if weight.abs().max() > 0}
     assert moved == {"model.layers.0.mlp.down_proj.weight"}
+    assert "tokens of text that the model sampled" in (done.output / "report.html").read_text()
 
 
 @pytest.mark.parametrize("method", ["rome", "memit"])

@@ -24,11 +24,12 @@ from forgetlearn.config.schema import StageSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.facts import Fact
 from forgetlearn.method import targets
-from forgetlearn.method.moments import second_moments
+from forgetlearn.method.moments import SecondMoments, second_moments
 from forgetlearn.method.reading import at_last_token, hooked
 from forgetlearn.method.targets import Request
 from forgetlearn.models.language_model import LanguageModel, layer_list
 from forgetlearn.models.modules import mlp_output
+from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import Progress, StageIO
 
 log = logging.getLogger("forgetlearn")
@@ -37,7 +38,7 @@ DEPTH, ROME_LAYER, MEMIT_LAYERS = 32, 5, (4, 8)
 ROME_CLAMP, MEMIT_CLAMP = 4.0, 0.75  # of their authors
 USUAL_L2 = 0.1  # of the energy of a usual key in the null space
 Layers = Callable[[nn.Module, StageSettings], list[int]]
-Write = Callable[[LanguageModel, Sequence[Fact], StageSettings, int, StageIO], list[float]]
+Write = Callable[[LanguageModel, Sequence[Fact], StageSettings, int, StageIO], StageLog]
 
 
 def rome_layers(model: nn.Module, settings: StageSettings) -> list[int]:
@@ -66,13 +67,11 @@ def _existing(layer: int, n_layers: int, setting: str) -> int:
     return layer
 
 
-def rome(
-    lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO
-) -> list[float]:
-    """Write facts one after the other into one layer, in place; return the loss of each new answer, in nats."""
+def rome(lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO) -> StageLog:
+    """Write facts one after the other into one layer, in place; return the log, with each new answer's loss."""
     own = settings.edit
     (path,) = (mlp_output(lm.model, layer) for layer in rome_layers(lm.model, settings))
-    moments = second_moments(lm, [path], settings.edit, seed)[path]
+    moments = second_moments(lm, [path], settings.edit, seed)
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     weight = lm.model.get_parameter(f"{path}.weight").data
     search = targets.Search(lm, path, own, own.clamp_norm_factor or ROME_CLAMP)
@@ -84,20 +83,18 @@ def rome(
         request = wanted[part.start]
         found = search.together([request])
         keys = at_last_token(lm, [text.up_to_subject for text in request.trained], [path])[path][0]
-        direction = torch.linalg.solve(moments, keys.double().mean(0))
+        direction = torch.linalg.solve(moments.of[path], keys.double().mean(0))
         add(
             lm.model.get_submodule(path),
             torch.outer(found.deltas[0].double(), direction) / (direction @ keys[0].double()),
         )
         losses = torch.cat([losses, found.losses.cpu()])
         progress.save(part, {"losses": losses, "weight": weight})
-    return [float(loss) for loss in losses]
+    return _log(losses, moments)
 
 
-def memit(
-    lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO
-) -> list[float]:
-    """Write all facts at once into several layers, in place; return the loss of each new answer, in nats."""
+def memit(lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO) -> StageLog:
+    """Write all facts at once into several layers, in place; return the log, with each new answer's loss."""
 
     def solve(keys: Tensor, moments: Tensor) -> Tensor:
         weight = settings.memit.moment_weight or len(moments)
@@ -109,8 +106,8 @@ def memit(
 
 def alphaedit(
     lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO
-) -> list[float]:
-    """Write all facts at once, in the null space of other keys, in place; return the loss of each new answer."""
+) -> StageLog:
+    """Write all facts at once, in the null space of other keys, in place; return the log, as `memit` does."""
 
     def solve(keys: Tensor, moments: Tensor) -> Tensor:
         projection = null_space(moments, settings.alphaedit.null_space_threshold)
@@ -129,7 +126,7 @@ def _in_layers(
     seed: int,
     stage_io: StageIO,
     solve: Callable[[Tensor, Tensor], Tensor],
-) -> list[float]:
+) -> StageLog:
     """Spread the changes over the layers: each takes its share of the way that is left to the values.
 
     `solve` returns, from keys (N, I) and moments (I, I), what each fact's residual is multiplied with (I, N).
@@ -151,8 +148,14 @@ def _in_layers(
         if number:  # the earlier layers have changed them
             outputs = at_last_token(lm, bare, [last])[last][1]
         residual = (values - outputs) / (len(paths) - number)
-        add(lm.model.get_submodule(path), residual.double().T @ solve(keys_of(lm, wanted, path), moments[path]).T)
-    return [float(loss) for loss in found.losses]
+        add(lm.model.get_submodule(path), residual.double().T @ solve(keys_of(lm, wanted, path), moments.of[path]).T)
+    return _log(found.losses, moments)
+
+
+def _log(losses: Tensor, moments: SecondMoments) -> StageLog:
+    """Return a log with a row for each fact: the loss of its answer when its value was found, in nats."""
+    rows = ({"step": number, "loss": loss} for number, loss in enumerate(losses.tolist(), 1))
+    return StageLog(tuple(rows), second_moments=moments.text)
 
 
 def passes_on(lm: LanguageModel, ids: Sequence[int], path: str, layer: str) -> bool:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, cycle, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,8 +36,15 @@ RIDGE = 1e-5  # of the mean, added to the diagonal: inputs that no text uses wou
 Texts = list[list[int]]
 
 
-def second_moments(lm: LanguageModel, paths: Sequence[str], settings: EditSettings, seed: int) -> dict[str, Tensor]:
-    """Return the second moments (D, D), in float64 on the model's device, of the inputs of each module in `paths`.
+class SecondMoments(NamedTuple):
+    """The second moments (D, D) of modules by path, in float64, and the text they were computed on, in words."""
+
+    of: Mapping[str, Tensor]
+    text: str
+
+
+def second_moments(lm: LanguageModel, paths: Sequence[str], settings: EditSettings, seed: int) -> SecondMoments:
+    """Return the second moments, on the model's device, of the inputs of each module in `paths`.
 
     They are read from the cache if this model has read this text before.
 
@@ -54,11 +62,12 @@ def second_moments(lm: LanguageModel, paths: Sequence[str], settings: EditSettin
         missing = processes.on_main(lambda: [path for path, file in files.items() if not file.is_file()])
         for path, moment in _moments(lm, texts, missing).items():
             _save(path, moment, files[path])
-        log.info("second moments of the keys: %s tokens of %s, in %s", f"{n_tokens:,}", source, files[paths[0]].parent)
+        text = f"{n_tokens:,} tokens of {source}"
+        log.info("second moments of the keys: %s, in %s", text, files[paths[0]].parent)
         found = {path: load_file(file)[path].to(lm.device, torch.float64) for path, file in files.items()}
     for moment in found.values():
         moment.diagonal().add_(RIDGE * moment.diagonal().mean())
-    return found
+    return SecondMoments(found, text)
 
 
 def check_text(lm: LanguageModel, paths: Sequence[str], settings: EditSettings) -> None:

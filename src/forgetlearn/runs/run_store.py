@@ -146,6 +146,8 @@ class RunStore(Store):
         disk.write_rows(logs / "seconds" / f"{stage}.jsonl", times)
         gist: dict[str, object] = {"steps": len(stage_log.steps), "final_loss": stage_log.final_loss}
         gist |= stage_log.batching() | {"epochs": stage_log.epochs, "unlearned": list(stage_log.unlearned)}
+        if stage_log.second_moments:
+            gist["second_moments"] = stage_log.second_moments
         return gist | _log_rounding(stage_log.rounding)
 
 

@@ -53,6 +53,7 @@ class StageLog:
     micro_batch_size: int | None = None  # set if it was lowered for lack of memory
     epochs: int | None = None
     unlearned: tuple[int, ...] = ()  # facts, by index, that were not learned in the most epochs (until `learned`)
+    second_moments: str | None = None  # the text that an edit computed them on, in words
     seconds: tuple[float, ...] = ()
 
     def batching(self) -> dict[str, str | int | None]:
