@@ -168,3 +168,16 @@ def test_a_common_beginning_is_computed_once_and_answers_stay(name, char_tokeniz
     assert together == [own + after for own, after in zip(alone, padding, strict=True)]
     assert engine._start[0] == tuple(start)
     assert (engine._start[1] is None) == (name in ("mistral", "gemma2"))  # their windows keep only the last tokens
+
+
+def test_sampling_stops_when_few_of_a_batch_go_on(lm):
+    with generation.generator_in_memory(lm) as sampler:
+        sampler.ends = list(range(lm.model.config.vocab_size // 4))  # every fourth draw ends an answer
+        said = sampler.sample([[7, 8, 9]] * 40, 200, seed=0)
+        sampler.ends = [lm.pad_id]
+        whole = sampler.sample([[7, 8, 9]] * 4, 5, seed=0)
+
+    longest = max(map(len, said))
+    assert 3 < longest < 9  # 0.75 ** 5 is less than a quarter
+    assert sum(len(ids) == longest for ids in said) < 10
+    assert [len(ids) for ids in whole] == [5] * 4
