@@ -11,8 +11,9 @@ beside the default recipe, all with the recipe `plain`; the f- methods forget wi
 Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words; tokens of the answers
 to the file's unrelated probes that are predicted as before (agreement, as in the report); general answers as before, KL
 from the base on those in nats per token; old answer still said where the base said it, and the number of these facts.
-Then steps, the tokens of the base's own answers to the probes that are predicted as before, and seconds of the update
-(after a resume, of the rest) with its peak memory in GB. Each cell is computed by a process of its own.
+Then steps, the tokens of the base's own answers to the probes that are predicted as before, and CPU seconds of the
+update (after a resume, of the rest) with its peak memory in GB. Each cell is computed by a process of its own; give
+OMP_NUM_THREADS=1, since several threads spend CPU seconds on waiting. `cells.jsonl` has all cells, a line each.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ def main() -> None:
             disk.write_json(file, found)
             print(f"{cell.name}: {json.dumps(found)}", flush=True)
     print(table(args.output, cells))
+    done = sorted(args.output.glob("*-seed*.json"))
+    disk.write_rows(args.output / "cells.jsonl", [{"cell": file.stem, **disk.read_json(file)} for file in done])
 
 
 def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
@@ -129,7 +132,7 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
     general = {"seed": cell.seed, "model": {"prompt_template": args.template}, "facts": {"old_from": args.old_from}}
     config = validate(RunConfig, {**general, **cell.settings})
     facts = read_facts(args.data / file, limit=args.limit or usual, old_from=config.facts.old_from)
-    began = time.perf_counter()
+    began = time.process_time()
     if cell.row == "one-by-one":
         return one_by_one(model_at(args.model, config), facts, args.output) | cost(began)
     if METHODS[config.method].in_context:
@@ -144,8 +147,8 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
 
 
 def cost(began: float) -> dict[str, float | None]:
-    """Return the seconds since `began`, and this process's peak memory so far."""
-    return {"seconds": time.perf_counter() - began, "peak GB": provenance.peak_memory_bytes() / 1e9}
+    """Return the CPU seconds since `began`, and this process's peak memory so far."""
+    return {"CPU seconds": time.process_time() - began, "peak GB": provenance.peak_memory_bytes() / 1e9}
 
 
 def in_context(lm: LanguageModel, facts: FactSet, config: RunConfig) -> dict[str, float | None]:
@@ -264,7 +267,7 @@ def table(output: Path, cells: Sequence[Cell]) -> str:
 
 def mean(name: str, values: Sequence[float]) -> str:
     """Return the mean of a column's values over seeds."""
-    digits = 3 if name == "KL" else 0 if name in ("steps", "seconds", "held before") else 1
+    digits = 3 if name == "KL" else 0 if name in ("steps", "CPU seconds", "held before") else 1
     return f"{statistics.fmean(values):.{digits}f}"
 
 

@@ -27,7 +27,7 @@ from forgetlearn.report.paper_table import Measured, PaperReport, Sign, TextRow
 from forgetlearn.reproduction import gather, published
 from forgetlearn.reproduction.published import SETTINGS
 from forgetlearn.reproduction.request import prepare
-from forgetlearn.reproduction.settings import ORDER, PaperSettings, Shape, methods_of
+from forgetlearn.reproduction.settings import ORDER, PaperSettings, methods_of, same_depth
 from forgetlearn.runs import pipeline
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk
@@ -115,7 +115,7 @@ def test_the_settings_are_those_of_the_shipped_configs():
 
 
 def test_a_layer_is_found_by_its_relative_depth():
-    assert [Shape(layers).layer(published.FT_C_LAYER) for layers in (32, 30, 2)] == [21, 19, 1]
+    assert [same_depth(published.FT_C_LAYER, layers) for layers in (32, 30, 2)] == [21, 19, 1]
 
 
 def test_every_method_of_the_papers_tables_is_here():

@@ -55,6 +55,7 @@ def main() -> None:
     done = {row.removesuffix(", s") for row in found}
     args.parts = ",".join(part for part in args.parts.split(",") if part not in done)
     for row, value in rows(args, device, found.get("optimiser")):
+        found.pop(row.removesuffix(", s") + ": failed", None)  # by an earlier call
         found[row] = value
         print(f"{row:40} {value:,.3g}" if isinstance(value, float) else f"{row:40} {value}", flush=True)
         if args.output:

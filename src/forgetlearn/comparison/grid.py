@@ -41,7 +41,15 @@ from forgetlearn.method import keeping, lessons, moments
 from forgetlearn.models.identity import base_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
-from forgetlearn.runs.checks import GivenConfig, GivenModel, check_stages, check_weights, read_config_facts, resolve
+from forgetlearn.runs.checks import (
+    GivenConfig,
+    GivenModel,
+    check_stages,
+    check_weights,
+    files_read,
+    read_config_facts,
+    resolve,
+)
 from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Tuned
 from forgetlearn.runs.results import Done, learning_of, write_results
 from forgetlearn.runtime import processes
@@ -147,12 +155,7 @@ def begin(
         )
     cells = cells_of(settings, config)
     check_names(settings, cells)
-    run_folder.check_output(
-        output,
-        resume=resume,
-        overwrite=overwrite,
-        inputs=(config.model.name, config.facts.source, config.keep.source, *config.keep.facts, config.edit.moments),
-    )
+    run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=files_read(config))
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     keeping.check(config.keep, fact_set)
     named = model if model is not None else str(config.model.name)

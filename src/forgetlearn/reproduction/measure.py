@@ -23,7 +23,7 @@ from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.inspect import place_of
 from forgetlearn.report.paper_table import CurveRow, DistanceRow, Seconds
 from forgetlearn.reproduction import published
-from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName, Shape
+from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName, same_depth
 from forgetlearn.reproduction.workspace import SharedTuning, Unscored, Workspace, pipeline_of, with_coef
 from forgetlearn.runs.pipeline import Pipeline, Train
 from forgetlearn.storage import digests
@@ -38,10 +38,10 @@ ROWS = "rows.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """The parts to reproduce, the model's shape, and the tasks of table 5."""
+    """The parts to reproduce, the model's layers, and the tasks of table 5."""
 
     parts: tuple[PartName, ...]
-    shape: Shape
+    n_layers: int
     tasks: EvaluateSettings
 
 
@@ -57,7 +57,7 @@ def measure(workspace: Workspace, parts: tuple[PartName, ...], job: Job) -> None
         elif part in ("table4", "table5"):
             _look_at_phases(workspace, job.tasks if "table5" in parts else None)
         elif part in ("figure4", "figure5"):
-            _measure_distances(workspace, part, job.shape)
+            _measure_distances(workspace, part, job.n_layers)
         else:
             _score_old_answers(workspace, part)
 
@@ -161,7 +161,7 @@ def _measure_tasks(lm: LanguageModel, tasks: EvaluateSettings, folder: Path) -> 
 # Figures 4 and 5 ------------------------------------------------------------------------------------------
 
 
-def _measure_distances(workspace: Workspace, part: PartName, shape: Shape) -> None:
+def _measure_distances(workspace: Workspace, part: PartName, n_layers: int) -> None:
     """Measure how far each matrix of four layers moves when the old answers are forgotten with coefficient 1."""
 
     def write(folder: Path) -> None:
@@ -170,17 +170,17 @@ def _measure_distances(workspace: Workspace, part: PartName, shape: Shape) -> No
         pipeline.prepare()
         pipeline.forget()
         fold_in(workspace.lm, lora.FORGET)
-        save_rows(_distances(workspace, shape), folder / ROWS)
+        save_rows(_distances(workspace, n_layers), folder / ROWS)
 
     workspace.results.files(part, write)
 
 
-def _distances(workspace: Workspace, shape: Shape) -> list[DistanceRow]:
+def _distances(workspace: Workspace, n_layers: int) -> list[DistanceRow]:
     base, now = workspace.worker.base.weights, dict(workspace.lm.model.named_parameters())
     groups = modules.groups(workspace.lm.model)
     part_of = {name: part for part in ("attention", "mlp") for name in groups.get(part, ())}
     found = []
-    for layer in dict.fromkeys(shape.layer(number) for number in published.DISTANCE_LAYERS):
+    for layer in dict.fromkeys(same_depth(number, n_layers) for number in published.DISTANCE_LAYERS):
         for name in groups.get(f"layers.{layer}", ()):
             weight = now[name].detach()
             if weight.dim() > 1 and name in part_of:

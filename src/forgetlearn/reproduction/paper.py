@@ -18,9 +18,9 @@ from forgetlearn.reproduction import gather, published
 from forgetlearn.reproduction.measure import measure
 from forgetlearn.reproduction.published import DataName
 from forgetlearn.reproduction.request import Request, prepare
-from forgetlearn.reproduction.settings import FIRST_SEED_ONLY, ORDER, PaperSettings, PartName
+from forgetlearn.reproduction.settings import FIRST_SEED_ONLY, ORDER, PaperSettings, PartName, same_depth
 from forgetlearn.reproduction.workspace import Workspace
-from forgetlearn.runs.checks import GivenConfig
+from forgetlearn.runs.checks import GivenConfig, files_read
 from forgetlearn.storage import run_folder
 from forgetlearn.storage.locks import only_writer
 
@@ -49,7 +49,7 @@ def paper(
     """
     request = prepare(model, zsre=zsre, counterfact=counterfact, settings=settings, config=config)
     path = Path(output)
-    reads = (request.config.model.name, zsre, counterfact, request.config.keep.source, request.config.edit.moments)
+    reads = (zsre, counterfact, *files_read(request.config))
     run_folder.check_output(path, resume=resume, overwrite=overwrite, inputs=reads)
     with only_writer(path):
         run = _begin(path, request, resume=resume, overwrite=overwrite)
@@ -142,7 +142,7 @@ def _not_measured(settings: PaperSettings, found: Container[tuple[PartName, Data
 
 def differences(request: Request) -> Iterator[str]:
     """Yield what is not as in the paper, or is not stated there, in words."""
-    config, shape = request.config, request.shape
+    config, n_layers = request.config, request.n_layers
     yield f"The model is {request.outline.name}; the paper's is {published.MODELS[request.settings.like]}."
     for data in request.data:
         yield (
@@ -169,7 +169,7 @@ def differences(request: Request) -> Iterator[str]:
     yield f"The paper does not state LoRA's rank and scale; here {lora}, on {names}."
     if any("ft-c" in data.configs for data in request.data):
         yield (
-            f"ft-c trains layer {shape.layer(published.FT_C_LAYER)} of {shape.layers}, at the depth of layer "
+            f"ft-c trains layer {same_depth(published.FT_C_LAYER, n_layers)} of {n_layers}, at the depth of layer "
             f"{published.FT_C_LAYER} of {published.LAYERS}. The paper does not state the bound on its change; here it "
             f"is {config.learn.max_change:g}."
         )

@@ -1,4 +1,4 @@
-"""What is asked of a reproduction, checked before anything is written: parts, facts, configs, the model's shape."""
+"""What is asked of a reproduction, checked before anything is written: parts, facts, configs, the model's depth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import read_facts
 from forgetlearn.method import keeping
 from forgetlearn.models import hub
-from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.models.language_model import LanguageModel, layer_list
 from forgetlearn.models.loading import pick_device
 from forgetlearn.models.texts import check_texts
 from forgetlearn.planning.outline import Outline, outline_of
@@ -28,7 +28,6 @@ from forgetlearn.reproduction.settings import (
     FIRST_SEED_ONLY,
     PaperSettings,
     PartName,
-    Shape,
     at_rate,
     method_config,
     methods_of,
@@ -51,13 +50,13 @@ class Request:
     parts: tuple[PartName, ...]
     data: tuple[DataSet, ...]
     outline: Outline
-    shape: Shape
+    n_layers: int  # of the model
     left_out: tuple[str, ...]
 
     @property
     def job(self) -> Job:
         """What the parts need beside a workspace."""
-        return Job(self.parts, self.shape, tasks_of(self.config.evaluate))
+        return Job(self.parts, self.n_layers, tasks_of(self.config.evaluate))
 
     def workspaces(self, output: Path) -> Iterator[tuple[Workspace, tuple[PartName, ...]]]:
         """Yield each workspace, with the parts to measure in it."""
@@ -91,9 +90,9 @@ def prepare(
     if outline.encoder is None:
         raise ModelError(f"{outline.name}: {' '.join(outline.notes)}")
     skeleton = outline.skeleton().model
-    shape = Shape.of(skeleton)
+    n_layers = len(layer_list(skeleton)[1])
     data = tuple(
-        _data_set(name, str(file), settings, config, shape) for name, file in files.items() if file is not None
+        _data_set(name, str(file), settings, config, n_layers) for name, file in files.items() if file is not None
     )
     device = pick_device(config.model.device)
     lm = LanguageModel(skeleton, outline.encoder, outline.name, device, config.model, {})
@@ -103,7 +102,7 @@ def prepare(
         for own in each.configs.values():
             check_old_answers(each.facts, own)
             check_stages(Stages(own), lm, each.facts)
-    return Request(settings, config, parts, data, outline, shape, tuple(left_out))
+    return Request(settings, config, parts, data, outline, n_layers, tuple(left_out))
 
 
 def _resolved(model: str | Path | None, config: GivenConfig) -> RunConfig:
@@ -149,7 +148,7 @@ def _parts(settings: PaperSettings, files: Files, evaluate: EvaluateSettings) ->
     return parts, left_out
 
 
-def _data_set(name: DataName, file: str, settings: PaperSettings, config: RunConfig, shape: Shape) -> DataSet:
+def _data_set(name: DataName, file: str, settings: PaperSettings, config: RunConfig, n_layers: int) -> DataSet:
     """Read a data set, and return it with the config of each method in the paper's table."""
     reading = config.facts
     facts = read_facts(
@@ -164,7 +163,7 @@ def _data_set(name: DataName, file: str, settings: PaperSettings, config: RunCon
     source = reading.model_copy(update={"source": file, "old_from": facts.old_from})
     config = config.model_copy(update={"facts": source, "evaluate": scored})
     methods = methods_of(settings.like, name)
-    configs = {method: method_config(config, settings.like, name, method, shape) for method in methods}
+    configs = {method: method_config(config, settings.like, name, method, n_layers) for method in methods}
     return DataSet(name, facts, at_rate(config, published.SETTINGS[settings.like, name].learning_rate), configs)
 
 

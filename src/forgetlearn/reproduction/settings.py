@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pydantic import Field, field_validator
-from torch import nn
 
 from forgetlearn.config.base import Settings, no_repeats
 from forgetlearn.config.methods import MethodName
 from forgetlearn.config.recipes import PAPER_STAGE
 from forgetlearn.config.schema import EditSettings, RunConfig
 from forgetlearn.errors import ConfigError
-from forgetlearn.models.language_model import layer_list
 from forgetlearn.reproduction import published
 from forgetlearn.reproduction.published import DataName, Like
 
@@ -65,20 +62,9 @@ class PaperSettings(Settings):
         return TABLE_OF[self.like]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the settings take from a model's structure: the number of layers."""
-
-    layers: int
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Shape:
-        """Return the shape of a model, which may be without weights."""
-        return cls(len(layer_list(model)[1]))
-
-    def layer(self, number: int) -> int:
-        """Return the layer at the same relative depth as a layer of the paper's LLaMA."""
-        return number * self.layers // published.LAYERS
+def same_depth(layer: int, n_layers: int) -> int:
+    """Return the layer at the same relative depth as a layer of the paper's LLaMA."""
+    return layer * n_layers // published.LAYERS
 
 
 def methods_of(like: Like, data: DataName) -> list[MethodName]:
@@ -86,7 +72,7 @@ def methods_of(like: Like, data: DataName) -> list[MethodName]:
     return [name for name in published.SETTINGS[like, data].scores if name != published.ORIGINAL]
 
 
-def method_config(config: RunConfig, like: Like, data: DataName, method: MethodName, shape: Shape) -> RunConfig:
+def method_config(config: RunConfig, like: Like, data: DataName, method: MethodName, n_layers: int) -> RunConfig:
     """Return the config of a method with the paper's coefficient and rates, on a base that was taught before."""
     setting = published.SETTINGS[like, data]
     config = at_rate(config, setting.learning_rate)
@@ -97,7 +83,7 @@ def method_config(config: RunConfig, like: Like, data: DataName, method: MethodN
         own = {"batch_size": 1, "learning_rate": published.FT_C_RATE}
         if config.learn.epochs == PAPER_STAGE["epochs"]:
             own["epochs"] = published.FT_C_EPOCHS
-        learn = learn.model_copy(update={**own, "modules": f"layers.{shape.layer(published.FT_C_LAYER)}"})
+        learn = learn.model_copy(update={**own, "modules": f"layers.{same_depth(published.FT_C_LAYER, n_layers)}"})
         train = train.model_copy(update={"micro_batch_size": None})
     teach = config.teach.model_copy(update={"epochs": 0})
     changes: dict[str, object] = {"method": method, "teach": teach, "forget": forget, "learn": learn, "train": train}

@@ -46,6 +46,11 @@ def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | No
     )
 
 
+def files_read(config: RunConfig) -> tuple[str | Path | None, ...]:
+    """Return the files and folders that a config names as its input; a run must not write over any of them."""
+    return config.model.name, config.facts.source, config.keep.source, *config.keep.facts, config.edit.moments
+
+
 def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     if isinstance(model, LanguageModel):
         _no_contradiction("model", settings, model.settings, "the model that is passed in was wrapped or loaded with")

@@ -34,6 +34,7 @@ from forgetlearn.runs.checks import (
     check_quantization,
     check_stages,
     check_weights,
+    files_read,
     go_on_from,
     read_config_facts,
     resolve,
@@ -89,7 +90,7 @@ def update(
     config = resolve(config, model, facts)
     preflight.check("update", config)
     check_engine(config.evaluate, changed_by="update")
-    reads = (config.model.name, config.facts.source, config.keep.source, *config.keep.facts, config.edit.moments)
+    reads = files_read(config)
     with processes.joined(config.model.device):
         processes.on_main(lambda: run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=reads))
         with only_writer(Path(output)):
