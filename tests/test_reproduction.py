@@ -221,6 +221,23 @@ def test_what_is_done_is_not_done_again(done, small_lab, files, monkeypatch):
     assert snapshot(output) == before
 
 
+def test_rows_can_be_chosen_and_others_added_later(small_lab, files, tmp_path):
+    given = {"zsre": files["zsre"], "config": QUICK | {"facts": {"limit": 2}}, "output": tmp_path / "out"}
+
+    def run(*methods, **more):
+        settings = PaperSettings(seeds=(0,), only=("table1", "table3", "figure7"), methods=methods)
+        return forgetlearn.paper(small_lab, **given, **more, settings=settings)
+
+    first = run("ft", "f-ft")
+    both = run("lora", resume=True)
+
+    assert [row.method for row in first.scores[0].rows] == ["original", "ft", "f-ft"]
+    assert {sign.what.split(":")[0] for sign in first.signs if sign.part == "table1"} == {"f-ft over ft"}
+    assert [row.method for row in first.times] == ["ft", "f-ft"]
+    assert {row.method for row in both.scores[0].rows} == {"original", "ft", "f-ft", "lora"}
+    assert both.scores[0].rows[0] == first.scores[0].rows[0]
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(small_lab, files, tmp_path, monkeypatch):
     settings = PaperSettings(seeds=(0,), only=("table1", "table4", "figure6"))
     monkeypatch.setattr("sys.argv", ["forgetlearn"])
@@ -360,6 +377,7 @@ def test_the_command_plans_and_writes_nothing(small_lab, files, tmp_path, capsys
         (["--set", "forget.coef=0.5"], "forget.coef"),
         (["--set", "save_merged=true"], "save_merged"),
         (["--seeds", "-1"], "seeds"),
+        (["--methods", "ft,locft"], "locft"),
         (["--rate", "400"], "--plan"),
     ],
 )

@@ -301,6 +301,9 @@ def paper(
     only: Annotated[
         str | None, typer.Option("--only", help="Parts, separated by commas: table1 to table5, figure4 to figure7.")
     ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Rows of tables 1 to 3, separated by commas; unset: all.")
+    ] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Say what it takes on this machine, and start nothing.")
     ] = False,
@@ -320,7 +323,7 @@ def paper(
         raise ConfigError("--memory and --rate need --plan: they say what is planned for.")
     from forgetlearn.reproduction.settings import PaperSettings
 
-    lists = {"seeds": seeds, "only": only}
+    lists = {"seeds": seeds, "only": only, "methods": methods}
     asked: dict[str, object] = {name: text.split(",") for name, text in lists.items() if text is not None}
     asked |= {"like": like} if like is not None else {}
     settings = validate(PaperSettings, asked, elsewhere=frozenset(asked))

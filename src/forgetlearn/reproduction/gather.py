@@ -33,7 +33,7 @@ from forgetlearn.report.render import Column
 from forgetlearn.reproduction import published
 from forgetlearn.reproduction.measure import PHASES, PROMPTS, ROWS, seconds_name, tasks_name
 from forgetlearn.reproduction.published import Like
-from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName, methods_of
+from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName
 from forgetlearn.reproduction.workspace import Workspace
 from forgetlearn.storage.records import Row, TaskScore, load_rows
 from forgetlearn.storage.run_folder import is_run
@@ -64,7 +64,7 @@ def _is_measured(part: PartName, workspace: Workspace, tasks: EvaluateSettings) 
         return all(is_run(workspace.folder_of(cell)) for cell in workspace.cells)
     if part == "table3":
         edits = [number for number in published.EDITS if number <= len(workspace.facts)]
-        return all(workspace.has(seconds_name(m, n)) for m in workspace.data.configs for n in edits)
+        return all(workspace.has(seconds_name(m, n)) for m in workspace.data.rows for n in edits)
     if part == "table4":
         return all(workspace.has(f"texts-{phase}") for phase in PHASES)
     if part == "table5":
@@ -80,13 +80,14 @@ def score_table(part: PartName, like: Like, workspaces: Sequence[Workspace]) -> 
     data = workspaces[0].data
     setting = published.SETTINGS[like, data.name]
     groups: dict[MethodName, Group] = {}
-    for place, cell in enumerate(workspaces[0].cells):
-        groups[cell.method] = Group([(own.cells[place], own.folder_of(own.cells[place])) for own in workspaces])
+    for method in data.configs:
+        cells = [(cell, own.folder_of(cell)) for own in workspaces for cell in (data.cell(method, own.seed),)]
+        if all(is_run(folder) for _cell, folder in cells):  # asked for now or before
+            groups[method] = Group(cells)
     first = next(iter(groups.values()))
     rows = [_score_row(published.ORIGINAL, None, setting.scores[published.ORIGINAL], first.phases["base"])]
     rows[0].ours["locality"] = None  # agreement with itself
-    for method in methods_of(like, data.name):
-        group = groups[method]
+    for method, group in groups.items():
         rows.append(_score_row(method, group.first.coef, setting.scores[method], group.scores))
     table = ScoreTable(
         part=part,
@@ -147,7 +148,8 @@ def times(workspace: Workspace) -> list[TimeRow]:
     seconds: dict[str, dict[int, float]] = {}
     for method in workspace.data.configs:
         names = {number: seconds_name(method, number) for number in published.EDITS}
-        found = {number: name for number, name in names.items() if workspace.has(name)}
+        if not (found := {number: name for number, name in names.items() if workspace.has(name)}):
+            continue
         rows = {number: load_rows(Seconds, _file(workspace, name))[0] for number, name in found.items()}
         seconds[method] = {number: row.seconds for number, row in rows.items()}
     paper = {method: dict(zip(published.EDITS, own, strict=True)) for method, own in published.SECONDS.items()}

@@ -72,7 +72,7 @@ def _begin(path: Path, request: Request, *, resume: bool, overwrite: bool) -> ru
     own = config.model_dump(mode="json")
     for name in ("tasks", "task_limit", "task_folder"):  # a part that is asked for later may bring them
         del own["evaluate"][name]
-    whole = {"run": own, "paper": request.settings.model_dump(exclude={"only"})}
+    whole = {"run": own, "paper": request.settings.model_dump(exclude={"only", "methods"})}
     run = run_folder.RunFolder.create(path, whole, inputs, resume=resume, overwrite=overwrite)
     given = {data.name for data in request.data}
     if absent := [name for name in published.TITLES if name not in given and run_folder.is_run(path / name)]:
@@ -167,13 +167,13 @@ def differences(request: Request) -> Iterator[str]:
     names = targets if isinstance(targets, str) else ", ".join(targets)
     lora = f"r = {config.lora.r}, alpha = {config.lora.lora_alpha:g}"
     yield f"The paper does not state LoRA's rank and scale; here {lora}, on {names}."
-    if any("ft-c" in data.configs for data in request.data):
+    if any("ft-c" in data.rows for data in request.data):
         yield (
             f"ft-c trains layer {same_depth(published.FT_C_LAYER, n_layers)} of {n_layers}, at the depth of layer "
             f"{published.FT_C_LAYER} of {published.LAYERS}. The paper does not state the bound on its change; here it "
             f"is {config.learn.max_change:g}."
         )
-    if any({"rome", "memit"} & set(data.configs) for data in request.data):
+    if any({"rome", "memit"} & set(data.rows) for data in request.data):
         source = f"tokens of {config.edit.moments}" if config.edit.moments else "text that the model samples"
         yield (
             f"rome and memit take the second moments of keys from {source}, not from 100,000 samples of Wikitext, and "

@@ -118,10 +118,10 @@ class _Planner:
 
     def _part(self, part: PartName, data: DataSet, n_seeds: int) -> Iterator[Work]:
         if part in ("table1", "table2"):
-            for method in data.configs:
+            for method in data.rows:
                 yield from self._method(part, data, method, n_seeds)
         elif part == "table3":
-            for method in data.configs:
+            for method in data.rows:
                 for edits in (edits for edits in published.EDITS if edits <= len(data.facts)):
                     yield self._edits(part, data, method, edits)
         elif part in FIGURE_KINDS:

@@ -164,7 +164,8 @@ def _data_set(name: DataName, file: str, settings: PaperSettings, config: RunCon
     config = config.model_copy(update={"facts": source, "evaluate": scored})
     methods = methods_of(settings.like, name)
     configs = {method: method_config(config, settings.like, name, method, n_layers) for method in methods}
-    return DataSet(name, facts, at_rate(config, published.SETTINGS[settings.like, name].learning_rate), configs)
+    teaching = at_rate(config, published.SETTINGS[settings.like, name].learning_rate)
+    return DataSet(name, facts, teaching, configs, settings.rows(name))
 
 
 def _why_no_tasks(evaluate: EvaluateSettings) -> str | None:

@@ -36,8 +36,9 @@ class PaperSettings(Settings):
     )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Whole numbers, 0 or more.")
     only: tuple[PartName, ...] = Field((), description=f"Parts to reproduce: {', '.join(ORDER)}; unset: all.")
+    methods: tuple[MethodName, ...] = Field((), description="Rows of tables 1 to 3; unset: all.")
 
-    _repeats = field_validator("seeds", "only")(no_repeats)
+    _repeats = field_validator("seeds", "only", "methods")(no_repeats)
 
     @field_validator("seeds")
     @classmethod
@@ -60,6 +61,15 @@ class PaperSettings(Settings):
     def score_table(self) -> PartName:
         """The table with the scores of all methods, table1 or table2."""
         return TABLE_OF[self.like]
+
+    def rows(self, data: DataName) -> list[MethodName]:
+        """Return the methods to measure, in the paper's order; raise ConfigError for one that is not in its table."""
+        printed = methods_of(self.like, data)
+        if unknown := [method for method in self.methods if method not in printed]:
+            raise ConfigError(
+                f"methods = {unknown[0]}: not in the paper's {self.score_table}. Give some of {', '.join(printed)}."
+            )
+        return [method for method in printed if method in (self.methods or printed)]
 
 
 def same_depth(layer: int, n_layers: int) -> int:

@@ -7,7 +7,7 @@ fine-tuning on the old answers and the cells of the table of scores as in a comp
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,22 +33,26 @@ RESULTS = "results"
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set of the paper: its facts, how the base is taught their old answers, and the config of each method."""
+    """A data set of the paper: its facts, how the base is taught their old answers, and the config of each method.
+
+    `rows` are the methods to measure in tables 1 to 3.
+    """
 
     name: DataName
     facts: FactSet
     teaching: RunConfig
     configs: Mapping[MethodName, RunConfig]
+    rows: Sequence[MethodName]
 
     def cells(self, seed: int) -> list[Cell]:
-        """Return the cells of the table of scores under this seed."""
-        found = []
-        for method, config in self.configs.items():
-            coef = config.forget.number if METHODS[method].forgets else None
-            found.append(Cell(method, coef, config.learn.epochs, seed, "equal-epochs"))
-        return sorted(
-            found, key=lambda cell: METHODS[cell.method].forgets or ""
-        )  # so that they share weights in memory
+        """Return the cells of the table of scores, in an order in which they share weights in memory."""
+        return [self.cell(method, seed) for method in sorted(self.rows, key=lambda name: METHODS[name].forgets or "")]
+
+    def cell(self, method: MethodName, seed: int) -> Cell:
+        """Return the cell of a method under this seed."""
+        config = self.configs[method]
+        coef = config.forget.number if METHODS[method].forgets else None
+        return Cell(method, coef, config.learn.epochs, seed, "equal-epochs")
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,7 @@ class Workspace:
 
     def config(self, method: MethodName) -> RunConfig:
         """Return a method's config, with this workspace's seed and taught base."""
-        comparison = self.worker.comparison
-        cell = next(cell for cell in self.cells if cell.method == method)
-        return comparison.config_of(cell)
+        return self.worker.comparison.config_of(self.data.cell(method, self.seed))
 
     def has(self, name: str) -> bool:
         """Return True if a result is there, as it was written."""
