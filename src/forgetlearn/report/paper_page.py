@@ -66,4 +66,5 @@ def _seconds(seconds: float | None, ratio: float | None) -> str:
     """Format seconds, and how many times full fine-tuning's they are."""
     if seconds is None:
         return "–"
-    return f"{seconds:.3g}" + (f" (× {ratio:.3g})" if ratio is not None else "")
+    shown = f"{seconds:.3g}" if seconds < 99 else f"{seconds:,.0f}"
+    return shown + (f" (× {ratio:.3g})" if ratio is not None else "")

@@ -145,9 +145,10 @@ def differences(request: Request) -> Iterator[str]:
     config, n_layers = request.config, request.n_layers
     yield f"The model is {request.outline.name}; the paper's is {published.MODELS[request.settings.like]}."
     for data in request.data:
+        n_facts, n_paper = len(data.facts), published.FACTS[data.name]
         yield (
-            f"{published.TITLES[data.name]}: {len(data.facts):,} facts, all updated at once; the paper has "
-            f"{published.FACTS[data.name]:,}."
+            f"{published.TITLES[data.name]}: {n_facts:,} facts, all updated at once, in {_steps(config, n_facts):,} "
+            f"steps a stage; the paper has {n_paper:,}, which take {_steps(config, n_paper):,} such steps."
         )
     n = len(request.settings.seeds)
     yield f"{n} seed{'s, each' if n > 1 else ','} with its own taught base; the paper states none."
@@ -181,6 +182,11 @@ def differences(request: Request) -> Iterator[str]:
         )
     if changed := recipes.overridden(dict(config), "paper"):
         yield f"Settings that were changed: {', '.join(f'{name} = {_value(config, name)}' for name in changed)}."
+
+
+def _steps(config: RunConfig, n_facts: int) -> int:
+    """Return the optimiser steps of learning this many facts."""
+    return config.learn.epochs * -(-n_facts // config.learn.batch_size)
 
 
 def _value(config: RunConfig, name: str) -> object:
