@@ -1,4 +1,4 @@
-"""Edit a model on one fact at a time, each on the model as it was, and say how often the edit takes; resumable.
+"""Edit a model on one fact at a time, each on the model as it was, and report how often the edit succeeds; resumable.
 
     python bench/single_edits.py MODEL ../shared/data --output runs/single [--methods rome,memit] [--limit 50]
 
@@ -17,8 +17,7 @@ from forgetlearn.config.schema import RunConfig
 from forgetlearn.evaluation import scoring
 from forgetlearn.facts import read_facts
 from forgetlearn.method.core import learn
-from forgetlearn.method.editing import memit_layers, rome_layers
-from forgetlearn.models.modules import mlp_output
+from forgetlearn.runs.pipeline import HeldBase
 from forgetlearn.storage.records import Row, load_rows, save_rows
 from real_models import SETS, arguments, model_at
 
@@ -57,15 +56,12 @@ def edited(args: argparse.Namespace, config: RunConfig, name: str) -> list[Row]:
         evaluate = config.evaluate.model_copy(update={"protocols": ("prefer", "exact")})
         lm = model_at(args.model, config)
         reference = scoring.locality_predictions(scoring.score(lm, facts, phase="base", settings=evaluate))
-        layers = (rome_layers if config.method == "rome" else memit_layers)(lm.model, config.learning)
-        weights = [lm.model.get_parameter(f"{mlp_output(lm.model, layer)}.weight").data for layer in layers]
-        before = [weight.clone() for weight in weights]
+        base = HeldBase(lm)
         for fact in missing:
             learn(lm, [fact], config.learning, config.method, seed=config.seed)
             rows = scoring.score(lm, [fact], phase="updated", settings=evaluate, reference=reference)
             save_rows(rows, files[fact.id])
-            for weight, own in zip(weights, before, strict=True):
-                weight.copy_(own)
+            base.restore()
     return [row for file in files.values() for row in load_rows(Row, file)]
 
 

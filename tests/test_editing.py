@@ -144,7 +144,7 @@ def test_memit_edits_the_last_layer_alone_where_the_layer_changes_what_its_mlp_g
 def test_the_search_takes_the_steps_of_the_authors_code(lm, kl_factor, clamp):
     """One fact, written out: whole texts, Adam, KL(now || before) after the essence, decay, and the clamp."""
     lm.model.requires_grad_(False)
-    own = settings(edit={"steps": 4, "kl_factor": kl_factor, "weight_decay": 2.0}).edit
+    own = settings(edit={"steps": 4, "learning_rate": 0.5, "kl_factor": kl_factor, "weight_decay": 2.0}).edit
     path = mlp_output(lm.model, 0)
     (request,) = targets.requests(lm.encoder, FACTS[:1], ["The end"])
 

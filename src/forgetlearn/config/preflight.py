@@ -109,9 +109,9 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
     `given` lists the settings given for this command alone (flags, --set), by dotted name. Without it, unused settings
     are logged. The command line passes `given`; the function that it then calls does not, and so logs the rest.
     """
-    changed, problems, passed_over = _changed(config), [], []
+    departing, problems, passed_over = changed(config), [], []
     for row in UNUSED[command]:
-        names = [name for name in changed if is_within(name, row.names)]
+        names = [name for name in departing if is_within(name, row.names)]
         refused = names if row.always else [name for name in names if is_within(name, given or ())]
         if refused:
             problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
@@ -203,7 +203,7 @@ def warn_of_idle(configs: Sequence[RunConfig], given: Collection[str], passed_ov
     `passed_over` are settings that the command itself warns about.
     """
     rows = [dict(idle(config)) for config in configs]
-    for name, value in _changed(configs[0]).items():
+    for name, value in changed(configs[0]).items():
         if not is_within(name, given) or name in passed_over:
             continue
         reasons = [next((why for own, why in each.items() if is_within(name, [own])), None) for each in rows]
@@ -216,7 +216,7 @@ def is_within(name: str, settings: Collection[str]) -> bool:
     return any(name == own or name.startswith(f"{own}.") for own in settings)
 
 
-def _changed(config: RunConfig) -> dict[str, object]:
+def changed(config: RunConfig) -> dict[str, object]:
     """Return the settings that differ from their defaults in the recipe, by dotted name, with their values."""
     defaults = dict(_flat(RunConfig(recipe=config.recipe))) | {"recipe": RunConfig().recipe}
     return {name: value for name, value in _flat(config) if value != defaults[name]}

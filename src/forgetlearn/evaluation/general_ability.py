@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,10 +56,10 @@ def read_text(settings: EvaluateSettings) -> str:
 
 
 def check(settings: EvaluateSettings) -> None:
-    """Raise FactError if the text cannot be read, and MissingExtraError if tasks are set but the harness is missing."""
+    """Raise FactError if the text cannot be read or a task is unknown, MissingExtraError if the harness is missing."""
     read_text(settings)
     if settings.tasks:
-        _harness()
+        _known_tasks(settings)
 
 
 def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
@@ -174,19 +175,26 @@ def _divergence(before: Tensor, now: Tensor) -> float:
 
 def score_tasks(lm: LanguageModel, settings: EvaluateSettings) -> dict[str, dict[str, TaskScore]]:
     """Return task -> metric -> value and standard error, in the units of lm-evaluation-harness."""
-    evaluator, tasks, models = _harness()
-    known = tasks.TaskManager(include_path=settings.task_folder)
-    if unknown := [name for name in settings.tasks if name not in known.all_tasks]:
-        raise FactError(
-            f"evaluate.tasks: lm-evaluation-harness has no task named {unknown[0]!r}. `lm-eval ls tasks` lists them; "
-            "evaluate.task_folder names a folder with tasks of your own."
-        )
+    evaluator, _tasks, models = _harness()
+    known = _known_tasks(settings)
     wrapped = models.HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=settings.batch_size)
     with computing(lm.model, lm.device), contextlib.redirect_stdout(io.StringIO()):
         found = evaluator.simple_evaluate(
             wrapped, tasks=list(settings.tasks), task_manager=known, limit=settings.task_limit, bootstrap_iters=1000
         )
     return {task: _metrics(result) for task, result in found["results"].items()}
+
+
+def _known_tasks(settings: EvaluateSettings) -> Any:
+    """Return the harness's manager of tasks, which knows all tasks that are set; raise FactError if it does not."""
+    _evaluator, tasks, _models = _harness()
+    known = tasks.TaskManager(include_path=settings.task_folder)
+    if unknown := [name for name in settings.tasks if name not in known.all_tasks]:
+        raise FactError(
+            f"evaluate.tasks: lm-evaluation-harness has no task named {unknown[0]!r}. `lm-eval ls tasks` lists them; "
+            "evaluate.task_folder names a folder with tasks of your own."
+        )
+    return known
 
 
 def _metrics(result: Mapping[str, object]) -> dict[str, TaskScore]:

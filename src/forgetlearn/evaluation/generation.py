@@ -116,7 +116,7 @@ class TransformersGenerator:
     def sample(self, prompts: Sequence[Ids], n_tokens: int, seed: int) -> list[list[int]]:
         """Return ids that continue each prompt, drawn from the model's own distribution, up to an end token.
 
-        All stop when fewer than a quarter still go on: a step costs as much for a few as for the whole batch.
+        The whole batch stops once more than three quarters have ended: a step costs as much for a few rows as for all.
         """
         width = max(len(prompt) for prompt in prompts)
         config = GenerationConfig(
@@ -128,7 +128,7 @@ class TransformersGenerator:
             out = generate(
                 **self._inputs(prompts),
                 generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_FewGoOn(self.ends, width)]),
+                stopping_criteria=StoppingCriteriaList([_MostEnded(self.ends, width)]),
             )
         return [list(takewhile(lambda token: token not in self.ends, ids)) for ids in out[:, width:].tolist()]
 
@@ -279,8 +279,8 @@ class _Full(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(full, device=input_ids.device)
 
 
-class _FewGoOn(StoppingCriteria):  # type: ignore[misc]
-    """Stops all rows when fewer than a quarter of them have no end token yet."""
+class _MostEnded(StoppingCriteria):  # type: ignore[misc]
+    """Stops the whole batch once more than three quarters of its rows have ended."""
 
     def __init__(self, ends: Sequence[int], width: int) -> None:
         self.ends, self.width = ends, width

@@ -43,13 +43,23 @@ Write = Callable[[LanguageModel, Sequence[Fact], StageSettings, int, StageIO], S
 
 def rome_layers(model: nn.Module, settings: StageSettings) -> list[int]:
     """Return the layer that ROME edits; raise ConfigError if the model does not have the chosen one."""
-    n_layers, chosen = len(layer_list(model)[1]), settings.rome.layer
+    return rome_layers_of(len(layer_list(model)[1]), settings)
+
+
+def rome_layers_of(n_layers: int, settings: StageSettings) -> list[int]:
+    """Return the layer that ROME edits in a model of this many layers."""
+    chosen = settings.rome.layer
     return [_usual(ROME_LAYER, n_layers) if chosen is None else _existing(chosen, n_layers, "rome.layer")]
 
 
 def memit_layers(model: nn.Module, settings: StageSettings) -> list[int]:
     """Return the layers that MEMIT edits, in order; raise ConfigError if the model does not have a chosen one."""
-    n_layers, chosen = len(layer_list(model)[1]), settings.memit.layers
+    return memit_layers_of(len(layer_list(model)[1]), settings)
+
+
+def memit_layers_of(n_layers: int, settings: StageSettings) -> list[int]:
+    """Return the layers that MEMIT edits in a model of this many layers."""
+    chosen = settings.memit.layers
     if chosen is None:
         first, last = (_usual(layer, n_layers) for layer in MEMIT_LAYERS)
         return list(range(first, last + 1))
@@ -75,6 +85,7 @@ def rome(lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     weight = lm.model.get_parameter(f"{path}.weight").data
     search = targets.Search(lm, path, own, own.clamp_norm_factor or ROME_CLAMP)
+    factor = torch.linalg.cholesky(moments.of[path])
     progress = Progress(stage_io)
     losses = progress.found.get("losses", torch.empty(0))
     if progress.found:
@@ -83,7 +94,7 @@ def rome(lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed
         request = wanted[part.start]
         found = search.together([request])
         keys = at_last_token(lm, [text.up_to_subject for text in request.trained], [path])[path][0]
-        direction = torch.linalg.solve(moments.of[path], keys.double().mean(0))
+        direction = torch.cholesky_solve(keys.double().mean(0).unsqueeze(1), factor).squeeze(1)
         add(
             lm.model.get_submodule(path),
             torch.outer(found.deltas[0].double(), direction) / (direction @ keys[0].double()),
@@ -191,9 +202,10 @@ def null_space(moments: Tensor, threshold: float | None) -> Tensor:
     energies, directions = torch.linalg.eigh(moments)
     rest: Tensor = directions[:, energies < (threshold or energies.mean())]
     if not rest.numel():
+        highest = threshold or energies.mean().item()
         raise ConfigError(
-            f"alphaedit.null_space_threshold = {threshold:g}: no direction has less energy, the lowest is "
-            f"{energies[0].item():.3g}. Leave it out, or raise it."
+            f"alphaedit.null_space_threshold = {highest:.3g}: no direction has less energy, the lowest is "
+            f"{energies[0].item():.3g}. Raise it."
         )
     return rest @ rest.T
 

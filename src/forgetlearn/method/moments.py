@@ -144,7 +144,7 @@ def _sampled(lm: LanguageModel, n_tokens: int, seed: int, model: str) -> Texts:
     log.info("sampling %s tokens of text from the model, for the second moments of its keys", f"{n_tokens:,}")
     prompts, texts = cycle(asked), []
     with generator_in_memory(lm) as sampler:
-        for number in count(seed):
+        for number in count(seed, 1 << 16):  # so that runs with neighbouring seeds share no draws
             batch = list(islice(prompts, SAMPLES_AT_ONCE))
             said = sampler.sample(batch, room, number)
             texts += [[*prompt, *answer] for prompt, answer in zip(batch, said, strict=True)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from forgetlearn.config.schema import EditSettings
+from forgetlearn.config.schema import EDIT_RATE, EDIT_STEPS, EditSettings
 from forgetlearn.errors import FactError
 from forgetlearn.evaluation.generation import generator_in_memory
 from forgetlearn.facts import Fact
@@ -139,7 +139,7 @@ class Search:
         """Return the changes of facts that are optimised in the same passes. None of them affects another."""
         with computing(self.lm.model, self.lm.device):
             chunk = _Chunk(self.lm, wanted, self.path, may_continue=self.continues is not False)
-            if self.continues is None and chunk.has_heads:
+            if self.continues is None and chunk.has_beginnings:
                 self.continues = chunk.agrees_with_whole_texts()
             if not self.continues:
                 chunk.past = None
@@ -177,7 +177,7 @@ class _Chunk:
         self.past = self._past() if may_continue else None
 
     @property
-    def has_heads(self) -> bool:
+    def has_beginnings(self) -> bool:
         """True if anything stands before a subject's last token."""
         return any(text.place for text in self.texts)
 
@@ -195,11 +195,11 @@ class _Chunk:
     @torch.no_grad()
     def _past(self) -> Past | None:
         """Return the keys and values of what stands before the subjects' last tokens."""
-        heads = [text.text.ids[: text.place] for text in self.texts]
+        beginnings = [text.text.ids[: text.place] for text in self.texts]
         accepted = forward_parameters(self.lm.model)
-        if not self.has_heads or not {"past_key_values", "use_cache"} <= accepted:
+        if not self.has_beginnings or not {"past_key_values", "use_cache"} <= accepted:
             return None
-        inputs = _inputs(heads, self.lm)
+        inputs = _inputs(beginnings, self.lm)
         inputs["attention_mask"][:, -1] = 1  # a row of padding alone would give no numbers
         given = {name: value for name, value in inputs.items() if name in accepted}
         cache = plain_cache(self.lm.model(**given, use_cache=True))
@@ -211,16 +211,17 @@ class _Chunk:
             before, first = self._unchanged()
             lengths = before.norm(dim=1)
             deltas = torch.zeros_like(before, requires_grad=True)
-            adam = torch.optim.Adam([deltas], lr=settings.learning_rate)
+            adam = torch.optim.Adam([deltas], lr=settings.learning_rate or EDIT_RATE)
             losses = torch.full((self.n_facts,), torch.inf, device=self.lm.device)
             waiting = torch.ones(self.n_facts, dtype=torch.bool, device=self.lm.device)
-            for step in range(settings.steps):
+            steps = settings.steps or EDIT_STEPS
+            for step in range(steps):
                 answers, drift = self._losses(deltas, waiting, first)
                 total = answers + settings.kl_factor * drift
                 total = total + settings.weight_decay * deltas.norm(dim=1) / lengths.square()
                 losses = torch.where(waiting, answers.detach(), losses)
                 waiting = waiting & (total.detach() >= ENOUGH)
-                if not waiting.any() or step == settings.steps - 1:
+                if not waiting.any() or step == steps - 1:
                     break
                 adam.zero_grad()
                 (gradient,) = torch.autograd.grad(total[waiting].sum(), deltas)
@@ -291,11 +292,11 @@ class _Chunk:
         return logits, batch.labels.to(self.lm.device)
 
     def _continuing(self, rows: Sequence[int], past: Past, given: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the inputs that differ for texts that go on after their heads."""
+        """Return the inputs that differ for texts that go on after their beginnings."""
         lengths = torch.tensor([self.texts[row].place for row in rows], device=self.lm.device)
-        head_width = past[0][0].shape[-2]
-        heads = torch.arange(head_width, device=lengths.device) >= head_width - lengths.unsqueeze(1)
-        mask = torch.cat([heads.to(given["attention_mask"].dtype), given["attention_mask"]], dim=1)
+        width_before = past[0][0].shape[-2]
+        before = torch.arange(width_before, device=lengths.device) >= width_before - lengths.unsqueeze(1)
+        mask = torch.cat([before.to(given["attention_mask"].dtype), given["attention_mask"]], dim=1)
         cache = DynamicCache([(keys[list(rows)], values[list(rows)]) for keys, values in past])
         positions = (given["position_ids"] + lengths.unsqueeze(1)) * given["attention_mask"]
         return {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}

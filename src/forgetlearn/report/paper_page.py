@@ -43,7 +43,7 @@ def named(part: str) -> str:
 def verdict(report: PaperReport) -> str:
     """Return one sentence that sums up how many of the paper's signs were found again."""
     if not report.signs:
-        return "Nothing was reproduced that has a sign in the paper to compare with."
+        return "No difference here has a counterpart in the paper."
     counts = [f"{count} {name}" for name in CLASSES if (count := report.count(name))]
     one = " With one seed, intervals are over facts alone." if len(report.seeds) == 1 else ""
     return f"{len(report.signs)} differences in the paper: {', '.join(counts)} here.{one}"

@@ -9,7 +9,6 @@ import numpy as np
 
 from forgetlearn.comparison.table import Group
 from forgetlearn.config.methods import METHODS, MethodName
-from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation import general_ability, statistics
 from forgetlearn.evaluation.statistics import Difference, Estimate, Floats
 from forgetlearn.report.paper_table import (
@@ -31,9 +30,9 @@ from forgetlearn.report.paper_table import (
 )
 from forgetlearn.report.render import Column
 from forgetlearn.reproduction import published
-from forgetlearn.reproduction.measure import PHASES, PROMPTS, ROWS, seconds_name, tasks_name
+from forgetlearn.reproduction.measure import PHASES, PROMPTS, ROWS, seconds_name
 from forgetlearn.reproduction.published import Like
-from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, PartName
+from forgetlearn.reproduction.settings import FIGURE_KINDS, METHOD_OF_KIND, WITH_METHODS, PartName
 from forgetlearn.reproduction.workspace import Workspace
 from forgetlearn.storage.records import Row, TaskScore, load_rows
 from forgetlearn.storage.run_folder import is_run
@@ -54,22 +53,35 @@ def verdict_of(paper: float, ours: Measured) -> Verdict:
     return "confirmed" if (ours.mean > 0) == (paper > 0) else "contradicted"
 
 
-def is_complete(part: PartName, workspaces: Sequence[Workspace], tasks: EvaluateSettings) -> bool:
-    """Return True if everything that a part measures is there."""
-    return bool(workspaces) and all(_is_measured(part, workspace, tasks) for workspace in workspaces)
+def is_measured(part: PartName, workspaces: Sequence[Workspace]) -> bool:
+    """Return True if what a part shows is there for all workspaces; of tables 1 to 3, at least one row."""
+    if part in WITH_METHODS:
+        return bool(workspaces and methods_in(part, workspaces))
+    return bool(workspaces) and all(_has(part, workspace) for workspace in workspaces)
 
 
-def _is_measured(part: PartName, workspace: Workspace, tasks: EvaluateSettings) -> bool:
-    if part in ("table1", "table2"):
-        return all(is_run(workspace.folder_of(cell)) for cell in workspace.cells)
-    if part == "table3":
-        edits = [number for number in published.EDITS if number <= len(workspace.facts)]
-        return all(workspace.has(seconds_name(m, n)) for m in workspace.data.rows for n in edits)
+def _has(part: PartName, workspace: Workspace) -> bool:
     if part == "table4":
         return all(workspace.has(f"texts-{phase}") for phase in PHASES)
-    if part == "table5":
-        return all(workspace.has(tasks_name(tasks, phase)) for phase in PHASES)
-    return workspace.has(part)
+    return bool(_task_sets(workspace)) if part == "table5" else workspace.has(part)
+
+
+def methods_in(part: PartName, workspaces: Sequence[Workspace]) -> list[MethodName]:
+    """Return the methods that are measured for table 1, 2 or 3 in all workspaces, whether or not it was just now."""
+
+    def is_done(own: Workspace, method: MethodName) -> bool:
+        if part == "table3":
+            edits = [number for number in published.EDITS if number <= len(own.facts)]
+            return all(own.has(seconds_name(method, number)) for number in edits)
+        return is_run(own.folder_of(own.data.cell(method, own.seed)))
+
+    return [method for method in workspaces[0].data.configs if all(is_done(own, method) for own in workspaces)]
+
+
+def _task_sets(workspace: Workspace) -> list[str]:
+    """Return the beginnings of the names of results on tasks that are there for all three models."""
+    begun = {folder.name.rpartition("-")[0] for folder in workspace.results.path.glob("tasks-*")}
+    return sorted(name for name in begun if all(workspace.has(f"{name}-{phase}") for phase in PHASES))
 
 
 # Tables 1 and 2 -------------------------------------------------------------------------------------------
@@ -80,15 +92,15 @@ def score_table(part: PartName, like: Like, workspaces: Sequence[Workspace]) -> 
     data = workspaces[0].data
     setting = published.SETTINGS[like, data.name]
     groups: dict[MethodName, Group] = {}
-    for method in data.configs:
-        cells = [(cell, own.folder_of(cell)) for own in workspaces for cell in (data.cell(method, own.seed),)]
-        if all(is_run(folder) for _cell, folder in cells):  # asked for now or before
-            groups[method] = Group(cells)
+    for method in methods_in(part, workspaces):
+        cells = [(data.cell(method, own.seed), own) for own in workspaces]
+        groups[method] = Group([(cell, own.folder_of(cell)) for cell, own in cells])
     first = next(iter(groups.values()))
     rows = [_score_row(published.ORIGINAL, None, setting.scores[published.ORIGINAL], first.phases["base"])]
     rows[0].ours["locality"] = None  # agreement with itself
-    for method, group in groups.items():
-        rows.append(_score_row(method, group.first.coef, setting.scores[method], group.scores))
+    for method in data.configs:
+        scores = groups[method].scores if method in groups else {}
+        rows.append(_score_row(method, data.cell(method, 0).coef, setting.scores[method], scores))
     table = ScoreTable(
         part=part,
         data=published.TITLES[data.name],
@@ -146,11 +158,9 @@ def _measured(estimate: Estimate) -> Measured:
 def times(workspace: Workspace) -> list[TimeRow]:
     """Return the rows of table 3, each beside full fine-tuning."""
     seconds: dict[str, dict[int, float]] = {}
-    for method in workspace.data.configs:
-        names = {number: seconds_name(method, number) for number in published.EDITS}
-        if not (found := {number: name for number, name in names.items() if workspace.has(name)}):
-            continue
-        rows = {number: load_rows(Seconds, _file(workspace, name))[0] for number, name in found.items()}
+    for method in methods_in("table3", [workspace]):
+        names = {number: seconds_name(method, number) for number in published.EDITS if number <= len(workspace.facts)}
+        rows = {number: load_rows(Seconds, _file(workspace, name))[0] for number, name in names.items()}
         seconds[method] = {number: row.seconds for number, row in rows.items()}
     paper = {method: dict(zip(published.EDITS, own, strict=True)) for method, own in published.SECONDS.items()}
     return [
@@ -186,10 +196,12 @@ def texts(workspace: Workspace) -> list[TextRow]:
     ]
 
 
-def ability(workspace: Workspace, tasks: EvaluateSettings) -> tuple[list[TaskRow], list[Sign]]:
+def ability(workspace: Workspace) -> tuple[list[TaskRow], list[Sign]]:
     """Return the rows of table 5, and the signs of what the update changed."""
-    folders = {phase: workspace.results.path / tasks_name(tasks, phase) for phase in PHASES}
-    found = {phase: general_ability.found_in(folder).tasks for phase, folder in folders.items()}
+    found: dict[str, dict[str, dict[str, TaskScore]]] = {phase: {} for phase in PHASES}
+    for name in _task_sets(workspace):
+        for phase, own in found.items():
+            own.update(general_ability.found_in(workspace.results.path / f"{name}-{phase}").tasks)
     rows = []
     for task, metrics in found["base"].items():
         paper = dict(zip(PHASES, published.ABILITY.get(task, ()), strict=False))

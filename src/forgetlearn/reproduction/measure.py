@@ -78,7 +78,7 @@ def seconds_name(method: MethodName, edits: int) -> str:
 def _time_edits(workspace: Workspace) -> None:
     """Time the edits of each method: forgetting and learning on a model in memory, without scoring."""
     warm: set[MethodName] = set()
-    for method in workspace.data.rows:
+    for method in workspace.data.methods:
         for edits in (edits for edits in published.EDITS if edits <= len(workspace.facts)):
             name = seconds_name(method, edits)
             if workspace.has(name):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from forgetlearn.config import recipes
+from forgetlearn.config import preflight
+from forgetlearn.config.methods import MethodName
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import RunError
-from forgetlearn.method import keeping, moments
+from forgetlearn.method import editing, keeping, moments
 from forgetlearn.models.identity import named_sha256
 from forgetlearn.report import paper_page
 from forgetlearn.report.paper_table import FILE, PaperReport
@@ -18,11 +19,21 @@ from forgetlearn.reproduction import gather, published
 from forgetlearn.reproduction.measure import measure
 from forgetlearn.reproduction.published import DataName
 from forgetlearn.reproduction.request import Request, prepare
-from forgetlearn.reproduction.settings import FIRST_SEED_ONLY, ORDER, PaperSettings, PartName, same_depth
+from forgetlearn.reproduction.settings import (
+    FIRST_SEED_ONLY,
+    ORDER,
+    WITH_METHODS,
+    PaperSettings,
+    PartName,
+    same_depth,
+)
 from forgetlearn.reproduction.workspace import Workspace
 from forgetlearn.runs.checks import GivenConfig, files_read
 from forgetlearn.storage import run_folder
 from forgetlearn.storage.locks import only_writer
+
+Found = Mapping[tuple[PartName, DataName], Sequence[Workspace]]  # what is measured, by part and data set
+SAID_ELSEWHERE = ("recipe", "model", "facts", "evaluate")  # settings that the page states in other places
 
 
 @torch.inference_mode(False)  # so that training works even if the caller is in inference mode
@@ -90,13 +101,13 @@ def _begin(path: Path, request: Request, *, resume: bool, overwrite: bool) -> ru
 def report_of(path: Path, request: Request) -> PaperReport:
     """Return the report on everything that is finished in the folder, whether or not it was asked for now."""
     settings = request.settings
-    found: dict[tuple[PartName, DataName], list[Workspace]] = {}
+    found: dict[tuple[PartName, DataName], Sequence[Workspace]] = {}
     for part in ORDER:
         for data in request.data:
             seeds = settings.seeds[: 1 if part in FIRST_SEED_ONLY else None]
             workspaces = [Workspace(path, data, seed) for seed in seeds if request.is_in(part, data, seed)]
             own_table = part == settings.score_table or part not in ("table1", "table2")
-            if own_table and gather.is_complete(part, workspaces, request.job.tasks):
+            if own_table and gather.is_measured(part, workspaces):
                 found[part, data.name] = workspaces
     on_zsre = {part: own for (part, data), own in found.items() if data == "zsre"}
     tables = [
@@ -104,9 +115,11 @@ def report_of(path: Path, request: Request) -> PaperReport:
         for (part, _data), own in found.items()
         if part == settings.score_table
     ]
-    tasks, task_signs = gather.ability(on_zsre["table5"][0], request.job.tasks) if "table5" in on_zsre else ([], [])
+    tasks, task_signs = gather.ability(on_zsre["table5"][0]) if "table5" in on_zsre else ([], [])
     curves = {part: gather.curve(part, on_zsre[part]) for part in on_zsre if part in ("figure6", "figure7")}
-    moved: dict[PartName, list[Workspace]] = {part: on_zsre[part] for part in on_zsre if part in ("figure4", "figure5")}
+    moved: dict[PartName, Sequence[Workspace]] = {
+        part: on_zsre[part] for part in on_zsre if part in ("figure4", "figure5")
+    }
     signs = [sign for _table, own in tables for sign in own] + task_signs
     signs += [
         *gather.distance_signs(moved),
@@ -116,7 +129,7 @@ def report_of(path: Path, request: Request) -> PaperReport:
         model=request.outline.name,
         like=published.MODELS[settings.like],
         seeds=list(settings.seeds),
-        differs=list(differences(request)),
+        differs=list(differences(request, _measured_methods(found))),
         not_measured=list(_not_measured(settings, found)),
         signs=signs,
         scores=[table for table, _signs in tables],
@@ -128,20 +141,27 @@ def report_of(path: Path, request: Request) -> PaperReport:
     )
 
 
-def _not_measured(settings: PaperSettings, found: Container[tuple[PartName, DataName]]) -> Iterator[str]:
+def _not_measured(settings: PaperSettings, found: Found) -> Iterator[str]:
     """Yield what the paper has and the folder has not."""
     for part in (settings.score_table, *ORDER[2:]):
         for name in ("zsre", "counterfact") if part == "table1" else ("zsre",):
+            where = paper_page.named(part) + (f" on {published.TITLES[name]}" if part == "table1" else "")
             if (part, name) not in found:
-                yield (
-                    f"{paper_page.named(part)} on {published.TITLES[name]}"
-                    if part == "table1"
-                    else paper_page.named(part)
-                )
+                yield where
+            elif part in WITH_METHODS:
+                own = found[part, name]
+                measured = gather.methods_in(part, own)
+                if missing := [method for method in own[0].data.configs if method not in measured]:
+                    yield f"{where}: {', '.join(missing)}"
 
 
-def differences(request: Request) -> Iterator[str]:
-    """Yield what is not as in the paper, or is not stated there, in words."""
+def _measured_methods(found: Found) -> set[MethodName]:
+    """Return the methods that have a row in some table."""
+    return {m for (part, _data), own in found.items() if part in WITH_METHODS for m in gather.methods_in(part, own)}
+
+
+def differences(request: Request, measured: Collection[MethodName]) -> Iterator[str]:
+    """Yield what is not as in the paper, or is not stated there, in words; `measured` are the methods with a row."""
     config, n_layers = request.config, request.n_layers
     yield f"The model is {request.outline.name}; the paper's is {published.MODELS[request.settings.like]}."
     for data in request.data:
@@ -151,7 +171,7 @@ def differences(request: Request) -> Iterator[str]:
             f"steps a stage; the paper has {n_paper:,}, which take {_steps(config, n_paper):,} such steps."
         )
     n = len(request.settings.seeds)
-    yield f"{n} seed{'s, each' if n > 1 else ','} with its own taught base; the paper states none."
+    yield f"{n} seed{'s, each' if n > 1 else ','} with its own taught base; the paper does not state its seeds."
     train = config.train
     yield (
         "The paper does not state optimiser, schedule, warm-up, precision, and which tokens count in the loss. Here: "
@@ -168,29 +188,27 @@ def differences(request: Request) -> Iterator[str]:
     names = targets if isinstance(targets, str) else ", ".join(targets)
     lora = f"r = {config.lora.r}, alpha = {config.lora.lora_alpha:g}"
     yield f"The paper does not state LoRA's rank and scale; here {lora}, on {names}."
-    if any("ft-c" in data.rows for data in request.data):
+    if "ft-c" in measured:
         yield (
             f"ft-c trains layer {same_depth(published.FT_C_LAYER, n_layers)} of {n_layers}, at the depth of layer "
-            f"{published.FT_C_LAYER} of {published.LAYERS}. The paper does not state the bound on its change; here it "
-            f"is {config.learn.max_change:g}."
+            f"{published.FT_C_LAYER} of {published.LAYERS}. Its 5 steps are read as passes over the facts. The paper "
+            f"does not state the bound on its change; here it is {config.learn.max_change:g}."
         )
-    if any({"rome", "memit"} & set(data.rows) for data in request.data):
+    if edits := [method for method in ("rome", "memit") if method in measured]:
         source = f"tokens of {config.edit.moments}" if config.edit.moments else "text that the model samples"
+        layers = {"rome": editing.rome_layers_of(n_layers, config.learning)}
+        layers["memit"] = editing.memit_layers_of(n_layers, config.learning)
+        edited = ", ".join(f"{method} layer {' '.join(map(str, layers[method]))}" for method in edits)
         yield (
-            f"rome and memit take the second moments of keys from {source}, not from 100,000 samples of Wikitext, and "
-            f"put {config.edit.contexts} sampled openings before a prompt."
+            f"Edited of {n_layers} layers: {edited}; in the paper 5 and 4 to 8 of {published.LAYERS}. The second "
+            f"moments of keys are from {source}, not from 100,000 samples of Wikitext; {config.edit.contexts} sampled "
+            "openings are put before a prompt."
         )
-    if changed := recipes.overridden(dict(config), "paper"):
-        yield f"Settings that were changed: {', '.join(f'{name} = {_value(config, name)}' for name in changed)}."
+    changed = {n: v for n, v in preflight.changed(config).items() if not preflight.is_within(n, SAID_ELSEWHERE)}
+    if changed:
+        yield f"Settings that were changed: {', '.join(f'{name} = {value}' for name, value in changed.items())}."
 
 
 def _steps(config: RunConfig, n_facts: int) -> int:
     """Return the optimiser steps of learning this many facts."""
     return config.learn.epochs * -(-n_facts // config.learn.batch_size)
-
-
-def _value(config: RunConfig, name: str) -> object:
-    found: object = config
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found

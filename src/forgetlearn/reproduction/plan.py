@@ -112,27 +112,29 @@ class _Planner:
                     yield from self._part(part, data, n_seeds)
 
     def _count(self, data: DataSet, parts: Sequence[PartName]) -> int:
-        """Return under how many seeds one of these parts is measured on a data set."""
+        """Return with how many seeds one of these parts is measured on a data set."""
         seeds = self.request.settings.seeds
         return sum(any(self.request.is_in(part, data, seed) for part in parts) for seed in seeds)
 
     def _part(self, part: PartName, data: DataSet, n_seeds: int) -> Iterator[Work]:
         if part in ("table1", "table2"):
-            for method in data.rows:
+            for method in data.methods:
                 yield from self._method(part, data, method, n_seeds)
         elif part == "table3":
-            for method in data.rows:
+            for method in data.methods:
                 for edits in (edits for edits in published.EDITS if edits <= len(data.facts)):
                     yield self._edits(part, data, method, edits)
         elif part in FIGURE_KINDS:
             yield from self._once(FIGURE_KINDS[part], part, data)
             if part in ("figure6", "figure7"):
                 yield self._scoring(part, data, METHOD_OF_KIND[FIGURE_KINDS[part]], n_seeds, len(published.COEFS) + 1)
-        elif part == "table4":
+        else:  # tables 4 and 5 look at the same models
             yield from self._once("all weights", part, data)
-            yield _work(part, "f-ft: learn again", self._stages(data, "f-ft", "learn"), 1)
-        else:
-            self.notes.append("table5: the time of its tasks is not planned")
+            if ("looked at", data.name) not in self.shared:
+                self.shared.add(("looked at", data.name))
+                yield _work(part, "f-ft: learn again", self._stages(data, "f-ft", "learn"), 1)
+            if part == "table5":
+                self.notes.append("table5: the time of its tasks is not planned")
 
     def _method(self, part: PartName, data: DataSet, method: MethodName, n_seeds: int) -> Iterator[Work]:
         kind = METHODS[method].forgets
@@ -156,7 +158,8 @@ class _Planner:
     def _edits(self, part: PartName, data: DataSet, method: MethodName, edits: int) -> Work:
         """Return the training on the first facts: the share of the steps that they take of those of all."""
         config, kind = data.configs[method], METHODS[method].forgets
-        trained = [(self._learning(data, method), config.learn.batch_size)]
+        alone = METHODS[method].closed_form  # the search takes as long for each fact
+        trained = [(self._learning(data, method), 1 if alone else config.learn.batch_size)]
         if kind:
             trained.append((self._stages(data, METHOD_OF_KIND[kind], "forget"), config.forget.batch_size))
         stages = [

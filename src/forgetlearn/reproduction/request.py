@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from forgetlearn.config import preflight
 from forgetlearn.config.base import validate
+from forgetlearn.config.methods import METHODS, MethodName
 from forgetlearn.config.schema import EvaluateSettings, RunConfig
 from forgetlearn.config.stages import Stages
-from forgetlearn.errors import ConfigError, MissingExtraError, ModelError
+from forgetlearn.errors import ConfigError, ForgetLearnError, MissingExtraError, ModelError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import read_facts
@@ -25,7 +26,10 @@ from forgetlearn.reproduction import published
 from forgetlearn.reproduction.measure import Job
 from forgetlearn.reproduction.published import DataName
 from forgetlearn.reproduction.settings import (
+    FIGURE_KINDS,
     FIRST_SEED_ONLY,
+    METHOD_OF_KIND,
+    WITH_METHODS,
     PaperSettings,
     PartName,
     at_rate,
@@ -67,7 +71,7 @@ class Request:
                     yield Workspace(output, data, seed), own
 
     def is_in(self, part: PartName, data: DataSet, seed: int) -> bool:
-        """Return True if a part is measured on this data set under this seed. All but table 1 are on ZsRE alone."""
+        """Return True if a part is measured on this data set with this seed. All but table 1 are on ZsRE alone."""
         on_data = data.name == "zsre" or part == "table1"
         return on_data and (seed == self.settings.seeds[0] or part not in FIRST_SEED_ONLY)
 
@@ -99,10 +103,26 @@ def prepare(
     for each in data:
         check_texts(outline.encoder, each.facts)
         keeping.check(config.keep, each.facts)
-        for own in each.configs.values():
-            check_old_answers(each.facts, own)
-            check_stages(Stages(own), lm, each.facts)
+        for method in _methods_used(parts, each):
+            check_old_answers(each.facts, each.configs[method])
+            _check_method(method, each, lm)
     return Request(settings, config, parts, data, outline, n_layers, tuple(left_out))
+
+
+def _methods_used(parts: Collection[PartName], data: DataSet) -> list[MethodName]:
+    """Return the methods that these parts run: those with a row, and those of the figures and of tables 4 and 5."""
+    used = set(data.methods) if WITH_METHODS & set(parts) else set()
+    used |= {METHOD_OF_KIND[FIGURE_KINDS.get(part, "all weights")] for part in set(parts) - WITH_METHODS}
+    return [method for method in data.configs if method in used]
+
+
+def _check_method(method: MethodName, data: DataSet, lm: LanguageModel) -> None:
+    try:
+        check_stages(Stages(data.configs[method]), lm, data.facts)
+    except ForgetLearnError as error:
+        if not METHODS[method].closed_form:
+            raise
+        raise type(error)(f"{method}: {error}\nOr choose rows without it: --methods.") from error
 
 
 def _resolved(model: str | Path | None, config: GivenConfig) -> RunConfig:
@@ -127,6 +147,8 @@ def _parts(settings: PaperSettings, files: Files, evaluate: EvaluateSettings) ->
         raise ConfigError(f"counterfact: the paper has no figures of {model} on COUNTERFACT. Leave out the file.")
     if not any(files.values()) and parts == ("table1",):
         raise ConfigError("table1 needs facts. Give --zsre or --counterfact, or both.")
+    if settings.methods and not WITH_METHODS & set(parts):
+        raise ConfigError(f"methods: {', '.join(parts)} has no rows of methods. Leave it out.")
     on_zsre = [part for part in parts if part != "table1"]
     if on_zsre and files["zsre"] is None:
         raise ConfigError(
@@ -165,7 +187,7 @@ def _data_set(name: DataName, file: str, settings: PaperSettings, config: RunCon
     methods = methods_of(settings.like, name)
     configs = {method: method_config(config, settings.like, name, method, n_layers) for method in methods}
     teaching = at_rate(config, published.SETTINGS[settings.like, name].learning_rate)
-    return DataSet(name, facts, teaching, configs, settings.rows(name))
+    return DataSet(name, facts, teaching, configs, settings.methods_on(name))
 
 
 def _why_no_tasks(evaluate: EvaluateSettings) -> str | None:

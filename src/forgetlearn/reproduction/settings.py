@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from forgetlearn.config.base import Settings, no_repeats
 from forgetlearn.config.methods import MethodName
 from forgetlearn.config.recipes import PAPER_STAGE
-from forgetlearn.config.schema import EditSettings, RunConfig
+from forgetlearn.config.schema import RunConfig
 from forgetlearn.errors import ConfigError
 from forgetlearn.reproduction import published
 from forgetlearn.reproduction.published import DataName, Like
@@ -25,6 +25,7 @@ FIGURE_KINDS: Mapping[PartName, str] = {
     "figure7": "lora",
 }
 FIRST_SEED_ONLY: tuple[PartName, ...] = ("table3", "table4", "table5")
+WITH_METHODS: frozenset[PartName] = frozenset(("table1", "table2", "table3"))
 METHOD_OF_KIND: Mapping[str, MethodName] = {"all weights": "f-ft", "lora": "f-lora"}
 
 
@@ -62,7 +63,7 @@ class PaperSettings(Settings):
         """The table with the scores of all methods, table1 or table2."""
         return TABLE_OF[self.like]
 
-    def rows(self, data: DataName) -> list[MethodName]:
+    def methods_on(self, data: DataName) -> list[MethodName]:
         """Return the methods to measure, in the paper's order; raise ConfigError for one that is not in its table."""
         printed = methods_of(self.like, data)
         if unknown := [method for method in self.methods if method not in printed]:
@@ -90,16 +91,15 @@ def method_config(config: RunConfig, like: Like, data: DataName, method: MethodN
     forget = config.forget.model_copy(update={"only_known": False, **coef})
     learn, train = config.learn.model_copy(update={"modules": "all", "rows": "all"}), config.train
     if method == "ft-c":
-        own = {"batch_size": 1, "learning_rate": published.FT_C_RATE}
-        if config.learn.epochs == PAPER_STAGE["epochs"]:
-            own["epochs"] = published.FT_C_EPOCHS
+        usual = {**PAPER_STAGE, "learning_rate": setting.learning_rate}
+        own = {name: value for name, value in published.FT_C.items() if getattr(learn, name) == usual[name]}
         learn = learn.model_copy(update={**own, "modules": f"layers.{same_depth(published.FT_C_LAYER, n_layers)}"})
         train = train.model_copy(update={"micro_batch_size": None})
     teach = config.teach.model_copy(update={"epochs": 0})
     changes: dict[str, object] = {"method": method, "teach": teach, "forget": forget, "learn": learn, "train": train}
-    printed = published.EDITING.get(method, {})
-    usual = EditSettings()  # by value, so that the settings that are recorded determine the result
-    unset = {name: value for name, value in printed.items() if getattr(config.edit, name) == getattr(usual, name)}
+    unset = {
+        name: value for name, value in published.EDITING.get(method, {}).items() if getattr(config.edit, name) is None
+    }
     changes["edit"] = config.edit.model_copy(update=unset)
     return config.model_copy(update=changes)
 

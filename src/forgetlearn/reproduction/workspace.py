@@ -1,4 +1,4 @@
-"""The work on one data set under one seed: it starts from a base that was taught the old answers first, once for all.
+"""The work on one data set with one seed: it starts from a base that was taught the old answers first, once for all.
 
 Everything is kept in the workspace's folder, and nothing in it is computed twice: the taught base, the weights after
 fine-tuning on the old answers and the cells of the table of scores as in a comparison, and each other part's results.
@@ -35,21 +35,23 @@ RESULTS = "results"
 class DataSet:
     """A data set of the paper: its facts, how the base is taught their old answers, and the config of each method.
 
-    `rows` are the methods to measure in tables 1 to 3.
+    `methods` are those to measure in tables 1 to 3.
     """
 
     name: DataName
     facts: FactSet
     teaching: RunConfig
     configs: Mapping[MethodName, RunConfig]
-    rows: Sequence[MethodName]
+    methods: Sequence[MethodName]
 
     def cells(self, seed: int) -> list[Cell]:
         """Return the cells of the table of scores, in an order in which they share weights in memory."""
-        return [self.cell(method, seed) for method in sorted(self.rows, key=lambda name: METHODS[name].forgets or "")]
+        return [
+            self.cell(method, seed) for method in sorted(self.methods, key=lambda name: METHODS[name].forgets or "")
+        ]
 
     def cell(self, method: MethodName, seed: int) -> Cell:
-        """Return the cell of a method under this seed."""
+        """Return the cell of a method with this seed."""
         config = self.configs[method]
         coef = config.forget.number if METHODS[method].forgets else None
         return Cell(method, coef, config.learn.epochs, seed, "equal-epochs")
@@ -67,7 +69,7 @@ class PaperComparison(Comparison):
 
 
 class Workspace:
-    """A data set under one seed. The model is loaded when something has to be computed, and not before."""
+    """A data set with one seed. The model is loaded when something has to be computed, and not before."""
 
     def __init__(self, path: Path, data: DataSet, seed: int) -> None:
         self.data, self.seed = data, seed
