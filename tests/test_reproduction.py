@@ -19,7 +19,7 @@ import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import load_config
-from forgetlearn.errors import ConfigError, RunError
+from forgetlearn.errors import ConfigError, ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.models.language_model import load_model
 from forgetlearn.report import paper_page
@@ -409,6 +409,27 @@ def test_a_model_without_attention_needs_target_modules(files, tiny_model, char_
     char_tokenizer.save_pretrained(tmp_path / "mamba")
     with pytest.raises(ConfigError, match=r"lora\.target_modules"):
         prepare(tmp_path / "mamba", zsre=files["zsre"], config=QUICK)
+
+
+def test_only_the_methods_that_run_have_to_fit_the_model(files, tiny_model, char_tokenizer, tmp_path):
+    tiny_model("mixtral", num_local_experts=2).save_pretrained(tmp_path / "experts")
+    char_tokenizer.save_pretrained(tmp_path / "experts")
+
+    def asked(**settings):
+        return prepare(tmp_path / "experts", zsre=files["zsre"], settings=PaperSettings(**settings), config=QUICK)
+
+    with pytest.raises(ModelError, match=r"(?s)rome: mixtral.*--methods"):
+        asked()
+    assert asked(only=("table1", "figure6"), methods=("ft", "f-ft")).data[0].methods == ["ft", "f-ft"]
+    assert asked(only=("figure6",)).parts == ("figure6",)
+    with pytest.raises(ConfigError, match="figure6 has no rows"):
+        asked(only=("figure6",), methods=("ft",))
+
+
+def test_a_rate_of_an_edit_that_is_given_is_taken_even_if_it_is_the_usual_one(small_lab, files):
+    for edit, rates in (({}, (5e-3, 5e-2)), ({"learning_rate": 0.5}, (0.5, 0.5))):
+        (data,) = prepare(small_lab, zsre=files["zsre"], config={**QUICK, "edit": edit}).data
+        assert tuple(data.configs[method].edit.learning_rate for method in ("rome", "memit")) == rates
 
 
 def test_another_model_or_other_settings_are_named(done, small_lab, files):

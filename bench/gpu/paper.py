@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ def main() -> None:
     found: dict[str, float | str] = before["rows"]
     done = {row.removesuffix(", s") for row in found}
     args.parts = ",".join(part for part in args.parts.split(",") if part not in done)
-    for row, value in rows(args, device, found.get("optimiser")):
-        found.pop(row.removesuffix(", s") + ": failed", None)  # by an earlier call
+    for row, value in rows(args, device, found):
+        part = row.removesuffix(", s")
+        for ending in ("failed", "not begun", "so far, s"):
+            found.pop(f"{part}: {ending}", None)  # by an earlier call
         found[row] = value
         print(f"{row:40} {value:,.3g}" if isinstance(value, float) else f"{row:40} {value}", flush=True)
         if args.output:
@@ -63,16 +65,26 @@ def main() -> None:
 
 
 def rows(
-    args: argparse.Namespace, device: torch.device, optimiser: float | str | None
+    args: argparse.Namespace, device: torch.device, before: Mapping[str, float | str]
 ) -> Iterator[tuple[str, float | str]]:
-    """Yield the plan, then each part with its seconds and its peak memory, until the time is over."""
+    """Yield the plan, then each part with its seconds and its peak memory, until the time is over.
+
+    `before` has the rows of earlier calls: a part that was cut off goes on, and its seconds add up.
+    """
+    optimiser = before.get("optimiser")
     parts = tuple(part for part in args.parts.split(",") if part)
     ends = time.monotonic() + 60 * args.minutes
+    if not parts:
+        return
+
+    def seconds_of(part: str) -> float:
+        return float(before.get(f"{part}: so far, s", 0))
+
     asked: dict[str, Any] = {
         "model": args.model or random_folder(args, device),
         "zsre": args.zsre,
         "counterfact": args.counterfact,
-        "config": {"facts": {"limit": args.limit}, "model": {"prompt_template": "plain"}},
+        "config": {"facts": {"limit": args.limit}, "model": {} if args.model else {"prompt_template": "plain"}},
     }
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the memory that is free decides what fits
@@ -81,9 +93,10 @@ def rows(
         plan = plan_paper(**asked, settings=PaperSettings(seeds=(0,), only=parts))
         if plan.fits is not False:
             break
-    yield "optimiser", str(tried)
-    yield "planned peak, GB", plan.peak_bytes / GB
-    yield "planned time, s", plan.seconds or "not known"
+    if not optimiser:  # later calls plan what is left
+        yield "optimiser", str(tried)
+        yield "planned peak, GB", plan.peak_bytes / GB
+        yield "planned time, s", plan.seconds or "not known"
     for part in parts:
         left = ends - time.monotonic()
         if left <= 0:
@@ -102,8 +115,9 @@ def rows(
                 )
         except (TimeoutError, ForgetLearnError, torch.OutOfMemoryError) as error:
             yield f"{part}: failed", f"{type(error).__name__}: {str(error).strip()[:100]}"
+            yield f"{part}: so far, s", seconds_of(part) + time.perf_counter() - began
             continue
-        yield f"{part}, s", time.perf_counter() - began
+        yield f"{part}, s", seconds_of(part) + time.perf_counter() - began
         if device.type == "cuda":
             yield f"{part}: peak, GB", torch.cuda.max_memory_allocated() / GB
 
