@@ -19,7 +19,7 @@ import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import load_config
-from forgetlearn.errors import ConfigError, ModelError, RunError
+from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.evaluation import general_ability
 from forgetlearn.models.language_model import load_model
 from forgetlearn.report import paper_page
@@ -281,7 +281,7 @@ def test_table_5_measures_the_three_models(small_lab, files, tmp_path, monkeypat
     def simple_evaluate(wrapped, **_options):
         own = wrapped["pretrained"]
         norm = float(torch.cat([weight.detach().flatten().double() for weight in own.parameters()]).norm())
-        return {"results": {"gsm8k": {"acc,none": norm, "acc_stderr,none": 0.01}}}
+        return {"results": {"gsm8k": {"acc,none": norm, "acc_stderr,none": 0.01, "acc,strict": 0.1}}}
 
     manager = types.SimpleNamespace(all_tasks=["gsm8k"])
     harness = (
@@ -293,10 +293,14 @@ def test_table_5_measures_the_three_models(small_lab, files, tmp_path, monkeypat
     config = QUICK | {"evaluate": {"tasks": ["gsm8k"], "max_new_tokens": 4}}
     settings = PaperSettings(seeds=(0,), only=("table5",))
     report = forgetlearn.paper(small_lab, zsre=files["zsre"], settings=settings, config=config, output=tmp_path / "out")
-    (row,) = report.tasks
+    row, _strict = report.tasks
     assert row.paper == {"base": 2.35, "forgotten": 2.5, "updated": 1.44}
     assert len({score.value for score in row.ours.values()}) == 3
-    assert [sign.part for sign in report.signs] == ["table5"]
+    assert [sign.what for sign in report.signs] == ["gsm8k (acc), updated over original"]
+    config["evaluate"]["tasks"] = ["gsm9k"]
+    with pytest.raises(FactError, match="gsm9k"):
+        forgetlearn.paper(small_lab, zsre=files["zsre"], settings=settings, config=config, output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 # Signs and the page -------------------------------------------------------------------------------

@@ -208,10 +208,11 @@ def ability(workspace: Workspace) -> tuple[list[TaskRow], list[Sign]]:
         for metric in metrics:
             ours = {phase: own[task][metric] for phase, own in found.items()}
             rows.append(TaskRow(task=task, metric=metric, paper={str(p): v for p, v in paper.items()}, ours=ours))
-    return rows, [sign for row in rows if row.paper and (sign := _task_sign(row))]
+    first = {row.task: row for row in reversed(rows)}  # a task's further metrics are not in the paper
+    return rows, [_task_sign(row) for row in rows if row.paper and row is first[row.task]]
 
 
-def _task_sign(row: TaskRow) -> Sign | None:
+def _task_sign(row: TaskRow) -> Sign:
     before, after = row.ours["base"], row.ours["updated"]
     paper = round(row.paper["updated"] - row.paper["base"], 2)
     what = f"{row.task} ({row.metric}), updated over original"
