@@ -281,9 +281,20 @@ def test_moments_are_those_of_the_text_and_are_cached(lm, tmp_path, monkeypatch)
 
 def test_too_few_tokens_for_the_rank_are_refused(lm, tmp_path):
     file = tmp_path / "short.txt"
-    file.write_text("Too short.", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"edit\.moments.*too few"):
-        moments.second_moments(lm, [mlp_output(lm.model, 0)], settings(edit={"moments": str(file)}).edit, 0)
+    config = {**QUICK, "method": "rome", "edit": {"moments": str(file)}}
+    for text, says in ((b"Too short.", "too few"), (b"\xff\xfe", "cannot be read as a text")):
+        file.write_bytes(text)
+        with pytest.raises(ConfigError, match=rf"edit\.moments.*{says}"):
+            update(lm, _written(FACTS, tmp_path), config, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_a_long_text_only_the_beginning_is_read(lm, tmp_path):
+    file = tmp_path / "long.txt"
+    file.write_text("ab " * 5000, encoding="utf-8")
+    whole = lm.encoder.text_ids(file.read_text(encoding="utf-8"))[len(lm.encoder.text_ids("")) :]
+    for n_tokens in (10, 7000, 10**6):
+        assert moments._ids_of_file(lm, str(file), n_tokens) == whole[:n_tokens]
 
 
 def test_what_cannot_be_edited_is_refused_by_name(tmp_path, lm, tiny_model, char_tokenizer):

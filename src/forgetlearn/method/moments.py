@@ -56,8 +56,6 @@ def second_moments(lm: LanguageModel, paths: Sequence[str], settings: EditSettin
     with _one_at_a_time():
         texts = _from_file(lm, settings, wanted) if settings.moments else _sampled(lm, wanted, seed, model)
         n_tokens, source = sum(map(len, texts)), settings.moments or "text that the model sampled"
-        if n_tokens < _most_inputs(lm, paths):
-            raise ConfigError(f"edit.moments: {n_tokens:,} tokens of {source} {_too_few(lm, paths)}")
         files = {path: _cached("moments", [model, texts, path], ".safetensors") for path in paths}
         missing = processes.on_main(lambda: [path for path, file in files.items() if not file.is_file()])
         for path, moment in _moments(lm, texts, missing).items():
@@ -71,11 +69,16 @@ def second_moments(lm: LanguageModel, paths: Sequence[str], settings: EditSettin
 
 
 def check_text(lm: LanguageModel, paths: Sequence[str], settings: EditSettings) -> None:
-    """Raise ConfigError if there is no such text, or if fewer tokens are asked for than a layer has inputs."""
-    if settings.moments and not Path(settings.moments).is_file():
+    """Raise ConfigError if the text cannot be read, or if there are fewer tokens than a layer has inputs."""
+    most = _most_inputs(lm, paths)
+    if settings.moment_tokens and settings.moment_tokens < most:
+        raise ConfigError(f"edit.moment_tokens: {settings.moment_tokens:,} tokens {_too_few(most)}")
+    if not settings.moments:
+        return
+    if not Path(settings.moments).is_file():
         raise ConfigError(f"edit.moments = {settings.moments}: there is no such file. Give a text file.")
-    if settings.moment_tokens and settings.moment_tokens < _most_inputs(lm, paths):
-        raise ConfigError(f"edit.moment_tokens: {settings.moment_tokens:,} tokens {_too_few(lm, paths)}")
+    if (n_tokens := len(_ids_of_file(lm, settings.moments, most))) < most:
+        raise ConfigError(f"edit.moments: {n_tokens:,} tokens of {settings.moments} {_too_few(most)}")
 
 
 def fingerprint(settings: EditSettings) -> dict[str, str]:
@@ -84,8 +87,7 @@ def fingerprint(settings: EditSettings) -> dict[str, str]:
     return {"moments_sha256": digests.sha256_of(file)} if file and file.is_file() else {}
 
 
-def _too_few(lm: LanguageModel, paths: Sequence[str]) -> str:
-    most = _most_inputs(lm, paths)
+def _too_few(most: int) -> str:
     return (
         f"are too few for the second moments of {most:,} inputs, which need at least {most:,}. Give a longer text, or "
         "raise edit.moment_tokens."
@@ -120,14 +122,24 @@ def _one_at_a_time() -> Iterator[None]:
 
 def _from_file(lm: LanguageModel, settings: EditSettings, n_tokens: int) -> Texts:
     """Return the first `n_tokens` ids of the text file `edit.moments`, in texts that each begin as a prompt does."""
-    try:
-        text = Path(str(settings.moments)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"edit.moments = {settings.moments}: cannot be read as a text: {error}") from None
-    specials = lm.encoder.text_ids("")
-    ids = lm.encoder.text_ids(text)[len(specials) :][:n_tokens]
+    specials, ids = lm.encoder.text_ids(""), _ids_of_file(lm, str(settings.moments), n_tokens)
     size = min(TEXT_TOKENS, lm.encoder.max_length or TEXT_TOKENS) - len(specials)
     return [[*specials, *ids[start : start + size]] for start in range(0, len(ids), size)]
+
+
+def _ids_of_file(lm: LanguageModel, file: str, n_tokens: int) -> Sequence[int]:
+    """Return the first `n_tokens` ids of a text, or all if it has fewer; raise ConfigError if it cannot be read."""
+    n_specials, n_characters = len(lm.encoder.text_ids("")), 8 * n_tokens
+    while True:  # of a long text no more is read than is needed
+        try:
+            with Path(file).open(encoding="utf-8") as stream:
+                text = stream.read(n_characters)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"edit.moments = {file}: cannot be read as a text: {error}") from None
+        ids = lm.encoder.text_ids(text)[n_specials:]
+        if len(ids) > n_tokens or len(text) < n_characters:  # where the text is cut, tokens may differ
+            return ids[:n_tokens]
+        n_characters *= 2
 
 
 def _sampled(lm: LanguageModel, n_tokens: int, seed: int, model: str) -> Texts:
