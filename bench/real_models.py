@@ -12,8 +12,9 @@ Columns, in percent: new answer said (by the protocol `contains`), said when ask
 to the file's unrelated probes that are predicted as before (agreement, as in the report); general answers as before, KL
 from the base on those in nats per token; old answer still said where the base said it, and the number of these facts.
 Then steps, the tokens of the base's own answers to the probes that are predicted as before, and CPU seconds of the
-update (after a resume, of the rest) with its peak memory in GB. Each cell is computed by a process of its own; give
-OMP_NUM_THREADS=1, since several threads spend CPU seconds on waiting. `cells.jsonl` has all cells, a line each.
+update (after a resume, of the rest) with its peak memory in GB; of methods in context, the tokens added to a prompt.
+Each cell is computed by a process of its own; give OMP_NUM_THREADS=1, since several threads spend CPU seconds on
+waiting. `cells.jsonl` has all cells, a line each.
 """
 
 from __future__ import annotations
@@ -159,7 +160,9 @@ def in_context(lm: LanguageModel, facts: FactSet, config: RunConfig) -> dict[str
     pipeline = Pipeline(lm, list(facts), config.model_copy(update={"evaluate": evaluate}), Store(), HeldBase(lm))
     pipeline.prepare()
     pipeline.update()
-    return scores([row for rows in pipeline.rows.values() for row in rows], None, "updated")
+    rows = [row for own in pipeline.rows.values() for row in own]
+    added = [row.added_tokens for row in rows if row.added_tokens is not None]
+    return scores(rows, None, "updated") | {"tokens added to a prompt": statistics.fmean(added)}
 
 
 def model_at(path: object, config: RunConfig) -> LanguageModel:
