@@ -200,11 +200,11 @@ def differences(request: Request, measured: Collection[MethodName]) -> Iterator[
         source = f"tokens of {config.edit.moments}" if config.edit.moments else "text that the model samples"
         layers = {"rome": editing.rome_layers_of(n_layers, config.learning)}
         layers["memit"] = editing.memit_layers_of(n_layers, config.learning)
-        edited = ", ".join(f"{method} layer {' '.join(map(str, layers[method]))}" for method in edits)
+        edited = "; ".join(f"{method} {', '.join(map(str, layers[method]))}" for method in edits)
+        yield f"Layers edited, of {n_layers}: {edited}. In the paper, of {published.LAYERS}: rome 5; memit 4 to 8."
         yield (
-            f"Edited of {n_layers} layers: {edited}; in the paper 5 and 4 to 8 of {published.LAYERS}. The second "
-            f"moments of keys are from {source}, not from 100,000 samples of Wikitext; {config.edit.contexts} sampled "
-            "openings are put before a prompt."
+            f"The second moments of keys come from {source}, in the paper from 100,000 samples of Wikitext; "
+            f"{config.edit.contexts} sampled openings are put before a prompt."
         )
     changed = {n: v for n, v in preflight.changed(config).items() if not preflight.is_within(n, SAID_ELSEWHERE)}
     if changed:
