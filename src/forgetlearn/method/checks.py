@@ -78,9 +78,10 @@ def _check_layers(lm: LanguageModel, settings: StageSettings, kind: ClosedForm) 
     """Raise an error if the model is split, or does not have the layers to edit with one MLP in each."""
     if lm.is_sharded:
         raise ConfigError("model.shard: ROME, MEMIT and AlphaEdit need whole matrices, and this splits them.")
-    layers = kind.layers(lm.model, settings)
+    n_layers = len(layer_list(lm.model)[1])
+    layers = kind.layers(n_layers, settings)
     check_text(lm, [selection.mlp_output(lm.model, layer) for layer in layers], settings.edit)
-    if layers[-1] == len(layer_list(lm.model)[1]) - 1 > 0:
+    if layers[-1] == n_layers - 1 > 0:
         log.warning(
             "layer %d is the last: what it gives at a subject is read only where the prompt ends with the subject",
             layers[-1],

@@ -37,28 +37,18 @@ log = logging.getLogger("forgetlearn")
 DEPTH, ROME_LAYER, MEMIT_LAYERS = 32, 5, (4, 8)
 ROME_CLAMP, MEMIT_CLAMP = 4.0, 0.75  # of their authors
 USUAL_L2 = 0.1  # of the energy of a usual key in the null space
-Layers = Callable[[nn.Module, StageSettings], list[int]]
+Layers = Callable[[int, StageSettings], list[int]]
 Write = Callable[[LanguageModel, Sequence[Fact], StageSettings, int, StageIO], StageLog]
 
 
-def rome_layers(model: nn.Module, settings: StageSettings) -> list[int]:
+def rome_layers(n_layers: int, settings: StageSettings) -> list[int]:
     """Return the layer that ROME edits; raise ConfigError if the model does not have the chosen one."""
-    return rome_layers_of(len(layer_list(model)[1]), settings)
-
-
-def rome_layers_of(n_layers: int, settings: StageSettings) -> list[int]:
-    """Return the layer that ROME edits in a model of this many layers."""
     chosen = settings.rome.layer
     return [_usual(ROME_LAYER, n_layers) if chosen is None else _existing(chosen, n_layers, "rome.layer")]
 
 
-def memit_layers(model: nn.Module, settings: StageSettings) -> list[int]:
+def memit_layers(n_layers: int, settings: StageSettings) -> list[int]:
     """Return the layers that MEMIT edits, in order; raise ConfigError if the model does not have a chosen one."""
-    return memit_layers_of(len(layer_list(model)[1]), settings)
-
-
-def memit_layers_of(n_layers: int, settings: StageSettings) -> list[int]:
-    """Return the layers that MEMIT edits in a model of this many layers."""
     chosen = settings.memit.layers
     if chosen is None:
         first, last = (_usual(layer, n_layers) for layer in MEMIT_LAYERS)
@@ -80,7 +70,8 @@ def _existing(layer: int, n_layers: int, setting: str) -> int:
 def rome(lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed: int, stage_io: StageIO) -> StageLog:
     """Write facts one after the other into one layer, in place; return the log, with each new answer's loss."""
     own = settings.edit
-    (path,) = (mlp_output(lm.model, layer) for layer in rome_layers(lm.model, settings))
+    (layer,) = rome_layers(len(layer_list(lm.model)[1]), settings)
+    path = mlp_output(lm.model, layer)
     moments = second_moments(lm, [path], settings.edit, seed)
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     weight = lm.model.get_parameter(f"{path}.weight").data
@@ -142,7 +133,7 @@ def _in_layers(
 
     `solve` returns, from keys (N, I) and moments (I, I), what each fact's residual is multiplied with (I, N).
     """
-    own, layers = settings.edit, memit_layers(lm.model, settings)
+    own, layers = settings.edit, memit_layers(len(layer_list(lm.model)[1]), settings)
     paths = [mlp_output(lm.model, layer) for layer in layers]
     wanted = targets.requests(lm.encoder, facts, targets.contexts(lm, own.contexts, seed))
     bare = [request.bare.up_to_subject for request in wanted]

@@ -27,7 +27,7 @@ from forgetlearn.method import editing, in_context
 from forgetlearn.models import lora, module_names, null_space
 from forgetlearn.models import modules as selection
 from forgetlearn.models.encoding import Encoded, Encoder
-from forgetlearn.models.language_model import LanguageModel, editable_module, width
+from forgetlearn.models.language_model import LanguageModel, editable_module, layer_list, width
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.training.finetune import StageLog, finetune
 from forgetlearn.training.schedule import Kept
@@ -279,7 +279,7 @@ class ClosedForm(StageKind):
         """Make only the edited matrices require gradients, so that a traced step covers the layers above them."""
         assert isinstance(settings, StageSettings), "a kind of learning"
         model.requires_grad_(False)
-        for layer in self.layers(model, settings):
+        for layer in self.layers(len(layer_list(model)[1]), settings):
             model.get_submodule(selection.mlp_output(model, layer)).requires_grad_(True)
         return model
 

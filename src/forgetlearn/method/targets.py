@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from forgetlearn.config.schema import EDIT_RATE, EDIT_STEPS, EditSettings
+from forgetlearn.config.schema import EditSettings
 from forgetlearn.errors import FactError
 from forgetlearn.evaluation.generation import generator_in_memory
 from forgetlearn.facts import Fact
@@ -206,22 +206,21 @@ class _Chunk:
         return None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
 
     def optimised(self, settings: EditSettings, clamp: float) -> Found:
-        """Return the changes, after at most `settings.steps` steps of Adam."""
+        """Return the changes, after at most `settings.most_steps` steps of Adam."""
         with torch.enable_grad():
             before, first = self._unchanged()
             lengths = before.norm(dim=1)
             deltas = torch.zeros_like(before, requires_grad=True)
-            adam = torch.optim.Adam([deltas], lr=settings.learning_rate or EDIT_RATE)
+            adam = torch.optim.Adam([deltas], lr=settings.rate)
             losses = torch.full((self.n_facts,), torch.inf, device=self.lm.device)
             waiting = torch.ones(self.n_facts, dtype=torch.bool, device=self.lm.device)
-            steps = settings.steps or EDIT_STEPS
-            for step in range(steps):
+            for step in range(settings.most_steps):
                 answers, drift = self._losses(deltas, waiting, first)
                 total = answers + settings.kl_factor * drift
                 total = total + settings.weight_decay * deltas.norm(dim=1) / lengths.square()
                 losses = torch.where(waiting, answers.detach(), losses)
                 waiting = waiting & (total.detach() >= ENOUGH)
-                if not waiting.any() or step == steps - 1:
+                if not waiting.any() or step == settings.most_steps - 1:
                     break
                 adam.zero_grad()
                 (gradient,) = torch.autograd.grad(total[waiting].sum(), deltas)

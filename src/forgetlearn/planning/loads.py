@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from forgetlearn.config.schema import EDIT_STEPS, TrainSettings, TuningSettings
+from forgetlearn.config.schema import TrainSettings, TuningSettings
 from forgetlearn.config.stages import Stage, Stages
 from forgetlearn.errors import ForgetLearnError
 from forgetlearn.evaluation.damage import ROOM
@@ -122,7 +122,7 @@ def _passes(stages: Stages) -> int:
     settings = stages.learn.settings
     if not stages.method.closed_form:
         return settings.likely_epochs
-    return (settings.edit.steps or EDIT_STEPS) * (settings.edit.contexts + 2)
+    return settings.edit.most_steps * (settings.edit.contexts + 2)
 
 
 def _train_load(

@@ -198,8 +198,8 @@ def differences(request: Request, measured: Collection[MethodName]) -> Iterator[
         )
     if edits := [method for method in ("rome", "memit") if method in measured]:
         source = f"tokens of {config.edit.moments}" if config.edit.moments else "text that the model samples"
-        layers = {"rome": editing.rome_layers_of(n_layers, config.learning)}
-        layers["memit"] = editing.memit_layers_of(n_layers, config.learning)
+        layers = {"rome": editing.rome_layers(n_layers, config.learning)}
+        layers["memit"] = editing.memit_layers(n_layers, config.learning)
         edited = "; ".join(f"{method} {', '.join(map(str, layers[method]))}" for method in edits)
         yield f"Layers edited, of {n_layers}: {edited}. In the paper, of {published.LAYERS}: rome 5; memit 4 to 8."
         yield (
