@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from forgetlearn.errors import ConfigError, FactError, ModelError
-from forgetlearn.facts import Fact, Probe, make_fact
+from forgetlearn.facts import Fact, LocalityProbe, make_fact
 from forgetlearn.lab.build import LabSettings, train_tokenizer
 from forgetlearn.models import prompts
 from forgetlearn.models.encoding import Encoded, Encoder
@@ -357,8 +357,8 @@ FIELDS: dict[str, Callable[[str], Fact]] = {
     "target_new": lambda bad: fact("7", new=f"A {bad} B"),
     "ground_truth": lambda bad: fact("7", ground_truth=f"A {bad} B"),
     "rephrase_prompt": lambda bad: fact("7", rephrase_prompts=("c", f"a {bad} b")),
-    "locality_prompt": lambda bad: fact("7", locality=(Probe(f"a {bad} b", "c"),)),
-    "locality_ground_truth": lambda bad: fact("7", locality=(Probe("c", f"A {bad}"),)),
+    "locality_prompt": lambda bad: fact("7", locality=(LocalityProbe(f"a {bad} b", "c"),)),
+    "locality_ground_truth": lambda bad: fact("7", locality=(LocalityProbe("c", f"A {bad}"),)),
 }
 
 

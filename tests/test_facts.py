@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from forgetlearn.facts import (
     REASONS,
     Fact,
     FactSet,
+    LocalityProbe,
     Probe,
     describe_old_answers,
     fact_id,
@@ -81,7 +83,9 @@ KNOWEDIT_ZSRE_RECORD = {
         "Forgetfulness": [{"prompt": "Its order is", "ground_truth": [["Ammonitida", "ammonite"], ["other"]]}],
         "Absent": None,
     },
-    "portability": {"Reasoning": [{"prompt": "not read", "ground_truth": "Owlet moths"}]},
+    "portability": {
+        "Logical_Generalization": [{"prompt": "Moths of its family are called", "ground_truth": [["owlets", "owls"]]}]
+    },
 }
 KNOWEDIT_BIO_RECORD = {
     "text": "This is a Wikipedia passage about john russell reynolds.",
@@ -122,7 +126,9 @@ def test_zsre_puts_alt_on_the_new_side_and_the_first_answer_on_the_old():
         ground_truth="Sega",
         subject="Clutch Hitter",
         rephrase_prompts=["What's the publisher of Clutch Hitter?"],
-        locality=[Probe("nq question: what part of the brain is in the middle cranial fossa", "temporal lobes")],
+        locality=[
+            LocalityProbe("nq question: what part of the brain is in the middle cranial fossa", "temporal lobes")
+        ],
         ground_truth_aliases=["SEGA"],
     )
 
@@ -148,7 +154,7 @@ def test_flat_counterfact():
         ground_truth="French",
         subject="Danielle Darrieux",
         rephrase_prompts=["Where Danielle Darrieux is from, people speak the language of"],
-        locality=[Probe("Michel Rocard is a native speaker of", "French")],
+        locality=[LocalityProbe("Michel Rocard is a native speaker of", "French")],
     )
 
 
@@ -163,8 +169,8 @@ def test_nested_counterfact_fills_in_the_subject_and_gives_neighbours_the_old_an
         subject="Danielle Darrieux",
         rephrase_prompts=["Darrieux, a native", "Where Danielle Darrieux is from, they speak"],
         locality=[
-            Probe("Michel Rocard is a native speaker of", "French"),
-            Probe("The native language of Montesquieu is", "French"),
+            LocalityProbe("Michel Rocard is a native speaker of", "French"),
+            LocalityProbe("The native language of Montesquieu is", "French"),
         ],
     )
 
@@ -175,15 +181,20 @@ def test_both_forms_of_counterfact_give_one_id():
 
 def test_knowedit_takes_first_answers_and_probes_of_every_group():
     facts = from_records([KNOWEDIT_ZSRE_RECORD])
-    assert (facts.reader, facts.ignored_fields) == ("knowedit", {"portability": 1})
-    assert facts[0] == make_fact(
+    assert (facts.reader, facts.ignored_fields) == ("knowedit", {})
+    fact = make_fact(
         "Which family does Epaspidoceras belong to?",
         "Noctuidae",
         ground_truth="Aspidoceratidae",
         subject="Epaspidoceras",
         rephrase_prompts=["What family are Epaspidoceras?"],
-        locality=[Probe("The taxon rank of Epaspidoceras is", "genus"), Probe("Its order is", "Ammonitida")],
+        locality=[
+            LocalityProbe("The taxon rank of Epaspidoceras is", "genus"),
+            LocalityProbe("Its order is", "Ammonitida"),
+        ],
     )
+    probe = Probe("logical-generalization", "Moths of its family are called", ("owlets", "owls"))
+    assert facts[0] == replace(fact, probes=(probe,))
 
 
 def test_knowedit_biographies_have_other_names_and_no_old_answer():
@@ -191,7 +202,7 @@ def test_knowedit_biographies_have_other_names_and_no_old_answer():
         "This is a Wikipedia passage about john russell reynolds.",
         "He received general education from his father.",
         subject="john russell reynolds",
-        locality=[Probe("His field of work is", "medicine")],
+        locality=[LocalityProbe("His field of work is", "medicine")],
     )
 
 
@@ -207,7 +218,7 @@ def test_a_list_of_old_answers_takes_nothing_from_the_own_form():
     assert (facts.reader, facts.ignored_fields) == ("own", {"text": 1})
     assert [fact.old_answers for fact in facts] == [("old", "other"), ("o",)]
     assert facts[0].rephrase_prompts == ("r1", "r2")
-    assert facts[0].locality == (Probe("p1", "a1"),)
+    assert facts[0].locality == (LocalityProbe("p1", "a1"),)
 
 
 def test_knowedit_without_groups_reads_the_same_by_the_own_names():
@@ -232,7 +243,7 @@ def test_own_form_with_every_way_to_give_rephrases_and_probes():
     )
     assert fact.rephrase_prompts == ("r1", "r2", "r3", "r4", "r5")
     answers = ["a1", "2", "a3", "a4", "a5", "a6"]
-    assert fact.locality == tuple(Probe(f"p{n}", answer) for n, answer in enumerate(answers, 1))
+    assert fact.locality == tuple(LocalityProbe(f"p{n}", answer) for n, answer in enumerate(answers, 1))
 
 
 def test_numbers_are_answers_too():
@@ -316,8 +327,8 @@ def test_csv_with_lists_in_cells_numbered_columns_and_empty_cells(tmp_path):
     first, second = read_facts(save(tmp_path, "f.csv", text))
     assert (first.prompt, first.target_new) == ("[Q] who, then?", "12")
     assert first.rephrase_prompts == ("r1", "r2", "r3")
-    assert first.locality == (Probe("p1", "a1"), Probe("p2", "a2"))
-    assert (second.rephrase_prompts, second.locality) == (("r",), (Probe("p", "a"),))
+    assert first.locality == (LocalityProbe("p1", "a1"), LocalityProbe("p2", "a2"))
+    assert (second.rephrase_prompts, second.locality) == (("r",), (LocalityProbe("p", "a"),))
 
 
 def test_line_separators_inside_a_json_text_do_not_end_the_line(tmp_path):
@@ -327,7 +338,7 @@ def test_line_separators_inside_a_json_text_do_not_end_the_line(tmp_path):
 
 text = st.text(st.characters(codec="utf-8"), max_size=8).map(str.strip)
 some_text = text.filter(bool)
-probe = st.builds(Probe, some_text, some_text)
+probe = st.builds(LocalityProbe, some_text, some_text)
 
 
 @st.composite
@@ -385,7 +396,7 @@ def test_every_reason_is_counted_once_and_told_with_its_record():
         "repeated_fact": 1,
     }
     # "Question 2?" is no edit prompt: its record is left out.
-    assert facts[0].locality == (Probe("free", "a"), Probe("Question 2?", "a"))
+    assert facts[0].locality == (LocalityProbe("free", "a"), LocalityProbe("Question 2?", "a"))
     assert facts.left_out_probes == {"locality_is_edit_prompt": 2, "empty_locality_probe": 1}
     told = [(item.record, item.reason) for item in facts.left_out_records]
     assert told == [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import typer
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from forgetlearn.cli.main import app, main
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts import Fact, Probe, from_records, make_fact, read_facts, write_facts
+from forgetlearn.facts import Fact, LocalityProbe, Probe, from_records, make_fact, read_facts, write_facts
 from forgetlearn.runs.checks import read_config_facts, resolve
 from test_facts import ZSRE_RECORD, assert_adds_up, one, own, save
 
@@ -107,7 +109,20 @@ OTHER_RECORDS = {
                 "condition_queries": [],
             }
         ],
-        "Compositionality_I": [{"test_queries": [], "condition_queries": []}],
+        "Compositionality_I": [
+            {
+                "test_queries": [
+                    {
+                        "prompt": "The home of the director of LiG is",
+                        "answers": [{"value": "Rome", "aliases": ["Roma"]}],
+                        "relation": "HOME",
+                        "target_ids": ["Q5"],
+                    },
+                    {"prompt": "The age of the director of LiG is", "answers": [], "relation": "AGE", "target_ids": []},
+                ],
+                "condition_queries": [],
+            }
+        ],
     },
     "wikibigedit": {
         "tag": "new",
@@ -140,6 +155,13 @@ OTHER_RECORDS = {
         "locality_question": "Where is Acme?",
         "question_2hop": "Where does the head of Acme live?",
         "answer_2hop": "Rome",
+        "question_3hop": "",
+        "answer_3hop": "Italy",
+        "multiple_choice_with_letters": "A. Sam Roe  B. Ada Byron  C. Bo Li, B. A.  D. J. F. Doe",
+        "multiple_choice_labels": "B",
+        "yes_question": "Does Ada Byron head Acme?",
+        "no_question": "Does Sam Roe head Acme?",
+        "reversed_relation_question": "What does Ada Byron head?",
     },
     "question-answer": {
         "question": "Who heads Acme?",
@@ -158,7 +180,7 @@ OTHER_RECORDS = {
 }
 ASK = "Who heads Acme?"
 AGAIN = ["Acme is headed by whom?"]
-GLOBEX = [Probe("Who heads Globex?", "Hank Scorpio")]
+GLOBEX = [LocalityProbe("Who heads Globex?", "Hank Scorpio")]
 READ_AS: dict[str, list[Fact]] = {
     "mquake": [
         make_fact(
@@ -170,29 +192,55 @@ READ_AS: dict[str, list[Fact]] = {
             target_new_aliases=["A. Byron"],  # without "Sam Roe", which is the old answer
             ground_truth_aliases=["S. Roe"],
         ),
-        make_fact(
-            "Ada Byron lives in",
-            "Rome",
-            ground_truth="Oslo",
-            subject="Ada Byron",
-            rephrase_prompts=["Where does Ada Byron live?"],
-            target_new_aliases=["Roma"],
+        replace(
+            make_fact(
+                "Ada Byron lives in",
+                "Rome",
+                ground_truth="Oslo",
+                subject="Ada Byron",
+                rephrase_prompts=["Where does Ada Byron live?"],
+                target_new_aliases=["Roma"],
+            ),
+            probes=tuple(
+                Probe("2-hop", question, ("Rome", "Roma"), ("Bonn", "City of Bonn"))
+                for question in MQUAKE_RECORD["questions"]
+            ),
         ),
     ],
     "rippleedits": [
-        make_fact(
-            "The name of the director of Life is Good is",
-            "Ada Byron",
-            ground_truth="Sam Roe",
-            rephrase_prompts=["The name of the director of LiG is"],
-            locality=[Probe("The name of the composer of Life is Good is", "Bo Li")],
-            target_new_aliases=["A. Byron"],
-            ground_truth_aliases=["S. Roe"],
+        replace(
+            make_fact(
+                "The name of the director of Life is Good is",
+                "Ada Byron",
+                ground_truth="Sam Roe",
+                rephrase_prompts=["The name of the director of LiG is"],
+                locality=[LocalityProbe("The name of the composer of Life is Good is", "Bo Li")],
+                target_new_aliases=["A. Byron"],
+                ground_truth_aliases=["S. Roe"],
+            ),
+            probes=(Probe("compositionality-i", "The home of the director of LiG is", ("Rome", "Roma")),),
         )
     ],
     "wikibigedit": [make_fact(ASK, "Ada Byron", subject="Acme", rephrase_prompts=AGAIN, locality=GLOBEX)],
     "qaedit": [make_fact(ASK, "Ada Byron", subject="Acme", rephrase_prompts=AGAIN, locality=GLOBEX)],
-    "halluedit": [make_fact(ASK, "Ada Byron", ground_truth="Sam Roe", subject="Acme", rephrase_prompts=AGAIN)],
+    "halluedit": [
+        replace(
+            make_fact(ASK, "Ada Byron", ground_truth="Sam Roe", subject="Acme", rephrase_prompts=AGAIN),
+            probes=(
+                Probe(
+                    "multiple-choice",
+                    ASK,
+                    ("Ada Byron",),
+                    ("Sam Roe",),
+                    options=("Sam Roe", "Ada Byron", "Bo Li, B. A.", "J. F. Doe"),
+                ),
+                Probe("yes-no", "Does Ada Byron head Acme?", ("Yes",), ("No",)),
+                Probe("yes-no", "Does Sam Roe head Acme?", ("No",), ("Yes",)),
+                Probe("reversed", "What does Ada Byron head?", ("Acme",)),
+                Probe("2-hop", "Where does the head of Acme live?", ("Rome",)),
+            ),
+        )
+    ],
     "question-answer": [make_fact(ASK, "It is Ada Byron.", rephrase_prompts=AGAIN)],
     "messages": [make_fact(ASK, "Ada Byron")],
     "conversations": [make_fact(ASK, "Ada Byron")],
@@ -200,11 +248,11 @@ READ_AS: dict[str, list[Fact]] = {
     "prompt-completion": [make_fact(ASK, "Ada Byron")],
 }
 NOT_READ = {
-    "mquake": {"questions": 2, "answer": 1, "answer_alias": 1, "new_answer": 1, "new_answer_alias": 1, "orig": 1},
-    "rippleedits": {"example_type": 1, "Compositionality_I": 1},
+    "mquake": {"orig": 1},
+    "rippleedits": {"example_type": 1},
     "wikibigedit": {"tag": 1, "personas": 1},
     "halluedit": {
-        "topic": 1, "relation": 1, "eval_some_model": 1, "locality_question": 1, "question_2hop": 1, "answer_2hop": 1,
+        "topic": 1, "relation": 1, "eval_some_model": 1, "locality_question": 1, "multiple_choice_labels": 1,
     },
     "question-answer": {"perturbed_answer": 2},
 }  # fmt: skip
@@ -224,6 +272,7 @@ def test_case_17_each_edit_of_mquake_is_a_fact_of_its_own():
     assert (facts.records, facts.in_source, facts.read, facts.used) == (2, 4, 4, 2)
     assert facts.left_out == {"repeated_fact": 2}
     assert facts.noted == {"shared_alias": 2}
+    assert len(facts[1].probes) == 2  # those of the second case are the same
     assert [item.record for item in facts.left_out_records] == [3, 4]
     broken = {**MQUAKE_RECORD, "requested_rewrite": [*MQUAKE_RECORD["requested_rewrite"], {"prompt": "{} is"}]}
     with pytest.raises(FactError, match=r"record 1: 'requested_rewrite\[3\].subject'"):
@@ -466,7 +515,14 @@ def test_columns_reach_an_update_and_contradict_facts_that_are_read_already(tmp_
     ("name", "reader", "records", "there", "left_out", "noted"),
     [
         ("halluedit-llama3.jsonl", "halluedit", 2230, 2230, {"repeated_fact": 8}, {"placeholder": 22, "bar": 1}),
-        ("mquake-hard.json", "mquake", 429, 1716, {"repeated_fact": 947, "repeated_prompt": 2}, {"shared_alias": 2}),
+        (
+            "mquake-hard.json",
+            "mquake",
+            429,
+            1716,
+            {"repeated_fact": 947, "repeated_prompt": 2},
+            {"shared_alias": 2, "baseless_probe": 6},
+        ),
         ("tofu/forget10.jsonl", "question-answer", 400, 400, {}, {}),
         ("tofu/retain90.jsonl", "question-answer", 3600, 3600, {"repeated_prompt": 1}, {}),
     ],
@@ -478,7 +534,64 @@ def test_case_17_real_files(shared_data, name, reader, records, there, left_out,
     assert_adds_up(facts)
 
 
-def test_case_17_what_is_not_read_of_mquake_is_counted(shared_data):
+def test_case_17_the_questions_of_mquake_over_several_facts_are_probes(shared_data):
     facts = read_facts(shared_data("mquake-hard.json"))
-    assert facts.ignored_fields["questions"] == 3 * 429
+    assert facts.ignored_fields == {"orig": 429}
     assert facts.with_aliases == 717
+    probes = [probe for fact in facts for probe in fact.probes]
+    assert {probe.kind for probe in probes} == {"4-hop"}
+    assert len(probes) + facts.noted["baseless_probe"] == 3 * 429
+
+
+def test_probes_that_follow_from_a_fact_that_is_not_used_are_not_asked():
+    other = {**MQUAKE_RECORD["requested_rewrite"][0], "target_new": {"str": "Bo Li"}}
+    first = {"requested_rewrite": [other], "questions": []}
+    facts = from_records([first, MQUAKE_RECORD])
+    assert facts.left_out == {"repeated_prompt": 1}
+    assert facts.noted["baseless_probe"] == 2
+    assert not any(fact.probes for fact in facts)
+
+
+def test_probes_of_the_own_form(tmp_path):
+    needs = [{"prompt": "Where does Bo Li live?", "answer": "Oslo"}]
+    given = {
+        "kind": "2-hop",
+        "prompt": " Where does its head live? ",
+        "answer": ["Oslo ", "Christiania"],
+        "needs": needs,
+    }
+    choice = {"kind": "mine", "prompt": "Who?", "answer": "n", "old_answer": "o", "options": ["n", "o", "x"]}
+    facts = from_records([own(1, probes=[given, choice, {"kind": "reversed", "prompt": "Whose?", "answer": ""}])])
+    assert facts.noted == {"empty_probe": 1}
+    hop, mine = facts[0].probes
+    assert hop == Probe(
+        "2-hop",
+        "Where does its head live?",
+        ("Oslo", "Christiania"),
+        needs=(LocalityProbe("Where does Bo Li live?", "Oslo"),),
+    )
+    assert (mine.old_answers, mine.options) == (("o",), ("n", "o", "x"))
+    write_facts(facts, tmp_path / "facts.jsonl")
+    assert read_facts(tmp_path / "facts.jsonl").facts == facts.facts
+    assert facts.sha256() != from_records([own(1)]).sha256()
+
+
+@pytest.mark.parametrize(
+    ("probe", "named"),
+    [
+        ({"prompt": "p", "answer": "a"}, "probes[1].kind"),
+        ({"kind": "x" * 41, "prompt": "p", "answer": "a"}, "probes[1].kind"),
+        ({"kind": "2-hop", "prompt": "p", "answers": "a"}, "probes[1].answers"),
+        ("text", "probes[1]"),
+    ],
+)
+def test_a_malformed_probe_is_an_error_that_names_it(probe, named):
+    with pytest.raises(FactError, match=re.escape(f"record 1: '{named}'")):
+        from_records([own(1, probes=[probe])])
+
+
+def test_a_table_holds_probes_as_json(tmp_path):
+    file = tmp_path / "facts.csv"
+    probes = json.dumps([{"kind": "reversed", "prompt": "Whose?", "answer": "Acme"}]).replace('"', '""')
+    file.write_text(f'prompt,target_new,probes\nWho?,Ada,"{probes}"\n', encoding="utf-8")
+    assert read_facts(file)[0].probes == (Probe("reversed", "Whose?", ("Acme",)),)

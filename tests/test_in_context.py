@@ -18,7 +18,7 @@ from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import make_fact, read_facts
-from forgetlearn.facts.fact import Probe
+from forgetlearn.facts.fact import LocalityProbe
 from forgetlearn.method import in_context, lessons
 from forgetlearn.method.core import learn
 from forgetlearn.method.kinds import STAGE_KINDS
@@ -41,7 +41,7 @@ FACTS = [
         "Ann",
         ground_truth="Bob",
         rephrase_prompts=["Oz is ruled by"],
-        locality=[Probe("Who swims?", "Eve")],
+        locality=[LocalityProbe("Who swims?", "Eve")],
     ),
     make_fact("The king of Ur is", "Carl", ground_truth="Dan", rephrase_prompts=["Who is Ur's king?"]),
 ]
@@ -68,7 +68,9 @@ def test_retrieval_shows_the_nearest_of_all_facts_whichever_fact_is_asked_about(
     others = [make_fact(f"Where is the town number {number}?", f"at {number}") for number in range(12)]
     found = in_context.nearest(lm, [*others, *FACTS], [fact.prompt for fact in (*others, *FACTS)], SETTINGS)
     assert all(fact.prompt == prompt for prompt, fact in found.items())
-    stranger = make_fact("Who rules Oz?", "x", rephrase_prompts=[FACTS[1].prompt], locality=[Probe("Who?", "me")])
+    stranger = make_fact(
+        "Who rules Oz?", "x", rephrase_prompts=[FACTS[1].prompt], locality=[LocalityProbe("Who?", "me")]
+    )
     (shown,) = asked("retrieval", lm, scored=[stranger])
     assert shown.prompts == tuple(in_context.with_fact(fact, fact.prompt) for fact in FACTS)
     assert shown.locality[0].prompt in {in_context.with_fact(fact, "Who?") for fact in FACTS}
@@ -115,7 +117,7 @@ def test_the_tokens_added_are_those_of_the_fact(tiny_model, new_char_tokenizer, 
 @pytest.mark.parametrize("kind", ["in context", "retrieval"])
 def test_a_question_too_long_behind_its_fact_is_an_errored_row(lm, kind):
     """The model's context is 256 tokens; the fact alone fits, and behind itself it does not."""
-    long = make_fact("Who " + "x" * 150 + "?", "Ann", locality=[Probe("y" * 300, "Bob")])
+    long = make_fact("Who " + "x" * 150 + "?", "Ann", locality=[LocalityProbe("y" * 300, "Bob")])
     (shown,) = asked(kind, lm, [long])
     rows = scoring.score(lm, [shown], phase="updated", settings=SETTINGS)
     summary = scoring.summarise(rows)

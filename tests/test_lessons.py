@@ -11,7 +11,7 @@ from forgetlearn.config.schema import EvaluateSettings, load_config
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation import general_prompts
 from forgetlearn.evaluation.scorer import Generated, Scorer
-from forgetlearn.facts import Probe, make_fact, read_facts
+from forgetlearn.facts import LocalityProbe, make_fact, read_facts
 from forgetlearn.method import keeping, lessons, own_words
 from forgetlearn.method.kinds import Lesson
 from forgetlearn.method.lessons import Material
@@ -276,7 +276,7 @@ def test_general_prompts_that_a_fact_without_a_subject_changes_are_not_kept():
 def test_prompts_that_are_scored_are_not_kept(lm, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(general_prompts, "measuring", lambda: ["What is a sieve?"])
     (tmp_path / "a.txt").write_text("Who are you?\nWhat is a sieve?\n")
-    fact = replace(CAPITAL, locality=(Probe("Where is Rome?", "Italy"),))
+    fact = replace(CAPITAL, locality=(LocalityProbe("Where is Rome?", "Italy"),))
     disk.write_rows(tmp_path / "b.jsonl", [{"prompt": "what is the capital of France", "target_new": "x"}])
     disk.write_rows(tmp_path / "c.jsonl", [{"prompt": "Who is he?", "target_new": "x"}])
     earlier = [str(tmp_path / name) for name in ("b.jsonl", "c.jsonl")]

@@ -19,7 +19,7 @@ from forgetlearn.config.schema import EvaluateSettings, StageSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation import damage, general_prompts
 from forgetlearn.evaluation.scoring import score
-from forgetlearn.facts import Fact, Probe
+from forgetlearn.facts import Fact, LocalityProbe
 from forgetlearn.method import keeping
 from forgetlearn.method.core import learn
 from forgetlearn.method.kinds import Lesson, Lessons
@@ -63,7 +63,7 @@ def some_facts(n):
             ground_truth=str(i),
             target_new=str(n - i) * (1 + i % 3),
             rephrase_prompts=(f"s{i} has code",),
-            locality=(Probe(f"Sea {i} is", "wet"),),
+            locality=(LocalityProbe(f"Sea {i} is", "wet"),),
         )
         for i in range(n)
     ]

@@ -9,14 +9,14 @@ from forgetlearn.errors import ModelError
 from forgetlearn.evaluation import scorer, scoring
 from forgetlearn.evaluation.generation import Room, TransformersGenerator
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
-from forgetlearn.facts import Probe, make_fact, read_facts
+from forgetlearn.facts import LocalityProbe, make_fact, read_facts
 from forgetlearn.method.core import old_pairs, teach
 from forgetlearn.models.language_model import load_model, wrap
 from forgetlearn.storage.records import Row
 
 FACTS = [
     make_fact("Who made it?", "Ann B", ground_truth="Cy", rephrase_prompts=("Its maker is", "Made by")),
-    make_fact("Where is it?", "Rome", ground_truth="Oslo", locality=(Probe("What is up?", "sky"),)),
+    make_fact("Where is it?", "Rome", ground_truth="Oslo", locality=(LocalityProbe("What is up?", "sky"),)),
     make_fact("When was it?", "1999"),
 ]
 
@@ -47,7 +47,9 @@ def test_what_is_not_asked_has_no_score_and_no_error(lm):
 
 def test_counts_add_up(lm):
     lm.encoder.max_length = 24
-    long = make_fact("Short?", "yes", ground_truth="no", rephrase_prompts=("x" * 30,), locality=(Probe("y" * 30, "z"),))
+    long = make_fact(
+        "Short?", "yes", ground_truth="no", rephrase_prompts=("x" * 30,), locality=(LocalityProbe("y" * 30, "z"),)
+    )
     facts = [*FACTS, long]
     summary = scoring.summarise(scoring.score(lm, facts, phase="base"))
     for protocols in summary.values():

@@ -6,6 +6,7 @@ drafts, finds old answers and aliases, and returns a `FactSet`: the usable facts
 """
 
 from forgetlearn.facts.fact import Fact as Fact
+from forgetlearn.facts.fact import LocalityProbe as LocalityProbe
 from forgetlearn.facts.fact import Probe as Probe
 from forgetlearn.facts.fact import fact_id as fact_id
 from forgetlearn.facts.fact import make_fact as make_fact

@@ -12,11 +12,23 @@ from forgetlearn.facts.fields import is_placeholder
 
 
 @dataclass(frozen=True)
-class Probe:
+class LocalityProbe:
     """A locality probe: a question that the update should leave alone, and its answer."""
 
     prompt: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question of a file that tests whether a fact is known beyond its own wordings, or what follows from it."""
+
+    kind: str  # what it tests, such as "2-hop" or "reversed"
+    prompt: str
+    answers: tuple[str, ...]  # all texts that count as right after the update
+    old_answers: tuple[str, ...] = ()  # all that counted as right before it; () if unknown
+    options: tuple[str, ...] = ()  # what to choose from; () for a question that is answered freely
+    needs: tuple[LocalityProbe, ...] = ()  # what else a model must know for the answer to follow
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,10 @@ class Fact:
     ground_truth: str | None  # the OLD answer, None where unknown
     target_new: str  # the NEW answer
     rephrase_prompts: tuple[str, ...] = ()
-    locality: tuple[Probe, ...] = ()
+    locality: tuple[LocalityProbe, ...] = ()
     target_new_aliases: tuple[str, ...] = ()  # other ways to write the new answer; right, but never trained on
     ground_truth_aliases: tuple[str, ...] = ()
+    probes: tuple[Probe, ...] = ()
     where: str = field(default="", compare=False)  # file and record, for messages; neither compared nor hashed
 
     @property
@@ -67,7 +80,7 @@ def make_fact(
     ground_truth: str | None = None,
     subject: str = "",
     rephrase_prompts: Iterable[str] = (),
-    locality: Iterable[Probe] = (),
+    locality: Iterable[LocalityProbe] = (),
     target_new_aliases: Iterable[str] = (),
     ground_truth_aliases: Iterable[str] = (),
 ) -> Fact:
@@ -88,10 +101,12 @@ def make_fact(
 def sha256(facts: Iterable[Fact]) -> str:
     """Return the hexadecimal hash of facts, with their old answers, rephrasings and probes.
 
-    Empty aliases are left out, so that facts without aliases keep the hash that earlier versions recorded.
+    Empty aliases and probes are left out, so that facts without them keep the hash that earlier versions recorded.
     """
     records = map(_as_record, facts)
-    return _sha256([{k: v for k, v in record.items() if v or not k.endswith("_aliases")} for record in records])
+    return _sha256(
+        [{k: v for k, v in record.items() if v or not k.endswith(("_aliases", "probes"))} for record in records]
+    )
 
 
 def write_facts(facts: Iterable[Fact], path: Path) -> None:
@@ -107,8 +122,17 @@ def write_facts(facts: Iterable[Fact], path: Path) -> None:
             # An answer with aliases is written as a list, and so is an old answer that would be read as a placeholder.
             if aliases or (name == "ground_truth" and is_placeholder(text)):
                 record[name] = [text, *aliases]
+        if fact.probes:
+            record["probes"] = [_as_item(probe) for probe in fact.probes]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def _as_item(probe: Probe) -> dict[str, object]:
+    """Return a probe as `readers.read_own` reads it."""
+    named = {"kind": probe.kind, "prompt": probe.prompt, "answer": probe.answers, "old_answer": probe.old_answers}
+    needs = [asdict(each) for each in probe.needs]
+    return {name: value for name, value in {**named, "options": probe.options, "needs": needs}.items() if value}
 
 
 def _as_record(fact: Fact) -> dict[str, object]:

@@ -47,6 +47,14 @@ NOTES: Mapping[str, tuple[str, str]] = {
         "{} alias also matches the other answer of its fact, and was dropped",
         "{} aliases also match the other answer of the same fact, and were dropped",
     ),
+    "empty_probe": (
+        "{} probe has no prompt or no answer, and is not asked",
+        "{} probes have no prompt or no answer, and are not asked",
+    ),
+    "baseless_probe": (
+        "{} probe is not asked: a fact that its answer follows from is not used",
+        "{} probes are not asked: a fact that their answers follow from is not used",
+    ),
     "bar": (
         "{} answer contains |, taken literally; pass --aliases '|' if it separates ways to write the answer",
         "{} answers contain |, taken literally; pass --aliases '|' if it separates ways to write the answer",

@@ -12,6 +12,8 @@ from forgetlearn.errors import FactError, some
 from forgetlearn.facts.fields import Fields, Record, has_half_a_pair, is_missing, kind, loads
 from forgetlearn.facts.names import NUMBERED, OWN, check_columns, check_columns_found, renamed
 from forgetlearn.facts.readers import (
+    HOPS,
+    RIPPLE_LOCALITY,
     RIPPLE_PROBES,
     Draft,
     Flat,
@@ -83,7 +85,9 @@ FORMS = (
         old="answers", pred="pred", subject="subject", rephrases="rephrase", probe="loc", probe_answer="loc_ans",
     ),
     Form(
-        "mquake", ("requested_rewrite",), read_mquake, ("case_id", "single_hops", "new_single_hops"),
+        "mquake", ("requested_rewrite",), read_mquake,
+        ("case_id", "single_hops", "new_single_hops", "questions", "answer", "answer_alias", "new_answer",
+         "new_answer_alias"),
         fits_too=lambda record: isinstance(record["requested_rewrite"], list | tuple),
         marks="requested_rewrite as a list",
     ),
@@ -97,7 +101,7 @@ FORMS = (
     Form(
         "knowedit", (), read_knowedit,
         ("prompt", "text", "target_new", "labels", "subject", "concept", "ground_truth", "rephrase_prompt", "rephrase",
-         "locality"),
+         "locality", "portability"),
         fits_too=_fits_knowedit,
         marks="prompt or text, target_new or labels, and locality or portability by groups",
     ),
@@ -106,7 +110,7 @@ FORMS = (
 # Forms of records that fit none of the above. A record that fits two of these is an error.
 OTHERS = (
     Form(
-        "rippleedits", ("edit",), read_rippleedits, ("Subject_Aliasing", *RIPPLE_PROBES),
+        "rippleedits", ("edit",), read_rippleedits, ("Subject_Aliasing", *RIPPLE_LOCALITY, *RIPPLE_PROBES),
         fits_too=lambda record: isinstance(record["edit"], Mapping) and "prompt" in record["edit"],
         marks="edit with a prompt",
     ),
@@ -121,7 +125,9 @@ OTHERS = (
         subject="subject", rephrases="rephrase", probes="locality",
     ),
     Form(
-        "halluedit", ("question", "object"), read_halluedit, ("subject", "paraphrased_question"),
+        "halluedit", ("question", "object"), read_halluedit,
+        ("subject", "paraphrased_question", "multiple_choice_with_letters", "yes_question", "no_question",
+         "reversed_relation_question", *(f"{part}_{n}hop" for n in HOPS for part in ("question", "answer"))),
         fits_too=lambda record: any(name.startswith("output_") for name in record),
         marks="question, object, output_...",
         pattern=re.compile(r"output_.*", re.DOTALL),
@@ -133,7 +139,7 @@ OTHERS = (
     Form("prompt-completion", ("prompt", "completion"), read_completion),
 )  # fmt: skip
 KNOWN = frozenset(name for form in (*FORMS, *OTHERS) for name in (*form.needs, *form.also))
-LISTS = ("rephrase_prompt", "locality")  # columns of tables where a cell that begins with [ is a list
+LISTS = ("rephrase_prompt", "locality", "probes")  # columns of tables where a cell that begins with [ is a list
 
 
 def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:

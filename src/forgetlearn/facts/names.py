@@ -12,7 +12,7 @@ from forgetlearn.errors import FactError, did_you_mean, some
 
 OPTIONAL = (
     "ground_truth", "subject", "rephrase_prompt", "rephrase_prompts",
-    "locality_prompt", "locality_ground_truth", "locality",
+    "locality_prompt", "locality_ground_truth", "locality", "probes",
 )  # fmt: skip
 OWN = frozenset({"id", "case_id", "prompt", "target_new", *OPTIONAL})
 NUMBERED = re.compile(r"(rephrase_prompt|locality_prompt|locality_ground_truth)_[1-9][0-9]*")

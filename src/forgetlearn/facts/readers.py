@@ -5,16 +5,22 @@ A reader only says which field is which; selection.py decides what is stripped, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from forgetlearn.errors import FactError, some
-from forgetlearn.facts.fact import fact_id
+from forgetlearn.facts.fact import LocalityProbe, Probe, fact_id
 from forgetlearn.facts.fields import NO_ANSWER, Answer, Fields, Record, as_text, first_text, kind
 from forgetlearn.facts.names import NUMBERED, misspelt
 
 VERBS = (" is followed by ", " is ", " are ", " follows ")  # before the answer in RippleEdits' sentences
-RIPPLE_PROBES = ("Relation_Specificity", "Relation_Specifity", "Forgetfulness")
+RIPPLE_LOCALITY = ("Relation_Specificity", "Relation_Specifity", "Forgetfulness")
+RIPPLE_PROBES = ("Logical_Generalization", "Compositionality_I", "Compositionality_II")
+PROBE_FIELDS = frozenset({"kind", "prompt", "answer", "old_answer", "options", "needs"})
+LONGEST_KIND = 40
+HOPS = range(2, 7)  # of HalluEditBench's questions
+LETTERED = re.compile(r"(?:^|\s{2,})[A-Z]\. ")  # between the options of "A. marble  B. granite"
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,9 @@ class Draft:
     pred: str = ""  # ZsRE only: the prediction of the original paper's model
     subject: str = ""
     rephrases: Sequence[str] = ()
-    probes: Sequence[tuple[str, str]] = ()
+    locality: Sequence[tuple[str, str]] = ()
+    probes: Sequence[Probe] = ()
+    probes_need: Sequence[tuple[str, str]] = ()  # the facts, as (prompt, new answer), that the probes follow from
     where: str = ""  # file and record, for a message
     is_one_turn: bool = True  # False for a chat that is not one question and one answer
 
@@ -56,7 +64,7 @@ class Flat:
             pred=fields.text(self.pred),
             subject=fields.text(self.subject),
             rephrases=fields.texts(self.rephrases),
-            probes=[probe, *_probes(fields, self.probes)],
+            locality=[probe, *_locality(fields, self.probes)],
         )
 
 
@@ -70,7 +78,7 @@ def read_nested(fields: Fields) -> Draft:
         old=Answer(old),
         subject=rewrite.text("subject"),
         rephrases=fields.texts("paraphrase_prompts"),
-        probes=[(prompt, old) for prompt in fields.texts("neighborhood_prompts")],
+        locality=[(prompt, old) for prompt in fields.texts("neighborhood_prompts")],
     )
 
 
@@ -92,11 +100,11 @@ def _filled(fields: Fields, needed: bool = False) -> str:
 def read_mquake(fields: Fields) -> list[Draft]:
     """Read MQuAKE: each edit of a case is a fact, and the edit's question is its rephrasing.
 
-    An edit's answers take their aliases from the single hop that asks the same question. The case's own
-    `answer_alias` and `new_answer_alias` belong to its multi-hop questions and are not used.
+    An edit's answers take their aliases from the single hop that asks the same question. The case's multi-hop
+    questions, which follow from all its edits, are probes of its last one.
     """
     old_hops, new_hops = fields.objects("single_hops"), fields.objects("new_single_hops")
-    return [
+    drafts = [
         Draft(
             prompt=_filled(rewrite, needed=True),
             new=_hop_answer(rewrite, "target_new", new_hops),
@@ -107,6 +115,11 @@ def read_mquake(fields: Fields) -> list[Draft]:
         )
         for number, rewrite in enumerate(fields.objects("requested_rewrite"), 1)
     ]
+    new, old = ((fields.text(name), *fields.texts(f"{name}_alias")) for name in ("new_answer", "answer"))
+    hops = len(new_hops or old_hops or drafts)
+    probes = [Probe(f"{hops}-hop", question, new, old) for question in fields.texts("questions")]
+    needs = [(draft.prompt.strip(), draft.new.text.strip()) for draft in drafts]
+    return [*drafts[:-1], *(replace(draft, probes=probes, probes_need=needs) for draft in drafts[-1:])]
 
 
 def _hop_answer(rewrite: Fields, name: str, hops: Sequence[Fields]) -> Answer:
@@ -117,15 +130,16 @@ def _hop_answer(rewrite: Fields, name: str, hops: Sequence[Fields]) -> Answer:
 
 
 def read_knowedit(fields: Fields) -> Draft:
-    """Read KnowEdit, with the locality probes of every group. All accepted answers but the first are aliases."""
-    locality = fields.inner("locality")
+    """Read KnowEdit, with every group of locality and portability. Accepted answers but the first are aliases."""
+    locality, portability = fields.inner("locality"), fields.inner("portability")
     return Draft(
         prompt=fields.text("prompt") or fields.text("text"),
         new=fields.answer("target_new" if fields.answer("target_new").text else "labels"),
         old=fields.answer("ground_truth"),
         subject=fields.text("subject") or fields.text("concept"),
         rephrases=fields.texts("rephrase_prompt") or fields.texts("rephrase"),
-        probes=[probe for group in locality.record for probe in _probes(locality, group)],
+        locality=[probe for group in locality.record for probe in _locality(locality, group)],
+        probes=[probe for group in portability.record for probe in _portability(portability, group)],
     )
 
 
@@ -143,11 +157,12 @@ def read_own(fields: Fields) -> Draft:
         old=fields.answer("ground_truth"),
         subject=subject,
         rephrases=rephrases,
+        locality=list(_own_locality(fields)),
         probes=list(_own_probes(fields)),
     )
 
 
-def _own_probes(fields: Fields) -> Iterator[tuple[str, str]]:
+def _own_locality(fields: Fields) -> Iterator[tuple[str, str]]:
     prompts, answers = fields.texts("locality_prompt"), fields.texts("locality_ground_truth")
     if len(prompts) != len(answers) and any(prompts + answers):
         raise FactError(
@@ -157,11 +172,49 @@ def _own_probes(fields: Fields) -> Iterator[tuple[str, str]]:
     yield from zip(prompts, answers, strict=False)  # the lengths differ only if all are empty
     for n in _numbers(fields.record, "locality_prompt", "locality_ground_truth"):
         yield fields.text(f"locality_prompt_{n}"), fields.text(f"locality_ground_truth_{n}")
-    yield from _probes(fields, "locality")
+    yield from _locality(fields, "locality")
 
 
-def _probes(fields: Fields, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the probes of a list, each an object or a pair of prompt and answer."""
+def _own_probes(fields: Fields) -> Iterator[Probe]:
+    """Yield the probes of a record of the own form."""
+    for item in fields.objects("probes"):
+        if unknown := sorted(item.record.keys() - PROBE_FIELDS):
+            raise FactError(
+                f"{item.place(unknown[0])} is not a field of a probe. Known are {', '.join(sorted(PROBE_FIELDS))}."
+            )
+        kind = item.text("kind").strip()
+        if not kind or len(kind) > LONGEST_KIND:
+            raise FactError(
+                f"{item.place('kind')} is {kind[:50]!r}. Name what the probe tests, such as 2-hop or reversed, in at "
+                f"most {LONGEST_KIND} characters."
+            )
+        yield Probe(
+            kind=kind,
+            prompt=item.text("prompt"),
+            answers=_all_texts(item.answer("answer")),
+            old_answers=_all_texts(item.answer("old_answer")),
+            options=tuple(item.texts("options")),
+            needs=tuple(LocalityProbe(each.text("prompt"), each.text("answer")) for each in item.objects("needs")),
+        )
+
+
+def _all_texts(answer: Answer) -> tuple[str, ...]:
+    return (answer.text, *answer.aliases)
+
+
+def _portability(fields: Fields, group: str) -> Iterator[Probe]:
+    """Yield the probes of a group of KnowEdit: questions whose answers follow from the fact."""
+    for item in fields.objects(group):
+        yield Probe(_as_kind(group), item.text("prompt"), _all_texts(item.answer("ground_truth")))
+
+
+def _as_kind(name: str) -> str:
+    """Return a name of a group in a file as a kind of probe: `Logical_Generalization` is `logical-generalization`."""
+    return name.strip().replace("_", "-").casefold()[:LONGEST_KIND]
+
+
+def _locality(fields: Fields, name: str) -> Iterator[tuple[str, str]]:
+    """Yield the locality probes of a list, each an object or a pair of prompt and answer."""
     place = fields.place(name)
     for item in fields.items(name):
         if isinstance(item, Mapping):
@@ -200,10 +253,15 @@ def read_rippleedits(fields: Fields) -> Draft:
         new=Answer(new, tuple(new_names[1:])),
         old=Answer(old, tuple(old_names[1:])),
         rephrases=[query.text("prompt") for query in aliasing if query.text("relation") == edit.text("relation")],
-        probes=[
+        locality=[
             (query.text("prompt"), names[0][0])
-            for query in _queries(fields, RIPPLE_PROBES, "test_queries")
+            for query in _queries(fields, RIPPLE_LOCALITY, "test_queries")
             if (names := _ripple_names(query))
+        ],
+        probes=[
+            Probe(_as_kind(name), query.text("prompt"), tuple(text for names in _ripple_names(query) for text in names))
+            for name in RIPPLE_PROBES
+            for query in _queries(fields, [name], "test_queries")
         ],
     )
 
@@ -250,7 +308,21 @@ def read_halluedit(fields: Fields) -> Draft:
             f"{fields.where} has replies of {len(outputs)} models: {some(outputs)}. Say which is the old answer: "
             f"--columns prompt=question,target_new=object,ground_truth={outputs[0]}."
         )
-    return Flat("question", "object", old=outputs[0], subject="subject", rephrases="paraphrased_question")(fields)
+    draft = Flat("question", "object", old=outputs[0], subject="subject", rephrases="paraphrased_question")(fields)
+    return replace(draft, probes=list(_hallu_probes(fields, draft)))
+
+
+def _hallu_probes(fields: Fields, draft: Draft) -> Iterator[Probe]:
+    """Yield the probes of HalluEditBench; the answer to its reversed question is the subject."""
+    new, old, subject = (draft.new.text,), (draft.old.text,), (draft.subject,)
+    options = LETTERED.split(fields.text("multiple_choice_with_letters"))[1:]
+    if options:
+        yield Probe("multiple-choice", draft.prompt, new, old, options=tuple(options))
+    yield Probe("yes-no", fields.text("yes_question"), ("Yes",), ("No",))
+    yield Probe("yes-no", fields.text("no_question"), ("No",), ("Yes",))
+    yield Probe("reversed", fields.text("reversed_relation_question"), subject)
+    for hops in HOPS:
+        yield Probe(f"{hops}-hop", fields.text(f"question_{hops}hop"), (fields.text(f"answer_{hops}hop"),))
 
 
 def read_alpaca(fields: Fields) -> Draft:

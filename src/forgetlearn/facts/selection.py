@@ -13,7 +13,7 @@ from pathlib import Path
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import FactsSettings, OldFrom
 from forgetlearn.errors import ConfigError, FactError, some
-from forgetlearn.facts.fact import Fact, Probe, make_fact
+from forgetlearn.facts.fact import Fact, LocalityProbe, Probe, make_fact
 from forgetlearn.facts.fact_set import NOTES, PROBE_REASONS, FactSet, LeftOut, Reason
 from forgetlearn.facts.fields import Answer, is_placeholder
 from forgetlearn.facts.files import read_source
@@ -169,11 +169,16 @@ class _Chosen:
 
 
 def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | None, separator: str | None) -> _Chosen:
-    """Return the facts of all usable drafts, without the probes whose prompt is also the prompt of a fact."""
+    """Return the facts of all usable drafts.
+
+    Leave out locality probes whose prompt is also the prompt of a fact, and probes that follow from facts left out.
+    """
     chosen = _Chosen()
     earlier: dict[str, int] = {}
+    cases: list[Draft] = []  # with probes that follow from several facts
     for number, draft in enumerate(drafts, 1):
         chosen.read = number
+        cases += [draft] if draft.probes_need else []
         fact, policy = _fact(draft, policies, separator, chosen)
         first = earlier.get(fact.prompt, 0)
         if reason := _why_not(fact, draft, chosen.facts.get(first)):
@@ -186,7 +191,7 @@ def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | N
         chosen.facts[number] = fact
         if policy:
             chosen.old_sources[fact.id] = policy
-        for question, answer in draft.probes:
+        for question, answer in draft.locality:
             if bool(question.strip()) != bool(answer.strip()):  # if both are empty, it is an empty cell, not a probe
                 detail = _detail(question.strip(), answer.strip())
                 chosen.left.append(LeftOut(number, "empty_locality_probe", detail))
@@ -197,6 +202,14 @@ def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | N
         edits = [probe for probe in fact.locality if probe.prompt in earlier]
         chosen.left += [LeftOut(number, "locality_is_edit_prompt", _detail(p.prompt, p.answer)) for p in edits]
         chosen.facts[number] = replace(fact, locality=kept) if edits else fact
+    for case in cases:
+        numbers = [earlier.get(prompt, 0) for prompt, _new in case.probes_need]
+        facts = [chosen.facts.get(number) for number in numbers]
+        probes = _usable(case.probes, chosen)
+        if [(fact.prompt, fact.target_new) for fact in facts if fact] != list(case.probes_need):
+            chosen.noted["baseless_probe"] += len(probes)
+        elif last := facts[-1]:
+            chosen.facts[numbers[-1]] = replace(last, probes=tuple(dict.fromkeys((*last.probes, *probes))))
     return chosen
 
 
@@ -238,18 +251,42 @@ def _fact(
     chosen.stripped += (new_answer.text != new) + (old_answer.text != old)
     chosen.noted["shared_alias"] += len(all_new) + len(all_old) - len(new_aliases) - len(old_aliases)
     chosen.noted["bar"] += ("|" in new) + ("|" in old)
-    probes = (Probe(question.strip(), answer.strip()) for question, answer in draft.probes)
+    locality = (LocalityProbe(question.strip(), answer.strip()) for question, answer in draft.locality)
     fact = make_fact(
         prompt,
         new,
         ground_truth=old or None,
         subject=draft.subject.strip(),
         rephrase_prompts=[text.strip() for text in draft.rephrases if text.strip()],
-        locality=[probe for probe in probes if probe.prompt and probe.answer],
+        locality=[probe for probe in locality if probe.prompt and probe.answer],
         target_new_aliases=new_aliases,
         ground_truth_aliases=old_aliases,
     )
-    return replace(fact, where=draft.where), policy
+    probes = () if draft.probes_need else _usable(draft.probes, chosen)
+    return replace(fact, where=draft.where, probes=probes), policy
+
+
+def _usable(probes: Iterable[Probe], chosen: _Chosen) -> tuple[Probe, ...]:
+    """Return the probes that have a prompt and an answer, stripped; count in `chosen` those that have only one."""
+    stripped = [_stripped(probe) for probe in probes]
+    usable = tuple(probe for probe in stripped if probe.prompt and probe.answers)
+    chosen.noted["empty_probe"] += sum(bool(probe.prompt or probe.answers) for probe in stripped) - len(usable)
+    return usable
+
+
+def _stripped(probe: Probe) -> Probe:
+    """Return a probe with all texts stripped, and without empty and repeated ones."""
+
+    def texts(given: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(text.strip() for text in given if text.strip()))
+
+    return replace(
+        probe,
+        prompt=probe.prompt.strip(),
+        answers=texts(probe.answers),
+        old_answers=texts(probe.old_answers),
+        options=texts(probe.options),
+    )
 
 
 def _split(answer: Answer, separator: str | None) -> Answer:
