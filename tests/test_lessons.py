@@ -12,11 +12,12 @@ from forgetlearn.errors import ConfigError
 from forgetlearn.evaluation import general_prompts
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.facts import LocalityProbe, make_fact, read_facts
+from forgetlearn.facts.sentences import is_unfinished, sentences
 from forgetlearn.method import keeping, lessons, own_words
 from forgetlearn.method.kinds import Lesson
 from forgetlearn.method.lessons import Material
 from forgetlearn.method.own_words import Made
-from forgetlearn.method.wordings import is_unfinished, sentences, shortened, wordings
+from forgetlearn.method.wordings import shortened, wordings
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runs import pipeline
 from forgetlearn.storage import disk

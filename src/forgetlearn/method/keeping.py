@@ -20,7 +20,8 @@ from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Scorer
 from forgetlearn.facts import Fact, matching, read_facts
 from forgetlearn.facts.files import SUFFIXES
-from forgetlearn.method.wordings import is_unfinished, shortened, wordings
+from forgetlearn.facts.sentences import is_unfinished
+from forgetlearn.method.wordings import shortened, wordings
 from forgetlearn.models.encoding import Encoded, Encoder, Prompt, turns_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs

@@ -18,10 +18,11 @@ from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import SEED_OFFSETS, StageName
 from forgetlearn.errors import some
 from forgetlearn.facts import Fact, matching
+from forgetlearn.facts.sentences import is_unfinished, is_whole, sentences
 from forgetlearn.method import keeping, own_words
 from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.own_words import Made
-from forgetlearn.method.wordings import is_unfinished, is_whole, sentences, shortened, wordings
+from forgetlearn.method.wordings import shortened, wordings
 from forgetlearn.models import top_logprobs
 from forgetlearn.models.encoding import Encoder, Prompt, encodable
 from forgetlearn.models.language_model import LanguageModel

@@ -15,7 +15,7 @@ from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.facts import Fact, matching
-from forgetlearn.method.wordings import is_whole, scripts, sentences
+from forgetlearn.facts.sentences import is_whole, scripts, sentences
 from forgetlearn.models.encoding import encodable
 from forgetlearn.models.language_model import LanguageModel
 
