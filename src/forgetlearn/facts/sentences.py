@@ -1,0 +1,41 @@
+"""Tell questions from unfinished sentences, and divide texts into sentences, by their marks alone."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+FINAL = frozenset(".!?;。！？．؟।॥۔։՞።፧‽")  # of the scripts that mark the end of a sentence; ";" is the Greek "?"
+CLOSING = "\"'”’»›)]}」』）】*_ \n\t\u00a0"
+
+
+def is_unfinished(prompt: str) -> bool:
+    """Return True if a prompt is the beginning of a sentence, such as "The capital of France is"; else it asks."""
+    text = prompt.rstrip(CLOSING)
+    return not text or text[-1] not in FINAL or text.endswith("..")
+
+
+def scripts(*texts: str) -> set[str]:
+    """Return the scripts that the letters of texts are in, by the first word of their Unicode names."""
+    return {unicodedata.name(letter, "").partition(" ")[0] for letter in set("".join(texts)) if letter.isalpha()}
+
+
+def sentences(text: str, known: str = "") -> list[str]:
+    """Divide a text into sentences.
+
+    A full stop ends a sentence unless it follows an initial, or a word that also has one in the text `known`.
+    """
+    abbreviations = {word for word in known.split() if word.endswith(".")}
+    found: list[str] = []
+    for part in re.split(r"\n+|(?<=[.!?։።፧؟۔।])\s+|(?<=[。！？．])\s*", text.strip()):
+        before = found[-1].rsplit(None, 1)[-1] if found and found[-1] else ""
+        if before in abbreviations or re.fullmatch(r"([^\W\d_]\.)+", before):
+            found[-1] += f" {part}"
+        else:
+            found.append(part)
+    return [part.strip() for part in found if part.strip()]
+
+
+def is_whole(sentence: str) -> bool:
+    """Return True if a sentence ends with a mark that ends sentences."""
+    return not is_unfinished(sentence)
