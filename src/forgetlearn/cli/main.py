@@ -151,7 +151,8 @@ def lab(
 @takes(
     *(*INPUTS, *TRAINED_ON),
     *("facts.strict", "method", "forget.coef", "forget.modules", "forget.validation", "seed", "teach.epochs"),
-    *("model.shard", "train.deepspeed", "evaluate.max_damage", "evaluate.general", "evaluate.tasks", "report_to"),
+    *("model.shard", "train.deepspeed", "report_to"),
+    *("evaluate.probes", "evaluate.max_damage", "evaluate.general", "evaluate.tasks"),
 )
 def update(
     given: Given,
@@ -354,7 +355,9 @@ def paper(
 
 
 @app.command()
-@takes(*INPUTS, "facts.strict", "evaluate.general", "evaluate.tasks", "evaluate.engine", "model.shard")
+@takes(
+    *INPUTS, "facts.strict", "evaluate.probes", "evaluate.general", "evaluate.tasks", "evaluate.engine", "model.shard"
+)
 def evaluate(
     given: Given,
     output: OutputOption,

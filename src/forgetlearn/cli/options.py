@@ -40,6 +40,7 @@ FLAGS: Mapping[str, str] = {
     "model.shard": "--shard",
     "train.deepspeed": "--deepspeed",
     "evaluate.max_damage": "--max-damage",
+    "evaluate.probes": "--probes",
     "evaluate.general": "--general",
     "evaluate.tasks": "--tasks",
     "evaluate.engine": "--engine",

@@ -99,10 +99,27 @@ def print_scores(found: Overview) -> None:
     for name, cells in found.general:
         shown = (f"{phase} {cell}" for phase, cell in zip(found.measured, cells, strict=True) if cell)
         say(plain(f"{name}: {', '.join(shown)}"))
+    if found.probes:
+        _print_probes(found)
     for sentence in found.changed:
         say(plain(f"changed most: {sentence}"))
     if found.warning:
         say(plain(f"WARNING: {found.warning}"))
+
+
+def _print_probes(found: Overview) -> None:
+    """Print the matrix of probes: for each phase the percent of facts that get the new answer, and the old one."""
+    from forgetlearn.report.render import show_score
+
+    named = [f"{line.probe} ({line.protocol})" for line in found.probes]
+    width = max(map(len, named))
+    phases = "".join(f"{f'{phase}: new':>15}{'old':>7}" for phase in found.probed)
+    say(f"{'beyond rephrasings':<{width}}{'n':>6}{phases}")
+    for name, line in zip(named, found.probes, strict=True):
+        cells = "".join(
+            f"{show_score(new):>15}{show_score(old):>7}" for new, old in zip(line.new, line.old, strict=True)
+        )
+        say(plain(f"{name:<{width}}{line.new[-1].n if line.new[-1] else 0:>6}{cells}"))
 
 
 def print_table(

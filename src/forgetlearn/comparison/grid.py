@@ -35,6 +35,7 @@ from forgetlearn.config import preflight
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
+from forgetlearn.evaluation import probes
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.method import keeping, lessons, moments
@@ -131,7 +132,8 @@ def begin(
     if (untaught := without_teaching(config)) != config:
         log.info("recipe %s, but without its teaching: compare takes the base as it is", config.recipe)
         config = untaught
-    scores = config.evaluate.model_copy(update={"general_prompts": False})  # which would double a cell's scoring
+    less = {"general_prompts": False, "probes": (probes.NONE,)}  # which would each double a cell's scoring
+    scores = config.evaluate.model_copy(update=less)
     config = config.model_copy(update={"evaluate": scores})
     if "equal-steps" in settings.budgets and config.learn.until == "learned" and not settings.epochs:
         raise ConfigError(

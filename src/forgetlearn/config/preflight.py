@@ -57,7 +57,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         ),
         Unused(("method", "seed", "forget.coef"), "give --methods, --seeds and --coefs"),
         Unused(("forget.validation", "forget.trials"), "no coefficient is searched for; update --coef auto does"),
-        Unused(("evaluate.general_prompts",), "a cell is scored on facts alone"),
+        Unused(("evaluate.general_prompts", "evaluate.probes"), "a cell is scored by its facts' own prompts alone"),
         Unused(("teach",), "the base is taken as it is"),
         Unused(
             ("checkpoint_minutes", "keep_stages", "model.base_model_id", "model.shard"),
@@ -80,7 +80,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         Unused(("learn.modules", "learn.rows"), "the methods differ in what they train"),
         Unused(("alphaedit",), "the paper has no AlphaEdit; compare takes it"),
         Unused(
-            ("evaluate.protocols", "evaluate.general_prompts", "evaluate.every_phase"),
+            ("evaluate.protocols", "evaluate.general_prompts", "evaluate.probes", "evaluate.every_phase"),
             "the parts differ in what they score",
         ),
         Unused(
@@ -96,7 +96,10 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         Unused(TRAINING, NO_TRAINING),
         Unused(("facts", "model.shard"), "the prompts on the command line are asked, by one process"),
         Unused(
-            ("evaluate.protocols", "evaluate.every_phase", "evaluate.general_prompts", *GENERAL),
+            (
+                *("evaluate.protocols", "evaluate.every_phase", "evaluate.general_prompts", "evaluate.probes"),
+                *GENERAL,
+            ),
             "answers are printed, not scored; evaluate scores",
         ),
     ),

@@ -570,6 +570,13 @@ class EvaluateSettings(Settings):
         True,
         description="Ask general prompts that ship with the package before and after an update, to measure damage.",
     )
+    probes: Names = Field(
+        ("auto",),
+        min_length=1,
+        description="What is asked beyond rephrasings, before and after an update: auto, what the facts bring and what "
+        "can be made of them; all, also what the model has to state first; none; or kinds with commas "
+        "(docs/scores.md).",
+    )
     max_damage: float | None = Field(
         None,
         ge=0,
@@ -587,6 +594,13 @@ class EvaluateSettings(Settings):
     )
     task_limit: int | None = Field(None, ge=1, description="Most examples of each task; unset: all.")
     task_folder: str | None = Field(None, description="Folder with tasks of your own (YAML), beside the harness's.")
+
+    @field_validator("probes")
+    @classmethod
+    def _all_or_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(names) > 1 and (alone := {"auto", "all", "none"}.intersection(names)):
+            raise ValueError(f"{min(alone)} stands alone: give it without other names")
+        return names
 
     @model_validator(mode="after")
     def _damage_is_measured(self) -> EvaluateSettings:

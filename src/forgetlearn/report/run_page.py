@@ -17,6 +17,7 @@ from forgetlearn.config.methods import METHODS
 from forgetlearn.errors import RunError, some
 from forgetlearn.facts import describe_old_answers, matching
 from forgetlearn.report import damage, plots
+from forgetlearn.report.probes import ProbeLine, matrix, phases_asked
 from forgetlearn.report.render import (
     COLUMNS,
     QUESTIONS,
@@ -37,12 +38,13 @@ from forgetlearn.storage.records import (
     Manifest,
     Mean,
     OnPrompts,
+    ProbeRow,
     Row,
     Summary,
     Taught,
     load_rows,
 )
-from forgetlearn.storage.run_folder import INPUTS, LESSONS, ROWS, SUMMARY, RunFolder
+from forgetlearn.storage.run_folder import INPUTS, LESSONS, PROBES, ROWS, SUMMARY, RunFolder
 from forgetlearn.weights.rounding import in_words
 
 PHASES = {"base": "before", "forgotten": "after forgetting", "updated": "after learning", "model": "now"}
@@ -70,6 +72,8 @@ class Overview:
     general: list[tuple[str, list[str]]]  # a measure, and its cell for each phase in `measured`
     prompts: OnPrompts | None  # the answers to the general prompts in the last phase
     warning: str | None  # if the damage is bad
+    probed: list[str]  # phases in which probes were asked
+    probes: list[ProbeLine]  # without texts
 
     @property
     def changed(self) -> list[str]:
@@ -142,6 +146,7 @@ class RunPage:
     overview: Overview
     rows: list[Row]
     facts: list[RunFactLine]
+    probe_rows: list[ProbeRow] = field(default_factory=list)
 
     def context(self) -> dict[str, object]:
         """Return the values that the templates use, by name."""
@@ -166,6 +171,7 @@ class RunPage:
             "filters": FILTERS,
             "counts": counts((fact.flags for fact in self.facts), FILTERS),
             "errors": _errors(self.rows),
+            "probe_lines": matrix(self.overview.summary.probes, self.probe_rows, self.overview.probed),
             "retention": self.overview.summary.retention,
             "asked_again": list(scores[phases[-1]].get("retention", {})),
             "shown_prompt": damage.shown_prompt,
@@ -190,7 +196,8 @@ def page_of(run: RunFolder, summary: Summary, rows: list[Row]) -> RunPage:
     inputs = load_rows(Input, run.path / INPUTS)
     taught = load_rows(Taught, run.path / LESSONS) if (run.path / LESSONS).is_file() else []
     facts = _with_taught(fact_table(inputs, rows, shown.phases), inputs, taught)
-    return RunPage(run.path.resolve().name, run.settings, run.manifest, shown, rows, facts)
+    probe_rows = load_rows(ProbeRow, run.path / PROBES) if (run.path / PROBES).is_file() else []
+    return RunPage(run.path.resolve().name, run.settings, run.manifest, shown, rows, facts, probe_rows)
 
 
 def overview(summary: Summary) -> Overview:
@@ -211,9 +218,9 @@ def overview(summary: Summary) -> Overview:
         lines.append(f"the product as it is stored: {words}")
     cells = _general(summary.general, measured)
     told = verdict(summary, phases)
-    return Overview(
-        summary, phases, told, lines, measured, cells, prompts, damage.warning(prompts, kept=bool(summary.kept))
-    )
+    warning, probed = damage.warning(prompts, kept=bool(summary.kept)), phases_asked(summary.probes, phases)
+    lines_of_probes = matrix(summary.probes, [], probed)
+    return Overview(summary, phases, told, lines, measured, cells, prompts, warning, probed, lines_of_probes)
 
 
 def _last_prompts(summary: Summary, phases: Sequence[str]) -> OnPrompts | None:

@@ -41,7 +41,7 @@ from forgetlearn.runs.checks import GivenConfig, check_old_answers, check_stages
 
 log = logging.getLogger("forgetlearn")
 OLD_FROM: Mapping[DataName, str] = {"zsre": "pred", "counterfact": "answers"}
-NOT_GENERAL: Mapping[str, object] = {"general_prompts": False, "general": None}
+NOT_GENERAL: Mapping[str, object] = {"general_prompts": False, "general": None, "probes": ("none",)}
 Files = Mapping[DataName, str | Path | None]
 
 

@@ -13,13 +13,13 @@ from peft import PeftModel
 from forgetlearn.config import preflight
 from forgetlearn.config.schema import EvaluateSettings, RunConfig
 from forgetlearn.errors import FactError, ModelError
-from forgetlearn.evaluation import general_ability, generation
+from forgetlearn.evaluation import general_ability, generation, probes
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.evaluation.scoring import locality_predictions, score
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.report import run_page
-from forgetlearn.runs import retention
+from forgetlearn.runs import probing, retention
 from forgetlearn.runs.checks import (
     GivenConfig,
     GivenModel,
@@ -32,7 +32,7 @@ from forgetlearn.runs.checks import (
 from forgetlearn.runs.results import write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import run_folder
-from forgetlearn.storage.records import General
+from forgetlearn.storage.records import General, ProbeRow, Row
 
 
 def evaluate(
@@ -97,13 +97,17 @@ def _scored(
     """Score everything, and return a function that writes the run folder, given its path and `overwrite`."""
     updates = [] if earlier is None else retention.earlier_updates(str(config.model.name), fact_set, earlier)
     general_ability.check(config.evaluate)
+    probes.check(fact_set, config.evaluate)
     rows, before, vocabulary = {}, None, None
+    probed: dict[str, list[ProbeRow]] = {}
+    stated: dict[str, str] | None = None
     measured: dict[str, General] = {}
     if reference is not None:
         base = as_language_model(reference, None, config.model)
         general_ability.check_embedded(base, config.evaluate)
         fact_set = _with_old_answers(base, fact_set, config)
         rows["base"] = score(base, fact_set, phase="base", settings=config.evaluate)
+        probed["base"], stated = _probed(base, fact_set, config, rows["base"])
         before, vocabulary = locality_predictions(rows["base"]), base.tokenizer.get_vocab()
         if general_ability.asked(config.evaluate):
             measured["base"] = general_ability.measure(base, config.evaluate, scratch)
@@ -116,6 +120,7 @@ def _scored(
         fact_set = _with_old_answers(lm, fact_set, config)
     phase = "model" if before is None else "updated"
     rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
+    probed[phase], _stated = _probed(lm, fact_set, config, rows[phase], stated)
     if before is None:
         rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # meaningless with itself
     if general_ability.asked(config.evaluate):
@@ -127,7 +132,7 @@ def _scored(
         inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
         run = run_folder.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
         run.note(model=lm.describe(), old_answers={**fact_set.old_counts, **fact_set.without_old})
-        summary, written = write_results(run.path, config, fact_set, rows, general=measured)
+        summary, written = write_results(run.path, config, fact_set, rows, general=measured, probed=probed)
         if updates:
             summary = retention.write(run.path, phase, retained, summary)
         run_page.write_run(run.path, run_page.page_of(run, summary, written))
@@ -135,6 +140,17 @@ def _scored(
         return run.path
 
     return write
+
+
+def _probed(
+    lm: LanguageModel, facts: FactSet, config: RunConfig, rows: Sequence[Row], stated: dict[str, str] | None = None
+) -> tuple[list[ProbeRow], dict[str, str]]:
+    """Return a model's answers to probes, and the facts as they are stated: by this model, unless `stated` is given."""
+    if not probes.are_asked(config.evaluate):
+        return [], {}
+    if stated is None:
+        stated = probing.state(lm, list(facts), config, [row for row in rows if row.protocol == "generate"])
+    return probing.ask(lm, list(facts), config, rows, stated), stated
 
 
 def _own_base(lm: LanguageModel, settings: EvaluateSettings, folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.config.stages import Stage, Stages
-from forgetlearn.evaluation import general_ability, scoring
+from forgetlearn.evaluation import general_ability, probes, scoring
 from forgetlearn.facts import Fact
 from forgetlearn.method import in_context, lessons
 from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
@@ -24,13 +24,17 @@ from forgetlearn.method.kinds import STAGE_KINDS, Lessons, to_own_form
 from forgetlearn.method.lessons import Material
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.runs import probing
 from forgetlearn.runs.nothing_forgotten import why_nothing
-from forgetlearn.storage.records import General, NothingForgotten, Row, Taught
+from forgetlearn.storage import disk
+from forgetlearn.storage.records import General, NothingForgotten, ProbeRow, Row, Taught, load_rows, save_rows
+from forgetlearn.storage.run_folder import PROBES
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict, load_into, snapshot
 
 log = logging.getLogger("forgetlearn")
+STATED = "statements.json"
 P = ParamSpec("P")
 T = TypeVar("T")
 Tuned = tuple[dict[str, Tensor], StageLog]
@@ -100,6 +104,8 @@ class Pipeline:
         self.scored = [self._as_scored(fact) for fact in (facts if scored is None else scored)]
         self.material = Material()
         self.rows: dict[str, list[Row]] = {}
+        self.probed: dict[str, list[ProbeRow]] = {}  # by phase
+        self._statements: Path | None = None  # folder with the facts as the base states them
         self._measured: dict[str, Path] = {}  # folders with general ability, by phase
         self.known: list[Fact] = []  # facts whose old answer the base gives
         self.replies: list[Row] = []  # the base's free answers to the facts' prompts
@@ -129,6 +135,8 @@ class Pipeline:
         self.replies = scoring.replies(self.rows["base"], lambda: self.store.rows("probe", probe))
         self.known = scoring.known_facts(self.facts, self.replies)
         self._ask_for_lessons()
+        self._state()
+        self._probe("base")
 
     def _ask_for_lessons(self) -> None:
         """Ask the base for what the stages train on, if they train on more than bare answers."""
@@ -172,6 +180,7 @@ class Pipeline:
         self._train(self.stages.learn, len(self.facts), self._learn)
         self._score("updated")
         self._measure("updated")
+        self._probe("updated")
 
     def forget(self) -> None:
         """Forget the old answers, if the method does, and score the forgotten model."""
@@ -258,6 +267,26 @@ class Pipeline:
             general_ability.measure(self.lm, self.config.evaluate, folder, self._measured.get("base"))
 
         self._measured[phase] = self.store.files(f"general_{phase}", self.ready(write))
+
+    def _probe(self, phase: str) -> None:
+        """Ask about the facts beyond their own wordings."""
+        if not probes.are_asked(self.config.evaluate):
+            return
+
+        def write(folder: Path) -> None:
+            save_rows(probing.ask(self.lm, self.scored, self.config, self.rows[phase], self._stated()), folder / PROBES)
+
+        folder = self.store.files(f"probes_{phase}", self.ready(write))
+        self.probed[phase] = load_rows(ProbeRow, folder / PROBES)
+
+    def _state(self) -> None:
+        """Let the base state facts, if a probe needs that."""
+        if probes.to_state(self.scored, self.config.evaluate):
+            state = self.ready(lambda: probing.state(self.lm, self.scored, self.config, self.replies))
+            self._statements = self.store.files("statements", lambda folder: disk.write_json(folder / STATED, state()))
+
+    def _stated(self) -> dict[str, str]:
+        return disk.read_json(self._statements / STATED) if self._statements else {}
 
     @property
     def general(self) -> dict[str, General]:

@@ -9,12 +9,12 @@ from typing import Any
 
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import AUTO, RunConfig
-from forgetlearn.evaluation import scoring
+from forgetlearn.evaluation import probe_scoring, scoring
 from forgetlearn.facts import Fact, FactSet, write_facts
 from forgetlearn.report import run_page
 from forgetlearn.storage import disk, records
-from forgetlearn.storage.records import Row, Summary, save_rows
-from forgetlearn.storage.run_folder import FAILED, INPUTS, LESSONS, RIGHT, ROWS, SUMMARY
+from forgetlearn.storage.records import ProbeRow, Row, Summary, save_rows
+from forgetlearn.storage.run_folder import FAILED, INPUTS, LESSONS, PROBES, RIGHT, ROWS, SUMMARY
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ def write_results(
     rows: Mapping[str, list[Row]],
     done: Done | None = None,
     general: Mapping[str, Any] | None = None,
+    probed: Mapping[str, list[ProbeRow]] | None = None,
 ) -> tuple[Summary, list[Row]]:
     """Write everything that a report is made from to `path`; return the summary and the rows that were written.
 
-    Without `done`, the run only scores. `general` is the general ability by phase. Facts that the coefficient was
+    Without `done`, the run only scores. `general` is the general ability by phase, `probed` are answers to probes by
+    phase. Facts that the coefficient was
     chosen on get rows, marked `split: validation`, but do not count in the means.
     """
     aside = frozenset(done.choice.validation if done and done.choice else ())
@@ -59,9 +61,20 @@ def write_results(
             write_facts((fact for fact in facts if fact.id not in failed), path / RIGHT)
     scored = {phase: [row for row in own if row.fact not in aside] for phase, own in rows.items()}
     summary = _summary(config, facts, scored, done, len(aside), general or {})
+    if probed and any(probed.values()):
+        save_rows([row for own in probed.values() for row in own], path / PROBES)
+        summary = summary.model_copy(update={"probes": _summed(probed, aside, facts.used - len(aside))})
     summary.save(path / SUMMARY)
     disk.write_text(path / "config.yaml", run_page.as_yaml(config.model_dump(mode="json")))
     return summary, written
+
+
+def _summed(probed: Mapping[str, list[ProbeRow]], aside: frozenset[str], n: int) -> dict[str, list[records.ProbeScore]]:
+    """Return the scores of probes by phase, over the `n` facts that are not set aside."""
+    return {
+        phase: probe_scoring.summarise([row for row in own if row.fact not in aside], n)
+        for phase, own in probed.items()
+    }
 
 
 def _failed(facts: FactSet, rows: list[Row]) -> Iterator[Fact]:

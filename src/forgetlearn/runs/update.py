@@ -13,7 +13,7 @@ from forgetlearn.config import preflight
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import DamageError, ModelError, RunError
-from forgetlearn.evaluation import general_ability
+from forgetlearn.evaluation import general_ability, probes
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, describe_old_answers
 from forgetlearn.method import keeping, lessons, moments
@@ -178,6 +178,7 @@ def _check(facts: FactSet, stages: Stages) -> None:
     processes.check_enough_for(len(facts))
     check_old_answers(facts, config)
     general_ability.check(config.evaluate)
+    probes.check(facts, config.evaluate)
     keeping.check(config.keep, facts)
     check_quantization(stages)
     if config.forget.coef == AUTO:
@@ -231,7 +232,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
     )
 
     def write() -> tuple[Summary, list[Row]]:
-        summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general)
+        summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general, pipeline.probed)
         page = run_page.page_of(run, summary, rows)
         for each in products:
             run_page.write_card(each, page)

@@ -145,6 +145,15 @@ class Mean(Score):
     not_asked: Count
 
 
+class ProbeScore(Record):
+    """How many facts a model answers by their new answers, and by their old ones, when a kind of probe asks."""
+
+    probe: Text
+    protocol: Text
+    new: Mean
+    old: Mean
+
+
 Scores = dict[str, dict[str, Score]]  # quantity -> protocol -> score
 Phase = dict[str, dict[str, Mean]]  # quantity -> protocol -> score
 
@@ -182,6 +191,25 @@ class Row(Record):
         """Return the score of a quantity, or None if it was not scored."""
         found: float | None = getattr(self, quantity)
         return found
+
+
+class ProbeRow(Record):
+    """A line of probes.jsonl: a question about a fact beyond its own wordings, and what the model answered.
+
+    `score` is 1 if the answer is right after the update, `old` is 1 if it was right before it, None if that is unknown.
+    Under the protocol `prefer` a row is about several questions: its prompt is empty.
+    """
+
+    fact: Text
+    phase: Text
+    probe: Text
+    protocol: Text
+    prompt: str | list[str]
+    answers: list[str]
+    said: str | None = None
+    score: Share | None = None
+    old: Share | None = None
+    error: str = ""
 
 
 class RetentionRow(Record):
@@ -602,6 +630,7 @@ class Summary(Record):
     product: FileName | None
     rounding: Rounding | None = None
     general: dict[str, General] = {}
+    probes: dict[str, list[ProbeScore]] = {}  # by phase
     retention: list[Retained] = []
     lessons: dict[Text, StageLessons] = {}  # by stage
     kept: dict[Text, Count] = {}  # number of kept texts, by where their prompts come from

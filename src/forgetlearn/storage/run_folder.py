@@ -29,11 +29,13 @@ SUMMARY, ROWS, INPUTS = "summary.json", "facts.jsonl", "inputs.jsonl"
 FAILED, RIGHT = "failed.jsonl", "right.jsonl"
 FORMAT = 2  # version of the manifest's format
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
+PROBES = "probes.jsonl"  # what was asked beyond the facts' own wordings, and answered
 LESSONS = "lessons.jsonl"  # what each fact was trained on
 RESULTS = (
     ROWS,
     INPUTS,
     LESSONS,
+    PROBES,
     FAILED,
     RIGHT,
     SUMMARY,
