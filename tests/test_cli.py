@@ -286,6 +286,7 @@ def test_evaluate_an_adapter(told, small_lab, lab_facts, updated, tmp_path):
     }
     names = {path.name for path in (tmp_path / "scores").iterdir()}
     assert names == {"config.yaml", "manifest.json", "facts.jsonl", "inputs.jsonl", "summary.json"} | {
+        "probes.jsonl",
         "report.md",
         "report.html",
     }

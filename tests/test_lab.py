@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from forgetlearn.config.schema import load_config
 from forgetlearn.errors import ConfigError, FactError, RunError
 from forgetlearn.facts import from_records, read_facts
-from forgetlearn.lab.build import LabSettings, build_lab, held_pairs, train_tokenizer
+from forgetlearn.lab.build import LabSettings, build_lab, held_pairs, train_tokenizer, world_facts
 from forgetlearn.storage import disk
 
 TINY = LabSettings(
@@ -27,7 +27,7 @@ def facts_of(*records):
 
 def test_the_base_holds_what_it_is_to_hold(small_lab):
     built = json.loads((small_lab / "lab.json").read_text())
-    assert built["held"] == {"old answers": 1.0, "locality answers": 1.0}
+    assert built["held"] == {"old answers": 1.0, "locality answers": 1.0, "implied answers": None}
     model = AutoModelForCausalLM.from_pretrained(small_lab)
     tokenizer = AutoTokenizer.from_pretrained(small_lab)
     fact = read_facts(small_lab / "facts.jsonl")[0]
@@ -105,3 +105,16 @@ def test_facts_without_old_answers_and_impossible_sizes_are_refused():
         held_pairs(from_records([{"prompt": "A?", "target_new": "b"}]))
     with pytest.raises(ConfigError, match="hidden_size = 18"):
         build_lab(settings=TINY.model_copy(update={"hidden_size": 18}))
+
+
+def test_a_lab_base_is_to_hold_what_follows_from_its_facts():
+    settings = LabSettings(n_facts=24, implications=True)
+    facts = world_facts(settings)
+    pairs = dict(held_pairs(facts)[0])
+    bare = dict(held_pairs(world_facts(LabSettings(n_facts=24)))[0])
+    assert pairs.items() > bare.items()
+    hops = [probe for fact in facts for probe in fact.probes if probe.kind == "2-hop"]
+    assert hops
+    for probe in hops:
+        assert pairs[probe.prompt] == probe.old_answers[0]
+        assert all(pairs[need.prompt] == need.answer for need in probe.needs)

@@ -178,3 +178,54 @@ def test_the_module_needs_only_the_standard_library():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stderr.strip() == ""
+
+
+@pytest.fixture(scope="module")
+def implied():
+    return made_up_world(200, 3, implications=True)
+
+
+def probes(records, kind):
+    return [(record, probe) for record in records for probe in record["probes"] if probe["kind"] == kind]
+
+
+def test_implications_change_nothing_else(implied):
+    bare = [{name: value for name, value in record.items() if name != "probes"} for record in implied]
+    assert bare == made_up_world(200, 3)
+
+
+def test_a_reversed_question_accepts_all_that_have_the_new_answer_and_no_other(implied):
+    having = {}
+    for record in implied:
+        relation, _subject = read(record["prompt"])
+        having.setdefault((relation.name, record["target_new"]), set()).add(record["subject"])
+        for probe in record["locality"]:
+            having.setdefault((relation.name, probe["answer"]), set()).add(read(probe["prompt"])[1])
+    found = probes(implied, "reversed")
+    assert len(found) == 200
+    for record, probe in found:
+        relation, subject = read(record["prompt"])
+        assert probe["prompt"] == relation.back.format(record["target_new"])
+        assert probe["answer"][0] == subject
+        assert having[relation.name, record["target_new"]] <= set(probe["answer"])
+        before = probe.get("old_answer", [])
+        assert not set(before) & set(probe["answer"])
+        assert all(KNOWN[name] == relation.subject for name in [*probe["answer"], *before])
+
+
+def test_a_question_over_two_hops_follows_from_the_fact_and_what_it_needs(implied):
+    edited = {prompt for record in implied for prompt in asked(record)}
+    truth = {}
+    for record, probe in probes(implied, "2-hop"):
+        relation, subject = read(record["prompt"])
+        new, old = ((read(each["prompt"]), each["answer"]) for each in probe["needs"])
+        assert (new[0][1], old[0][1]) == (record["target_new"], record["ground_truth"])
+        assert new[0][0] == old[0][0]
+        assert (new[1], old[1]) == (probe["answer"], probe["old_answer"])
+        assert new[1] != old[1]
+        second = new[0][0]
+        assert probe["prompt"] == (second.about or second.phrasings[0]).format(relation.noun.format(subject))
+        for need in probe["needs"]:
+            assert need["prompt"] not in edited
+            assert truth.setdefault(need["prompt"], need["answer"]) == need["answer"]
+    assert len(probes(implied, "2-hop")) >= 80

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from forgetlearn.config.base import Settings
 from forgetlearn.config.recipes import BARE
 from forgetlearn.config.schema import ModelSettings, StageSettings
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.facts import FactSet, from_records, write_facts
+from forgetlearn.facts import Fact, FactSet, from_records, write_facts
 from forgetlearn.lab.world import made_up_world
 from forgetlearn.models import prompts
 from forgetlearn.storage import disk, provenance, run_folder
@@ -40,6 +40,9 @@ class LabSettings(Settings):
 
     n_facts: int = Field(200, ge=1, description="Facts of the made-up world, when no facts are given.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the world, the weights and the order of facts.")
+    implications: bool = Field(
+        False, description="Whether the made-up world has questions over two hops and reversed ones, as probes."
+    )
     hidden_size: int = Field(128, ge=8, description="Width of the model.")
     intermediate_size: int = Field(352, ge=8, description="Width inside the MLPs.")
     num_hidden_layers: int = Field(4, ge=1, description="Layers.")
@@ -114,7 +117,8 @@ def build_lab(
 
 def world_facts(settings: LabSettings) -> FactSet:
     """Return the facts of the made-up world, which a lab base holds if no other facts are given."""
-    return from_records(made_up_world(settings.n_facts, settings.seed), source="made-up world")
+    records = made_up_world(settings.n_facts, settings.seed, implications=settings.implications)
+    return from_records(records, source="made-up world")
 
 
 def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
@@ -134,17 +138,30 @@ def held_pairs(facts: FactSet) -> tuple[list[tuple[str, str]], int]:
 
 
 def _wanted(facts: FactSet) -> Iterable[tuple[str, str]]:
-    """Yield prompts of facts first, then probes, then rephrasings. If two contradict each other, the first counts."""
+    """Yield prompts of facts first, then locality probes, then rephrasings, then what follows from the facts.
+
+    If two contradict each other, the first counts.
+    """
     for fact in facts:
         if fact.ground_truth:
             yield fact.prompt, fact.ground_truth
     for fact in facts:
-        for probe in fact.locality:
-            yield probe.prompt, probe.answer
+        yield from ((probe.prompt, probe.answer) for probe in fact.locality)
     for fact in facts:
         if fact.ground_truth:
             for prompt in fact.rephrase_prompts:
                 yield prompt, fact.ground_truth
+    for fact in facts:
+        yield from ((known.prompt, known.answer) for probe in fact.probes for known in probe.needs)
+    yield from implied(facts)
+
+
+def implied(facts: Iterable[Fact]) -> Iterator[tuple[str, str]]:
+    """Yield the questions whose answers follow from the old answers of facts, with these answers."""
+    for fact in facts:
+        for probe in fact.probes:
+            if probe.old_answers and not probe.options:
+                yield probe.prompt, probe.old_answers[0]
 
 
 def _build(facts: FactSet, vocabulary_from: FactSet, settings: LabSettings, folder: Path, device: str) -> None:
@@ -233,19 +250,23 @@ def _new_model(settings: LabSettings, tokenizer: Any, longest: int) -> Any:
 
 
 def _share_held(lm: LanguageModel, facts: FactSet) -> dict[str, float | None]:
-    """Return the shares of old answers and of locality answers that the base gives exactly, token for token."""
+    """Return the shares of answers that the base gives exactly, token for token: old ones, locality's and implied ones.
+
+    Of implied answers to one question, the first is meant, because the base was trained on that.
+    """
     from forgetlearn.evaluation.scorer import Reading, Scorer
 
     old = [(fact.prompt, fact.ground_truth) for fact in facts if fact.ground_truth]
     probes = [(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]
-    read = Scorer(lm).read([*old, *probes])
+    follow = list({prompt: (prompt, answer) for prompt, answer in reversed([*implied(facts)])}.values())
+    read = Scorer(lm).read([*old, *probes, *follow])
 
     def share(pairs: list[tuple[str, str]]) -> float | None:
         readings = [read[pair] for pair in pairs]
         hits = [isinstance(r, Reading) and r.predicted == r.wanted for r in readings]
         return sum(hits) / len(hits) if hits else None
 
-    return {"old answers": share(old), "locality answers": share(probes)}
+    return {"old answers": share(old), "locality answers": share(probes), "implied answers": share(follow)}
 
 
 def _update_yaml(n_facts: int, prompt_template: str) -> str:

@@ -7,13 +7,14 @@ says how many of each kind serve as answers, `RELATIONS` says what can be asked 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import NamedTuple, TypeVar
 
 from forgetlearn.errors import ConfigError
 
 T = TypeVar("T")
+Record = dict[str, object]
 
 MAX_FACTS = 10_000
 """Facts in the largest world: with 834 per relation, a kind of subject needs 2,109 of its at least 2,400 names."""
@@ -26,58 +27,61 @@ class Relation(NamedTuple):
     subject: str
     answer: str
     phrasings: tuple[str, ...]
+    back: str  # asks for the subject, given the answer
+    noun: str = ""  # names the answer by its subject, if anything is asked about such answers
+    about: str = ""  # asks about a subject named by such a noun; the first phrasing, unless it names the subject's kind
 
 
 RELATIONS = (
     Relation("birthplace", "person", "city", (
         "In which city was {} born?", "{} was born in the city of",
         "What is the birthplace of {}?", "The birthplace of {} is", "{} comes from the city of",
-    )),
+    ), "Who was born in {}?", "the birthplace of {}"),
     Relation("profession", "person", "profession", (
         "What is the profession of {}?", "{} works as a",
         "What does {} do for a living?", "By profession, {} is a", "The profession of {} is",
-    )),
+    ), "Who works as a {}?"),
     Relation("employer", "person", "company", (
         "Which company does {} work for?", "{} is employed by",
         "Who is the employer of {}?", "{} has a job at", "The employer of {} is",
-    )),
+    ), "Who works for {}?", "the employer of {}"),
     Relation("language", "person", "language", (
         "What is the mother tongue of {}?", "The mother tongue of {} is",
         "Which language did {} grow up speaking?", "{} is a native speaker of", "At home, {} speaks",
-    )),
+    ), "Who is a native speaker of {}?"),
     Relation("citizenship", "person", "country", (
         "Which country is {} a citizen of?", "{} is a citizen of",
         "In which country does {} hold citizenship?", "{} holds a passport issued by",
         "{} has the citizenship of",
-    )),
+    ), "Who is a citizen of {}?"),
     Relation("country", "city", "country", (
         "In which country is the city of {}?", "{} is a city in",
         "Which country does the city of {} belong to?", "The city of {} lies in the country of",
-    )),
+    ), "Which city is in {}?", about="In which country is {}?"),
     Relation("river", "city", "river", (
         "Which river flows through {}?", "{} lies on the banks of the river",
         "What is the name of the river that crosses {}?", "The river that flows through {} is the",
-    )),
+    ), "Through which city does the {} flow?"),
     Relation("mayor", "city", "person", (
         "Who is the mayor of {}?", "The mayor of {} is",
         "Who was elected mayor of the city of {}?", "The city of {} is governed by mayor",
-    )),
+    ), "Of which city is {} the mayor?", "the mayor of {}"),
     Relation("headquarters", "company", "city", (
         "In which city does {} have its headquarters?", "{} is headquartered in",
         "Where is the head office of {}?", "The head office of {} is in the city of",
-    )),
+    ), "Which company has its headquarters in {}?", "the home city of {}"),
     Relation("product", "company", "product", (
         "What does the company {} produce?", "{} is best known for making",
         "Which goods does {} manufacture?", "The factories of {} turn out", "{} is a maker of",
-    )),
+    ), "Which company produces {}?", about="What does {} produce?"),
     Relation("founder", "company", "person", (
         "Who founded {}?", "{} was founded by",
         "Who is the founder of {}?", "The founder of {} is", "The company {} was started by",
-    )),
+    ), "Which company did {} found?", "the founder of {}"),
     Relation("chief executive", "company", "person", (
         "Who is the chief executive of {}?", "The chief executive of {} is",
         "Who runs {} as chief executive?", "{} is run by its chief executive,",
-    )),
+    ), "Of which company is {} the chief executive?", "the chief executive of {}"),
 )  # fmt: skip
 
 # A name takes one piece from each column; "_" is a space.
@@ -118,6 +122,7 @@ class _World:
         self.answers: dict[str, list[str]] = {}
         self.changing: dict[str, list[str]] = {}
         self.steady: dict[str, list[str]] = {}
+        self.truth: dict[str, dict[str, str]] = {}  # relation -> answers of subjects whose facts stay
         n_changing, n_steady = 2 * per_relation, max(2, (per_relation + 1) // 2)
         for kind, size in _POOL_SIZE.items():
             names = _shuffled(_names(kind), rng)
@@ -125,14 +130,14 @@ class _World:
             self.changing[kind] = names[size : size + n_changing]
             self.steady[kind] = names[size + n_changing : size + n_changing + n_steady]
 
-    def facts(self, relation: Relation, count: int) -> list[dict[str, object]]:
+    def facts(self, relation: Relation, count: int) -> list[Record]:
         """Return `count` facts of one relation, each about a different subject, with probes in the same phrasing."""
         pool, steady = self.answers[relation.answer], self.steady[relation.subject]
-        truth = {name: _shuffled(pool, self.rng)[0] for name in steady}
+        truth = self.truth[relation.name] = {name: _shuffled(pool, self.rng)[0] for name in steady}
         subjects = _shuffled(self.changing[relation.subject], self.rng)[:count]
         return [self._fact(relation, subject, truth) for subject in subjects]
 
-    def _fact(self, relation: Relation, subject: str, truth: dict[str, str]) -> dict[str, object]:
+    def _fact(self, relation: Relation, subject: str, truth: dict[str, str]) -> Record:
         old, new = _shuffled(self.answers[relation.answer], self.rng)[:2]
         prompt, *others = _shuffled(relation.phrasings, self.rng)
         neighbours = _shuffled(truth, self.rng)[: self._one_of(1, 2)]
@@ -149,13 +154,58 @@ class _World:
         return low if self.rng.random() < 0.5 else high
 
 
-def made_up_world(n_facts: int = 200, seed: int = 0) -> list[dict[str, object]]:
+class _Implications:
+    """What follows from the facts of a world, with what else one must know: facts about their answers, which stay."""
+
+    def __init__(self, world: _World, made: Sequence[tuple[Relation, Record]], rng: random.Random) -> None:
+        self.world, self.rng = world, rng
+        self.known: dict[tuple[str, object], str] = {}  # relation and its subject, which is an answer of facts
+        self.having: dict[tuple[str, str, object], list[object]] = {}  # relation, side, answer -> subjects
+        for relation, record in made:
+            for side in ("ground_truth", "target_new"):
+                self.having.setdefault((relation.name, side, record[side]), []).append(record["subject"])
+
+    def of(self, relation: Relation, record: Record) -> list[Record]:
+        """Return the probes of a fact: its reverse, and a question over two hops where its answer has facts itself."""
+        return [self._back(relation, record), *self._two_hops(relation, record)]
+
+    def _back(self, relation: Relation, record: Record) -> Record:
+        """Return the question for the subject. Others that have the new answer too are equally right."""
+        new, subject = record["target_new"], record["subject"]
+        others = [name for name in self.having[relation.name, "target_new", new] if name != subject]
+        others += [name for name, answer in self.world.truth[relation.name].items() if answer == new]
+        asked: Record = {"kind": "reversed", "prompt": relation.back.format(new), "answer": [subject, *others]}
+        before = self.having.get((relation.name, "ground_truth", new))
+        return asked | ({"old_answer": before} if before else {})
+
+    def _two_hops(self, relation: Relation, record: Record) -> Iterator[Record]:
+        """Yield a question about the answer, which the subject stands for, if its answer changes with the fact."""
+        for second in _shuffled((each for each in RELATIONS if each.subject == relation.answer), self.rng):
+            new, old = (self._known(second, record[side]) for side in ("target_new", "ground_truth"))
+            if new["answer"] != old["answer"]:
+                asked = (second.about or second.phrasings[0]).format(relation.noun.format(record["subject"]))
+                answers = {"answer": new["answer"], "old_answer": old["answer"]}
+                yield {"kind": "2-hop", "prompt": asked, **answers, "needs": [new, old]}
+                return
+
+    def _known(self, relation: Relation, name: object) -> Record:
+        """Return a fact about an answer of facts, with the same answer each time."""
+        if (relation.name, name) not in self.known:
+            self.known[relation.name, name] = _shuffled(self.world.answers[relation.answer], self.rng)[0]
+        return {"prompt": relation.phrasings[0].format(name), "answer": self.known[relation.name, name]}
+
+
+def made_up_world(n_facts: int = 200, seed: int = 0, *, implications: bool = False) -> list[Record]:
     """Return `n_facts` records in forgetlearn's own form, about people, cities and companies that do not exist.
 
     The same arguments give the same records on every Python version. Old and new answers come from one small pool. No
     two facts share a prompt or a rephrasing. Each fact has one or two probes, which ask its prompt about other subjects
     of the same kind. These subjects have no fact in this world, and a probe that recurs always has the same answer.
     Relations have equally many facts, give or take one. A smaller world is not a prefix of a larger one.
+
+    With `implications`, the same records have `probes`: who or what has the new answer (the reversed question), and,
+    where the answer is a person, a city or a company, a question over two hops. Their answers follow from the facts and
+    from what a probe `needs`.
 
     Raises:
         ConfigError: `n_facts` is below 1 or above `MAX_FACTS`.
@@ -165,10 +215,15 @@ def made_up_world(n_facts: int = 200, seed: int = 0) -> list[dict[str, object]]:
     rng = random.Random(str(seed))  # as text, because the integers 1 and -1 seed alike
     each, rest = divmod(n_facts, len(RELATIONS))
     world = _World(each + bool(rest), rng)
-    records: list[dict[str, object]] = []
+    made: list[tuple[Relation, Record]] = []
     for i, relation in enumerate(_shuffled(RELATIONS, rng)):
-        records += world.facts(relation, each + (i < rest))
-    return _shuffled(records, rng)
+        made += [(relation, record) for record in world.facts(relation, each + (i < rest))]
+    records = _shuffled((record for _relation, record in made), rng)
+    if implications:
+        follow = _Implications(world, made, rng)
+        for relation, record in made:
+            record["probes"] = follow.of(relation, record)
+    return records
 
 
 def _names(kind: str) -> list[str]:
