@@ -122,7 +122,7 @@ def test_run_folder(finished, method):
     product = "adapter" if method in ("lora", "f-lora") else "model"
     assert result.product == result.output / product
     files = {"config.yaml", "manifest.json", "facts.jsonl", "inputs.jsonl", "summary.json", "report.md", "report.html"}
-    files |= {"failed.jsonl", "right.jsonl"}
+    files |= {"failed.jsonl", "right.jsonl", "probes.jsonl"}
     assert {path.name for path in result.output.iterdir()} == files | {"logs", "stages", product}
     assert (result.product / "README.md").is_file()
     assert not list((result.output / "stages").rglob("*.safetensors"))
@@ -349,7 +349,8 @@ def test_case_14_the_model_is_asked_once_and_only_for_what_the_file_does_not_hav
         "say",
         lambda self, prompts, *more: original(self, said.append(list(prompts)) or said[-1], *more),
     )
-    settings = config(facts__old_from="answers,model", **CHANGES, evaluate__general_prompts=False)
+    less = {"evaluate__general_prompts": False, "evaluate__probes": ("none",)}
+    settings = config(facts__old_from="answers,model", **CHANGES, **less)
     result = update(small_lab, write_lines(tmp_path / "f.jsonl", lines), settings, output=tmp_path / "run")
     assert said[0] == [record["prompt"] for record in records[3:]]
     assert len(said) == 4  # and once in each of the three phases
@@ -592,7 +593,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("name", "n_kills"),
-    [("f-lora", 9), *(pytest.param(*more, marks=SLOW) for more in (("f-ft", 9), ("f-lora-ft", 10), ("taught", 10)))],
+    [("f-lora", 11), *(pytest.param(*more, marks=SLOW) for more in (("f-ft", 11), ("f-lora-ft", 12), ("taught", 12)))],
 )
 def test_killed_at_any_save_resume_gives_the_same_bytes(killed, name, n_kills):
     root, found = killed(name)
