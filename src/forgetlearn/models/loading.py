@@ -54,7 +54,9 @@ def pick_device(wanted: str) -> torch.device:
 
 def adapter_base(settings: ModelSettings) -> str | None:
     """Return the base of an adapter folder; None if `settings.name` is not an adapter folder."""
-    folder = Path(str(settings.name))
+    if settings.name is None:
+        return None
+    folder = Path(settings.name)
     if not (folder / CONFIG).is_file():
         return None
     base = read_adapter_config(folder).base_model_name_or_path

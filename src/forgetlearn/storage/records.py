@@ -298,6 +298,7 @@ class Update(Record):
     base: Text | None
     base_sha256: Text | None
     weights_sha256: Text | None = None  # only for a base in memory
+    adapter_sha256: Text | None = None  # of the adapter that the update began on, if it did
     taught_first: bool
     modules: UpdateModules
     rows: UpdateRows
@@ -355,10 +356,11 @@ class ModelNotes(Record):
 
 
 class Parent(Record):
-    """The base of a run, and the folder of the run that made the base, if a run made it."""
+    """What a run began on, the folder of the run that made that, if one did, and of an adapter the name of its base."""
 
     name: Text
     run: Text | None
+    base: Text | None = None
 
 
 class Manifest(Record):
