@@ -19,6 +19,7 @@ from forgetlearn.config.schema import Rows
 from forgetlearn.errors import ModelError, some
 from forgetlearn.models import attention
 from forgetlearn.models.language_model import LINEAR, layer_list, linear_shape, width
+from forgetlearn.models.lora_layers import own_layer, plain_modules
 from forgetlearn.models.module_names import ALL, Modules, factors_among
 from forgetlearn.weights.structure import skeleton
 from forgetlearn.weights.task_vector import StateDict
@@ -70,10 +71,10 @@ def mlp_output(model: nn.Module, layer: int) -> str:
     """
     path, layers = layer_list(model)
     inputs = {
-        name: linear_shape(module)[0]
-        for name, module in layers[layer].named_modules()
-        if isinstance(module, LINEAR)
-        and linear_shape(module)[1] == width(model)
+        name: linear_shape(own)[0]
+        for name, module in plain_modules(layers[layer])
+        if isinstance(own := own_layer(module), LINEAR)
+        and linear_shape(own)[1] == width(model)
         and _kind(layers[layer], f"{name}.weight") == "mlp"
     }
     widest = [name for name, n_in in inputs.items() if n_in == max(inputs.values())]

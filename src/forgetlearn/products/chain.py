@@ -18,8 +18,18 @@ from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.facts.files import is_hub_id
 from forgetlearn.storage.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, is_recorded, model_files, sha256_of
 from forgetlearn.storage.disk import read_json, write_text
-from forgetlearn.storage.records import Chain, Modules, Score, Summary, Update, UpdateFacts, UpdateModules, UpdateRows
-from forgetlearn.storage.run_folder import INPUTS, SUMMARY, RunFolder, is_run
+from forgetlearn.storage.records import (
+    Chain,
+    Modules,
+    Score,
+    Stream,
+    Summary,
+    Update,
+    UpdateFacts,
+    UpdateModules,
+    UpdateRows,
+)
+from forgetlearn.storage.run_folder import INPUTS, STREAM, SUMMARY, RunFolder, is_run
 
 log = logging.getLogger("forgetlearn")
 
@@ -212,12 +222,14 @@ def chain_of(model: str | Path) -> list[Update]:
 
 
 def product_of(folder: Path) -> Path:
-    """Return the product's folder if `folder` is a run folder, and `folder` itself otherwise.
+    """Return the product's folder if `folder` is a run folder or a stream of runs, and `folder` itself otherwise.
 
     Raise RunError if the run has no product, for example because it is not finished.
     """
     if not is_run(folder):
         return folder
+    if (folder / STREAM).is_file():
+        return product_of(folder / Stream.load(folder / STREAM).batches[-1].folder)
     if not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run is not finished. Continue with --resume.")
     name = Summary.load(folder / SUMMARY).product

@@ -274,7 +274,8 @@ class Pipeline:
             return
 
         def compute() -> list[Row]:
-            log.info("asking the %d facts of %d earlier updates", sum(len(one.facts) for one in earlier), len(earlier))
+            if number := sum(len(one.facts) for one in earlier):
+                log.info("asking the %d facts of %d earlier updates", number, len(earlier))
             return retention.ask(self.lm, earlier, self.config.evaluate)
 
         self.retained = retention.retained(earlier, self.store.rows("score_earlier", self.ready(compute)))

@@ -262,6 +262,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         lessons=lessons.counts(pipeline.taught),
         kept=pipeline.material.kept_counts,
         learning=learning_of(pipeline.facts, learned.epochs, learned.unlearned),
+        since_first=pipeline.past.origin is not None,
     )
 
     def write() -> tuple[Summary, list[Row]]:
