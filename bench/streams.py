@@ -5,11 +5,11 @@
 
 Each row is `update --batches` with the settings below and nothing else: the default recipe, which keeps earlier facts
 and general answers, and plain fine-tuning with LoRA, which keeps nothing. With `lab`, the model is a lab base that
-holds twice the facts; it is updated with its own `update.yaml` below the recipe's settings only in that it is asked in
-plain text. Columns: the percentage of the facts of all batches so far whose new answer is said (by `contains`), of
-those of the last batch and of those before it, KL from the model before the first batch on general prompts in nats per
-token, the rank of the adapter, and CPU seconds (after a resume, of the rest). A row after each batch, then the last
-batch of each recipe with all seeds. Give OMP_NUM_THREADS=1: several threads spend CPU seconds on waiting.
+holds twice the facts. Columns: the percentage of the facts of all batches so far whose new answer is said (by
+`contains`), of that batch and of those before it, and KL from the model before the first batch on general prompts, in
+nats per token. Each recipe and seed has a table with a row per batch, and above it the CPU seconds (after a resume, of
+the rest) and the rank of the last adapter; at the end come the last batches' means over seeds. Give OMP_NUM_THREADS=1:
+several threads spend CPU seconds on waiting.
 """
 
 from __future__ import annotations

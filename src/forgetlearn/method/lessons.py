@@ -153,7 +153,9 @@ def _why_bare(config: RunConfig, encoder: Encoder) -> str:
     return UNFINISHED if config.train.answers == "auto" and encoder.is_chat else ""
 
 
-def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder, rehearsed: Iterable[str]) -> dict[Prompt, str]:
+def _to_keep(
+    facts: Sequence[Fact], config: RunConfig, encoder: Encoder, rehearsed: Iterable[str] = ()
+) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
     prompts = keeping.without_scored(keeping.general(facts), facts)
     if config.train.wordings:
