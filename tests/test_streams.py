@@ -158,6 +158,15 @@ def test_apply_undo_log_and_inspect_know_what_it_began_on(root, tmp_path, capsys
         shutil.copy(moved / "second/adapter/adapter_config.json", root / "second/adapter")
 
 
+def test_it_can_be_published_and_planned(root, tmp_path):
+    forgetlearn.save(root / "third", tmp_path / "saved", base_model_id="org/base")
+    assert disk.read_json(tmp_path / "saved/adapter_config.json")["base_model_name_or_path"] == "org/base"
+    assert not any(str(root) in path.read_text() for path in (tmp_path / "saved").glob("*.[jm]*"))
+    config = load_config(None, {"model.name": str(root / "third/adapter"), "method": "lora"})
+    plan = forgetlearn.plan(config, forgetlearn.read_facts(root / "base/facts.jsonl"))
+    assert any("is an adapter" in note for note in plan.notes)
+
+
 @pytest.mark.parametrize("method", ["ft", "f-ft", "f-lora-ft", "rome"])
 def test_a_method_that_trains_weights_begins_with_the_adapter_merged_in(root, facts, tmp_path, method):
     slow = {"learn": {"epochs": 1, "learning_rate": 1e-12}, "lora": {"learning_rate": 1e-12}}

@@ -453,8 +453,8 @@ class ModelSettings(Settings):
 
     name: str | None = Field(
         None,
-        description="Folder, GGUF file or hub id of a causal language model; evaluate and ask also take an adapter's "
-        "folder.",
+        description="Folder, GGUF file or hub id of a causal language model, or an adapter's folder; update also "
+        "takes a run's, and goes on from its product.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -66,14 +66,12 @@ def adapter_base(settings: ModelSettings) -> str | None:
 
 
 def read_outline(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, list[str]]:
-    """Return a model's config, its tokenizer, and notes; raise ModelError for an adapter.
+    """Return a model's config, its tokenizer, and notes.
 
     If the tokenizer cannot be loaded, it is None, and a note says why.
     """
     if not settings.name:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
-    if adapter_base(settings) is not None:
-        raise ModelError(f"{settings.name}: is an adapter. Give the whole model that is to be updated.")
     config = read_config(settings, settings.name)
     try:
         return config, load_tokenizer(settings, settings.name), []
