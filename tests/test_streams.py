@@ -16,15 +16,17 @@ from safetensors.torch import load_file
 import forgetlearn
 from conftest import QUICK
 from forgetlearn.cli.main import main
-from forgetlearn.config.schema import KeepSettings, LoraSettings, load_config
+from forgetlearn.config.schema import ForgetSettings, KeepSettings, LoraSettings, StageSettings, load_config
 from forgetlearn.errors import ConfigError, DamageError, ForgetLearnError, ModelError, RunError
 from forgetlearn.evaluation import damage
 from forgetlearn.facts import make_fact
 from forgetlearn.method import keeping
-from forgetlearn.models import lora
+from forgetlearn.method.core import forget, learn
+from forgetlearn.models import lora, null_space
 from forgetlearn.models.language_model import load_model
 from forgetlearn.products import chain
 from forgetlearn.report import stream_page
+from forgetlearn.runs import base as begun_on
 from forgetlearn.runs.stream import divided, stream
 from forgetlearn.runs.update import update
 from forgetlearn.storage import digests, disk, run_folder
@@ -235,6 +237,42 @@ def test_an_adapter_in_memory_or_on_a_changed_base_is_refused(root, facts, tmp_p
     with pytest.raises(ModelError, match="other has the hash"):
         update(moved, facts.part(0, 2), {"method": "lora", **QUICK}, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_forgetting_and_learning_build_on_the_earlier_adapter(root, facts):
+    config = load_config(None, {"model.name": str(root / "first/adapter"), "method": "f-lora"})
+    lm = begun_on.load(None, None, config)
+    assert lm.model.active_adapters == [lora.EARLIER]
+    small = {"epochs": 1, "lora": {"r": 2}}
+    forget(lm, facts[3:5], ForgetSettings(**small))
+    assert lm.model.active_adapters == [lora.EARLIER, lora.FORGET]
+    learn(lm, facts[3:5], StageSettings(**small))
+    assert lora.names(lm.model) == [lora.PRODUCT]
+    assert lm.model.peft_config[lora.PRODUCT].r == 64  # the width of the model: the sum, 132, is more
+
+
+def test_a_new_adapter_is_turned_away_from_what_is_read_with_the_earlier_one_at_work(lm):
+    model = lora.attach(lm.model, LoraSettings(r=4), lora.EARLIER, seed=1)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.5)
+    model = lora.attach(model, LoraSettings(r=8), lora.LEARN, seed=2)
+    texts = [lm.encoder.encode(f"Is {letter} so?", "yes") for letter in "abcdef"]
+    null_space.turn_away(model, lora.LEARN, texts, texts[:1], 0.99, lm.pad_id, lm.device)
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    a = layer.lora_A[lora.LEARN].weight
+
+    def reaction(*names):
+        lora.activate(model, names)
+        read = []
+        handle = layer.register_forward_pre_hook(lambda _layer, given: read.append(given[0][0]))
+        with torch.no_grad():
+            model(input_ids=torch.tensor([texts[0].ids]))
+        handle.remove()
+        return float((read[0] @ a.T).norm() / read[0].norm() / a.norm())
+
+    assert reaction(lora.EARLIER, lora.LEARN) < 0.3 * reaction(lora.LEARN)
 
 
 class Killed(Exception):
