@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import forgetlearn
 from conftest import QUICK
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import ForgetSettings, KeepSettings, LoraSettings, StageSettings, load_config
-from forgetlearn.errors import ConfigError, DamageError, ForgetLearnError, ModelError, RunError
+from forgetlearn.errors import ConfigError, DamageError, FactError, ForgetLearnError, ModelError, RunError
 from forgetlearn.evaluation import damage
 from forgetlearn.facts import make_fact
 from forgetlearn.method import keeping
@@ -391,6 +392,11 @@ def test_what_a_stream_cannot_do_is_refused_by_name(small_lab, facts, tmp_path):
         stream(load_model(small_lab), config=QUICK, **given)
     with pytest.raises(ModelError, match="nowhere"):
         stream(tmp_path / "nowhere", config=QUICK, **given)
+    with pytest.raises(ConfigError, match=r"evaluate\.engine"):
+        stream(small_lab, config={**QUICK, "evaluate": {"engine": "vllm"}}, **given)
+    old = [facts[0], replace(facts[1], ground_truth=None)]
+    with pytest.raises(FactError, match="batch 2"):
+        stream(small_lab, old, {**QUICK, "method": "f-lora"}, output=tmp_path / "run", batches=2)
     assert not (tmp_path / "run").exists()
 
 

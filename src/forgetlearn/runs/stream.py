@@ -11,30 +11,41 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from forgetlearn.config import preflight
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import Stages
-from forgetlearn.errors import ConfigError
+from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import general_ability
+from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.method import keeping, moments
 from forgetlearn.models.identity import base_of, found_again
 from forgetlearn.models.language_model import LanguageModel
+from forgetlearn.products import restore
 from forgetlearn.products.chain import check_product, product_of
 from forgetlearn.report import stream_page
 from forgetlearn.runs import base as begun_on
 from forgetlearn.runs import retention
-from forgetlearn.runs.checks import AS_READ, GivenConfig, files_read, read_config_facts, resolve
+from forgetlearn.runs.checks import (
+    AS_READ,
+    GivenConfig,
+    check_old_answers,
+    files_read,
+    read_config_facts,
+    resolve,
+)
 from forgetlearn.runs.update import checked, of_config
 from forgetlearn.runtime import processes
 from forgetlearn.storage import run_folder
 from forgetlearn.storage.locks import only_writer
 from forgetlearn.storage.records import Batch, Mean, RetentionRow, Row, Stream, Summary, load_rows
 from forgetlearn.storage.run_folder import ROWS, STREAM, SUMMARY, RunFolder
+from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
 BASE = "general_base"  # the stage that measures the model before the first batch
@@ -71,9 +82,16 @@ def stream(
     config = begun_on.of_run(resolve(config, model, facts))
     preflight.check("update", config)
     _check(model, config, batches)
+    check_engine(config.evaluate, changed_by="update")
+    check_trackers(config.report_to)
     run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=files_read(config))
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
     parts = divided(fact_set, batches)
+    for number, part in enumerate(parts, 1):
+        try:
+            check_old_answers(part, config)
+        except FactError as error:
+            raise FactError(f"batch {number}: {error}") from error
     with only_writer(Path(output)):
         if resume and run_folder.is_finished(output):
             return _finished(Path(output), fact_set, config, batches)
@@ -149,6 +167,8 @@ def _begin(
     base = begun_on.began_on(lm, config, identity := base_of(lm, in_memory=False))
     inputs |= {**identity, **lm.encoder.fingerprint(), **keeping.fingerprint(config.keep)}
     inputs |= moments.fingerprint(config.edit) | {"updates_before": len(base.chain())}
+    if config.keep_change and not Stages(config).method.makes_adapter:
+        restore.check_keeping(base)
     run = RunFolder.create(output, whole, inputs, overwrite=overwrite)
     run.note(model=lm.describe())
     return run, lm
@@ -161,8 +181,7 @@ def _origin(run: RunFolder, lm: LanguageModel | None, facts: FactSet, config: Ru
     if not run.is_done(BASE):
         lm = lm or checked(None, None, facts, config)
         log.info("measuring the general ability of the model before the first batch")
-        measured = lm
-        run.do(BASE, lambda folder: _measure(measured, config, folder))
+        run.do(BASE, partial(_measure, lm, config))
     return run.path / "stages" / BASE
 
 
