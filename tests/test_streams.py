@@ -78,6 +78,8 @@ def test_factors_are_as_short_as_the_product_allows_and_lose_nothing():
     assert (short_a.shape, short_b.shape) == ((9, 12), (9, 9))
     exact = b.double() @ a.double()
     assert (short_b.double() @ short_a.double() - exact).norm() < 4 * 2**-24 * exact.norm()
+    small = torch.diag(torch.tensor([1.0, 1e-4, 1e-9]))  # only the last is lost in float32 anyway
+    assert lora.compacted(small, torch.eye(3))[0].norm(dim=1).square().tolist() == pytest.approx([1.0, 1e-4])
     twice_a, twice_b = lora.compacted(torch.cat([a[:3], a[:3]]), torch.cat([b[:, :3], 2 * b[:, :3]], dim=1))
     assert len(twice_a) == 3
     assert torch.allclose(twice_b @ twice_a, 3 * b[:, :3] @ a[:3], rtol=1e-5, atol=1e-5)
