@@ -423,12 +423,6 @@ def test_base_is_never_overwritten(small_lab, facts, config, tmp_path):
     assert digests.sha256_of(lab) == before
 
 
-def test_adapter_is_no_base(finished, facts, config, tmp_path):
-    with pytest.raises(ModelError, match="is an adapter"):
-        update(finished("lora").product, facts, config(), output=tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(("model", "facts_file"), [(None, "f.jsonl"), ("base", None)])
 def test_what_is_not_named(model, facts_file, tmp_path):
     with pytest.raises(ConfigError, match="is not set"):

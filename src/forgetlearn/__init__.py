@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from forgetlearn.reproduction.settings import PaperSettings
     from forgetlearn.runs.coefficient import choose_coefficient
     from forgetlearn.runs.evaluate import ask, evaluate
+    from forgetlearn.runs.stream import stream
     from forgetlearn.runs.update import update
     from forgetlearn.weights.folder_arithmetic import apply_vector, save_vector
     from forgetlearn.weights.folder_arithmetic import subtract_folders as subtract
@@ -96,6 +97,7 @@ _PUBLIC = {
     "choose_coefficient": "runs.coefficient.choose_coefficient",
     "ask": "runs.evaluate.ask",
     "evaluate": "runs.evaluate.evaluate",
+    "stream": "runs.stream.stream",
     "update": "runs.update.update",
     "apply_vector": "weights.folder_arithmetic.apply_vector",
     "save_vector": "weights.folder_arithmetic.save_vector",
@@ -142,6 +144,7 @@ __all__ = [
     "save",
     "save_vector",
     "score",
+    "stream",
     "subtract",
     "summarise",
     "undo",

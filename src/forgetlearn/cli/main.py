@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +30,16 @@ from forgetlearn.cli.options import (
     ResumeOption,
     takes,
 )
-from forgetlearn.cli.terminal import PlainLines, print_facts, print_paper, print_scores, print_table, say
+from forgetlearn.cli.terminal import (
+    PlainLines,
+    print_facts,
+    print_paper,
+    print_retention,
+    print_scores,
+    print_stream,
+    print_table,
+    say,
+)
 from forgetlearn.config import preflight
 from forgetlearn.config.base import describe, parse_assignments, read_yaml, validate
 from forgetlearn.config.schema import RunConfig, load_config
@@ -49,6 +58,10 @@ app = typer.Typer(
 
 app.add_typer(weights.app)
 
+EarlierOption = Annotated[
+    list[Path] | None,
+    typer.Option("--earlier", help="Where an earlier update's facts are: its run folder or file; again for more."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 TOGETHER = ("update", "evaluate")  # commands that several processes share
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -161,25 +174,40 @@ def update(
         Path | None,
         typer.Option("--failed-only", help="Update this run's product on the facts that it got wrong, as it did."),
     ] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option("--batches", min=1, help="Run the facts as N updates, each on the product of the one before."),
+    ] = None,
+    earlier: EarlierOption = None,
     n_processes: ProcessesOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Teach a model new answers (methods f-...: after forgetting the old ones), score it, write product and report."""
     processes.check_launched(n_processes)
+    from forgetlearn.report import stream_page
     from forgetlearn.report.run_page import overview
     from forgetlearn.runs.checks import go_on_from
+    from forgetlearn.runs.stream import stream
     from forgetlearn.runs.update import update as run_update
 
+    if earlier:
+        given = replace(given, values={**given.values, "keep.earlier": tuple(map(str, earlier))})
     if failed_only:
         model, facts = given.flag("model.name"), given.flag("facts.source")
         config = given.checked("update", go_on_from(failed_only, given.settings, model, facts))
     else:
         config = given.config("update")
     with signals.handled():
+        if batches is not None:
+            made = stream(config=config, output=output, batches=batches, resume=resume, overwrite=overwrite)
+            print_stream(made.stream)
+            say(f"\n{stream_page.verdict(made.stream)}\nproduct  {made.product}\nreport   {output / 'report.html'}")
+            return
         result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
     shown = overview(result.summary)
     print_scores(shown)
+    print_retention(result.summary)
     say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
 
 
@@ -367,10 +395,7 @@ def evaluate(
     retention: Annotated[
         bool, typer.Option("--retention", help="Also ask the facts of the model's earlier updates.")
     ] = False,
-    earlier: Annotated[
-        list[Path] | None,
-        typer.Option("--earlier", help="Where an earlier update's facts are: its run folder or file."),
-    ] = None,
+    earlier: EarlierOption = None,
     n_processes: ProcessesOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -385,11 +410,7 @@ def evaluate(
     path = run_evaluate(config=config, reference=reference, output=output, earlier=places, overwrite=overwrite)
     shown = overview(Summary.load(path / "summary.json"))
     print_scores(shown)
-    for row in shown.summary.retention:
-        from forgetlearn.report.render import show_score
-
-        scores = ", ".join(f"{name} {show_score(cell, interval=True)}" for name, cell in row.scores.items())
-        say(plain(f"update {row.update}, {row.source}: retention of {row.facts} facts: {scores}"))
+    print_retention(shown.summary)
     say(f"\n{shown.verdict}\nreport   {path / 'report.html'}")
 
 
@@ -419,8 +440,10 @@ def ask(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a paper.")]) -> None:
-    """Write the pages of a run, a comparison or a reproduction again from its folder, without the model."""
+def report(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a run, a stream, a comparison or a paper.")],
+) -> None:
+    """Write the pages of a run, a stream, a comparison or a reproduction again from its folder, without the model."""
     from forgetlearn.comparison.compare import write_report
 
     say(str(write_report(run_folder)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from forgetlearn.report.paper_table import PaperReport
     from forgetlearn.report.render import Interval
     from forgetlearn.report.run_page import Overview
+    from forgetlearn.storage.records import Stream, Summary
+
+MOST_UPDATES = 10  # earlier updates that get a line each
 
 
 def say(text: object, *, err: bool = False) -> None:
@@ -136,6 +139,35 @@ def print_table(
     for name, shown in lines:
         cells = "  ".join(text.rjust(width) for text, width in zip(shown, widths, strict=True))
         say(f"{name:<{name_width}}  {cells}")
+
+
+def print_retention(summary: Summary) -> None:
+    """Print whether earlier updates still hold, a line each; of many, only their mean."""
+    from forgetlearn.report.render import show_score
+
+    def shown(scores: Mapping[str, Interval]) -> str:
+        return ", ".join(f"{name} {show_score(cell, interval=True)}" for name, cell in scores.items())
+
+    if len(summary.retention) > MOST_UPDATES:
+        means = next(own["retention"] for own in reversed(summary.phases.values()) if "retention" in own)
+        number = sum(row.facts for row in summary.retention)
+        say(f"{len(summary.retention)} earlier updates: retention of {number} facts: {shown(means)}")
+        return
+    for row in summary.retention:
+        say(plain(f"update {row.update}, {row.source}: retention of {row.facts} facts: {shown(row.scores)}"))
+
+
+def print_stream(found: Stream) -> None:
+    """Print how many facts are said after each batch of a stream, and the damage so far."""
+    from forgetlearn.report import stream_page
+
+    judge = stream_page.judged_by(found)
+    lines = [["batch", "facts", "said so far", "of it", "of earlier", "KL"]]
+    lines += [[batch.folder, *stream_page.cells(batch, judge)] for batch in found.batches]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, *others in lines:
+        cells = "  ".join(text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
+        say(f"{name:<{widths[0]}}  {cells}")
 
 
 def print_paper(report: PaperReport) -> None:

@@ -8,12 +8,13 @@ from forgetlearn.comparison.cells import CompareSettings
 from forgetlearn.comparison.grid import fill
 from forgetlearn.comparison.table import write_table
 from forgetlearn.facts import GivenFacts
-from forgetlearn.report import paper_page, paper_table
+from forgetlearn.report import paper_page, paper_table, stream_page
 from forgetlearn.report.paper_table import PaperReport
 from forgetlearn.report.run_page import write_run
 from forgetlearn.report.table import Table
 from forgetlearn.runs.checks import GivenConfig, GivenModel
-from forgetlearn.storage.run_folder import RunFolder
+from forgetlearn.storage.records import Stream
+from forgetlearn.storage.run_folder import STREAM, RunFolder
 
 
 def compare(
@@ -42,7 +43,7 @@ def compare(
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write the page of a run, a comparison or a reproduction again from its folder, without the model; return it.
+    """Write the page of a run, a stream, a comparison or a reproduction again from its folder, and return it.
 
     Raises:
         RunError: the folder holds none of them, or the run, a cell or the reproduction is not finished.
@@ -54,6 +55,8 @@ def write_report(folder: str | Path) -> Path:
         return folder / paper_page.PAGE
     if "compare" in manifest.config:
         write_table(folder)
+    elif "batches" in manifest.config:
+        stream_page.write_page(folder, Stream.load(folder / STREAM), manifest)
     else:
         write_run(folder)
     return folder / "report.html"

@@ -58,6 +58,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         Unused(("method", "seed", "forget.coef"), "give --methods, --seeds and --coefs"),
         Unused(("forget.validation", "forget.trials"), "no coefficient is searched for; update --coef auto does"),
         Unused(("evaluate.general_prompts", "evaluate.probes"), "a cell is scored by its facts' own prompts alone"),
+        Unused(("keep.earlier",), "cells are compared on their own facts"),
         Unused(("teach",), "the base is taken as it is"),
         Unused(
             ("checkpoint_minutes", "keep_stages", "model.base_model_id", "model.shard"),
@@ -79,6 +80,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         Unused(("learn.until", "learn.max_epochs"), "each method learns for a number of epochs; give learn.epochs"),
         Unused(("learn.modules", "learn.rows"), "the methods differ in what they train"),
         Unused(("alphaedit",), "the paper has no AlphaEdit; compare takes it"),
+        Unused(("keep.earlier",), "the paper updates a model once"),
         Unused(
             ("evaluate.protocols", "evaluate.general_prompts", "evaluate.probes", "evaluate.every_phase"),
             "the parts differ in what they score",

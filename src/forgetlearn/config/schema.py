@@ -298,11 +298,16 @@ class KeepSettings(Settings):
         description="Files of facts that stay, as far as the facts to update do not change them; --failed-only names "
         "those that the run got right.",
     )
+    earlier: tuple[str, ...] = Field(
+        (),
+        description="Where the facts of earlier updates of this model are, which are kept and asked again: run folders "
+        "or files of facts. They are looked for in the run folders that made the model too.",
+    )
     neighbours: bool = Field(
         True, description="Keep what the base says to the file's own unfinished sentences about another subject."
     )
 
-    @field_validator("facts", mode="before")
+    @field_validator("facts", "earlier", mode="before")
     @classmethod
     def _one_file(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -448,8 +453,8 @@ class ModelSettings(Settings):
 
     name: str | None = Field(
         None,
-        description="Folder, GGUF file or hub id of a causal language model; evaluate and ask also take an adapter's "
-        "folder.",
+        description="Folder, GGUF file or hub id of a causal language model, or an adapter's folder; update also "
+        "takes a run's, and goes on from its product.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -126,6 +126,30 @@ class FactSet:
         """Return the hexadecimal hash of the facts (with old answers, rephrasings and probes), without the account."""
         return sha256(self.facts)
 
+    def part(self, start: int, stop: int) -> FactSet:
+        """Return some of the facts, in order, with an account of these alone.
+
+        What was left out, and what else was found in the source, belongs to the whole set.
+        """
+        facts = self.facts[start:stop]
+        ids = {fact.id for fact in facts}
+        old_sources = {fact: source for fact, source in self.old_sources.items() if fact in ids}
+        to_ask = tuple(fact for fact in self.to_ask if fact in ids)
+        n_without = len(facts) - len(old_sources) - len(to_ask)
+        return FactSet(
+            facts=facts,
+            source=self.source,
+            reader=self.reader,
+            old_from=self.old_from,
+            read=len(facts),
+            in_source=len(facts),
+            records=len(facts),
+            read_as=self.read_as,
+            old_sources=old_sources,
+            to_ask=to_ask,
+            without_old={"no_old_answer": n_without} if n_without else {},
+        )
+
     def __len__(self) -> int:
         return len(self.facts)
 

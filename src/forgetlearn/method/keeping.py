@@ -42,6 +42,7 @@ KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, QUESTION: 12, REWORDED: 12, OWN: 
 SHORT_ANSWERS = ("Answer in a few words: {}", "Short answer only: {}")
 TOP_K = 64
 NEIGHBOURS_OF_A_FACT, MOST_NEIGHBOURS = 4, 200
+MOST_EARLIER = 200  # facts of earlier updates; of a long chain each update draws others
 MOST_LETTERS = 60  # of a prompt that is reworded
 MOST_TRIED = 50  # other subjects for one question
 LONG_WORD = 4  # letters; two kinds of question that share such a word may ask for the same
@@ -90,6 +91,19 @@ def prompts_of_earlier(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[s
     if changed := len(prompts) - len(kept):
         log.info("keep.facts: %d of %d facts are not kept: the facts to update change them", changed, len(prompts))
     return kept
+
+
+def rehearsed(earlier: Sequence[Fact], facts: Iterable[Fact], seed: str) -> list[str]:
+    """Return the prompts of facts of earlier updates that these facts do not change, drawn by a seed if there are many.
+
+    The draw depends on the seed and the facts alone, not on their order.
+    """
+    taught = _asked(facts)
+    still = [fact for fact in earlier if matching.normalise(fact.prompt) not in taught]
+    drawn = sorted(still, key=lambda fact: hashlib.sha256(f"{seed}:{fact.id}".encode()).digest())[:MOST_EARLIER]
+    if len(drawn) < len(still):
+        log.info("%d of the %d facts of earlier updates are kept, drawn by the seed", len(drawn), len(still))
+    return [fact.prompt for fact in drawn]
 
 
 def without_scored(prompts: Mapping[Prompt, str], facts: Iterable[Fact]) -> dict[Prompt, str]:

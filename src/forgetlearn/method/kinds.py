@@ -70,8 +70,11 @@ class StageKind:
     """The plain kind: train the base's own weights in float32, and subtract from them. Subclasses are other kinds."""
 
     def ready(self, lm: LanguageModel) -> None:
-        """Fold an adapter that forgets into the base, in float32, because half precision would lose small steps."""
-        fold_in(lm, lora.FORGET)
+        """Fold adapters, of earlier updates and of forgetting, into the base, in float32.
+
+        Half precision would lose small steps.
+        """
+        fold_in(lm, lora.EARLIER, lora.FORGET)
         lm.to_float32()
 
     def prepare(
@@ -156,7 +159,7 @@ class Adapter(StageKind):
     """Train a LoRA adapter beside the frozen base. Forgetting multiplies it by -coef."""
 
     def ready(self, lm: LanguageModel) -> None:
-        """Do nothing: the base and a frozen adapter that forgets stay unchanged."""
+        """Do nothing: the base, and frozen adapters of earlier updates and of forgetting, stay unchanged."""
 
     def prepare(
         self, model: nn.Module, settings: TrainSettings, name: str, seed: int, modules: Modules = module_names.ALL
@@ -200,17 +203,17 @@ class Adapter(StageKind):
         """Attach the adapter "forget" with these factors, frozen."""
         lm.model = lora.attach(lm.model, settings.lora, lora.FORGET, seed=0)
         lora.set_weights(lm.model, state)
-        lora.activate(lm.model, [lora.FORGET])
+        lora.activate(lm.model, lora.names(lm.model))
 
     def subtract(
         self, lm: LanguageModel, settings: ForgetSettings, base: StateDict | None, tokens: Collection[int]
     ) -> None:
         """Multiply the adapter "forget" by -coef, and freeze it."""
         lora.scale(lm.model, lora.FORGET, -settings.number, selection.factors(lm.model, settings.modules))
-        lora.activate(lm.model, [lora.FORGET])
+        lora.activate(lm.model, lora.names(lm.model))
 
     def finish(self, lm: LanguageModel, stage_log: StageLog, seed: int) -> StageLog:
-        """Combine the adapters into one, "default", which includes the forgetting."""
+        """Combine the adapters into one, "default", which includes earlier updates and the forgetting."""
         lora.compose(lm.model, lora.names(lm.model))
         return stage_log
 
@@ -345,11 +348,12 @@ STAGE_KINDS: Mapping[KindName, StageKind] = {
 }
 
 
-def fold_in(lm: LanguageModel, name: str) -> None:
-    """If the model has adapters, add the named one to the base's weights, in float32, and remove them all."""
+def fold_in(lm: LanguageModel, *names: str) -> None:
+    """If the model has adapters, add those of these names to the base's weights, in float32, and remove them all."""
     if hasattr(lm.model, "peft_config"):
         lm.to_float32()
-        lora.fold_in(lm.model, name)
+        for name in names:
+            lora.fold_in(lm.model, name)
         lm.model = lora.detach(lm.model)
 
 

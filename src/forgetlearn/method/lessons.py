@@ -87,13 +87,22 @@ def asks_base(config: RunConfig, encoder: Encoder) -> bool:
     return config.keep.weight > 0 or answers == "sentence" or (answers == "auto" and encoder.is_chat)
 
 
-def make(lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]) -> Material:
-    """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact."""
+def make(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    config: RunConfig,
+    said: Mapping[str, Row],
+    rehearsed: Iterable[str] = (),
+) -> Material:
+    """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact.
+
+    `rehearsed` are prompts of earlier updates, whose answers are kept.
+    """
     taught = [*_new_texts(lm, facts, config, said), *_old_texts(lm.encoder, facts, config, said)]
     log.info("to learn: %s", counts(taught)["learn"].in_words())
     if not config.keep.weight:
         return Material(taught)
-    kept, tops = keeping.answered(lm, _to_keep(facts, config, lm.encoder), config.evaluate)
+    kept, tops = keeping.answered(lm, _to_keep(facts, config, lm.encoder, rehearsed), config.evaluate)
     material = Material(taught, kept, tops)
     log.info("to keep: %s", ", ".join(f"{count} {source}" for source, count in material.kept_counts.items()))
     return material
@@ -145,7 +154,9 @@ def _why_bare(config: RunConfig, encoder: Encoder) -> str:
     return UNFINISHED if config.train.answers == "auto" and encoder.is_chat else ""
 
 
-def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[Prompt, str]:
+def _to_keep(
+    facts: Sequence[Fact], config: RunConfig, encoder: Encoder, rehearsed: Iterable[str] = ()
+) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
     prompts = keeping.without_scored(keeping.general(facts), facts)
     if config.train.wordings:
@@ -153,6 +164,7 @@ def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict
     own: dict[Prompt, str] = {}
     if config.keep.neighbours:
         own |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
+    own |= dict.fromkeys(rehearsed, keeping.EARLIER)
     own |= dict.fromkeys(keeping.prompts_of_earlier(config.keep, facts), keeping.EARLIER)
     own |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
     return prompts | keeping.without_scored(own, facts)

@@ -24,6 +24,7 @@ from forgetlearn.evaluation.generation import generator_in_memory
 from forgetlearn.method.reading import watch
 from forgetlearn.models.identity import weights_sha256
 from forgetlearn.models.language_model import LINEAR, LanguageModel, linear_shape
+from forgetlearn.models.lora_layers import own_layer
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk
 from forgetlearn.storage.locks import claimed
@@ -95,7 +96,7 @@ def _too_few(most: int) -> str:
 
 
 def _most_inputs(lm: LanguageModel, paths: Sequence[str]) -> int:
-    modules = [lm.model.get_submodule(path) for path in paths]
+    modules = [own_layer(lm.model.get_submodule(path)) for path in paths]
     return max(linear_shape(module)[0] for module in modules if isinstance(module, LINEAR))
 
 

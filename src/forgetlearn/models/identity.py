@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ForgetLearnError
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.models.loading import load_base
+from forgetlearn.models.loading import adapter_base, load_base
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.storage import digests
 
 Identity = dict[str, str | None]
-NAMES = ("base_sha256", "weights_sha256")  # entries in a run's inputs, and in each update of a chain
+NAMES = ("base_sha256", "weights_sha256", "adapter_sha256")  # entries in a run's inputs, and in each update of a chain
 
 
 def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
@@ -28,14 +29,29 @@ def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
 
     `base_sha256` is the hash of the base's folder or GGUF file (`digests.sha256_of`) or its commit on the hub. It is
     None for a model in memory whose weights differ from those that its name loads; `weights_sha256` then identifies
-    them.
+    them. For an adapter in a folder, `base_sha256` is that of its own base, and `adapter_sha256` is the folder's.
     """
+    if (under := adapter_base(lm.settings)) is not None:
+        own = processes.on_main(lambda: digests.sha256_of(Path(lm.name)))
+        base = processes.on_main(lambda: named_sha256(under, getattr(lm.model, "config", None)))
+        return {"base_sha256": base, "adapter_sha256": own}
     named = processes.on_main(lambda: named_sha256(lm.name, getattr(lm.model, "config", None)))
     if not in_memory:
         return {"base_sha256": named}
     own = weights_sha256(lm)
     is_named = named is not None and not lm.is_sharded and processes.on_main(lambda: _stored_sha256(lm)) == own
     return {"base_sha256": named} if is_named else {"base_sha256": None, "weights_sha256": own}
+
+
+def found_again(settings: ModelSettings) -> Identity:
+    """Return the entries for the base in a run's inputs, from its folders as they are now; without those that are gone.
+
+    The hash of a base on the hub is not looked up.
+    """
+    names = {"base_sha256": adapter_base(settings) or str(settings.name)}
+    if adapter_base(settings) is not None:
+        names["adapter_sha256"] = str(settings.name)
+    return {entry: digests.sha256_of(Path(name)) for entry, name in names.items() if Path(name).exists()}
 
 
 def named_sha256(name: str, config: object) -> str | None:

@@ -54,7 +54,9 @@ def pick_device(wanted: str) -> torch.device:
 
 def adapter_base(settings: ModelSettings) -> str | None:
     """Return the base of an adapter folder; None if `settings.name` is not an adapter folder."""
-    folder = Path(str(settings.name))
+    if settings.name is None:
+        return None
+    folder = Path(settings.name)
     if not (folder / CONFIG).is_file():
         return None
     base = read_adapter_config(folder).base_model_name_or_path
@@ -64,14 +66,12 @@ def adapter_base(settings: ModelSettings) -> str | None:
 
 
 def read_outline(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None, list[str]]:
-    """Return a model's config, its tokenizer, and notes; raise ModelError for an adapter.
+    """Return a model's config, its tokenizer, and notes.
 
     If the tokenizer cannot be loaded, it is None, and a note says why.
     """
     if not settings.name:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
-    if adapter_base(settings) is not None:
-        raise ModelError(f"{settings.name}: is an adapter. Give the whole model that is to be updated.")
     config = read_config(settings, settings.name)
     try:
         return config, load_tokenizer(settings, settings.name), []

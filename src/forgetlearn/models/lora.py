@@ -39,7 +39,9 @@ from forgetlearn.weights.adapter_files import ALL_LINEAR, CONFIG, WEIGHT, Adapte
 from forgetlearn.weights.checkpoint_folder import ADAPTER
 from forgetlearn.weights.structure import outline
 
-FORGET, LEARN, PRODUCT = "forget", "learn", "default"
+EARLIER, FORGET, LEARN, PRODUCT = "earlier", "forget", "learn", "default"
+# Of a matrix in float32, less than this share of its norm is lost in rounding.
+ROUNDING = 2.0**-24
 
 
 def attach(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> PeftModel:
@@ -131,38 +133,71 @@ def fold_in(model: PeftModel, name: str) -> None:
 
 
 @torch.no_grad()
-def compose(model: PeftModel, names: Sequence[str]) -> None:
-    """Replace adapters with one, the product, whose change is the sum of theirs. Only the product is then active.
+def compose(model: PeftModel, names: Sequence[str], into: str = PRODUCT) -> None:
+    """Replace adapters with one, `into`, whose change is the sum of theirs. Only that is then active.
 
     The A factors are stacked, and the B factors are set side by side with their scalings folded in. So the rank is the
-    sum of the ranks, the new scaling is 1, and nothing is approximated.
+    sum of the ranks, the new scaling is 1, and nothing is approximated. Only if an adapter of earlier updates is among
+    them, and the sum exceeds what any of the matrices can have, the factors are `compacted`.
     """
-    ranks = {name: int(model.peft_config[name].r) for name in names}
-    targets = sorted({path for path, layer in adapted_layers(model) for name in names if name in layer.lora_A})
-    rank = sum(ranks.values())
+    layers = {path: layer for path, layer in adapted_layers(model) if any(name in layer.lora_A for name in names)}
+    ranks = {name: max(_rank(layer, name) for layer in layers.values()) for name in names}
+    factors = {path: _stacked(layer, ranks) for path, layer in layers.items()}
+    if EARLIER in names and sum(ranks.values()) > max(min(a.shape[1], b.shape[0]) for a, b in factors.values()):
+        factors = {path: compacted(a, b) for path, (a, b) in factors.items()}
+    rank = max(len(a) for a, _b in factors.values())
     by_weight = sorted({path for name in names for path in paths_by_weight(model.peft_config[name])})
-    named = [path for path in targets if path not in by_weight]
+    named = [path for path in sorted(layers) if path not in by_weight]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=named, task_type=TaskType.CAUSAL_LM)
-    add_adapter(model, config, PRODUCT, named, by_weight)
-    for path, layer in adapted_layers(model):
-        if path in targets:
-            _stack(layer, ranks)
-    activate(model, [PRODUCT])
+    add_adapter(model, config, into, named, by_weight)
+    for path, layer in layers.items():
+        _fill(layer, into, *factors[path])
+    activate(model, [into])
     for name in names:
         model.delete_adapter(name)
 
 
-def _stack(layer: LoraLayer, ranks: dict[str, int]) -> None:
-    """Copy the factors of one layer's adapters to rows (A) and columns (B) of the product."""
-    new_a, new_b = layer.lora_A[PRODUCT].weight, layer.lora_B[PRODUCT].weight
-    new_a.zero_()
-    new_b.zero_()
+def _rank(layer: LoraLayer, name: str) -> int:
+    """Return the rank of an adapter in a layer, 0 where it has none; a pattern may give each layer another."""
+    return len(layer.lora_A[name].weight) if name in layer.lora_A else 0
+
+
+def _stacked(layer: LoraLayer, ranks: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """Return the factors A (R, D_in) and B (D_out, R) of the sum of adapters; R is the sum of `ranks`, by adapter."""
+    present = next(name for name in ranks if name in layer.lora_A)
+    a, b = layer.lora_A[present].weight, layer.lora_B[present].weight
+    whole_a, whole_b = a.new_zeros(sum(ranks.values()), a.shape[1]), b.new_zeros(b.shape[0], sum(ranks.values()))
     start = 0
     for name, rank in ranks.items():
-        if name in layer.lora_A:
-            new_a[start : start + rank] = layer.lora_A[name].weight
-            new_b[:, start : start + rank] = layer.scaling[name] * layer.lora_B[name].weight
+        if own := _rank(layer, name):
+            whole_a[start : start + own] = layer.lora_A[name].weight
+            whole_b[:, start : start + own] = layer.scaling[name] * layer.lora_B[name].weight
         start += rank
+    return whole_a, whole_b
+
+
+def compacted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors (K, D_in) and (D_out, K) of the same product B A, with no more rows than it needs.
+
+    The product is decomposed in float64, and its smallest singular values are dropped as long as together they are
+    less than what float32 rounds off. The factors that remain are equally long.
+    """
+    directions, mixtures = torch.linalg.qr(a.detach().cpu().double().T)
+    left, energies, right = torch.linalg.svd(b.detach().cpu().double() @ mixtures.T, full_matrices=False)
+    lost = energies.square().flip(0).cumsum(0).flip(0)  # with this value and all smaller ones
+    n_kept = max(1, int((lost > ROUNDING**2 * lost[0]).sum()))
+    root = energies[:n_kept].sqrt()
+    new_a, new_b = root[:, None] * (right[:n_kept] @ directions.T), left[:, :n_kept] * root
+    return new_a.to(a), new_b.to(b)
+
+
+def _fill(layer: LoraLayer, name: str, a: Tensor, b: Tensor) -> None:
+    """Set the factors of one layer's adapter; where they have fewer rows than it has, the others are 0."""
+    new_a, new_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    new_a.zero_()
+    new_b.zero_()
+    new_a[: len(a)] = a
+    new_b[:, : len(a)] = b
 
 
 def weights_of(model: PeftModel, name: str) -> dict[str, Tensor]:

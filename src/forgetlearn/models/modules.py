@@ -19,6 +19,7 @@ from forgetlearn.config.schema import Rows
 from forgetlearn.errors import ModelError, some
 from forgetlearn.models import attention
 from forgetlearn.models.language_model import LINEAR, layer_list, linear_shape, width
+from forgetlearn.models.lora_layers import own_layer, plain_modules
 from forgetlearn.models.module_names import ALL, Modules, factors_among
 from forgetlearn.weights.structure import skeleton
 from forgetlearn.weights.task_vector import StateDict
@@ -43,7 +44,7 @@ def groups(model: nn.Module) -> dict[str, list[str]]:
     `embeddings` are the input embeddings and `head` is the output head; if they are tied, both are the same parameter.
     `vocabulary` is both. A tied parameter appears under its first name.
     """
-    names = {id(weight): _own_name(name) for name, weight in model.named_parameters() if ".lora_" not in name}
+    names = {id(weight): own_name(name) for name, weight in model.named_parameters() if ".lora_" not in name}
     found: dict[str, list[str]] = {ALL: list(names.values())}
     for name, getter in (("embeddings", "get_input_embeddings"), ("head", "get_output_embeddings")):
         module = getattr(model, getter, lambda: None)()
@@ -70,10 +71,10 @@ def mlp_output(model: nn.Module, layer: int) -> str:
     """
     path, layers = layer_list(model)
     inputs = {
-        name: linear_shape(module)[0]
-        for name, module in layers[layer].named_modules()
-        if isinstance(module, LINEAR)
-        and linear_shape(module)[1] == width(model)
+        name: linear_shape(own)[0]
+        for name, module in plain_modules(layers[layer])
+        if isinstance(own := own_layer(module), LINEAR)
+        and linear_shape(own)[1] == width(model)
         and _kind(layers[layer], f"{name}.weight") == "mlp"
     }
     widest = [name for name, n_in in inputs.items() if n_in == max(inputs.values())]
@@ -92,7 +93,7 @@ def out_of_reach(model: nn.Module, reached: Collection[str]) -> str | None:
     Matrices that differ only in the number of their layer (or expert) count once. Shares are of the layers' parameters.
     """
     layered = {name for group, names in groups(model).items() if group.startswith("layers.") for name in names}
-    weights = {_own_name(name): weight for name, weight in model.named_parameters()}
+    weights = {own_name(name): weight for name, weight in model.named_parameters()}
     weights = {name: weights[name] for name in weights if name in layered}
     matrices = [name for name, weight in weights.items() if weight.dim() > 1]
     unreached = [name for name in matrices if name not in reached]
@@ -146,7 +147,7 @@ def _mask(matrix: Tensor, chosen: list[int]) -> Tensor:
     return mask.view(-1, *[1] * (matrix.dim() - 1))
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """Return a parameter's name in the base, without the parts that an adapter's modules add."""
     return name.replace("base_model.model.", "").replace(".base_layer.", ".")
 

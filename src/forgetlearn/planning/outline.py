@@ -16,7 +16,7 @@ from forgetlearn.errors import ModelError
 from forgetlearn.models import gguf
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.language_model import context_length
-from forgetlearn.models.loading import read_outline
+from forgetlearn.models.loading import adapter_base, read_outline
 from forgetlearn.planning.trace import Skeleton
 from forgetlearn.weights.checkpoint_folder import INDEX, WHOLE, CheckpointFolder
 from forgetlearn.weights.task_vector import TORCH
@@ -40,7 +40,11 @@ class Outline:
 
 
 def outline_of(settings: ModelSettings) -> Outline:
-    """Return the outline of the model in the settings; raise ModelError if `load_model` would."""
+    """Return the outline of the model in the settings, of an adapter its base's; raise ModelError if it cannot load."""
+    of_adapter = []
+    if (under := adapter_base(settings)) is not None:
+        of_adapter = [f"{settings.name} is an adapter: the figures are those of {under}, without the adapter's weights"]
+        settings = settings.model_copy(update={"name": under})
     config, tokenizer, notes = read_outline(settings)
     name = gguf.resolved(str(settings.name))
     stored, why_not = _stored(name, settings.revision)
@@ -49,7 +53,7 @@ def outline_of(settings: ModelSettings) -> Outline:
         rows = getattr(config.get_text_config(), "vocab_size", None)
         encoder = Encoder(tokenizer, settings.prompt_template, context_length(config), rows)
     dtype = _dtype(settings.dtype, config, stored)
-    return Outline(name, config, encoder, dtype, stored, settings.trust_remote_code, (*notes, *why_not))
+    return Outline(name, config, encoder, dtype, stored, settings.trust_remote_code, (*of_adapter, *notes, *why_not))
 
 
 def _stored(name: str, revision: str | None) -> tuple[dict[str, int] | None, list[str]]:

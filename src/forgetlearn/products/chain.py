@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,28 +18,47 @@ from forgetlearn.facts import FactSet, read_facts
 from forgetlearn.facts.files import is_hub_id
 from forgetlearn.storage.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, is_recorded, model_files, sha256_of
 from forgetlearn.storage.disk import read_json, write_text
-from forgetlearn.storage.records import Chain, Modules, Score, Summary, Update, UpdateFacts, UpdateModules, UpdateRows
-from forgetlearn.storage.run_folder import INPUTS, SUMMARY, RunFolder, is_run
+from forgetlearn.storage.records import (
+    Chain,
+    Modules,
+    Score,
+    Stream,
+    Summary,
+    Update,
+    UpdateFacts,
+    UpdateModules,
+    UpdateRows,
+)
+from forgetlearn.storage.run_folder import INPUTS, STREAM, SUMMARY, RunFolder, is_run
 
 log = logging.getLogger("forgetlearn")
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base of a run: the name it was loaded by, the hub id that the user gave for it, and its hash."""
+    """The base of a run: the name it was loaded by, the hub id that the user gave for it, and its hash.
+
+    A run may begin on an adapter of its base; the product is then an adapter of the same base, or a whole model.
+    """
 
     name: str | None  # a folder, a hub id, or the name of a model in memory; None before a run starts
     base_model_id: str | None
     base_sha256: str | None = None  # hash of its folder or file, or its commit on the hub; None for a model in memory
     weights_sha256: str | None = None  # only for a model in memory
+    adapter: str | None = None  # the folder of the adapter that the run began on
+    adapter_sha256: str | None = None
 
     @classmethod
     def of(cls, run: RunFolder) -> Base:
         """Return the base that a run recorded in its manifest."""
         manifest, model = run.manifest, run.settings.model
         name = model.name or (manifest.parent.name if manifest.parent else None)
-        hashes = (manifest.inputs.get(which) for which in ("base_sha256", "weights_sha256"))
-        return cls(name, model.base_model_id, *(found if isinstance(found, str) else None for found in hashes))
+        adapter = None
+        if manifest.parent and manifest.parent.base:
+            name, adapter = manifest.parent.base, name
+        recorded = (manifest.inputs.get(which) for which in ("base_sha256", "weights_sha256", "adapter_sha256"))
+        base, weights, own = (found if isinstance(found, str) else None for found in recorded)
+        return cls(name, model.base_model_id, base, weights, adapter, own)
 
     @property
     def commit(self) -> str | None:
@@ -73,16 +92,26 @@ class Base:
         return folder is not None and is_recorded(folder, self.base_sha256)
 
     def chain(self) -> list[Update]:
-        """Return the updates that made the base, oldest first; an empty list for a base that was in memory."""
+        """Return the updates that made the base, oldest first; an empty list for a base that was in memory.
+
+        Those of an adapter that the run began on include those of the model that it was trained on.
+        """
+        if self.adapter and (made := read_chain(Path(self.adapter))):
+            return made
         name = str(self.name)
         if self.base_sha256 and Path(name).is_dir():
             return read_chain(Path(name))
         return _from_hub(name, self.commit) if self.commit else []
 
 
-def parent_of(base: str, base_sha256: str | None) -> dict[str, str | None]:
-    """Return the `parent` field of a manifest: the base, and the folder of the run that made it, if one did."""
-    return {"name": base, "run": _run_around(Path(base)) if base_sha256 else None}
+def parent_of(base: Base) -> dict[str, str | None]:
+    """Return the `parent` field of a manifest: what the run began on, and the folder of the run that made it, if any.
+
+    If it began on an adapter, the field also has the name of the adapter's base.
+    """
+    began_on = base.adapter or str(base.name)
+    found = {"name": began_on, "run": _run_around(Path(began_on)) if base.base_sha256 else None}
+    return found | ({"base": base.name} if base.adapter else {})
 
 
 def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet, summary: Summary) -> None:
@@ -117,6 +146,7 @@ def _update(run: RunFolder, base: Base, when: str, product: Path, facts: FactSet
         base=base.hub_id,
         base_sha256=base.base_sha256,
         weights_sha256=base.weights_sha256,
+        **({"adapter_sha256": base.adapter_sha256} if base.adapter_sha256 else {}),
         taught_first=settings.teach.epochs > 0,
         modules=UpdateModules(
             forget=settings.forget.modules if forgets else None,
@@ -192,12 +222,14 @@ def chain_of(model: str | Path) -> list[Update]:
 
 
 def product_of(folder: Path) -> Path:
-    """Return the product's folder if `folder` is a run folder, and `folder` itself otherwise.
+    """Return the product's folder if `folder` is a run folder or a stream of runs, and `folder` itself otherwise.
 
     Raise RunError if the run has no product, for example because it is not finished.
     """
     if not is_run(folder):
         return folder
+    if (folder / STREAM).is_file():
+        return product_of(folder / Stream.load(folder / STREAM).batches[-1].folder)
     if not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run is not finished. Continue with --resume.")
     name = Summary.load(folder / SUMMARY).product
@@ -248,18 +280,25 @@ def _run_around(folder: Path) -> str | None:
     return str(parent) if folder.is_dir() and is_run(parent) else None
 
 
-def find_facts(update: Update, places: Iterable[Path]) -> FactSet | None:
+def find_facts(
+    update: Update, places: Iterable[Path], read: Callable[[Path, int], FactSet] | None = None
+) -> FactSet | None:
     """Return an update's facts from the first place (run folder or file) that holds them, compared by hash.
 
-    Return None if no place does.
+    Return None if no place does. `read` reads the first facts of a file; the caller may keep what it read.
     """
     for place in places:
         file = place / INPUTS if place.is_dir() else place
         if file.is_file():
-            found = read_facts(file, limit=update.facts.used)
+            found = (read or read_first)(file, update.facts.used)
             if found.sha256() == update.facts.sha256:
                 return found
     return None
+
+
+def read_first(file: Path, number: int) -> FactSet:
+    """Return the first facts of a file."""
+    return read_facts(file, limit=number)
 
 
 def runs_before(model: Path) -> list[Path]:
@@ -288,6 +327,8 @@ def describe(update: Update) -> list[str]:
     base = f"{update.base or 'a local folder'}; hash {update.base_sha256 or 'unknown'}"
     if update.weights_sha256:
         base = f"a model in memory, and what made it is not known; hash of its weights {update.weights_sha256}"
+    if update.adapter_sha256:
+        base += f", with an adapter; hash {update.adapter_sha256}"
     changed = []
     for stage in ("forget", "learn"):
         modules, rows = getattr(update.modules, stage), getattr(update.rows, stage)

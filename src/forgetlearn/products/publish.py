@@ -204,6 +204,7 @@ def _refuse_local_paths(run: RunFolder, base: Base, found: Mapping[str, Content]
     source = run.settings.facts.source
     named = [str(run.path)]
     named += [] if base.commit else [str(base.name)]
+    named += [base.adapter] if base.adapter else []
     named += [source] if source and not is_hub_id(source) else []
     local = {path for name in named for path in (name, str(Path(name).resolve())) if len(Path(path).parts) > 1}
     local -= {hub_id}

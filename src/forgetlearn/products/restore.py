@@ -20,7 +20,7 @@ import numpy as np
 from forgetlearn.errors import ConfigError, ModelError, RunError
 from forgetlearn.models import gguf, hub
 from forgetlearn.products.chain import Base, carry_over, check_product, product_of
-from forgetlearn.storage.digests import HISTORY, copy_own, licences, model_files, sha256_of
+from forgetlearn.storage.digests import HISTORY, copy_own, is_recorded, licences, model_files, sha256_of
 from forgetlearn.storage.disk import atomic_folder, write_json
 from forgetlearn.storage.records import Summary
 from forgetlearn.storage.run_folder import SUMMARY, RunFolder
@@ -96,6 +96,8 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
     """
     folder = finished_run(run)
     base, output = Base.of(folder), None if output is None else Path(output)
+    if base.adapter:
+        return _adapter_before(folder, base, Path(base.adapter), output)
     place, name, recorded = base.folder(), str(base.name), base.base_sha256
     if base.commit and (place or hub.is_reachable()):
         if output is not None:
@@ -125,6 +127,26 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
     folder.check_stage(CHANGE)
     _rebuild(folder.path / CHANGE, "base", product_of(folder.path), output)
     return f"{output}: the base, made from the product and the kept change; verified by hash"
+
+
+def _adapter_before(run: RunFolder, base: Base, adapter: Path, output: Path | None) -> str:
+    """Find the adapter that a run began on, or copy it to `output`; return a sentence that says where it is."""
+    if not adapter.is_dir() or not is_recorded(adapter, base.adapter_sha256):
+        gone = "has changed since: its hash differs" if adapter.is_dir() else "does not exist any more"
+        raise RunError(
+            f"{run.path} cannot be undone: the adapter {adapter}, which it began on, {gone}. The model under it, as it "
+            f"was before all updates of the adapter, is {base.name} (hash {base.base_sha256})."
+        )
+    if output is None:
+        return (
+            f"{adapter} is what the run began on, as it was (hash {base.adapter_sha256}): an adapter of {base.name}. "
+            "Load that instead of the product."
+        )
+    check_places(output, [run.path, adapter], overwrite=False)
+    with atomic_folder(output) as unfinished:
+        _copy_files(adapter, unfinished, [])
+        _verify(unfinished, str(base.adapter_sha256))
+    return f"{output}: a copy of the adapter {adapter}, verified by hash; its base is {base.name}"
 
 
 def _in_memory(base: Base) -> str:
@@ -184,6 +206,12 @@ def finished_run(run: str | Path) -> RunFolder:
 
 def check_keeping(base: Base) -> None:
     """Raise ConfigError unless the base is in a folder of safetensors, which keeping the exact change requires."""
+    if base.adapter:
+        raise ConfigError(
+            f"keep_change = True: the update begins on an adapter, {base.adapter}, and the change is between two whole "
+            "models. Merge the adapter first (forgetlearn apply RUN --base BASE --merge --output DIR) and update DIR, "
+            "or leave keep_change out."
+        )
     folder = base.folder()
     if folder is None:
         why = "is not in a folder, nor in the hub's cache"

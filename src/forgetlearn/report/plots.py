@@ -14,7 +14,7 @@ from markupsafe import Markup
 from forgetlearn.evaluation.statistics import Estimate
 from forgetlearn.report.paper_table import Curve, Distances, Sign
 from forgetlearn.report.render import QUESTIONS, Interval, show_score
-from forgetlearn.storage.records import Retained, Step, Summary, load_rows
+from forgetlearn.storage.records import Batch, Retained, Step, Summary, load_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,6 +82,47 @@ def plot_retention(updates: Sequence[Retained]) -> Markup | None:
     lines = _lines([update.scores for update in updates])
     numbers = [str(update.update) for update in updates]
     return _plot_phases("retention", lines, numbers) if len(updates) > 1 and lines else None
+
+
+def plot_stream(batches: Sequence[Batch], protocol: str | None) -> list[Markup]:
+    """Return SVG plots over the batches of a stream: the share of facts that are still said, and the damage."""
+    plots = []
+    said = {"all so far": (FIRST, [batch.said.get(protocol or "") for batch in batches])}
+    said["of this batch"] = (SECOND, [batch.new.get(protocol or "") for batch in batches])
+    if any(cell and cell.mean is not None for _colour, cells in said.values() for cell in cells):
+        figure, axes = _figure(4.6, 2.4, "facts that are said, percent")
+        for place, (name, (colour, cells)) in enumerate(said.items()):
+            found = [(number, cell) for number, cell in enumerate(cells, 1) if cell and cell.mean is not None]
+            means, bounds = _with_bounds([cell for _number, cell in found])
+            _plot_by_batch(axes, [number for number, _cell in found], means, bounds if place == 0 else None, colour)
+            axes.text(0.99, 0.06 + 0.1 * place, name, transform=axes.transAxes, ha="right", fontsize=8, color=colour)
+        axes.set_ylim(-3, 103)
+        words = [f"{name} {', '.join(show_score(cell) for cell in cells)}" for name, (_colour, cells) in said.items()]
+        plots.append(_svg(figure, "said", f"Facts that are said, in percent by batch: {'; '.join(words)}"))
+    if damaged := [(number, batch) for number, batch in enumerate(batches, 1) if batch.kl is not None]:
+        figure, axes = _figure(4.6, 2.4, "KL from the model before, nats per token")
+        values = [batch.kl or 0.0 for _number, batch in damaged]
+        ends = [
+            (batch.kl_low or value, batch.kl_high or value) for (_n, batch), value in zip(damaged, values, strict=True)
+        ]
+        bounds = [[abs(v - low) for v, (low, _high) in zip(values, ends, strict=True)]]
+        bounds.append([abs(high - v) for v, (_low, high) in zip(values, ends, strict=True)])
+        _plot_by_batch(axes, [number for number, _batch in damaged], values, bounds, FIRST)
+        axes.set_ylim(bottom=0)
+        plots.append(_svg(figure, "kl", f"KL by batch: {', '.join(f'{value:.3g}' for value in values)}"))
+    return plots
+
+
+def _plot_by_batch(
+    axes: Axes, at: Sequence[int], means: Sequence[float], bounds: Sequence[Sequence[float]] | None, colour: str
+) -> None:
+    size = 4.5 if len(at) <= 25 else 2
+    if bounds is None:
+        axes.plot(at, means, "-o", ms=size, color=colour, mfc="#ffffff", lw=1.1, clip_on=False)
+    else:
+        _free_bars(axes.errorbar(at, means, bounds, fmt="-o", ms=size, color=colour, lw=1.1, elinewidth=0.8))
+    axes.set_xlabel("batch", fontsize=8, color=DIM)
+    _open_frame(axes)
 
 
 def _lines(cells: Sequence[Mapping[str, Interval]]) -> dict[str, list[Interval | None]]:

@@ -214,6 +214,8 @@ def overview(summary: Summary) -> Overview:
     if summary.nothing_forgotten and (line := summary.nothing_forgotten.example_line):
         lines.append(line)
     lines += _training(summary)
+    if summary.since_first:
+        lines.append("general ability is compared with the model before the first batch, as small changes add up")
     if summary.rounding and (words := in_words(summary.rounding.as_json())):
         lines.append(f"the product as it is stored: {words}")
     cells = _general(summary.general, measured)

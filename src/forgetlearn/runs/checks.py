@@ -48,7 +48,8 @@ def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | No
 
 def files_read(config: RunConfig) -> tuple[str | Path | None, ...]:
     """Return the files and folders that a config names as its input; a run must not write over any of them."""
-    return config.model.name, config.facts.source, config.keep.source, *config.keep.facts, config.edit.moments
+    keep = config.keep
+    return config.model.name, config.facts.source, keep.source, *keep.facts, *keep.earlier, config.edit.moments
 
 
 def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:

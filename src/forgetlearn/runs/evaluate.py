@@ -126,7 +126,7 @@ def _scored(
     if general_ability.asked(config.evaluate):
         compared = scratch if reference is not None else _own_base(lm, config.evaluate, scratch / "own_base")
         measured[phase] = general_ability.measure(lm, config.evaluate, scratch, compared)
-    retained = retention.score_earlier(lm, updates, config.evaluate)
+    retained = retention.retained(updates, retention.ask(lm, updates, config.evaluate))
 
     def write(output: Path, overwrite: bool) -> Path:
         inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}

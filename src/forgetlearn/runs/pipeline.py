@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -18,14 +18,15 @@ from forgetlearn.config.schema import ForgetSettings, RunConfig, TrainSettings
 from forgetlearn.config.stages import Stage, Stages
 from forgetlearn.evaluation import general_ability, probes, scoring
 from forgetlearn.facts import Fact
-from forgetlearn.method import in_context, lessons
+from forgetlearn.method import in_context, keeping, lessons
 from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
 from forgetlearn.method.kinds import STAGE_KINDS, Lessons, to_own_form
 from forgetlearn.method.lessons import Material
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.runs import probing
+from forgetlearn.runs import probing, retention
 from forgetlearn.runs.nothing_forgotten import why_nothing
+from forgetlearn.runs.retention import Earlier, Retained
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import General, NothingForgotten, ProbeRow, Row, Taught, load_rows, save_rows
 from forgetlearn.storage.run_folder import PROBES
@@ -83,11 +84,22 @@ class HeldBase:
         load_into(self.lm.model, self.weights)
 
 
+@dataclass(frozen=True)
+class Past:
+    """What came before an update: earlier updates with their facts, and where the model before them all was measured.
+
+    `origin` is a folder that `general_ability.measure` wrote; damage is then measured from that model, not the base.
+    """
+
+    earlier: Sequence[Earlier] = ()
+    origin: Path | None = None
+
+
 class Pipeline:
     """One update of a model. Its steps fill `rows` (by phase) and `known`.
 
     With `base`, the model may hold any weights: the base is restored before the first step that needs it. `scored` are
-    the facts that are scored (default: all).
+    the facts that are scored (default: all). The facts of the `past` are kept and asked again.
     """
 
     def __init__(
@@ -98,11 +110,13 @@ class Pipeline:
         store: Store,
         base: HeldBase | None = None,
         scored: Sequence[Fact] | None = None,
+        past: Past = Past(),
     ) -> None:
         self.lm, self.facts, self.store, self.base = lm, facts, store, base
         self.config, self.stages = config, Stages(config)
         self.scored = [self._as_scored(fact) for fact in (facts if scored is None else scored)]
-        self.material = Material()
+        self.material, self.past = Material(), past
+        self.retained: Retained | None = None
         self.rows: dict[str, list[Row]] = {}
         self.probed: dict[str, list[ProbeRow]] = {}  # by phase
         self._statements: Path | None = None  # folder with the facts as the base states them
@@ -142,7 +156,9 @@ class Pipeline:
         """Ask the base for what the stages train on, if they train on more than bare answers."""
         if lessons.asks_base(self.config, self.lm.encoder):
             said = {row.fact: row for row in self.replies}
-            made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, said))
+            earlier, seed = self.past.earlier, f"{self.config.seed}:{len(self.past.earlier)}"
+            again = keeping.rehearsed([fact for one in earlier for fact in one.facts], self.facts, seed)
+            made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, said, again))
             self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
 
     def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
@@ -181,6 +197,7 @@ class Pipeline:
         self._score("updated")
         self._measure("updated")
         self._probe("updated")
+        self._ask_earlier()
 
     def forget(self) -> None:
         """Forget the old answers, if the method does, and score the forgotten model."""
@@ -258,8 +275,24 @@ class Pipeline:
         kind = STAGE_KINDS[self.stages.learn.kind.name]
         return kind.asked(self.lm, self.facts, self.scored, self.config.evaluate)
 
+    def _ask_earlier(self) -> None:
+        """Ask the facts of earlier updates again."""
+        earlier = self.past.earlier
+        if not earlier:
+            return
+
+        def compute() -> list[Row]:
+            if number := sum(len(one.facts) for one in earlier):
+                log.info("asking the %d facts of %d earlier updates", number, len(earlier))
+            return retention.ask(self.lm, earlier, self.config.evaluate)
+
+        self.retained = retention.retained(earlier, self.store.rows("score_earlier", self.ready(compute)))
+
     def _measure(self, phase: str) -> None:
         if not general_ability.asked(self.config.evaluate):
+            return
+        if phase == "base" and self.past.origin is not None:
+            self._measured[phase] = self.past.origin
             return
 
         def write(folder: Path) -> None:

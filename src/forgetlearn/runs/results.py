@@ -31,6 +31,7 @@ class Done:
     lessons: Mapping[str, records.StageLessons] = field(default_factory=dict)
     kept: Mapping[str, int] = field(default_factory=dict)
     learning: records.Learning | None = None
+    since_first: bool = False  # see `records.Summary`
 
 
 def write_results(
@@ -138,6 +139,7 @@ def _summary(
         "kept": dict(did.kept),
         "rephrasings_trained": bool(done and config.learn.rephrasings),
         "learning": did.learning,
+        "since_first": did.since_first,
     }
     return summary.model_copy(update={name: value for name, value in found.items() if value})
 

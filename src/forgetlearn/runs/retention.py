@@ -6,16 +6,17 @@ A fact is superseded if a later update has the same prompt. Superseded facts are
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from forgetlearn.config.schema import EvaluateSettings
-from forgetlearn.errors import FactError, RunError
+from forgetlearn.errors import FactError, RunError, some
 from forgetlearn.evaluation.scoring import score, summarise
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.products.chain import chain_of, find_facts, runs_before
+from forgetlearn.products.chain import Base, chain_of, find_facts, read_first, runs_before
 from forgetlearn.storage import records
 from forgetlearn.storage.records import Mean, RetentionRow, Row, Summary, Update, save_rows
 from forgetlearn.storage.run_folder import SUMMARY
@@ -33,6 +34,10 @@ class Earlier:
     update: Update
     facts: tuple[Fact, ...]
     superseded: int
+
+    def as_input(self) -> list[object]:
+        """Return what identifies these facts in a run's inputs."""
+        return [self.number, [fact.id for fact in self.facts]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,12 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
         made = "one update" if chain else "no update that it tells of"
         raise RunError(f"{model}: {made} made it, so there is no earlier update to check. Omit --retention.")
     looked = [*map(Path, places), *runs_before(Path(model))]
-    sets = [_facts_of(number, update, looked) for number, update in enumerate(chain[:-1], 1)]
+    sets, missing = _facts_of(chain[:-1], looked)
+    if missing:
+        raise FactError(
+            f"{_named(missing[0], chain)} are in none of: {', '.join(map(str, looked)) or 'no folder is known'}.\n"
+            "A run keeps them in inputs.jsonl: pass --earlier with that run's folder, that file, or the file of facts."
+        )
     last = find_facts(chain[-1], looked)
     if last is None and now.sha256() != chain[-1].facts.sha256:
         log.warning(
@@ -68,48 +78,78 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
             "earlier facts with one of their prompts count as changed again. --earlier names the right ones",
             *(chain[-1].facts.used, chain[-1].facts.source, now.used),
         )
-    later = {fact.prompt for fact in last or now}
+    return _still_to_hold(chain, sets, last or now)
+
+
+def updates_before(base: Base, now: FactSet, places: Sequence[str | Path] = ()) -> list[Earlier]:
+    """Return the updates that made the base of an update, with those of their facts that `now` does not change.
+
+    Facts are found as in `earlier_updates`. Updates whose facts are not found are left out, with a warning.
+    """
+    chain = base.chain()
+    looked = [*map(Path, places), *runs_before(Path(base.adapter or str(base.name)))]
+    sets, missing = _facts_of(chain, looked)
+    if missing:
+        log.warning(
+            "the facts of %d of the %d updates that made this model are not found, so they are neither kept nor asked "
+            "again. %s are in none of: %s. Pass --earlier with each run's folder, its inputs.jsonl, or the file of "
+            "facts",
+            *(len(missing), len(chain), _named(missing[0], chain), some(looked) or "no folder is known"),
+        )
+    return _still_to_hold(chain, sets, now)
+
+
+def _facts_of(chain: Sequence[Update], looked: Sequence[Path]) -> tuple[dict[int, FactSet], list[int]]:
+    """Return the facts of updates by their number (from 1), and the numbers of those that are not found."""
+    read = cache(read_first)  # each place is looked into for many updates
+    found = {number: find_facts(update, looked, read) for number, update in enumerate(chain, 1)}
+    sets = {number: facts for number, facts in found.items() if facts is not None}
+    return sets, [number for number in found if number not in sets]
+
+
+def _named(number: int, chain: Sequence[Update]) -> str:
+    update = chain[number - 1]
+    return f"The {update.facts.used} facts of update {number} ({update.when}, {update.facts.source})"
+
+
+def _still_to_hold(chain: Sequence[Update], sets: Mapping[int, FactSet], now: FactSet) -> list[Earlier]:
+    """Return the updates in order, with those of their facts whose prompt no later update has, nor `now`."""
+    later = {fact.prompt for fact in now}
     found: list[Earlier] = []
-    for number in range(len(sets), 0, -1):
-        facts = sets[number - 1]
+    for number in sorted(sets, reverse=True):
+        facts = sets[number]
         kept = tuple(fact for fact in facts if fact.prompt not in later)
         found.insert(0, Earlier(number, chain[number - 1], kept, facts.used - len(kept)))
         later |= {fact.prompt for fact in facts}
     return found
 
 
-def _facts_of(number: int, update: Update, looked: Sequence[Path]) -> FactSet:
-    facts = find_facts(update, looked)
-    if facts is None:
-        raise FactError(
-            f"The {update.facts.used} facts of update {number} ({update.when}, {update.facts.source}) are in none of: "
-            f"{', '.join(map(str, looked)) or 'no folder is known'}.\nA run keeps them in inputs.jsonl: pass --earlier "
-            "with that run's folder, that file, or the file of facts."
-        )
-    return facts
+def ask(lm: LanguageModel, earlier: Sequence[Earlier], settings: EvaluateSettings) -> list[Row]:
+    """Return a row per fact of earlier updates and protocol: whether the model still gives its new answer."""
+    facts = [replace(fact, rephrase_prompts=(), locality=()) for one in earlier for fact in one.facts]
+    return score(lm, facts, phase="retention", settings=settings) if facts else []
 
 
-def score_earlier(lm: LanguageModel, earlier: Sequence[Earlier], settings: EvaluateSettings) -> Retained:
-    """Score whether the model still gives the new answers of earlier updates."""
-    every: list[Row] = []
-    rows: list[RetentionRow] = []
-    updates = []
+def retained(earlier: Sequence[Earlier], rows: Sequence[Row]) -> Retained:
+    """Return the scores that `ask` found, over all facts and for each update."""
+    by_fact: dict[str, list[Row]] = {}
+    for row in rows:
+        by_fact.setdefault(row.fact, []).append(row)
+    updates, listed = [], []
     for one in earlier:
-        asked = [replace(fact, rephrase_prompts=(), locality=()) for fact in one.facts]
-        own = score(lm, asked, phase="retention", settings=settings) if asked else []
-        every += own
-        rows += [_row(one.number, row) for row in own if row.has("reliability")]
+        own = [row for fact in one.facts for row in by_fact[fact.id]]
+        listed += [_row(one.number, row) for row in own if row.has("reliability")]
         updates.append(
             records.Retained(
                 update=one.number,
                 when=one.update.when,
                 source=one.update.facts.source,
-                facts=len(asked),
+                facts=len(one.facts),
                 superseded=one.superseded,
                 scores=summarise(own).get("reliability", {}),
             )
         )
-    return Retained(summarise(every).get("reliability", {}), updates, rows)
+    return Retained(summarise(rows).get("reliability", {}), updates, listed)
 
 
 def _row(number: int, row: Row) -> RetentionRow:

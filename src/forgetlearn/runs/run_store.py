@@ -89,7 +89,8 @@ class RunStore(Store):
             weights = sharding.load_parts(self.lm.model, folder / FORGOTTEN_WEIGHTS)
             STAGE_KINDS[stage.kind.name].put_state(self.lm, settings, weights)
         elif stage.kind.adapter:
-            self.lm.model = lora.load(self.lm.model, folder, lora.PRODUCT, device=self.lm.device)
+            plain = lora.detach(self.lm.model) if hasattr(self.lm.model, "peft_config") else self.lm.model
+            self.lm.model = lora.load(plain, folder, lora.PRODUCT, device=self.lm.device)  # includes earlier updates
         else:
             self.lm.model = nn.Identity()  # to free the base before its replacement is loaded
             named = self.lm.settings.model_copy(update={"name": str(folder)})

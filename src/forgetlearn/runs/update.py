@@ -12,20 +12,21 @@ import torch
 from forgetlearn.config import preflight
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.config.stages import Stages
-from forgetlearn.errors import DamageError, ModelError, RunError
+from forgetlearn.errors import DamageError, RunError
 from forgetlearn.evaluation import general_ability, probes
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, describe_old_answers
 from forgetlearn.method import keeping, lessons, moments
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models import prompts
-from forgetlearn.models.identity import NAMES, Identity, base_of
+from forgetlearn.models.identity import NAMES, Identity, base_of, found_again
 from forgetlearn.models.language_model import LanguageModel, as_language_model
 from forgetlearn.models.texts import check_texts
 from forgetlearn.planning import plan
 from forgetlearn.products import chain, restore
 from forgetlearn.report import damage, run_page
-from forgetlearn.runs import coefficient
+from forgetlearn.runs import base as begun_on
+from forgetlearn.runs import coefficient, retention
 from forgetlearn.runs.checks import (
     GivenConfig,
     GivenModel,
@@ -33,14 +34,13 @@ from forgetlearn.runs.checks import (
     check_old_answers,
     check_quantization,
     check_stages,
-    check_weights,
     files_read,
     go_on_from,
     read_config_facts,
     resolve,
     with_the_models_answers,
 )
-from forgetlearn.runs.pipeline import Pipeline
+from forgetlearn.runs.pipeline import Past, Pipeline
 from forgetlearn.runs.results import Done, learning_of, write_results
 from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
@@ -81,20 +81,48 @@ def update(
     changed in place. `failed_only` is the folder of an earlier run: the facts are those that it got wrong, and the
     model, unless another is given, is what it made.
 
+    The model may be what earlier updates made: a run folder or its product. The facts of those updates are kept, if
+    the method fine-tunes and `keep.weight` is not 0, and asked again at the end.
+
     Raises:
         ForgetLearnError: the input is wrong. Nothing has been written yet.
     """
     facts = as_fact_set(facts)
     if failed_only is not None:
         config = go_on_from(failed_only, config, model, facts)
-    config = resolve(config, model, facts)
+    config = begun_on.of_run(resolve(config, model, facts))
     preflight.check("update", config)
+    in_memory = None if isinstance(model, (str, Path)) else model
+    return of_config(in_memory, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite)
+
+
+def of_config(
+    model: GivenModel,
+    facts: FactSet | str | Path | None,
+    config: RunConfig,
+    *,
+    output: str | Path,
+    tokenizer: object = None,
+    origin: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> UpdateResult:
+    """Do what `update` does, with a config that is resolved and checked. For `origin` see `pipeline.Past`."""
     check_engine(config.evaluate, changed_by="update")
-    reads = files_read(config)
     with processes.joined(config.model.device):
+        reads = files_read(config)
         processes.on_main(lambda: run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=reads))
         with only_writer(Path(output)):
-            return _update(model, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite)
+            return _update(
+                model,
+                facts,
+                config,
+                output=output,
+                tokenizer=tokenizer,
+                origin=origin,
+                resume=resume,
+                overwrite=overwrite,
+            )
 
 
 def _update(
@@ -104,6 +132,7 @@ def _update(
     *,
     output: str | Path,
     tokenizer: object,
+    origin: Path | None,
     resume: bool,
     overwrite: bool,
 ) -> UpdateResult:
@@ -116,36 +145,29 @@ def _update(
     named = model if model is not None else str(config.model.name)
     in_memory = not isinstance(named, (str, Path))
     if goes_on and processes.on_main(lambda: run_folder.is_finished(output)):
-        base = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
-        return processes.on_main(lambda: _finished(Path(output), config, fact_set, base))
+        given = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
+        return processes.on_main(lambda: _finished(Path(output), config, fact_set, given))
     stages = Stages(config)
-    _check(fact_set, stages)
-    processes.on_main(lambda: check_weights(named))
-    lm = as_language_model(named, tokenizer, config.model, all_weights=stages.changes_base)
-    if hasattr(lm.model, "peft_config"):
-        raise ModelError(
-            f"{lm.name}: is an adapter, and only a whole model can be updated. Merge it (forgetlearn apply RUN --base "
-            "BASE --merge --output DIR), and update DIR."
-        )
-    check_texts(lm.encoder, fact_set)
-    general_ability.check_embedded(lm, config.evaluate)
-    lm.name_end_token()
-    check_stages(stages, lm, fact_set)
-    base = base_of(lm, in_memory=in_memory)
+    lm = checked(model, tokenizer, fact_set, config)
+    identity = base_of(lm, in_memory=in_memory)
+    base = begun_on.began_on(lm, config, identity)
     if goes_on and in_memory:
-        _check_begun_on(run_folder.RunFolder.open(output), base)
+        _check_begun_on(run_folder.RunFolder.open(output), identity)
+    earlier = processes.on_main(lambda: retention.updates_before(base, fact_set, config.keep.earlier))
     answers = None
     if fact_set.to_ask and not goes_on:
         answers = asked_answers(lm, fact_set, config)  # before the folder is created: perhaps no fact is left
         held = with_the_models_answers(fact_set, answers, config)
         check_old_answers(held, config)
         check_texts(lm.encoder, held)
-    inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **base, **lm.encoder.fingerprint()}
+    inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **identity, **lm.encoder.fingerprint()}
     inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
+    inputs |= {"earlier_sha256": digests.hash_of([each.as_input() for each in earlier])} if earlier else {}
+    inputs |= {"origin_sha256": digests.sha256_of(origin / general_ability.FOUND)} if origin else {}
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # saved parts of the weights fit only this number
     if config.keep_change and not stages.method.makes_adapter:
-        restore.check_keeping(chain.Base(lm.name, config.model.base_model_id, **base))
+        restore.check_keeping(base)
     as_json = config.model_dump(mode="json")
     run = processes.on_main(
         lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite)
@@ -160,16 +182,28 @@ def _update(
     if left:
         log.warning(left)
     known = {name: value for name, value in noted.items() if value}
-    run.note(model=lm.describe(), parent=chain.parent_of(lm.name, base.get("base_sha256")), **known)
+    run.note(model=lm.describe(), parent=chain.parent_of(base), **known)
     fact_set = _with_old_answers(run, lm, fact_set, config, answers)
-    base_name = lm.name if inputs.get("base_sha256") else f"a {type(lm.model).__name__} in memory"
+    base_name = str(base.name) if base.base_sha256 else f"a {type(lm.model).__name__} in memory"
     store = RunStore(run, config, lm, base_name)
-    pipeline = Pipeline(lm, fact_set.facts, config, store)
+    pipeline = Pipeline(lm, fact_set.facts, config, store, past=Past(earlier, origin))
     pipeline.prepare()
     if stages.chooses_coefficient and pipeline.to_forget:
         pipeline.set_coefficient(store.choose(pipeline))
     pipeline.update()
     return _finish(run, fact_set, pipeline, store)
+
+
+def checked(model: GivenModel, tokenizer: object, facts: FactSet, config: RunConfig) -> LanguageModel:
+    """Return the model that an update begins on, after everything that can be checked before it begins was."""
+    stages = Stages(config)
+    _check(facts, stages)
+    lm = begun_on.load(model, tokenizer, config)
+    check_texts(lm.encoder, facts)
+    general_ability.check_embedded(lm, config.evaluate)
+    lm.name_end_token()
+    check_stages(stages, lm, facts)
+    return lm
 
 
 def _check(facts: FactSet, stages: Stages) -> None:
@@ -229,10 +263,13 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
         lessons=lessons.counts(pipeline.taught),
         kept=pipeline.material.kept_counts,
         learning=learning_of(pipeline.facts, learned.epochs, learned.unlearned),
+        since_first=pipeline.past.origin is not None,
     )
 
     def write() -> tuple[Summary, list[Row]]:
         summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general, pipeline.probed)
+        if pipeline.retained:
+            summary = retention.write(run.path, "updated", pipeline.retained, summary)
         page = run_page.page_of(run, summary, rows)
         for each in products:
             run_page.write_card(each, page)
@@ -287,9 +324,8 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     run = run_folder.RunFolder.open(path)
     if in_memory is not None:
         _check_begun_on(run, in_memory)
-    base = Path(str(config.model.name))
     was = run.manifest.inputs
-    now = {"facts_sha256": facts.sha256(), "base_sha256": digests.sha256_of(base) if base.exists() else None}
+    now = {"facts_sha256": facts.sha256(), **found_again(config.model)}
     now |= prompts.fingerprint(config.model.prompt_template)
     run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
     summary = records.Summary.load(path / "summary.json")

@@ -326,6 +326,7 @@ class Update(Record):
     base: Text | None
     base_sha256: Text | None
     weights_sha256: Text | None = None  # only for a base in memory
+    adapter_sha256: Text | None = None  # of the adapter that the update began on, if it did
     taught_first: bool
     modules: UpdateModules
     rows: UpdateRows
@@ -383,10 +384,11 @@ class ModelNotes(Record):
 
 
 class Parent(Record):
-    """The base of a run, and the folder of the run that made the base, if a run made it."""
+    """What a run began on, the folder of the run that made that, if one did, and of an adapter the name of its base."""
 
     name: Text
     run: Text | None
+    base: Text | None = None
 
 
 class Manifest(Record):
@@ -631,11 +633,43 @@ class Summary(Record):
     rounding: Rounding | None = None
     general: dict[str, General] = {}
     probes: dict[str, list[ProbeScore]] = {}  # by phase
+    since_first: bool = False  # general ability "before" is that of the model before the first batch of a stream
     retention: list[Retained] = []
     lessons: dict[Text, StageLessons] = {}  # by stage
     kept: dict[Text, Count] = {}  # number of kept texts, by where their prompts come from
     rephrasings_trained: bool = False
     learning: Learning | None = None
+
+
+# A stream of updates ------------------------------------------------------------------------------
+
+
+class Batch(Record):
+    """An update of a stream: how many facts of all batches so far the model says after it, by protocol."""
+
+    folder: FileName
+    facts: Count
+    said: dict[str, Mean]  # facts of this batch and of those before it
+    new: dict[str, Mean]  # facts of this batch
+    earlier: dict[str, Mean]  # facts of the batches before it
+    kl: Number | None = None  # nats per token from the model before the first batch, on the general prompts
+    kl_low: Number | None = None
+    kl_high: Number | None = None
+    agreement: Percent | None = None  # of the tokens of its answers to the general prompts
+    seconds: Number
+
+
+class Stream(Record):
+    """`stream.json`: one file of facts as several updates, each on the product of the one before."""
+
+    method: Text
+    model: Text
+    source: Text
+    facts: Count
+    planned: Count  # number of batches
+    updates_before: Count  # that had made the model before the first batch
+    product: Text | None = None  # of the last batch that is done, from the stream's folder
+    batches: list[Batch]
 
 
 # Messages -----------------------------------------------------------------------------------------

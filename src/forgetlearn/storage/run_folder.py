@@ -27,6 +27,7 @@ log = logging.getLogger("forgetlearn")
 MANIFEST = "manifest.json"
 SUMMARY, ROWS, INPUTS = "summary.json", "facts.jsonl", "inputs.jsonl"
 FAILED, RIGHT = "failed.jsonl", "right.jsonl"
+STREAM = "stream.json"  # the batches of a stream of updates
 FORMAT = 2  # version of the manifest's format
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
 PROBES = "probes.jsonl"  # what was asked beyond the facts' own wordings, and answered
@@ -39,6 +40,7 @@ RESULTS = (
     FAILED,
     RIGHT,
     SUMMARY,
+    STREAM,
     "config.yaml",
     "logs/*.jsonl",
 )  # files whose hashes `finish` records

@@ -35,6 +35,7 @@ HARMLESS = {
     *("loftq_config", "corda_config", "lora_ga_config"),  # no effect unless init_lora_weights names them
 }
 KEEPS_BASE = (True, False, None, "true", "gaussian", "eva", "orthogonal")  # initialisations that do not change the base
+TUNED = "Merge it with peft into a copy of the base and pass that as --tuned."
 WHY_NOT = {
     "use_dora": "DoRA also scales the weights",
     "lora_bias": "it trains biases",
@@ -62,8 +63,7 @@ class Adapter(Change):
 
     def __init__(self, base: CheckpointFolder, folder: str | Path) -> None:
         self.base, self.folder = base, Path(folder)
-        files, self.config = _plain_lora(self.folder)
-        paths = _adapted_paths(files.tensors)
+        files, self.config, paths = plain_lora(self.folder)
         files.check_patterns([*(name.removesuffix(WEIGHT) for name in base.entries), *paths])
         self.paths = {self._stored_name(f"{path}{WEIGHT}"): path for path in paths}
         super().__init__(files.tensors, {name: name for name in self.paths})
@@ -169,12 +169,16 @@ class Adapter(Change):
         return found.reshape(entry.shape)
 
 
-def _plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
-    """Return an adapter's files and config; raise ModelError if it holds anything but plain LoRA factors."""
+def plain_lora(folder: Path, remedy: str = TUNED) -> tuple[AdapterFiles, LoraAdapterConfig, list[str]]:
+    """Return an adapter's files, its config, and the paths of the modules that it adapts.
+
+    Raise ModelError, with the remedy, if it holds anything but plain LoRA factors.
+    """
     files = open_adapter(folder)
     config = files.config.model_dump()
     if not isinstance(files.config, LoraAdapterConfig) or files.config.r is None or files.config.lora_alpha is None:
-        raise ModelError(f"{folder}: peft_type = {plain(files.config.peft_type)}, expected LORA with r and lora_alpha.")
+        kind = plain(files.config.peft_type)
+        raise ModelError(f"{folder}: peft_type = {kind}, expected LORA with r and lora_alpha. {remedy}")
     has_patterns = config["rank_pattern"] or config["alpha_pattern"]
     if not has_patterns and all(name.endswith(WEIGHT) for name in config["target_parameters"] or ()):
         del config["target_parameters"]  # adapting a module's weight gives the same factors as adapting the module
@@ -182,8 +186,8 @@ def _plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
     if used:
         reason = WHY_NOT.get(used[0], "forgetlearn does not know what that adds")
         raise ModelError(
-            f"{folder}: {plain(used[0])} = {shown(config[used[0]])}: {reason}, so subtracting the factors would be "
-            "wrong. Merge it with peft into a copy of the base and pass that as --tuned."
+            f"{folder}: {plain(used[0])} = {shown(config[used[0]])}: {reason}, so its factors alone are not its "
+            f"change. {remedy}"
         )
     start = files.config.init_lora_weights
     if start not in KEEPS_BASE:
@@ -191,10 +195,10 @@ def _plain_lora(folder: Path) -> tuple[AdapterFiles, LoraAdapterConfig]:
             f"{folder}: init_lora_weights = {shown(start)}: that changed the base's own weights too. "
             "Save it with path_initial_model_for_weight_conversion, which makes it plain LoRA."
         )
-    return files, files.config
+    return files, files.config, _adapted_paths(files.tensors, remedy)
 
 
-def _adapted_paths(factors: CheckpointFolder) -> list[str]:
+def _adapted_paths(factors: CheckpointFolder, remedy: str) -> list[str]:
     """Return the paths of the adapted modules; raise ModelError unless all tensors are pairs of factors."""
     found: dict[str, set[str]] = {}
     odd = []
@@ -208,8 +212,7 @@ def _adapted_paths(factors: CheckpointFolder) -> list[str]:
     if odd or not found:
         raise ModelError(
             f"{factors.folder / ADAPTER}: {some(odd) if odd else 'nothing'}: expected pairs of LoRA factors on "
-            "matrices and nothing else (an embedding's factors are not supported). Merge it with peft into a copy of "
-            "the base and pass that as --tuned."
+            f"matrices and nothing else (an embedding's factors are not supported). {remedy}"
         )
     return list(found)
 
