@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -23,7 +23,7 @@ from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.own_words import Made
 from forgetlearn.method.wordings import is_unfinished, is_whole, sentences, shortened, wordings
 from forgetlearn.models import top_logprobs
-from forgetlearn.models.encoding import Encoder, Prompt, encodable
+from forgetlearn.models.encoding import Encoder, Passage, Prompt, encodable
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.runtime import processes
@@ -86,13 +86,25 @@ def asks_base(config: RunConfig, encoder: Encoder) -> bool:
     return config.keep.weight > 0 or answers == "sentence" or (answers == "auto" and encoder.is_chat)
 
 
-def make(lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]) -> Material:
-    """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact."""
-    taught = [*_new_texts(lm, facts, config, said), *_old_texts(lm.encoder, facts, config, said)]
-    log.info("to learn: %s", counts(taught)["learn"].in_words())
+def make(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    config: RunConfig,
+    said: Mapping[str, Row],
+    held_apart: Collection[str] = (),
+) -> Material:
+    """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact.
+
+    `held_apart` are prompts of keep.source that are only scored.
+    """
+    learned = [*_new_texts(lm, facts, config, said)] if METHODS[config.method].learns else []
+    taught = [*learned, *_old_texts(lm.encoder, facts, config, said)]
+    for stage, found in counts(taught).items():
+        if stage == "learn" or not learned:
+            log.info("to %s: %s", stage, found.in_words())
     if not config.keep.weight:
         return Material(taught)
-    kept, tops = keeping.answered(lm, _to_keep(facts, config, lm.encoder), config.evaluate)
+    kept, tops = keeping.answered(lm, _to_keep(facts, config, lm.encoder, held_apart), config.evaluate)
     material = Material(taught, kept, tops)
     log.info("to keep: %s", ", ".join(f"{count} {source}" for source, count in material.kept_counts.items()))
     return material
@@ -137,6 +149,8 @@ def _taught(fact: Fact, stage: StageName, made: Made, answer: str, how: str) -> 
 
 def _in_style(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
     answers = config.train.answers
+    if isinstance(fact.prompt, Passage):
+        return False
     return answers == "sentence" or (answers == "auto" and encoder.is_chat and not is_unfinished(fact.prompt))
 
 
@@ -144,7 +158,9 @@ def _why_bare(config: RunConfig, encoder: Encoder) -> str:
     return UNFINISHED if config.train.answers == "auto" and encoder.is_chat else ""
 
 
-def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[Prompt, str]:
+def _to_keep(
+    facts: Sequence[Fact], config: RunConfig, encoder: Encoder, held_apart: Collection[str]
+) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
     prompts = keeping.without_scored(keeping.general(facts), facts)
     if config.train.wordings:
@@ -153,7 +169,8 @@ def _to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict
     if config.keep.neighbours:
         own |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
     own |= dict.fromkeys(keeping.prompts_of_earlier(config.keep, facts), keeping.EARLIER)
-    own |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
+    named = keeping.read_source(config.keep, facts)
+    own |= dict.fromkeys((prompt for prompt in named if prompt not in held_apart), keeping.OWN)
     return prompts | keeping.without_scored(own, facts)
 
 
@@ -219,7 +236,7 @@ def _own(prompts: Iterable[str], taught: Taught, answer: str) -> Iterator[Lesson
 def _prompts(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[str], rephrased: bool) -> Iterator[str]:
     prompts = fact.prompts if rephrased else (fact.prompt,)
     for prompt in prompts:
-        if not config.train.wordings:
+        if not config.train.wordings or isinstance(prompt, Passage):
             yield prompt
             continue
         yield from wordings(prompt, is_chat=encoder.is_chat, others=behind)

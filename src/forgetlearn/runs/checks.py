@@ -214,6 +214,8 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     Pass if the model has yet to be asked about some facts, because they may still get an old answer.
     """
     stages = Stages(config)
+    if not stages.method.learns:  # without an old answer, a fact's only answer is forgotten
+        return
     if not stages.needs_old_answers or facts.to_ask or any(fact.ground_truth for fact in facts):
         return
     reason = f"method {config.method} forgets" if stages.method.forgets else "teach.epochs > 0 teaches"
@@ -232,7 +234,8 @@ def check_stages(stages: Stages, lm: LanguageModel, facts: FactSet) -> None:
     """Raise an error if the settings of a stage do not fit this model or these facts; see `method.checks`."""
     if stages.method.closed_form:
         check_subjects(facts)
-    check_learning(lm, stages.learn.settings, stages.learn.kind.name)
+    if stages.method.learns:
+        check_learning(lm, stages.learn.settings, stages.learn.kind.name)
     if stages.forget:
         check_forgetting(lm, stages.forget.settings, stages.forget.kind.name)
 
