@@ -214,8 +214,9 @@ class Input(Record):
 
     @property
     def new(self) -> list[str]:
-        """The new answer and its aliases."""
-        return self.target_new if isinstance(self.target_new, list) else [self.target_new]
+        """The new answer and its aliases; empty if there is no new answer."""
+        new = self.target_new
+        return new if isinstance(new, list) else [new] if new else []
 
     @property
     def old(self) -> list[str]:
