@@ -108,6 +108,17 @@ def reproduce(file, config, kept, folder) -> None:
     forgetlearn.paper(zsre=zsre, settings=settings, config=own, output=folder())
 
 
+def forget_all(config, kept, folder) -> None:
+    """Forget by subtraction and by the other losses."""
+    two = {"recipe": "forget", "facts__limit": 2, "unlearn__max_epochs": 1, "unlearn__relearn_steps": 1}
+    for each in (
+        config(method="subtract", save_merged=True, facts__old_from="model", **kept, **two),
+        config(method="subtract-ft", forget__coef=0.1, keep_change=True, **two),
+        *(config(method=method, **two) for method in ("npo", "simnpo-ft")),
+    ):
+        forgetlearn.forget_facts(config=each, output=folder())
+
+
 @pytest.fixture(scope="module")
 def reads(small_lab, files, tmp_path_factory):
     """`reads("compare")`: what the command reads of the settings, from small runs of it."""
@@ -164,9 +175,11 @@ def reads(small_lab, files, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Settings, "__getattribute__", recording, raising=False)
                 patch.setattr(run_page, "write_run", lambda *_args, **_options: None)  # reads what was written alone
-                {"paper": functools.partial(reproduce, file, config, kept, folder)}.get(
-                    command, functools.partial(run, command)
-                )()
+                others = {
+                    "paper": functools.partial(reproduce, file, config, kept, folder),
+                    "forget": functools.partial(forget_all, config, {**kept, "evaluate__general": str(text)}, folder),
+                }
+                others.get(command, functools.partial(run, command))()
             now.clear()
         return found[command]
 

@@ -83,6 +83,8 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
             f"facts.source: with --failed-only the facts are those of {file}. Omit --facts, or omit --failed-only."
         )
     run.check_results()
+    if run.manifest.finished and METHODS[str(run.manifest.config["method"])].learns is None:
+        raise RunError(f"{run.path} only forgot, so there is nothing to learn. To go on: forget --facts {file}")
     if not run.manifest.finished or not file.is_file():
         raise RunError(f"{run.path} has no {FAILED}: it is not a finished update. Give the folder of one.")
     if not file.stat().st_size:

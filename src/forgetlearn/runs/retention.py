@@ -72,6 +72,10 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
     found: list[Earlier] = []
     for number in range(len(sets), 0, -1):
         facts = sets[number - 1]
+        if chain[number - 1].only_forgot:
+            log.info("update %d only forgot: it has no new answers that could be retained", number)
+            later |= {fact.prompt for fact in facts}
+            continue
         kept = tuple(fact for fact in facts if fact.prompt not in later)
         found.insert(0, Earlier(number, chain[number - 1], kept, facts.used - len(kept)))
         later |= {fact.prompt for fact in facts}

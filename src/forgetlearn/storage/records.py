@@ -308,6 +308,11 @@ class Update(Record):
     product: FileName
     files: dict[FileName, Text]
 
+    @property
+    def only_forgot(self) -> bool:
+        """True if nothing was learned."""
+        return self.modules.learn is None
+
 
 class Chain(Record):
     """`forgetlearn.json`: the updates that made a model, oldest first."""
