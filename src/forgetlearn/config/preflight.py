@@ -203,11 +203,11 @@ def _idle_in_forgetting(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the settings without effect on forgetting alone."""
     kind = METHODS[config.method].last
     if kind.own_loss:
-        yield "forget.epochs", "unlearn.max_epochs is"
+        yield "forget.epochs", f"{config.method} ends by itself, after unlearn.max_epochs at the latest"
         yield "forget.modules", f"{config.method} subtracts nothing"
         yield "forget.rows", f"{config.method} subtracts nothing"
     else:
-        yield "unlearn.max_epochs", "forget.epochs is"
+        yield "unlearn.max_epochs", f"{config.method} takes forget.epochs"
     if "npo" not in kind.name:
         yield "unlearn.beta", "it is for methods npo and simnpo"
     if "simnpo" not in kind.name:

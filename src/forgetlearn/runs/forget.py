@@ -24,11 +24,12 @@ from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, read_facts
 from forgetlearn.facts.documents import READER
 from forgetlearn.facts.files import SUFFIXES
-from forgetlearn.facts.variants import FIELDS, Variants, read_variants
+from forgetlearn.facts.variants import FIELDS, WRONG, Variants, read_variants
 from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.relearning import halves, relearn
 from forgetlearn.models.encoding import Passage
 from forgetlearn.models.language_model import LanguageModel, as_language_model
+from forgetlearn.models.loading import read_outline
 from forgetlearn.runs.checks import GivenConfig, GivenModel, resolve
 from forgetlearn.runs.pipeline import Pipeline
 from forgetlearn.runs.run_store import RunStore
@@ -163,6 +164,26 @@ class ForgetTask(Task):
         except FactError as error:
             raise ConfigError(f"keep.source = {config.keep.source}: {error}") from None
 
+    def check_loaded(self, lm: LanguageModel, facts: FactSet, config: RunConfig) -> None:
+        """Raise an error if the reference has another vocabulary, or if nothing would be compared with it."""
+        if self.reference is None:
+            return
+        if not config.unlearn.relearn_steps and not _variants(facts):
+            raise ConfigError(
+                f"--reference {self.inputs['reference']}: nothing would be compared with it. The facts have no "
+                f"{WRONG}, which the truth ratio needs, and unlearn.relearn_steps is 0."
+            )
+        if isinstance(self.reference, LanguageModel):
+            tokenizer = self.reference.tokenizer
+        else:
+            settings = config.model.model_copy(update={"name": str(self.reference), "revision": None})
+            tokenizer = read_outline(settings)[1]
+        if tokenizer is not None and tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+            raise ModelError(
+                f"--reference {self.inputs['reference']}: has another vocabulary than {lm.name}, so their answers "
+                "cannot be compared. Give a model of the same kind."
+            )
+
     def taken(self, facts: FactSet) -> FactSet:
         """Return the facts as read; variants of answers were read too."""
         if not _variants(facts):
@@ -281,9 +302,7 @@ class ForgetPipeline(Pipeline):
     def _read_reference(self, folder: Path) -> None:
         """Write the truth ratios of the model that never knew the facts, and how fast it learns them."""
         assert self.reference is not None, "asked for"
-        lm = as_language_model(self.reference, None, self.config.model)
-        if lm.tokenizer.get_vocab() != self.lm.tokenizer.get_vocab():
-            raise ModelError(f"{self.lm.name} and {lm.name} have different vocabularies: they cannot be compared.")
+        lm = as_language_model(self.reference, None, self.config.model.model_copy(update={"revision": None}))
         scorer = Scorer(lm, self.config.evaluate, "reference")
         save_rows(forgetting.truth_rows(scorer, self.scored, self.variants, "reference"), folder / TRUTH)
         asked = self.config.unlearn.relearn_steps

@@ -104,6 +104,9 @@ class Task:
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, before anything is loaded or written, if the task cannot be done with this config."""
 
+    def check_loaded(self, lm: LanguageModel, facts: FactSet, config: RunConfig) -> None:
+        """Raise an error, before anything is written, if the task cannot be done with this model and these facts."""
+
     def taken(self, facts: FactSet) -> FactSet:
         """Return the facts as read, whose `ignored_fields` are those that the task does not read either."""
         return facts
@@ -179,6 +182,7 @@ def _update(
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
     check_stages(stages, lm, fact_set)
+    task.check_loaded(lm, fact_set, config)
     base = base_of(lm, in_memory=in_memory)
     if goes_on and in_memory:
         _check_begun_on(run_folder.RunFolder.open(output), base)
