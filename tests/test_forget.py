@@ -423,7 +423,7 @@ def test_the_command_takes_documents_and_facts_but_not_both(small_lab, files, tm
         ({"forget": {"coef": 0}}, ConfigError, "forget.coef"),
         ({"method": "npo", "forget": {"modules": "mlp"}}, ConfigError, "forget.modules"),
         ({"keep": {"source": "none.jsonl"}}, ConfigError, "keep.source"),
-        ({"unlearn": {"beta": 0}}, ConfigError, "unlearn.beta"),
+        ({"unlearn": {"max_epochs": 0}}, ConfigError, "unlearn.max_epochs"),
         ({"save_merged": True, "unlearn": {"relearn_steps": -1}}, ConfigError, "unlearn.relearn_steps"),
     ],
 )
@@ -487,9 +487,9 @@ def test_the_recipe_is_that_of_forgetting():
 def test_settings_without_effect_are_said(small_lab, files, tmp_path, capsys):
     words = ["--model", str(small_lab), "--facts", str(files / "forget.jsonl"), "--output", str(tmp_path / "run")]
     main(["forget", *words, "--method", "simnpo", "--set", "forget.epochs=9", "--coef", "auto"])
-    main(["forget", *words, "--set", "unlearn.beta=9", "--set", "unlearn.max_epochs=9", "--coef", "auto"])
+    main(["forget", *words, "--set", "unlearn.max_epochs=9", "--set", "keep_change=true", "--coef", "auto"])
     said = [line.split(" ")[0] for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
-    assert said == ["forget.epochs", "unlearn.max_epochs", "unlearn.beta"]
+    assert said == ["forget.epochs", "unlearn.max_epochs", "keep_change"]
 
 
 def test_facts_of_both_kinds_are_counted_alike(small_lab):

@@ -46,6 +46,9 @@ OTHER = {  # where no value can be made from the type
 }
 
 
+FORGETTING = {"method": "npo", "recipe": "forget"}  # for a command that takes no other
+
+
 def place(name: str) -> tuple[type[Settings], str]:
     """The settings that hold a dotted name, and its last part."""
     *parents, last = name.split(".")
@@ -192,7 +195,10 @@ def reads(small_lab, files, tmp_path_factory):
 def test_case_3_each_setting_is_used_or_refused(command, reads):
     unread = []
     for name, *_ in describe(RunConfig):
-        config = load_config(None, {name: another(name)})
+        given = {name: another(name)}
+        if command == "forget":
+            given = {"recipe": "forget", name: FORGETTING.get(name, another(name))}
+        config = load_config(None, given)
         if any(preflight.is_within(name, row.names) for row in preflight.UNUSED[command]):
             with pytest.raises(ConfigError, match=name):
                 preflight.check(command, config, [name])

@@ -208,10 +208,6 @@ def _idle_in_forgetting(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "forget.rows", f"{config.method} subtracts nothing"
     else:
         yield "unlearn.max_epochs", f"{config.method} takes forget.epochs"
-    if "npo" not in kind.name:
-        yield "unlearn.beta", "it is for methods npo and simnpo"
-    if "simnpo" not in kind.name:
-        yield "unlearn.gamma", "it is for method simnpo"
     if not kind.adapter:
         yield "save_merged", f"the product of {config.method} is a whole model"
         if not config.unlearn.relearn_steps:

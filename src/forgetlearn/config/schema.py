@@ -207,7 +207,7 @@ class AlphaEditSettings(Settings):
 
 
 class UnlearnSettings(Settings):
-    """How `forget` forgets by a loss (ascent, npo, simnpo), and how it is tested."""
+    """How long `forget` forgets by a loss (ascent, npo, simnpo), and how it is tested."""
 
     max_epochs: int = Field(
         20,
@@ -215,12 +215,6 @@ class UnlearnSettings(Settings):
         description="Most passes of ascent, npo and simnpo; they end when no answer is predicted any more and each "
         "is unlikely.",
     )
-    beta: float | None = Field(
-        None,
-        gt=0,
-        description="How soon npo and simnpo leave an unlikely answer alone. Unset: 0.1 for npo, 4.5 for simnpo.",
-    )
-    gamma: float = Field(0.0, ge=0, description="Margin of simnpo: how unlikely answers are to become.")
     relearn_steps: int = Field(
         16,
         ge=0,
@@ -631,7 +625,7 @@ class RunConfig(Settings):
     recipe: RecipeName = Field(
         "default",
         description="A set of settings: default, what docs/choosing.md recommends; paper, the paper's own; plain, "
-        "fine-tuning with LoRA as with peft. Settings given beside it win.",
+        "fine-tuning with LoRA as with peft; forget, what forgetlearn forget takes. Settings given beside it win.",
     )
     method: MethodName = Field(
         "lora",

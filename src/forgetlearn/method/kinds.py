@@ -6,7 +6,7 @@ To add a kind, add a row to `config.methods.KINDS`, and a class to `STAGE_KINDS`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,6 @@ from forgetlearn.config.schema import (
     StageSettings,
     TrainSettings,
     TuningSettings,
-    UnlearnSettings,
 )
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import Fact
@@ -276,44 +275,31 @@ class Climbing(StageKind):
 class OwnLoss(Climbing):
     """Forget by a loss of its own. Nothing is subtracted."""
 
-    def __init__(self, objective: Callable[[UnlearnSettings], Objective]) -> None:
+    def __init__(self, objective: Objective) -> None:
         self.objective = objective
 
     def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
         """Return the settings, with the rate times `coef`, and the loss."""
-        assert isinstance(settings, ForgetSettings), "a kind of forgetting"
-        return super().training(settings, width)[0], Variant(self.objective(settings.unlearn))
+        return super().training(settings, width)[0], Variant(self.objective)
 
 
 class AdapterByOwnLoss(Adapter):
     """Train a LoRA adapter to forget by a loss of its own. Nothing is subtracted."""
 
-    def __init__(self, objective: Callable[[UnlearnSettings], Objective]) -> None:
+    def __init__(self, objective: Objective) -> None:
         self.objective = objective
 
     def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
         """Return the settings, with the rate of adapters times `coef`, and the loss."""
         assert isinstance(settings, ForgetSettings), "a kind of forgetting"
         slower = settings.model_copy(update={"learning_rate": settings.number * settings.lora_rate(width)})
-        return slower, Variant(self.objective(settings.unlearn))
+        return slower, Variant(self.objective)
 
     def subtract(
         self, lm: LanguageModel, settings: ForgetSettings, base: StateDict | None, tokens: Collection[int]
     ) -> None:
         """Freeze the adapter: the training itself has forgotten."""
         lora.activate(lm.model, [lora.FORGET])
-
-
-def _ascent(_settings: UnlearnSettings) -> Objective:
-    return AscentUntilGone()
-
-
-def _npo(settings: UnlearnSettings) -> Objective:
-    return Npo(beta=settings.beta or Npo.beta)
-
-
-def _simnpo(settings: UnlearnSettings) -> Objective:
-    return SimNpo(beta=settings.beta or SimNpo.beta, gamma=settings.gamma)
 
 
 def _log_likelihoods(lm: LanguageModel, texts: Iterable[Encoded]) -> dict[Encoded, float]:
@@ -392,12 +378,12 @@ STAGE_KINDS: Mapping[KindName, StageKind] = {
     "one module": OneModule(),
     "bounded": Bounded(),
     "ascent": Climbing(),
-    "ascent until gone": OwnLoss(_ascent),
-    "lora ascent": AdapterByOwnLoss(_ascent),
-    "npo": OwnLoss(_npo),
-    "lora npo": AdapterByOwnLoss(_npo),
-    "simnpo": OwnLoss(_simnpo),
-    "lora simnpo": AdapterByOwnLoss(_simnpo),
+    "ascent until gone": OwnLoss(AscentUntilGone()),
+    "lora ascent": AdapterByOwnLoss(AscentUntilGone()),
+    "npo": OwnLoss(Npo()),
+    "lora npo": AdapterByOwnLoss(Npo()),
+    "simnpo": OwnLoss(SimNpo()),
+    "lora simnpo": AdapterByOwnLoss(SimNpo()),
     "rome": ClosedForm(editing.rome, editing.rome_layers),
     "memit": ClosedForm(editing.memit, editing.memit_layers),
     "alphaedit": ClosedForm(editing.alphaedit, editing.memit_layers),
