@@ -275,7 +275,7 @@ def test_a_run_forgets_and_reports(finished, method):
         assert "What is left" in text
         assert "Relearning" in text or "relearning" in text
         assert "new answer</th>" not in text
-    for name in ("kept.jsonl", "truth.jsonl"):
+    for name in ("kept_facts.jsonl", "truth.jsonl"):
         assert name in disk.read_json(run / "manifest.json")["results"]
     assert not list((run / "stages").rglob("*.safetensors"))
 
@@ -322,7 +322,7 @@ def files_of(run):
     """The bytes of the product, and the scores, of a run."""
     product = run / Summary.load(run / "summary.json").product
     names = [path for path in product.iterdir() if path.suffix == ".safetensors"]
-    scores = [run / name for name in ("facts.jsonl", "kept.jsonl", "truth.jsonl", "summary.json")]
+    scores = [run / name for name in ("facts.jsonl", "kept_facts.jsonl", "truth.jsonl", "summary.json")]
     return {path.name: path.read_bytes() for path in (*names, *scores)}
 
 
@@ -365,6 +365,15 @@ def test_killed_after_any_step_and_resumed_it_is_the_same_to_the_bit(
     go_on(True)  # finished
     with pytest.raises(RunError, match="reference"):
         forget_facts(small_lab, files / "forget.jsonl", config, output=output, resume=True)
+
+
+def test_what_is_scored_as_kept_is_not_trained_on(finished, files):
+    run = finished("npo")
+    kept = [row["prompt"] for row in disk.read_rows(run / "stages" / "lessons" / "kept.jsonl")]
+    scored = {row["fact"] for row in disk.read_rows(run / "kept_facts.jsonl")}
+    facts = read_facts(files / "keep.jsonl")
+    assert {fact.prompt in kept for fact in facts if fact.id in scored} == {False}
+    assert {fact.prompt in kept for fact in facts if fact.id not in scored} == {True}
 
 
 def test_documents_are_forgotten(small_lab, tmp_path, char_tokenizer, tiny_model):
@@ -433,8 +442,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(small_lab, fi
     assert not (tmp_path / "run").exists()
 
 
-def test_facts_to_keep_may_not_be_those_to_forget(small_lab, files, tmp_path):
-    config = BARE | {"keep": {"source": str(files / "forget.jsonl"), "weight": 1.0}}
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_facts_to_keep_may_not_be_those_to_forget(small_lab, files, tmp_path, weight):
+    config = BARE | {"keep": {"source": str(files / "forget.jsonl"), "weight": weight}}
     with pytest.raises(ConfigError, match=r"keep\.source"):
         forget_facts(small_lab, files / "forget.jsonl", config, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -35,7 +35,7 @@ class Kind:
     subtracts: bool = False  # forgetting subtracts what training added; otherwise the training itself forgets
     chooses_weights: bool = False  # learn.modules and learn.rows restrict what it trains
     bounded: bool = False  # no weight changes by more than learn.max_change
-    own_loss: bool = False  # forgets by a loss of its own, until the answers are gone (`unlearn`)
+    until_gone: bool = False  # forgets by a loss of its own, until the answers are gone
     closed_form: bool = False  # writes each fact's bare answer by a formula; nothing is fine-tuned or kept
     in_context: bool = False  # no weight changes at all: a new fact stands before what is asked
 
@@ -53,12 +53,12 @@ KINDS: Mapping[str, Kind] = {
         Kind("one module"),
         Kind("bounded", chooses_weights=True, bounded=True),
         Kind("ascent"),
-        Kind("ascent until gone", own_loss=True),
-        Kind("lora ascent", adapter=True, own_loss=True),
-        Kind("npo", own_loss=True),
-        Kind("lora npo", adapter=True, own_loss=True),
-        Kind("simnpo", own_loss=True),
-        Kind("lora simnpo", adapter=True, own_loss=True),
+        Kind("ascent until gone", until_gone=True),
+        Kind("lora ascent", adapter=True, until_gone=True),
+        Kind("npo", until_gone=True),
+        Kind("lora npo", adapter=True, until_gone=True),
+        Kind("simnpo", until_gone=True),
+        Kind("lora simnpo", adapter=True, until_gone=True),
         Kind("rome", closed_form=True),
         Kind("memit", closed_form=True),
         Kind("alphaedit", closed_form=True),

@@ -202,7 +202,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _idle_in_forgetting(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the settings without effect on forgetting alone."""
     kind = METHODS[config.method].last
-    if kind.own_loss:
+    if kind.until_gone:
         yield "forget.epochs", f"{config.method} ends by itself, after unlearn.max_epochs at the latest"
         yield "forget.modules", f"{config.method} subtracts nothing"
         yield "forget.rows", f"{config.method} subtracts nothing"

@@ -676,7 +676,7 @@ class RunConfig(Settings):
     def forgetting(self) -> ForgetSettings:
         """All settings of the forgetting stage, for the training engine."""
         own: dict[str, object] = {"lora": self.lora, "unlearn": self.unlearn}
-        if METHODS[self.method].last.own_loss:
+        if METHODS[self.method].last.until_gone:
             own |= {"until": "forgotten", "max_epochs": self.unlearn.max_epochs}
         return validate(ForgetSettings, {**dict(self.train), **dict(self.forget), **own})
 

@@ -253,14 +253,17 @@ class Bounded(StageKind):
         return settings, Variant(max_change=settings.max_change)
 
 
-class Climbing(StageKind):
-    """Forget by gradient ascent on the loss of the old answers. Nothing is subtracted."""
+class OwnLoss(StageKind):
+    """Forget by a loss of its own on the old answers, such as gradient ascent. Nothing is subtracted."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
 
     def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
-        """Return the settings with the rate times `coef` (Adam ignores the scale of a loss), and a negated loss."""
+        """Return the settings, with the rate times `coef` (Adam ignores the scale of a loss), and the loss."""
         assert isinstance(settings, ForgetSettings), "a kind of forgetting"
         slower = settings.model_copy(update={"learning_rate": settings.number * settings.rate(width)})
-        return slower, Variant(Ascent())
+        return slower, Variant(self.objective)
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:
         """Return None: nothing is subtracted."""
@@ -270,17 +273,6 @@ class Climbing(StageKind):
         self, lm: LanguageModel, settings: ForgetSettings, base: StateDict | None, tokens: Collection[int]
     ) -> None:
         """Do nothing: the training itself has forgotten."""
-
-
-class OwnLoss(Climbing):
-    """Forget by a loss of its own. Nothing is subtracted."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-
-    def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
-        """Return the settings, with the rate times `coef`, and the loss."""
-        return super().training(settings, width)[0], Variant(self.objective)
 
 
 class AdapterByOwnLoss(Adapter):
@@ -377,7 +369,7 @@ STAGE_KINDS: Mapping[KindName, StageKind] = {
     "lora": Adapter(),
     "one module": OneModule(),
     "bounded": Bounded(),
-    "ascent": Climbing(),
+    "ascent": OwnLoss(Ascent()),
     "ascent until gone": OwnLoss(AscentUntilGone()),
     "lora ascent": AdapterByOwnLoss(AscentUntilGone()),
     "npo": OwnLoss(Npo()),

@@ -23,7 +23,7 @@ from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.own_words import Made
 from forgetlearn.method.wordings import is_unfinished, is_whole, sentences, shortened, wordings
 from forgetlearn.models import top_logprobs
-from forgetlearn.models.encoding import Encoder, Passage, Prompt, encodable
+from forgetlearn.models.encoding import Encoder, Passage, Prompt, encodable, turns_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.runtime import processes
@@ -169,9 +169,10 @@ def _to_keep(
     if config.keep.neighbours:
         own |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
     own |= dict.fromkeys(keeping.prompts_of_earlier(config.keep, facts), keeping.EARLIER)
-    named = keeping.read_source(config.keep, facts)
-    own |= dict.fromkeys((prompt for prompt in named if prompt not in held_apart), keeping.OWN)
-    return prompts | keeping.without_scored(own, facts)
+    own |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
+    scored = {matching.normalise(prompt) for prompt in held_apart}
+    kept = prompts | keeping.without_scored(own, facts)
+    return {prompt: kind for prompt, kind in kept.items() if matching.normalise(turns_of(prompt)[-1]) not in scored}
 
 
 def of_stage(

@@ -18,10 +18,10 @@ from forgetlearn.config import preflight
 from forgetlearn.config.recipes import FORGET
 from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig
 from forgetlearn.config.stages import Stage
-from forgetlearn.errors import ConfigError, FactError, ModelError
+from forgetlearn.errors import ConfigError, FactError, ModelError, some
 from forgetlearn.evaluation import forgetting, scoring
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, read_facts
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, matching, read_facts, sha256
 from forgetlearn.facts.documents import READER
 from forgetlearn.facts.files import SUFFIXES
 from forgetlearn.facts.variants import FIELDS, WRONG, Variants, read_variants
@@ -45,7 +45,7 @@ from forgetlearn.storage.records import (
     load_rows,
     save_rows,
 )
-from forgetlearn.storage.run_folder import KEPT, TRUTH, RunFolder
+from forgetlearn.storage.run_folder import KEPT_FACTS, TRUTH, RunFolder
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import StateDict
@@ -163,11 +163,22 @@ class ForgetTask(Task):
             self.kept = Kept.read(config)
         except FactError as error:
             raise ConfigError(f"keep.source = {config.keep.source}: {error}") from None
+        kept = sha256(self.kept.scored) if self.kept.scored else None
+        self.inputs = {**self.inputs, "kept_facts_sha256": kept}
 
     def check_loaded(self, lm: LanguageModel, facts: FactSet, config: RunConfig) -> None:
+        """Raise an error if facts to keep are to be forgotten, or the reference cannot be compared."""
+        asked = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+        if both := [fact.prompt for fact in self.kept.scored if matching.normalise(fact.prompt) in asked]:
+            raise ConfigError(
+                f"keep.source = {config.keep.source}: {len(both)} facts ask what is to be forgotten: {some(both)}. "
+                "Remove them from one of the files."
+            )
+        if self.reference is not None:
+            self._check_reference(lm, facts, config)
+
+    def _check_reference(self, lm: LanguageModel, facts: FactSet, config: RunConfig) -> None:
         """Raise an error if the reference has another vocabulary, or if nothing would be compared with it."""
-        if self.reference is None:
-            return
         if not config.unlearn.relearn_steps and not _variants(facts):
             raise ConfigError(
                 f"--reference {self.inputs['reference']}: nothing would be compared with it. The facts have no "
@@ -204,13 +215,13 @@ class ForgetTask(Task):
         """Write the rows of the facts to keep, and the truth ratios; return what they come to."""
         assert isinstance(pipeline, ForgetPipeline), "see `pipeline`"
         if kept := [row for own in pipeline.kept_rows.values() for row in own]:
-            save_rows(kept, run.path / KEPT)
+            save_rows(kept, run.path / KEPT_FACTS)
         if truth := [row for own in pipeline.truth.values() for row in own]:
             save_rows(truth, run.path / TRUTH)
         stage = run.manifest.stages["forget"]
         return Forgetting(
-            epochs=stage.epochs if pipeline.stages.last.kind.own_loss else None,
-            not_gone=len(stage.unlearned) if pipeline.stages.last.kind.own_loss else None,
+            epochs=stage.epochs if pipeline.stages.last.kind.until_gone else None,
+            not_gone=len(stage.unlearned) if pipeline.stages.last.kind.until_gone else None,
             kept=pipeline.kept_facts() if kept else None,
             truth=pipeline.truth_ratios(),
             reference=self.inputs["reference"],
@@ -256,7 +267,7 @@ class ForgetPipeline(Pipeline):
         self, stage: Stage[ForgetSettings], facts: Sequence[Fact], tuned: StateDict | None, stage_io: StageIO
     ) -> StageLog | None:
         stage_log = super()._forget(stage, facts, tuned, stage_io)
-        if stage_log and stage.kind.own_loss:
+        if stage_log and stage.kind.until_gone:
             left = len(stage_log.unlearned)
             ended = f"{left} of {len(facts)} answers are not gone" if left else f"all {len(facts)} answers are gone"
             log.info("forgetting ended after %d of at most %d epochs: %s", *self._epochs(stage_log), ended)
@@ -278,12 +289,12 @@ class ForgetPipeline(Pipeline):
             for truth in forgetting.truth_rows(scorer, self.kept.scored, self.kept.variants, phase):
                 share = forgetting.truthfulness(truth.ratio)
                 rows.append(Row(fact=truth.fact, phase=phase, protocol=forgetting.TRUTH, errors={}, reliability=share))
-            save_rows([row for row in rows if row.protocol not in ("agreement", "accuracy")], folder / KEPT)
+            save_rows([row for row in rows if row.protocol not in ("agreement", "accuracy")], folder / KEPT_FACTS)
             save_rows(forgetting.truth_rows(scorer, self.scored, self.variants, phase), folder / TRUTH)
 
         folder = self.store.files(f"test_{phase}", self.ready(write))
         self.rows[phase] = [*self.rows[phase], *load_rows(Row, folder / "graded.jsonl")]
-        self.kept_rows[phase] = load_rows(Row, folder / KEPT)
+        self.kept_rows[phase] = load_rows(Row, folder / KEPT_FACTS)
         self.truth[phase] = load_rows(TruthRow, folder / TRUTH)
 
     def _relearn(self, folder: Path) -> None:

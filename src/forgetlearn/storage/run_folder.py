@@ -30,10 +30,10 @@ FAILED, RIGHT = "failed.jsonl", "right.jsonl"
 FORMAT = 2  # version of the manifest's format
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
 LESSONS = "lessons.jsonl"  # what each fact was trained on
-KEPT, TRUTH = "kept.jsonl", "truth.jsonl"  # of a run that only forgets: rows of facts to keep, truth ratios
+KEPT_FACTS, TRUTH = "kept_facts.jsonl", "truth.jsonl"  # of a run that only forgets: rows of facts to keep, truth ratios
 RESULTS = (
     ROWS,
-    KEPT,
+    KEPT_FACTS,
     TRUTH,
     INPUTS,
     LESSONS,
