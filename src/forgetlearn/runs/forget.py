@@ -146,6 +146,7 @@ class ForgetTask(Task):
     def __init__(self, reference: LanguageModel | str | Path | None) -> None:
         named = reference if isinstance(reference, (str, Path)) else None
         self.reference, self.kept = reference, Kept()
+        self.variants: Mapping[str, Variants] = {}  # of the facts' answers, by prompt
         self.reads = (named,)
         place = Path(named) if named is not None else None
         digest = digests.sha256_of(place) if place is not None and place.exists() else None
@@ -175,11 +176,11 @@ class ForgetTask(Task):
                 "Remove them from one of the files."
             )
         if self.reference is not None:
-            self._check_reference(lm, facts, config)
+            self._check_reference(lm, config)
 
-    def _check_reference(self, lm: LanguageModel, facts: FactSet, config: RunConfig) -> None:
+    def _check_reference(self, lm: LanguageModel, config: RunConfig) -> None:
         """Raise an error if the reference has another vocabulary, or if nothing would be compared with it."""
-        if not config.unlearn.relearn_steps and not _variants(facts):
+        if not config.unlearn.relearn_steps and not self.variants:
             raise ConfigError(
                 f"--reference {self.inputs['reference']}: nothing would be compared with it. The facts have no "
                 f"{WRONG}, which the truth ratio needs, and unlearn.relearn_steps is 0."
@@ -196,8 +197,9 @@ class ForgetTask(Task):
             )
 
     def taken(self, facts: FactSet) -> FactSet:
-        """Return the facts as read; variants of answers were read too."""
-        if not _variants(facts):
+        """Read variants of the facts' answers, if their file brings some; return the facts as read."""
+        self.variants = _variants(facts)
+        if not self.variants:
             return facts
         ignored = {name: count for name, count in facts.ignored_fields.items() if name not in FIELDS}
         return replace(facts, ignored_fields=ignored)
@@ -234,7 +236,7 @@ class ForgetPipeline(Pipeline):
 
     def __init__(self, lm: LanguageModel, facts: FactSet, config: RunConfig, store: RunStore, task: ForgetTask) -> None:
         super().__init__(lm, facts.facts, config, store)
-        self.kept, self.variants, self.reference = task.kept, _variants(facts), task.reference
+        self.kept, self.variants, self.reference = task.kept, task.variants, task.reference
         self.held_apart = frozenset(fact.prompt for fact in self.kept.scored)
         self.kept_rows: dict[str, list[Row]] = {}
         self.truth: dict[str, list[TruthRow]] = {}
