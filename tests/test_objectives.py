@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from forgetlearn.config.schema import ForgetSettings
+from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.training import callbacks
 from forgetlearn.training.finetune import finetune
@@ -95,6 +96,13 @@ def test_ascent_until_gone_leaves_answers_alone_that_are_gone():
     AscentUntilGone().loss(rows, torch.tensor([0, 0]), OfStep(texts, 2, 2)).backward()
     assert rows.grad[0].abs().sum() == 0
     assert rows.grad[1, 0] > 0
+
+
+def test_forgetting_by_a_loss_is_slower_than_learning_and_coef_scales_it():
+    settings = ForgetSettings(coef=0.5, learning_rate=1e-3)
+    rates = {how: STAGE_KINDS[how].training(settings, 64)[0].learning_rate for how in ("ascent", "npo", "lora simnpo")}
+    adapter = settings.lora_rate(64)
+    assert rates == {how: pytest.approx(rate) for how, rate in zip(rates, (5e-4, 1.5e-4, 0.15 * adapter), strict=True)}
 
 
 # In a stage ----------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def _why_bare(config: RunConfig, encoder: Encoder) -> str:
 
 
 def _to_keep(
-    facts: Sequence[Fact], config: RunConfig, encoder: Encoder, held_apart: Collection[str]
+    facts: Sequence[Fact], config: RunConfig, encoder: Encoder, held_apart: Collection[str] = ()
 ) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
     prompts = keeping.without_scored(keeping.general(facts), facts)
