@@ -542,7 +542,7 @@ def test_existing_output(refused, small_lab, lab_facts, tmp_path, command):
 
 
 def test_unknown_command(refused):
-    refused("No such command", "forget")
+    refused("No such command", "unlearn")
 
 
 def test_full_disk(refused, small_lab, lab_facts, tmp_path, monkeypatch):

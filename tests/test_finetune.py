@@ -309,7 +309,7 @@ def test_a_small_model_trains_while_the_collector_rests(lm, monkeypatch, large):
     monkeypatch.setattr(memory, "LARGE_BYTES", 0 if large else memory.LARGE_BYTES)
     seen = []
     monkeypatch.setattr(
-        "forgetlearn.training.trainer.functional.cross_entropy",
+        "forgetlearn.training.objectives.functional.cross_entropy",
         lambda *a, **k: seen.append(gc.get_freeze_count()) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
@@ -337,7 +337,7 @@ def test_trimming_a_large_models_memory_leaves_the_bits(lm, monkeypatch):
     [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )
 def test_out_of_memory_says_what_to_lower(lm, monkeypatch, caplog, error):
-    monkeypatch.setattr("forgetlearn.training.trainer.functional.cross_entropy", mock.Mock(side_effect=error))
+    monkeypatch.setattr("forgetlearn.training.objectives.functional.cross_entropy", mock.Mock(side_effect=error))
     monkeypatch.setattr("forgetlearn.training.finetune.choose_layout", lambda *args: "padded")
     with pytest.raises(TrainingError, match=r"forgetting.*\nSet activation_checkpointing"):
         finetune(lm.model, texts_of(lm), SETTINGS, seed=0, pad_id=0, stage_io=StageIO("forgetting"))
@@ -355,7 +355,7 @@ def out_of_memory_at(n, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried")
         return real(*args, **options)
 
-    monkeypatch.setattr("forgetlearn.training.trainer.functional.cross_entropy", counted)
+    monkeypatch.setattr("forgetlearn.training.objectives.functional.cross_entropy", counted)
     return calls
 
 

@@ -37,7 +37,8 @@ def step_by_step(lm, facts, method, coef=0.5):
     how = METHODS[method]
     if how.forgets:
         forget(lm, facts, FORGET.model_copy(update={"coef": coef}), how.forgets, seed=7)
-    learn(lm, facts, LEARN, how.learns, seed=3)
+    if how.learns:
+        learn(lm, facts, LEARN, how.learns, seed=3)
     return lm
 
 
@@ -168,7 +169,7 @@ def test_f_lora_ft_learns_all_weights_from_the_forgotten_ones(world):
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_every_method_teaches_the_new_answers_and_repeats_to_the_bit(world, method):
+def test_every_method_repeats_to_the_bit(world, method):
     lm, facts = world
     again = copy.deepcopy(lm)
     step_by_step(lm, facts, method)

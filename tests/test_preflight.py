@@ -46,6 +46,9 @@ OTHER = {  # where no value can be made from the type
 }
 
 
+FORGETTING = {"method": "npo", "recipe": "forget"}  # for a command that takes no other
+
+
 def place(name: str) -> tuple[type[Settings], str]:
     """The settings that hold a dotted name, and its last part."""
     *parents, last = name.split(".")
@@ -108,6 +111,17 @@ def reproduce(file, config, kept, folder) -> None:
     forgetlearn.paper(zsre=zsre, settings=settings, config=own, output=folder())
 
 
+def forget_all(config, kept, folder) -> None:
+    """Forget by subtraction and by the other losses."""
+    two = {"recipe": "forget", "facts__limit": 2, "unlearn__max_epochs": 1, "unlearn__relearn_steps": 1}
+    for each in (
+        config(method="subtract", save_merged=True, facts__old_from="model", **kept, **two),
+        config(method="subtract-ft", forget__coef=0.1, keep_change=True, **two),
+        *(config(method=method, **two) for method in ("npo", "simnpo-ft")),
+    ):
+        forgetlearn.forget_facts(config=each, output=folder())
+
+
 @pytest.fixture(scope="module")
 def reads(small_lab, files, tmp_path_factory):
     """`reads("compare")`: what the command reads of the settings, from small runs of it."""
@@ -164,9 +178,11 @@ def reads(small_lab, files, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Settings, "__getattribute__", recording, raising=False)
                 patch.setattr(run_page, "write_run", lambda *_args, **_options: None)  # reads what was written alone
-                {"paper": functools.partial(reproduce, file, config, kept, folder)}.get(
-                    command, functools.partial(run, command)
-                )()
+                others = {
+                    "paper": functools.partial(reproduce, file, config, kept, folder),
+                    "forget": functools.partial(forget_all, config, {**kept, "evaluate__general": str(text)}, folder),
+                }
+                others.get(command, functools.partial(run, command))()
             now.clear()
         return found[command]
 
@@ -179,7 +195,10 @@ def reads(small_lab, files, tmp_path_factory):
 def test_case_3_each_setting_is_used_or_refused(command, reads):
     unread = []
     for name, *_ in describe(RunConfig):
-        config = load_config(None, {name: another(name)})
+        given = {name: another(name)}
+        if command == "forget":
+            given = {"recipe": "forget", name: FORGETTING.get(name, another(name))}
+        config = load_config(None, given)
         if any(preflight.is_within(name, row.names) for row in preflight.UNUSED[command]):
             with pytest.raises(ConfigError, match=name):
                 preflight.check(command, config, [name])

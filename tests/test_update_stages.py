@@ -27,6 +27,8 @@ def test_every_kind_of_stage_has_a_row_and_a_class_and_every_method_names_such_k
         ({"method": "f-lora", "forget": {"coef": 0}}, ["learn: lora"], False, "adapter"),
         ({"method": "f-lora-ft"}, ["forget: lora", "learn: all weights"], True, "model"),
         ({"method": "ga"}, ["forget: ascent", "learn: all weights"], True, "model"),
+        ({"method": "subtract"}, ["forget: lora"], False, "adapter"),
+        ({"method": "npo-ft"}, ["forget: npo"], True, "model"),
         ({"method": "lora", "teach": {"epochs": 1}}, ["teach: all weights", "learn: lora"], True, "adapter"),
     ],
 )
@@ -34,7 +36,8 @@ def test_the_stages_of_an_update_and_what_they_change(settings, stages, changes_
     found = stages_of(**settings)
     assert [f"{stage.name}: {stage.kind.name}" for stage in found] == stages
     assert (found.changes_base, found.product) == (changes_base, product)
-    assert found.needs_old_answers == (len(stages) > 1)
+    assert found.needs_old_answers == any(not stage.startswith("learn") for stage in stages)
+    assert f"{found.last.name}: {found.last.kind.name}" == stages[-1]
     assert ("forgotten" in found.phases) == any(stage.startswith("forget") for stage in stages)
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from forgetlearn.errors import ForgetLearnError
     from forgetlearn.evaluation.scoring import score, summarise
     from forgetlearn.facts import Fact, FactSet, read_facts
+    from forgetlearn.facts.documents import read_documents
     from forgetlearn.lab.build import LabSettings, build_lab
     from forgetlearn.lab.demo import run_demo as demo
     from forgetlearn.method.core import forget, learn
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from forgetlearn.reproduction.settings import PaperSettings
     from forgetlearn.runs.coefficient import choose_coefficient
     from forgetlearn.runs.evaluate import ask, evaluate
+    from forgetlearn.runs.forget import forget_facts
     from forgetlearn.runs.stream import stream
     from forgetlearn.runs.update import update
     from forgetlearn.weights.folder_arithmetic import apply_vector, save_vector
@@ -76,6 +78,7 @@ _PUBLIC = {
     "Fact": "facts.fact.Fact",
     "FactSet": "facts.fact_set.FactSet",
     "read_facts": "facts.read_facts",
+    "read_documents": "facts.documents.read_documents",
     "LabSettings": "lab.build.LabSettings",
     "build_lab": "lab.build.build_lab",
     "demo": "lab.demo.run_demo",
@@ -97,6 +100,7 @@ _PUBLIC = {
     "choose_coefficient": "runs.coefficient.choose_coefficient",
     "ask": "runs.evaluate.ask",
     "evaluate": "runs.evaluate.evaluate",
+    "forget_facts": "runs.forget.forget_facts",
     "stream": "runs.stream.stream",
     "update": "runs.update.update",
     "apply_vector": "weights.folder_arithmetic.apply_vector",
@@ -131,6 +135,7 @@ __all__ = [
     "demo",
     "evaluate",
     "forget",
+    "forget_facts",
     "inspect",
     "learn",
     "load_config",
@@ -140,6 +145,7 @@ __all__ = [
     "plan",
     "plan_paper",
     "push",
+    "read_documents",
     "read_facts",
     "save",
     "save_vector",

@@ -42,6 +42,7 @@ from forgetlearn.cli.terminal import (
 )
 from forgetlearn.config import preflight
 from forgetlearn.config.base import describe, parse_assignments, read_yaml, validate
+from forgetlearn.config.recipes import FORGET
 from forgetlearn.config.schema import RunConfig, load_config
 from forgetlearn.errors import ConfigError, ForgetLearnError, is_out_of_memory, plain
 from forgetlearn.runtime import processes, signals
@@ -63,7 +64,7 @@ EarlierOption = Annotated[
     typer.Option("--earlier", help="Where an earlier update's facts are: its run folder or file; again for more."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-TOGETHER = ("update", "evaluate")  # commands that several processes share
+TOGETHER = ("update", "forget", "evaluate")  # commands that several processes share
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -90,7 +91,7 @@ def _common(
     if processes.launched() > 1 and context.invoked_subcommand not in TOGETHER:
         raise ConfigError(
             f"{context.invoked_subcommand} is for one process, and {processes.launched()} were started. "
-            f"Start it without torchrun; {' and '.join(TOGETHER)} can share the work among several."
+            f"Start it without torchrun; {', '.join(TOGETHER)} can share the work among several."
         )
     if processes.launched_rank() > 0:  # only rank 0 logs
         logging.getLogger("forgetlearn").setLevel(logging.CRITICAL)
@@ -208,6 +209,52 @@ def update(
     shown = overview(result.summary)
     print_scores(shown)
     print_retention(result.summary)
+    say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
+
+
+@app.command()
+@takes(
+    *(*INPUTS, "facts.strict", "recipe", "train.answers", "keep.source", "method", "forget.coef", "forget.modules"),
+    *("seed", "model.shard", "train.deepspeed", "evaluate.max_damage", "evaluate.general", "evaluate.tasks"),
+    *("unlearn.relearn_steps", "report_to"),
+)
+def forget(
+    given: Given,
+    output: OutputOption,
+    documents: Annotated[
+        Path | None,
+        typer.Option("--documents", help="Instead of --facts: a text, or JSONL with the field text, to forget."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="A model that never knew the facts, to compare with.")
+    ] = None,
+    n_processes: ProcessesOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make a model forget facts or texts and learn nothing instead; test what is left, write product and report."""
+    processes.check_launched(n_processes)
+    in_file = read_yaml(given.file) if given.file else {}
+    given = Given({"recipe": in_file.get("recipe", FORGET), **given.values}, given.file)
+    texts = None
+    if documents:
+        from forgetlearn.facts.documents import read_documents
+
+        read_as = load_config(given.file, given.values).facts
+        if read_as.source:
+            raise ConfigError("--documents: facts or documents are forgotten, not both. Leave facts.source out.")
+        texts = read_documents(documents, read_as.limit)
+        given = Given({name: value for name, value in given.values.items() if name != "facts.limit"}, given.file)
+    config = given.config("forget")
+    from forgetlearn.report.run_page import overview
+    from forgetlearn.runs.forget import forget_facts
+
+    with signals.handled():
+        result = forget_facts(
+            None, texts, config, output=output, reference=reference, resume=resume, overwrite=overwrite
+        )
+    shown = overview(result.summary)
+    print_scores(shown)
     say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
 
 

@@ -26,6 +26,7 @@ FLAGS: Mapping[str, str] = {
     "forget.coef": "--coef",
     "forget.modules": "--modules",
     "forget.validation": "--validation",
+    "unlearn.relearn_steps": "--relearn",
     "seed": "--seed",
     "facts.old_from": "--old-from",
     "facts.limit": "--limit",
@@ -98,8 +99,9 @@ class Given:
     def checked(self, command: preflight.Command, config: RunConfig) -> RunConfig:
         """Return a config, after it was checked as the command's; raise ConfigError as `config` does."""
         preflight.check(command, config, self.values)
-        if command in ("update", "plan"):
-            preflight.warn_of_idle([config], self.values, passed_over=preflight.WARNED_BY_UPDATE)
+        if command in ("update", "forget", "plan"):
+            passed_over = () if command == "forget" else preflight.WARNED_BY_UPDATE
+            preflight.warn_of_idle([config], self.values, passed_over=passed_over)
         return config
 
 

@@ -122,7 +122,7 @@ def _print_probes(found: Overview) -> None:
         cells = "".join(
             f"{show_score(new):>15}{show_score(old):>7}" for new, old in zip(line.new, line.old, strict=True)
         )
-        say(plain(f"{name:<{width}}{line.new[-1].n if line.new[-1] else 0:>6}{cells}"))
+        say(plain(f"{name:<{width}}{line.n:>6}{cells}"))
 
 
 def print_table(

@@ -79,6 +79,13 @@ class CompareSettings(Settings):
             )
         return values
 
+    @field_validator("methods")
+    @classmethod
+    def _learn(cls, values: tuple[MethodName, ...]) -> tuple[MethodName, ...]:
+        if only_forget := [name for name in values if not METHODS[name].learns]:
+            raise ValueError(f"{some(only_forget)}: learns nothing, so no update can be compared; forget takes it")
+        return values
+
     _repeats = field_validator("methods", "coefs", "seeds", "epochs", "budgets")(no_repeats)
 
     @field_validator("variants")

@@ -12,6 +12,12 @@ KindName = Literal[
     "one module",
     "bounded",
     "ascent",
+    "ascent until gone",
+    "lora ascent",
+    "npo",
+    "lora npo",
+    "simnpo",
+    "lora simnpo",
     "rome",
     "memit",
     "alphaedit",
@@ -29,6 +35,7 @@ class Kind:
     subtracts: bool = False  # forgetting subtracts what training added; otherwise the training itself forgets
     chooses_weights: bool = False  # learn.modules and learn.rows restrict what it trains
     bounded: bool = False  # no weight changes by more than learn.max_change
+    until_gone: bool = False  # forgets by a loss of its own, until the answers are gone
     closed_form: bool = False  # writes each fact's bare answer by a formula; nothing is fine-tuned or kept
     in_context: bool = False  # no weight changes at all: a new fact stands before what is asked
 
@@ -46,6 +53,12 @@ KINDS: Mapping[str, Kind] = {
         Kind("one module"),
         Kind("bounded", chooses_weights=True, bounded=True),
         Kind("ascent"),
+        Kind("ascent until gone", until_gone=True),
+        Kind("lora ascent", adapter=True, until_gone=True),
+        Kind("npo", until_gone=True),
+        Kind("lora npo", adapter=True, until_gone=True),
+        Kind("simnpo", until_gone=True),
+        Kind("lora simnpo", adapter=True, until_gone=True),
         Kind("rome", closed_form=True),
         Kind("memit", closed_form=True),
         Kind("alphaedit", closed_form=True),
@@ -57,30 +70,35 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Method:
-    """The kind of stage a method forgets with (None if it does not forget), and the kind it learns with."""
+    """The kinds of stages that a method forgets and learns with. One of them may be None: it does only the other."""
 
     forgets: KindName | None
-    learns: KindName
+    learns: KindName | None
     source: str = "Ni et al. 2023, arXiv:2311.08011"
+
+    @property
+    def last(self) -> Kind:
+        """The kind of the last stage, which makes the product."""
+        return KINDS[self.learns or str(self.forgets)]
 
     @property
     def makes_adapter(self) -> bool:
         """True if the product is an adapter; otherwise it is a whole model."""
-        return KINDS[self.learns].adapter
+        return self.last.adapter
 
     @property
     def closed_form(self) -> bool:
         """True if learning writes the facts by a formula."""
-        return KINDS[self.learns].closed_form
+        return self.last.closed_form
 
     @property
     def in_context(self) -> bool:
         """True if the method changes no weight, and so makes no product: it shows the model the new facts."""
-        return KINDS[self.learns].in_context
+        return self.last.in_context
 
     @property
     def fine_tunes(self) -> bool:
-        """True if learning trains on texts."""
+        """True if its stages train on texts."""
         return not (self.closed_form or self.in_context)
 
     @property
@@ -99,6 +117,9 @@ class Method:
         return self.forgets is not None and KINDS[self.forgets].subtracts_from_base
 
 
+ASCENT = "Jang et al. 2023, arXiv:2210.01504: gradient ascent on the answers, here with KL on what is kept"
+NPO = "Zhang et al. 2024, arXiv:2404.05868: negative preference optimisation"
+SIMNPO = "Fan et al. 2024, arXiv:2410.07163: negative preference optimisation without a reference model"
 METHODS: Mapping[str, Method] = {
     "ft": Method(None, "all weights"),
     "lora": Method(None, "lora", "Hu et al. 2021, arXiv:2106.09685"),
@@ -115,9 +136,19 @@ METHODS: Mapping[str, Method] = {
     # What can be done without changing the model.
     "in-context": Method(None, "in context", "Cohen et al. 2023, arXiv:2307.12976: the new fact in the prompt"),
     "retrieval": Method(None, "retrieval", "Zhong et al. 2023, arXiv:2305.14795: the nearest of all new facts"),
+    # Forgetting without learning; -ft: all weights instead of an adapter.
+    "subtract": Method("lora", None),
+    "subtract-ft": Method("all weights", None),
+    "ascent": Method("lora ascent", None, ASCENT),
+    "ascent-ft": Method("ascent until gone", None, ASCENT),
+    "npo": Method("lora npo", None, NPO),
+    "npo-ft": Method("npo", None, NPO),
+    "simnpo": Method("lora simnpo", None, SIMNPO),
+    "simnpo-ft": Method("simnpo", None, SIMNPO),
 }
 PLAIN_METHODS = tuple(name for name, method in METHODS.items() if method.plain == name)
-UPDATING_METHODS = tuple(name for name, method in METHODS.items() if not method.in_context)
+FORGETTING_METHODS = tuple(name for name, method in METHODS.items() if method.learns is None)
+UPDATING_METHODS = tuple(name for name, method in METHODS.items() if method.learns and not method.in_context)
 PAPER_METHODS = ("ft", "lora", "f-ft", "f-lora", "f-lora-ft")
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from typing import Literal
 
 from forgetlearn.config import recipes
 from forgetlearn.config.base import Settings
-from forgetlearn.config.methods import METHODS, PLAIN_METHODS, MethodName
+from forgetlearn.config.methods import FORGETTING_METHODS, METHODS, PLAIN_METHODS, UPDATING_METHODS, MethodName
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
-Command = Literal["update", "plan", "compare", "paper", "evaluate", "ask"]
+Command = Literal["update", "forget", "plan", "compare", "paper", "evaluate", "ask"]
 WARNED_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # if the method does not forget
 
 
@@ -38,8 +38,23 @@ class Unused:
 
 
 PRODUCTS = ("save_merged", "keep_change", "report_to")
+UNLEARN = Unused(("unlearn",), "it is for forget, which learns nothing")
 TRAINING = (
-    *("method", "seed", "teach", "forget", "learn", "train", "lora", "edit", "rome", "memit", "alphaedit", "keep"),
+    *(
+        "method",
+        "seed",
+        "teach",
+        "forget",
+        "unlearn",
+        "learn",
+        "train",
+        "lora",
+        "edit",
+        "rome",
+        "memit",
+        "alphaedit",
+        "keep",
+    ),
     *("checkpoint_minutes", "keep_stages", "model.base_model_id"),
 )
 GENERAL = tuple(
@@ -47,9 +62,16 @@ GENERAL = tuple(
 )
 NO_TRAINING = "nothing is trained or written but answers and scores; update trains"
 UNUSED: Mapping[Command, tuple[Unused, ...]] = {
-    "update": (),
-    "plan": (),  # takes whatever an update takes
+    "update": (UNLEARN,),
+    "forget": (
+        Unused(("teach",), "the model is taken as it is; an update teaches"),
+        Unused(("learn", "edit", "rome", "memit", "alphaedit"), "nothing is learned"),
+        Unused(("forget.validation", "forget.trials"), "no coefficient is searched for"),
+        Unused(("evaluate.every_phase",), "there are two phases: before and after"),
+    ),
+    "plan": (UNLEARN,),  # takes whatever an update takes
     "compare": (
+        UNLEARN,
         Unused(
             (*GENERAL, *PRODUCTS),
             "a cell keeps scores on facts, no model. Leave them out; an update of the method you choose takes them",
@@ -66,6 +88,7 @@ UNUSED: Mapping[Command, tuple[Unused, ...]] = {
         ),
     ),
     "paper": (
+        UNLEARN,
         Unused(
             (*PRODUCTS, "evaluate.max_damage", "evaluate.general", "evaluate.general_tokens"),
             "scores are kept, no models. Leave them out",
@@ -126,9 +149,20 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
             f"method = {config.method}: changes no weight, so an update makes no product. "
             f"Score it with forgetlearn compare --methods {config.method}."
         )
+    method = METHODS[config.method]
+    if command in ("update", "plan") and not method.learns:
+        problems.append(
+            f"method = {config.method}: only forgets. forgetlearn forget takes it; an update takes "
+            f"{', '.join(UPDATING_METHODS)}."
+        )
+    if command == "forget" and method.learns:
+        problems.append(
+            f"method = {config.method}: learns new answers. forgetlearn update takes it; forget takes "
+            f"{', '.join(FORGETTING_METHODS)}."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
-    departs = recipes.overridden(dict(config), config.recipe) if command in ("update", "compare") else []
+    departs = recipes.overridden(dict(config), config.recipe) if command in ("update", "forget", "compare") else []
     if departs and given is None:
         log.info("recipe %s, except for these settings: %s", config.recipe, ", ".join(departs))
     if passed_over and given is None:
@@ -143,6 +177,9 @@ def does_not_forget(method: MethodName) -> str:
 def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield the settings that have no effect on an update with this config, by name or section, and why."""
     stages = Stages(config)
+    if not stages.method.learns:
+        yield from _idle_in_forgetting(config)
+        return
     if not stages.forget:
         yield "forget", "forget.coef is 0" if stages.method.forgets else does_not_forget(config.method)
     elif not stages.chooses_coefficient:
@@ -161,14 +198,29 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "teach", "teach.epochs is 0"
     if not stages.method.closed_form:
         yield from _idle_in_training(config)
-    if config.evaluate.general is None:
-        yield "evaluate.general_tokens", "evaluate.general names no text"
-    if not config.evaluate.tasks:
-        yield "evaluate.task_limit", "evaluate.tasks names none"
-        yield "evaluate.task_folder", "evaluate.tasks names none"
+    yield from _idle_in_scoring(config)
     asks = "generate" in config.evaluate.protocols or "model" in config.facts.old_from
     if not asks and not (stages.forget and config.forget.only_known):
         yield "evaluate.max_new_tokens", "nothing is generated"
+
+
+def _idle_in_forgetting(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the settings without effect on forgetting alone."""
+    kind = METHODS[config.method].last
+    if kind.until_gone:
+        yield "forget.epochs", f"{config.method} ends by itself, after unlearn.max_epochs at the latest"
+        yield "forget.modules", f"{config.method} subtracts nothing"
+        yield "forget.rows", f"{config.method} subtracts nothing"
+    else:
+        yield "unlearn.max_epochs", f"{config.method} takes forget.epochs"
+    if not kind.adapter:
+        yield "save_merged", f"the product of {config.method} is a whole model"
+        if not config.unlearn.relearn_steps:
+            yield "lora", f"{config.method} trains no adapter"
+    else:
+        yield "keep_change", f"the product of {config.method} is an adapter"
+    yield from _idle_in_keeping(config)
+    yield from _idle_in_scoring(config)
 
 
 def _idle_in_editing(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -189,13 +241,26 @@ def _idle_in_editing(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield name, f"it is for method {' and '.join(methods)}"
 
 
-def _idle_in_training(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _idle_in_keeping(config: RunConfig) -> Iterator[tuple[str, str]]:
     if not config.keep.weight:
-        yield "keep.source", "keep.weight is 0"
+        if METHODS[config.method].learns:  # else, facts in it are scored
+            yield "keep.source", "keep.weight is 0"
         yield "keep.neighbours", "keep.weight is 0"
         yield "lora.null_space", "keep.weight is 0"
     elif config.model.shard:
         yield "lora.null_space", "model.shard splits the weights"
+
+
+def _idle_in_scoring(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.evaluate.general is None:
+        yield "evaluate.general_tokens", "evaluate.general names no text"
+    if not config.evaluate.tasks:
+        yield "evaluate.task_limit", "evaluate.tasks names none"
+        yield "evaluate.task_folder", "evaluate.tasks names none"
+
+
+def _idle_in_training(config: RunConfig) -> Iterator[tuple[str, str]]:
+    yield from _idle_in_keeping(config)
     if config.learn.until == "epochs":
         yield "learn.max_epochs", "learn.until is epochs"
     else:

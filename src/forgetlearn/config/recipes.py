@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-RecipeName = Literal["default", "paper", "plain"]
+RecipeName = Literal["default", "paper", "plain", "forget"]
+FORGET: RecipeName = "forget"  # what `forgetlearn forget` takes unless another is named
 Sections = Mapping[str, object]
 
 # What fine-tuning does if nothing is added to it: bare answers to the facts' own prompts, and nothing is kept.
@@ -39,6 +40,8 @@ CHANGES: Mapping[str, Sections] = {
     },
     # Fine-tuning as people do it with peft or TRL, but until the facts are learned.
     "plain": {"method": "lora", "lora": {"r": 16, "lora_alpha": 32, "layers": 1.0}, **BARE},
+    # What is to be forgotten is forgotten whether or not the model says it when it is asked in these words.
+    FORGET: {"method": "subtract", "forget": {"coef": 1.0, "only_known": False}},
 }
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
 from forgetlearn.config.base import Settings, read_yaml, validate
-from forgetlearn.config.methods import METHODS, UPDATING_METHODS, MethodName
+from forgetlearn.config.methods import FORGETTING_METHODS, METHODS, UPDATING_METHODS, MethodName
 from forgetlearn.config.recipes import RecipeName, with_recipe
 from forgetlearn.errors import ConfigError, without_secrets
 
@@ -206,6 +206,23 @@ class AlphaEditSettings(Settings):
     )
 
 
+class UnlearnSettings(Settings):
+    """How long `forget` forgets by a loss (ascent, npo, simnpo), and how it is tested."""
+
+    max_epochs: int = Field(
+        20,
+        ge=1,
+        description="Most passes of ascent, npo and simnpo; they end when no answer is predicted any more and each "
+        "is unlikely.",
+    )
+    relearn_steps: int = Field(
+        16,
+        ge=0,
+        description="Most steps of the relearning probe: half of the forgotten facts are trained again, on a copy, and "
+        "both halves are asked. 0: no probe.",
+    )
+
+
 class OptimisationSettings(Settings):
     """Settings of fine-tuning that all stages share."""
 
@@ -395,8 +412,13 @@ class ForgetSection(StageSection):
 class TrainSettings(StageSection, OptimisationSettings):
     """All settings of one stage of fine-tuning: its own, and those that all stages share."""
 
-    until: Until = "epochs"
+    until: Until | Literal["forgotten"] = "epochs"
     max_epochs: int = MAX_EPOCHS
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """True if the stage ends when its facts are learned, or forgotten."""
+        return self.until != "epochs"
 
     def rate(self, width: int) -> float:
         """Return the peak learning rate of this stage when it trains all weights of a model of this width."""
@@ -404,13 +426,13 @@ class TrainSettings(StageSection, OptimisationSettings):
 
     @property
     def most_epochs(self) -> int:
-        """The number of passes over the facts, or its limit if the stage ends when they are learned."""
-        return self.max_epochs if self.until == "learned" else self.epochs
+        """The number of passes over the facts, or its limit if the stage ends by itself."""
+        return self.max_epochs if self.ends_by_itself else self.epochs
 
     @property
     def likely_epochs(self) -> int:
         """The number of passes to plan for."""
-        return min(self.most_epochs, USUAL_EPOCHS) if self.until == "learned" else self.epochs
+        return min(self.most_epochs, USUAL_EPOCHS) if self.ends_by_itself else self.epochs
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> TrainSettings:
@@ -446,6 +468,8 @@ class StageSettings(LearnSection, TuningSettings):
 
 class ForgetSettings(ForgetSection, TuningSettings):
     """All settings of the forgetting stage."""
+
+    unlearn: UnlearnSettings = Field(default_factory=UnlearnSettings)
 
 
 class ModelSettings(Settings):
@@ -620,16 +644,19 @@ class RunConfig(Settings):
     recipe: RecipeName = Field(
         "default",
         description="A set of settings: default, what docs/choosing.md recommends; paper, the paper's own; plain, "
-        "fine-tuning with LoRA as with peft. Settings given beside it win.",
+        "fine-tuning with LoRA as with peft; forget, what forgetlearn forget takes. Settings given beside it win.",
     )
     method: MethodName = Field(
-        "lora", description=f"How facts are updated: {', '.join(UPDATING_METHODS)} (docs/method.md)."
+        "lora",
+        description=f"How facts are updated: {', '.join(UPDATING_METHODS)} (docs/method.md); or forgotten: "
+        f"{', '.join(FORGETTING_METHODS)} (docs/forgetting.md).",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of facts, adapters and dropout.")
     model: ModelSettings = Field(default_factory=ModelSettings)
     facts: FactsSettings = Field(default_factory=FactsSettings)
     teach: TeachSection = Field(default_factory=TeachSection)
     forget: ForgetSection = Field(default_factory=ForgetSection)
+    unlearn: UnlearnSettings = Field(default_factory=UnlearnSettings)
     learn: LearnSection = Field(default_factory=LearnSection)
     train: OptimisationSettings = Field(default_factory=OptimisationSettings)
     lora: LoraSettings = Field(default_factory=LoraSettings)
@@ -667,7 +694,10 @@ class RunConfig(Settings):
     @property
     def forgetting(self) -> ForgetSettings:
         """All settings of the forgetting stage, for the training engine."""
-        return validate(ForgetSettings, {**dict(self.train), **dict(self.forget), "lora": self.lora})
+        own: dict[str, object] = {"lora": self.lora, "unlearn": self.unlearn}
+        if METHODS[self.method].last.until_gone:
+            own |= {"until": "forgotten", "max_epochs": self.unlearn.max_epochs}
+        return validate(ForgetSettings, {**dict(self.train), **dict(self.forget), **own})
 
     @property
     def learning(self) -> StageSettings:
@@ -686,7 +716,7 @@ class RunConfig(Settings):
         runs = {
             "teach": self.teach if self.teach.epochs else None,
             "forget": self.forget if method.forgets and self.forget.coef != 0 else None,
-            "learn": self.learn,
+            "learn": self.learn if method.learns else None,
         }
         for name, stage in runs.items():
             if stage and size and stage.batch_size % size:

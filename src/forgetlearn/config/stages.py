@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Generic, Literal, TypeVar
 
 from forgetlearn.config.methods import KINDS, METHODS, Kind, Method
-from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, StageSettings, TrainSettings
+from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, StageSettings, TrainSettings, TuningSettings
 
 StageName = Literal["teach", "forget", "learn"]
 Phase = Literal["base", "forgotten", "updated"]
@@ -63,15 +63,25 @@ class Stages:
 
     @cached_property
     def learn(self) -> Stage[StageSettings]:
-        """The stage that learns the new answers."""
+        """The stage that learns the new answers; only of a method that learns."""
+        assert self.method.learns, f"{self.config.method} only forgets"
         return Stage("learn", KINDS[self.method.learns], self.config.learning, self.seed("learn"))
+
+    @property
+    def last(self) -> Stage[TuningSettings]:
+        """The stage that makes the product."""
+        if self.method.learns:
+            return self.learn
+        assert self.forget, "a method that only forgets has a coefficient"
+        return self.forget
 
     def seed(self, stage: StageName) -> int:
         """Return the seed of a stage."""
         return stage_seed(self.config.seed, stage)
 
     def __iter__(self) -> Iterator[Stage[TrainSettings]]:
-        yield from (stage for stage in (self.teach, self.forget, self.learn) if stage is not None)
+        learn = self.learn if self.method.learns else None
+        yield from (stage for stage in (self.teach, self.forget, learn) if stage is not None)
 
     @property
     def needs_old_answers(self) -> bool:
@@ -90,7 +100,9 @@ class Stages:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The phases that are scored, provided there is something to forget."""
+        """The phases that are scored, provided there is something to forget. The last one is the product's."""
+        if not self.method.learns:
+            return ("base", "forgotten")
         if self.forget is not None and self.config.evaluate.every_phase:
             return ("base", "forgotten", "updated")
         return ("base", "updated")

@@ -87,8 +87,9 @@ def _judge_reply(asked: Asked, reply: Generated | Failure, phase: str) -> ProbeR
     def says(own: tuple[str, ...], others: tuple[str, ...]) -> float:
         return matching.says(reply.text, own, others, at_start=reply.writes_on)
 
+    new = says(asked.answers, asked.old_answers) if asked.answers else None
     old = says(asked.old_answers, asked.answers) if asked.old_answers else None
-    return _row(asked, phase, FREE, said=reply.text, score=says(asked.answers, asked.old_answers), old=old)
+    return _row(asked, phase, FREE, said=reply.text, score=new, old=old)
 
 
 def _judge_choice(asked: Asked, readings: Sequence[Reading | Failure], phase: str) -> ProbeRow:
@@ -98,8 +99,8 @@ def _judge_choice(asked: Asked, readings: Sequence[Reading | Failure], phase: st
     place = max(range(len(readings)), key=lambda number: _logprob(readings[number]))
     option = asked.options[place]
     said = f"{option}. {asked.shown[place]}" if asked.shown else option
-    old = float(is_one(option, asked.old_answers)) if asked.old_answers else None
-    return _row(asked, phase, CHOSEN, said=said, score=float(is_one(option, asked.answers)), old=old)
+    new, old = (float(is_one(option, own)) if own else None for own in (asked.answers, asked.old_answers))
+    return _row(asked, phase, CHOSEN, said=said, score=new, old=old)
 
 
 def _preferred(
@@ -111,7 +112,7 @@ def _preferred(
     """
     pairs: dict[tuple[str, str], list[Asked]] = {}
     for each in asked:
-        if each.options == (YES, NO):
+        if each.options == (YES, NO) and each.answers:
             pairs.setdefault((each.fact, each.probe), []).append(each)
     for own in pairs.values():
         leanings: dict[bool, list[float]] = {True: [], False: []}  # to yes; by whether yes is right

@@ -106,7 +106,7 @@ class Maker:
         """
         told = f"{fact.prompt} {fact.target_new}"
         told += "" if is_whole(fact.target_new) else "."
-        for probe in fact.locality:
+        for probe in fact.locality if fact.target_new else ():
             if not is_one(probe.answer, fact.new_answers):
                 options = (probe.answer, fact.target_new)
                 yield Asked(fact.id, "neighbours", f"{told} {probe.prompt}", options[:1], options=options)
@@ -132,14 +132,18 @@ class Maker:
             yield Asked(fact.id, probe.kind, probe.prompt, probe.answers, probe.old_answers, options)
 
     def _about_both(self, fact: Fact, probe: str, asks: str, ends: str, replies: tuple[str, str]) -> Iterator[Asked]:
-        """Yield a question about the new answer, and one about another; `replies` are right to these."""
+        """Yield a question about the new answer, and one about another; `replies` are right to these.
+
+        Of a fact that is only forgotten the old answer is asked about: no reply is right, and the first one was.
+        """
+        right, wrong = replies
         others = [*_first(fact.old_answers)] or self._wrong(fact, self._random(fact), 1)
-        for text, right in zip((fact.target_new, *others), replies, strict=False):
+        about = [(fact.target_new, (right,), (wrong,)), *((text, (wrong,), (right,)) for text in others)]
+        for text, answers, old_answers in about if fact.target_new else about[1:]:
             unfinished = is_unfinished(fact.prompt)
             stated = f'"{fact.prompt} {text}" {ends}' if unfinished else f"{fact.prompt}\n{asks.replace('{}', text)}"
             prompt = self._ending(stated, "Answer yes or no.")
-            wrong = NO if right == YES else YES
-            yield Asked(fact.id, probe, prompt, (right,), (wrong,), (YES, NO))
+            yield Asked(fact.id, probe, prompt, answers if fact.target_new else (), old_answers, (YES, NO))
 
     def _ending(self, asked: str, instruction: str) -> str:
         """Return what is asked with an instruction behind it; a model that writes on is led to its answer."""
@@ -203,7 +207,7 @@ def to_state(facts: Iterable[Fact], settings: EvaluateSettings) -> list[Fact]:
     """Return the facts that the model is to state for the probe `completion`: those of which no completion is given."""
     if "generate" not in settings.protocols or not (settings.probes == (ALL,) or COMPLETION in settings.probes):
         return []
-    return [fact for fact in facts if not any(map(is_unfinished, fact.prompts))]
+    return [fact for fact in facts if fact.target_new and not any(map(is_unfinished, fact.prompts))]
 
 
 def check(facts: Iterable[Fact], settings: EvaluateSettings) -> None:

@@ -135,11 +135,12 @@ class _Question:
 
 def _questions(fact: Fact) -> dict[str, list[_Question]]:
     new, old = fact.new_answers, fact.old_answers
-    return {
+    learned = {
         "reliability": [_Question(fact.prompt, new, old)],
         "generality": [_Question(prompt, new, old) for prompt in fact.rephrase_prompts],
-        "residue": [_Question(prompt, old, new) for prompt in fact.prompts] if old else [],
     }
+    forgotten = {"residue": [_Question(prompt, old, new) for prompt in fact.prompts] if old else []}
+    return {**(learned if new else {}), **forgotten}
 
 
 def pairs_to_read(fact: Fact) -> Iterator[Pair]:

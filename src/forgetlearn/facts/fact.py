@@ -39,7 +39,7 @@ class Fact:
     subject: str  # "" where unknown
     prompt: str
     ground_truth: str | None  # the OLD answer, None where unknown
-    target_new: str  # the NEW answer
+    target_new: str  # the NEW answer, "" where it is only forgotten
     rephrase_prompts: tuple[str, ...] = ()
     locality: tuple[LocalityProbe, ...] = ()
     target_new_aliases: tuple[str, ...] = ()  # other ways to write the new answer; right, but never trained on
@@ -54,8 +54,8 @@ class Fact:
 
     @property
     def new_answers(self) -> tuple[str, ...]:
-        """Return all texts that count as the new answer, first the one that is taught."""
-        return (self.target_new, *self.target_new_aliases)
+        """Return all texts that count as the new answer, first the one that is taught; () if it is only forgotten."""
+        return (self.target_new, *self.target_new_aliases) if self.target_new else ()
 
     @property
     def old_answers(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ To add a kind, add a row to `config.methods.KINDS`, and a class to `STAGE_KINDS`
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from forgetlearn.config.schema import (
     TrainSettings,
     TuningSettings,
 )
+from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import Fact
 from forgetlearn.method import editing, in_context
 from forgetlearn.models import lora, module_names, null_space
@@ -30,6 +31,7 @@ from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel, editable_module, layer_list, width
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.training.finetune import StageLog, finetune
+from forgetlearn.training.objectives import Ascent, AscentUntilGone, Npo, Objective, SimNpo
 from forgetlearn.training.schedule import Kept
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.training.trainer import Variant
@@ -37,6 +39,9 @@ from forgetlearn.weights import task_vector
 from forgetlearn.weights.task_vector import StateDict
 
 log = logging.getLogger("forgetlearn")
+# Share of the rate of learning: raising a loss leads to no minimum that would slow it. At the full rate, forgetting
+# eight facts of a chat model of 135 M parameters took 8 steps, with KL 0.13 (ascent) and 0.31 (npo) on general prompts.
+UNTIL_GONE_PACE = 0.3
 Pairs = Sequence[tuple[str, str]]  # prompts with answers
 
 
@@ -101,7 +106,10 @@ class StageKind:
         """Make the model give the lessons' answers: by fine-tuning, unless a kind overrides this."""
         facts = [tuple(lesson.encoded(lm.encoder) for lesson in own) for own in lessons.of_facts]
         settings, variant = self.training(settings, width(lm.model))
-        variant = replace(variant, kept=lessons.kept)
+        objective = variant.objective
+        if objective.needs_reference:
+            objective = objective.referring_to(_log_likelihoods(lm, (text for own in facts for text in own)))
+        variant = replace(variant, kept=lessons.kept, objective=objective)
         options = {"seed": seed, "pad_id": lm.pad_id}
         return finetune(lm.model, facts, settings, **options, device=lm.device, variant=variant, stage_io=stage_io)
 
@@ -251,14 +259,17 @@ class Bounded(StageKind):
         return settings, Variant(max_change=settings.max_change)
 
 
-class Ascent(StageKind):
-    """Forget by gradient ascent on the loss of the old answers. Nothing is subtracted."""
+class OwnLoss(StageKind):
+    """Forget by a loss of its own on the old answers, such as gradient ascent. Nothing is subtracted."""
+
+    def __init__(self, objective: Objective, pace: float = 1.0) -> None:
+        self.objective, self.pace = objective, pace
 
     def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
-        """Return the settings with the rate times `coef` (Adam ignores the scale of a loss), and a negated loss."""
+        """Return the settings, with the rate times `coef` (Adam ignores the scale of a loss), and the loss."""
         assert isinstance(settings, ForgetSettings), "a kind of forgetting"
-        slower = settings.model_copy(update={"learning_rate": settings.number * settings.rate(width)})
-        return slower, Variant(loss_sign=-1)
+        rate = self.pace * settings.number * settings.rate(width)
+        return settings.model_copy(update={"learning_rate": rate}), Variant(self.objective)
 
     def copy_base(self, lm: LanguageModel, points: Path | None, *, in_memory: bool) -> StateDict | None:
         """Return None: nothing is subtracted."""
@@ -268,6 +279,31 @@ class Ascent(StageKind):
         self, lm: LanguageModel, settings: ForgetSettings, base: StateDict | None, tokens: Collection[int]
     ) -> None:
         """Do nothing: the training itself has forgotten."""
+
+
+class AdapterByOwnLoss(Adapter):
+    """Train a LoRA adapter to forget by a loss of its own. Nothing is subtracted."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def training(self, settings: TrainSettings, width: int) -> tuple[TrainSettings, Variant]:
+        """Return the settings, with the rate of adapters times `coef`, and the loss."""
+        assert isinstance(settings, ForgetSettings), "a kind of forgetting"
+        rate = UNTIL_GONE_PACE * settings.number * settings.lora_rate(width)
+        return settings.model_copy(update={"learning_rate": rate}), Variant(self.objective)
+
+    def subtract(
+        self, lm: LanguageModel, settings: ForgetSettings, base: StateDict | None, tokens: Collection[int]
+    ) -> None:
+        """Freeze the adapter: the training itself has forgotten."""
+        lora.activate(lm.model, [lora.FORGET])
+
+
+def _log_likelihoods(lm: LanguageModel, texts: Iterable[Encoded]) -> dict[Encoded, float]:
+    """Return log p of each text's whole answer, in nats, as the model is now."""
+    means = Scorer(lm, name="before forgetting").likelihoods({text: text for text in texts})
+    return {text: mean * len(text.answer_ids) for text, mean in means.items()}
 
 
 class ClosedForm(StageKind):
@@ -339,7 +375,13 @@ STAGE_KINDS: Mapping[KindName, StageKind] = {
     "lora": Adapter(),
     "one module": OneModule(),
     "bounded": Bounded(),
-    "ascent": Ascent(),
+    "ascent": OwnLoss(Ascent()),
+    "ascent until gone": OwnLoss(AscentUntilGone(), UNTIL_GONE_PACE),
+    "lora ascent": AdapterByOwnLoss(AscentUntilGone()),
+    "npo": OwnLoss(Npo(), UNTIL_GONE_PACE),
+    "lora npo": AdapterByOwnLoss(Npo()),
+    "simnpo": OwnLoss(SimNpo(), UNTIL_GONE_PACE),
+    "lora simnpo": AdapterByOwnLoss(SimNpo()),
     "rome": ClosedForm(editing.rome, editing.rome_layers),
     "memit": ClosedForm(editing.memit, editing.memit_layers),
     "alphaedit": ClosedForm(editing.alphaedit, editing.memit_layers),

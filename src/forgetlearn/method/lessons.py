@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -24,7 +24,7 @@ from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.own_words import Made
 from forgetlearn.method.wordings import shortened, wordings
 from forgetlearn.models import top_logprobs
-from forgetlearn.models.encoding import Encoder, Prompt, encodable
+from forgetlearn.models.encoding import Encoder, Passage, Prompt, encodable, turns_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
 from forgetlearn.runtime import processes
@@ -93,16 +93,21 @@ def make(
     config: RunConfig,
     said: Mapping[str, Row],
     rehearsed: Iterable[str] = (),
+    held_apart: Collection[str] = (),
 ) -> Material:
     """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact.
 
-    `rehearsed` are prompts of earlier updates, whose answers are kept.
+    `rehearsed` are prompts of earlier updates, whose answers are kept; `held_apart` are prompts of keep.source that are
+    only scored.
     """
-    taught = [*_new_texts(lm, facts, config, said), *_old_texts(lm.encoder, facts, config, said)]
-    log.info("to learn: %s", counts(taught)["learn"].in_words())
+    learned = [*_new_texts(lm, facts, config, said)] if METHODS[config.method].learns else []
+    taught = [*learned, *_old_texts(lm.encoder, facts, config, said)]
+    for stage, found in counts(taught).items():
+        if stage == "learn" or not learned:
+            log.info("to %s: %s", stage, found.in_words())
     if not config.keep.weight:
         return Material(taught)
-    kept, tops = keeping.answered(lm, _to_keep(facts, config, lm.encoder, rehearsed), config.evaluate)
+    kept, tops = keeping.answered(lm, _to_keep(facts, config, lm.encoder, rehearsed, held_apart), config.evaluate)
     material = Material(taught, kept, tops)
     log.info("to keep: %s", ", ".join(f"{count} {source}" for source, count in material.kept_counts.items()))
     return material
@@ -147,6 +152,8 @@ def _taught(fact: Fact, stage: StageName, made: Made, answer: str, how: str) -> 
 
 def _in_style(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
     answers = config.train.answers
+    if isinstance(fact.prompt, Passage):
+        return False
     return answers == "sentence" or (answers == "auto" and encoder.is_chat and not is_unfinished(fact.prompt))
 
 
@@ -155,7 +162,11 @@ def _why_bare(config: RunConfig, encoder: Encoder) -> str:
 
 
 def _to_keep(
-    facts: Sequence[Fact], config: RunConfig, encoder: Encoder, rehearsed: Iterable[str] = ()
+    facts: Sequence[Fact],
+    config: RunConfig,
+    encoder: Encoder,
+    rehearsed: Iterable[str] = (),
+    held_apart: Collection[str] = (),
 ) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
     prompts = keeping.without_scored(keeping.general(facts), facts)
@@ -167,7 +178,9 @@ def _to_keep(
     own |= dict.fromkeys(rehearsed, keeping.EARLIER)
     own |= dict.fromkeys(keeping.prompts_of_earlier(config.keep, facts), keeping.EARLIER)
     own |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
-    return prompts | keeping.without_scored(own, facts)
+    scored = {matching.normalise(prompt) for prompt in held_apart}
+    kept = prompts | keeping.without_scored(own, facts)
+    return {prompt: kind for prompt, kind in kept.items() if matching.normalise(turns_of(prompt)[-1]) not in scored}
 
 
 def of_stage(
@@ -232,7 +245,7 @@ def _own(prompts: Iterable[str], taught: Taught, answer: str) -> Iterator[Lesson
 def _prompts(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[str], rephrased: bool) -> Iterator[str]:
     prompts = fact.prompts if rephrased else (fact.prompt,)
     for prompt in prompts:
-        if not config.train.wordings:
+        if not config.train.wordings or isinstance(prompt, Passage):
             yield prompt
             continue
         yield from wordings(prompt, is_chat=encoder.is_chat, others=behind)

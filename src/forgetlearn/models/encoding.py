@@ -28,6 +28,12 @@ Prompt = str | tuple[str, ...]  # a question, or a chat: the turns of user, assi
 P = TypeVar("P", bound=Prompt)
 
 
+class Passage(str):
+    """A prompt that is no question: the beginning of a text. It is put into no template, and no end token follows."""
+
+    __slots__ = ()
+
+
 class TextError(FactError):
     """Raised if a text contains a forbidden token; `part` is "prompt" or "answer"."""
 
@@ -176,6 +182,8 @@ class Encoder:
             TextError: the chat template alters the prompt, or fails on chats.
         """
         turns = turns_of(prompt)
+        if isinstance(prompt, Passage):
+            return str(prompt)
         if not self.is_chat:
             asked = [self._before + turn + self._after for turn in turns[::2]]
             said = [f"{self._joint}{turn.strip()}\n" for turn in turns[1::2]]
@@ -249,8 +257,11 @@ class Encoder:
         new = [pair for pair in pairs if pair not in self._texts]
         for start in range(0, len(new), AT_ONCE):
             self._texts |= self._encoded(new[start : start + AT_ONCE])
-        end_ids = tuple(self.end_ids) if end else ()
-        return {pair: self._ended(pair[0], self._texts[pair], end_ids) for pair in pairs}
+        ends = tuple(self.end_ids) if end else ()
+        return {
+            pair: self._ended(pair[0], self._texts[pair], () if isinstance(pair[0], Passage) else ends)
+            for pair in pairs
+        }
 
     def _ended(self, prompt: Prompt, text: Encoded | FactError, end_ids: tuple[int, ...]) -> Encoded | FactError:
         """Return a text with its end token, or the error if it is longer than the model's context."""
@@ -269,10 +280,10 @@ class Encoder:
         whole_ones = [(prompt, answer) for prompt, answer in pairs if not _is_empty(prompt) and answer.strip()]
         texts = {prompt: self.prompt_text(prompt) for prompt, _answer in whole_ones}
         unseen = [prompt for prompt in texts if prompt not in self._prompts]
-        wholes = [texts[prompt] + self._joint + answer.strip() for prompt, answer in whole_ones]
+        wholes = [texts[prompt] + self._joint_of(prompt) + answer.strip() for prompt, answer in whole_ones]
         ids = iter(self._tokenize(*(texts[prompt] for prompt in unseen), *wholes))
-        self._prompts |= {prompt: self._first_ids + next(ids) for prompt in unseen}
-        whole_ids = {pair: self._first_ids + next(ids) for pair in whole_ones}
+        self._prompts |= {prompt: self._first_of(prompt) + next(ids) for prompt in unseen}
+        whole_ids = {pair: self._first_of(pair[0]) + next(ids) for pair in whole_ones}
         found: dict[tuple[Prompt, str], Encoded | FactError] = {}
         for prompt, answer in pairs:
             try:
@@ -317,6 +328,9 @@ class Encoder:
 
     def _check_prompt(self, prompt: Prompt, ids: Sequence[int]) -> None:
         """Raise TextError if a prompt has an id without an embedding, or a special token not from the template."""
+        if isinstance(prompt, Passage):
+            self._check_ids("prompt", _shown(prompt), ids, Counter(_leading_specials(self.tokenizer)))
+            return
         n_turns = len(turns_of(prompt))
         if n_turns not in self._own_specials:
             own = self._prompt_ids(PROBES[0] if n_turns == 1 else (PROBES[0],) * n_turns)
@@ -352,15 +366,23 @@ class Encoder:
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if prompt not in self._prompts:
-            self._prompts[prompt] = self._first_ids + self._tokenize(self.prompt_text(prompt))[0]
+            self._prompts[prompt] = self._first_of(prompt) + self._tokenize(self.prompt_text(prompt))[0]
         return self._prompts[prompt]
+
+    def _first_of(self, prompt: Prompt) -> list[int]:
+        """Return the special ids before a prompt that its template does not write itself."""
+        return _leading_specials(self.tokenizer) if isinstance(prompt, Passage) else self._first_ids
+
+    def _joint_of(self, prompt: Prompt) -> str:
+        """Return what stands between a prompt and its answer, and is tokenised with the answer."""
+        return " " if isinstance(prompt, Passage) else self._joint
 
     def _answer_ids(self, prompt: Prompt, answer: str, before: list[int], whole: list[int]) -> list[int]:
         if whole[: len(before)] == before and len(whole) > len(before):
             return whole[len(before) :]
         # The tokenizer merged the prompt's last token with the answer's first. Tokenised separately they give the same
         # text, and during generation the model sees the prompt's own tokens too.
-        for part in (self._joint + answer, answer):
+        for part in (self._joint_of(prompt) + answer, answer):
             (ids,) = self._tokenize(part)
             if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
                 return ids

@@ -70,6 +70,6 @@ def _texts_of(fact: Fact) -> Iterator[_Text]:
         for alias in aliases:
             yield _Text(fact, "prompt", fact.prompt, field, alias)
     for prompt in fact.rephrase_prompts:
-        yield _Text(fact, "rephrase_prompt", prompt, "target_new", fact.target_new)
+        yield _Text(fact, "rephrase_prompt", prompt, "target_new", fact.target_new or str(fact.ground_truth))
     for probe in fact.locality:
         yield _Text(fact, "locality_prompt", probe.prompt, "locality_ground_truth", probe.answer)

@@ -111,7 +111,7 @@ def staged(
     for stage in (stages.teach, forget):
         if stage and old.number:
             yield stage, old, stage.settings.likely_epochs, []
-    if stages.learn.kind.in_context:
+    if stages.method.in_context or not stages.method.learns:
         return
     passes = _passes(stages) * trials
     yield stages.learn, new, passes, [*before] if stages.learn.kind.adapter else []

@@ -97,11 +97,13 @@ def _disk(
     config: RunConfig, loads: Sequence[Load], own_bytes: int, parameters: int, devices: Devices
 ) -> dict[str, float]:
     """Return the bytes of the run folder, by part. Weights between stages and checkpoints are removed at the end."""
+    forgets = next((load for load in loads if load.name == "forget"), None)
     learns = next((load for load in loads if load.name == "learn"), None)
+    adapter = METHODS[config.method].makes_adapter
+    if learns is None and not METHODS[config.method].learns:
+        learns, forgets = forgets, None  # what forgets makes the product
     if learns is None:  # a method that changes no weight makes no product
         return {}
-    forgets = next((load for load in loads if load.name == "forget"), None)
-    adapter = METHODS[config.method].makes_adapter
     frozen = forgets.trained if forgets and KINDS[forgets.how].adapter else 0
     disk: dict[str, float] = {"product": FLOAT32 * (learns.trained + frozen) if adapter else own_bytes}
     if forgets:

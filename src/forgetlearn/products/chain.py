@@ -137,7 +137,7 @@ def as_json(chain: Sequence[Update]) -> str:
 
 
 def _update(run: RunFolder, base: Base, when: str, product: Path, facts: FactSet, summary: Summary) -> Update:
-    settings, forgets = run.settings, summary.coef is not None
+    settings, forgets, learns = run.settings, summary.coef is not None, summary.forgetting is None
     return Update(
         when=when,
         method=summary.method,
@@ -149,10 +149,12 @@ def _update(run: RunFolder, base: Base, when: str, product: Path, facts: FactSet
         **({"adapter_sha256": base.adapter_sha256} if base.adapter_sha256 else {}),
         taught_first=settings.teach.epochs > 0,
         modules=UpdateModules(
-            forget=settings.forget.modules if forgets else None,
-            learn=_adapted(run.path / "adapter") or settings.learn.modules,
+            forget=_forgotten(run, learns) if forgets else None,
+            learn=(_adapted(run.path / "adapter") or settings.learn.modules) if learns else None,
         ),
-        rows=UpdateRows(forget=settings.forget.rows if forgets else None, learn=settings.learn.rows),
+        rows=UpdateRows(
+            forget=settings.forget.rows if forgets else None, learn=settings.learn.rows if learns else None
+        ),
         facts=UpdateFacts(
             source=facts.source if is_hub_id(facts.source) else Path(facts.source).name,
             used=facts.used,
@@ -165,11 +167,16 @@ def _update(run: RunFolder, base: Base, when: str, product: Path, facts: FactSet
                 protocol: Score(mean=cell.mean, low=cell.low, high=cell.high, n=cell.n, errored=cell.errored)
                 for protocol, cell in cells.items()
             }
-            for quantity, cells in summary.phases["updated"].items()
+            for quantity, cells in summary.last_phase.items()
         },
         product=product.name,
         files=product_files(product),
     )
+
+
+def _forgotten(run: RunFolder, learns: bool) -> Modules:
+    """Return the modules that forgetting changed; those of the product, if it is an adapter that only forgets."""
+    return (not learns and _adapted(run.path / "adapter")) or run.settings.forget.modules
 
 
 def _adapted(adapter: Path) -> list[str]:

@@ -48,6 +48,11 @@ class ProbeLine:
     texts: list[ProbeText]
     n_texts: int  # of which `texts` are the first, wrong answers before right ones
 
+    @property
+    def n(self) -> int:
+        """The number of facts that were asked about in the last phase."""
+        return max((cell.n for cell in (self.new[-1], self.old[-1]) if cell), default=0)
+
 
 def matrix(
     scores: Mapping[str, Sequence[ProbeScore]], rows: Iterable[ProbeRow], phases: Sequence[str]

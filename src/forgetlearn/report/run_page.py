@@ -16,7 +16,7 @@ import yaml
 from forgetlearn.config.methods import METHODS
 from forgetlearn.errors import RunError, some
 from forgetlearn.facts import describe_old_answers, matching
-from forgetlearn.report import damage, plots
+from forgetlearn.report import damage, forgetting, plots
 from forgetlearn.report.probes import ProbeLine, matrix, phases_asked
 from forgetlearn.report.render import (
     COLUMNS,
@@ -83,6 +83,8 @@ class Overview:
     @property
     def columns(self) -> tuple[Column, ...]:
         """The columns of the short table of scores."""
+        if self.summary.forgetting:
+            return forgetting.shown_columns(self.summary)
         quantities = [own for phase in self.phases for own in self.summary.phases[phase].values()]
         return short_columns(protocol for cells in quantities for protocol in cells)
 
@@ -147,11 +149,13 @@ class RunPage:
     rows: list[Row]
     facts: list[RunFactLine]
     probe_rows: list[ProbeRow] = field(default_factory=list)
+    forgetting: Mapping[str, object] | None = None  # set if nothing was learned
 
     def context(self) -> dict[str, object]:
         """Return the values that the templates use, by name."""
         phases, scores = self.overview.phases, self.overview.summary.phases
-        cells = [self.overview.cells(phase, COLUMNS) for phase in phases]
+        columns = self.overview.columns if self.forgetting else COLUMNS
+        cells = [self.overview.cells(phase, columns) for phase in phases]
         return {
             **vars(self.overview),
             "title": self.title,
@@ -163,7 +167,8 @@ class RunPage:
             "changed": self.overview.changed,
             "columns": self.overview.columns,
             "table": self.overview.table,
-            "quantities": [row for row in zip(COLUMNS, *cells, strict=True) if any(row[1:])],
+            "quantities": [row for row in zip(columns, *cells, strict=True) if any(row[1:])],
+            "forgetting": self.forgetting,
             "phase_names": PHASES,
             "questions": QUESTIONS,
             "facts": self.facts,
@@ -194,10 +199,13 @@ def page_of(run: RunFolder, summary: Summary, rows: list[Row]) -> RunPage:
         raise RunError(f"{run.path / SUMMARY}: phases has none of {', '.join(PHASES)}. {REMEDY}")
     shown = overview(summary)
     inputs = load_rows(Input, run.path / INPUTS)
+    if summary.forgetting:
+        inputs = forgetting.as_asked(inputs)
     taught = load_rows(Taught, run.path / LESSONS) if (run.path / LESSONS).is_file() else []
     facts = _with_taught(fact_table(inputs, rows, shown.phases), inputs, taught)
     probe_rows = load_rows(ProbeRow, run.path / PROBES) if (run.path / PROBES).is_file() else []
-    return RunPage(run.path.resolve().name, run.settings, run.manifest, shown, rows, facts, probe_rows)
+    forgot = forgetting.context(summary, inputs, rows)
+    return RunPage(run.path.resolve().name, run.settings, run.manifest, shown, rows, facts, probe_rows, forgot)
 
 
 def overview(summary: Summary) -> Overview:
@@ -205,7 +213,8 @@ def overview(summary: Summary) -> Overview:
     phases = [phase for phase in PHASES if phase in summary.phases]
     measured = [phase for phase in phases if phase in summary.general and any(_general_cells(summary.general[phase]))]
     prompts = _last_prompts(summary, phases)
-    lines, facts = account(summary.facts), summary.facts
+    facts = summary.facts
+    lines = account(facts if not summary.forgetting else facts.model_copy(update={"without_old": {}}))
     if summary.choice:  # set if forget.coef is auto
         lines.append(summary.choice.why)
         lines.append(
@@ -219,10 +228,14 @@ def overview(summary: Summary) -> Overview:
     if summary.rounding and (words := in_words(summary.rounding.as_json())):
         lines.append(f"the product as it is stored: {words}")
     cells = _general(summary.general, measured)
-    told = verdict(summary, phases)
-    warning, probed = damage.warning(prompts, kept=bool(summary.kept)), phases_asked(summary.probes, phases)
+    warnings = [damage.warning(prompts, kept=bool(summary.kept))]
+    if summary.forgetting:
+        told, warnings = forgetting.verdict(summary), [forgetting.warning(summary.forgetting), *warnings]
+    else:
+        told = verdict(summary, phases)
+    warned, probed = " ".join(filter(None, warnings)) or None, phases_asked(summary.probes, phases)
     lines_of_probes = matrix(summary.probes, [], probed)
-    return Overview(summary, phases, told, lines, measured, cells, prompts, warning, probed, lines_of_probes)
+    return Overview(summary, phases, told, lines, measured, cells, prompts, warned, probed, lines_of_probes)
 
 
 def _last_prompts(summary: Summary, phases: Sequence[str]) -> OnPrompts | None:
@@ -324,7 +337,7 @@ def _fact_line(fact: Input, own: RowsOfFact, phases: Sequence[str], judge: str) 
     reasons = [reason for row in own.values() for reason in row.errors.values()]
     state = state_of(last)
     flags = {
-        "unlearned": state != "new",
+        "unlearned": state not in ("new", "gone"),
         "residue": bool(last and last.residue),
         "broken": locality is not None and locality < 1,
         "errored": bool(reasons),
@@ -355,8 +368,11 @@ def counts(flags: Iterable[Sequence[str]], filters: Iterable[str]) -> dict[str, 
 def state_of(row: Row | None) -> str:
     """Return a fact's state: "new" if its prompt gets the new answer, "old" if any gets the old one, or "other".
 
-    If the fact was not scored, return "errored" or "not asked".
+    If there is no new answer, return "gone" instead of "other". If the fact was not scored, return "errored" or "not
+    asked".
     """
+    if row is not None and row.residue is not None and not row.has("reliability"):
+        return "old" if row.residue else "gone"
     if row is None or row.reliability is None:
         return "errored" if row and row.errors else "not asked"
     if row.reliability == 1:

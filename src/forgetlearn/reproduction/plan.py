@@ -203,7 +203,7 @@ def _work(part: str, what: str, stages: Sequence[StagePlan], times: int) -> Work
 
 def _planned_as(method: MethodName) -> MethodName:
     """Return the method whose plan is used for learning and scoring: tracing every method takes minutes."""
-    return METHOD_OF_KIND.get(METHODS[method].learns, method)
+    return METHOD_OF_KIND.get(METHODS[method].last.name, method)
 
 
 def _scaled(stage: StagePlan, share: float) -> StagePlan:

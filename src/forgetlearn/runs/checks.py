@@ -84,6 +84,8 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
             f"facts.source: with --failed-only the facts are those of {file}. Omit --facts, or omit --failed-only."
         )
     run.check_results()
+    if run.manifest.finished and METHODS[str(run.manifest.config["method"])].learns is None:
+        raise RunError(f"{run.path} only forgot, so there is nothing to learn. To go on: forget --facts {file}")
     if not run.manifest.finished or not file.is_file():
         raise RunError(f"{run.path} has no {FAILED}: it is not a finished update. Give the folder of one.")
     if not file.stat().st_size:
@@ -215,6 +217,8 @@ def check_old_answers(facts: FactSet, config: RunConfig) -> None:
     Pass if the model has yet to be asked about some facts, because they may still get an old answer.
     """
     stages = Stages(config)
+    if not stages.method.learns:  # without an old answer, a fact's only answer is forgotten
+        return
     if not stages.needs_old_answers or facts.to_ask or any(fact.ground_truth for fact in facts):
         return
     reason = f"method {config.method} forgets" if stages.method.forgets else "teach.epochs > 0 teaches"
@@ -233,7 +237,8 @@ def check_stages(stages: Stages, lm: LanguageModel, facts: FactSet) -> None:
     """Raise an error if the settings of a stage do not fit this model or these facts; see `method.checks`."""
     if stages.method.closed_form:
         check_subjects(facts)
-    check_learning(lm, stages.learn.settings, stages.learn.kind.name)
+    if stages.method.learns:
+        check_learning(lm, stages.learn.settings, stages.learn.kind.name)
     if stages.forget:
         check_forgetting(lm, stages.forget.settings, stages.forget.kind.name)
 

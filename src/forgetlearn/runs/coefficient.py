@@ -18,6 +18,7 @@ from scipy import optimize
 
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import RunConfig
+from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.evaluation.generation import check_engine
@@ -196,7 +197,7 @@ class Search:
         """Write the weights that the last trial learned, and its log."""
         lm, stage_log = self.base.lm, self.last.logs["learn"]
         assert stage_log is not None, "each trial learns"
-        state = STAGE_KINDS[METHODS[self.config.method].learns].state(lm, lora.PRODUCT)
+        state = STAGE_KINDS[Stages(self.config).learn.kind.name].state(lm, lora.PRODUCT)
         sharding.save_parts(state, lm.model, folder / LEARNED)
         disk.write_json(folder / LEARNED_LOG, asdict(replace(stage_log, seconds=())))
 

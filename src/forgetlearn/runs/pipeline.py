@@ -115,6 +115,7 @@ class Pipeline:
         self.lm, self.facts, self.store, self.base = lm, facts, store, base
         self.config, self.stages = config, Stages(config)
         self.scored = [self._as_scored(fact) for fact in (facts if scored is None else scored)]
+        self.held_apart: frozenset[str] = frozenset()  # prompts of keep.source that are only scored
         self.material, self.past = Material(), past
         self.retained: Retained | None = None
         self.rows: dict[str, list[Row]] = {}
@@ -158,7 +159,7 @@ class Pipeline:
             said = {row.fact: row for row in self.replies}
             earlier, seed = self.past.earlier, f"{self.config.seed}:{len(self.past.earlier)}"
             again = keeping.rehearsed([fact for one in earlier for fact in one.facts], self.facts, seed)
-            made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, said, again))
+            made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, said, again, self.held_apart))
             self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
 
     def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
@@ -239,7 +240,9 @@ class Pipeline:
         log.info("forgetting %d facts (%s)", len(facts), how)
         if tuned is None:
             texts = self._lessons(stage, facts)
-            return forget(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
+            stage_log = forget(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
+            # If nothing is learned, the forgotten model is the product.
+            return stage_log if self.stages.method.learns else STAGE_KINDS[how].finish(self.lm, stage_log, stage.seed)
         forget_tuned(self.lm, tuned, facts, stage.settings, how)
         return None
 

@@ -32,6 +32,7 @@ class Done:
     kept: Mapping[str, int] = field(default_factory=dict)
     learning: records.Learning | None = None
     since_first: bool = False  # see `records.Summary`
+    forgetting: records.Forgetting | None = None  # set if the run only forgets
 
 
 def write_results(
@@ -57,7 +58,7 @@ def write_results(
     with disk.naming(path / INPUTS):
         write_facts(facts, path / INPUTS)
         if done:
-            failed = {fact.id: fact for fact in _failed(facts, rows["updated"])}
+            failed = {fact.id: fact for fact in _failed(facts, rows[list(rows)[-1]], only_old=bool(done.forgetting))}
             write_facts(failed.values(), path / FAILED)
             write_facts((fact for fact in facts if fact.id not in failed), path / RIGHT)
     scored = {phase: [row for row in own if row.fact not in aside] for phase, own in rows.items()}
@@ -78,13 +79,16 @@ def _summed(probed: Mapping[str, list[ProbeRow]], aside: frozenset[str], n: int)
     }
 
 
-def _failed(facts: FactSet, rows: list[Row]) -> Iterator[Fact]:
-    """Yield the facts that are not right at the end: the new answer is not given, or an old one still is."""
+def _failed(facts: FactSet, rows: list[Row], *, only_old: bool) -> Iterator[Fact]:
+    """Yield the facts that are not right at the end: the new answer is not given, or an old one still is.
+
+    With `only_old` there is no new answer, so a fact is right if no prompt gets the old one.
+    """
     judge = run_page.judged_by(rows)
     own = {row.fact: row for row in rows if row.protocol == judge}
     for fact in facts:
         row = own.get(fact.id)
-        if row is None or row.residue or run_page.state_of(row) != "new":
+        if row is None or row.residue or (row.residue is None if only_old else run_page.state_of(row) != "new"):
             yield fact
 
 
@@ -140,6 +144,7 @@ def _summary(
         "rephrasings_trained": bool(done and config.learn.rephrasings),
         "learning": did.learning,
         "since_first": did.since_first,
+        "forgetting": did.forgetting,
     }
     return summary.model_copy(update={name: value for name, value in found.items() if value})
 

@@ -118,6 +118,10 @@ def _still_to_hold(chain: Sequence[Update], sets: Mapping[int, FactSet], now: Fa
     found: list[Earlier] = []
     for number in sorted(sets, reverse=True):
         facts = sets[number]
+        if chain[number - 1].only_forgot:
+            log.info("update %d only forgot: it has no new answers that could be retained", number)
+            later |= {fact.prompt for fact in facts}
+            continue
         kept = tuple(fact for fact in facts if fact.prompt not in later)
         found.insert(0, Earlier(number, chain[number - 1], kept, facts.used - len(kept)))
         later |= {fact.prompt for fact in facts}

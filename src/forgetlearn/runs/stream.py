@@ -39,7 +39,7 @@ from forgetlearn.runs.checks import (
     read_config_facts,
     resolve,
 )
-from forgetlearn.runs.update import checked, of_config
+from forgetlearn.runs.update import Task, carry_out, checked
 from forgetlearn.runtime import processes
 from forgetlearn.storage import run_folder
 from forgetlearn.storage.locks import only_writer
@@ -163,7 +163,7 @@ def _begin(
         was = RunFolder.open(output).manifest.inputs
         now = {name: value for name, value in found_again(config.model).items() if was.get(name)}
         return RunFolder.create(output, whole, was | inputs | now, resume=True), None
-    lm = checked(None, None, facts, config)
+    lm = checked(Task(), None, None, facts, config)
     base = begun_on.began_on(lm, config, identity := base_of(lm, in_memory=False))
     inputs |= {**identity, **lm.encoder.fingerprint(), **keeping.fingerprint(config.keep)}
     inputs |= moments.fingerprint(config.edit) | {"updates_before": len(base.chain())}
@@ -179,7 +179,7 @@ def _origin(run: RunFolder, lm: LanguageModel | None, facts: FactSet, config: Ru
     if not general_ability.asked(config.evaluate):
         return None
     if not run.is_done(BASE):
-        lm = lm or checked(None, None, facts, config)
+        lm = lm or checked(Task(), None, None, facts, config)
         log.info("measuring the general ability of the model before the first batch")
         run.do(BASE, partial(_measure, lm, config))
     return run.path / "stages" / BASE
@@ -210,7 +210,7 @@ def _updated(run: RunFolder, parts: Sequence[FactSet], config: RunConfig, origin
         if not goes_on:
             log.info("batch %d of %d: %d facts", number, len(parts), len(part))
             own = _config_of(config, parts, number, before)
-            of_config(None, part, own, output=folder, origin=origin, resume=run_folder.is_run(folder))
+            carry_out(Task(origin), None, part, own, output=folder, resume=run_folder.is_run(folder))
         batches = [*found.batches, _batch(folder, after=found.updates_before)]
         found = found.model_copy(update={"batches": batches, "product": f"{folder.name}/{product.name}"})
         if not goes_on:

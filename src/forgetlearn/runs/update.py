@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, records, run_folder
 from forgetlearn.storage.locks import only_writer
-from forgetlearn.storage.records import Row, Summary, load_rows, save_rows
+from forgetlearn.storage.records import Forgetting, Row, Summary, load_rows, save_rows
 from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
@@ -93,62 +93,91 @@ def update(
     config = begun_on.of_run(resolve(config, model, facts))
     preflight.check("update", config)
     in_memory = None if isinstance(model, (str, Path)) else model
-    return of_config(in_memory, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite)
+    return carry_out(
+        Task(), in_memory, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
+    )
 
 
-def of_config(
+class Task:
+    """What a command asks of the pipeline: here, an update. `runs.forget` has another. For `origin` see `Past`."""
+
+    name = "update"
+    reads: tuple[str | Path | None, ...] = ()  # files and folders that it reads, beside those that the config names
+    inputs: Mapping[str, str | None] = {}  # what else its result depends on, for the manifest
+
+    def __init__(self, origin: Path | None = None) -> None:
+        self.origin = origin
+
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError, before anything is loaded or written, if the task cannot be done with this config."""
+
+    def check_loaded(self, lm: LanguageModel, facts: FactSet, config: RunConfig) -> None:
+        """Raise an error, before anything is written, if the task cannot be done with this model and these facts."""
+
+    def taken(self, facts: FactSet) -> FactSet:
+        """Return the facts as read, whose `ignored_fields` are those that the task does not read either."""
+        return facts
+
+    def asked(self, facts: FactSet) -> FactSet:
+        """Return the facts as they are trained on and scored."""
+        return facts
+
+    def pipeline(self, lm: LanguageModel, facts: FactSet, config: RunConfig, store: RunStore, past: Past) -> Pipeline:
+        """Return the pipeline that does the task."""
+        return Pipeline(lm, facts.facts, config, store, past=past)
+
+    def result(self, pipeline: Pipeline, run: run_folder.RunFolder) -> Forgetting | None:
+        """Write what else was measured to the run folder, and return it for the summary."""
+        return None
+
+
+def carry_out(
+    task: Task,
     model: GivenModel,
     facts: FactSet | str | Path | None,
     config: RunConfig,
     *,
     output: str | Path,
     tokenizer: object = None,
-    origin: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> UpdateResult:
-    """Do what `update` does, with a config that is resolved and checked. For `origin` see `pipeline.Past`."""
-    check_engine(config.evaluate, changed_by="update")
+    """Do a task over a run folder; its config is resolved. Raise as `update` does."""
+    check_engine(config.evaluate, changed_by=task.name)
+    task.check(config)
+    reads = (*files_read(config), *task.reads)
     with processes.joined(config.model.device):
-        reads = files_read(config)
         processes.on_main(lambda: run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=reads))
         with only_writer(Path(output)):
             return _update(
-                model,
-                facts,
-                config,
-                output=output,
-                tokenizer=tokenizer,
-                origin=origin,
-                resume=resume,
-                overwrite=overwrite,
+                task, model, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
             )
 
 
 def _update(
+    task: Task,
     model: GivenModel,
     facts: FactSet | str | Path | None,
     config: RunConfig,
     *,
     output: str | Path,
     tokenizer: object,
-    origin: Path | None,
     resume: bool,
     overwrite: bool,
 ) -> UpdateResult:
-    """Do the work of `update`, with the config resolved and the output folder locked."""
+    """Do a task, with the config resolved and the output folder locked."""
     check_trackers(config.report_to)
     goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
     if goes_on:  # before a large model is loaded
         run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config")
-    fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+    fact_set = task.taken(facts if isinstance(facts, FactSet) else read_config_facts(config))
     named = model if model is not None else str(config.model.name)
     in_memory = not isinstance(named, (str, Path))
     if goes_on and processes.on_main(lambda: run_folder.is_finished(output)):
         given = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
-        return processes.on_main(lambda: _finished(Path(output), config, fact_set, given))
+        return processes.on_main(lambda: _finished(task, Path(output), config, fact_set, given))
     stages = Stages(config)
-    lm = checked(model, tokenizer, fact_set, config)
+    lm = checked(task, model, tokenizer, fact_set, config)
     identity = base_of(lm, in_memory=in_memory)
     base = begun_on.began_on(lm, config, identity)
     if goes_on and in_memory:
@@ -161,9 +190,11 @@ def _update(
         check_old_answers(held, config)
         check_texts(lm.encoder, held)
     inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **identity, **lm.encoder.fingerprint()}
+    inputs |= task.inputs
     inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
     inputs |= {"earlier_sha256": digests.hash_of([each.as_input() for each in earlier])} if earlier else {}
-    inputs |= {"origin_sha256": digests.sha256_of(origin / general_ability.FOUND)} if origin else {}
+    if task.origin is not None:
+        inputs["origin_sha256"] = digests.sha256_of(task.origin / general_ability.FOUND)
     if processes.world_size() > 1:
         inputs["processes"] = processes.world_size()  # saved parts of the weights fit only this number
     if config.keep_change and not stages.method.makes_adapter:
@@ -174,9 +205,9 @@ def _update(
     )
     run.check_seen()
     n_processes = processes.world_size()
-    line, planned = processes.on_main(lambda: plan.plan_line(lm, fact_set, config, n_processes))
+    line, planned = processes.on_main(lambda: plan.plan_line(lm, task.asked(fact_set), config, n_processes))
     log.info(line)
-    lessons.note_unfinished(fact_set, config, lm.encoder)
+    lessons.note_unfinished(task.asked(fact_set), config, lm.encoder)
     left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in stages) else None
     noted = {"plan": planned, "lora": left}
     if left:
@@ -186,23 +217,24 @@ def _update(
     fact_set = _with_old_answers(run, lm, fact_set, config, answers)
     base_name = str(base.name) if base.base_sha256 else f"a {type(lm.model).__name__} in memory"
     store = RunStore(run, config, lm, base_name)
-    pipeline = Pipeline(lm, fact_set.facts, config, store, past=Past(earlier, origin))
+    pipeline = task.pipeline(lm, task.asked(fact_set), config, store, Past(earlier, task.origin))
     pipeline.prepare()
     if stages.chooses_coefficient and pipeline.to_forget:
         pipeline.set_coefficient(store.choose(pipeline))
     pipeline.update()
-    return _finish(run, fact_set, pipeline, store)
+    return _finish(task, run, fact_set, pipeline, store)
 
 
-def checked(model: GivenModel, tokenizer: object, facts: FactSet, config: RunConfig) -> LanguageModel:
-    """Return the model that an update begins on, after everything that can be checked before it begins was."""
+def checked(task: Task, model: GivenModel, tokenizer: object, facts: FactSet, config: RunConfig) -> LanguageModel:
+    """Return the model that a task begins on, after everything that can be checked before it begins was."""
     stages = Stages(config)
     _check(facts, stages)
     lm = begun_on.load(model, tokenizer, config)
-    check_texts(lm.encoder, facts)
+    check_texts(lm.encoder, task.asked(facts))
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
     check_stages(stages, lm, facts)
+    task.check_loaded(lm, facts, config)
     return lm
 
 
@@ -237,13 +269,14 @@ def _with_old_answers(
             run.do("old_answers", lambda folder: save_rows(asked, folder / "rows.jsonl"))
         facts = with_the_models_answers(facts, load_rows(Row, run.path / "stages/old_answers/rows.jsonl"), config)
     run.note(old_answers={**facts.old_counts, **facts.without_old})
-    if Stages(config).method.forgets:
+    method = Stages(config).method
+    if method.forgets and method.learns:
         for line in describe_old_answers(facts.old_counts, facts.without_old):
             log.info(line)
     return facts
 
 
-def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
+def _finish(task: Task, run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
     """Write the merged model, the scores, the model cards, the chain and the report, and return the result."""
     stages, lm, config = store.stages, pipeline.lm, store.config
     product = run.path / stages.product
@@ -251,25 +284,26 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
     if config.save_merged and stages.method.makes_adapter:
         store.merge(pipeline)
         products.append(run.path / "merged")
-    learned = run.manifest.stages["learn"]
+    last = run.manifest.stages[stages.last.name]
     done = Done(
-        known=len(pipeline.known) if any(fact.ground_truth for fact in facts) else None,
+        known=len(pipeline.known) if any(fact.ground_truth for fact in pipeline.facts) else None,
         forgotten=len(pipeline.to_forget) if stages.method.forgets else None,
         product=product.name,
         choice=store.choice,
         nothing_forgotten=pipeline.nothing_forgotten,
-        rounding=run.rounding("learn", "merge"),
+        rounding=run.rounding(stages.last.name, "merge"),
         taught=pipeline.taught,
         lessons=lessons.counts(pipeline.taught),
         kept=pipeline.material.kept_counts,
-        learning=learning_of(pipeline.facts, learned.epochs, learned.unlearned),
+        learning=learning_of(pipeline.facts, last.epochs, last.unlearned) if stages.method.learns else None,
+        forgetting=processes.on_main(lambda: task.result(pipeline, run)),
         since_first=pipeline.past.origin is not None,
     )
 
     def write() -> tuple[Summary, list[Row]]:
         summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general, pipeline.probed)
         if pipeline.retained:
-            summary = retention.write(run.path, "updated", pipeline.retained, summary)
+            summary = retention.write(run.path, stages.phases[-1], pipeline.retained, summary)
         page = run_page.page_of(run, summary, rows)
         for each in products:
             run_page.write_card(each, page)
@@ -292,7 +326,7 @@ def _finish(run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store
 
 def _check_damage(path: Path, config: RunConfig, summary: Summary, products: Iterable[Path]) -> None:
     """Raise DamageError, and put the products aside, if the update damaged more than `evaluate.max_damage` allows."""
-    most, measured = config.evaluate.max_damage, summary.general.get("updated")
+    most, measured = config.evaluate.max_damage, summary.general.get(Stages(config).phases[-1])
     prompts = measured.prompts if measured else None
     if most is None or (prompts and prompts.kl is not None and prompts.kl <= most):
         return
@@ -319,7 +353,7 @@ def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
         )
 
 
-def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity | None) -> UpdateResult:
+def _finished(task: Task, path: Path, config: RunConfig, facts: FactSet, in_memory: Identity | None) -> UpdateResult:
     """Return the result of a finished run from its folder alone; a named base may no longer exist."""
     run = run_folder.RunFolder.open(path)
     if in_memory is not None:
@@ -327,7 +361,8 @@ def _finished(path: Path, config: RunConfig, facts: FactSet, in_memory: Identity
     was = run.manifest.inputs
     now = {"facts_sha256": facts.sha256(), **found_again(config.model)}
     now |= prompts.fingerprint(config.model.prompt_template)
-    run.check_same({**was, **{name: value for name, value in now.items() if value and was.get(name)}}, "inputs")
+    known = {name: value for name, value in now.items() if value and was.get(name)}
+    run.check_same({**was, **known, **task.inputs}, "inputs")
     summary = records.Summary.load(path / "summary.json")
     if not summary.product:
         raise RunError(f"{path} contains scores, not an update. Choose another folder.")

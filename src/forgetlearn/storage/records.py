@@ -29,6 +29,7 @@ from forgetlearn.storage import disk
 
 REMEDY = "Was it written by forgetlearn? Restore it from a backup."
 R = TypeVar("R", bound="Record")
+BACK = 50.0  # percent of the old answers that count as brought back
 
 
 def _file_name(name: str) -> str:
@@ -196,8 +197,9 @@ class Row(Record):
 class ProbeRow(Record):
     """A line of probes.jsonl: a question about a fact beyond its own wordings, and what the model answered.
 
-    `score` is 1 if the answer is right after the update, `old` is 1 if it was right before it, None if that is unknown.
-    Under the protocol `prefer` a row is about several questions: its prompt is empty.
+    `score` is 1 if the answer is right after the update, `old` is 1 if it was right before it; None if that is unknown,
+    or if nothing is right since the fact is only forgotten. Under the protocol `prefer` a row is about several
+    questions: its prompt is empty.
     """
 
     fact: Text
@@ -241,8 +243,9 @@ class Input(Record):
 
     @property
     def new(self) -> list[str]:
-        """The new answer and its aliases."""
-        return self.target_new if isinstance(self.target_new, list) else [self.target_new]
+        """The new answer and its aliases; empty if there is no new answer."""
+        new = self.target_new
+        return new if isinstance(new, list) else [new] if new else []
 
     @property
     def old(self) -> list[str]:
@@ -334,6 +337,11 @@ class Update(Record):
     scores: Scores
     product: FileName
     files: dict[FileName, Text]
+
+    @property
+    def only_forgot(self) -> bool:
+        """True if nothing was learned."""
+        return self.modules.learn is None
 
 
 class Chain(Record):
@@ -616,6 +624,70 @@ class NothingForgotten(Record):
         return f'not held, for example: asked "{asked.prompt}", {said}; the old answer is "{asked.old}"'
 
 
+class TruthRow(Record):
+    """A line of truth.jsonl: how likely wrong answers to a fact's prompt are, as a multiple of the right one."""
+
+    fact: Text
+    phase: Text
+    ratio: Annotated[float, Field(ge=0)]
+
+
+class TruthRatio(Record):
+    """The truth ratios of the forgotten facts in a phase, and the test against a model that never knew them.
+
+    `quality` is the p-value of a Kolmogorov-Smirnov test, None without such a model.
+    """
+
+    closeness: Share  # mean of min(ratio, 1 / ratio): 1 where right and wrong answers are equally likely
+    n: Count
+    quality: Share | None = None
+
+
+class KeptFacts(Record):
+    """The facts that should stay: how many were trained on, and the scores of the others by phase.
+
+    `utility` is the harmonic mean of the shares that `parts` names.
+    """
+
+    source: Text
+    trained: Count
+    scored: Count
+    scores: dict[Text, Phase]
+    utility: dict[Text, Share]
+    parts: list[Text]
+
+
+class Relearning(Record):
+    """How many steps of training on half of the facts bring them back, and the other half with them.
+
+    The shares are of prompts that get their old answer after each number of `steps`; 0 is before.
+    """
+
+    model: Text  # "product", or "reference": a model that never knew the facts
+    trained: Count  # facts
+    steps: list[Count]
+    same: list[Percent]  # the half that is trained on
+    other: list[Percent]
+    n_same: Count  # asked
+    n_other: Count
+
+    def back(self, half: str) -> int | None:
+        """Return after how many steps at least half of the prompts get their answer; None if they never do."""
+        shares = self.same if half == "same" else self.other
+        return next((step for step, share in zip(self.steps, shares, strict=True) if step and share >= BACK), None)
+
+
+class Forgetting(Record):
+    """What a run that only forgets measured, other than the scores of the facts."""
+
+    epochs: Count | None = None  # of a method with a loss of its own
+    not_gone: Count | None = None  # answers that still counted as said when it ended
+    kept: KeptFacts | None = None
+    truth: dict[Text, TruthRatio] = {}
+    reference: Text | None = None
+    relearning: list[Relearning] = []
+
+
 class Summary(Record):
     """`summary.json` of a run folder; a run that only scores has no coefficient and no product.
 
@@ -639,6 +711,12 @@ class Summary(Record):
     kept: dict[Text, Count] = {}  # number of kept texts, by where their prompts come from
     rephrasings_trained: bool = False
     learning: Learning | None = None
+    forgetting: Forgetting | None = None  # set if nothing was learned
+
+    @property
+    def last_phase(self) -> Phase:
+        """The scores of the product: those of the last phase."""
+        return self.phases[next(reversed(self.phases))]
 
 
 # A stream of updates ------------------------------------------------------------------------------

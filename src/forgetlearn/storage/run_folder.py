@@ -32,8 +32,11 @@ FORMAT = 2  # version of the manifest's format
 ARITHMETIC = "arithmetic.json"  # how a checkpoint was computed from others
 PROBES = "probes.jsonl"  # what was asked beyond the facts' own wordings, and answered
 LESSONS = "lessons.jsonl"  # what each fact was trained on
+KEPT_FACTS, TRUTH = "kept_facts.jsonl", "truth.jsonl"  # of a run that only forgets: rows of facts to keep, truth ratios
 RESULTS = (
     ROWS,
+    KEPT_FACTS,
+    TRUTH,
     INPUTS,
     LESSONS,
     PROBES,

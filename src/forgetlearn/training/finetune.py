@@ -52,7 +52,7 @@ class StageLog:
     rounding: Mapping[str, float | int | None] | None = None  # what survived storing (rounding.Survival)
     micro_batch_size: int | None = None  # set if it was lowered for lack of memory
     epochs: int | None = None
-    unlearned: tuple[int, ...] = ()  # facts, by index, that were not learned in the most epochs (until `learned`)
+    unlearned: tuple[int, ...] = ()  # facts, by index, not learned (or not gone) in the most epochs
     second_moments: str | None = None  # the text that an edit computed them on, in words
     seconds: tuple[float, ...] = ()
 
@@ -81,7 +81,8 @@ def finetune(
 ) -> StageLog:
     """Train the parameters of `model` that require gradients, in place, and return the log of the stage.
 
-    With `until` learned, the stage ends when the model has predicted each fact's whole answer (see `Schedule`). If
+    With `until` learned, the stage ends when the model has predicted each fact's whole answer (see `Schedule`); with
+    `until` forgotten, when each answer is gone (see `objectives`). If
     `stage_io` names a folder with a checkpoint of this stage, training continues from it and ends with the same bits.
     On one machine, the same model, texts, settings and seed give the same weights to the bit. The trained weights must
     be float32: half precision loses the small steps of a fact update. If memory runs out before any weight has changed,
@@ -146,7 +147,7 @@ def _train(
             arguments.per_device_train_batch_size = batch = facts_at_once(settings, layout)
             arguments.gradient_accumulation_steps = settings.batch_size // batch
         schedule = Schedule(facts, settings, seed, arguments.gradient_accumulation_steps, variant.kept)
-        arguments.max_steps = schedule.max_steps
+        arguments.max_steps = min(schedule.max_steps, variant.most_steps or schedule.max_steps)
         steps = Steps(stage_io.name, len(facts))
         with (
             rows_for_training(model, texts, layout, pad_id, arguments.device) as (layout, is_by_text),
@@ -164,7 +165,7 @@ def _train(
                 data_collator=Collator(layout, pad_id, is_by_text, kept),
                 callbacks=[steps, watch, *ball, EndStep(schedule)],
                 schedule=schedule,
-                loss_sign=variant.loss_sign,
+                objective=variant.objective,
                 points=stage_io.points,
             )
             trainer.remove_callback(PrinterCallback)
@@ -173,7 +174,7 @@ def _train(
                 trainer.train_with_points(stage_io)
     model.eval()
     attends = "sdpa, text by text" if is_by_text else attention.implementation(model)
-    learned = schedule.learned if settings.until == "learned" else []
+    learned = schedule.learned if settings.ends_by_itself else []
     unlearned = tuple(index for index, is_learned in enumerate(learned) if not is_learned)
     numbers, times = tuple(steps.rows), tuple(steps.seconds)
     return StageLog(numbers, layout, attends, seconds=times, epochs=schedule.progress.epoch, unlearned=unlearned)

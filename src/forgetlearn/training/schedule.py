@@ -6,6 +6,7 @@ texts that are kept.
 A stage can end when every fact is learned: the model predicted the whole answer when its own prompt was last shown, and
 once in another wording. If wrong answers in other wordings counted too, many facts would seldom all be right at once,
 and the stage would be much longer and change much more (docs/experiments.md). A learned fact rests every other epoch.
+A stage that forgets ends in the same way: there, "right" and "learned" mean that the answer is gone (`objectives`).
 """
 
 from __future__ import annotations
@@ -57,13 +58,14 @@ class Kept:
 class MicroBatch:
     """The texts of one forward pass of all processes: of facts, given by their indices, and of kept texts.
 
-    `n_kept_tokens` counts the answer tokens of all kept texts in the optimiser step.
+    `n_kept_tokens` counts the answer tokens of all kept texts in the optimiser step, `n_facts` its facts.
     """
 
     facts: tuple[int, ...]
     texts: tuple[Encoded, ...]
     kept: tuple[int, ...] = ()
     n_kept_tokens: int = 0
+    n_facts: int = 0
 
 
 class Progress(BaseModel):
@@ -109,10 +111,10 @@ class Schedule(IterableDataset[MicroBatch]):
 
     @property
     def finished(self) -> bool:
-        """True if the stage has ended: with until `learned`, if every fact is; or else after the last epoch."""
+        """True if the stage has ended: if it ends by itself, when every fact is learned; else after the last epoch."""
         if self.progress.step:  # within an epoch
             return False
-        is_learned = self.settings.until == "learned" and all(self.learned)
+        is_learned = self.settings.ends_by_itself and all(self.learned)
         return is_learned or self.progress.epoch >= self.settings.most_epochs
 
     def _predicted(self) -> tuple[list[bool], list[bool]]:
@@ -170,7 +172,7 @@ class Schedule(IterableDataset[MicroBatch]):
         right; then other wordings until one is right; and then any.
         """
         wordings = self.facts[index]
-        if self.settings.until == "learned":
+        if self.settings.ends_by_itself:
             if not self.progress.right[index]:
                 return wordings[0]
             if not self.progress.reworded[index]:
@@ -180,7 +182,7 @@ class Schedule(IterableDataset[MicroBatch]):
     def _due(self) -> Iterator[int]:
         now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
         for index, (right, reworded, rested) in enumerate(zip(now.right, now.reworded, now.rested, strict=True)):
-            rests = self.settings.until == "learned" and right and reworded and not rested
+            rests = self.settings.ends_by_itself and right and reworded and not rested
             if not rests:
                 yield index
 
@@ -214,7 +216,7 @@ class Schedule(IterableDataset[MicroBatch]):
             facts, texts = tuple(index for index, _text in own), tuple(text for _index, text in own)
             # A forward pass needs a text; one without an answer adds no loss.
             empty = (Encoded(step[0][1].ids, len(step[0][1].ids)),)
-            yield MicroBatch(facts, texts or empty, tuple(others), n_kept_tokens)
+            yield MicroBatch(facts, texts or empty, tuple(others), n_kept_tokens, len(step))
 
 
 def _others(wordings: Wordings) -> Wordings:

@@ -11,7 +11,6 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -25,6 +24,7 @@ from forgetlearn.runtime import processes, signals
 from forgetlearn.storage import disk
 from forgetlearn.training import stage_checkpoints
 from forgetlearn.training.callbacks import Saving
+from forgetlearn.training.objectives import LEARN, Objective, OfStep
 from forgetlearn.training.schedule import Kept, MicroBatch, Progress, Schedule
 from forgetlearn.training.stage_checkpoints import StageIO
 
@@ -35,13 +35,14 @@ PROGRESS = "progress.json"
 class Variant:
     """Deviations from plain fine-tuning.
 
-    `loss_sign` -1 climbs the loss, `max_change` bounds each weight's change, `kept` is what the model is to say as
-    before.
+    `objective` is what the stage minimises, `max_change` bounds each weight's change, `kept` is what the model is to
+    say as before, and `most_steps` ends the stage.
     """
 
-    loss_sign: int = 1
+    objective: Objective = LEARN
     max_change: float | None = None
     kept: Kept | None = None
+    most_steps: int | None = None
 
 
 class Ball(TrainerCallback):  # type: ignore[misc]
@@ -86,7 +87,8 @@ class StepBatch(TypedDict):
 
     parts: list[dict[str, Tensor]]
     tokens: int  # of all processes
-    facts: list[tuple[int, int]]  # of this process: index of a fact, and the number of its answer tokens
+    facts: list[tuple[int, Encoded]]  # of this process: index of a fact, and its text
+    n_facts: int  # of all processes, in the whole optimiser step
     labels: Tensor
     shift_labels: Tensor  # from these, Trainer counts the scored tokens of an optimiser step, without a shift
     kept: list[int]  # of this process
@@ -113,7 +115,8 @@ class Collator:
         return {
             "parts": [self._part(group) for group in groups],
             "tokens": sum(len(text.ids) for text in (*micro.texts, *(self.kept[index] for index in micro.kept))),
-            "facts": [(i, len(t.answer_ids)) for i, t in zip(micro.facts[rank::world], own, strict=False)],
+            "facts": list(zip(micro.facts[rank::world], own, strict=False)),
+            "n_facts": micro.n_facts,
             "labels": labels,
             "shift_labels": labels,
             "kept": list(kept),
@@ -160,9 +163,9 @@ class FactTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, schedule: Schedule, loss_sign: int, points: Path | None, **options: object) -> None:
+    def __init__(self, *, schedule: Schedule, objective: Objective, points: Path | None, **options: object) -> None:
         super().__init__(**options, train_dataset=schedule)
-        self.schedule, self.loss_sign, self.points = schedule, loss_sign, points
+        self.schedule, self.objective, self.points = schedule, objective, points
         self.step_tokens, self.step_began = 0, time.perf_counter()
         self.model_accepts_loss_kwargs = True
 
@@ -182,7 +185,7 @@ class FactTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Return the mean of -log p over the facts' answer tokens of the whole optimiser step, for this batch's share.
+        """Return this batch's share of the objective, a mean over the facts' answers in the whole optimiser step.
 
         Kept texts add the mean divergence over their answer tokens, times its weight.
         """
@@ -191,22 +194,23 @@ class FactTrainer(Trainer):  # type: ignore[misc]
         logits = [self._answer_logits(model, part) for part in inputs["parts"]]
         joined = torch.cat(logits) if len(logits) > 1 else logits[0]  # does not copy what may be the largest tensor
         of_facts = joined[: len(labels)]
-        loss = functional.cross_entropy(of_facts.float(), labels, reduction="sum")
+        texts = [text for _index, text in inputs["facts"]]
+        n_tokens = num_items_in_batch if num_items_in_batch is not None else len(labels)
+        loss = self.objective.loss(of_facts, labels, OfStep(texts, n_tokens, inputs["n_facts"]))
         if not loss.requires_grad:
             raise ModelError(
                 f"{type(attention.plain(model)).__name__}: its loss has no gradient for the trained weights, because "
                 "its own code stops it (as reversible layers do over frozen embeddings). Use --method f-ft."
             )
-        if self.schedule.settings.until == "learned":
-            self._note(inputs["facts"], of_facts, labels)
-        n_tokens = num_items_in_batch if num_items_in_batch is not None else len(labels)
-        scaled: Tensor = self.loss_sign * loss / n_tokens
+        if self.schedule.settings.ends_by_itself:
+            reached = self.objective.reached(of_facts, labels, texts)
+            self.schedule.note({index: each for (index, _text), each in zip(inputs["facts"], reached, strict=True)})
         if inputs["n_kept_tokens"]:
             kept = self.schedule.kept
             of_kept = divergence(kept.base(inputs["kept"]), joined[len(labels) :]).sum()
-            scaled = scaled + kept.weight * of_kept / inputs["n_kept_tokens"]
+            loss = loss + kept.weight * of_kept / inputs["n_kept_tokens"]
         # Each process divides by the tokens of all processes, and DDP then averages; the factor undoes the average.
-        shared: Tensor = scaled * self.accelerator.num_processes
+        shared: Tensor = loss * self.accelerator.num_processes
         return shared
 
     @staticmethod
@@ -215,15 +219,6 @@ class FactTrainer(Trainer):  # type: ignore[misc]
         positions, places = part.pop("positions"), part.pop("places", None)
         logits = answer_logits(model, part, positions).flatten(0, 1)
         return logits if places is None else logits.index_select(0, places)
-
-    def _note(self, facts: Sequence[tuple[int, int]], logits: Tensor, labels: Tensor) -> None:
-        """Tell the schedule which facts' answers were predicted right, token for token."""
-        hits = (logits.detach().argmax(dim=-1) == labels).tolist()
-        right, start = {}, 0
-        for index, length in facts:
-            right[index] = all(hits[start : start + length])
-            start += length
-        self.schedule.note(right)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a step's numbers the tokens it read and the seconds since the last step."""

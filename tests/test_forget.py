@@ -1,0 +1,509 @@
+"""Forgetting without learning: what is forgotten, what is scored, files, resume, pages, the chain, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+import forgetlearn
+from forgetlearn.cli.main import main
+from forgetlearn.config.methods import FORGETTING_METHODS
+from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, LoraSettings, UnlearnSettings, load_config
+from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
+from forgetlearn.evaluation import forgetting
+from forgetlearn.evaluation.scorer import Scorer
+from forgetlearn.facts import from_records, make_fact, read_facts
+from forgetlearn.facts.documents import HALF_WORDS, read_documents
+from forgetlearn.facts.variants import Variants, read_variants
+from forgetlearn.method.kinds import Lesson, Lessons
+from forgetlearn.method.relearning import halves, relearn
+from forgetlearn.models import lora
+from forgetlearn.models.encoding import Passage
+from forgetlearn.models.language_model import load_model
+from forgetlearn.products.chain import chain_of
+from forgetlearn.runs import run_store
+from forgetlearn.runs.forget import as_forgotten, as_kept, forget_facts
+from forgetlearn.storage import disk
+from forgetlearn.storage.records import Relearning, Summary
+from forgetlearn.weights.task_vector import snapshot
+
+N_FORGET, N_KEEP = 4, 6
+QUICK = {
+    "lora": {"r": 8, "lora_alpha": 16},
+    "train": {"answers": "bare", "wordings": False},
+    "forget": {"epochs": 2, "learning_rate": 2e-3},
+    "unlearn": {"max_epochs": 2, "relearn_steps": 2},
+    "evaluate": {"protocols": ["token", "generate"]},
+}
+BARE = {**QUICK, "keep": {"weight": 0.0}, "unlearn": {"max_epochs": 2, "relearn_steps": 0}}
+
+
+@pytest.fixture(scope="module")
+def files(small_lab, tmp_path_factory):
+    """Facts of the lab in the form of TOFU: some to forget, with variants of their answers, and some to keep."""
+    folder = tmp_path_factory.mktemp("facts")
+    facts = disk.read_rows(small_lab / "facts.jsonl")
+    old = [fact["ground_truth"] for fact in facts]
+    for name, start, end in (("forget", 0, N_FORGET), ("keep", N_FORGET, N_FORGET + N_KEEP)):
+        rows = [
+            {
+                "question": fact["prompt"],
+                "answer": fact["ground_truth"],
+                "paraphrased_question": fact["rephrase_prompts"][0],
+                "paraphrased_answer": fact["ground_truth"],
+                "perturbed_answer": [old[(number + 5) % len(old)], old[(number + 9) % len(old)]],
+            }
+            for number, fact in enumerate(facts[start:end], start)
+        ]
+        disk.write_rows(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(small_lab, files, tmp_path_factory):
+    """`finished("npo")`: the run folder of one method, made once."""
+    runs = {}
+
+    def run(method, **changes):
+        if method not in runs:
+            output = tmp_path_factory.mktemp(method) / "run"
+            config = QUICK | {"method": method, "keep": {"source": str(files / "keep.jsonl")}} | changes
+            forget_facts(small_lab, files / "forget.jsonl", config, output=output, reference=small_lab)
+            runs[method] = output
+        return runs[method]
+
+    return run
+
+
+# What is forgotten, and what is kept -----------------------------------------------------------------
+
+
+def test_the_old_answer_is_forgotten_or_else_the_only_one():
+    both = make_fact("Who?", "Ann", ground_truth="Bob", ground_truth_aliases=["Robert"], rephrase_prompts=["By whom?"])
+    one = make_fact("What?", "A book", target_new_aliases=["Book"])
+    assert as_forgotten(both).old_answers == ("Bob", "Robert")
+    assert as_forgotten(one).old_answers == ("A book", "Book")
+    assert as_forgotten(both).new_answers == as_forgotten(one).new_answers == ()
+    assert as_forgotten(both).prompts == both.prompts
+    assert (as_forgotten(both).id, as_forgotten(one).id) == (both.id, one.id)
+    assert (as_kept(both).new_answers, as_kept(both).old_answers) == (("Bob", "Robert"), ())
+    assert as_kept(one).new_answers == ("A book", "Book")
+
+
+def test_documents_become_windows_of_two_halves_that_overlap(tmp_path):
+    words = [f"w{number}" for number in range(3 * HALF_WORDS + 10)]
+    file = tmp_path / "book.txt"
+    file.write_text("  ".join(words) + "\n")
+    found = read_documents(file)
+    assert [len(fact.target_new.split()) for fact in found] == [HALF_WORDS, HALF_WORDS, 10]
+    assert [fact.prompt.split()[0] for fact in found] == ["w0", f"w{HALF_WORDS}", f"w{2 * HALF_WORDS}"]
+    assert found[0].target_new == found[1].prompt
+    assert len(read_documents(file, limit=2)) == 2
+    lines = tmp_path / "books.jsonl"
+    disk.write_rows(lines, [{"text": " ".join(words)}, {"text": "too short"}, {"text": " ".join(words[:90])}])
+    again = read_documents(lines)
+    assert (again.records, again.read, len(again)) == (3, 5, 3)
+    assert again.read == len(again) + sum(again.left_out.values())
+
+
+@pytest.mark.parametrize("text", ["", "too short", '{"text": 3}', '["text"]', "{"])
+def test_documents_that_cannot_be_read_are_named(tmp_path, text):
+    for name in ("a.txt", "a.jsonl")[text[:1] in '{["' and bool(text) :]:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FactError, match=name):
+            read_documents(tmp_path / name)
+    with pytest.raises(FactError, match=r"none\.txt"):
+        read_documents(tmp_path / "none.txt")
+
+
+def test_a_passage_is_put_into_no_template_and_has_no_end_token(new_char_tokenizer, tiny_model):
+    from forgetlearn.models.language_model import wrap
+
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    lm = wrap(tiny_model(), new_char_tokenizer(chat_template=template))
+    assert lm.encoder.is_chat
+    plain = lm.encoder.encode(Passage("ab"), "cd", end=True)
+    assert plain.ids == (1, 69, 70, 4, 71, 72)
+    assert plain.answer_ids == (4, 71, 72)
+    assert lm.encoder.encode("xy", "cd", end=True).ids != plain.ids
+    assert lm.encoder.prompt_ids(Passage("ab")) == [1, 69, 70]
+
+
+def test_variants_are_read_from_tofus_fields(tmp_path):
+    file = tmp_path / "facts.jsonl"
+    rows = [
+        {
+            "question": " Who? ",
+            "answer": "Ann",
+            "paraphrased_answer": "It is Ann",
+            "perturbed_answer": ["It is Bo", " "],
+        },
+        {"question": "Where?", "answer": "Rome", "perturbed_answer": "Oslo"},
+        {"question": "When?", "answer": "Today"},
+    ]
+    disk.write_rows(file, rows)
+    found = read_variants(file)
+    assert found == {"Who?": Variants("It is Ann", ("It is Bo",)), "Where?": Variants("Rome", ("Oslo",))}
+
+
+# Scores ----------------------------------------------------------------------------------------------
+
+
+def test_rouge_recall_by_hand():
+    assert forgetting.rouge_recall("The cat sat on the mat.", "a cat on a mat") == 1  # without articles
+    assert forgetting.rouge_recall("mat on cat", "cat on mat") == pytest.approx(1 / 3)  # the order counts
+    assert forgetting.rouge_recall("one three", "one two three four") == 0.5
+    assert forgetting.rouge_recall("", "one") == 0
+    assert forgetting.rouge_recall("The", "The") == 1
+
+
+def test_truth_ratio_by_hand(lm, monkeypatch):
+    fact = as_forgotten(make_fact("Who?", "Ann"))
+    means = {"Ann B": math.log(0.5), "Bo": math.log(0.25), "Cy": math.log(0.05)}
+    monkeypatch.setattr(Scorer, "likelihoods", lambda self, texts: {pair: means[pair[1]] for pair in texts})
+    variants = {"Who?": Variants("Ann B", ("Bo", "Cy")), "Else?": Variants("x", ("y",))}
+    (row,) = forgetting.truth_rows(Scorer(lm), [fact], variants, "base")
+    assert row.ratio == pytest.approx((0.25 + 0.05) / 2 / 0.5)
+    assert forgetting.closeness([0.5, 2.0, 1.0]) == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert forgetting.truthfulness(0.3) == pytest.approx(0.7)
+    assert forgetting.truthfulness(3) == 0
+    assert forgetting.harmonic_mean([1, 0.5]) == pytest.approx(2 / 3)
+    assert forgetting.harmonic_mean([1, 0]) == 0
+
+
+def test_forget_quality_is_the_p_value_of_kolmogorov_and_smirnov():
+    """Of 3 and 3 values that do not mix, the largest distance has 2 of the C(6, 3) = 20 orders."""
+    assert forgetting.forget_quality([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
+    assert forgetting.forget_quality([1, 2, 3], [1, 2, 3]) == 1
+    one, two = [0.1 * n for n in range(40)], [0.1 * n + 1 for n in range(40)]
+    assert forgetting.forget_quality(one, two) == stats.ks_2samp(one, two).pvalue
+
+
+def test_a_fact_without_a_new_answer_is_scored_by_its_residue_alone(small_lab):
+    lm = load_model(str(small_lab))
+    facts = [as_forgotten(fact) for fact in list(read_facts(small_lab / "facts.jsonl"))[:2]]
+    rows = forgetlearn.score(lm, facts, phase="base", settings=EvaluateSettings(protocols=("token", "generate")))
+    asked = [row for row in rows if row.protocol in ("token", "generate", "contains")]
+    assert {row.residue for row in asked} == {1.0}
+    assert not any(row.has("reliability") for row in asked)
+    summary = forgetlearn.summarise(rows)
+    assert summary.keys() == {"residue", "locality"}
+    graded = forgetting.graded_rows(Scorer(lm), facts, rows, "base", kept=False)
+    assert {(row.protocol, round(row.residue, 1)) for row in graded} == {("rouge", 1.0), ("probability", 1.0)}
+
+
+# Relearning ------------------------------------------------------------------------------------------
+
+
+def test_halves_are_disjoint_and_depend_on_the_seed():
+    facts = [make_fact(f"Who {n}?", "Ann") for n in range(9)]
+    same, other = halves(facts, 0)
+    assert (len(same), len(other)) == (5, 4)
+    assert {fact.id for fact in (*same, *other)} == {fact.id for fact in facts}
+    assert halves(facts, 0) == (same, other) != halves(facts, 1)
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_relearning_counts_steps_and_leaves_the_model_as_it_was(small_lab, tiny_model, char_tokenizer, is_adapter):
+    lm = load_model(str(small_lab))
+    if is_adapter:
+        lm.model = lora.attach(lm.model, LoraSettings(r=4), lora.PRODUCT, seed=0)
+        lora.activate(lm.model, [lora.PRODUCT])
+    facts = [as_forgotten(make_fact(f"Who wrote book {n}?", "Orubo Holeb")) for n in range(4)]
+    same, other = facts[:2], facts[2:]
+    lessons = Lessons([[Lesson(fact.prompt, fact.old_answers[0])] for fact in same])
+    settings = ForgetSettings(
+        learning_rate=1e-4,
+        batch_size=2,
+        lora=LoraSettings(r=8, null_space=0),
+        unlearn=UnlearnSettings(relearn_steps=40),
+    )
+    before, states = snapshot(lm.model), [weight.requires_grad for weight in lm.model.parameters()]
+    found = relearn(lm, same, other, lessons, settings, EvaluateSettings(), model="product", seed=0)
+    after = snapshot(lm.model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [weight.requires_grad for weight in lm.model.parameters()] == states
+    assert found.steps == [0, 1, 2, 4, 8, 16, 32, 40][: len(found.steps)]
+    assert found.same[0] == found.other[0] == 0
+    assert found.back("same") is not None
+    assert found.back("same") > 1
+    assert (found.trained, found.n_same, found.n_other) == (2, 2, 2)
+
+
+def test_steps_until_half_is_back():
+    found = Relearning(
+        model="product",
+        trained=2,
+        steps=[0, 1, 2, 4],
+        same=[0, 10, 50, 90],
+        other=[60, 0, 20, 49],
+        n_same=10,
+        n_other=10,
+    )
+    assert (found.back("same"), found.back("other")) == (2, None)  # what was there before does not count
+
+
+# Runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["subtract", "npo", "simnpo-ft"])
+def test_a_run_forgets_and_reports(finished, method):
+    run = finished(method)
+    summary = Summary.load(run / "summary.json")
+    assert (summary.method, list(summary.phases)) == (method, ["base", "forgotten"])
+    assert summary.facts.known == summary.facts.forgotten == N_FORGET
+    before, after = (summary.phases[phase]["residue"] for phase in ("base", "forgotten"))
+    assert before["contains"].mean == 100
+    assert after["probability"].mean < before["probability"].mean
+    found = summary.forgetting
+    assert (found.kept.trained, found.kept.scored) == (N_KEEP // 2, N_KEEP // 2)
+    assert found.kept.scores["base"]["reliability"]["contains"].mean == 100
+    assert found.kept.parts == ["probability", "rouge", "truth"]
+    assert 0 < found.kept.utility["forgotten"] <= found.kept.utility["base"] + 1e-6
+    assert found.truth.keys() == {"base", "forgotten", "reference"}
+    assert found.truth["base"].quality == 1  # the reference is the base itself
+    assert [each.model for each in found.relearning] == ["product", "reference"]
+    assert (found.epochs is None) == (method == "subtract")
+    for page in ("report.md", "report.html"):
+        text = (run / page).read_text()
+        assert "What is left" in text
+        assert "Relearning" in text or "relearning" in text
+        assert "new answer</th>" not in text
+    for name in ("kept_facts.jsonl", "truth.jsonl"):
+        assert name in disk.read_json(run / "manifest.json")["results"]
+    assert not list((run / "stages").rglob("*.safetensors"))
+
+
+def test_the_product_is_loaded_by_other_programs_and_says_what_the_run_scored(finished, small_lab, files):
+    for method in ("npo", "simnpo-ft"):
+        run = finished(method)
+        lm = load_model(str(run / Summary.load(run / "summary.json").product))
+        facts = [as_forgotten(fact) for fact in read_facts(files / "forget.jsonl")]
+        rows = forgetlearn.score(lm, facts, phase="forgotten", settings=EvaluateSettings(protocols=("token",)))
+        written = [row for row in disk.read_rows(run / "facts.jsonl") if row["phase"] == "forgotten"]
+        tokens = {row["fact"]: row["residue"] for row in written if row["protocol"] == "token"}
+        assert {row.fact: row.residue for row in rows if row.protocol == "token"} == tokens
+
+
+def test_the_chain_tells_of_forgetting_and_the_run_can_be_undone(finished, small_lab, tmp_path):
+    run = finished("npo")
+    (update,) = chain_of(run)
+    assert (update.method, update.only_forgot, update.rows.learn) == ("npo", True, None)
+    assert update.modules.forget
+    assert "residue" in update.scores
+    assert str(small_lab) in forgetlearn.undo(run)
+    card = (run / "adapter" / "README.md").read_text()
+    assert "unlearning" in card
+    facts = disk.read_rows(run / "inputs.jsonl")
+    assert not any(fact["prompt"] in card for fact in facts)
+    merged = tmp_path / "merged"
+    forgetlearn.apply_run(run, small_lab, merged, merge=True)
+    assert chain_of(merged)[0].only_forgot
+
+
+def test_what_is_not_gone_can_be_forgotten_again(finished, files):
+    run = finished("npo")
+    failed, right = (list(disk.read_rows(run / name)) for name in ("failed.jsonl", "right.jsonl"))
+    assert len(failed) + len(right) == N_FORGET
+    last = {row["fact"]: row for row in disk.read_rows(run / "facts.jsonl") if row["protocol"] == "contains"}
+    assert {fact["id"] for fact in failed} == {fact for fact, row in last.items() if row["residue"]}
+    assert len(read_facts(run / "inputs.jsonl")) == N_FORGET
+    with pytest.raises(RunError, match="forget --facts"):
+        forgetlearn.update(failed_only=run, output=run.parent / "next")
+
+
+def files_of(run):
+    """The bytes of the product, and the scores, of a run."""
+    product = run / Summary.load(run / "summary.json").product
+    names = [path for path in product.iterdir() if path.suffix == ".safetensors"]
+    scores = [run / name for name in ("facts.jsonl", "kept_facts.jsonl", "truth.jsonl", "summary.json")]
+    return {path.name: path.read_bytes() for path in (*names, *scores)}
+
+
+class KilledError(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("method", ["npo", "simnpo-ft"])
+def test_killed_after_any_step_and_resumed_it_is_the_same_to_the_bit(
+    finished, small_lab, files, tmp_path, method, monkeypatch
+):
+    whole = finished(method)
+    config = QUICK | {"method": method, "keep": {"source": str(files / "keep.jsonl")}}
+    output = tmp_path / "run"
+
+    def go_on(resume):
+        forget_facts(small_lab, files / "forget.jsonl", config, output=output, reference=small_lab, resume=resume)
+
+    do, done = run_store.RunFolder.do, []
+
+    def killing(self, stage, *args, **options):
+        is_new = not self.is_done(stage)
+        do(self, stage, *args, **options)
+        if is_new:
+            done.append(stage)
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_store.RunFolder, "do", killing)
+        for _ in range(20):
+            try:
+                go_on(bool(done))
+                break
+            except KilledError:
+                continue
+    assert done[-1] == "reference"
+    assert "forget" in done
+    was, now = files_of(whole), files_of(output)
+    assert [name for name in was if was[name] != now[name]] == []
+    go_on(True)  # finished
+    with pytest.raises(RunError, match="reference"):
+        forget_facts(small_lab, files / "forget.jsonl", config, output=output, resume=True)
+
+
+def test_what_is_scored_as_kept_is_not_trained_on(finished, files):
+    run = finished("npo")
+    kept = [row["prompt"] for row in disk.read_rows(run / "stages" / "lessons" / "kept.jsonl")]
+    scored = {row["fact"] for row in disk.read_rows(run / "kept_facts.jsonl")}
+    facts = read_facts(files / "keep.jsonl")
+    assert {fact.prompt in kept for fact in facts if fact.id in scored} == {False}
+    assert {fact.prompt in kept for fact in facts if fact.id not in scored} == {True}
+
+
+def test_documents_are_forgotten(small_lab, tmp_path, char_tokenizer, tiny_model):
+    from forgetlearn.models.language_model import wrap
+
+    file = tmp_path / "book.txt"
+    file.write_text(" ".join(f"w{number % 7}" for number in range(2 * HALF_WORDS)))
+    lm = wrap(tiny_model(max_position_embeddings=1024), char_tokenizer)
+    config = BARE | {"method": "ascent-ft", "evaluate": {"protocols": ["token", "generate"], "general_prompts": False}}
+    result = forget_facts(lm, read_documents(file), config, output=tmp_path / "run")
+    assert result.summary.phases["forgotten"]["residue"].keys() == {
+        "token",
+        "generate",
+        "contains",
+        "rouge",
+        "probability",
+    }
+    assert result.summary.facts.reader == "documents"
+
+
+def test_the_command_takes_documents_and_facts_but_not_both(small_lab, files, tmp_path, capsys):
+    file = tmp_path / "book.txt"
+    file.write_text(" ".join(disk.read_rows(small_lab / "facts.jsonl")[0]["prompt"] for _ in range(40)))
+    quick = [
+        f"--set={name}={value}"
+        for name, value in (
+            ("forget.epochs", 1),
+            ("evaluate.protocols", "[token]"),
+            ("evaluate.general_prompts", "false"),
+            ("train.wordings", "false"),
+            ("train.answers", "bare"),
+            ("keep.weight", 0),
+        )
+    ]
+    base = ["forget", "--model", str(small_lab), *quick, "--relearn", "0"]
+    assert main([*base, "--documents", str(file), "--limit", "2", "--output", str(tmp_path / "one")]) == 0
+    assert "What is left" in (tmp_path / "one" / "report.md").read_text()
+    facts = ["--facts", str(files / "forget.jsonl"), "--output", str(tmp_path / "two")]
+    assert main([*base, *facts]) == 0
+    capsys.readouterr()
+    assert main([*base, *facts, "--documents", str(file)]) == 2
+    assert "--documents" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "two")]) == 0
+    assert main(["log", str(tmp_path / "two" / "adapter")]) == 0
+
+
+# Bad input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "named"),
+    [
+        ({"method": "lora"}, ConfigError, "method = lora"),
+        ({"method": "f-ft"}, ConfigError, "method = f-ft"),
+        ({"forget": {"coef": "auto"}}, ConfigError, "forget.coef"),
+        ({"forget": {"coef": 0}}, ConfigError, "forget.coef"),
+        ({"method": "npo", "forget": {"modules": "mlp"}}, ConfigError, "forget.modules"),
+        ({"keep": {"source": "none.jsonl"}}, ConfigError, "keep.source"),
+        ({"unlearn": {"max_epochs": 0}}, ConfigError, "unlearn.max_epochs"),
+        ({"save_merged": True, "unlearn": {"relearn_steps": -1}}, ConfigError, "unlearn.relearn_steps"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(small_lab, files, tmp_path, settings, error, named):
+    with pytest.raises(error, match=named):
+        forget_facts(small_lab, files / "forget.jsonl", settings, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_facts_to_keep_may_not_be_those_to_forget(small_lab, files, tmp_path, weight):
+    config = BARE | {"keep": {"source": str(files / "forget.jsonl"), "weight": weight}}
+    with pytest.raises(ConfigError, match=r"keep\.source"):
+        forget_facts(small_lab, files / "forget.jsonl", config, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_with_only_known_answers_that_nobody_says_there_is_nothing_to_forget(small_lab, tmp_path):
+    facts = [make_fact("Who is who?", "Nobody at all")]
+    config = BARE | {"forget": {"only_known": True, "epochs": 1}}
+    with pytest.raises(FactError, match=r"forget\.only_known"):
+        forget_facts(small_lab, facts, config, output=tmp_path / "run")
+
+
+@pytest.mark.parametrize("command", ["update", "plan"])
+def test_an_update_takes_no_method_that_only_forgets(small_lab, files, tmp_path, command, capsys):
+    words = ["--model", str(small_lab), "--facts", str(files / "forget.jsonl"), "--method", "npo"]
+    assert main([command, *words, *(["--output", str(tmp_path / "run")] if command == "update" else [])]) == 2
+    assert "method = npo" in capsys.readouterr().err
+
+
+def test_a_comparison_takes_no_method_that_only_forgets(small_lab, files, tmp_path, capsys):
+    words = ["--model", str(small_lab), "--facts", str(files / "forget.jsonl"), "--methods", "ft,simnpo"]
+    assert main(["compare", *words, "--output", str(tmp_path / "run")]) == 2
+    assert "simnpo" in capsys.readouterr().err
+
+
+def test_a_reference_with_another_vocabulary_is_refused(small_lab, files, tmp_path, lm):
+    with pytest.raises(ModelError, match="vocabular"):
+        forget_facts(small_lab, files / "forget.jsonl", BARE, output=tmp_path / "run", reference=lm)
+    lm.save(tmp_path / "other")
+    for other in ("other", "none"):
+        with pytest.raises(ModelError, match=other):
+            forget_facts(small_lab, files / "forget.jsonl", BARE, output=tmp_path / "run", reference=tmp_path / other)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_that_nothing_is_compared_with_is_refused(small_lab, tmp_path):
+    with pytest.raises(ConfigError, match="--reference"):
+        forget_facts(small_lab, small_lab / "facts.jsonl", BARE, output=tmp_path / "run", reference=small_lab)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_is_that_of_forgetting():
+    config = load_config(None, {"recipe": "forget"})
+    assert (config.method, config.forget.only_known) == ("subtract", False)
+    assert set(FORGETTING_METHODS) == {
+        f"{name}{end}" for name in ("subtract", "ascent", "npo", "simnpo") for end in ("", "-ft")
+    }
+
+
+def test_settings_without_effect_are_said(small_lab, files, tmp_path, capsys):
+    words = ["--model", str(small_lab), "--facts", str(files / "forget.jsonl"), "--output", str(tmp_path / "run")]
+    main(["forget", *words, "--method", "simnpo", "--set", "forget.epochs=9", "--coef", "auto"])
+    main(["forget", *words, "--set", "unlearn.max_epochs=9", "--set", "keep_change=true", "--coef", "auto"])
+    said = [line.split(" ")[0] for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
+    assert said == ["forget.epochs", "unlearn.max_epochs", "keep_change"]
+
+
+def test_facts_of_both_kinds_are_counted_alike(small_lab):
+    facts = from_records(
+        [{"prompt": "Who?", "target_new": "Ann", "ground_truth": "Bo"}, {"prompt": "Where?", "target_new": "Rome"}]
+    )
+    assert [as_forgotten(fact).ground_truth for fact in facts] == ["Bo", "Rome"]
