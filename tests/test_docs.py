@@ -135,7 +135,7 @@ def test_the_python_page_documents_the_public_names_and_nothing_deeper():
     documented = set(re.findall(r"^::: forgetlearn\.(\S+)$", page, flags=re.MULTILINE))
     assert documented - {"errors"} == set(forgetlearn.__all__) - {"ForgetLearnError", "METHODS", "__version__"}
     of_commands = re.findall(r"^\| `(\w+)` \|.*", page, flags=re.MULTILINE)
-    assert len(of_commands) == 8
+    assert len(of_commands) == 9
 
 
 def test_public_names_are_there_and_documented():

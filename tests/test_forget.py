@@ -27,7 +27,7 @@ from forgetlearn.products.chain import chain_of
 from forgetlearn.runs import run_store
 from forgetlearn.runs.forget import as_forgotten, as_kept, forget_facts
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import Relearning, Summary
+from forgetlearn.storage.records import ProbeRow, Relearning, Summary, load_rows
 from forgetlearn.weights.task_vector import snapshot
 
 N_FORGET, N_KEEP = 4, 6
@@ -507,3 +507,15 @@ def test_facts_of_both_kinds_are_counted_alike(small_lab):
         [{"prompt": "Who?", "target_new": "Ann", "ground_truth": "Bo"}, {"prompt": "Where?", "target_new": "Rome"}]
     )
     assert [as_forgotten(fact).ground_truth for fact in facts] == ["Bo", "Rome"]
+
+
+def test_probes_ask_whether_an_answer_is_still_known(small_lab, files, tmp_path):
+    evaluate = {"protocols": ["generate", "prefer"], "general_prompts": False, "probes": ["multiple-choice", "yes-no"]}
+    config = QUICK | {"unlearn": {"relearn_steps": 0}, "evaluate": evaluate}
+    run = forget_facts(small_lab, files / "forget.jsonl", config, output=tmp_path / "run").output
+    rows = [row for row in load_rows(ProbeRow, run / "probes.jsonl") if row.phase == "forgotten"]
+    chosen = [row for row in rows if row.probe == "multiple-choice"]
+    assert len(chosen) == N_FORGET
+    assert all(row.score is None and row.old in (0, 1) for row in chosen)
+    assert {row.protocol for row in rows if row.probe == "yes-no"} == {"choice"}
+    assert f"| multiple-choice | choice | {N_FORGET} |" in (run / "report.md").read_text(encoding="utf-8")
