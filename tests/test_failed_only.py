@@ -45,7 +45,7 @@ def test_what_fails(reliability, residue, fails):
         Row.model_validate(asked | {"protocol": "generate", "reliability": 0.0, "residue": 1.0}),
         Row.model_validate(asked | {"protocol": "contains", "reliability": reliability, "residue": residue}),
     ]
-    assert list(results._failed([fact], rows)) == [fact] * fails
+    assert list(results._failed([fact], rows, only_old=False)) == [fact] * fails
 
 
 def test_a_run_goes_on_with_what_failed_on_what_it_made(run, small_lab, tmp_path, capsys):

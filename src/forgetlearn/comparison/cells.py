@@ -18,7 +18,7 @@ from forgetlearn.errors import ConfigError, some
 
 Budget = Literal["equal-epochs", "equal-steps"]
 Variants = Mapping[str, "VariantSettings"]
-WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.subtracts_from_base)
+WITH_ALL_WEIGHTS = tuple(name for name, method in METHODS.items() if method.subtracts_from_base and method.learns)
 
 
 def _above_zero(values: tuple[float, ...]) -> tuple[float, ...]:
