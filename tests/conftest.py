@@ -91,6 +91,20 @@ def _few_general_prompts(request):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_probes(request):
+    """Make only probes that are read, not answered, in each update. A module with `ALL_PROBES = True` makes all."""
+    from forgetlearn.evaluation import probes
+
+    if getattr(request.module, "ALL_PROBES", False):
+        yield
+        return
+    few = {name: probes.MADE[name] for name in (probes.CHOICE, "yes-no")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probes, "MADE", few)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """`shared_data("zsre.json")`: a file of ../shared/data; skips the test where it is not there."""

@@ -18,6 +18,7 @@ from forgetlearn.report import run_page
 from forgetlearn.runs.update import update
 from forgetlearn.storage.records import ProbeRow, Row, Summary, load_rows
 
+ALL_PROBES = True
 ANN = make_fact("Who made it?", "Ann B", ground_truth="Cy", locality=(LocalityProbe("What is up?", "sky"),))
 ROME = make_fact("Where is it?", "Rome", ground_truth="Oslo")
 LIMA = make_fact("It lies in", "Lima")
