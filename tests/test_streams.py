@@ -297,7 +297,10 @@ def killed_after(monkeypatch, stage: str, times: int = 1) -> None:
     monkeypatch.setattr(run_folder.RunFolder, "do", do_and_die)
 
 
-@pytest.mark.parametrize("stage", ["score_base", "lessons", "forget", "learn", "score_updated", "score_earlier"])
+LESS_LIKELY = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("score_base", "lessons", "score_updated")]
+
+
+@pytest.mark.parametrize("stage", ["forget", "learn", "score_earlier", *LESS_LIKELY])
 def test_killed_after_any_stage_and_resumed_the_bits_are_the_same(root, facts, tmp_path, monkeypatch, stage):
     config = {**KEEPS, "method": "f-lora"}
     killed_after(monkeypatch, stage)
@@ -455,7 +458,14 @@ def test_damage_is_measured_from_the_model_before_the_first_batch(streamed, root
     assert "before the first batch" in (streamed.output / "batch-002/report.md").read_text()
 
 
-@pytest.mark.parametrize(("stage", "times"), [("general_base", 1), ("learn", 1), ("lessons", 2), ("score_earlier", 3)])
+@pytest.mark.parametrize(
+    ("stage", "times"),
+    [
+        ("general_base", 1),
+        ("score_earlier", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("learn", 1), ("lessons", 2))),
+    ],
+)
 def test_a_stream_that_was_killed_goes_on_and_ends_with_the_same_bits(
     streamed, root, facts, tmp_path, monkeypatch, stage, times
 ):
