@@ -212,11 +212,11 @@ def update(
     say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
 
 
-@app.command()
+@app.command(epilog="Unless set, the recipe is forget: --method subtract --coef 1, whether or not an answer is held.")
 @takes(
     *(*INPUTS, "facts.strict", "recipe", "train.answers", "keep.source", "method", "forget.coef", "forget.modules"),
-    *("seed", "model.shard", "train.deepspeed", "evaluate.max_damage", "evaluate.general", "evaluate.tasks"),
-    *("unlearn.relearn_steps", "report_to"),
+    *("seed", "model.shard", "train.deepspeed", "unlearn.relearn_steps", "report_to"),
+    *("evaluate.probes", "evaluate.max_damage", "evaluate.general", "evaluate.tasks"),
 )
 def forget(
     given: Given,
