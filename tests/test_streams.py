@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import forgetlearn
 from conftest import QUICK
 from forgetlearn.cli.main import main
-from forgetlearn.config.schema import ForgetSettings, KeepSettings, LoraSettings, StageSettings, load_config
+from forgetlearn.config.schema import ForgetSettings, KeepSettings, LoraSettings, RunConfig, StageSettings, load_config
 from forgetlearn.errors import ConfigError, DamageError, FactError, ForgetLearnError, ModelError, RunError
 from forgetlearn.evaluation import damage
 from forgetlearn.facts import make_fact
@@ -28,7 +28,7 @@ from forgetlearn.models.language_model import load_model
 from forgetlearn.products import chain
 from forgetlearn.report import stream_page
 from forgetlearn.runs import base as begun_on
-from forgetlearn.runs.stream import divided, stream
+from forgetlearn.runs.stream import _config_of, divided, stream
 from forgetlearn.runs.update import update
 from forgetlearn.storage import digests, disk, run_folder
 from forgetlearn.storage.records import Stream, Summary
@@ -521,3 +521,11 @@ def test_the_command_prints_the_curve_and_the_product_can_be_updated_again(small
     assert main([*words, *second]) == 0
     assert "retention of 2 facts" in capsys.readouterr().out  # the first of three was changed again
     assert len(chain.chain_of(tmp_path / "next")) == 3
+
+
+def test_only_the_last_batch_asks_probes_and_is_merged(facts):
+    config = RunConfig(save_merged=True)
+    parts = divided(facts, 3)
+    own = [_config_of(config, parts, number, Path("x")) for number in (1, 2, 3)]
+    assert [each.evaluate.probes for each in own] == [("none",), ("none",), ("auto",)]
+    assert [each.save_merged for each in own] == [False, False, True]

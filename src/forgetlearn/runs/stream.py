@@ -19,7 +19,7 @@ from forgetlearn.config import preflight
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError
-from forgetlearn.evaluation import general_ability
+from forgetlearn.evaluation import general_ability, probes
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
@@ -225,12 +225,18 @@ def folder_of(number: int) -> str:
 
 
 def _config_of(config: RunConfig, parts: Sequence[FactSet], number: int, product: Path) -> RunConfig:
-    """Return the config of a batch: on the product of the one before; only the last is merged, if any is to be."""
+    """Return the config of a batch: on the product of the one before.
+
+    Only the last one asks probes, which cost about as much as all other scores, and is merged, if any is to be.
+    """
+    is_last = number == len(parts)
+    probed = config.evaluate.probes if is_last else (probes.NONE,)
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": str(product if number == 1 else product.resolve())}),
             "facts": config.facts.model_copy(update={"source": parts[0].source, **AS_READ}),
-            "save_merged": config.save_merged and number == len(parts),
+            "evaluate": config.evaluate.model_copy(update={"probes": probed}),
+            "save_merged": config.save_merged and is_last,
         }
     )
 
