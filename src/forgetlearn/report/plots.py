@@ -122,6 +122,7 @@ def _plot_by_batch(
     else:
         _free_bars(axes.errorbar(at, means, bounds, fmt="-o", ms=size, color=colour, lw=1.1, elinewidth=0.8))
     axes.set_xlabel("batch", fontsize=8, color=DIM)
+    axes.locator_params(axis="x", integer=True)
     _open_frame(axes)
 
 
