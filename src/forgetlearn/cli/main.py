@@ -234,8 +234,7 @@ def forget(
 ) -> None:
     """Make a model forget facts or texts and learn nothing instead; test what is left, write product and report."""
     processes.check_launched(n_processes)
-    in_file = read_yaml(given.file) if given.file else {}
-    given = Given({"recipe": in_file.get("recipe", FORGET), **given.values}, given.file)
+    given = given.or_recipe(FORGET)
     texts = None
     if documents:
         from forgetlearn.facts.documents import read_documents
@@ -393,8 +392,7 @@ def paper(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Reproduce the paper's tables and figures on a model, and set each of its figures beside yours."""
-    in_file = read_yaml(given.file) if given.file else {}
-    config = Given({"recipe": in_file.get("recipe", "paper"), **given.values}, given.file).config("paper")
+    config = given.or_recipe("paper").config("paper")
     if not plan_only and (memory is not None or rate is not None):
         raise ConfigError("--memory and --rate need --plan: they say what is planned for.")
     from forgetlearn.reproduction.settings import PaperSettings

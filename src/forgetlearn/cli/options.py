@@ -12,7 +12,7 @@ from typing import Annotated, get_args
 import typer
 
 from forgetlearn.config import preflight
-from forgetlearn.config.base import describe, locate, parse_assignments
+from forgetlearn.config.base import describe, locate, parse_assignments, read_yaml
 from forgetlearn.config.schema import RunConfig, load_config, read_settings
 from forgetlearn.models.module_names import parse
 
@@ -82,6 +82,11 @@ class Given:
     def flag(self, name: str) -> str | None:
         """Return the text of a setting given on the command line; None if it is not given there."""
         return str(self.values[name]) if name in self.values else None
+
+    def or_recipe(self, name: str) -> Given:
+        """Return the same settings, with this recipe unless a flag or the file names one."""
+        in_file = read_yaml(self.file) if self.file else {}
+        return Given({"recipe": in_file.get("recipe", name), **self.values}, self.file)
 
     @property
     def settings(self) -> dict[str, object]:

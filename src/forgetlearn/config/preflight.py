@@ -187,10 +187,7 @@ def idle(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"forget.{name}", "it is for forget.coef = auto"
     if not any(stage.kind.adapter for stage in stages):
         yield "lora", f"{config.method} trains no adapter"
-    if not stages.method.makes_adapter:
-        yield "save_merged", f"the product of {config.method} is a whole model"
-    else:
-        yield "keep_change", f"the product of {config.method} is an adapter"
+    yield from _idle_in_saving(config)
     yield from _idle_in_editing(config)
     if not stages.learn.kind.bounded:
         yield "learn.max_change", "it is for method ft-c"
@@ -213,14 +210,18 @@ def _idle_in_forgetting(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "forget.rows", f"{config.method} subtracts nothing"
     else:
         yield "unlearn.max_epochs", f"{config.method} takes forget.epochs"
-    if not kind.adapter:
-        yield "save_merged", f"the product of {config.method} is a whole model"
-        if not config.unlearn.relearn_steps:
-            yield "lora", f"{config.method} trains no adapter"
-    else:
-        yield "keep_change", f"the product of {config.method} is an adapter"
+    if not kind.adapter and not config.unlearn.relearn_steps:
+        yield "lora", f"{config.method} trains no adapter"
+    yield from _idle_in_saving(config)
     yield from _idle_in_keeping(config)
     yield from _idle_in_scoring(config)
+
+
+def _idle_in_saving(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if METHODS[config.method].makes_adapter:
+        yield "keep_change", f"the product of {config.method} is an adapter"
+    else:
+        yield "save_merged", f"the product of {config.method} is a whole model"
 
 
 def _idle_in_editing(config: RunConfig) -> Iterator[tuple[str, str]]:

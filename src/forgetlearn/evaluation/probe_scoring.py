@@ -10,11 +10,11 @@ from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.probes import COMPLETION, MADE, NO, QUESTION, YES, Asked, is_one, wanted
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
-from forgetlearn.evaluation.scoring import MARGIN_TOKENS
+from forgetlearn.evaluation.scoring import add_room, room_for
 from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, matching
 from forgetlearn.facts.sentences import is_unfinished
-from forgetlearn.models.encoding import Encoded, Prompt
+from forgetlearn.models.encoding import Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.storage.records import Mean, ProbeRow, ProbeScore, Row
 
@@ -66,17 +66,10 @@ def _by_beginning(asked: Sequence[Asked]) -> list[list[Asked]]:
 
 
 def _rooms(lm: LanguageModel, asked: Sequence[Asked], settings: EvaluateSettings) -> dict[Prompt, Room]:
-    """Return the room of each free answer: `max_new_tokens`, or more where a right answer is longer."""
-    pairs = [(each.prompt, answer) for each in asked for answer in (*each.answers, *each.old_answers)]
-    long = [pair for pair in pairs if len(pair[1].encode()) + MARGIN_TOKENS > settings.max_new_tokens]
+    """Return a room for each prompt with an answer that may exceed one line or `max_new_tokens`."""
     rooms: dict[Prompt, Room] = {}
-    encoded = lm.encoder.encode_all(long)
-    for (prompt, answer), text in encoded.items():
-        tokens = settings.max_new_tokens
-        if isinstance(text, Encoded):
-            tokens = max(tokens, len(text.answer_ids) + MARGIN_TOKENS)
-        before = rooms.get(prompt, Room(settings.max_new_tokens))
-        rooms[prompt] = Room(max(before.tokens, tokens), max(before.lines, matching.lines_of(answer)))
+    for each in asked:
+        add_room(rooms, each.prompt, room_for(lm, each.prompt, (*each.answers, *each.old_answers), settings), settings)
     return rooms
 
 

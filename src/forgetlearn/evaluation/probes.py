@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from random import Random
 from string import ascii_uppercase
@@ -117,7 +117,7 @@ class Maker:
 
     def long_prompt(self, fact: Fact) -> Iterator[Asked]:
         """Yield the fact's prompt behind a page of text that has nothing to do with it."""
-        if text := self._long_text():
+        if text := self._long_text:
             yield Asked(fact.id, "long-prompt", f"{text}\n\n{fact.prompt}", fact.new_answers, fact.old_answers)
 
     def brought(self, fact: Fact) -> Iterator[Asked]:
@@ -169,6 +169,7 @@ class Maker:
                 found.append(text)
         return found
 
+    @cached_property
     def _long_text(self) -> str:
         """Return the long text, or as many of its paragraphs as fit half of the model's context."""
         paragraphs = LONG_TEXT.read_text(encoding="utf-8").splitlines()

@@ -15,7 +15,7 @@ from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Pair, Reading, Scorer
 from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, matching
-from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.encoding import Encoded, P, Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.storage.records import Phase, Row
 
@@ -75,19 +75,27 @@ def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSet
     """Return a room for each prompt with an answer that may exceed one line or `max_new_tokens`."""
     rooms: dict[str, Room] = {}
     for fact in facts:
-        answers = (*fact.new_answers, *fact.old_answers)
-        lines = max(map(matching.lines_of, answers))
-        # An answer has at most as many tokens as bytes, so most answers need not be tokenised here.
-        long = [answer for answer in answers if len(answer.encode()) + MARGIN_TOKENS > settings.max_new_tokens]
-        found = lm.encoder.encode_all((fact.prompt, answer) for answer in long) if long else {}
-        lengths = [len(text.answer_ids) + MARGIN_TOKENS for text in found.values() if isinstance(text, Encoded)]
-        room = Room(max([settings.max_new_tokens, *lengths]), lines)
-        if room == Room(settings.max_new_tokens):
-            continue
+        room = room_for(lm, fact.prompt, (*fact.new_answers, *fact.old_answers), settings)
         for prompt in fact.prompts:
-            other = rooms.get(prompt, room)
-            rooms[prompt] = Room(max(room.tokens, other.tokens), max(room.lines, other.lines))
+            add_room(rooms, prompt, room, settings)
     return rooms
+
+
+def room_for(lm: LanguageModel, prompt: Prompt, answers: Sequence[str], settings: EvaluateSettings) -> Room:
+    """Return a room for any of the answers to a prompt, and at least for `max_new_tokens`."""
+    lines = max(map(matching.lines_of, answers), default=1)
+    # An answer has at most as many tokens as bytes, so most answers need not be tokenised here.
+    long = [answer for answer in answers if len(answer.encode()) + MARGIN_TOKENS > settings.max_new_tokens]
+    found = lm.encoder.encode_all((prompt, answer) for answer in long) if long else {}
+    lengths = [len(text.answer_ids) + MARGIN_TOKENS for text in found.values() if isinstance(text, Encoded)]
+    return Room(max([settings.max_new_tokens, *lengths]), lines)
+
+
+def add_room(rooms: dict[P, Room], prompt: P, room: Room, settings: EvaluateSettings) -> None:
+    """Widen a prompt's room, unless it is the usual one anyway."""
+    if room != Room(settings.max_new_tokens):
+        other = rooms.get(prompt, room)
+        rooms[prompt] = Room(max(room.tokens, other.tokens), max(room.lines, other.lines))
 
 
 def locality_predictions(rows: Iterable[Row]) -> dict[str, list[list[int]]]:

@@ -37,8 +37,7 @@ class Left:
 
 def shown_columns(summary: Summary) -> tuple[Column, ...]:
     """Return the columns that were scored, of those that make sense if nothing is learned."""
-    scored = [phase.get(quantity, {}).keys() for phase in summary.phases.values() for quantity in ("residue",)]
-    protocols = {protocol for own in scored for protocol in own} | {"agreement"}
+    protocols = {protocol for phase in summary.phases.values() for protocol in phase.get("residue", {})} | {"agreement"}
     return tuple(column for column in COLUMNS if column[1] in protocols)
 
 

@@ -83,10 +83,8 @@ def forget_facts(
         config = {"recipe": FORGET, **(config or {})}
     config = begun_on.of_run(resolve(config, model, given))
     preflight.check("forget", config)
-    task, in_memory = ForgetTask(reference), None if isinstance(model, (str, Path)) else model
-    return carry_out(
-        task, in_memory, given, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
-    )
+    task = ForgetTask(reference)
+    return carry_out(task, model, given, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

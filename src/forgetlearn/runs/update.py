@@ -92,9 +92,8 @@ def update(
         config = go_on_from(failed_only, config, model, facts)
     config = begun_on.of_run(resolve(config, model, facts))
     preflight.check("update", config)
-    in_memory = None if isinstance(model, (str, Path)) else model
     return carry_out(
-        Task(), in_memory, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
+        Task(), model, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
     )
 
 
@@ -142,7 +141,8 @@ def carry_out(
     resume: bool = False,
     overwrite: bool = False,
 ) -> UpdateResult:
-    """Do a task over a run folder; its config is resolved. Raise as `update` does."""
+    """Do a task over a run folder; its config is resolved, and names the model unless that is in memory."""
+    model = None if isinstance(model, (str, Path)) else model
     check_engine(config.evaluate, changed_by=task.name)
     task.check(config)
     reads = (*files_read(config), *task.reads)
