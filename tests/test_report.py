@@ -351,3 +351,7 @@ def test_case_27_a_strangers_run_is_reported_or_refused_by_name(tmp_path, capsys
         assert ".".join(outer) in error
         assert last in error
         assert error.count("\n") <= 3
+
+
+def test_an_interval_that_begins_at_zero_has_its_bar():
+    assert plots._bars([(0.25, 0.0, 0.5), (0.5, None, None)]) == ([0.25, 0.5], [[0.25, 0.0], [0.25, 0.0]])

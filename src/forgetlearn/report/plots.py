@@ -101,12 +101,7 @@ def plot_stream(batches: Sequence[Batch], protocol: str | None) -> list[Markup]:
         plots.append(_svg(figure, "said", f"Facts that are said, in percent by batch: {'; '.join(words)}"))
     if damaged := [(number, batch) for number, batch in enumerate(batches, 1) if batch.kl is not None]:
         figure, axes = _figure(4.6, 2.4, "KL from the model before, nats per token")
-        values = [batch.kl or 0.0 for _number, batch in damaged]
-        ends = [
-            (batch.kl_low or value, batch.kl_high or value) for (_n, batch), value in zip(damaged, values, strict=True)
-        ]
-        bounds = [[abs(v - low) for v, (low, _high) in zip(values, ends, strict=True)]]
-        bounds.append([abs(high - v) for v, (_low, high) in zip(values, ends, strict=True)])
+        values, bounds = _bars([(batch.kl or 0.0, batch.kl_low, batch.kl_high) for _number, batch in damaged])
         _plot_by_batch(axes, [number for number, _batch in damaged], values, bounds, FIRST)
         axes.set_ylim(bottom=0)
         plots.append(_svg(figure, "kl", f"KL by batch: {', '.join(f'{value:.3g}' for value in values)}"))
@@ -339,7 +334,11 @@ def _free_bars(marks: ErrorbarContainer) -> None:
 
 def _with_bounds(cells: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
     """Return the means, and how far each interval extends below and above its mean (0 without an interval)."""
-    scored = [(cell.mean, cell.low, cell.high) for cell in cells if cell.mean is not None]
+    return _bars([(cell.mean, cell.low, cell.high) for cell in cells if cell.mean is not None])
+
+
+def _bars(scored: Sequence[tuple[float, float | None, float | None]]) -> tuple[list[float], list[list[float]]]:
+    """Return the same for means, each with the ends of its interval."""
     below = [0.0 if low is None else abs(mean - low) for mean, low, _high in scored]
     above = [0.0 if high is None else abs(mean - high) for mean, _low, high in scored]
     return [mean for mean, _low, _high in scored], [below, above]
