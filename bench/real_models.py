@@ -131,7 +131,7 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
     """Return the scores of a cell."""
     file, usual = SETS[cell.facts]
     general = {"seed": cell.seed, "model": {"prompt_template": args.template}, "facts": {"old_from": args.old_from}}
-    config = validate(RunConfig, {**general, **cell.settings})
+    config = validate(RunConfig, {**general, "evaluate": {"probes": "none"}, **cell.settings})
     facts = read_facts(args.data / file, limit=args.limit or usual, old_from=config.facts.old_from)
     began = time.process_time()
     if cell.row == "one-by-one":
