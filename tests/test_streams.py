@@ -19,7 +19,7 @@ from conftest import QUICK
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import ForgetSettings, KeepSettings, LoraSettings, RunConfig, StageSettings, load_config
 from forgetlearn.errors import ConfigError, DamageError, FactError, ForgetLearnError, ModelError, RunError
-from forgetlearn.evaluation import damage
+from forgetlearn.evaluation import damage, scoring
 from forgetlearn.facts import make_fact
 from forgetlearn.method import keeping
 from forgetlearn.method.core import forget, learn
@@ -28,6 +28,7 @@ from forgetlearn.models.language_model import load_model
 from forgetlearn.products import chain
 from forgetlearn.report import stream_page
 from forgetlearn.runs import base as begun_on
+from forgetlearn.runs import pipeline
 from forgetlearn.runs.stream import _config_of, divided, stream
 from forgetlearn.runs.update import update
 from forgetlearn.storage import digests, disk, run_folder
@@ -319,7 +320,7 @@ def test_killed_after_any_stage_and_resumed_the_bits_are_the_same(root, facts, t
 
 def test_earlier_facts_are_kept_and_asked_again(root, facts):
     summary = Summary.load(root / "third/summary.json")
-    assert summary.kept["earlier facts"] == 5
+    assert summary.kept["earlier facts learned again"] == 5  # QUICK does not teach them
     assert [(each.update, each.facts, each.superseded) for each in summary.retention] == [(1, 3, 0), (2, 2, 0)]
     assert summary.phases["updated"]["retention"]["token"].n == 5
     rows = disk.read_rows(root / "third/retention.jsonl")
@@ -336,7 +337,7 @@ def test_facts_that_the_update_changes_are_left_out(root, facts, tmp_path, capsy
     assert main(words) == 0
     assert "update 1, facts.jsonl: retention of 2 facts: token" in capsys.readouterr().out
     summary = disk.read_json(tmp_path / "run/summary.json")
-    assert (summary["kept"]["earlier facts"], summary["retention"][0]["superseded"]) == (2, 1)
+    assert (summary["kept"]["earlier facts learned again"], summary["retention"][0]["superseded"]) == (2, 1)
 
 
 def test_facts_that_are_not_found_are_said_to_be_missing_and_found_where_they_are(root, facts, tmp_path, caplog):
@@ -345,12 +346,36 @@ def test_facts_that_are_not_found_are_said_to_be_missing_and_found_where_they_ar
     assert "2 of the 2 updates" in caplog.text
     assert "--earlier" in caplog.text
     assert result.summary.retention == []
-    assert "earlier facts" not in result.summary.kept
+    assert not any("earlier" in kind for kind in result.summary.kept)
     caplog.clear()
     places = {"keep": {"weight": 1.0, "earlier": [str(root / "first"), str(root / "second/inputs.jsonl")]}}
     result = update(copy_of, facts.part(5, 6), {"method": "lora", **QUICK, **places}, output=tmp_path / "again")
-    assert result.summary.kept["earlier facts"] == 5
+    assert result.summary.kept["earlier facts learned again"] == 5
     assert "--earlier" not in caplog.text
+
+
+def test_what_the_model_still_says_is_kept_and_what_it_lost_is_learned_again(root, facts, tmp_path, monkeypatch):
+    base, learned = root / "base", []
+    lm = load_model(RunConfig(model={"name": str(base)}).model)
+    rows = scoring.probe(lm, list(facts), RunConfig().evaluate)
+    still = scoring.known_facts(list(facts), rows)[0]
+    held = make_fact(still.prompt, still.ground_truth)
+    lost = make_fact(facts[5].prompt, "nothing that it would say", ground_truth=facts[5].ground_truth)
+    first = update(base, [held, lost], {"method": "lora", **KEEPS}, output=tmp_path / "first")
+
+    def spied(lm, own, *args, **options):
+        learned.extend(fact.prompt for fact in own)
+        return learn(lm, own, *args, **options)
+
+    monkeypatch.setattr(pipeline, "learn", spied)
+    found = update(first.product, facts.part(6, 7), {"method": "lora", **KEEPS}, output=tmp_path / "second").summary
+    assert learned == [facts[6].prompt, lost.prompt]
+    assert {kind: number for kind, number in found.kept.items() if "earlier" in kind} == {
+        "earlier facts": 1,
+        "earlier facts learned again": 1,
+    }
+    assert found.facts.used == 1
+    assert set(found.learning.unlearned if found.learning else {}) <= {facts[6].id}
 
 
 def test_of_many_earlier_facts_some_are_drawn(monkeypatch):
@@ -358,7 +383,7 @@ def test_of_many_earlier_facts_some_are_drawn(monkeypatch):
     monkeypatch.setattr(keeping, "MOST_EARLIER", 10)
     drawn = keeping.rehearsed(earlier, [make_fact("who is number 3", "y")], "0:1")
     assert len(set(drawn)) == 10
-    assert earlier[3].prompt not in keeping.rehearsed(earlier[:5], [make_fact("who is number 3", "y")], "0:1")
+    assert earlier[3] not in keeping.rehearsed(earlier[:5], [make_fact("who is number 3", "y")], "0:1")
     assert keeping.rehearsed(earlier[::-1], (), "0:1") == keeping.rehearsed(earlier, (), "0:1")
     assert keeping.rehearsed(earlier, (), "0:2") != keeping.rehearsed(earlier, (), "0:1")
 

@@ -270,7 +270,7 @@ class Worker:
                 nothing_forgotten=pipeline.nothing_forgotten,
                 taught=pipeline.taught,
                 lessons=lessons.counts(pipeline.taught),
-                kept=pipeline.material.kept_counts,
+                kept=pipeline.kept_counts,
                 learning=learning_of(pipeline.facts, learned.epochs, learned.unlearned),
             )
             write_results(folder, config, self.comparison.facts, pipeline.rows, done)

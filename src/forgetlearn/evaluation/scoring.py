@@ -123,6 +123,16 @@ def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     return [fact for fact in facts if (row := replies.get(fact.id)) and _says_old(fact, row)]
 
 
+def held_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
+    """Return the facts whose new answer the model says when asked, according to rows of the protocol `generate`."""
+    replies = {row.fact: row for row in rows if row.protocol == "generate"}
+    return [fact for fact in facts if (row := replies.get(fact.id)) and _says_new(fact, row)]
+
+
+def _says_new(fact: Fact, row: Row) -> float:
+    return matching.says(row.said or "", fact.new_answers, fact.old_answers, at_start=row.writes_on)
+
+
 def _says_old(fact: Fact, row: Row) -> float:
     return matching.says(row.said or "", fact.old_answers, fact.new_answers, at_start=row.writes_on)
 

@@ -37,6 +37,7 @@ GENERAL, QUESTION, REWORDED, OWN, EARLIER, NEIGHBOUR = (
     "earlier facts",
     "neighbours",
 )
+AGAIN = "earlier facts learned again"
 # Tokens of an answer.
 KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, QUESTION: 12, REWORDED: 12, OWN: 24, EARLIER: 24, NEIGHBOUR: 8}
 SHORT_ANSWERS = ("Answer in a few words: {}", "Short answer only: {}")
@@ -93,8 +94,8 @@ def prompts_of_earlier(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[s
     return kept
 
 
-def rehearsed(earlier: Sequence[Fact], facts: Iterable[Fact], seed: str) -> list[str]:
-    """Return the prompts of facts of earlier updates that these facts do not change, drawn by a seed if there are many.
+def rehearsed(earlier: Sequence[Fact], facts: Iterable[Fact], seed: str) -> list[Fact]:
+    """Return the facts of earlier updates that these facts do not change, drawn by a seed if there are many.
 
     The draw depends on the seed and the facts alone, not on their order.
     """
@@ -103,7 +104,7 @@ def rehearsed(earlier: Sequence[Fact], facts: Iterable[Fact], seed: str) -> list
     drawn = sorted(still, key=lambda fact: hashlib.sha256(f"{seed}:{fact.id}".encode()).digest())[:MOST_EARLIER]
     if len(drawn) < len(still):
         log.info("%d of the %d facts of earlier updates are kept, drawn by the seed", len(drawn), len(still))
-    return [fact.prompt for fact in drawn]
+    return drawn
 
 
 def without_scored(prompts: Mapping[Prompt, str], facts: Iterable[Fact]) -> dict[Prompt, str]:

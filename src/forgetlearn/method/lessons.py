@@ -93,14 +93,15 @@ def make(
     config: RunConfig,
     said: Mapping[str, Row],
     rehearsed: Iterable[str] = (),
+    lost: Sequence[Fact] = (),
     held_apart: Collection[str] = (),
 ) -> Material:
     """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact.
 
-    `rehearsed` are prompts of earlier updates, whose answers are kept; `held_apart` are prompts of keep.source that are
-    only scored.
+    `rehearsed` are prompts of earlier updates, whose answers are kept; `lost` are facts of earlier updates that are
+    learned again; `held_apart` are prompts of keep.source that are only scored.
     """
-    learned = [*_new_texts(lm, facts, config, said)] if METHODS[config.method].learns else []
+    learned = [*_new_texts(lm, [*facts, *lost], config, said)] if METHODS[config.method].learns else []
     taught = [*learned, *_old_texts(lm.encoder, facts, config, said)]
     for stage, found in counts(taught).items():
         if stage == "learn" or not learned:

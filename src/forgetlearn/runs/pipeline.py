@@ -124,6 +124,7 @@ class Pipeline:
         self._measured: dict[str, Path] = {}  # folders with general ability, by phase
         self.known: list[Fact] = []  # facts whose old answer the base gives
         self.replies: list[Row] = []  # the base's free answers to the facts' prompts
+        self.lost: list[Fact] = []  # facts of earlier updates that the base no longer says, to learn again
         # Functions that load the weights that the next step needs; called only if that step really runs.
         self._pending: dict[str, Callable[[], None]] = {"base": base.restore} if base else {}
 
@@ -156,11 +157,28 @@ class Pipeline:
     def _ask_for_lessons(self) -> None:
         """Ask the base for what the stages train on, if they train on more than bare answers."""
         if lessons.asks_base(self.config, self.lm.encoder):
-            said = {row.fact: row for row in self.replies}
-            earlier, seed = self.past.earlier, f"{self.config.seed}:{len(self.past.earlier)}"
-            again = keeping.rehearsed([fact for one in earlier for fact in one.facts], self.facts, seed)
-            made = self.ready(lambda: lessons.make(self.lm, self.facts, self.config, said, again, self.held_apart))
+            earlier, replies = self._recall() if self.config.keep.weight else ([], [])
+            said = {row.fact: row for row in (*self.replies, *replies)}
+            asked = self.facts, self.config, said, [fact.prompt for fact in earlier], self.lost, self.held_apart
+            made = self.ready(lambda: lessons.make(self.lm, *asked))
             self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
+
+    def _recall(self) -> tuple[list[Fact], list[Row]]:
+        """Ask the base the facts of earlier updates; return those to keep as they are said, and all its answers.
+
+        A method that learns also learns again what is `lost`: to keep the answer to that would keep it lost.
+        """
+        earlier, seed = self.past.earlier, f"{self.config.seed}:{len(self.past.earlier)}"
+        drawn = keeping.rehearsed([fact for one in earlier for fact in one.facts], self.facts, seed)
+        if not drawn or not self.stages.method.learns:
+            return drawn, []
+        ask = self.ready(lambda: scoring.probe(self.lm, drawn, self.config.evaluate))
+        replies = self.store.rows("probe_earlier", ask)
+        held = scoring.held_facts(drawn, replies)
+        self.lost = [fact for fact in drawn if fact not in held]
+        if self.lost:
+            log.info("%d of %d facts of earlier updates are no longer said: learned again", len(self.lost), len(drawn))
+        return held, replies
 
     def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
         return lessons.of_stage(self.material, facts, stage.name, self.config, self.lm.encoder)
@@ -175,6 +193,11 @@ class Pipeline:
         """What the stages train on, fact by fact; empty if it is each fact's bare answer."""
         told = {"learn": {fact.id for fact in self.facts}, "forget": {fact.id for fact in self.to_forget}}
         return [each for each in self.material.taught if each.fact in told[each.stage]]
+
+    @property
+    def kept_counts(self) -> dict[str, int]:
+        """The number of texts that are kept, and of facts that are learned again, by where they come from."""
+        return self.material.kept_counts | ({keeping.AGAIN: len(self.lost)} if self.lost else {})
 
     @property
     def to_forget(self) -> list[Fact]:
@@ -252,8 +275,9 @@ class Pipeline:
             STAGE_KINDS[stage.kind.name].put_product(self.lm, stage.settings, learned[0])
             return learned[1]
         log.info("learning %d facts (%s)", len(self.facts), stage.kind.name)
-        texts, how = self._lessons(stage, self.facts), stage.kind.name
-        return learn(self.lm, self.facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
+        facts, how = [*self.facts, *self.lost], stage.kind.name
+        texts = self._lessons(stage, facts)
+        return learn(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
 
     def _train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
         if change := self.store.train(stage, n_facts, self.ready(compute)):

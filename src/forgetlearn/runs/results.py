@@ -155,8 +155,8 @@ def _coef(config: RunConfig, choice: records.Choice | None) -> float:
 
 
 def learning_of(facts: Sequence[Fact], epochs: int | None, unlearned: Iterable[int]) -> records.Learning | None:
-    """Return how far a learning stage came, given the places of the facts that it did not learn."""
+    """Return how far a learning stage came, given the places of what it did not learn: these facts come first in it."""
     if epochs is None:
         return None
-    missed = (facts[place] for place in unlearned)
+    missed = (facts[place] for place in unlearned if place < len(facts))
     return records.Learning(epochs=epochs, unlearned={fact.id: fact.prompt for fact in missed})

@@ -294,7 +294,7 @@ def _finish(task: Task, run: run_folder.RunFolder, facts: FactSet, pipeline: Pip
         rounding=run.rounding(stages.last.name, "merge"),
         taught=pipeline.taught,
         lessons=lessons.counts(pipeline.taught),
-        kept=pipeline.material.kept_counts,
+        kept=pipeline.kept_counts,
         learning=learning_of(pipeline.facts, last.epochs, last.unlearned) if stages.method.learns else None,
         forgetting=processes.on_main(lambda: task.result(pipeline, run)),
         since_first=pipeline.past.origin is not None,
