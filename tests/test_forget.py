@@ -24,10 +24,11 @@ from forgetlearn.models import lora
 from forgetlearn.models.encoding import Passage
 from forgetlearn.models.language_model import load_model
 from forgetlearn.products.chain import chain_of
+from forgetlearn.report import forgetting as pages
 from forgetlearn.runs import run_store
 from forgetlearn.runs.forget import as_forgotten, as_kept, forget_facts
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import ProbeRow, Relearning, Summary, load_rows
+from forgetlearn.storage.records import Forgetting, ProbeRow, Relearning, Summary, TruthRatio, load_rows
 from forgetlearn.weights.task_vector import snapshot
 
 N_FORGET, N_KEEP = 4, 6
@@ -182,6 +183,14 @@ def test_forget_quality_is_the_p_value_of_kolmogorov_and_smirnov():
     assert forgetting.forget_quality([1, 2, 3], [1, 2, 3]) == 1
     one, two = [0.1 * n for n in range(40)], [0.1 * n + 1 for n in range(40)]
     assert forgetting.forget_quality(one, two) == stats.ks_2samp(one, two).pvalue
+
+
+@pytest.mark.parametrize(("quality", "said"), [(0.4, "cannot be told from"), (0.001, "differ from")])
+def test_the_verdict_says_what_forget_quality_means(quality, said):
+    truth = {"forgotten": TruthRatio(closeness=0.5, n=20, quality=quality)}
+    sentence = pages._quality(Forgetting(truth=truth))
+    assert f"its truth ratios {said} those of a model that never knew" in sentence
+    assert f"p = {quality}" in sentence
 
 
 def test_a_fact_without_a_new_answer_is_scored_by_its_residue_alone(small_lab):

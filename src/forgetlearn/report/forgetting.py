@@ -24,6 +24,7 @@ MEANS = {
     "truth": "truth: how much likelier the right answer is than wrong ones",
 }
 Measure = tuple[str, list[str]]  # its name, and its value before and after
+LEVEL = 0.05  # of the test of forget quality
 FEW_STEPS = 16  # in so few, a person who has half of the facts brings them back at no cost
 
 
@@ -77,7 +78,11 @@ def _quality(found: Forgetting) -> str:
     truth = found.truth.get("forgotten")
     if truth is None or truth.quality is None:
         return ""
-    return f"Forget quality: p = {truth.quality:.2g} that it is like a model that never knew (1 is best)."
+    apart = "differ from" if truth.quality < LEVEL else "cannot be told from"
+    return (
+        f"Forget quality: its truth ratios {apart} those of a model that never knew (Kolmogorov-Smirnov test, p = "
+        f"{truth.quality:.2g})."
+    )
 
 
 def _relearning(found: Relearning) -> str:
