@@ -21,8 +21,9 @@ from forgetlearn.config.schema import ForgetSettings, KeepSettings, LoraSettings
 from forgetlearn.errors import ConfigError, DamageError, FactError, ForgetLearnError, ModelError, RunError
 from forgetlearn.evaluation import damage, scoring
 from forgetlearn.facts import make_fact
-from forgetlearn.method import keeping
+from forgetlearn.method import keeping, lessons
 from forgetlearn.method.core import forget, learn
+from forgetlearn.method.lessons import Rehearsal
 from forgetlearn.models import lora, null_space
 from forgetlearn.models.language_model import load_model
 from forgetlearn.products import chain
@@ -376,6 +377,46 @@ def test_what_the_model_still_says_is_kept_and_what_it_lost_is_learned_again(roo
     }
     assert found.facts.used == 1
     assert set(found.learning.unlearned if found.learning else {}) <= {facts[6].id}
+
+
+def general_answers(run):
+    """What a run kept of the model's answers to general prompts."""
+    kept = disk.read_rows(run / "stages/lessons/kept.jsonl")
+    return {str(each["prompt"]): each["text"] for each in kept if each["source"] == "general prompts"}
+
+
+def test_general_answers_stay_those_of_the_model_before_all_updates(root, facts, tmp_path):
+    fierce = {"method": "lora", **KEEPS, "lora": {"learning_rate": 0.1}, "learn": {"epochs": 3}}
+    first = update(root / "base", facts.part(0, 3), fierce, output=tmp_path / "first")
+    before = general_answers(first.output)
+    lm = load_model(RunConfig(model={"name": str(first.product)}).model)
+    now, _tops = keeping.answered(lm, dict.fromkeys(before, "general prompts"), RunConfig().evaluate)
+    assert {each.prompt: each.text for each in now} != before
+    second = update(first.product, facts.part(3, 5), {"method": "lora", **KEEPS}, output=tmp_path / "second")
+    assert general_answers(second.output) == before
+    lost = shutil.copytree(first.product, tmp_path / "alone")  # its facts are not found, so they may be among these
+    third = update(lost, facts.part(3, 5), {"method": "lora", **KEEPS}, output=tmp_path / "third")
+    assert general_answers(third.output) != before
+
+
+def test_general_prompts_that_earlier_facts_may_change_are_not_kept(lm):
+    asks = next(prompt for prompt in keeping.general([]) if isinstance(prompt, str))
+    earlier = Rehearsal(taught=[make_fact(asks, "something new")], adapter=lora.EARLIER)
+    config = RunConfig(**KEEPS)
+    assert asks in lessons._to_keep([], config, lm.encoder)
+    assert asks not in lessons._to_keep([], config, lm.encoder, earlier)
+
+
+def test_an_adapter_that_is_put_aside_changes_nothing_and_comes_back_frozen(root):
+    lm = begun_on.load(None, None, RunConfig(model={"name": str(root / "first/adapter")}))
+    base = load_model(RunConfig(model={"name": str(root / "base")}).model)
+    with torch.no_grad():
+        before = lm.model(IDS).logits
+        with lora.put_aside(lm.model, lora.EARLIER):
+            assert torch.equal(lm.model(IDS).logits, base.model(IDS).logits)
+        assert torch.equal(lm.model(IDS).logits, before)
+    assert not torch.equal(before, base.model(IDS).logits)
+    assert not any(weight.requires_grad for weight in lm.model.parameters())
 
 
 def test_of_many_earlier_facts_some_are_drawn(monkeypatch):

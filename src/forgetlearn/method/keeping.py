@@ -37,6 +37,7 @@ GENERAL, QUESTION, REWORDED, OWN, EARLIER, NEIGHBOUR = (
     "earlier facts",
     "neighbours",
 )
+ALL_GENERAL = (GENERAL, QUESTION, REWORDED)
 AGAIN = "earlier facts learned again"
 # Tokens of an answer.
 KEPT_TOKENS: Mapping[str, int] = {GENERAL: 24, QUESTION: 12, REWORDED: 12, OWN: 24, EARLIER: 24, NEIGHBOUR: 8}

@@ -23,7 +23,7 @@ from forgetlearn.method import keeping, own_words
 from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.own_words import Made
 from forgetlearn.method.wordings import shortened, wordings
-from forgetlearn.models import top_logprobs
+from forgetlearn.models import lora, top_logprobs
 from forgetlearn.models.encoding import Encoder, Passage, Prompt, encodable, turns_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
@@ -36,6 +36,20 @@ log = logging.getLogger("forgetlearn")
 KEPT, TOPS = "kept.jsonl", "kept.safetensors"
 UNFINISHED = "the prompt is an unfinished sentence"
 SENTENCE, OWN_WORDS, BARE = "sentence", "own words", "bare"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The facts of earlier updates: those that are `held` are kept as the model says them, `lost` ones learned again.
+
+    `adapter` names the adapter that came of all of them, if there is one. General prompts are then answered without it:
+    to keep what each update leaves of these answers would let the model drift away with every update.
+    """
+
+    taught: Sequence[Fact] = ()
+    held: Sequence[Fact] = ()
+    lost: Sequence[Fact] = ()
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,26 +106,38 @@ def make(
     facts: Sequence[Fact],
     config: RunConfig,
     said: Mapping[str, Row],
-    rehearsed: Iterable[str] = (),
-    lost: Sequence[Fact] = (),
+    earlier: Rehearsal = Rehearsal(),
     held_apart: Collection[str] = (),
 ) -> Material:
     """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact.
 
-    `rehearsed` are prompts of earlier updates, whose answers are kept; `lost` are facts of earlier updates that are
-    learned again; `held_apart` are prompts of keep.source that are only scored.
+    `held_apart` are prompts of keep.source that are only scored.
     """
-    learned = [*_new_texts(lm, [*facts, *lost], config, said)] if METHODS[config.method].learns else []
+    learned = [*_new_texts(lm, [*facts, *earlier.lost], config, said)] if METHODS[config.method].learns else []
     taught = [*learned, *_old_texts(lm.encoder, facts, config, said)]
     for stage, found in counts(taught).items():
         if stage == "learn" or not learned:
             log.info("to %s: %s", stage, found.in_words())
     if not config.keep.weight:
         return Material(taught)
-    kept, tops = keeping.answered(lm, _to_keep(facts, config, lm.encoder, rehearsed, held_apart), config.evaluate)
-    material = Material(taught, kept, tops)
+    prompts = _to_keep(facts, config, lm.encoder, earlier, held_apart)
+    material = Material(taught, *_answers(lm, prompts, config, earlier))
     log.info("to keep: %s", ", ".join(f"{count} {source}" for source, count in material.kept_counts.items()))
     return material
+
+
+def _answers(
+    lm: LanguageModel, prompts: Mapping[Prompt, str], config: RunConfig, earlier: Rehearsal
+) -> tuple[list[KeptText], list[TopLogprobs]]:
+    """Return what the base says to prompts to keep (prompt -> where it comes from), see `keeping.answered`."""
+    if earlier.adapter is None:
+        return keeping.answered(lm, prompts, config.evaluate)
+    general = {prompt: kind for prompt, kind in prompts.items() if kind in keeping.ALL_GENERAL}
+    with lora.put_aside(lm.model, earlier.adapter):
+        texts, tops = keeping.answered(lm, general, config.evaluate)
+    others = {prompt: kind for prompt, kind in prompts.items() if prompt not in general}
+    more_texts, more_tops = keeping.answered(lm, others, config.evaluate)
+    return texts + more_texts, tops + more_tops
 
 
 def _new_texts(
@@ -166,17 +192,18 @@ def _to_keep(
     facts: Sequence[Fact],
     config: RunConfig,
     encoder: Encoder,
-    rehearsed: Iterable[str] = (),
+    earlier: Rehearsal = Rehearsal(),
     held_apart: Collection[str] = (),
 ) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
-    prompts = keeping.without_scored(keeping.general(facts), facts)
+    changed = [*facts, *earlier.taught] if earlier.adapter else facts
+    prompts = keeping.without_scored(keeping.general(changed), facts)
     if config.train.wordings:
         prompts |= dict.fromkeys(keeping.reworded(prompts, is_chat=encoder.is_chat), keeping.REWORDED)
     own: dict[Prompt, str] = {}
     if config.keep.neighbours:
         own |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
-    own |= dict.fromkeys(rehearsed, keeping.EARLIER)
+    own |= dict.fromkeys((fact.prompt for fact in earlier.held), keeping.EARLIER)
     own |= dict.fromkeys(keeping.prompts_of_earlier(config.keep, facts), keeping.EARLIER)
     own |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
     scored = {matching.normalise(prompt) for prompt in held_apart}

@@ -6,7 +6,8 @@ under rsLoRA). Folding `-coef` into B makes an adapter trained on the old facts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -108,6 +109,15 @@ def activate(model: PeftModel, names: Sequence[str], trained: str | None = None)
         for name in names:
             if name != trained and name in layer.lora_dropout:
                 layer.lora_dropout[name] = nn.Identity()
+
+
+@contextmanager
+def put_aside(model: nn.Module, name: str) -> Iterator[None]:
+    """Let a model be as it is without its only adapter, within a `with` block."""
+    assert names(model) == [name], "no other adapter is switched off with it"
+    with model.disable_adapter():  # type: ignore[operator]
+        yield
+    activate(model, [name])  # peft would let it be trained
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ from forgetlearn.models.language_model import LanguageModel, as_language_model
 from forgetlearn.models.loading import read_outline
 from forgetlearn.runs import base as begun_on
 from forgetlearn.runs.checks import GivenConfig, GivenModel, resolve
-from forgetlearn.runs.pipeline import Past, Pipeline
+from forgetlearn.runs.pipeline import Pipeline
+from forgetlearn.runs.retention import Past
 from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runs.update import Task, UpdateResult, carry_out
 from forgetlearn.storage import digests

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -21,12 +21,12 @@ from forgetlearn.facts import Fact
 from forgetlearn.method import in_context, keeping, lessons
 from forgetlearn.method.core import forget, forget_tuned, learn, old_pairs, teach, tune_on_old
 from forgetlearn.method.kinds import STAGE_KINDS, Lessons, to_own_form
-from forgetlearn.method.lessons import Material
+from forgetlearn.method.lessons import Material, Rehearsal
 from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.runs import probing, retention
 from forgetlearn.runs.nothing_forgotten import why_nothing
-from forgetlearn.runs.retention import Earlier, Retained
+from forgetlearn.runs.retention import NO_PAST, Past, Retained
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import General, NothingForgotten, ProbeRow, Row, Taught, load_rows, save_rows
 from forgetlearn.storage.run_folder import PROBES
@@ -84,17 +84,6 @@ class HeldBase:
         load_into(self.lm.model, self.weights)
 
 
-@dataclass(frozen=True)
-class Past:
-    """What came before an update: earlier updates with their facts, and where the model before them all was measured.
-
-    `origin` is a folder that `general_ability.measure` wrote; damage is then measured from that model, not the base.
-    """
-
-    earlier: Sequence[Earlier] = ()
-    origin: Path | None = None
-
-
 class Pipeline:
     """One update of a model. Its steps fill `rows` (by phase) and `known`.
 
@@ -110,7 +99,7 @@ class Pipeline:
         store: Store,
         base: HeldBase | None = None,
         scored: Sequence[Fact] | None = None,
-        past: Past = Past(),
+        past: Past = NO_PAST,
     ) -> None:
         self.lm, self.facts, self.store, self.base = lm, facts, store, base
         self.config, self.stages = config, Stages(config)
@@ -124,7 +113,7 @@ class Pipeline:
         self._measured: dict[str, Path] = {}  # folders with general ability, by phase
         self.known: list[Fact] = []  # facts whose old answer the base gives
         self.replies: list[Row] = []  # the base's free answers to the facts' prompts
-        self.lost: list[Fact] = []  # facts of earlier updates that the base no longer says, to learn again
+        self.rehearsal = Rehearsal()
         # Functions that load the weights that the next step needs; called only if that step really runs.
         self._pending: dict[str, Callable[[], None]] = {"base": base.restore} if base else {}
 
@@ -157,28 +146,30 @@ class Pipeline:
     def _ask_for_lessons(self) -> None:
         """Ask the base for what the stages train on, if they train on more than bare answers."""
         if lessons.asks_base(self.config, self.lm.encoder):
-            earlier, replies = self._recall() if self.config.keep.weight else ([], [])
+            replies = self._recall() if self.config.keep.weight else []
             said = {row.fact: row for row in (*self.replies, *replies)}
-            asked = self.facts, self.config, said, [fact.prompt for fact in earlier], self.lost, self.held_apart
+            asked = self.facts, self.config, said, self.rehearsal, self.held_apart
             made = self.ready(lambda: lessons.make(self.lm, *asked))
             self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
 
-    def _recall(self) -> tuple[list[Fact], list[Row]]:
-        """Ask the base the facts of earlier updates; return those to keep as they are said, and all its answers.
+    def _recall(self) -> list[Row]:
+        """Decide which facts of earlier updates to rehearse, and return what the base says when it is asked them.
 
-        A method that learns also learns again what is `lost`: to keep the answer to that would keep it lost.
+        A method that learns also learns again what is lost: to keep the answer to that would keep it lost.
         """
-        earlier, seed = self.past.earlier, f"{self.config.seed}:{len(self.past.earlier)}"
-        drawn = keeping.rehearsed([fact for one in earlier for fact in one.facts], self.facts, seed)
+        taught = [fact for one in self.past.earlier for fact in one.facts]
+        drawn = keeping.rehearsed(taught, self.facts, f"{self.config.seed}:{len(self.past.earlier)}")
+        self.rehearsal = Rehearsal(taught, drawn, adapter=self.past.adapter)
         if not drawn or not self.stages.method.learns:
-            return drawn, []
+            return []
         ask = self.ready(lambda: scoring.probe(self.lm, drawn, self.config.evaluate))
         replies = self.store.rows("probe_earlier", ask)
         held = scoring.held_facts(drawn, replies)
-        self.lost = [fact for fact in drawn if fact not in held]
-        if self.lost:
-            log.info("%d of %d facts of earlier updates are no longer said: learned again", len(self.lost), len(drawn))
-        return held, replies
+        lost = [fact for fact in drawn if fact not in held]
+        if lost:
+            log.info("%d of %d facts of earlier updates are no longer said: learned again", len(lost), len(drawn))
+        self.rehearsal = replace(self.rehearsal, held=held, lost=lost)
+        return replies
 
     def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
         return lessons.of_stage(self.material, facts, stage.name, self.config, self.lm.encoder)
@@ -197,7 +188,8 @@ class Pipeline:
     @property
     def kept_counts(self) -> dict[str, int]:
         """The number of texts that are kept, and of facts that are learned again, by where they come from."""
-        return self.material.kept_counts | ({keeping.AGAIN: len(self.lost)} if self.lost else {})
+        lost = self.rehearsal.lost
+        return self.material.kept_counts | ({keeping.AGAIN: len(lost)} if lost else {})
 
     @property
     def to_forget(self) -> list[Fact]:
@@ -275,7 +267,7 @@ class Pipeline:
             STAGE_KINDS[stage.kind.name].put_product(self.lm, stage.settings, learned[0])
             return learned[1]
         log.info("learning %d facts (%s)", len(self.facts), stage.kind.name)
-        facts, how = [*self.facts, *self.lost], stage.kind.name
+        facts, how = [*self.facts, *self.rehearsal.lost], stage.kind.name
         texts = self._lessons(stage, facts)
         return learn(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
 

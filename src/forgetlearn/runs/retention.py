@@ -15,6 +15,7 @@ from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import FactError, RunError, some
 from forgetlearn.evaluation.scoring import score, summarise
 from forgetlearn.facts import Fact, FactSet
+from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products.chain import Base, chain_of, find_facts, read_first, runs_before
 from forgetlearn.storage import records
@@ -38,6 +39,22 @@ class Earlier:
     def as_input(self) -> list[object]:
         """Return what identifies these facts in a run's inputs."""
         return [self.number, [fact.id for fact in self.facts]]
+
+
+@dataclass(frozen=True)
+class Past:
+    """What came before an update: earlier updates with their facts, and where the model before them all was measured.
+
+    `origin` is a folder that `general_ability.measure` wrote; damage is then measured from that model, not the base.
+    `adapter` names the base's adapter if it is all that the earlier updates left, and their facts are known.
+    """
+
+    earlier: Sequence[Earlier] = ()
+    origin: Path | None = None
+    adapter: str | None = None
+
+
+NO_PAST = Past()
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
     return _still_to_hold(chain, sets, last or now)
 
 
-def updates_before(base: Base, now: FactSet, places: Sequence[str | Path] = ()) -> list[Earlier]:
+def past_of(base: Base, now: FactSet, places: Sequence[str | Path] = (), origin: Path | None = None) -> Past:
     """Return the updates that made the base of an update, with those of their facts that `now` does not change.
 
     Facts are found as in `earlier_updates`. Updates whose facts are not found are left out, with a warning.
@@ -96,7 +113,9 @@ def updates_before(base: Base, now: FactSet, places: Sequence[str | Path] = ()) 
             "facts",
             *(len(missing), len(chain), _named(missing[0], chain), some(looked) or "no folder is known"),
         )
-    return _still_to_hold(chain, sets, now)
+    all_learned = bool(chain) and not missing and not any(update.only_forgot for update in chain)
+    is_theirs = bool(base.adapter) and all_learned and chain[0].adapter_sha256 is None
+    return Past(_still_to_hold(chain, sets, now), origin, lora.EARLIER if is_theirs else None)
 
 
 def _facts_of(chain: Sequence[Update], looked: Sequence[Path]) -> tuple[dict[int, FactSet], list[int]]:

@@ -40,8 +40,9 @@ from forgetlearn.runs.checks import (
     resolve,
     with_the_models_answers,
 )
-from forgetlearn.runs.pipeline import Past, Pipeline
+from forgetlearn.runs.pipeline import Pipeline
 from forgetlearn.runs.results import Done, learning_of, write_results
+from forgetlearn.runs.retention import Past
 from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, records, run_folder
@@ -182,7 +183,7 @@ def _update(
     base = begun_on.began_on(lm, config, identity)
     if goes_on and in_memory:
         _check_begun_on(run_folder.RunFolder.open(output), identity)
-    earlier = processes.on_main(lambda: retention.updates_before(base, fact_set, config.keep.earlier))
+    past = processes.on_main(lambda: retention.past_of(base, fact_set, config.keep.earlier, task.origin))
     answers = None
     if fact_set.to_ask and not goes_on:
         answers = asked_answers(lm, fact_set, config)  # before the folder is created: perhaps no fact is left
@@ -192,7 +193,8 @@ def _update(
     inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **identity, **lm.encoder.fingerprint()}
     inputs |= task.inputs
     inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
-    inputs |= {"earlier_sha256": digests.hash_of([each.as_input() for each in earlier])} if earlier else {}
+    if past.earlier:
+        inputs["earlier_sha256"] = digests.hash_of([each.as_input() for each in past.earlier])
     if task.origin is not None:
         inputs["origin_sha256"] = digests.sha256_of(task.origin / general_ability.FOUND)
     if processes.world_size() > 1:
@@ -217,7 +219,7 @@ def _update(
     fact_set = _with_old_answers(run, lm, fact_set, config, answers)
     base_name = str(base.name) if base.base_sha256 else f"a {type(lm.model).__name__} in memory"
     store = RunStore(run, config, lm, base_name)
-    pipeline = task.pipeline(lm, task.asked(fact_set), config, store, Past(earlier, task.origin))
+    pipeline = task.pipeline(lm, task.asked(fact_set), config, store, past)
     pipeline.prepare()
     if stages.chooses_coefficient and pipeline.to_forget:
         pipeline.set_coefficient(store.choose(pipeline))
