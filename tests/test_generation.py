@@ -164,10 +164,32 @@ def test_a_common_beginning_is_computed_once_and_answers_stay(name, char_tokeniz
     with generation.generator(lm, EvaluateSettings()) as engine:
         alone = [engine.generate([prompt], [generation.Room(12)])[0] for prompt in prompts]
         together = engine.generate(prompts, [generation.Room(12)] * 4)
-    padding = [[lm.pad_id] * (len(ids) - len(own)) for ids, own in zip(together, alone, strict=True)]
-    assert together == [own + after for own, after in zip(alone, padding, strict=True)]
+    assert [ids[: len(own)] for ids, own in zip(together, alone, strict=True)] == alone
+    assert all(set(ids[len(own) :]) <= {lm.pad_id} for ids, own in zip(together, alone, strict=True))
     assert engine._start[0] == tuple(start)
     assert (engine._start[1] is None) == (name in ("mistral", "gemma2"))  # their windows keep only the last tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mistral", "gemma2", "falcon_mamba"])
+def test_answers_that_have_ended_leave_the_batch_and_the_others_stay_the_same(name, char_tokenizer, monkeypatch):
+    lm = wrap(make_architecture(name), char_tokenizer)
+    prompts = [[10 + 7 * n, 20, 30 + n][: 2 + n % 2] for n in range(6)]
+    rooms = [generation.Room(tokens, lines=99) for tokens in (3, 40, 9, 16, 17, 1)]
+    sizes, generate = [], lm.model.generate
+
+    def counted(**options):
+        sizes.append(len(options["input_ids"]))
+        return generate(**options)
+
+    with generation.generator(lm, EvaluateSettings()) as engine:
+        engine.ends = []
+        alone = [engine.generate([prompt], [room])[0] for prompt, room in zip(prompts, rooms, strict=True)]
+        monkeypatch.setattr(lm.model, "generate", counted)
+        together = engine.generate(prompts, rooms)
+    assert [len(ids) for ids in alone] == [3, 40, 9, 16, 17, 1]
+    assert together == alone
+    assert sizes == ([6, 4, 2, 1] if engine._drops else [6, 6])
+    assert engine._drops == (name in ("llama", "gpt2", "bloom"))
 
 
 def test_sampling_stops_when_few_of_a_batch_go_on(lm):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ from forgetlearn.runtime import processes, sharding
 from forgetlearn.weights.adapter_files import LoraAdapterConfig, read_adapter_config
 
 Ids = Sequence[int]
+Inputs = dict[str, Any]  # of `generate`: ids, mask, and the keys and values of what is already computed
+STRIDE = 8  # tokens after which answers that have ended are taken out of a batch
 WORTH_CACHING = 8  # tokens that all prompts begin with
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # the values that vLLM accepts as max_lora_rank
 VLLM_SHARE = 0.9  # of the device's free memory
@@ -84,7 +87,8 @@ def generator_in_memory(lm: LanguageModel) -> Iterator[TransformersGenerator]:
 class TransformersGenerator:
     """Generates with the model in memory, on one batch padded on the left.
 
-    What all prompts of a batch begin with, such as the system prompt of a chat template, is computed once.
+    What all prompts of a batch begin with, such as the system prompt of a chat template, is computed once. Every few
+    tokens, the answers that have ended are taken out of the batch.
     """
 
     batches_itself = False
@@ -92,26 +96,67 @@ class TransformersGenerator:
     def __init__(self, lm: LanguageModel) -> None:
         self.lm, self.ends = lm, end_ids(lm)
         self._start: tuple[Ids, DynamicCache | None] = ((), None)
+        self._drops = True  # False for a model that keeps more than keys and values
 
     def generate(self, prompts: Sequence[Ids], rooms: Sequence[Room]) -> list[list[int]]:
         """Return greedily chosen ids for each prompt, up to its room, an end token or the end of the context.
 
         Ids after the first end token, or after the last line that the room allows, are not part of the answer.
         """
-        lm = self.lm
-        at_most = max(room.tokens for room in rooms)
         width = max(len(prompt) for prompt in prompts)
-        longest = min(at_most, lm.encoder.max_length - width) if lm.encoder.max_length else at_most
+        most, context = max(room.tokens for room in rooms), self.lm.encoder.max_length
+        longest = min(most, context - width) if context else most
+        going, inputs = list(range(len(prompts))), self._inputs(prompts)
+        found: dict[int, list[int]] = {}
+        while going:
+            own = [rooms[row] for row in going]
+            n_new = longest - (inputs["input_ids"].shape[1] - width)
+            if self._drops and len(going) > 1:
+                n_new = min(n_new, STRIDE)
+            sequences, cache, ended = self._continued(inputs, width, own, n_new)
+            new = sequences[:, width:]
+            if not ended.all() and new.shape[1] < longest and cache is None:
+                self._drops, inputs = False, self._inputs([prompts[row] for row in going])
+                continue
+            ended |= new.shape[1] >= longest
+            found |= {row: new[place].tolist() for place, row in enumerate(going) if ended[place]}
+            stay = (~ended).nonzero().flatten()
+            going = [going[place] for place in stay.tolist()]
+            if going:
+                inputs = self._going_on(inputs, sequences, cache, stay)
+        return [found[row][: room.tokens] for row, room in enumerate(rooms)]
+
+    def _continued(
+        self, inputs: Inputs, width: int, rooms: Sequence[Room], n_new: int
+    ) -> tuple[torch.Tensor, DynamicCache | None, torch.Tensor]:
+        """Return ids with up to `n_new` more, their keys and values if rows can be dropped, and which have ended."""
         config = GenerationConfig(
-            max_new_tokens=longest, do_sample=False, num_beams=1, eos_token_id=self.ends, pad_token_id=lm.pad_id
+            max_new_tokens=n_new,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.ends,
+            pad_token_id=self.lm.pad_id,
+            return_dict_in_generate=True,
         )
-        generate = getattr(lm.model, "generate")  # noqa: B009 (nn.Module has none)
-        out = generate(
-            **self._inputs(prompts),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([_Full(lm.encoder.decode, width, rooms)]),
-        )
-        return [ids[: room.tokens] for ids, room in zip(out[:, width:].tolist(), rooms, strict=True)]
+        full = _Full(self.lm.encoder.decode, width, rooms)
+        generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
+        out = generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList([full]))
+        ends = torch.tensor(self.ends, device=out.sequences.device)
+        ended = torch.isin(out.sequences[:, width:], ends).any(1) | full(out.sequences, out.sequences)
+        return out.sequences, plain_cache(out), ended
+
+    @staticmethod
+    def _going_on(inputs: Inputs, sequences: torch.Tensor, cache: DynamicCache, rows: torch.Tensor) -> Inputs:
+        """Return the inputs of the rows that go on."""
+        mask = inputs["attention_mask"]
+        said = torch.ones(len(mask), sequences.shape[1] - mask.shape[1], dtype=mask.dtype, device=mask.device)
+        if len(rows) < len(mask):
+            cache.batch_select_indices(rows)
+        return {
+            "input_ids": sequences[rows],
+            "attention_mask": torch.cat([mask, said], dim=1)[rows],
+            "past_key_values": cache,
+        }
 
     def sample(self, prompts: Sequence[Ids], n_tokens: int, seed: int) -> list[list[int]]:
         """Return ids that continue each prompt, drawn from the model's own distribution, up to an end token.
@@ -132,7 +177,7 @@ class TransformersGenerator:
             )
         return [list(takewhile(lambda token: token not in self.ends, ids)) for ids in out[:, width:].tolist()]
 
-    def _inputs(self, prompts: Sequence[Ids]) -> dict[str, torch.Tensor | DynamicCache]:
+    def _inputs(self, prompts: Sequence[Ids]) -> Inputs:
         """Return the inputs of a batch. Padding follows a common beginning whose keys and values are at hand."""
         shared = common_length(prompts)
         cache = self._cache_of(prompts[0][:shared]) if shared >= WORTH_CACHING and len(prompts) > 1 else None
