@@ -132,6 +132,28 @@ def test_only_what_is_wanted_and_can_be_judged_is_asked(lm):
     assert kinds(protocols=("token",)) == set()
 
 
+def test_by_default_each_kind_asks_about_some_facts_which_the_seed_draws(lm, monkeypatch):
+    monkeypatch.setattr(probes, "ENOUGH", 4)
+    plain = [make_fact(f"What is number {n}?", f"new {n}", ground_truth=f"old {n}") for n in range(9)]
+    bring = [replace(fact, probes=(Probe("2-hop", f"And {fact.prompt}", ("x",)),)) for fact in plain[:5]]
+    facts = [*bring, *plain[5:]]
+
+    def about(chosen, seed=0):
+        found: dict[str, set[str]] = {}
+        for each in probes.questions(facts, lm.encoder, EvaluateSettings(probes=chosen), seed):
+            found.setdefault(each.probe, set()).add(each.fact)
+        return found
+
+    some = about(("auto",))
+    assert {len(own) for own in some.values()} == {4}
+    assert some["yes-no"] == some["multiple-choice"] == some["second-turn"]
+    assert some["2-hop"] <= {fact.id for fact in bring}
+    assert some == about(("auto",))
+    assert some != about(("auto",), seed=1)
+    assert len(about(("all",))["yes-no"]) == len(facts)
+    assert len(about(("yes-no",))["yes-no"]) == len(facts)
+
+
 def test_a_kind_that_nothing_has_is_an_error():
     probes.check([replace(ANN, probes=(HOP,))], EvaluateSettings(probes=("2-hop",)))
     with pytest.raises(ConfigError, match=r"evaluate\.probes = 3-hop"):

@@ -602,9 +602,9 @@ class EvaluateSettings(Settings):
     probes: Names = Field(
         ("auto",),
         min_length=1,
-        description="What is asked beyond rephrasings, before and after an update: auto, what the facts bring and what "
-        "can be made of them; all, also what the model has to state first; none; or kinds with commas "
-        "(docs/scores.md).",
+        description="What is asked beyond rephrasings, before and after an update: auto, about 25 facts, what these "
+        "bring and what can be made of them; all, about all facts, and what the model has to state first; none; or "
+        "kinds with commas (docs/scores.md).",
     )
     max_damage: float | None = Field(
         None,

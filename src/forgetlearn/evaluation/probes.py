@@ -24,6 +24,7 @@ AUTO, ALL, NONE = "auto", "all", "none"  # values of evaluate.probes that are no
 COMPLETION, QUESTION = "completion", "question"  # the fact in the other form than that of its prompt
 CHOICE, CHOICE_TEXT = "multiple-choice", "multiple-choice-text"
 YES, NO = "Yes", "No"
+ENOUGH = 25  # facts of each kind of probe, unless all are asked for
 N_OPTIONS = 4  # of a multiple choice
 MOST_TRIED = 50  # other facts among which wrong options are looked for
 LONG_WORD = 4  # letters; prompts that share such words may ask for the same kind of thing
@@ -229,7 +230,8 @@ def questions(
 ) -> list[Asked]:
     """Return the questions of all probes that are asked, which can be judged by the protocols of the settings.
 
-    `statements` are unfinished sentences that the new answer completes, by fact.
+    `statements` are unfinished sentences that the new answer completes, by fact. By default each kind asks about
+    ENOUGH facts, drawn by the seed: with all of them probes take several times as long as all other scores.
     """
     is_wanted, maker = wanted(settings), Maker(facts, encoder, seed)
     found: list[Asked] = []
@@ -239,7 +241,18 @@ def questions(
         if statement := (statements or {}).get(fact.id):
             found.append(Asked(fact.id, COMPLETION, statement, fact.new_answers, fact.old_answers))
     needs = {True: "prefer", False: "generate"}  # by whether there are options
-    return [each for each in found if is_wanted(each.probe) and needs[bool(each.options)] in settings.protocols]
+    found = [each for each in found if is_wanted(each.probe) and needs[bool(each.options)] in settings.protocols]
+    return _drawn(found, seed) if settings.probes == (AUTO,) else found
+
+
+def _drawn(asked: Sequence[Asked], seed: int) -> list[Asked]:
+    """Return the questions of each kind about ENOUGH facts; kinds that ask about the same facts draw the same ones."""
+    of_kinds: dict[str, set[str]] = {}
+    for each in asked:
+        of_kinds.setdefault(each.probe, set()).add(each.fact)
+    order = {fact: Random(f"{seed} {fact}").random() for fact in {each.fact for each in asked}}
+    drawn = {kind: set(sorted(facts, key=order.__getitem__)[:ENOUGH]) for kind, facts in of_kinds.items()}
+    return [each for each in asked if each.fact in drawn[each.probe]]
 
 
 def statement(fact: Fact, sentence: str) -> str | None:
