@@ -399,6 +399,12 @@ def test_general_answers_stay_those_of_the_model_before_all_updates(root, facts,
     assert general_answers(third.output) != before
 
 
+def test_a_base_that_is_taught_first_has_no_adapter_to_put_aside(root, facts, tmp_path):
+    config = {"method": "lora", **KEEPS, "teach": {"epochs": 1}}
+    result = update(root / "first", facts.part(3, 5), config, output=tmp_path / "run")
+    assert result.summary.kept["earlier facts learned again"] == 3
+
+
 def test_general_prompts_that_earlier_facts_may_change_are_not_kept(lm):
     asks = next(prompt for prompt in keeping.general([]) if isinstance(prompt, str))
     earlier = Rehearsal(taught=[make_fact(asks, "something new")], adapter=lora.EARLIER)

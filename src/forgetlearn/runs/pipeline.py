@@ -159,7 +159,8 @@ class Pipeline:
         """
         taught = [fact for one in self.past.earlier for fact in one.facts]
         drawn = keeping.rehearsed(taught, self.facts, f"{self.config.seed}:{len(self.past.earlier)}")
-        self.rehearsal = Rehearsal(taught, drawn, adapter=self.past.adapter)
+        adapter = None if self.stages.teach else self.past.adapter  # to teach folds it into the base
+        self.rehearsal = Rehearsal(taught, drawn, adapter=adapter)
         if not drawn or not self.stages.method.learns:
             return []
         ask = self.ready(lambda: scoring.probe(self.lm, drawn, self.config.evaluate))
