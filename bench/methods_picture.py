@@ -35,6 +35,7 @@ KINDS = {
 COLOURS = ("#d1242f", "#57606a", "#8250df", "#0969da", "#1a7f37")
 MARKS = ("*", "s", "o", "^", "D")
 ACROSS, UP = "unrelated", "in other words"
+WIDEST = 116  # percent, with room for names
 
 
 def main() -> None:
@@ -50,7 +51,8 @@ def main() -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(9.5, 4.4), squeeze=False, layout="constrained", sharey=True)
     figure.patch.set_facecolor("white")  # a README may be read on a dark page
     for axis, facts in zip(axes.flat, panels, strict=True):
-        axis.set(xlim=(0, 104), ylim=(0, 104), title=TITLES[facts], xlabel="answered as before, %")
+        axis.set(xlim=(0, WIDEST), ylim=(0, 104), title=TITLES[facts], xlabel="answered as before, %")
+        axis.set_xticks(range(0, 101, 20))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#eaeef2")
         places = []
@@ -94,7 +96,7 @@ def label(axis: pyplot.Axes, places: Sequence[tuple[float, float, str, str]]) ->
             (left, y + up)
             for up in (0, 4, -4, 7, -7, 10, -10, 13, -13)
             for left in (x + 2.2, x - 2.2 - size, x - size / 2)
-            if (up or left != x - size / 2) and 0 <= left <= 104 - size and 2 <= y + up <= 102
+            if (up or left != x - size / 2) and 0 <= left <= WIDEST - size and 2 <= y + up <= 102
         ]
         free = [
             (left, at)
