@@ -30,9 +30,7 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repository brings.")
 ]
 PROMPT, LONG = ">>> ", '"""'
-HELP = (
-    f"/clear forgets the conversation, /bye or Ctrl-D ends, Ctrl-C stops an answer, {LONG} begins and ends long text."
-)
+HELP = f"/clear begins anew, /bye or Ctrl-D ends, Ctrl-C stops an answer, {LONG} begins and ends several lines."
 BYE, CLEAR = ("/bye", "/quit", "/exit"), "/clear"
 
 
