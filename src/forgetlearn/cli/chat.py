@@ -60,6 +60,25 @@ def chat(
             _print_fact(fact, answers, width)
 
 
+@app.command()
+def serve(
+    run: RunArgument,
+    base: BaseOption = None,
+    tokens: TokensOption = 256,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of this machine; 0: a free one.")] = 8765,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Show the same two columns as chat in a page on this machine (needs forgetlearn[serve])."""
+    from forgetlearn.products import serve as server
+
+    server.check_extra()
+    listening = server.bind(port)  # before the models are loaded, which takes a while
+    from forgetlearn.products.side_by_side import open_run
+
+    pair = open_run(run, base, most_tokens=tokens, trust_remote_code=trust_remote_code)
+    server.serve(pair, listening, lambda address: say(f"{plain(pair.name)}: {address}  Ctrl-C ends."))
+
+
 def _questions() -> Iterator[str]:
     """Yield what the user types until they leave."""
     while True:
