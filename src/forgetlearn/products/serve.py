@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+    from uvicorn import Server
 
 HOST, NAMES = "127.0.0.1", ("127.0.0.1", "localhost")
 MOST_BYTES = 1 << 20  # of a question with its conversation
@@ -68,11 +69,12 @@ def check_extra() -> None:
 
 
 def bind(port: int) -> socket.socket:
-    """Return a socket on a port of the loopback address, or on a free one for 0; raise ConfigError if it is taken."""
+    """Return a socket that listens on a port of the loopback address, 0 for a free one; raise ConfigError if taken."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
+        listening.listen()  # else another process could still take the port
     except OSError as error:
         listening.close()
         raise ConfigError(f"--port {port}: {error.strerror}. Give another, or 0 for a free one.") from error
@@ -80,10 +82,18 @@ def bind(port: int) -> socket.socket:
 
 
 def serve(pair: SideBySide, listening: socket.socket, ready: Callable[[str], None]) -> None:
-    """Serve the page on a bound socket until Ctrl-C or SIGTERM; `ready` gets its address."""
+    """Serve the page on such a socket until Ctrl-C or SIGTERM; `ready` gets its address."""
+    port = listening.getsockname()[1]
+    server = server_of(pair, port)
+    ready(f"http://{HOST}:{port}/")
+    with listening, suppress(KeyboardInterrupt):  # uvicorn has ended cleanly and raises it again
+        server.run(sockets=[listening])
+
+
+def server_of(pair: SideBySide, port: int) -> Server:
+    """Return the server of a page, which logs nothing."""
     import uvicorn
 
-    port = listening.getsockname()[1]
     config = uvicorn.Config(
         application(pair, port),
         http="h11",
@@ -94,9 +104,7 @@ def serve(pair: SideBySide, listening: socket.socket, ready: Callable[[str], Non
         server_header=False,
         timeout_graceful_shutdown=1,  # an answer that is being written is stopped
     )
-    ready(f"http://{HOST}:{port}/")
-    with listening, suppress(KeyboardInterrupt):  # uvicorn has ended cleanly and raises it again
-        uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
 
 
 def application(pair: SideBySide, port: int) -> Starlette:
