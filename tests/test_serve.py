@@ -62,18 +62,24 @@ def pair():
 
 
 @pytest.fixture
-def port(pair):
-    """The port of a server in a thread of this process."""
+def server(pair):
+    """A server in a thread of this process, with its `port` and `thread`."""
     listening = serve.bind(0)
     assert listening.getsockname()[0] == "127.0.0.1"
     server = serve.server_of(pair, listening.getsockname()[1])
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield listening.getsockname()[1]
+    server.port = listening.getsockname()[1]
+    server.thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    server.thread.start()
+    yield server
     server.should_exit = True
-    thread.join(20)
+    server.thread.join(20)
     listening.close()
-    assert not thread.is_alive()
+    assert not server.thread.is_alive()
+
+
+@pytest.fixture
+def port(server):
+    return server.port
 
 
 def request(port, method, path, body=None, **headers):
@@ -186,6 +192,19 @@ def test_an_answer_stops_when_nobody_listens(port, pair):
     connection.close()
     assert pair.was_stopped.wait(20)
     assert ask(port, "x")[-1] == {"facts": []}
+
+
+def test_ending_the_server_stops_an_answer(server, pair, caplog):
+    found = {}
+    asking = threading.Thread(target=lambda: found.update(events=ask(server.port, "hold")))
+    asking.start()
+    assert pair.holding.wait(20)
+    server.should_exit = True
+    server.thread.join(5)
+    asking.join(5)
+    assert pair.was_stopped.is_set()
+    assert found["events"][-1] == {"side": "base", "ending": "stopped", "problem": ""}
+    assert not caplog.records
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(tmp_path, capsys):

@@ -95,22 +95,24 @@ def server_of(pair: SideBySide, port: int) -> Server:
     import uvicorn
 
     config = uvicorn.Config(
-        application(pair, port),
+        application(pair, port, ending=lambda: server.should_exit),
         http="h11",
         ws="none",
         lifespan="off",
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=1,  # an answer that is being written is stopped
+        timeout_graceful_shutdown=10,  # an answer that is being written ends at its next token
     )
-    return uvicorn.Server(config)
+    server = uvicorn.Server(config)
+    return server
 
 
-def application(pair: SideBySide, port: int) -> Starlette:
+def application(pair: SideBySide, port: int, ending: Callable[[], bool]) -> Starlette:
     """Return the application: the page at `/`, and at `/answer` a stream of events, a JSON object a line.
 
-    Requests under another name than this machine's (DNS rebinding), or from another page, are refused.
+    Requests under another name than this machine's (DNS rebinding), or from another page, are refused. Answers stop
+    when `ending` says that the server ends.
     """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
@@ -118,7 +120,7 @@ def application(pair: SideBySide, port: int) -> Starlette:
     from starlette.routing import Route
 
     html, policy = page(pair)
-    desk = Desk(pair)
+    desk = Desk(pair, ending)
 
     async def show(_request: Request) -> Response:
         return HTMLResponse(html, headers={"Content-Security-Policy": policy})
@@ -185,15 +187,15 @@ class Guard:
 class Desk:
     """Answers one question at a time, in a thread of its own."""
 
-    def __init__(self, pair: SideBySide) -> None:
-        self.pair = pair
+    def __init__(self, pair: SideBySide, ending: Callable[[], bool]) -> None:
+        self.pair, self.ending = pair, ending
         self._thread = ThreadPoolExecutor(1, "answers")
         self._n_open = 0  # questions that are answered or wait
 
     async def answer(self, asked: Asked) -> AsyncIterator[str]:
-        """Yield the events of an answer, a line each. If nobody listens any more, the answer is stopped."""
+        """Yield the events of an answer, a line each. It stops if nobody listens any more."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        stopped = threading.Event()
+        unheard = threading.Event()
         loop = asyncio.get_running_loop()
 
         def put(event: Event | None) -> None:
@@ -202,12 +204,12 @@ class Desk:
         self._n_open += 1
         if self._n_open > 1:
             put({"waiting": True})
-        self._thread.submit(self._work, asked, put, stopped.is_set)
+        self._thread.submit(self._work, asked, put, lambda: unheard.is_set() or self.ending())
         try:
             while (event := await queue.get()) is not None:
                 yield json.dumps(event) + "\n"
         finally:
-            stopped.set()
+            unheard.set()
             self._n_open -= 1
 
     def _work(self, asked: Asked, put: Callable[[Event | None], None], stopped: Callable[[], bool]) -> None:
