@@ -125,7 +125,7 @@ def test_an_answer_is_a_stream_of_both_sides_and_the_facts(port):
 
 
 def test_a_problem_or_a_failure_is_said_and_the_next_question_is_answered(port):
-    assert ask(port, "limit")[0] == {"side": "base", "ending": "problem", "problem": "too long"}
+    assert ask(port, "limit")[0] == {"side": "base", "ending": "problem", "note": "too long"}
     assert ask(port, "fail") == [{"error": "RuntimeError: no memory"}]
     assert ask(port, "and now")[-1] == {"facts": []}
 
@@ -203,7 +203,7 @@ def test_ending_the_server_stops_an_answer(server, pair, caplog):
     server.thread.join(5)
     asking.join(5)
     assert pair.was_stopped.is_set()
-    assert found["events"][-1] == {"side": "base", "ending": "stopped", "problem": ""}
+    assert found["events"][-1] == {"side": "base", "ending": "stopped", "note": ""}
     assert not caplog.records
 
 

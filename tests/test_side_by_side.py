@@ -160,14 +160,15 @@ def test_a_prompt_that_cannot_be_asked_is_a_problem_of_that_answer(made):
     for turns in (["a </s> b"], [" "], ["\ud800"], ["word " * 5000]):
         found = pair.answer("base", turns, silent)
         assert (found.text, found.ending) == ("", "problem")
-        assert found.problem
+        assert found.note
     assert said(pair, "base", pair.facts[0].prompt)
 
 
 def test_an_answer_can_be_stopped_and_says_when_it_reached_its_limit(made):
     pair = open_run(made / "lora", most_tokens=1)
     prompt = pair.facts[0].prompt
-    assert pair.answer("updated", [prompt], silent).ending == "limit"
+    found = pair.answer("updated", [prompt], silent)
+    assert (found.ending, found.note) == ("limit", "cut off after 1 token")
     pair.most_tokens = 64
     assert pair.answer("base", [prompt], silent).ending == "end"
     assert pair.answer("base", [prompt], silent, lambda: True).ending == "stopped"
@@ -179,6 +180,14 @@ def test_an_answer_can_be_stopped_and_says_when_it_reached_its_limit(made):
     assert torch.is_grad_enabled()
     updated = forgetlearn.ask([prompt], made / "lora" / "adapter")[prompt]
     assert said(pair, "updated", prompt) == updated  # the interrupt left nothing switched off
+
+    def fail(_piece):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        pair.answer("base", [prompt], fail)
+    assert said(pair, "updated", prompt) == updated
+    assert not any(weight.requires_grad for weight in pair.models["base"].model.parameters())
 
 
 def test_each_side_sees_its_own_answers():

@@ -115,13 +115,8 @@ def _answer(pair: SideBySide, side: str, turns: list[str], width: int) -> Answer
     """Print the answer of one side while it is generated, and return it."""
     column = Column(side, width)
     found = pair.answer(side, turns, column.write)
-    notes = {
-        "limit": f" [{pair.most_tokens} tokens; --tokens N allows more]",
-        "stopped": " [stopped]",
-        "problem": f"[{found.problem}]",
-        "end": "" if found.text else "[an empty answer]",
-    }
-    column.write(notes[found.ending])
+    note = found.note or {"stopped": "stopped", "end": "" if found.text else "an empty answer"}[found.ending]
+    column.write(f" [{note}]" if note else "")
     column.end()
     return found
 

@@ -226,7 +226,7 @@ class Desk:
     def _ask(self, side: str, asked: Asked, put: Callable[[Event | None], None], stopped: Callable[[], bool]) -> Answer:
         turns = [*asked.turns.get(side, []), asked.question]
         found = self.pair.answer(side, turns, lambda piece: put({"side": side, "text": piece}), stopped)
-        put({"side": side, "ending": found.ending, "problem": found.problem})
+        put({"side": side, "ending": found.ending, "note": found.note})
         return found
 
     def _facts(self, question: str, answers: Mapping[str, Answer]) -> list[Event]:

@@ -35,14 +35,14 @@ Turns = Sequence[str]  # user, assistant, user, ...: a conversation
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered, and why the answer is over: it ended, it reached the limit of tokens, or it was stopped.
+    """What a model answered, and why the answer is over: it ended, it was cut off, it was stopped, or never began.
 
-    A prompt that the model cannot be asked has no text, but a problem.
+    `note` says more about the second and the last.
     """
 
     text: str
     ending: Literal["end", "limit", "stopped", "problem"]
-    problem: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -81,10 +81,13 @@ class SideBySide:
         shown = _Shown(emit, room.lines)
         with self._as(side), generator_in_memory(lm) as generator:
             try:
-                _ids, ended = generator.stream(prompt, room, shown.add, stopped)
+                ids, ended = generator.stream(prompt, room, shown.add, stopped)
             except KeyboardInterrupt:
                 return Answer(shown.text, "stopped")
-        return Answer(shown.text, "end" if ended else "stopped" if stopped() else "limit")
+        if ended or stopped():
+            return Answer(shown.text, "end" if ended else "stopped")
+        full = "" if len(ids) >= room.tokens else ": the model's context is full"
+        return Answer(shown.text, "limit", f"cut off after {len(ids)} token{'s' * (len(ids) != 1)}{full}")
 
     def touched(self, question: str) -> list[Fact]:
         """Return the run's facts that a question touches, at most three; see `facts.touched`."""

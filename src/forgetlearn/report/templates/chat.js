@@ -36,13 +36,13 @@
     talk.append(section);
     return { section, shown };
   };
-  const end = (side, ending, problem = "") => {
+  const end = (side, ending, note = "") => {
     side.article.classList.remove("writing");
     if (side.ended) return;
     side.ended = true;
     const empty = side.answer.textContent ? "" : "an empty answer";
-    const notes = { limit: `cut off after ${talk.dataset.tokens} tokens`, stopped: "stopped", problem, end: empty };
-    if (notes[ending]) make(side.article, "p", notes[ending], `ending ${ending}`);
+    const shown = { limit: note, stopped: "stopped", problem: note, end: empty }[ending];
+    if (shown) make(side.article, "p", shown, `ending ${ending}`);
   };
   const showFacts = (list, facts) => {
     for (const fact of facts) {
@@ -60,7 +60,7 @@
     if (event.waiting) tell("Another question is being answered. Yours waits.");
     else if (event.error) tell(event.error, true);
     else if (event.facts) showFacts(turn.section.querySelector(".touched"), event.facts);
-    else if (event.ending) end(side, event.ending, event.problem);
+    else if (event.ending) end(side, event.ending, event.note);
     else {
       tell("");
       side.article.classList.add("writing");
