@@ -81,7 +81,7 @@ def test_what_is_imported_is_declared_with_a_lower_bound_and_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {}
     extras = project["optional-dependencies"]
-    imported_extras = (extras[name] for name in ("hub", "excel", "gguf", "slurm", "lm-eval", "vllm"))
+    imported_extras = (extras[name] for name in ("hub", "excel", "gguf", "serve", "slurm", "lm-eval", "vllm"))
     for line in [*project["dependencies"], *(line for extra in imported_extras for line in extra)]:
         name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<[\d.]+)?", line).groups()
         declared[IMPORTED_AS.get(name, name)] = tuple(map(int, bound.split(".")))

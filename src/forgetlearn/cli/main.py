@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from forgetlearn._version import __version__
-from forgetlearn.cli import weights
+from forgetlearn.cli import chat, weights
 from forgetlearn.cli.options import (
     HELP,
     INPUTS,
@@ -58,6 +58,7 @@ app = typer.Typer(
 )
 
 app.add_typer(weights.app)
+app.add_typer(chat.app)
 
 EarlierOption = Annotated[
     list[Path] | None,

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 MOST_UPDATES = 10  # earlier updates that get a line each
 
 
-def say(text: object, *, err: bool = False) -> None:
-    """Print lines. Escape control characters and any that the encoding lacks, and remove secrets from errors."""
+def say(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print lines. Escape control characters and any that the encoding lacks, and remove secrets from errors.
+
+    `nl=False` leaves out the line break at the end.
+    """
     stream = sys.stderr if err else sys.stdout
     shown = "\n".join(map(plain, (without_secrets(str(text)) if err else str(text)).split("\n")))
     encoding = stream.encoding or "utf-8"
-    typer.echo(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    typer.echo(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, nl=nl)
 
 
 class PlainLines(logging.Formatter):

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import ConfigError, ModelError, missing_extra
@@ -125,6 +132,32 @@ class TransformersGenerator:
             if going:
                 inputs = self._going_on(inputs, sequences, cache, stay)
         return [found[row][: room.tokens] for row, room in enumerate(rooms)]
+
+    def stream(
+        self, prompt: Ids, room: Room, emit: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> tuple[list[int], bool]:
+        """Return greedily chosen ids, as `generate` does, and whether the answer ended by itself.
+
+        `emit` gets the text word by word as it is generated. `stopped` is asked after each token whether to stop.
+        """
+        context, full = self.lm.encoder.max_length, _Full(self.lm.encoder.decode, len(prompt), [room])
+        config = GenerationConfig(
+            max_new_tokens=min(room.tokens, context - len(prompt)) if context else room.tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.ends,
+            pad_token_id=self.lm.pad_id,
+        )
+        generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
+        out = generate(
+            **self._laid_out([prompt], 0),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([full, _Stopped(stopped)]),
+            streamer=_Words(self.lm.tokenizer, emit),
+        )
+        new: list[int] = out[0, len(prompt) :].tolist()
+        ended = new[-1] in self.ends or self.lm.encoder.decode(new).lstrip().count("\n") >= room.lines
+        return new, ended
 
     def _continued(
         self, inputs: Inputs, width: int, rooms: Sequence[Room], n_new: int
@@ -322,6 +355,28 @@ class _Full(StoppingCriteria):  # type: ignore[misc]
             for ids, room in zip(input_ids[:, self.width :].tolist(), self.rooms, strict=True)
         ]
         return torch.tensor(full, device=input_ids.device)
+
+
+class _Stopped(StoppingCriteria):  # type: ignore[misc]
+    """Stops when a function says so."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.full(input_ids.shape[:1], self.stopped(), device=input_ids.device)
+
+
+class _Words(TextStreamer):  # type: ignore[misc]
+    """Passes on the text of new tokens as soon as a word is whole, without special tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.emit = emit
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on a piece of text."""
+        self.emit(text)
 
 
 class _MostEnded(StoppingCriteria):  # type: ignore[misc]

@@ -115,9 +115,11 @@ def activate(model: PeftModel, names: Sequence[str], trained: str | None = None)
 def put_aside(model: nn.Module, name: str) -> Iterator[None]:
     """Let a model be as it is without its only adapter, within a `with` block."""
     assert names(model) == [name], "no other adapter is switched off with it"
-    with model.disable_adapter():  # type: ignore[operator]
-        yield
-    activate(model, [name])  # peft would let it be trained
+    try:
+        with model.disable_adapter():  # type: ignore[operator]
+            yield
+    finally:
+        activate(model, [name])  # peft would let it be trained
 
 
 @torch.no_grad()

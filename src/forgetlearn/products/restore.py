@@ -76,7 +76,7 @@ def apply_run(
         lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
         return "\n".join(line for line in (*lines, written.warning()) if line)
     check_product(product)
-    _check_base(folder, base, taught=name == "adapter")
+    check_base(folder, base, taught=name == "adapter")
     with atomic_folder(output) as unfinished:
         shutil.copytree(product, unfinished, dirs_exist_ok=True)
         if name == "adapter":
@@ -166,13 +166,13 @@ def merge_product(
     """Write the adapter that a run made, added to the weights that it belongs on; raise as `apply_run` does."""
     product = product_of(run.path)
     check_product(product)
-    _check_base(run, base, taught=True)
+    check_base(run, base, taught=True)
     written = merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
     carry_over(product, output, "merged")
     return written
 
 
-def _check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
+def check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
     """Raise ModelError unless a folder holds the run's base or, with `taught`, the taught model if there is one."""
     own = run.path / "taught"
     if taught and run.settings.teach.epochs > 0:
