@@ -76,15 +76,21 @@ def apply_run(
         lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
         return "\n".join(line for line in (*lines, written.warning()) if line)
     check_product(product)
-    _check_base(folder, base, taught=name == "adapter")
+    check_base(folder, base, taught=name == "adapter")
     with atomic_folder(output) as unfinished:
-        shutil.copytree(product, unfinished, dirs_exist_ok=True)
         if name == "adapter":
-            config = read_object(unfinished / "adapter_config.json")
-            known_as = named if base != Path(named) else str(base.resolve())
-            write_json(unfinished / "adapter_config.json", config | {"base_model_name_or_path": known_as})
-            carry_over(product, unfinished, name)
+            copy_adapter(product, unfinished, named if base != Path(named) else str(base.resolve()))
+        else:
+            shutil.copytree(product, unfinished, dirs_exist_ok=True)
     return f"{output}: {product} copied" + (f", on the base {base}" if name == "adapter" else "")
+
+
+def copy_adapter(product: Path, to: Path, base: str) -> None:
+    """Copy an adapter's folder into `to`, with `base` named as its base, there and in its chain."""
+    shutil.copytree(product, to, dirs_exist_ok=True)
+    config = read_object(to / "adapter_config.json")
+    write_json(to / "adapter_config.json", config | {"base_model_name_or_path": base})
+    carry_over(product, to, "adapter")
 
 
 def undo_run(run: str | Path, output: str | Path | None = None) -> str:
@@ -166,13 +172,13 @@ def merge_product(
     """Write the adapter that a run made, added to the weights that it belongs on; raise as `apply_run` does."""
     product = product_of(run.path)
     check_product(product)
-    _check_base(run, base, taught=True)
+    check_base(run, base, taught=True)
     written = merge_adapter(product, base, output, numbers=numbers, overwrite=overwrite)
     carry_over(product, output, "merged")
     return written
 
 
-def _check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
+def check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
     """Raise ModelError unless a folder holds the run's base or, with `taught`, the taught model if there is one."""
     own = run.path / "taught"
     if taught and run.settings.teach.epochs > 0:
