@@ -17,6 +17,7 @@ from forgetlearn.errors import ModelError, plain, some
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Pair = tuple[str, str]
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
 BLANK = "\u2581"  # how SentencePiece writes a blank
 ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -96,7 +97,7 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _merges(state: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges(state: Mapping[str, Any]) -> list[Pair]:
     """Return the pairs of tokens that are merged, the first first."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in state["model"]["merges"])
     return [(left, right) for left, right in pairs]
@@ -150,7 +151,7 @@ def _sentence_pieces(state: Mapping[str, Any], tokens: Sequence[str], name: str)
     """Return the fields of SentencePiece's BPE (Llama 2, Mistral, Gemma): a score per token, from which merges follow.
 
     llama.cpp merges the two neighbours whose union has the highest score. That is the order of the merges if each
-    token's merges stand together, and none is missing.
+    token's merges stand together, and none is missing; the merges of a converted `tokenizer.model` do.
     """
     steps = _flat(state.get("normalizer"), "normalizers") + _flat(state.get("pre_tokenizer"), "pretokenizers")
     if odd := [step["type"] for step in steps if step["type"] not in ("Prepend", "Replace", "Metaspace", "Split")]:
@@ -159,20 +160,23 @@ def _sentence_pieces(state: Mapping[str, Any], tokens: Sequence[str], name: str)
     merges = _merges(state)
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
-    if not _follows(merges, ranks, state["model"]["vocab"]):
+    added = {token["content"] for token in state["added_tokens"]}
+    if not _follows(merges, ranks, set(state["model"]["vocab"]), added):
         _refuse(name, "merges in an order that does not follow from a score of each token")
     scores = [-float(ranks[token]) if token in ranks else -float(len(ranks)) for token in tokens]
     return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
 
 
-def _follows(merges: Sequence[tuple[str, str]], ranks: Mapping[str, int], vocabulary: Mapping[str, int]) -> bool:
-    """Return True if all ways to make a token are among the merges, one after another."""
+def _follows(merges: Sequence[Pair], ranks: Mapping[str, int], vocabulary: set[str], added: set[str]) -> bool:
+    """Return True if all ways to make each token, other than an added one, are merges, and stand one after another."""
     places = [ranks[left + right] for left, right in merges]
-    in_order = all(one <= two for one, two in itertools.pairwise(places))
-    ways = sum(
-        token[:cut] in vocabulary and token[cut:] in vocabulary for token in ranks for cut in range(1, len(token))
-    )
-    return in_order and ways == len(set(merges)) == len(merges)
+    ways = {
+        (token[:cut], token[cut:])
+        for token in vocabulary - added
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    }
+    return all(one <= two for one, two in itertools.pairwise(places)) and ways <= set(merges)
 
 
 # Special tokens -----------------------------------------------------------------------------------
