@@ -51,7 +51,8 @@ SPLITTINGS: Mapping[str, Splitting] = {
 def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, n_rows: int, name: str) -> dict[str, object]:
     """Return a tokenizer as metadata of a GGUF file, for a model whose embedding has `n_rows` rows.
 
-    Rows beyond the vocabulary become unused tokens. `name` is the model's, for errors.
+    Rows beyond the vocabulary become unused tokens. Special tokens beyond the rows, which transformers adds to a
+    tokenizer that it reads from GGUF, are left out: the model cannot read them. `name` is the model's, for errors.
 
     Raises:
         ModelError: llama.cpp has no such tokenizer, it splits text in a way that has no name there, or it has more
@@ -65,7 +66,7 @@ def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, n_rows: int, name: str)
     tokens, types = _tokens(tokenizer, state, n_rows, name)
     fields: dict[str, object] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     fields |= (_sentence_pieces if model.get("byte_fallback") else _byte_level)(state, tokens, name)
-    return fields | _special_tokens(tokenizer, name, is_spm=bool(model.get("byte_fallback")))
+    return fields | _special_tokens(tokenizer, n_rows, name, is_spm=bool(model.get("byte_fallback")))
 
 
 def _refuse(name: str, what: str) -> NoReturn:
@@ -79,16 +80,16 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any], n_rows: int, name: str
 ) -> tuple[list[str], list[int]]:
     """Return a token and its type for each row of the embedding."""
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    special = {token["id"] for token in state["added_tokens"] if token["special"]}
+    by_id = {i: token for token, i in tokenizer.get_vocab().items() if i < n_rows or i not in special}
     if (largest := max(by_id)) >= n_rows:
         _refuse(name, f"has a token of id {largest}, and the model {n_rows} rows")
     types = dict.fromkeys(by_id, NORMAL)
-    if state["model"].get("byte_fallback"):
-        types |= {index: BYTE for index, token in by_id.items() if _is_byte(token)}
     for added in state["added_tokens"]:
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    if (unknown := tokenizer.unk_token_id) is not None and state["model"].get("byte_fallback"):
-        types[unknown] = UNKNOWN
+    if state["model"].get("byte_fallback"):
+        types |= {index: BYTE for index, token in by_id.items() if _is_byte(token)}
+        types |= {index: UNKNOWN for index, token in by_id.items() if token == state["model"].get("unk_token")}
     rows = range(n_rows)
     return [by_id.get(row, f"[PAD{row}]") for row in rows], [types.get(row, UNUSED) for row in rows]
 
@@ -182,11 +183,12 @@ def _follows(merges: Sequence[Pair], ranks: Mapping[str, int], vocabulary: set[s
 # Special tokens -----------------------------------------------------------------------------------
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, name: str, *, is_spm: bool) -> dict[str, object]:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, n_rows: int, name: str, *, is_spm: bool) -> dict[str, object]:
     """Return the ids of special tokens, which of them begin and end a text, and the chat template."""
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id}
-    ids["padding"] = tokenizer.pad_token_id
-    fields: dict[str, object] = {f"tokenizer.ggml.{kind}_token_id": i for kind, i in ids.items() if i is not None}
+    kinds = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {own: getattr(tokenizer, f"{own}_token_id") for own in kinds}
+    known = {own: index for own, index in ids.items() if index is not None and index < n_rows}
+    fields: dict[str, object] = {f"tokenizer.ggml.{kinds[own]}_token_id": index for own, index in known.items()}
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a")["input_ids"]
     begins, ends = framed[:1] != bare[:1], framed[-1:] != bare[-1:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ModelError, RunError
 from forgetlearn.models import gguf, hub
 from forgetlearn.models.gguf_writer import DTYPES, Dtype, ModelFile, write_adapter
+from forgetlearn.models.language_model import load_model
 from forgetlearn.models.loading import load_tokenizer
 from forgetlearn.products.chain import Base, carry_over, check_product, product_of
-from forgetlearn.products.restore import apply_run, check_base, copy_adapter, finished_run, merge_product
+from forgetlearn.products.restore import check_base, copy_adapter, finished_run, merged_in_words
 from forgetlearn.storage.digests import copy_own, licences
 from forgetlearn.storage.disk import atomic_folder, remove_unfinished
-from forgetlearn.storage.run_folder import RunFolder
-from forgetlearn.weights.folder_arithmetic import check_places
+from forgetlearn.storage.run_folder import STREAM, RunFolder, is_finished
+from forgetlearn.weights.folder_arithmetic import check_places, merge_adapter
+from forgetlearn.weights.rounding import warning
 from forgetlearn.weights.streaming import Numbers
 
 MODEL, ADAPTER, MODELFILE = gguf.LINK, "adapter.gguf", "Modelfile"
@@ -32,19 +35,21 @@ Target = Literal["gguf", "ollama", "merged", "adapter"]
 
 @dataclass(frozen=True)
 class Export:
-    """What is asked for: a finished run, the product to export, its base (None if it needs none), and where to."""
+    """What is asked for.
+
+    run      a finished run
+    product  the folder of what it made: an adapter, or a whole model
+    base     the name of the adapter's base: a folder, a GGUF file, or a hub id; None for a whole model
+    whole    the folder whose config and tokenizer are the product's: the base's, or the product itself
+    """
 
     run: RunFolder
     product: Path
-    base: Path | None
+    base: str | None
+    whole: Path
     output: Path
     dtype: Dtype | None
     overwrite: bool
-
-    @property
-    def whole(self) -> Path:
-        """The folder whose config and tokenizer are the product's."""
-        return self.base or self.product
 
 
 def export(
@@ -75,62 +80,84 @@ def export(
             f"--dtype {dtype}: expected {', '.join(DTYPES)}, and none with --to merged, for which there is "
             "forgetlearn apply RUN --base BASE --merge --dtype."
         )
-    folder, output = finished_run(run), Path(output)
+    folder, output = _run_of(Path(run)), Path(output)
     product = product_of(folder.path)
-    on = _base_of(folder, base) if (product / "adapter_config.json").is_file() else None
-    check_places(output, [folder.path, *([on] if on else [])], overwrite)
+    is_adapter = (product / "adapter_config.json").is_file()
+    if to == "adapter" and not is_adapter:
+        raise ConfigError(f"--to adapter: the product of {run} is a whole model. Pass --to merged or --to gguf.")
+    named, on = _base_of(folder, base) if is_adapter else (None, product)
+    check_places(output, [folder.path, on] if is_adapter else [folder.path], overwrite)
     check_product(product)
-    if on is not None:
+    if is_adapter:
         check_base(folder, on, taught=True)
     remove_unfinished(output)
-    return TARGETS[to](Export(folder, product, on, output, dtype, overwrite))
+    with _as_folder(on) as whole:
+        return TARGETS[to](Export(folder, product, named, whole, output, dtype, overwrite))
 
 
-def _base_of(run: RunFolder, given: str | Path | None) -> Path:
-    """Return the folder of the model that a run's adapter belongs on."""
-    recorded = Base.of(run)
+def _run_of(run: Path) -> RunFolder:
+    """Return a finished run, of a stream the last one; raise RunError if it is not finished or was changed."""
+    if not (run / STREAM).is_file():
+        return finished_run(run)
+    if not is_finished(run):
+        raise RunError(f"{run}: the stream is not finished. Continue with --resume.")
+    return finished_run(product_of(run).parent)
+
+
+def _base_of(run: RunFolder, given: str | Path | None) -> tuple[str, Path]:
+    """Return the name of the model that a run's adapter belongs on, and its folder or GGUF file."""
+    recorded, taught = Base.of(run), run.path / "taught"
     if given is not None:
-        return hub.folder_of(gguf.resolved(str(given)), recorded.commit)
-    taught = run.path / "taught"
-    found = taught if taught.is_dir() else recorded.folder()
-    if found is None:
+        name = gguf.resolved(str(given))
+        found = hub.folder_of(name, recorded.commit)
+        return (str(found.resolve()) if found == Path(name) else name), found
+    place = taught if taught.is_dir() else recorded.folder()
+    if place is None:
         raise RunError(f"{run.path}: its base, {recorded.name}, is gone. Pass the folder of a copy as --base.")
-    return found
+    return (str(recorded.name) if recorded.commit and place != taught else str(place.resolve())), place
+
+
+@contextmanager
+def _as_folder(model: Path) -> Iterator[Path]:
+    """Yield a model's folder; a GGUF file is unpacked into one for a while."""
+    if not model.is_file():
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="forgetlearn-") as unpacked:
+        load_model(str(model)).save(Path(unpacked))
+        yield Path(unpacked)
 
 
 def _to_gguf(asked: Export) -> str:
     with atomic_folder(asked.output) as unfinished:
-        stored = _write_whole(asked, unfinished)
+        said = _write_whole(asked, unfinished)
         carry_over(asked.product, unfinished, "gguf", MODEL)
-    return f"{asked.output / MODEL}: {asked.product} in {stored}"
+    return f"{asked.output / MODEL}: {said}"
 
 
 def _to_ollama(asked: Export) -> str:
     text = modelfile(asked.whole)
     with atomic_folder(asked.output) as unfinished:
-        stored = _write_whole(asked, unfinished)
+        said = _write_whole(asked, unfinished)
         (unfinished / MODELFILE).write_text(text, encoding="utf-8")
         carry_over(asked.product, unfinished, "ollama", MODEL, MODELFILE)
-    return (
-        f"{asked.output}: {asked.product} in {stored}, with a Modelfile. Next:\n"
-        f"  ollama create NAME -f {asked.output / MODELFILE}"
-    )
+    return f"{asked.output / MODEL}: {said}\nNext: ollama create NAME -f {asked.output / MODELFILE}"
 
 
 def _to_merged(asked: Export) -> str:
     if asked.base is not None:
-        return apply_run(asked.run.path, asked.base, asked.output, merge=True, overwrite=asked.overwrite)
+        written = merge_adapter(asked.product, asked.whole, asked.output, numbers=Numbers(), overwrite=asked.overwrite)
+        carry_over(asked.product, asked.output, "merged")
+        return merged_in_words(written, asked.product, Path(asked.base))
     with atomic_folder(asked.output) as unfinished:
         shutil.copytree(asked.product, unfinished, dirs_exist_ok=True)
     return f"{asked.output}: {asked.product} copied, which is a whole model"
 
 
 def _to_adapter(asked: Export) -> str:
-    if asked.base is None:
-        raise ConfigError(f"--to adapter: the product of {asked.run.path} is a whole model. Pass --to merged or gguf.")
     with atomic_folder(asked.output) as unfinished:
-        stored = write_adapter(asked.base, asked.product, unfinished / ADAPTER, asked.dtype)
-        copy_adapter(asked.product, unfinished, str(asked.base.resolve()))
+        stored = write_adapter(asked.whole, asked.product, unfinished / ADAPTER, asked.dtype)
+        copy_adapter(asked.product, unfinished, str(asked.base))
         carry_over(asked.product, unfinished, "adapter", ADAPTER)
     return f"{asked.output}: {asked.product} as peft reads it, and {ADAPTER} in {stored} for llama.cpp, on {asked.base}"
 
@@ -143,27 +170,31 @@ TARGETS: Mapping[Target, Callable[[Export], str]] = {
 }
 
 
-def _write_whole(asked: Export, folder: Path) -> Dtype:
-    """Write the whole model as GGUF into `folder`, with the licences of its base; return the dtype."""
+def _write_whole(asked: Export, folder: Path) -> str:
+    """Write the whole model as GGUF into `folder`, with the licences of its base; return what was written."""
     with closing(ModelFile(asked.whole, asked.dtype)) as checked:  # before minutes of merging
         dtype = checked.dtype
-    with _merged(asked, folder, dtype) as model, closing(ModelFile(model, dtype)) as file:
+    with _merged(asked, folder, dtype) as (model, lost), closing(ModelFile(model, dtype)) as file:
         file.write(folder / MODEL)
     for path in licences(asked.whole):
         copy_own(path, folder)
-    return dtype
+    on = f" added to {asked.base}" if asked.base else ""
+    return "\n".join(filter(None, [f"{asked.product}{on}, in {dtype}", lost]))
 
 
 @contextmanager
-def _merged(asked: Export, folder: Path, dtype: Dtype) -> Iterator[Path]:
-    """Yield the product's folder; of an adapter a merged copy, with all digits that `dtype` keeps, for a while."""
+def _merged(asked: Export, folder: Path, dtype: Dtype) -> Iterator[tuple[Path, str | None]]:
+    """Yield the product's folder, of an adapter a merged copy for a while, and a warning if rounding to bf16 lost much.
+
+    The copy is in float32, so that its numbers are rounded once, when they are written.
+    """
     if asked.base is None:
-        yield asked.product
+        yield asked.product, None
         return
     merged = folder / "merged"
     numbers = Numbers("bfloat16" if dtype == "bf16" else "float32")
-    merge_product(asked.run, asked.base, merged, numbers=numbers)
-    yield merged
+    written = merge_adapter(asked.product, asked.whole, merged, numbers=numbers)
+    yield merged, warning(written.survival.as_dict(), "--dtype f32 or f16, or --to adapter")
     shutil.rmtree(merged)
 
 

@@ -73,8 +73,7 @@ def apply_run(
     product = product_of(folder.path)
     if merge:
         written = merge_product(folder, base, output, numbers=numbers, overwrite=overwrite)
-        lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
-        return "\n".join(line for line in (*lines, written.warning()) if line)
+        return merged_in_words(written, product, base)
     check_product(product)
     check_base(folder, base, taught=name == "adapter")
     with atomic_folder(output) as unfinished:
@@ -83,6 +82,12 @@ def apply_run(
         else:
             shutil.copytree(product, unfinished, dirs_exist_ok=True)
     return f"{output}: {product} copied" + (f", on the base {base}" if name == "adapter" else "")
+
+
+def merged_in_words(written: Written, product: Path, base: Path) -> str:
+    """Return what was merged, how much of the change survived rounding, and a warning if too little did."""
+    lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
+    return "\n".join(line for line in (*lines, written.warning()) if line)
 
 
 def copy_adapter(product: Path, to: Path, base: str) -> None:
