@@ -42,7 +42,9 @@ CHAT = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-TEXT = "abc ab 2026\nthe cab's <|end|>"
+# Merges across the places where one or another way to split text cuts it.
+MERGES = [("a", "b"), ("1", "2"), ("12", "3"), ("123", "4"), ("Ġ", "a"), ("!", "!"), ("!!", "Ċ")]
+TOKENS = [*SPECIAL, *LETTERS, *map("".join, MERGES)]
 # What the architectures need beside the sizes of `make_tiny_model`: what transformers takes for granted in GGUF.
 OWN = {
     "qwen3": {"head_dim": 128},
@@ -52,8 +54,8 @@ OWN = {
 
 
 def byte_level(pre=None, *, chat=CHAT, **options):
-    """A byte-level BPE tokenizer of printable characters and one merge."""
-    bpe = models.BPE({token: i for i, token in enumerate([*SPECIAL, *LETTERS, "ab"])}, [("a", "b")], **options)
+    """A byte-level BPE tokenizer of printable characters and a few merges."""
+    bpe = models.BPE({token: i for i, token in enumerate(TOKENS)}, MERGES, **options)
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +78,7 @@ def save(folder, model, tokenizer=None):
 
 
 def tiny(family="llama", **settings):
-    return make_tiny_model(family, vocab_size=104, **(OWN.get(family, {}) | settings))
+    return make_tiny_model(family, vocab_size=len(TOKENS), **(OWN.get(family, {}) | settings))
 
 
 def load(path):
@@ -166,17 +168,21 @@ def test_a_tokenizer_is_read_back(make, tmp_path):
     assert types[-3:] == [gguf.TokenType.UNUSED] * 3
 
 
-@pytest.mark.parametrize("name", SPLITTINGS)
-def test_how_text_is_split_has_llama_cpps_name(name):
+def splitting(name):
+    """The tokenizer that splits text in the way that llama.cpp calls `name`."""
     steps = SPLITTINGS[name].steps
     pre = split_by(steps[0]) if name not in ("gpt-2", "smollm") else None
     if name == "smollm":
         level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         pre = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
-    tokenizer = byte_level(pre, ignore_merges=SPLITTINGS[name].ignore_merges)
-    assert tokenizer_fields(tokenizer, 104, "m")["tokenizer.ggml.pre"] == name
+    return byte_level(pre, ignore_merges=SPLITTINGS[name].ignore_merges)
+
+
+@pytest.mark.parametrize("name", SPLITTINGS)
+def test_how_text_is_split_has_llama_cpps_name(name):
+    assert tokenizer_fields(splitting(name), 200, "m")["tokenizer.ggml.pre"] == name
     if name in GGUF_PRE_TOKENIZER_SPLITS:  # then transformers splits by the same expression when it reads the file
-        assert GGUF_PRE_TOKENIZER_SPLITS[name] == steps[0]
+        assert GGUF_PRE_TOKENIZER_SPLITS[name] == SPLITTINGS[name].steps[0]
 
 
 def with_normalizer():
@@ -212,7 +218,7 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(make, words):
 def test_other_kinds_of_tokenizers_are_refused(char_tokenizer):
     with pytest.raises(ModelError, match="WordLevel"):
         tokenizer_fields(char_tokenizer, 100, "m")
-    with pytest.raises(ModelError, match="id 98"):
+    with pytest.raises(ModelError, match=f"id {len(TOKENS) - 1}"):
         tokenizer_fields(byte_level(), 50, "m")
 
 
@@ -564,6 +570,22 @@ def test_llama_cpp_computes_every_architecture_and_its_adapter_alike(family, lla
         found = llama_cpp(tmp_path / "model.gguf", prompts, lora)
         assert {prompt: found[prompt][: len(wanted[prompt])] for prompt in prompts} == wanted
         assert sum(map(len, wanted.values())) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SPLITTINGS, "SentencePiece"])
+def test_llama_cpp_makes_the_same_tokens(name, llama_cpp, tmp_path):
+    tokenizer = sentence_pieces() if name == "SentencePiece" else splitting(name)
+    model = make_tiny_model(vocab_size=len(tokenizer), eos_token_id=0)
+    if name == "SentencePiece":
+        with torch.no_grad():
+            model.lm_head.weight[:259] = 0  # bytes are no text
+    ModelFile(save(tmp_path / "model", model, tokenizer), "f32").write(tmp_path / "model.gguf")
+    prompts = ["abc the", "ab  the abc", "xthe ab"] if name == "SentencePiece" else ["1234 a!!\n", "x 12a ab!!\n\n b12"]
+    wanted = {prompt: clear_answer(model, tokenizer, prompt) for prompt in prompts}
+    found = llama_cpp(tmp_path / "model.gguf", prompts)
+    assert {prompt: found[prompt][: len(wanted[prompt])] for prompt in prompts} == wanted
+    assert all(wanted.values())
 
 
 @pytest.mark.slow
