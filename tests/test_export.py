@@ -517,7 +517,7 @@ def test_an_adapter_of_every_architecture_adds_up(family, tmp_path):
 
 @pytest.fixture(scope="module")
 def llama_cpp():
-    """What llama.cpp says to prompts: `llama_cpp(file, prompts, adapter=None)`, computed in a process of its own."""
+    """`llama_cpp(file, prompts, adapter=None)`: what llama.cpp says to each prompt, and its number of tokens."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("xllamacpp, llama.cpp in a wheel, is not installed: pip install xllamacpp")
 
@@ -542,7 +542,8 @@ if adapter:
     asked.lora_adapters = [lora]
 server = xllamacpp.Server(asked)
 greedy = {"max_tokens": 12, "temperature": 0}
-print(json.dumps([server.handle_completions(greedy | {"prompt": p})["choices"][0]["text"] for p in prompts]))
+found = [server.handle_completions(greedy | {"prompt": prompt}) for prompt in prompts]
+print(json.dumps([(said["choices"][0]["text"], said["usage"]["prompt_tokens"]) for said in found]))
 """
 
 
@@ -553,7 +554,7 @@ def clear_answer(model, tokenizer, prompt):
     found = model.generate(ids, **asked)
     ties = [float(-logits[0].topk(2).values.diff()) < 0.02 for logits in found.logits]
     clear = found.sequences[0, ids.shape[1] :][: ties.index(True) if True in ties else None]
-    return tokenizer.decode(clear, skip_special_tokens=True)
+    return tokenizer.decode(clear).removesuffix(tokenizer.eos_token)
 
 
 @pytest.mark.slow
@@ -568,7 +569,7 @@ def test_llama_cpp_computes_every_architecture_and_its_adapter_alike(family, lla
         computed = PeftModel.from_pretrained(model, adapter) if lora else model
         wanted = {prompt: clear_answer(computed, tokenizer, prompt) for prompt in prompts}
         found = llama_cpp(tmp_path / "model.gguf", prompts, lora)
-        assert {prompt: found[prompt][: len(wanted[prompt])] for prompt in prompts} == wanted
+        assert {prompt: found[prompt][0][: len(wanted[prompt])] for prompt in prompts} == wanted
         assert sum(map(len, wanted.values())) > 8
 
 
@@ -576,7 +577,7 @@ def test_llama_cpp_computes_every_architecture_and_its_adapter_alike(family, lla
 @pytest.mark.parametrize("name", [*SPLITTINGS, "SentencePiece"])
 def test_llama_cpp_makes_the_same_tokens(name, llama_cpp, tmp_path):
     tokenizer = sentence_pieces() if name == "SentencePiece" else splitting(name)
-    model = make_tiny_model(vocab_size=len(tokenizer), eos_token_id=0)
+    model = make_tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     if name == "SentencePiece":
         with torch.no_grad():
             model.lm_head.weight[:259] = 0  # bytes are no text
@@ -584,8 +585,8 @@ def test_llama_cpp_makes_the_same_tokens(name, llama_cpp, tmp_path):
     prompts = ["abc the", "ab  the abc", "xthe ab"] if name == "SentencePiece" else ["1234 a!!\n", "x 12a ab!!\n\n b12"]
     wanted = {prompt: clear_answer(model, tokenizer, prompt) for prompt in prompts}
     found = llama_cpp(tmp_path / "model.gguf", prompts)
-    assert {prompt: found[prompt][: len(wanted[prompt])] for prompt in prompts} == wanted
-    assert all(wanted.values())
+    assert {prompt: found[prompt][0][: len(wanted[prompt])] for prompt in prompts} == wanted
+    assert {prompt: found[prompt][1] for prompt in prompts} == {p: len(tokenizer(p)["input_ids"]) for p in prompts}
 
 
 @pytest.mark.slow
@@ -593,5 +594,5 @@ def test_llama_cpp_makes_the_same_tokens(name, llama_cpp, tmp_path):
 def test_llama_cpp_gives_the_answers_of_the_product(adapted, prompts, answers, dtype, llama_cpp, tmp_path):
     export(adapted, tmp_path / "out", to="gguf", dtype=dtype)
     found = llama_cpp(tmp_path / "out" / "model.gguf", prompts)
-    same = sum(found[prompt].strip() == answers[prompt] for prompt in prompts)
+    same = sum(found[prompt][0].strip() == answers[prompt] for prompt in prompts)
     assert same >= (0.95 if dtype == "q8_0" else 1) * len(prompts)
