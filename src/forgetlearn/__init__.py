@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from forgetlearn.models.language_model import LanguageModel, load_model, wrap
     from forgetlearn.planning.plan import plan_update as plan
     from forgetlearn.products.chain import chain_of as log
+    from forgetlearn.products.export import export
     from forgetlearn.products.inspect import inspect_change as inspect
     from forgetlearn.products.publish import push, save
     from forgetlearn.products.restore import apply_run
@@ -89,6 +90,7 @@ _PUBLIC = {
     "wrap": "models.language_model.wrap",
     "plan": "planning.plan.plan_update",
     "log": "products.chain.chain_of",
+    "export": "products.export.export",
     "inspect": "products.inspect.inspect_change",
     "push": "products.publish.push",
     "save": "products.publish.save",
@@ -134,6 +136,7 @@ __all__ = [
     "compare",
     "demo",
     "evaluate",
+    "export",
     "forget",
     "forget_facts",
     "inspect",

@@ -1,6 +1,6 @@
-"""The commands on weights and products: subtract, vector, apply, undo, inspect, save, push, log.
+"""The commands on weights and products: subtract, vector, apply, undo, export, inspect, save, push, log.
 
-They import neither torch nor transformers.
+Except for export, they import neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ app = typer.Typer()
 
 
 StoredAs = Literal["keep", "float32", "bfloat16"]
+StoredInGguf = Literal["f32", "f16", "bf16", "q8_0"]
+Target = Literal["gguf", "ollama", "merged", "adapter"]
 Rounding = Literal["nearest", "stochastic"]
 BaseOption = Annotated[str, typer.Option("--base", help="Folder or hub id of the base model; it is only read.")]
 RevisionOption = Annotated[
@@ -156,6 +158,26 @@ def undo(
     from forgetlearn.products.restore import undo_run
 
     say(undo_run(run, output))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Target, typer.Option("--to", help="gguf (llama.cpp), ollama, merged (transformers) or adapter.")],
+    output: OutputOption,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base of the run's adapter; unset: the one that the run recorded.")
+    ] = None,
+    dtype: Annotated[
+        StoredInGguf | None, typer.Option("--dtype", help="Precision of GGUF; unset: the base's, or the adapter's own.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a run's product for other programs: as GGUF, for Ollama, as a merged model, or as an adapter."""
+    _few_threads()
+    from forgetlearn.products.export import export as write
+
+    say(write(run, output, to=to, base=base, dtype=dtype, overwrite=overwrite))
 
 
 @app.command()

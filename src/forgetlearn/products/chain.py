@@ -122,10 +122,14 @@ def carry_on(run: RunFolder, products: Iterable[Path], facts: FactSet, summary: 
         write_text(product / HISTORY, as_json([*earlier, _update(run, base, when, product, facts, summary)]))
 
 
-def carry_over(product: Path, to: Path, name: str) -> None:
-    """Write a product's chain into `to`, the folder of its merged weights or of a copy that names another base."""
+def carry_over(product: Path, to: Path, name: str, *others: str) -> None:
+    """Write a product's chain into `to`, the folder of its merged weights or of a copy that names another base.
+
+    `others` are files there that transformers does not load a model from, such as GGUF.
+    """
     if chain := read_chain(product):
-        chain[-1] = chain[-1].model_copy(update={"product": name, "files": product_files(to)})
+        files = product_files(to) | {other: sha256_of(to / other) for other in others}
+        chain[-1] = chain[-1].model_copy(update={"product": name, "files": files})
         write_text(to / HISTORY, as_json(chain))
 
 

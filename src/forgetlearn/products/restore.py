@@ -73,18 +73,29 @@ def apply_run(
     product = product_of(folder.path)
     if merge:
         written = merge_product(folder, base, output, numbers=numbers, overwrite=overwrite)
-        lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
-        return "\n".join(line for line in (*lines, written.warning()) if line)
+        return merged_in_words(written, product, base)
     check_product(product)
     check_base(folder, base, taught=name == "adapter")
     with atomic_folder(output) as unfinished:
-        shutil.copytree(product, unfinished, dirs_exist_ok=True)
         if name == "adapter":
-            config = read_object(unfinished / "adapter_config.json")
-            known_as = named if base != Path(named) else str(base.resolve())
-            write_json(unfinished / "adapter_config.json", config | {"base_model_name_or_path": known_as})
-            carry_over(product, unfinished, name)
+            copy_adapter(product, unfinished, named if base != Path(named) else str(base.resolve()))
+        else:
+            shutil.copytree(product, unfinished, dirs_exist_ok=True)
     return f"{output}: {product} copied" + (f", on the base {base}" if name == "adapter" else "")
+
+
+def merged_in_words(written: Written, product: Path, base: Path) -> str:
+    """Return what was merged, how much of the change survived rounding, and a warning if too little did."""
+    lines = [f"{written.counts()}: {product} added to {base}", in_words(written.survival.as_dict())]
+    return "\n".join(line for line in (*lines, written.warning()) if line)
+
+
+def copy_adapter(product: Path, to: Path, base: str) -> None:
+    """Copy an adapter's folder into `to`, with `base` named as its base, there and in its chain."""
+    shutil.copytree(product, to, dirs_exist_ok=True)
+    config = read_object(to / "adapter_config.json")
+    write_json(to / "adapter_config.json", config | {"base_model_name_or_path": base})
+    carry_over(product, to, "adapter")
 
 
 def undo_run(run: str | Path, output: str | Path | None = None) -> str:

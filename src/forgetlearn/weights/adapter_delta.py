@@ -158,10 +158,19 @@ class Adapter(Change):
     def _load(self, name: str) -> tuple[Array, Array]:
         """Return the two factors whose product is the change of a tensor."""
         path = self.paths[name]
-        a, b = (self._matrix(self._factor(path, letter)) for letter in "AB")
-        rank = len(a)
-        b *= np.float32(self.config.alpha(path) / (rank**0.5 if self.config.use_rslora else rank))
+        b, a = self.factors(path)
+        b *= np.float32(self.scaling(path))
         return (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if self.transposed[name] else (b, a)
+
+    def factors(self, path: str) -> tuple[Array, Array]:
+        """Return the factors B (out, r) and A (r, in) of a module in float32, without the scaling."""
+        b, a = (self._matrix(self._factor(path, letter)) for letter in "BA")
+        return b, a
+
+    def scaling(self, path: str) -> float:
+        """Return what the product B A of a module is multiplied by."""
+        rank = self.config.rank(path)
+        return self.config.alpha(path) / (rank**0.5 if self.config.use_rslora else rank)
 
     def _matrix(self, entry: Entry) -> Array:
         found = np.empty(entry.n_entries, np.float32)
