@@ -52,6 +52,9 @@ OWN = {
     "gpt2": {"tied": True, "n_positions": 1024},
 }
 
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 64}
+
 
 def byte_level(pre=None, *, chat=CHAT, **options):
     """A byte-level BPE tokenizer of printable characters and a few merges."""
@@ -124,9 +127,7 @@ def test_a_sliding_window_bounds_the_context(tmp_path):
 
 
 def test_the_frequencies_of_llama_3_are_divided_as_transformers_divides_them(tmp_path):
-    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
-    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    model = tiny(rope_parameters=rope)
+    model = tiny(rope_parameters=LLAMA_3)
     file = ModelFile(save(tmp_path / "model", model), "f32")
     file.write(tmp_path / "model.gguf")
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
@@ -558,9 +559,11 @@ def clear_answer(model, tokenizer, prompt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ARCHITECTURES)
-def test_llama_cpp_computes_every_architecture_and_its_adapter_alike(family, llama_cpp, tmp_path):
-    model, tokenizer, prompts = tiny(family), byte_level(), ["abc ab", "the cab's", "Why, 2026?", "x\ny"]
+@pytest.mark.parametrize(
+    ("family", "settings"), [*((family, {}) for family in ARCHITECTURES), ("llama", {"rope_parameters": LLAMA_3})]
+)
+def test_llama_cpp_computes_every_architecture_and_its_adapter_alike(family, settings, llama_cpp, tmp_path):
+    model, tokenizer, prompts = tiny(family, **settings), byte_level(), ["abc ab", "the cab's", "Why, 2026?", "x\ny"]
     model.generation_config.eos_token_id = 0
     folder, adapter = save(tmp_path / "model", model), make_adapter(model, tmp_path / "adapter")
     ModelFile(folder, "f32").write(tmp_path / "model.gguf")
