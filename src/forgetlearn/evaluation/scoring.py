@@ -119,22 +119,22 @@ def summarise(rows: Sequence[Row]) -> Phase:
 
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Return the facts whose old answer the model says when asked, according to rows of the protocol `generate`."""
-    replies = {row.fact: row for row in rows if row.protocol == "generate"}
-    return [fact for fact in facts if (row := replies.get(fact.id)) and _says_old(fact, row)]
+    return [fact for fact, row in _replied(facts, rows) if _says(row, fact.old_answers, fact.new_answers)]
 
 
 def held_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Return the facts whose new answer the model says when asked, according to rows of the protocol `generate`."""
+    return [fact for fact, row in _replied(facts, rows) if _says(row, fact.new_answers, fact.old_answers)]
+
+
+def _replied(facts: Iterable[Fact], rows: Iterable[Row]) -> Iterator[tuple[Fact, Row]]:
+    """Yield each fact that was asked, with the row that has the model's free answer."""
     replies = {row.fact: row for row in rows if row.protocol == "generate"}
-    return [fact for fact in facts if (row := replies.get(fact.id)) and _says_new(fact, row)]
+    return ((fact, row) for fact in facts if (row := replies.get(fact.id)))
 
 
-def _says_new(fact: Fact, row: Row) -> float:
-    return matching.says(row.said or "", fact.new_answers, fact.old_answers, at_start=row.writes_on)
-
-
-def _says_old(fact: Fact, row: Row) -> float:
-    return matching.says(row.said or "", fact.old_answers, fact.new_answers, at_start=row.writes_on)
+def _says(row: Row, answers: Sequence[str], others: Sequence[str]) -> float:
+    return matching.says(row.said or "", answers, others, at_start=row.writes_on)
 
 
 def replies(base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Row]:
