@@ -111,8 +111,7 @@ class TransformersGenerator:
         Ids after the first end token, or after the last line that the room allows, are not part of the answer.
         """
         width = max(len(prompt) for prompt in prompts)
-        most, context = max(room.tokens for room in rooms), self.lm.encoder.max_length
-        longest = min(most, context - width) if context else most
+        longest = self._longest(rooms, width)
         going, inputs = list(range(len(prompts))), self._inputs(prompts)
         found: dict[int, list[int]] = {}
         while going:
@@ -140,22 +139,10 @@ class TransformersGenerator:
 
         `emit` gets the text word by word as it is generated. `stopped` is asked after each token whether to stop.
         """
-        context, full = self.lm.encoder.max_length, _Full(self.lm.encoder.decode, len(prompt), [room])
-        config = GenerationConfig(
-            max_new_tokens=min(room.tokens, context - len(prompt)) if context else room.tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=self.ends,
-            pad_token_id=self.lm.pad_id,
-        )
-        generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
-        out = generate(
-            **self._laid_out([prompt], 0),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([full, _Stopped(stopped)]),
-            streamer=_Words(self.lm.tokenizer, emit),
-        )
-        new: list[int] = out[0, len(prompt) :].tolist()
+        full = _Full(self.lm.encoder.decode, len(prompt), [room])
+        inputs, n_new = self._laid_out([prompt], 0), self._longest([room], len(prompt))
+        out = self._greedy(inputs, n_new, full, _Stopped(stopped), streamer=_Words(self.lm.tokenizer, emit))
+        new: list[int] = out.sequences[0, len(prompt) :].tolist()
         ended = new[-1] in self.ends or self.lm.encoder.decode(new).lstrip().count("\n") >= room.lines
         return new, ended
 
@@ -163,6 +150,19 @@ class TransformersGenerator:
         self, inputs: Inputs, width: int, rooms: Sequence[Room], n_new: int
     ) -> tuple[torch.Tensor, DynamicCache | None, torch.Tensor]:
         """Return ids with up to `n_new` more, their keys and values if rows can be dropped, and which have ended."""
+        full = _Full(self.lm.encoder.decode, width, rooms)
+        out = self._greedy(inputs, n_new, full)
+        ends = torch.tensor(self.ends, device=out.sequences.device)
+        ended = torch.isin(out.sequences[:, width:], ends).any(1) | full(out.sequences, out.sequences)
+        return out.sequences, plain_cache(out), ended
+
+    def _longest(self, rooms: Sequence[Room], width: int) -> int:
+        """Return how many new tokens the longest answer may have behind prompts of this width."""
+        most, context = max(room.tokens for room in rooms), self.lm.encoder.max_length
+        return min(most, context - width) if context else most
+
+    def _greedy(self, inputs: Inputs, n_new: int, *criteria: StoppingCriteria, **options: object) -> Any:
+        """Return what `generate` returns for up to `n_new` greedily chosen tokens."""
         config = GenerationConfig(
             max_new_tokens=n_new,
             do_sample=False,
@@ -171,12 +171,8 @@ class TransformersGenerator:
             pad_token_id=self.lm.pad_id,
             return_dict_in_generate=True,
         )
-        full = _Full(self.lm.encoder.decode, width, rooms)
         generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
-        out = generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList([full]))
-        ends = torch.tensor(self.ends, device=out.sequences.device)
-        ended = torch.isin(out.sequences[:, width:], ends).any(1) | full(out.sequences, out.sequences)
-        return out.sequences, plain_cache(out), ended
+        return generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria), **options)
 
     @staticmethod
     def _going_on(inputs: Inputs, sequences: torch.Tensor, cache: DynamicCache, rows: torch.Tensor) -> Inputs:
