@@ -27,6 +27,7 @@ from forgetlearn.method.lessons import Rehearsal
 from forgetlearn.models import lora, null_space
 from forgetlearn.models.language_model import load_model
 from forgetlearn.products import chain
+from forgetlearn.products.side_by_side import open_run
 from forgetlearn.report import stream_page
 from forgetlearn.runs import base as begun_on
 from forgetlearn.runs import pipeline
@@ -546,6 +547,9 @@ def test_a_stream_that_was_killed_goes_on_and_ends_with_the_same_bits(
     with pytest.raises(Killed):
         stream(root / "first", **given)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("batch-*/facts.jsonl")}
+    for show in (open_run, lambda run: forgetlearn.export(run, tmp_path / "out", to="adapter")):
+        with pytest.raises(RunError, match="is not finished"):
+            show(tmp_path / "run")
     result = stream(root / "first", **given, resume=True)
     assert same(result.product, streamed.product)
     timeless = [batch.model_copy(update={"seconds": 0}) for batch in result.stream.batches]

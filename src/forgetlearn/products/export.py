@@ -21,10 +21,10 @@ from forgetlearn.models.gguf_writer import DTYPES, Dtype, ModelFile, write_adapt
 from forgetlearn.models.language_model import load_model
 from forgetlearn.models.loading import load_tokenizer
 from forgetlearn.products.chain import Base, carry_over, check_product, product_of
-from forgetlearn.products.restore import check_base, copy_adapter, finished_run, merged_in_words
+from forgetlearn.products.restore import check_base, copy_adapter, finished_run, merged_in_words, runs_of
 from forgetlearn.storage.digests import copy_own, licences
 from forgetlearn.storage.disk import atomic_folder, remove_unfinished
-from forgetlearn.storage.run_folder import STREAM, RunFolder, is_finished
+from forgetlearn.storage.run_folder import RunFolder
 from forgetlearn.weights.folder_arithmetic import check_places, merge_adapter
 from forgetlearn.weights.rounding import warning
 from forgetlearn.weights.streaming import Numbers
@@ -80,7 +80,7 @@ def export(
             f"--dtype {dtype}: expected {', '.join(DTYPES)}, and none with --to merged, for which there is "
             "forgetlearn apply RUN --base BASE --merge --dtype."
         )
-    folder, output = _run_of(Path(run)), Path(output)
+    folder, output = finished_run(runs_of(run)[-1]), Path(output)
     product = product_of(folder.path)
     is_adapter = (product / "adapter_config.json").is_file()
     if to == "adapter" and not is_adapter:
@@ -93,15 +93,6 @@ def export(
     remove_unfinished(output)
     with _as_folder(on) as whole:
         return TARGETS[to](Export(folder, product, named, whole, output, dtype, overwrite))
-
-
-def _run_of(run: Path) -> RunFolder:
-    """Return a finished run, of a stream the last one; raise RunError if it is not finished or was changed."""
-    if not (run / STREAM).is_file():
-        return finished_run(run)
-    if not is_finished(run):
-        raise RunError(f"{run}: the stream is not finished. Continue with --resume.")
-    return finished_run(product_of(run).parent)
 
 
 def _base_of(run: RunFolder, given: str | Path | None) -> tuple[str, Path]:

@@ -22,8 +22,8 @@ from forgetlearn.models import gguf, hub
 from forgetlearn.products.chain import Base, carry_over, check_product, product_of
 from forgetlearn.storage.digests import HISTORY, copy_own, is_recorded, licences, model_files, sha256_of
 from forgetlearn.storage.disk import atomic_folder, write_json
-from forgetlearn.storage.records import Summary
-from forgetlearn.storage.run_folder import SUMMARY, RunFolder
+from forgetlearn.storage.records import Stream, Summary
+from forgetlearn.storage.run_folder import STREAM, SUMMARY, RunFolder, is_finished
 from forgetlearn.weights.checkpoint_folder import CheckpointFolder, Entry, header_bytes, read_header, read_object
 from forgetlearn.weights.folder_arithmetic import Written, check_places, check_space, merge_adapter
 from forgetlearn.weights.rounding import in_words
@@ -210,6 +210,20 @@ def finished_run(run: str | Path) -> RunFolder:
     if not Summary.load(folder.path / SUMMARY).product:
         raise RunError(f"{run} holds scores, not an update.")
     return folder
+
+
+def runs_of(folder: str | Path) -> list[Path]:
+    """Return the folders of a stream's runs, in order, or that of a single run.
+
+    Raises:
+        RunError: the stream is not finished.
+    """
+    file = Path(folder) / STREAM
+    if not file.is_file():
+        return [Path(folder)]
+    if not is_finished(folder):
+        raise RunError(f"{folder}: the stream is not finished. Continue with --resume.")
+    return [Path(folder) / batch.folder for batch in Stream.load(file).batches]
 
 
 # The exact change ---------------------------------------------------------------------------------

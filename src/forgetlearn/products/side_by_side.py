@@ -21,10 +21,10 @@ from forgetlearn.facts.touched import touched
 from forgetlearn.models import hub, lora
 from forgetlearn.models.language_model import LanguageModel, load_model
 from forgetlearn.products.chain import Base, check_product, product_of
-from forgetlearn.products.restore import check_base, finished_run
+from forgetlearn.products.restore import check_base, finished_run, runs_of
 from forgetlearn.storage.digests import is_recorded
-from forgetlearn.storage.records import Stream, Summary
-from forgetlearn.storage.run_folder import INPUTS, STREAM, SUMMARY, RunFolder
+from forgetlearn.storage.records import Summary
+from forgetlearn.storage.run_folder import INPUTS, SUMMARY, RunFolder
 from forgetlearn.weights.checkpoint_folder import ADAPTER
 
 BASE = "base"
@@ -152,7 +152,9 @@ def open_run(
         RunError: the run is not finished or made no product, or its base or product is gone or was changed.
         ModelError: `base` is not the run's base, or a model cannot be loaded.
     """
-    first, last = _first_and_last(Path(run))
+    runs = runs_of(run)
+    first = finished_run(runs[0])
+    last = finished_run(runs[-1]) if len(runs) > 1 else first
     product, origin = product_of(last.path), Base.of(first)
     check_product(product)
     root = _root(first, origin, base)
@@ -166,25 +168,12 @@ def open_run(
         updated = _load(settings, root)
         updated.model = lora.load(updated.model, product, lora.PRODUCT, device=updated.device)
         models = {BASE: _load(settings, _start(origin, root)) if origin.adapter else updated, after: updated}
-    return SideBySide(Path(run).resolve().name, models, _facts(Path(run)), most_tokens)
+    return SideBySide(Path(run).resolve().name, models, _facts(runs), most_tokens)
 
 
-def _first_and_last(folder: Path) -> tuple[RunFolder, RunFolder]:
-    """Return the first and the last run of a stream; for a single run, that run twice."""
-    batches = _batches(folder)
-    return (finished_run(batches[0]), finished_run(batches[-1])) if batches else (finished_run(folder),) * 2
-
-
-def _batches(folder: Path) -> list[Path]:
-    """Return the folders of a stream's runs; none for a single run."""
-    file = folder / STREAM
-    return [folder / batch.folder for batch in Stream.load(file).batches] if file.is_file() else []
-
-
-def _facts(folder: Path) -> list[Fact]:
-    """Return the facts of a run or a stream; of a fact that several batches update, the last."""
-    found = {fact.prompt: fact for run in _batches(folder) or [folder] for fact in read_facts(run / INPUTS)}
-    return list(found.values())
+def _facts(runs: Sequence[Path]) -> list[Fact]:
+    """Return the facts of runs; of a fact that several of them update, the last."""
+    return list({fact.prompt: fact for run in runs for fact in read_facts(run / INPUTS)}.values())
 
 
 def _last_phase(run: RunFolder) -> str:
