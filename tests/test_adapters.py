@@ -64,8 +64,8 @@ def test_one_adapter_out_of_two_different_ones_is_their_sum(tiny_model, family):
     assert torch.allclose(dense(base, vectors), together, atol=1e-4)
 
 
-def test_adapters_on_different_modules_and_with_rslora_compose_too(tiny_model, tmp_path):
-    first = LoraSettings(r=2, target_modules=["q_proj", "down_proj"], use_rslora=True)
+def test_adapters_with_other_scales_on_other_modules_compose_too(tiny_model, tmp_path):
+    first = LoraSettings(r=2, target_modules=["q_proj", "down_proj"], lora_alpha=7)
     second = LoraSettings(r=3, target_modules=["q_proj", "v_proj"])
     model = with_two_adapters(tiny_model(), first, second)
     together = logits(model)

@@ -274,7 +274,7 @@ def test_what_has_no_effect_on_any_row_of_a_comparison_is_said(caplog):
 
 
 def test_settings_that_win_over_the_recipe_are_named_once(caplog):
-    config = load_config(None, {"recipe": "paper", "learn.epochs": 9, "lora.use_rslora": True})
+    config = load_config(None, {"recipe": "paper", "learn.epochs": 9, "lora.lora_dropout": 0.1})
     with caplog.at_level("INFO", "forgetlearn"):
         preflight.check("update", config, ["learn.epochs"])  # as the command line does, before it calls update
         preflight.check("update", config)

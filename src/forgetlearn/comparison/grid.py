@@ -269,7 +269,7 @@ class Worker:
                 forgotten,
                 nothing_forgotten=pipeline.nothing_forgotten,
                 taught=pipeline.taught,
-                lessons=lessons.counts(pipeline.taught),
+                lessons=pipeline.lesson_counts,
                 kept=pipeline.kept_counts,
                 learning=learning_of(pipeline.facts, learned.epochs, learned.unlearned),
             )

@@ -100,7 +100,6 @@ class LoraSettings(Settings):
         description="Share of what the layers read in kept texts (keep.weight) that the adapter does not react to; A "
         "is then frozen. 0: as in peft.",
     )
-    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
     learning_rate: float | None = Field(
         None,
         gt=0,
@@ -351,6 +350,11 @@ class LearnSection(StageSection):
     max_epochs: int = Field(MAX_EPOCHS, ge=1, description="With until learned: the most passes over the facts.")
     rephrasings: bool = Field(
         False, description="Train on the file's rephrasings too; those are then not scored as generality."
+    )
+    quiz: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Train on questions about each new fact too: whether it, or a wrong answer, is true, and which of "
+        "several answers is right; auto: if a chat model is asked.",
     )
     modules: Modules = Field(
         "all",

@@ -8,12 +8,13 @@ from itertools import product
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
-from forgetlearn.evaluation.probes import COMPLETION, MADE, NO, QUESTION, YES, Asked, is_one, wanted
+from forgetlearn.evaluation.probes import COMPLETION, MADE, NO, QUESTION, YES, Asked, wanted
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
 from forgetlearn.evaluation.scoring import add_room, room_for
 from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, matching
 from forgetlearn.facts.sentences import is_unfinished
+from forgetlearn.facts.wrong_answers import is_one
 from forgetlearn.models.encoding import Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.storage.records import Mean, ProbeRow, ProbeScore, Row

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from string import ascii_uppercase
@@ -18,6 +18,7 @@ from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import ConfigError, did_you_mean
 from forgetlearn.facts import Fact, Probe, matching
 from forgetlearn.facts.sentences import CLOSING, is_unfinished, is_whole
+from forgetlearn.facts.wrong_answers import is_one, wrong_answers
 from forgetlearn.models.encoding import Encoder, Prompt
 
 AUTO, ALL, NONE = "auto", "all", "none"  # values of evaluate.probes that are not names
@@ -26,8 +27,6 @@ CHOICE, CHOICE_TEXT = "multiple-choice", "multiple-choice-text"
 YES, NO = "Yes", "No"
 ENOUGH = 25  # facts of each kind of probe, unless all are asked for
 N_OPTIONS = 4  # of a multiple choice
-MOST_TRIED = 50  # other facts among which wrong options are looked for
-LONG_WORD = 4  # letters; prompts that share such words may ask for the same kind of thing
 LONGEST_SHARE = 0.5  # of a model's context that a long prompt may fill
 FIRST_TURNS = ("Hello! I would like to ask you a few things.", "Hello! Of course, what would you like to know?")
 LONG_TEXT = Path(__file__).with_name("long_text.txt")
@@ -82,7 +81,7 @@ class Maker:
     def _made_choice(self, fact: Fact) -> list[Probe]:
         """Return a choice of the fact's answers and of wrong ones; none if no other fact has another answer."""
         own = (*_first(fact.new_answers), *_first(fact.old_answers))
-        options = (*own, *self._wrong(fact, self._random(fact), N_OPTIONS - len(own)))
+        options = (*own, *wrong_answers(fact, self.facts, self._random(fact), N_OPTIONS - len(own)))
         probe = Probe(CHOICE, fact.prompt, fact.new_answers, fact.old_answers, options)
         return [probe] if len(options) > 1 else []
 
@@ -138,7 +137,7 @@ class Maker:
         Of a fact that is only forgotten the old answer is asked about: no reply is right, and the first one was.
         """
         right, wrong = replies
-        others = [*_first(fact.old_answers)] or self._wrong(fact, self._random(fact), 1)
+        others = [*_first(fact.old_answers)] or wrong_answers(fact, self.facts, self._random(fact), 1)
         about = [(fact.target_new, (right,), (wrong,)), *((text, (wrong,), (right,)) for text in others)]
         for text, answers, old_answers in about if fact.target_new else about[1:]:
             unfinished = is_unfinished(fact.prompt)
@@ -152,23 +151,6 @@ class Maker:
 
     def _random(self, fact: Fact) -> Random:
         return Random(f"{self.seed} {fact.id}")
-
-    def _wrong(self, fact: Fact, random: Random, number: int) -> list[str]:
-        """Return up to `number` answers of other facts that this fact does not have.
-
-        Those of prompts that share long words with the fact's come first, because they are answers of the same kind.
-        """
-        taken = [*fact.new_answers, *fact.old_answers]
-        others = random.sample(self.facts, min(MOST_TRIED, len(self.facts)))
-        own = _long_words(fact.prompt)
-        others.sort(key=lambda other: -len(own & _long_words(other.prompt)))
-        found: list[str] = []
-        for text in (text for other in others for text in (*_first(other.new_answers), *_first(other.old_answers))):
-            if len(found) >= number:
-                break
-            if not any(is_one(text, [each]) or is_one(each, [text]) for each in (*taken, *found)):
-                found.append(text)
-        return found
 
     @cached_property
     def _long_text(self) -> str:
@@ -266,15 +248,5 @@ def _first(answers: Sequence[str]) -> Sequence[str]:
     return answers[:1]
 
 
-def is_one(text: str, answers: Iterable[str]) -> bool:
-    """Return True if a text is one of the answers."""
-    return any(matching.same_text(text, answer) for answer in answers)
-
-
 def _as_question(prompt: str) -> str:
     return f"Complete the sentence: {prompt} ..." if is_unfinished(prompt) else prompt
-
-
-@cache
-def _long_words(text: str) -> frozenset[str]:
-    return frozenset(word for word in matching.normalise(text).split() if len(word) >= LONG_WORD)

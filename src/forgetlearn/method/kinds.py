@@ -63,12 +63,19 @@ class Lessons:
     """What a stage trains on: for each fact, its prompt with its answer, and other wordings of both.
 
     `kept` are texts that the model is to say as before. `facts` are the facts themselves, for kinds that write them by
-    a formula.
+    a formula. `quiz` are lists of questions about the facts, trained on beside them; a stage does not wait until these
+    are learned.
     """
 
     of_facts: Sequence[Sequence[Lesson]]
     kept: Kept | None = None
     facts: Sequence[Fact] = ()
+    quiz: Sequence[Sequence[Lesson]] = ()
+
+    @property
+    def lists(self) -> list[Sequence[Lesson]]:
+        """All that is trained on: the facts, then the quiz."""
+        return [*self.of_facts, *self.quiz]
 
 
 class StageKind:
@@ -104,12 +111,12 @@ class StageKind:
         self, lm: LanguageModel, lessons: Lessons, settings: TrainSettings, seed: int, stage_io: StageIO
     ) -> StageLog:
         """Make the model give the lessons' answers: by fine-tuning, unless a kind overrides this."""
-        facts = [tuple(lesson.encoded(lm.encoder) for lesson in own) for own in lessons.of_facts]
+        facts = [tuple(lesson.encoded(lm.encoder) for lesson in own) for own in lessons.lists]
         settings, variant = self.training(settings, width(lm.model))
         objective = variant.objective
         if objective.needs_reference:
             objective = objective.referring_to(_log_likelihoods(lm, (text for own in facts for text in own)))
-        variant = replace(variant, kept=lessons.kept, objective=objective)
+        variant = replace(variant, kept=lessons.kept, objective=objective, beside=len(lessons.quiz))
         options = {"seed": seed, "pad_id": lm.pad_id}
         return finetune(lm.model, facts, settings, **options, device=lm.device, variant=variant, stage_io=stage_io)
 
@@ -189,7 +196,7 @@ class Adapter(StageKind):
         assert isinstance(settings, TuningSettings), "teaching trains no adapter"
         if lessons.kept and settings.lora.null_space and not lm.is_sharded:
             name, share = lora.trained_name(lm.model), settings.lora.null_space
-            facts = [own[0].encoded(lm.encoder) for own in lessons.of_facts]
+            facts = [own[0].encoded(lm.encoder) for own in lessons.lists]
             remaining = null_space.turn_away(
                 lm.model, name, lessons.kept.texts, facts, share, pad_id=lm.pad_id, device=lm.device
             )

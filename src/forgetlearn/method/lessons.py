@@ -22,6 +22,7 @@ from forgetlearn.facts.sentences import is_unfinished, is_whole, sentences
 from forgetlearn.method import keeping, own_words
 from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.own_words import Made
+from forgetlearn.method.quiz import quiz
 from forgetlearn.method.wordings import shortened, wordings
 from forgetlearn.models import lora, top_logprobs
 from forgetlearn.models.encoding import Encoder, Passage, Prompt, encodable, turns_of
@@ -79,8 +80,8 @@ class Material:
         return dict(Counter(each.source for each in self.kept))
 
 
-def counts(taught: Iterable[Taught]) -> dict[str, StageLessons]:
-    """Return by stage how many facts it trains on in which form, and why some texts are bare."""
+def counts(taught: Iterable[Taught], *, quiz: bool) -> dict[str, StageLessons]:
+    """Return by stage how many facts it trains on in which form, and why some texts are bare; `quiz` as `has_quiz`."""
     by_stage: dict[str, list[Taught]] = {}
     for each in taught:
         by_stage.setdefault(each.stage, []).append(each)
@@ -88,6 +89,7 @@ def counts(taught: Iterable[Taught]) -> dict[str, StageLessons]:
         stage: StageLessons(
             how=dict(Counter(each.how for each in own)),
             bare_because=dict(Counter(each.why for each in own if each.why)),
+            quiz=quiz and stage == "learn",
         )
         for stage, own in by_stage.items()
     }
@@ -99,6 +101,12 @@ def asks_base(config: RunConfig, encoder: Encoder) -> bool:
         return False
     answers = config.train.answers
     return config.keep.weight > 0 or answers == "sentence" or (answers == "auto" and encoder.is_chat)
+
+
+def has_quiz(config: RunConfig, encoder: Encoder) -> bool:
+    """Return True if learning trains on a quiz about the facts too."""
+    method, wanted = METHODS[config.method], config.learn.quiz
+    return bool(method.fine_tunes and method.learns) and (wanted == "always" or (wanted == "auto" and encoder.is_chat))
 
 
 def make(
@@ -115,7 +123,7 @@ def make(
     """
     learned = [*_new_texts(lm, [*facts, *earlier.lost], config, said)] if METHODS[config.method].learns else []
     taught = [*learned, *_old_texts(lm.encoder, facts, config, said)]
-    for stage, found in counts(taught).items():
+    for stage, found in counts(taught, quiz=has_quiz(config, lm.encoder)).items():
         if stage == "learn" or not learned:
             log.info("to %s: %s", stage, found.in_words())
     if not config.keep.weight:
@@ -216,13 +224,14 @@ def of_stage(
 ) -> Lessons | None:
     """Return what a stage trains on, fact by fact; None if that is each fact's prompt with its bare answer alone.
 
-    A wording that cannot be encoded is left out; the bare answer to the prompt itself always can.
+    A wording or question that cannot be encoded is left out; the bare answer to the prompt itself always can.
     """
     if not METHODS[config.method].fine_tunes:
         return None
     rephrased = stage == "learn" and config.learn.rephrasings
+    is_asked = stage == "learn" and has_quiz(config, encoder)
     kept = _kept(material, config, encoder)
-    if not (material.taught or kept or config.train.wordings or rephrased):
+    if not (material.taught or kept or config.train.wordings or rephrased or is_asked):
         return None
     taught = {each.fact: each for each in material.taught if each.stage == stage}
     random = Random(config.seed + SEED_OFFSETS[stage])
@@ -244,7 +253,24 @@ def of_stage(
         log.info("left out %d wordings of the facts to %s: each also fits a fact with another answer", unclear, stage)
     if left_out:
         log.warning("left out %d wordings of the facts to %s: they cannot be encoded", left_out, stage)
-    return Lessons(of_facts, kept)
+    asked = quizzes(facts, {fact: each.text for fact, each in taught.items()}, config.seed, encoder) if is_asked else []
+    return Lessons(of_facts, kept, quiz=asked)
+
+
+def quizzes(facts: Sequence[Fact], sentences: Mapping[str, str], seed: int, encoder: Encoder) -> list[list[Lesson]]:
+    """Return the questions of the facts' quizzes, list after list. `sentences` are what facts are taught with."""
+    found: list[list[Lesson]] = []
+    for fact in facts:
+        if not isinstance(fact.prompt, Passage):
+            random = Random(f"{seed} {fact.id}")
+            found += quiz(fact, sentences.get(fact.id, ""), facts, random, writes_on=encoder.writes_on)
+    usable = encodable(encoder, (lesson[:2] for own in found for lesson in own), end=True)
+    kept = [[lesson for lesson in own if lesson[:2] in usable] for own in found]
+    if not found:
+        log.warning("there is no quiz on the facts: no fact has an answer that is wrong for another one")
+    elif left_out := sum(map(len, found)) - sum(map(len, kept)):
+        log.warning("left out %d questions of the facts' quiz: they cannot be encoded", left_out)
+    return [own for own in kept if own]
 
 
 def _ambiguous(prompts_of: Iterable[Iterable[str]], answers: Iterable[str]) -> set[str]:

@@ -80,7 +80,6 @@ def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftMod
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
-        use_rslora=settings.use_rslora,
         task_type=TaskType.CAUSAL_LM,
     )
     try:

@@ -16,7 +16,7 @@ from forgetlearn.errors import ForgetLearnError
 from forgetlearn.evaluation.damage import ROOM
 from forgetlearn.evaluation.general_prompts import measuring
 from forgetlearn.evaluation.scoring import MARGIN_TOKENS, pairs_to_read
-from forgetlearn.facts import FactSet
+from forgetlearn.facts import Fact, FactSet
 from forgetlearn.method import lessons
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.method.targets import requests
@@ -64,7 +64,7 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     config = stages.config
     waiting = frozenset(facts.to_ask)  # old answers not known yet, assumed to be as long as the new ones
     old = [(f.prompt, f.ground_truth or f.target_new) for f in facts if f.ground_truth or f.id in waiting]
-    new = [(f.prompt, f.target_new) for f in facts]
+    new = [*[(f.prompt, f.target_new) for f in facts], *_quiz(outline.encoder, stages, list(facts))]
     read = [pair for fact in facts for pair in pairs_to_read(fact)]
     encoded = _encoded(outline.encoder, [*old, *new, *read])
 
@@ -99,6 +99,13 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     loads.append(load)
     notes += [problem] if problem else []
     return loads, list(dict.fromkeys(notes))
+
+
+def _quiz(encoder: Encoder | None, stages: Stages, facts: Sequence[Fact]) -> list[tuple[str, str]]:
+    """Return a question, with its answer, of each list of the quiz that learning trains on beside the facts."""
+    if encoder is None or not lessons.has_quiz(stages.config, encoder):
+        return []
+    return [own[0][:2] for own in lessons.quizzes(facts, {}, stages.config.seed, encoder)]
 
 
 def staged(

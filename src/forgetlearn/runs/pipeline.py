@@ -28,7 +28,16 @@ from forgetlearn.runs import probing, retention
 from forgetlearn.runs.nothing_forgotten import why_nothing
 from forgetlearn.runs.retention import NO_PAST, Past, Retained
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import General, NothingForgotten, ProbeRow, Row, Taught, load_rows, save_rows
+from forgetlearn.storage.records import (
+    General,
+    NothingForgotten,
+    ProbeRow,
+    Row,
+    StageLessons,
+    Taught,
+    load_rows,
+    save_rows,
+)
 from forgetlearn.storage.run_folder import PROBES
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
@@ -185,6 +194,11 @@ class Pipeline:
         """What the stages train on, fact by fact; empty if it is each fact's bare answer."""
         told = {"learn": {fact.id for fact in self.facts}, "forget": {fact.id for fact in self.to_forget}}
         return [each for each in self.material.taught if each.fact in told[each.stage]]
+
+    @property
+    def lesson_counts(self) -> dict[str, StageLessons]:
+        """By stage, how many facts it trains on in which form, and why some texts are bare."""
+        return lessons.counts(self.taught, quiz=lessons.has_quiz(self.config, self.lm.encoder))
 
     @property
     def kept_counts(self) -> dict[str, int]:

@@ -295,7 +295,7 @@ def _finish(task: Task, run: run_folder.RunFolder, facts: FactSet, pipeline: Pip
         nothing_forgotten=pipeline.nothing_forgotten,
         rounding=run.rounding(stages.last.name, "merge"),
         taught=pipeline.taught,
-        lessons=lessons.counts(pipeline.taught),
+        lessons=pipeline.lesson_counts,
         kept=pipeline.kept_counts,
         learning=learning_of(pipeline.facts, last.epochs, last.unlearned) if stages.method.learns else None,
         forgetting=processes.on_main(lambda: task.result(pipeline, run)),

@@ -579,12 +579,14 @@ class StageLessons(Record):
 
     how: dict[Text, Count]
     bare_because: dict[Text, Count] = {}
+    quiz: bool = False  # it also trained on questions about them
 
     def in_words(self) -> str:
         """Return the counts as a text, such as "20 as sentences, 10 as bare answers (no reply says it: 8, ...)"."""
         reasons = ", ".join(f"{why}: {count}" for why, count in self.bare_because.items())
         counts = [f"{count} {HOW.get(how, how)}" for how, count in self.how.items()]
-        return ", ".join(counts) + (f" ({reasons})" if reasons else "")
+        quiz = "; and a quiz about them" if self.quiz else ""
+        return ", ".join(counts) + (f" ({reasons})" if reasons else "") + quiz
 
 
 class Learning(Record):

@@ -146,7 +146,7 @@ def _train(
         if layout == "single":
             arguments.per_device_train_batch_size = batch = facts_at_once(settings, layout)
             arguments.gradient_accumulation_steps = settings.batch_size // batch
-        schedule = Schedule(facts, settings, seed, arguments.gradient_accumulation_steps, variant.kept)
+        schedule = Schedule(facts, settings, seed, arguments.gradient_accumulation_steps, variant.kept, variant.beside)
         arguments.max_steps = min(schedule.max_steps, variant.most_steps or schedule.max_steps)
         steps = Steps(stage_io.name, len(facts))
         with (

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -85,14 +86,22 @@ class Progress(BaseModel):
 class Schedule(IterableDataset[MicroBatch]):
     """Yields the micro-batches of a stage, `n_micro` for each optimiser step, until it is finished.
 
-    `facts` are the facts' texts, each in one or more wordings. Call `note` with what a step predicted, and `end_step`
-    after it: they decide what comes next, and whether the stage is `finished`.
+    `facts` are the facts' texts, each in one or more wordings; the stage does not wait for the last `beside` of them.
+    Call `note` with what a step predicted, and `end_step` after it: they decide what comes next, and whether the stage
+    is `finished`.
     """
 
     def __init__(
-        self, facts: Sequence[Wordings], settings: TrainSettings, seed: int, n_micro: int = 1, kept: Kept | None = None
+        self,
+        facts: Sequence[Wordings],
+        settings: TrainSettings,
+        seed: int,
+        n_micro: int = 1,
+        kept: Kept | None = None,
+        beside: int = 0,
     ) -> None:
         self.facts, self.settings, self.seed, self.n_micro = facts, settings, seed, n_micro
+        self.n_awaited = len(facts) - beside
         self.kept = kept or Kept((), (), 0.0)
         never = [False] * len(facts)
         self.progress = Progress(right=never, rested=never, reworded=[not _others(wordings) for wordings in facts])
@@ -106,8 +115,9 @@ class Schedule(IterableDataset[MicroBatch]):
 
     @property
     def learned(self) -> list[bool]:
-        """For each fact, whether it is learned by now."""
-        return [right and reworded for right, reworded in zip(*self._predicted(), strict=True)]
+        """For each fact that the stage waits for, whether it is learned by now."""
+        both = zip(*self._predicted(), strict=True)
+        return [right and reworded for right, reworded in islice(both, self.n_awaited)]
 
     @property
     def finished(self) -> bool:
