@@ -106,12 +106,31 @@ def test_only_learning_has_a_quiz_and_the_same_seed_gives_the_same(encoder):
     assert not of_stage(encoder, facts, "forget", quiz="always").quiz
 
 
-def test_a_stage_ends_when_the_facts_are_learned_whatever_is_left_of_the_quiz():
-    texts = [(Encoded((1, 2), 1),), (Encoded((1, 3), 1),)]
-    for beside, ends in ((0, False), (1, True)):
-        schedule = Schedule(texts, TrainSettings(until="learned", batch_size=2, max_epochs=3), seed=0, beside=beside)
-        next(iter(schedule))
-        schedule.note({0: True, 1: False})
+def one_epoch(schedule, right):
+    """Run an epoch in which every text of `right` is predicted, and return the indices of what it showed."""
+    shown = []
+    for batch in schedule:
+        shown += batch.facts
+        schedule.note({index: index in right for index in batch.facts})
         schedule.end_step()
-        assert schedule.finished is ends
-        assert schedule.learned == [True, False][: 2 - beside]
+        if not schedule.progress.step:
+            break
+    return set(shown)
+
+
+def test_a_stage_ends_when_the_facts_are_learned_whatever_is_left_of_the_quiz():
+    texts = [(Encoded((1, number), 1),) for number in (2, 3, 4)]
+    schedule = Schedule(texts, TrainSettings(until="learned", batch_size=2, max_epochs=9), seed=0, beside=1)
+    assert one_epoch(schedule, {0}) == {0, 1, 2}
+    assert one_epoch(schedule, {1}) == {1, 2}
+    assert (schedule.learned, schedule.finished) == ([False, False], False)  # every prompt once more, without the quiz
+    assert one_epoch(schedule, {0}) == {0, 1}
+    assert one_epoch(schedule, {1}) == {1}
+    assert (schedule.learned, schedule.finished) == ([True, True], True)
+
+
+def test_without_a_quiz_learned_facts_are_not_shown_once_more():
+    texts = [(Encoded((1, number), 1),) for number in (2, 3)]
+    schedule = Schedule(texts, TrainSettings(until="learned", batch_size=2, max_epochs=9), seed=0)
+    one_epoch(schedule, {0, 1})
+    assert schedule.finished

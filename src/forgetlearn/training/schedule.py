@@ -80,15 +80,17 @@ class Progress(BaseModel):
     right: list[bool]  # for each fact: whether its answer was predicted when its own prompt was last shown
     reworded: list[bool]  # for each fact: whether it was ever predicted in another wording
     rested: list[bool]  # for each fact: whether the epoch before this one left it out
+    closing: bool = False  # whether only facts are shown any more, and nothing beside them
     seen: dict[int, bool] = {}  # the facts visited in this epoch, and whether they were predicted right
 
 
 class Schedule(IterableDataset[MicroBatch]):
     """Yields the micro-batches of a stage, `n_micro` for each optimiser step, until it is finished.
 
-    `facts` are the facts' texts, each in one or more wordings; the stage does not wait for the last `beside` of them.
-    Call `note` with what a step predicted, and `end_step` after it: they decide what comes next, and whether the stage
-    is `finished`.
+    `facts` are the facts' texts, each in one or more wordings. The stage does not wait for the last `beside` of them:
+    when all others are learned, it shows only those, until their own prompts have been right once more. Call `note`
+    with what a step predicted, and `end_step` after it: they decide what comes next, and whether the stage is
+    `finished`.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class Schedule(IterableDataset[MicroBatch]):
         beside: int = 0,
     ) -> None:
         self.facts, self.settings, self.seed, self.n_micro = facts, settings, seed, n_micro
-        self.n_awaited = len(facts) - beside
+        self.n_awaited, self.has_extra = len(facts) - beside, beside > 0
         self.kept = kept or Kept((), (), 0.0)
         never = [False] * len(facts)
         self.progress = Progress(right=never, rested=never, reworded=[not _others(wordings) for wordings in facts])
@@ -124,8 +126,12 @@ class Schedule(IterableDataset[MicroBatch]):
         """True if the stage has ended: if it ends by itself, when every fact is learned; else after the last epoch."""
         if self.progress.step:  # within an epoch
             return False
-        is_learned = self.settings.ends_by_itself and all(self.learned)
-        return is_learned or self.progress.epoch >= self.settings.most_epochs
+        can_end = self.progress.closing or not self.has_extra
+        return (can_end and self._all_learned) or self.progress.epoch >= self.settings.most_epochs
+
+    @property
+    def _all_learned(self) -> bool:
+        return self.settings.ends_by_itself and all(self.learned)
 
     def _predicted(self) -> tuple[list[bool], list[bool]]:
         """Return `right` and `reworded` of the progress with what this epoch has seen."""
@@ -155,8 +161,11 @@ class Schedule(IterableDataset[MicroBatch]):
         if now.step * size < len(self._visited()):
             return
         self.gather()
-        visited = set(now.seen)
+        visited, is_last = set(now.seen), now.epoch + 1 >= self.settings.most_epochs
+        was_learned = self._all_learned
         now.right, now.reworded = self._predicted()
+        if was_learned and self.has_extra and not now.closing and not is_last:
+            now.closing, now.right = True, [False] * len(self.facts)  # every prompt has to be right once more
         now.rested = [index not in visited for index in range(len(self.facts))]
         now.epoch, now.step, now.seen = now.epoch + 1, 0, {}
 
@@ -193,7 +202,7 @@ class Schedule(IterableDataset[MicroBatch]):
         now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
         for index, (right, reworded, rested) in enumerate(zip(now.right, now.reworded, now.rested, strict=True)):
             rests = self.settings.ends_by_itself and right and reworded and not rested
-            if not rests:
+            if not rests and not (now.closing and index >= self.n_awaited):
                 yield index
 
     def _step(self) -> list[tuple[int, Encoded]]:
