@@ -148,7 +148,7 @@ def _train(
             arguments.gradient_accumulation_steps = settings.batch_size // batch
         schedule = Schedule(facts, settings, seed, arguments.gradient_accumulation_steps, variant.kept, variant.beside)
         arguments.max_steps = min(schedule.max_steps, variant.most_steps or schedule.max_steps)
-        steps = Steps(stage_io.name, len(facts))
+        steps = Steps(stage_io.name, schedule.n_awaited)
         with (
             rows_for_training(model, texts, layout, pad_id, arguments.device) as (layout, is_by_text),
             computing(model, arguments.device),
