@@ -6,16 +6,14 @@ from random import Random
 
 import pytest
 
-from forgetlearn.config.schema import TrainSettings, load_config
+from forgetlearn.config.schema import load_config
 from forgetlearn.facts import make_fact
 from forgetlearn.facts.wrong_answers import wrong_answers
 from forgetlearn.method import lessons
 from forgetlearn.method.lessons import Material
 from forgetlearn.method.quiz import CHOICES, JUDGED, N_FALSE, quiz
-from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import load_model
 from forgetlearn.storage.records import Taught
-from forgetlearn.training.schedule import Schedule
 
 FRANCE = make_fact("What is the capital of France?", "Lyon", ground_truth="Paris", subject="France")
 OTHERS = [
@@ -98,39 +96,9 @@ def of_stage(encoder, facts, stage="learn", **learn):
 
 def test_only_learning_has_a_quiz_and_the_same_seed_gives_the_same(encoder):
     facts = [FRANCE, *OTHERS]
-    plain, quizzed = of_stage(encoder, facts, quiz="never"), of_stage(encoder, facts, quiz="always")
+    plain, quizzed = of_stage(encoder, facts, quiz=False), of_stage(encoder, facts, quiz=True)
     assert quizzed.of_facts == plain.of_facts
     assert (len(plain.quiz), len(quizzed.quiz)) == (0, 3 * len(facts))
     assert any("It is Lyon." in lesson.prompt for lesson in quizzed.quiz[0])
-    assert quizzed.quiz == of_stage(encoder, facts, quiz="always").quiz
-    assert not of_stage(encoder, facts, "forget", quiz="always").quiz
-
-
-def one_epoch(schedule, right):
-    """Run an epoch in which every text of `right` is predicted, and return the indices of what it showed."""
-    shown = []
-    for batch in schedule:
-        shown += batch.facts
-        schedule.note({index: index in right for index in batch.facts})
-        schedule.end_step()
-        if not schedule.progress.step:
-            break
-    return set(shown)
-
-
-def test_a_stage_ends_when_the_facts_are_learned_whatever_is_left_of_the_quiz():
-    texts = [(Encoded((1, number), 1),) for number in (2, 3, 4)]
-    schedule = Schedule(texts, TrainSettings(until="learned", batch_size=2, max_epochs=9), seed=0, beside=1)
-    assert one_epoch(schedule, {0}) == {0, 1, 2}
-    assert one_epoch(schedule, {1}) == {1, 2}
-    assert (schedule.learned, schedule.finished) == ([False, False], False)  # every prompt once more, without the quiz
-    assert one_epoch(schedule, {0}) == {0, 1}
-    assert one_epoch(schedule, {1}) == {1}
-    assert (schedule.learned, schedule.finished) == ([True, True], True)
-
-
-def test_without_a_quiz_learned_facts_are_not_shown_once_more():
-    texts = [(Encoded((1, number), 1),) for number in (2, 3)]
-    schedule = Schedule(texts, TrainSettings(until="learned", batch_size=2, max_epochs=9), seed=0)
-    one_epoch(schedule, {0, 1})
-    assert schedule.finished
+    assert quizzed.quiz == of_stage(encoder, facts, quiz=True).quiz
+    assert not of_stage(encoder, facts, "forget", quiz=True).quiz

@@ -27,7 +27,7 @@ CHANGES: Mapping[str, Sections] = {
         "facts": {"old_from": ("pred", "answers")},  # only ZsRE has `pred`
         "teach": PAPER_STAGE,
         "forget": {**PAPER_STAGE, "coef": 0.3, "only_known": False},
-        "learn": {"until": "epochs", "quiz": "never", **PAPER_STAGE},
+        "learn": {"until": "epochs", **PAPER_STAGE},
         "train": {**BARE["train"], "lr_scheduler_type": "linear"},
         "lora": {
             "r": 8,
@@ -39,7 +39,7 @@ CHANGES: Mapping[str, Sections] = {
         "keep": BARE["keep"],
     },
     # Fine-tuning as people do it with peft or TRL, but until the facts are learned.
-    "plain": {"method": "lora", "lora": {"r": 16, "lora_alpha": 32, "layers": 1.0}, "learn": {"quiz": "never"}, **BARE},
+    "plain": {"method": "lora", "lora": {"r": 16, "lora_alpha": 32, "layers": 1.0}, **BARE},
     # What is to be forgotten is forgotten whether or not the model says it when it is asked in these words.
     FORGET: {"method": "subtract", "forget": {"coef": 1.0, "only_known": False}},
 }

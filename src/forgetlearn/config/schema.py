@@ -351,10 +351,10 @@ class LearnSection(StageSection):
     rephrasings: bool = Field(
         False, description="Train on the file's rephrasings too; those are then not scored as generality."
     )
-    quiz: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="Train on questions about each new fact too: whether it, or a wrong answer, is true, and which of "
-        "several answers is right; auto: if a chat model is asked.",
+    quiz: bool = Field(
+        False,
+        description="Practise to tell each new fact from wrong answers too: is a statement true, which of several "
+        "answers is right? Takes two to four times as long (docs/choosing.md).",
     )
     modules: Modules = Field(
         "all",

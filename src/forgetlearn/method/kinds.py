@@ -63,8 +63,7 @@ class Lessons:
     """What a stage trains on: for each fact, its prompt with its answer, and other wordings of both.
 
     `kept` are texts that the model is to say as before. `facts` are the facts themselves, for kinds that write them by
-    a formula. `quiz` are lists of questions about the facts, trained on beside them; a stage does not wait until these
-    are learned.
+    a formula. `quiz` are lists of questions about the facts, trained on and to be learned beside them.
     """
 
     of_facts: Sequence[Sequence[Lesson]]
@@ -116,7 +115,7 @@ class StageKind:
         objective = variant.objective
         if objective.needs_reference:
             objective = objective.referring_to(_log_likelihoods(lm, (text for own in facts for text in own)))
-        variant = replace(variant, kept=lessons.kept, objective=objective, beside=len(lessons.quiz))
+        variant = replace(variant, kept=lessons.kept, objective=objective)
         options = {"seed": seed, "pad_id": lm.pad_id}
         return finetune(lm.model, facts, settings, **options, device=lm.device, variant=variant, stage_io=stage_io)
 

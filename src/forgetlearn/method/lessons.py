@@ -103,10 +103,10 @@ def asks_base(config: RunConfig, encoder: Encoder) -> bool:
     return config.keep.weight > 0 or answers == "sentence" or (answers == "auto" and encoder.is_chat)
 
 
-def has_quiz(config: RunConfig, encoder: Encoder) -> bool:
+def has_quiz(config: RunConfig) -> bool:
     """Return True if learning trains on a quiz about the facts too."""
-    method, wanted = METHODS[config.method], config.learn.quiz
-    return bool(method.fine_tunes and method.learns) and (wanted == "always" or (wanted == "auto" and encoder.is_chat))
+    method = METHODS[config.method]
+    return config.learn.quiz and method.fine_tunes and method.learns is not None
 
 
 def make(
@@ -123,7 +123,7 @@ def make(
     """
     learned = [*_new_texts(lm, [*facts, *earlier.lost], config, said)] if METHODS[config.method].learns else []
     taught = [*learned, *_old_texts(lm.encoder, facts, config, said)]
-    for stage, found in counts(taught, quiz=has_quiz(config, lm.encoder)).items():
+    for stage, found in counts(taught, quiz=has_quiz(config)).items():
         if stage == "learn" or not learned:
             log.info("to %s: %s", stage, found.in_words())
     if not config.keep.weight:
@@ -229,7 +229,7 @@ def of_stage(
     if not METHODS[config.method].fine_tunes:
         return None
     rephrased = stage == "learn" and config.learn.rephrasings
-    is_asked = stage == "learn" and has_quiz(config, encoder)
+    is_asked = stage == "learn" and has_quiz(config)
     kept = _kept(material, config, encoder)
     if not (material.taught or kept or config.train.wordings or rephrased or is_asked):
         return None

@@ -103,7 +103,7 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
 
 def _quiz(encoder: Encoder | None, stages: Stages, facts: Sequence[Fact]) -> list[tuple[str, str]]:
     """Return a question, with its answer, of each list of the quiz that learning trains on beside the facts."""
-    if encoder is None or not lessons.has_quiz(stages.config, encoder):
+    if encoder is None or not lessons.has_quiz(stages.config):
         return []
     return [own[0][:2] for own in lessons.quizzes(facts, {}, stages.config.seed, encoder)]
 

@@ -198,7 +198,7 @@ class Pipeline:
     @property
     def lesson_counts(self) -> dict[str, StageLessons]:
         """By stage, how many facts it trains on in which form, and why some texts are bare."""
-        return lessons.counts(self.taught, quiz=lessons.has_quiz(self.config, self.lm.encoder))
+        return lessons.counts(self.taught, quiz=lessons.has_quiz(self.config))
 
     @property
     def kept_counts(self) -> dict[str, int]:

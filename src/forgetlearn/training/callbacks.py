@@ -30,8 +30,8 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     At the end, it logs the stage in one line. After a resume, the rate counts only the steps since then.
     """
 
-    def __init__(self, name: str, n_facts: int) -> None:
-        self.name, self.n_facts = name, n_facts
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.rows: list[dict[str, float]] = []
         self.seconds: list[float] = []
         self.bar = tqdm(disable=True)
@@ -47,7 +47,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            desc=f"{self.name} {self.n_facts} facts",
+            desc=self.name,
             unit="step",
             disable=processes.no_bar(),
             leave=False,
@@ -82,7 +82,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero and self.rows:
             steps = f"{state.global_step} steps" + (f" ({self.first_step} resumed)" if self.first_step else "")
             log.info(
-                f"{self.name}: {self.n_facts} facts, {steps}, {self._rate():,.0f} tokens/s, "
+                f"{self.name}: {steps}, {self._rate():,.0f} tokens/s, "
                 f"loss {final_loss(self.rows):.3f}, {time.perf_counter() - self.began:.1f} s"
             )
 

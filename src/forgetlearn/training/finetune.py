@@ -146,9 +146,9 @@ def _train(
         if layout == "single":
             arguments.per_device_train_batch_size = batch = facts_at_once(settings, layout)
             arguments.gradient_accumulation_steps = settings.batch_size // batch
-        schedule = Schedule(facts, settings, seed, arguments.gradient_accumulation_steps, variant.kept, variant.beside)
+        schedule = Schedule(facts, settings, seed, arguments.gradient_accumulation_steps, variant.kept)
         arguments.max_steps = min(schedule.max_steps, variant.most_steps or schedule.max_steps)
-        steps = Steps(stage_io.name, schedule.n_awaited)
+        steps = Steps(stage_io.name)
         with (
             rows_for_training(model, texts, layout, pad_id, arguments.device) as (layout, is_by_text),
             computing(model, arguments.device),

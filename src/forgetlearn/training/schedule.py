@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -80,30 +79,20 @@ class Progress(BaseModel):
     right: list[bool]  # for each fact: whether its answer was predicted when its own prompt was last shown
     reworded: list[bool]  # for each fact: whether it was ever predicted in another wording
     rested: list[bool]  # for each fact: whether the epoch before this one left it out
-    closing: bool = False  # whether only facts are shown any more, and nothing beside them
     seen: dict[int, bool] = {}  # the facts visited in this epoch, and whether they were predicted right
 
 
 class Schedule(IterableDataset[MicroBatch]):
     """Yields the micro-batches of a stage, `n_micro` for each optimiser step, until it is finished.
 
-    `facts` are the facts' texts, each in one or more wordings. The stage does not wait for the last `beside` of them:
-    when all others are learned, it shows only those, until their own prompts have been right once more. Call `note`
-    with what a step predicted, and `end_step` after it: they decide what comes next, and whether the stage is
-    `finished`.
+    `facts` are the facts' texts, each in one or more wordings. Call `note` with what a step predicted, and `end_step`
+    after it: they decide what comes next, and whether the stage is `finished`.
     """
 
     def __init__(
-        self,
-        facts: Sequence[Wordings],
-        settings: TrainSettings,
-        seed: int,
-        n_micro: int = 1,
-        kept: Kept | None = None,
-        beside: int = 0,
+        self, facts: Sequence[Wordings], settings: TrainSettings, seed: int, n_micro: int = 1, kept: Kept | None = None
     ) -> None:
         self.facts, self.settings, self.seed, self.n_micro = facts, settings, seed, n_micro
-        self.n_awaited, self.has_extra = len(facts) - beside, beside > 0
         self.kept = kept or Kept((), (), 0.0)
         never = [False] * len(facts)
         self.progress = Progress(right=never, rested=never, reworded=[not _others(wordings) for wordings in facts])
@@ -117,21 +106,16 @@ class Schedule(IterableDataset[MicroBatch]):
 
     @property
     def learned(self) -> list[bool]:
-        """For each fact that the stage waits for, whether it is learned by now."""
-        both = zip(*self._predicted(), strict=True)
-        return [right and reworded for right, reworded in islice(both, self.n_awaited)]
+        """For each fact, whether it is learned by now."""
+        return [right and reworded for right, reworded in zip(*self._predicted(), strict=True)]
 
     @property
     def finished(self) -> bool:
         """True if the stage has ended: if it ends by itself, when every fact is learned; else after the last epoch."""
         if self.progress.step:  # within an epoch
             return False
-        can_end = self.progress.closing or not self.has_extra
-        return (can_end and self._all_learned) or self.progress.epoch >= self.settings.most_epochs
-
-    @property
-    def _all_learned(self) -> bool:
-        return self.settings.ends_by_itself and all(self.learned)
+        is_learned = self.settings.ends_by_itself and all(self.learned)
+        return is_learned or self.progress.epoch >= self.settings.most_epochs
 
     def _predicted(self) -> tuple[list[bool], list[bool]]:
         """Return `right` and `reworded` of the progress with what this epoch has seen."""
@@ -161,11 +145,8 @@ class Schedule(IterableDataset[MicroBatch]):
         if now.step * size < len(self._visited()):
             return
         self.gather()
-        visited, is_last = set(now.seen), now.epoch + 1 >= self.settings.most_epochs
-        was_learned = self._all_learned
+        visited = set(now.seen)
         now.right, now.reworded = self._predicted()
-        if was_learned and self.has_extra and not now.closing and not is_last:
-            now.closing, now.right = True, [False] * len(self.facts)  # every prompt has to be right once more
         now.rested = [index not in visited for index in range(len(self.facts))]
         now.epoch, now.step, now.seen = now.epoch + 1, 0, {}
 
@@ -202,7 +183,7 @@ class Schedule(IterableDataset[MicroBatch]):
         now = self.progress  # as it was when the epoch began: what it has `seen` since does not count
         for index, (right, reworded, rested) in enumerate(zip(now.right, now.reworded, now.rested, strict=True)):
             rests = self.settings.ends_by_itself and right and reworded and not rested
-            if not rests and not (now.closing and index >= self.n_awaited):
+            if not rests:
                 yield index
 
     def _step(self) -> list[tuple[int, Encoded]]:

@@ -36,14 +36,13 @@ class Variant:
     """Deviations from plain fine-tuning.
 
     `objective` is what the stage minimises, `max_change` bounds each weight's change, `kept` is what the model is to
-    say as before, `most_steps` ends the stage, and `beside` counts the last facts, which it does not wait for.
+    say as before, and `most_steps` ends the stage.
     """
 
     objective: Objective = LEARN
     max_change: float | None = None
     kept: Kept | None = None
     most_steps: int | None = None
-    beside: int = 0
 
 
 class Ball(TrainerCallback):  # type: ignore[misc]
