@@ -38,6 +38,7 @@ from forgetlearn.weights.task_vector import is_finite
 MOST_COUNTED = 100_000  # the most labels, experts or other things that a config may count
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TRUSTING = "--set model.trust_remote_code=true (to chat and serve --trust-remote-code)"
 log = logging.getLogger("forgetlearn")
 
 
@@ -202,9 +203,7 @@ def _loading_problem(name: str, error: Exception, what: str) -> str:
         return reason
     text = str(error)
     if "trust_remote_code" in text:
-        return (
-            "it needs Python code from its repository. If you trust that code, pass --set model.trust_remote_code=true."
-        )
+        return f"it needs Python code from its repository. If you trust that code, pass {TRUSTING}."
     if "GGUF model with architecture" in text:
         return f"{plain(text[:200])} transformers does not read it. Take the safetensors that this file was made from."
     if "Unrecognized configuration class" in text:
@@ -364,6 +363,6 @@ def _check_causal(name: str, config: PreTrainedConfig, settings: ModelSettings) 
     values = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     known = {name for value in values for name in ([value] if isinstance(value, str) else value)}
     if architectures and not known.intersection(architectures) and not settings.trust_remote_code:
-        remote = ". It brings its own code: pass --set model.trust_remote_code=true if you trust it"
+        remote = f". It brings its own code: if you trust it, pass {TRUSTING}"
         hint = remote if getattr(config, "auto_map", None) else ", which is no causal language model"
         raise ModelError(f"{name}: its architecture is {architectures[0]}{hint}.")
