@@ -6,13 +6,17 @@ from random import Random
 
 import pytest
 
+import forgetlearn
 from forgetlearn.config.schema import load_config
+from forgetlearn.config.stages import Stages
 from forgetlearn.facts import make_fact
 from forgetlearn.facts.wrong_answers import wrong_answers
 from forgetlearn.method import lessons
 from forgetlearn.method.lessons import Material
 from forgetlearn.method.quiz import CHOICES, JUDGED, N_FALSE, quiz
 from forgetlearn.models.language_model import load_model
+from forgetlearn.planning.loads import loads_of
+from forgetlearn.planning.outline import outline_of
 from forgetlearn.storage.records import Taught
 
 FRANCE = make_fact("What is the capital of France?", "Lyon", ground_truth="Paris", subject="France")
@@ -102,3 +106,15 @@ def test_only_learning_has_a_quiz_and_the_same_seed_gives_the_same(encoder):
     assert any("It is Lyon." in lesson.prompt for lesson in quizzed.quiz[0])
     assert quizzed.quiz == of_stage(encoder, facts, quiz=True).quiz
     assert not of_stage(encoder, facts, "forget", quiz=True).quiz
+
+
+def test_the_plan_counts_the_quiz(small_lab):
+    facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=8)
+    found = {}
+    for asked_too in (False, True):
+        config = load_config(overrides={"model.name": str(small_lab), "method": "lora", "learn.quiz": asked_too})
+        loads, _notes = loads_of(outline_of(config.model), Stages(config), facts, "cpu")
+        found[asked_too] = next(load for load in loads if load.name == "learn")
+    assert (found[False].texts, found[True].texts) == (8, 4 * 8)
+    assert found[True].tokens > 4 * found[False].tokens  # a question is longer than a prompt
+    assert found[True].passes > found[False].passes

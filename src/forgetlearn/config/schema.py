@@ -354,7 +354,7 @@ class LearnSection(StageSection):
     quiz: bool = Field(
         False,
         description="Practise to tell each new fact from wrong answers too: is a statement true, which of several "
-        "answers is right? Takes two to four times as long (docs/choosing.md).",
+        "answers is right? Takes twice as long or more (docs/choosing.md).",
     )
     modules: Modules = Field(
         "all",

@@ -27,6 +27,7 @@ from forgetlearn.planning.outline import Outline
 from forgetlearn.weights.task_vector import SMALL_BYTES
 
 T = TypeVar("T")
+QUIZ_EPOCHS = 2.4  # times as many until its questions are learned too (bench/results/probes.md)
 WORD_TOKENS = 1.5  # tokens per word if there is no tokenizer
 
 
@@ -128,7 +129,8 @@ def _passes(stages: Stages) -> int:
     """Return how often learning reads the facts' texts."""
     settings = stages.learn.settings
     if not stages.method.closed_form:
-        return settings.likely_epochs
+        asked = settings.quiz and settings.ends_by_itself
+        return round(settings.likely_epochs * (QUIZ_EPOCHS if asked else 1))
     return settings.edit.most_steps * (settings.edit.contexts + 2)
 
 
