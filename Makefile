@@ -32,15 +32,16 @@ smoke: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: $(VENV)/.docs-installed
+slow: $(VENV)/.slow-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or real" --timeout 3600
 
-# Lines and branches that the default tests reach (docs/reliability.md).
+# The default tests, and the lines and branches that they reach (docs/reliability.md); fails below 95 % of lines.
 coverage: install
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile --timeout 900
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
+	$(BIN)/python -m coverage json -o - | $(BIN)/python tests/coverage_floor.py 95
 
 # Kills, failing writes, damaged files; the last line counts them (docs/reliability.md).
 faults: install
@@ -53,6 +54,10 @@ study: install
 
 $(VENV)/.docs-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+$(VENV)/.slow-installed: $(VENV)/.docs-installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[slow]"
 	touch $@
 
 # The pages into site/; a broken link or a page that is in no menu fails.

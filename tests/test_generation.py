@@ -1,4 +1,7 @@
-"""Greedy answers behind one protocol: vLLM by a stand-in, which answers with what transformers says."""
+"""Greedy answers behind one protocol: vLLM by a stand-in, which answers with what transformers says.
+
+tests/test_vllm.py runs vLLM itself.
+"""
 
 import json
 import sys
@@ -17,7 +20,7 @@ from forgetlearn.models.language_model import ModelSettings, wrap
 from forgetlearn.runs import evaluate
 from forgetlearn.runs.update import update
 
-VLLM = EvaluateSettings(engine="vllm", max_new_tokens=6)
+VLLM = EvaluateSettings(engine="vllm", max_new_tokens=6, batch_size=2)  # of transformers: vLLM gets all at once
 
 
 class StandIn:
@@ -116,6 +119,22 @@ def test_an_adapter_goes_by_a_lora_request_on_its_base(named, vllm, tmp_path):
     config["rank_pattern"] = {"q_proj": 600}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError, match=r"600.* 512"):
+        Scorer(named, VLLM).say(["Hello"])
+
+
+def test_half_of_the_memory_that_is_free_goes_to_vllm_on_a_cpu(named, vllm, monkeypatch):
+    monkeypatch.setattr(generation.psutil, "virtual_memory", lambda: SimpleNamespace(available=8, total=32))
+    Scorer(named, VLLM).say(["Hello"])
+    assert vllm.calls[0][0]["gpu_memory_utilization"] == 0.5 * 8 / 32  # a share of the total: more than is free fails
+
+
+@pytest.mark.parametrize("error", [ValueError("LlamaForX is not known\nsecond line"), RuntimeError()])
+def test_an_engine_that_does_not_start_is_an_error_that_says_why(named, vllm, monkeypatch, error):
+    def refuse(**options):
+        raise error
+
+    monkeypatch.setattr(vllm, "LLM", refuse)
+    with pytest.raises(ModelError, match=r"vllm.*some/model: (LlamaForX is not known|RuntimeError)\n"):
         Scorer(named, VLLM).say(["Hello"])
 
 

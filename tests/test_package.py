@@ -1,6 +1,8 @@
 """What is shipped: the wheel's and the sdist's contents, one version, optional packages, dependency bounds."""
 
 import ast
+import io
+import json
 import re
 import sys
 import tarfile
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import coverage_floor
 import forgetlearn
 from forgetlearn.errors import ForgetLearnError, missing_extra
 
@@ -19,6 +22,24 @@ SOURCE = ROOT / "src" / "forgetlearn"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEED_A_GPU = {"deepspeed", "bitsandbytes", "vllm"}  # so they are not in the set that was tested on CPUs
 EXTRAS = {"excel": "openpyxl", "hub": "datasets", "slurm": "submitit", "vllm": "vllm"}  # extra -> what is imported
+
+
+# Private names of other packages that are used, whose next minor may lack them; modules by their last part.
+PRIVATE = {
+    "openpyxl": {"_read_only"},
+    "peft": {"_cast_adapter_dtype"},
+    "submitit": {"_typed_parameters"},
+    "torch": {"_cdata", "_get_default_store", "_linear_pointwise", "_python_dispatch", "_pytree", "_subclasses"},
+    "transformers": {
+        *("_attn_implementation", "_checkpoint_conversion_mapping", "_commit_hash", "_from_config"),
+        *("_keys_to_ignore_on_load_unexpected", "_load_from_checkpoint", "_mapped", "_n_gpu", "_name_or_path"),
+        *("_read_metadata", "_read_tensor_table", "_save_checkpoint", "_save_optimizer_and_scheduler"),
+        *("_save_rng_state", "_save_scaler", "_tied_weights_keys"),
+    },
+}
+OF_PYTHON = {"_asdict", "_exit"}  # private by their spelling only
+# Strings that begin with an underscore and name nothing of another package: a field, a key of results, parts of keys.
+OWN = {"_alias", "_headers", "_stderr", "_token_id"}
 
 
 def pins(name):
@@ -102,12 +123,55 @@ def test_the_oldest_set_is_the_lower_bounds():
         assert oldest[name] == bound or oldest[name] == f"{bound}.0", name
 
 
+def private_names():
+    """Names with one leading underscore that the package uses but does not define."""
+    defined, used = set(), set()
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                    defined.add(name)
+                case ast.Attribute(attr=name, ctx=ast.Store()) | ast.Name(id=name, ctx=ast.Store()):
+                    defined.add(name)
+                case ast.Attribute(attr=name) | ast.Constant(value=str(name)):
+                    used.add(name)
+                case ast.ImportFrom(module=str(module), names=names) if not module.startswith(PROJECT["name"]):
+                    used |= {*module.split("."), *(alias.name for alias in names)}
+    return {name for name in used if re.fullmatch(r"_[A-Za-z]\w*", name)}, defined
+
+
+def test_packages_whose_private_parts_are_used_have_an_upper_bound_of_a_tested_minor():
+    used, defined = private_names()
+    listed = set().union(*PRIVATE.values())
+    assert used - defined == listed - defined | OF_PYTHON | OWN
+    assert listed <= used | defined
+    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    pinned = pins("constraints.txt")
+    for package in PRIVATE:
+        major, minor = pinned[package].split(".")[:2]
+        own = [line for line in lines if re.match(r"[\w-]+", line).group() == package]
+        assert own, package
+        assert [line for line in own if not line.endswith(f",<{major}.{int(minor) + 1}")] == [], package
+
+
 def test_every_dependency_of_an_extra_is_pinned():
     pinned = pins("constraints.txt")
     for name, lines in PROJECT["optional-dependencies"].items():
         for line in lines:
             package = re.match(r"[\w-]+", line).group().lower().replace("_", "-")
             assert package in pinned or package in {PROJECT["name"], *NEED_A_GPU}, f"{name}: {package}"
+
+
+@pytest.mark.parametrize(("floor", "status"), [("95", 0), ("95.1", 1)])
+def test_the_floor_of_coverage_is_of_lines_alone(floor, status, monkeypatch, capsys):
+    summary = {"num_statements": 100, "covered_lines": 95, "num_branches": 40, "covered_branches": 0}
+    files = {"a.py": summary, "b.py": summary | {"covered_lines": 10}, "empty.py": dict.fromkeys(summary, 0)}
+    found = {"totals": summary, "files": {name: {"summary": own} for name, own in files.items()}}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(found)))
+    assert coverage_floor.main([floor]) == status
+    *listed, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in listed] == ["b.py", "a.py", "empty.py"]
+    assert total.startswith("95.0 % of 100 lines, 0.0 % of 40 branches")
 
 
 def test_python_is_new_enough():

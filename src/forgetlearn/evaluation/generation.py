@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -37,7 +38,7 @@ Inputs = dict[str, Any]  # of `generate`: ids, mask, and the keys and values of 
 STRIDE = 8  # tokens after which answers that have ended are taken out of a batch
 WORTH_CACHING = 8  # tokens that all prompts begin with
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # the values that vLLM accepts as max_lora_rank
-VLLM_SHARE = 0.9  # of the device's free memory
+VLLM_SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the device's free memory; a CPU's is that of other programs too
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ class VllmGenerator:
         self.lm.model.to("cpu")  # leaves the device's memory to the engine
         _free_memory()
         try:
-            engine = vllm.LLM(**self._options(longest))
+            engine = _started(vllm, self._options(longest))
             found = engine.generate(asked, params, lora_request=adapter, use_tqdm=not processes.no_bar())
             del engine
         finally:
@@ -289,6 +290,7 @@ class VllmGenerator:
             "max_model_len": longest,
             "generation_config": "vllm",  # not the model's own, which may limit answers
             "gpu_memory_utilization": _share_of_memory(lm.device),
+            "enforce_eager": True,  # compiling takes longer than the answers of one call, and rounds differently
         }
         if base:
             options |= {"enable_lora": True, "max_lora_rank": _rank(Path(str(settings.name)))}
@@ -312,6 +314,18 @@ def _vllm() -> tuple[ModuleType, ModuleType]:
     return vllm, vllm.lora.request
 
 
+def _started(vllm: ModuleType, options: dict[str, object]) -> Any:
+    """Return vLLM's engine; raise ModelError if it does not start, as for an architecture that it does not know."""
+    try:
+        return vllm.LLM(**options)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"evaluate.engine = vllm: vLLM does not start with {options['model']}: {reason}\n"
+            "Its log above may say more. Leave --engine out to generate with transformers."
+        ) from error
+
+
 def _rank(folder: Path) -> int:
     """Return the smallest rank that vLLM accepts and that is enough for the adapter; raise ModelError if none is."""
     config = read_adapter_config(folder)
@@ -326,11 +340,13 @@ def _rank(folder: Path) -> int:
 
 
 def _share_of_memory(device: torch.device) -> float:
-    """Return the share of the device's total memory that vLLM may take."""
-    if device.type != "cuda":
-        return VLLM_SHARE
-    free, total = torch.cuda.mem_get_info(device)
-    return VLLM_SHARE * free / total
+    """Return the share of the device's total memory that vLLM may take; it refuses to start with more than is free."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return VLLM_SHARE.get(device.type, VLLM_SHARE["cpu"]) * free / total
 
 
 def _free_memory() -> None:

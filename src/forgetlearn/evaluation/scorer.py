@@ -199,7 +199,9 @@ class Scorer:
                 return [self._cut(ids, ends, given[prompt].lines) for prompt, ids in zip(some, replies, strict=True)]
 
             for batch in self._shown(self._prompt_batches(texts, given, engine), "answering"):
-                found.update(zip(batch, self._halving(batch, answer), strict=True))
+                # One that batches by itself gets all prompts in one call, whatever batch_size is: each call starts it.
+                answers = answer(batch) if engine.batches_itself else self._halving(batch, answer)
+                found.update(zip(batch, answers, strict=True))
         return processes.merged(found)
 
     def _prompt_batches(self, ids: Mapping[P, Encoded], rooms: Mapping[P, Room], engine: Generator) -> list[list[P]]:
