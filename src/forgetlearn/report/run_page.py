@@ -24,9 +24,9 @@ from forgetlearn.report.render import (
     Column,
     command_text,
     judge_of,
+    leading_columns,
     render,
     render_page,
-    short_columns,
 )
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import (
@@ -86,7 +86,7 @@ class Overview:
         if self.summary.forgetting:
             return forgetting.shown_columns(self.summary)
         quantities = [own for phase in self.phases for own in self.summary.phases[phase].values()]
-        return short_columns(protocol for cells in quantities for protocol in cells)
+        return leading_columns(protocol for cells in quantities for protocol in cells)
 
     @property
     def table(self) -> list[tuple[str, list[Mean | None]]]:
