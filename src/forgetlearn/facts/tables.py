@@ -109,7 +109,7 @@ def _uneven(where: str, row: Sequence[str], header: Sequence[str], delimiter: st
     shown = text if len(text) <= 120 else text[:119] + "…"
     remedy = "Give every column a name."
     if len(row) < len(header):
-        remedy = f"Is a cell missing? An empty one has its {delimiter!r} too."
+        remedy = f"Is a cell missing? An empty cell still needs its {delimiter!r}."
     elif delimiter is not None:
         remedy = f'Does a cell hold {delimiter!r}? Put it in quotes: "a{delimiter}b".'
     return f"{where} has {len(row)} cell{'s' * (len(row) != 1)}, but the header has {len(header)}: {shown}\n{remedy}"
