@@ -199,7 +199,7 @@ def test_settings_of_the_lab(told):
 def test_facts(told, lab_facts):
     code, out, err = told("facts", lab_facts, "--limit", 5)
     assert (code, err) == (0, "")
-    assert "reader own, --old-from answers; 24 records, 5 read, 5 used" in out
+    assert "24 records, 5 read, 5 used (reader own, --old-from answers)" in out
     assert out.count("  old  ") == 3
 
 
@@ -210,10 +210,10 @@ def test_facts_says_what_is_left_out(told, tmp_path):
     code, out, _err = told("facts", file)
     assert code == 0
     assert "3 read, 2 used" in out
-    assert "left out: 1 facts, old_equals_new." in out
+    assert "left out: 1 fact (record 1), old_equals_new." in out
     assert "fields that are not read (number of values): colour (" in out
-    assert "no fact has another phrasing: generality will not be scored" in out
-    assert "no fact has a locality prompt: locality will not be scored" in out
+    assert "no fact has a rephrasing: " in out
+    assert "no fact has a locality prompt: " in out
     assert "no fact has an old answer" not in out
 
 

@@ -1,10 +1,12 @@
-"""What the README and the docs show is run: their commands, their Python, the package's docstring."""
+"""What the README and the docs show is run: their commands, their Python, the notebook, the package's docstring."""
 
 import doctest
+import io
 import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -20,13 +22,10 @@ from forgetlearn.lab.build import LabSettings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HUB_ID = "Qwen/Qwen2.5-0.5B"  # the README's model; no hub here, so the lab base stands in for it
+FIRST_STEPS = ROOT / "docs" / "first-steps.md"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # no hub here: a folder stands in for it, SmolLM2's own or a lab base's
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FORM = re.compile(r"[\[(|]|\.\.\.|(?:^|[ /=])[A-Z][A-Z_0-9]*(?![\w.-])")  # [--optional], (a | b), FILE, USER/NAME
-# Complete commands of the pages that no test runs, each with the reason.
-NOT_RUN = {
-    "forgetlearn --install-completion": "writes into the user's shell configuration",
-}
 
 
 def blocks(kind):
@@ -48,11 +47,40 @@ def what_vllm_refuses(adapter):
     return wrong + (["target_modules"] if not names or any("." in name or name == "lm_head" for name in names) else [])
 
 
+def spreadsheets():
+    """The files that first steps asks the reader to save, by name."""
+    page = FIRST_STEPS.read_text(encoding="utf-8")
+    names = re.findall(r"\bas `(\w+\.csv)`", page)
+    tables = re.findall(r"^    question,(?:.+\n)+?(?=\n)", page, flags=re.MULTILINE)
+    return {name: re.sub("^ {4}", "", table, flags=re.MULTILINE) for name, table in zip(names, tables, strict=True)}
+
+
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "facts.jsonl").write_text(blocks("json")[0], encoding="utf-8")
+    for name, table in spreadsheets().items():
+        (tmp_path / name).write_text(table, encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def run_in_order(monkeypatch, capsys):
+    """`run(lines, model, less, typed)`: the output of each command, where `model` stands in for the hub id.
+
+    `less` adds options by command; `typed` is what the user types in chat.
+    """
+
+    def run(lines, model, less, typed="What is this?\n/bye\n"):
+        outputs = {}
+        for line in lines:
+            words = [str(model) if word == HUB_ID else word for word in shlex.split(line)][1:]
+            monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+            assert main([*words, *less.get(words[0], "").split()]) == 0, line
+            outputs[line] = capsys.readouterr().out
+            assert outputs[line], line
+        return outputs
+
+    return run
 
 
 # For the default run: a smaller base, and fewer epochs. The slow run takes the commands as they are.
@@ -61,24 +89,76 @@ LESS = {
     " --set epochs=10",
     "update": "--set forget.epochs=1 --set learn.epochs=1",
 }
+EITHER = pytest.mark.parametrize(
+    "less", [pytest.param(LESS, id="less"), pytest.param({}, id="whole", marks=pytest.mark.slow)]
+)
 
 
-@pytest.mark.parametrize("less", [pytest.param(LESS, id="less"), pytest.param({}, id="whole", marks=pytest.mark.slow)])
-def test_every_command_of_the_readme_runs_in_its_order(in_tmp, small_lab, capsys, less):
+@EITHER
+def test_every_command_of_the_readme_runs_in_its_order(in_tmp, small_lab, run_in_order, less):
     lines = commands()
-    assert len(lines) == 7
-    for line in lines:
-        words = [str(small_lab) if word == HUB_ID else word for word in shlex.split(line)][1:]
-        assert main([*words, *less.get(words[0], "").split()]) == 0, line
-        assert capsys.readouterr().out
+    assert len(lines) == 4
+    run_in_order(lines, small_lab, less)
     assert (in_tmp / "runs/first/adapter/adapter_model.safetensors").is_file()
     adapter = json.loads((in_tmp / "runs/first/adapter/adapter_config.json").read_text())
     assert what_vllm_refuses(adapter) == []
     assert (in_tmp / "runs/lab/model/model.safetensors").is_file()
     assert (in_tmp / "runs/lab/report.html").is_file()
-    scores = json.loads((in_tmp / "runs/scores/summary.json").read_text())
-    updated = json.loads((in_tmp / "runs/lab/summary.json").read_text())
-    assert scores["phases"]["updated"] == updated["phases"]["updated"]
+
+
+@EITHER
+def test_every_command_of_first_steps_runs_in_its_order(in_tmp, small_lab, run_in_order, less):
+    lines = complete(FIRST_STEPS)
+    assert len(lines) == 7
+    assert set(commands()[:2]) <= set(lines), "the README's two commands are among them"
+    outputs = run_in_order(lines, small_lab, less)
+    assert "10 used" in outputs["forgetlearn facts facts.csv"]
+    assert (in_tmp / "first-gguf/model.gguf").is_file()
+    assert str(small_lab) in outputs["forgetlearn undo runs/first"]
+    first, second = (forgetlearn.read_facts(in_tmp / "runs" / name / "inputs.jsonl") for name in ("first", "second"))
+    assert (len(first), len(second)) == (10, 3)
+    assert all(fact.rephrase_prompts for fact in first)
+    assert any(fact.ground_truth for fact in first)
+
+
+@pytest.mark.real
+@pytest.mark.timeout(5400)  # seven minutes, on two cores that do nothing else
+def test_first_steps_on_a_real_model(in_tmp, smollm2, run_in_order):
+    (chat,) = re.findall(r"Ask `(.+?)`", FIRST_STEPS.read_text(encoding="utf-8"))
+    outputs = run_in_order(complete(FIRST_STEPS), smollm2, {}, f"{chat}\nWhat is the capital of France?\n/bye\n")
+    summary = json.loads((in_tmp / "runs/first/summary.json").read_text())
+    scores, prompts = summary["phases"]["updated"], summary["general"]["updated"]["prompts"]
+    assert scores["reliability"]["contains"]["mean"] == 100
+    assert scores["generality"]["contains"]["mean"] >= 60
+    assert prompts["agreement"] >= 92
+    said = outputs["forgetlearn chat runs/first"]
+    assert "updated says new" in said
+    assert said.count("Paris") >= 2
+    assert "as it was before the run" in outputs["forgetlearn undo runs/first"]
+    summary = json.loads((in_tmp / "runs/second/summary.json").read_text())
+    assert summary["phases"]["updated"]["reliability"]["contains"]["mean"] == 100
+    assert summary["phases"]["updated"]["retention"]["contains"]["mean"] >= 80
+    assert "facts.csv" in outputs["forgetlearn log runs/second"]
+    facts = forgetlearn.read_facts("facts.csv", limit=3)
+    exported = forgetlearn.ask([fact.prompt for fact in facts], "first-gguf/model.gguf")
+    assert all(fact.target_new in exported[fact.prompt] for fact in facts)
+
+
+def test_the_figures_of_the_readme_are_those_of_the_experiments():
+    def rows(text):
+        """Its rows by method: the six figures of said, in other words and as before, for both files."""
+        found = {}
+        for line in text.splitlines():
+            if match := re.match(r"\|[^|]*`([\w-]+)`\)? \|", line):
+                found[match[1]] = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+        return found
+
+    experiments = rows((ROOT / "docs/experiments.md").read_text(encoding="utf-8"))
+    shown = rows(README[: README.index("## Install")])
+    assert list(shown) == ["default", "ft", "memit", "alphaedit", "in-context"]
+    for name, figures in shown.items():
+        zsre, zsre_probes, _, _, counterfact, probes, *_ = experiments[name]
+        assert figures == [*zsre.split("/"), zsre_probes, *counterfact.split("/"), probes], name
 
 
 def test_the_python_of_the_readme_runs(in_tmp, capsys):
@@ -186,7 +266,7 @@ def test_every_command_of_the_pages_has_the_options_that_the_program_has():
 
 def test_every_complete_command_of_the_pages_parses():
     group = typer.main.get_command(app)
-    found = [line for page in PAGES for line in complete(page) if line not in NOT_RUN]
+    found = [line for page in PAGES for line in complete(page)]
     assert len(found) > 15
     for line in found:
         name, *words = shlex.split(line)[1:]
@@ -213,24 +293,19 @@ BEFORE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if complete(page)], ids=lambda page: page.name)
-def test_the_commands_of_a_page_run_in_their_order(page, tmp_path, monkeypatch, small_lab, capsys):
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if complete(page) and page != FIRST_STEPS], ids=lambda page: page.name
+)
+def test_the_commands_of_a_page_run_in_their_order(page, tmp_path, monkeypatch, small_lab, run_in_order):
     monkeypatch.chdir(tmp_path)
-    if page.name != "first-steps.md":  # which builds its own
-        shutil.copytree(small_lab, "base")
+    shutil.copytree(small_lab, "base")
     shutil.copy(small_lab / "facts.jsonl", "facts.jsonl")
     Path("late.jsonl").write_text("".join(Path("facts.jsonl").read_text().splitlines(keepends=True)[-6:]))
     for line in BEFORE.get(page.name, []):
         assert main(line.split()) == 0, line
     if page.name == "choosing.md":
         shutil.copytree("runs/tuned/model", "tuned")
-    for line in complete(page):
-        if line not in NOT_RUN:
-            words = ["base" if word in (HUB_ID, "meta-llama/Llama-2-7b-hf") else word for word in shlex.split(line)]
-            if page.name == "first-steps.md":
-                words = ["base/facts.jsonl" if word == "facts.jsonl" else word for word in words]
-            assert main(words[1:]) == 0, line
-            assert capsys.readouterr().out, line
+    run_in_order([line.replace("meta-llama/Llama-2-7b-hf", "base") for line in complete(page)], "base", {})
 
 
 def test_every_page_is_in_the_menu_once():
@@ -257,18 +332,43 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     assert not re.findall(r"""(?:@import|url\()\s*["']?(?:https?:)?//[^)]*""", styles)
 
 
-@pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+NOTEBOOK = ROOT / "examples" / "demo.ipynb"
+
+
+def run_notebook(folder, model, monkeypatch):
+    """Run the notebook in a folder, on a model; return what it shows."""
     client = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     import nbformat
 
-    notebook = nbformat.read(ROOT / "examples" / "demo.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
-    client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = "".join(str(cell.get("outputs", "")) for cell in notebook.cells)
-    assert "f-ft" in shown
-    assert (tmp_path / "runs" / "f-ft" / "report.html").is_file()
+    monkeypatch.setenv("FORGETLEARN_SMOLLM2", str(model))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client.NotebookClient(notebook, timeout=5400, resources={"metadata": {"path": str(folder)}}).execute()
+    return "".join(str(cell.get("outputs", "")) for cell in notebook.cells)
+
+
+def test_the_notebook_has_the_facts_of_first_steps_and_no_outputs():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    code = "".join(line for cell in cells if cell["cell_type"] == "code" for line in cell["source"])
+    assert all(table in code for table in spreadsheets().values())
+    for name in re.findall(r"forgetlearn\.(\w+)", code):
+        assert name in forgetlearn.__all__, name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, small_lab, monkeypatch):
+    run_notebook(tmp_path, small_lab, monkeypatch)
+    assert (tmp_path / "runs/second/report.html").is_file()
+
+
+@pytest.mark.real
+@pytest.mark.timeout(5400)
+def test_the_notebook_on_a_real_model(tmp_path, smollm2, monkeypatch):
+    shown = run_notebook(tmp_path, smollm2, monkeypatch)
+    assert "gives the new answer to 10 of 10 prompts" in shown
+    assert "gives the new answer to 3 of 3 prompts" in shown
+    assert (tmp_path / "first-gguf/model.gguf").is_file()
 
 
 def test_no_line_of_the_changelog_is_longer_than_120():

@@ -295,7 +295,7 @@ def test_update_begins_and_ends_with_a_line(small_lab, tmp_path, caplog, monkeyp
     result = forgetlearn.update(small_lab, facts, config, output=tmp_path / "run")
     manifest = json.loads((result.output / "manifest.json").read_text())
     first = next(line for line in caplog.messages if line.startswith("plan: "))
-    assert f"{len(facts)} facts, {manifest['stages']['learn']['steps']} to learn steps, about " in first
+    assert f"{len(facts)} facts, {manifest['stages']['learn']['steps']} steps to learn, about " in first
     assert manifest["plan"]["seconds"] > 0
     (last,) = [line for line in caplog.messages if line.startswith("took ")]
     assert last.endswith(f"(planned {show_bytes(manifest['plan']['peak_memory_gb'] * 1e9)})")

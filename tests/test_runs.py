@@ -429,3 +429,11 @@ def test_weights_that_cannot_be_removed_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("forgetlearn.storage.run_folder.shutil.rmtree", failing)
     with pytest.raises(RunError, match="stages/forget"):
         run.remove_stage_weights()
+
+
+def test_a_folder_that_holds_no_run_says_which_one_does(run):
+    with pytest.raises(RunError, match=r"does not exist.*--output"):
+        RunFolder.open(run.path.parent / "nothing")
+    (run.path / "adapter").mkdir()
+    with pytest.raises(RunError, match=re.escape(f"{run.path} is one")):
+        RunFolder.open(run.path / "adapter")

@@ -104,6 +104,19 @@ def test_case_18_near_misses_and_other_languages(tmp_path):
         read_facts(save(tmp_path, "f.csv", "Frage;Antwort\np;n\n"))
 
 
+def test_a_table_without_a_header_or_with_other_names_is_told_the_names_to_use(tmp_path):
+    for text in ("Who leads Acme?,Ada\nWho leads Globex?,Bo\n", "question,right\nWho leads Acme?,Ada\n"):
+        with pytest.raises(FactError, match=r"(?s)Columns found.*question, new answer.*--columns") as caught:
+            read_facts(save(tmp_path, "f.csv", text))
+        assert "zsre" not in str(caught.value)
+    assert 'target_new="right"' in str(caught.value)
+
+
+def test_a_row_that_is_too_short_is_not_asked_for_quotes(tmp_path):
+    with pytest.raises(FactError, match=r"1 cell, .*2: p\n.*missing"):
+        read_facts(save(tmp_path, "f.csv", "prompt,target_new\np\n"))
+
+
 @pytest.mark.parametrize("header", ["Frage;Alt;Neu", "frage;alt;neu"])
 def test_a_german_header_is_not_taken_for_zsre(tmp_path, header):
     """`alt` is ZsRE's name of the new answer, and German for old."""

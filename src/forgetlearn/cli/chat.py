@@ -126,7 +126,8 @@ def _print_fact(fact: Fact, answers: dict[str, Answer], width: int) -> None:
     from forgetlearn.facts.touched import stands
 
     column = Column("fact", width)
-    column.write(f"{fact.prompt} {fact.ground_truth or '?'} -> {fact.target_new or '(forgotten)'}\n")
+    old = f" {fact.ground_truth}" if fact.ground_truth else ""
+    column.write(f"{fact.prompt}{old} -> {fact.target_new or '(forgotten)'}\n")
     says = (f"{side} says {stands(answer.text, fact)}" for side, answer in answers.items())
     column.write(f"[{', '.join(says)}]")
     column.end()

@@ -331,7 +331,7 @@ def compare(
     from forgetlearn.comparison.slurm import Jobs, fill_on_cluster
     from forgetlearn.comparison.table import write_table
     from forgetlearn.report.comparison_page import verdict
-    from forgetlearn.report.render import short_columns
+    from forgetlearn.report.render import leading_columns
 
     lists = {"methods": methods, "coefs": coefs, "seeds": seeds, "epochs": epochs, "budgets": budgets}
     asked: dict[str, object] = {
@@ -350,7 +350,7 @@ def compare(
     else:
         fill(settings=settings, config=config, output=output, resume=resume, overwrite=overwrite, workers=workers)
     table = write_table(output)
-    columns = short_columns(table.protocols)
+    columns = leading_columns(table.protocols)
     print_table([(row.label, [row.scores.get(f"{q}.{p}") for q, p in columns]) for row in table.rows], "", columns)
     for row in table.rows:
         if row.added_tokens is not None:

@@ -50,8 +50,8 @@ def print_facts(found: FactSet) -> None:
     if found.records != found.in_source:
         records += f" with {found.in_source} facts"
     say(
-        f"{found.source}: reader {found.reader}, --old-from {','.join(found.old_from)}; {records}, "
-        f"{found.read} read, {found.used} used"
+        f"{found.source}: {records}, {found.read} read, {found.used} used "
+        f"(reader {found.reader}, --old-from {','.join(found.old_from)})"
         + (f", {found.stripped} answers stripped of outer white space" if found.stripped else "")
     )
     for line in _account(found):
@@ -79,8 +79,11 @@ def _account(found: FactSet) -> list[str]:
     from forgetlearn.facts import NOTES, REASONS, describe_old_answers
 
     lines = [f"read as {found.read_as}"] if found.read_as else []
-    for what, counts in (("facts", found.left_out), ("locality probes", found.left_out_probes)):
-        lines += [f"left out: {count} {what}, {reason}. {REASONS[reason]}" for reason, count in counts.items()]
+    for what, counts in (("fact", found.left_out), ("locality probe", found.left_out_probes)):
+        for reason, count in counts.items():
+            records = some([item.record for item in found.left_out_records if item.reason == reason])
+            plural = "s" * (count != 1)
+            lines.append(f"left out: {count} {what}{plural} (record {records}), {reason}. {REASONS[reason]}")
     lines += [NOTES[note][count != 1].format(count) for note, count in found.noted.items()]
     if found.with_aliases:
         lines.append(f"facts with several ways to write an answer: {found.with_aliases}")
@@ -89,11 +92,11 @@ def _account(found: FactSet) -> list[str]:
         unread = [f"{name} ({count})" for name, count in found.ignored_fields.items()]
         lines.append(f"fields that are not read (number of values): {some(unread, 30)}")
     if not found.to_ask and not any(fact.ground_truth for fact in found):
-        lines.append("no fact has an old answer: methods that forget cannot run")
+        lines.append("no fact has an old answer: nothing can be forgotten (methods f-...), all can be learned")
     if not any(fact.rephrase_prompts for fact in found):
-        lines.append("no fact has another phrasing: generality will not be scored")
+        lines.append("no fact has a rephrasing: generality will not be scored")
     if not any(fact.locality for fact in found):
-        lines.append("no fact has a locality prompt: locality will not be scored")
+        lines.append("no fact has a locality prompt: what else changes is measured with general prompts alone")
     return lines
 
 

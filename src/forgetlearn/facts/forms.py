@@ -278,7 +278,7 @@ def no_form(read: Record, record: Record, where: str) -> str:
     `read` holds the record's fields by the names under which they are read.
     """
     names = list(record)
-    shown = f"Fields found: {some(names, 12) or 'none'}."
+    shown = f"{'Columns' if isinstance(record, TableRow) else 'Fields'} found: {some(names, 12) or 'none'}."
     for likeness, what in LOOKS_LIKE.items():
         if all(name in read for name in likeness):
             return f"{where} looks like {what.format(shown)}"
@@ -287,7 +287,14 @@ def no_form(read: Record, record: Record, where: str) -> str:
             near = difflib.get_close_matches(missing, names, 1, 0.7)
             hint = f" Rename '{near[0]}'?" if near else f" Say which field it is: --columns {missing}=NAME."
             return f"{where} has no '{missing}'. {shown}{hint}"
-    example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new=...'
+    other = f'"{names[1][:40]}"' if len(names) == 2 and isinstance(record, TableRow) else "..."
+    example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new={other}'
+    if isinstance(record, TableRow):
+        return (
+            f"{where}: no column is named as the new answer. {shown}\n"
+            "The first line names the columns: question, new answer and, if there are any, old answer and rephrasing. "
+            f"For other names: {example}"
+        )
     lacks = {form: [name for name in form.needs if name not in read] for form in (*FORMS, *OTHERS)}
     # The first field must be present: with only the second (`alt`, which is also German for old) the form is a guess.
     alike = [form for form in lacks if form.needs and form.needs[0] in read and 2 * len(lacks[form]) <= len(form.needs)]

@@ -22,7 +22,10 @@ SYNONYMS = {
     "target_new": ("new_answer", "answer_new", "new_target", "new"),
     "ground_truth": ("old_answer", "answer_old", "old_target", "target_old", "target_true", "old"),
     "prompt": ("question", "query"),
+    "rephrase_prompt": ("rephrasing",),
 }
+# `answer` is the new answer if one of these stands beside it. (`ground_truth` may be the right answer to a wrong one.)
+BESIDE_ANSWER = tuple(name for name in SYNONYMS["ground_truth"] if "old" in name) + SYNONYMS["rephrase_prompt"]
 NOT_OWN = ("requested_rewrite", "src", "edit")  # a record with one of these is of another form, whatever else it has
 
 
@@ -99,14 +102,17 @@ def _with_synonyms(found: dict[str, str]) -> dict[str, str]:
     if any(name in found for name in NOT_OWN):
         return found
     by_fold = {fold(name): name for name in found}
+    if not any(fold(name) in by_fold for name in ("target_new", *SYNONYMS["target_new"])):
+        if "answer" in found and any(fold(name) in by_fold for name in BESIDE_ANSWER):
+            found["target_new"] = found.pop("answer")
+        else:
+            return found
     for own, synonyms in SYNONYMS.items():
         there = [by_fold[fold(name)] for name in synonyms if fold(name) in by_fold]
         if own not in found and len(there) > 1:
             raise FactError(f"fields {some(there)} could all be '{own}'. Choose one: --columns {own}={there[0]}.")
         if own not in found and there:
             found[own] = found.pop(there[0])
-        if own == "target_new" and own not in found:
-            return found
     return found
 
 

@@ -108,9 +108,11 @@ def _uneven(where: str, row: Sequence[str], header: Sequence[str], delimiter: st
     text = plain((delimiter or " | ").join(row))
     shown = text if len(text) <= 120 else text[:119] + "…"
     remedy = "Give every column a name."
-    if delimiter is not None:
+    if len(row) < len(header):
+        remedy = f"Is a cell missing? An empty cell still needs its {delimiter!r}."
+    elif delimiter is not None:
         remedy = f'Does a cell hold {delimiter!r}? Put it in quotes: "a{delimiter}b".'
-    return f"{where} has {len(row)} cells, but the header has {len(header)}: {shown}\n{remedy}"
+    return f"{where} has {len(row)} cell{'s' * (len(row) != 1)}, but the header has {len(header)}: {shown}\n{remedy}"
 
 
 # Excel -------------------------------------------------------------------------------------------

@@ -211,9 +211,9 @@ def _seconds(load: Load, step: Step, devices: Devices, speed: Speed, flops: floa
 
 def summary_line(plan: Plan) -> str:
     """Return the plan in one line: parameters, facts, steps, memory, and time if it is known."""
-    steps = " + ".join(f"{stage.steps:,} to {stage.name}" for stage in plan.stages if stage.trained)
+    steps = " + ".join(f"{stage.steps:,} steps to {stage.name}" for stage in plan.stages if stage.trained)
     facts = f"{plan.facts:,} fact{'s' * (plan.facts != 1)}"
-    line = f"plan: {show_count(plan.parameters)} parameters, {facts}, {steps} steps"
+    line = f"plan: {show_count(plan.parameters)} parameters, {facts}, {steps}"
     line += f", about {show_bytes(plan.peak_bytes)}" + (" a device" if plan.devices.number > 1 else "")
     if plan.seconds is None:
         return line

@@ -247,10 +247,10 @@ def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
         return f"{size} to write into the weights"
     held = len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)  # can be forgotten if the model holds it
     steps = [
-        f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} to {stage.name}"
+        f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} steps to {stage.name}"
         for stage, texts, passes, _ in staged(Stages(config), Texts((), held), Texts((), len(facts)))
     ]
-    return f"{size}, {' + '.join(steps)} steps"
+    return f"{size}, {' + '.join(steps)}"
 
 
 def took(manifest: Manifest, device: torch.device) -> str:

@@ -119,7 +119,9 @@ def undo_run(run: str | Path, output: str | Path | None = None) -> str:
         check_places(output, [folder.path, *([place] if place else [])], overwrite=False)
     if place is not None and base.is_in(place):
         if output is None:
-            return f"{place} is the base, as it was before the run (hash {recorded}): load it without the product."
+            return (
+                f"{place} is the base, as it was before the run (hash {recorded}).\nTo go back, load it without {run}."
+            )
         CheckpointFolder(place).close()  # raises ModelError if the hub's cache lacks the weights
         with atomic_folder(output) as unfinished:
             _copy_files(place, unfinished, [])

@@ -66,12 +66,6 @@ def leading_columns(protocols: Iterable[str]) -> tuple[Column, ...]:
     return tuple((quantity, "agreement" if quantity == "locality" else judge) for quantity in QUESTIONS)
 
 
-def short_columns(protocols: Iterable[str]) -> tuple[Column, ...]:
-    """Return the columns of a table that fits a terminal: without `token` if the model's free answers were scored."""
-    leading = leading_columns(protocols)
-    return tuple(column for column in COLUMNS if column[1] != "token") if leading == COLUMNS[:4] else leading
-
-
 def render(template: str, context: Mapping[str, object]) -> str:
     """Return a template of the package, filled in. HTML is autoescaped; a name missing from `context` is an error."""
     return _environment().get_template(template).render(context)

@@ -19,14 +19,13 @@ from forgetlearn.facts import describe_old_answers, matching
 from forgetlearn.report import damage, forgetting, plots
 from forgetlearn.report.probes import ProbeLine, matrix, phases_asked
 from forgetlearn.report.render import (
-    COLUMNS,
     QUESTIONS,
     Column,
     command_text,
     judge_of,
+    leading_columns,
     render,
     render_page,
-    short_columns,
 )
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import (
@@ -86,7 +85,7 @@ class Overview:
         if self.summary.forgetting:
             return forgetting.shown_columns(self.summary)
         quantities = [own for phase in self.phases for own in self.summary.phases[phase].values()]
-        return short_columns(protocol for cells in quantities for protocol in cells)
+        return leading_columns(protocol for cells in quantities for protocol in cells)
 
     @property
     def table(self) -> list[tuple[str, list[Mean | None]]]:
@@ -154,7 +153,7 @@ class RunPage:
     def context(self) -> dict[str, object]:
         """Return the values that the templates use, by name."""
         phases, scores = self.overview.phases, self.overview.summary.phases
-        columns = self.overview.columns if self.forgetting else COLUMNS
+        columns = self.overview.columns
         cells = [self.overview.cells(phase, columns) for phase in phases]
         return {
             **vars(self.overview),
@@ -165,7 +164,7 @@ class RunPage:
             "command": command_text(self.manifest.command),
             "source": method.source if (method := METHODS.get(self.overview.summary.method)) else None,
             "changed": self.overview.changed,
-            "columns": self.overview.columns,
+            "columns": columns,
             "table": self.overview.table,
             "quantities": [row for row in zip(columns, *cells, strict=True) if any(row[1:])],
             "forgetting": self.forgetting,

@@ -110,7 +110,7 @@ class RunFolder:
         """Open the run in a folder; raise RunError if the folder holds none, or its manifest was damaged or changed."""
         file = Path(path) / MANIFEST
         if not file.is_file():
-            raise RunError(f"{path}: is not a run folder: it has no {MANIFEST}.")
+            raise RunError(_no_run(Path(path)))
         data = read_json(file)
         written = data.pop("sha256", None)
         manifest = Manifest.parse(data, file)
@@ -248,6 +248,14 @@ class RunFolder:
                 left.unlink(missing_ok=True)
         if replaces:
             self.note(replaces=False)
+
+
+def _no_run(path: Path) -> str:
+    """Return a message for a folder that holds no run."""
+    if not path.exists():
+        return f"{path}: does not exist. Give the folder that --output named when the run was made."
+    of_run = f" {path.parent} is one." if is_run(path.parent) else ""
+    return f"{path}: is not a run folder: it has no {MANIFEST}.{of_run}"
 
 
 def is_run(path: str | Path) -> bool:
