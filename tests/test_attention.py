@@ -54,3 +54,28 @@ def test_it_is_left_alone_where_it_would_be_wrong_or_the_model_has_another_atten
     for model, layout in ((eager, "packed"), (tiny_model(), "padded")):
         with rows_for_training(model, TEXTS, layout, 0, CPU) as (_layout, is_by_text):
             assert not is_by_text
+
+
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_training_on_short_texts_in_half_precision_attends_in_float32(tiny_model, monkeypatch, autocasts):
+    sdpa, dtypes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(query, *others, **options):
+        dtypes.append(query.dtype)
+        return sdpa(query, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    model = tiny_model() if autocasts else tiny_model().bfloat16()
+    batch = by_text(pack(TEXTS))
+    with attention.by_text(model), torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+        logits_of(model, batch).float().square().sum().backward()
+        assert set(dtypes) == {torch.float32}
+        assert all(weight.grad.isfinite().all() for weight in model.parameters())
+        if autocasts:
+            return  # sdpa itself would cast, after `noted`
+        for long in (True, False):
+            dtypes.clear()
+            monkeypatch.setattr(attention, "SHORT", 3 if long else 256)
+            with torch.set_grad_enabled(long):
+                logits_of(model, batch)
+            assert set(dtypes) == {torch.bfloat16}
