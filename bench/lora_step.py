@@ -20,6 +20,7 @@ import copy
 import gc
 import importlib.util
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -185,10 +186,10 @@ class Bench:
             TRL_FREE: lambda: self.trl(what, dtype, True),
         }
         return {
-            **(trl if with_trl else {}),
-            BARE: lambda: self.floor(what, dtype, bare=True),
             OURS: lambda: self.ours(what, dtype),
             FLOOR: lambda: self.floor(what, dtype),
+            **(trl if with_trl else {}),
+            BARE: lambda: self.floor(what, dtype, bare=True),
         }
 
 
@@ -242,6 +243,7 @@ def main() -> None:
             each = [end - before for before, end in pairwise(ends)]
             steps.setdefault((what, dtype, name), []).append(statistics.median(each))
             losses[what, dtype, name] = statistics.mean(found)
+            print(f"{what}, {dtype}, {name}: {1000 * statistics.median(each):.0f} ms", file=sys.stderr)
             del run
 
     lengths = [len(text.ids) for text in bench.texts]

@@ -32,7 +32,8 @@ def fused_adapters() -> Iterator[None]:
 
     def forward(layer: AdaptedLinear, x: Tensor, *args: Any, **options: Any) -> Tensor:
         if args or options or not _suits(layer, x):
-            return plain(layer, x, *args, **options)
+            given: Tensor = plain(layer, x, *args, **options)
+            return given
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         factors = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
         scalings = [layer.scaling[name] for name in names]
