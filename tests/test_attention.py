@@ -5,6 +5,7 @@ import torch
 
 from forgetlearn.models import attention
 from forgetlearn.models.batches import answer_logits, by_text, pack, rows_for_training
+from forgetlearn.training.trainer import Collator, FactTrainer
 from test_forward import CPU, TEXTS
 
 
@@ -79,3 +80,16 @@ def test_training_on_short_texts_in_half_precision_attends_in_float32(tiny_model
             with torch.set_grad_enabled(long):
                 logits_of(model, batch)
             assert set(dtypes) == {torch.bfloat16}
+
+
+def test_a_row_that_is_filled_up_has_the_same_logits_at_the_answers(tiny_model):
+    model = tiny_model()
+    with attention.by_text(model), torch.no_grad():
+        lengths, logits = [], []
+        for multiple in (1, 32):
+            part = Collator("shared_by_text", 0, is_by_text=True, multiple=multiple)._part(TEXTS)
+            lengths.append(part["input_ids"].shape[1])
+            logits.append(FactTrainer._answer_logits(model, part))
+    assert lengths == [lengths[0], 32]
+    assert lengths[0] < 32
+    assert torch.allclose(*logits, atol=1e-5)

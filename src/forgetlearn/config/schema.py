@@ -266,8 +266,8 @@ class OptimisationSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Precision of the forward and backward pass; trained weights and optimiser state are float32. "
-        "With LoRA a frozen base in half precision computes in that anyway; on the CPU, bfloat16 holds one in float32 "
-        "in bfloat16 beside its own weights while a stage trains, which is faster with bfloat16 products (AMX).",
+        "With LoRA a frozen base in half precision computes in that; on the CPU, bfloat16 holds one in float32 in "
+        "bfloat16 too while it trains.",
     )
     optim: Optimiser = Field(
         "adamw_torch_fused",
