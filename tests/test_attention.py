@@ -5,6 +5,7 @@ import torch
 
 from forgetlearn.models import attention
 from forgetlearn.models.batches import answer_logits, by_text, pack, rows_for_training
+from forgetlearn.training.trainer import Collator, FactTrainer
 from test_forward import CPU, TEXTS
 
 
@@ -54,3 +55,41 @@ def test_it_is_left_alone_where_it_would_be_wrong_or_the_model_has_another_atten
     for model, layout in ((eager, "packed"), (tiny_model(), "padded")):
         with rows_for_training(model, TEXTS, layout, 0, CPU) as (_layout, is_by_text):
             assert not is_by_text
+
+
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_training_on_short_texts_in_half_precision_attends_in_float32(tiny_model, monkeypatch, autocasts):
+    sdpa, dtypes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(query, *others, **options):
+        dtypes.append(query.dtype)
+        return sdpa(query, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    model = tiny_model() if autocasts else tiny_model().bfloat16()
+    batch = by_text(pack(TEXTS))
+    with attention.by_text(model), torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+        logits_of(model, batch).float().square().sum().backward()
+        assert set(dtypes) == {torch.float32}
+        assert all(weight.grad.isfinite().all() for weight in model.parameters())
+        if autocasts:
+            return  # sdpa itself would cast, after `noted`
+        for long in (True, False):
+            dtypes.clear()
+            monkeypatch.setattr(attention, "SHORT", 3 if long else 256)
+            with torch.set_grad_enabled(long):
+                logits_of(model, batch)
+            assert set(dtypes) == {torch.bfloat16}
+
+
+def test_a_row_that_is_filled_up_has_the_same_logits_at_the_answers(tiny_model):
+    model = tiny_model()
+    with attention.by_text(model), torch.no_grad():
+        lengths, logits = [], []
+        for multiple in (1, 32):
+            part = Collator("shared_by_text", 0, is_by_text=True, multiple=multiple)._part(TEXTS)
+            lengths.append(part["input_ids"].shape[1])
+            logits.append(FactTrainer._answer_logits(model, part))
+    assert lengths == [lengths[0], 32]
+    assert lengths[0] < 32
+    assert torch.allclose(*logits, atol=1e-5)

@@ -15,6 +15,7 @@ from transformers import Adafactor
 import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import StageSettings, load_config
+from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.facts.subjects import subject_span
 from forgetlearn.models import lora
@@ -31,6 +32,7 @@ from forgetlearn.planning.estimate import (
     show_bytes,
     show_seconds,
 )
+from forgetlearn.planning.loads import loads_of
 from forgetlearn.planning.outline import outline_of
 from forgetlearn.planning.plan import plan_update
 from forgetlearn.planning.trace import Skeleton, measure
@@ -212,6 +214,20 @@ class TestPlan:
         product, between, points = 4 * (learn.trained + forget.trained), 4 * forget.trained, 24 * learn.trained
         assert plan.disk == {"product": product, "between stages": between, "checkpoints": points}
         assert plan.seconds is None
+
+    def test_a_base_held_in_bfloat16_for_an_adapter_on_the_cpu_takes_half_as_much_again(self, small_lab):
+        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
+        found = {}
+        for dtype in ("float32", "bfloat16"):
+            config = config_of(small_lab, **{"method": "lora", "train.dtype": dtype})
+            for device in ("cpu", "cuda"):
+                loads, _notes = loads_of(outline_of(config.model), Stages(config), facts, device)
+                found[dtype, device] = next(load for load in loads if load.name == "learn")
+        halves = found["bfloat16", "cpu"]
+        assert [load.kept_bytes for load in found.values()] == [0, 0, halves.kept_bytes, 0]
+        assert 2 * halves.kept_bytes == outline_of(config.model).skeleton().weights_bytes
+        assert halves.step.peak_bytes < found["float32", "cpu"].step.peak_bytes
+        assert halves.trained == found["float32", "cpu"].trained
 
     def test_what_does_not_fit_is_told_what_would(self, small_lab, capsys):
         flags = ["--model", str(small_lab), "--facts", f"{small_lab}/facts.jsonl", "--method", "f-lora", "--json"]

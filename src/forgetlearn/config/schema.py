@@ -265,7 +265,8 @@ class OptimisationSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Precision of the forward and backward pass; trained weights and optimiser state are float32. "
-        "With LoRA the frozen base stays in its own dtype, and one in half precision computes in that.",
+        "With LoRA a frozen base in half precision computes in that; on the CPU, bfloat16 holds one in float32 in "
+        "bfloat16 too while it trains.",
     )
     optim: Optimiser = Field(
         "adamw_torch_fused",

@@ -9,7 +9,7 @@ Shapes: B texts of at most L tokens, T tokens in all, H heads, D width of a head
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 BY_TEXT = "forgetlearn_by_text"
 PLACES = ("text_tokens", "token_places")  # arguments that a model passes on to `attend_by_text`
+# Up to so many tokens, torch's flash attention computes gradients on a CPU faster in float32 than in bfloat16: with 9
+# heads of width 64, 2 ms instead of 12 for 8 texts of 45 tokens, 8 instead of 12 for 2 texts of 200.
+SHORT = 256
 
 
 def attend_by_text(
@@ -39,8 +42,18 @@ def attend_by_text(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     rows = [_by_text(tensor, text_tokens) for tensor in (query, key, value)]
     options["is_causal"] = True
-    out, _ = sdpa_attention_forward(module, *rows, None, **options)
-    return out.flatten(0, 1).index_select(0, token_places).unsqueeze(0), None
+    if in_float32 := _is_faster_in_float32(*rows):
+        rows = [row.float() for row in rows]
+    with torch.autocast(query.device.type, enabled=False) if in_float32 else nullcontext():
+        out, _ = sdpa_attention_forward(module, *rows, None, **options)
+    return out.flatten(0, 1).index_select(0, token_places).unsqueeze(0).to(value.dtype), None
+
+
+def _is_faster_in_float32(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return True if half precision is used to train on short texts (B, H, L, D) on the CPU."""
+    halves = torch.is_autocast_enabled("cpu") or value.dtype.itemsize == 2
+    is_trained = torch.is_grad_enabled() and any(rows.requires_grad for rows in (query, key, value))
+    return query.device.type == "cpu" and halves and is_trained and query.shape[2] <= SHORT
 
 
 def _by_text(packed: Tensor, text_tokens: Tensor) -> Tensor:

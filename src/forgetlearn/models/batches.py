@@ -358,11 +358,16 @@ def rows_for_training(
     gradients of shared tokens would be summed in another order each time.
     """
     with attention.by_text(model) as switched:
-        sample = _sample(texts)
-        if switched and layout == "packed" and _agrees_by_text(model, sample, pad_id, device):
-            shares = device.type == "cpu" and _begin_alike(texts) and _agrees_shared(model, sample, pad_id, device)
-            yield ("shared_by_text" if shares else layout), True
-            return
+        if switched and layout == "packed":
+            with _checking(model):
+                sample = _sample(texts)
+                right = _flat_logits(model, pad_left(sample, pad_id), device)
+                is_right = _agrees_by_text(model, sample, right, device)
+                shares = is_right and device.type == "cpu" and _begin_alike(texts)
+                shares = shares and _sharing(model, sample, right, pad_id, device) == "shared_by_text"
+            if is_right:
+                yield ("shared_by_text" if shares else layout), True
+                return
     yield layout, False
 
 
@@ -378,16 +383,8 @@ def common_length(texts: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
 
 
-def _agrees_shared(model: nn.Module, sample: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:
-    with _checking(model):
-        alone = torch.cat([_flat_logits(model, pad_left([text], pad_id), device) for text in sample])
-        return _sharing(model, sample, alone, pad_id, device) == "shared_by_text"
-
-
-def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], pad_id: int, device: torch.device) -> bool:
-    with _checking(model):
-        alone = _flat_logits(model, pad_left(sample, pad_id), device)
-        return agree(_flat_logits(model, by_text(pack(sample)), device), alone)
+def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], right: Tensor, device: torch.device) -> bool:
+    return agree(_flat_logits(model, by_text(pack(sample)), device), right)
 
 
 def by_text(batch: Batch) -> Batch:

@@ -79,7 +79,7 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     if stages.method.closed_form and outline.encoder is not None:
         learned = Texts(tuple(each.bare.tail for each in requests(outline.encoder, facts, ())), len(facts))
     for stage, own, passes, frozen in staged(stages, texts(old), learned):
-        load, problem = _train_load(outline, stage, own, passes, frozen)
+        load, problem = _train_load(outline, stage, own, passes, frozen, device)
         left = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
         if stage.name == "forget" and stage.kind.subtracts_from_base:
             # The subtraction also needs the base: on the CPU, or in a file if the CPU trains a large model.
@@ -135,14 +135,24 @@ def _passes(stages: Stages) -> int:
 
 
 def _train_load(
-    outline: Outline, stage: Stage[TrainSettings], texts: Texts, passes: int, frozen: Sequence[TuningSettings]
+    outline: Outline,
+    stage: Stage[TrainSettings],
+    texts: Texts,
+    passes: int,
+    frozen: Sequence[TuningSettings],
+    device: str,
 ) -> tuple[Load, str | None]:
     """Return the load of a stage, and why tracing its step failed (else None)."""
     settings, kind = stage.settings, stage.kind
-    skeleton = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
+    skeleton = steps = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
+    held_bytes = 0  # of the base in bfloat16, beside its own weights
+    if kind.adapter and device == "cpu" and settings.dtype == "bfloat16" and outline.dtype == torch.float32:
+        held_bytes, steps = skeleton.weights_bytes // 2, outline.skeleton(torch.bfloat16)
+        steps.prepare(kind.name, settings, frozen)
+        settings = settings.model_copy(update={"dtype": "float32"})  # for all that is not in bfloat16 anyway
     trained = skeleton.prepare(kind.name, settings, frozen)
     micro = settings.micro_batch_size or settings.batch_size
-    step, problem = _traced(lambda: skeleton.train_step(texts.largest_batch(micro, passes), settings, pad_id=0))
+    step, problem = _traced(lambda: steps.train_step(texts.largest_batch(micro, passes), settings, pad_id=0))
     load = Load(
         name=stage.name,
         how=kind.name,
@@ -153,7 +163,7 @@ def _train_load(
         micro_batch_size=micro,
         weights_bytes=skeleton.weights_bytes,
         trained=trained,
-        kept_bytes=FLOAT32 * trained if kind.bounded else 0,
+        kept_bytes=held_bytes + (FLOAT32 * trained if kind.bounded else 0),
         largest_layer_bytes=skeleton.largest_layer_bytes,
         step=step,
         states_bytes=skeleton.states_bytes(settings.optim),

@@ -27,8 +27,9 @@ from forgetlearn.models import attention
 from forgetlearn.models.batches import Layout, choose_layout, computing, rows_for_training
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import width
+from forgetlearn.models.lora_products import fused_adapters
 from forgetlearn.runtime import processes, sharding
-from forgetlearn.training import memory
+from forgetlearn.training import memory, precision
 from forgetlearn.training.callbacks import Steps, final_loss
 from forgetlearn.training.schedule import Schedule, Wordings
 from forgetlearn.training.stage_checkpoints import StageIO
@@ -104,7 +105,8 @@ def finetune(
     asked = settings
     while True:
         try:
-            stage_log = _train(model, wordings, settings, seed, pad_id, device, variant, stage_io)
+            with precision.frozen_in_bfloat16(model, settings, _on_cpu(device)) as own:
+                stage_log = _train(model, wordings, own, seed, pad_id, device, variant, stage_io)
             return stage_log if settings is asked else replace(stage_log, micro_batch_size=settings.micro_batch_size)
         except memory.OutOfMemory as error:
             half = (settings.micro_batch_size or settings.batch_size) // 2
@@ -152,6 +154,7 @@ def _train(
         with (
             rows_for_training(model, texts, layout, pad_id, arguments.device) as (layout, is_by_text),
             computing(model, arguments.device),
+            fused_adapters(),
             memory.collector_at_rest(model),
         ):
             sharding.ready_to_train(model)
@@ -162,7 +165,7 @@ def _train(
             trainer = FactTrainer(
                 model=model,
                 args=arguments,
-                data_collator=Collator(layout, pad_id, is_by_text, kept),
+                data_collator=Collator(layout, pad_id, is_by_text, kept, precision.row_multiple(model, settings)),
                 callbacks=[steps, watch, *ball, EndStep(schedule)],
                 schedule=schedule,
                 objective=variant.objective,

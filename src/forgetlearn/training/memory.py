@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from forgetlearn.errors import TrainingError
 
 LARGE_BYTES = 100_000_000  # of weights; in smaller models, the gaps in memory are small too
+GROWTH = 1.1  # of the process, after which its memory is trimmed
 
 
 class OutOfMemory(TrainingError):
@@ -30,17 +32,27 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """Notes when a stage begins to change weights. Trims memory between the steps of a large model on the CPU.
 
     The gaps between memory blocks grow with each step, since batches differ in size. Just before an optimiser
-    step, the activations are already free, but the gradients are still needed.
+    step, the activations are already free, but the gradients are still needed. The first step is trimmed, since the
+    optimiser then makes its states; later ones only if the process has grown since the second. To trim each step would
+    take a tenth of it, as the next one has to get its memory from the system again.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.touched, self.trims = False, is_large(model, "cpu")
+        self.sizes: list[int] = []  # bytes of the process before the first and the second step
 
     def on_pre_optimizer_step(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Note that weights are about to change; trim memory for a large model on the CPU."""
         self.touched = True
-        if self.trims:
+        if self.trims and self._has_grown():
             trim()
+
+    def _has_grown(self) -> bool:
+        """Return True in the first step, and later if the process has grown since the second."""
+        size = psutil.Process().memory_info().rss
+        if len(self.sizes) < 2:
+            self.sizes.append(size)
+        return len(self.sizes) == 1 or size > GROWTH * self.sizes[1]
 
 
 @contextmanager

@@ -97,12 +97,16 @@ class StepBatch(TypedDict):
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns the texts of a micro-batch into one batch of tensors, in the layout of the stage."""
+    """Turns the texts of a micro-batch into one batch of tensors, in the layout of the stage.
+
+    A row of shared beginnings is filled up to a multiple of `multiple` tokens.
+    """
 
     layout: Layout
     pad_id: int
     is_by_text: bool
     kept: Sequence[Encoded] = ()
+    multiple: int = 1
 
     def __call__(self, micro: MicroBatch) -> StepBatch:
         """Return this process's batch: one part for each forward pass, and the labels of all parts."""
@@ -129,7 +133,7 @@ class Collator:
         `places` are the answers' places among these logits; they are left out if the logits are just those.
         """
         if self.layout == "shared_by_text":
-            row = share(texts)
+            row = share(texts, self.multiple)
             inputs = row.inputs() | attention.places(row.paths)
             return {**inputs, "positions": row.positions} | _places(row.which, len(row.positions))
         # Without a mask (attention computed text by text), a row may have any length.
