@@ -355,7 +355,7 @@ def test_trimming_a_large_models_memory_leaves_the_bits(lm, monkeypatch):
     monkeypatch.setattr(memory, "LARGE_BYTES", 0)
     monkeypatch.setattr(memory, "trim", lambda: (calls.append(1), real()))
     assert distance(plain, trained(lm)[0]) == 0
-    assert len(calls) >= 1 + 2  # the first step, before and after
+    assert 1 + 2 <= len(calls) < 1 + 2 + 4  # the first step, before and after; hardly any other
 
 
 def test_memory_is_trimmed_at_the_first_step_and_when_it_has_grown_since_the_second(monkeypatch):

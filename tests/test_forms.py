@@ -324,15 +324,6 @@ def test_case_17_near_own_names():
         from_records([{"Prompt": "p", "PROMPT": "q", "target_new": "n"}])
 
 
-def test_answer_is_the_new_answer_beside_an_old_one_or_a_rephrasing():
-    assert one({"Question": "p", "Answer": "n", "Old answer": "o"}) == make_fact("p", "n", ground_truth="o")
-    assert one({"question": "p", "answer": "n", "rephrasing": "r"}) == make_fact("p", "n", rephrase_prompts=["r"])
-    assert from_records([{"question": "p", "answer": "n"}]).reader == "question-answer"
-    # The names of those who judge answers: theirs is the wrong one.
-    judged = from_records([{"question": "p", "answer": "said", "ground_truth": "right"}])
-    assert (judged[0].ground_truth, judged.ignored_fields) == (None, {"ground_truth": 1})
-
-
 OTHERS = [
     ({"prompt": "p", "chosen": "a", "rejected": "b"}, r"(?s)preference.*--columns.*ground_truth=rejected"),
     ({"subject": "s", "relation": "r", "object": "o"}, r"(?s)triples.*prompt"),

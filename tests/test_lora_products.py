@@ -84,3 +84,16 @@ def test_what_is_more_than_these_products_stays_pefts(tiny_model, calls, why):
         else:
             model(IDS)
     assert len(calls) == (13 if why == "hook" else 0)
+
+
+def test_the_output_may_be_changed_in_place_and_may_be_empty(tiny_model, calls):
+    layer = adapted(tiny_model).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+    expected = layer(x).clamp(-0.1, 0.1)
+    with fused_adapters():
+        found = layer(x)
+        found.clamp_(-0.1, 0.1)
+        assert layer(x[:, :0]).shape == (2, 0, layer.out_features)
+    assert len(calls) == 2
+    assert torch.allclose(found, expected, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (found, expected)))

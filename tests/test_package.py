@@ -29,7 +29,10 @@ PRIVATE = {
     "openpyxl": {"_read_only"},
     "peft": {"_cast_adapter_dtype"},
     "submitit": {"_typed_parameters"},
-    "torch": {"_cdata", "_get_default_store", "_linear_pointwise", "_python_dispatch", "_pytree", "_subclasses"},
+    "torch": {
+        *("_backward_hooks", "_backward_pre_hooks", "_cdata", "_forward_hooks", "_forward_pre_hooks"),
+        *("_get_default_store", "_linear_pointwise", "_python_dispatch", "_pytree", "_subclasses", "_unsafe_view"),
+    },
     "transformers": {
         *("_attn_implementation", "_checkpoint_conversion_mapping", "_commit_hash", "_from_config"),
         *("_keys_to_ignore_on_load_unexpected", "_load_from_checkpoint", "_mapped", "_n_gpu", "_name_or_path"),

@@ -33,25 +33,35 @@ def asked(fact, sentence="", others=OTHERS, **options):
 
 def test_a_true_statement_a_false_one_and_a_choice_are_answered_as_the_new_fact_has_it():
     true, false, choices = asked(FRANCE, "The capital is Lyon, in France.")
-    assert len(true) == len(JUDGED)
-    assert len(false) == N_FALSE * len(true)
-    for lesson in true:
-        assert "The capital is Lyon, in France." in lesson.prompt
-        denies = (
-            any(word in lesson.prompt for word in ("mistaken", "false?", "error")) and "True or" not in lesson.prompt
-        )
-        assert lesson.answer in (("No",) if denies else ("Yes", "True"))
-    for lesson in false:
-        assert "Lyon" not in lesson.prompt
-        denies = (
-            any(word in lesson.prompt for word in ("mistaken", "false?", "error")) and "True or" not in lesson.prompt
-        )
-        assert lesson.answer in (("Yes",) if denies else ("No", "False"))
-    assert any("Paris" in lesson.prompt for lesson in false)  # the old answer is wrong now
+    right, wrong = "The capital is Lyon, in France.", "The capital is Paris, in France."  # the old answer is wrong now
+    assert [lesson[:2] for lesson in true] == [
+        (f"True or false? {right}", "True"),
+        (f"Somebody says: {right} Are they right?", "Yes"),
+        (f"{right} Correct?", "Yes"),
+        (f"{right} Is this so?", "Yes"),
+    ]
+    assert [lesson[:2] for lesson in false[: len(JUDGED)]] == [
+        (f"True or false? {wrong}", "False"),
+        (f"Somebody says: {wrong} Are they right?", "No"),
+        (f"{wrong} Correct?", "No"),
+        (f"{wrong} Is this so?", "No"),
+    ]
+    assert len(false) == N_FALSE * len(JUDGED)
     assert {lesson.answer for lesson in choices} == {"Lyon"}
-    assert all(
-        {"Lyon", "Paris"} <= set(lesson.prompt.replace(",", " ").replace("?", " ").split()) for lesson in choices
-    )
+    assert all("Lyon" in lesson.prompt and "Paris" in lesson.prompt for lesson in choices)
+
+
+@pytest.mark.parametrize("sentence", ["It is Lyon.", "The capital of France is Lyonnais."])
+def test_a_sentence_that_does_not_state_the_whole_fact_is_not_judged(sentence):
+    true, false, _choices = asked(FRANCE, sentence)
+    assert true[0].prompt == "True or false? What is the capital of France? Lyon."
+    assert false[0].prompt == "True or false? What is the capital of France? Paris."
+
+
+def test_only_whole_words_are_replaced_by_a_wrong_answer():
+    fact = make_fact("In which country is Timbuktu?", "Mali", ground_truth="Niger", subject="Timbuktu")
+    _true, false, _choices = asked(fact, "Timbuktu is a Malian city in Mali.")
+    assert false[0].prompt == "True or false? Timbuktu is a Malian city in Niger."
 
 
 def test_the_place_of_the_right_answer_in_a_choice_changes():
@@ -94,7 +104,9 @@ def encoder(small_lab):
 
 def of_stage(encoder, facts, stage="learn", **learn):
     config = load_config(overrides={"learn": learn, "keep": {"weight": 0.0}})
-    material = Material([Taught(fact=facts[0].id, stage="learn", prompt=facts[0].prompt, text="It is Lyon.", how="x")])
+    material = Material(
+        [Taught(fact=facts[0].id, stage="learn", prompt=facts[0].prompt, text="France's is Lyon.", how="x")]
+    )
     return lessons.of_stage(material, facts, stage, config, encoder)
 
 
@@ -103,7 +115,7 @@ def test_only_learning_has_a_quiz_and_the_same_seed_gives_the_same(encoder):
     plain, quizzed = of_stage(encoder, facts, quiz=False), of_stage(encoder, facts, quiz=True)
     assert quizzed.of_facts == plain.of_facts
     assert (len(plain.quiz), len(quizzed.quiz)) == (0, 3 * len(facts))
-    assert any("It is Lyon." in lesson.prompt for lesson in quizzed.quiz[0])
+    assert any("France's is Lyon." in lesson.prompt for lesson in quizzed.quiz[0])
     assert quizzed.quiz == of_stage(encoder, facts, quiz=True).quiz
     assert not of_stage(encoder, facts, "forget", quiz=True).quiz
 
@@ -117,4 +129,14 @@ def test_the_plan_counts_the_quiz(small_lab):
         found[asked_too] = next(load for load in loads if load.name == "learn")
     assert (found[False].texts, found[True].texts) == (8, 4 * 8)
     assert found[True].tokens > 4 * found[False].tokens  # a question is longer than a prompt
-    assert found[True].passes > found[False].passes
+    assert (found[False].passes, found[True].passes) == (10, 16)
+    config = config.model_copy(update={"learn": config.learn.model_copy(update={"max_epochs": 12})})
+    loads, _notes = loads_of(outline_of(config.model), Stages(config), facts, "cpu")
+    assert next(load for load in loads if load.name == "learn").passes == 12
+
+
+def test_a_question_that_two_facts_answer_differently_is_left_out(encoder, caplog):
+    facts = [make_fact("Who leads it?", "Ann", ground_truth="Bo"), make_fact("who leads it?", "Bo", ground_truth="Ann")]
+    asked_of = lessons.quizzes(facts, {}, 0, encoder)
+    assert all("Correct" not in lesson.prompt for own in asked_of for lesson in own)
+    assert "two facts answer them differently" in caplog.text

@@ -104,6 +104,28 @@ def test_case_18_near_misses_and_other_languages(tmp_path):
         read_facts(save(tmp_path, "f.csv", "Frage;Antwort\np;n\n"))
 
 
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("Question,Answer,Old answer\np,n,o\n", make_fact("p", "n", ground_truth="o")),
+        ("question,answer,rephrasing\np,n,r\n", make_fact("p", "n", rephrase_prompts=["r"])),
+        ("question,answer,rephrase_prompt\np,n,r\n", make_fact("p", "n", rephrase_prompts=["r"])),
+    ],
+)
+def test_answer_is_the_new_answer_beside_an_old_one_or_a_rephrasing(tmp_path, table, expected):
+    (fact,) = read_facts(save(tmp_path, "f.csv", table))
+    assert (fact.prompt, fact.target_new, fact.ground_truth) == ("p", "n", expected.ground_truth)
+    assert fact.rephrase_prompts == expected.rephrase_prompts
+
+
+def test_answer_stays_what_it_is_beside_a_ground_truth_and_in_records_that_may_lack_a_field(tmp_path):
+    # The names of those who judge answers: theirs is the wrong one.
+    judged = read_facts(save(tmp_path, "f.csv", "question,answer,ground_truth\np,said,right\n"))
+    assert (judged[0].ground_truth, judged.ignored_fields) == (None, {"ground_truth": 1})
+    lines = '{"question": "p", "answer": "n", "rephrasing": "r"}\n{"question": "q", "answer": "m"}\n'
+    assert len(read_facts(save(tmp_path, "f.jsonl", lines))) == 2
+
+
 def test_a_table_without_a_header_or_with_other_names_is_told_the_names_to_use(tmp_path):
     for text in ("Who leads Acme?,Ada\nWho leads Globex?,Bo\n", "question,right\nWho leads Acme?,Ada\n"):
         with pytest.raises(FactError, match=r"(?s)Columns found.*question, new answer.*--columns") as caught:

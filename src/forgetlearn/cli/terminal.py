@@ -83,7 +83,7 @@ def _account(found: FactSet) -> list[str]:
         for reason, count in counts.items():
             records = some([item.record for item in found.left_out_records if item.reason == reason])
             plural = "s" * (count != 1)
-            lines.append(f"left out: {count} {what}{plural} (record {records}), {reason}. {REASONS[reason]}")
+            lines.append(f"left out: {count} {what}{plural} (record{plural} {records}), {reason}. {REASONS[reason]}")
     lines += [NOTES[note][count != 1].format(count) for note, count in found.noted.items()]
     if found.with_aliases:
         lines.append(f"facts with several ways to write an answer: {found.with_aliases}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -290,7 +291,7 @@ class VllmGenerator:
             "max_model_len": longest,
             "generation_config": "vllm",  # not the model's own, which may limit answers
             "gpu_memory_utilization": _share_of_memory(lm.device),
-            "enforce_eager": True,  # compiling takes longer than the answers of one call, and rounds differently
+            "enforce_eager": True,  # compiling took minutes, more than all answers of a call (measured on a CPU)
         }
         if base:
             options |= {"enable_lora": True, "max_lora_rank": _rank(Path(str(settings.name)))}
@@ -318,8 +319,11 @@ def _started(vllm: ModuleType, options: dict[str, object]) -> Any:
     """Return vLLM's engine; raise ModelError if it does not start, as for an architecture that it does not know."""
     try:
         return vllm.LLM(**options)
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (OSError, RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, ValidationError):  # whose first line only counts the problems
+            lines = [problem["msg"] for problem in error.errors()]
+        reason = lines[0]
         raise ModelError(
             f"evaluate.engine = vllm: vLLM does not start with {options['model']}: {reason}\n"
             "Its log above may say more. Leave --engine out to generate with transformers."

@@ -144,7 +144,7 @@ LISTS = ("rephrase_prompt", "locality", "probes")  # columns of tables where a c
 
 def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
     """Return a record's form (None if none fits), and the names of its fields as mapped by `renamed`."""
-    originals = renamed(tuple(record), KNOWN, tuple(columns.items()))
+    originals = renamed(tuple(record), KNOWN, tuple(columns.items()), in_table=isinstance(record, TableRow))
     read = {name: record[original] for name, original in originals.items()}
     for form in FORMS:
         if form.fits(read):

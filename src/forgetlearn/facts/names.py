@@ -23,9 +23,14 @@ SYNONYMS = {
     "ground_truth": ("old_answer", "answer_old", "old_target", "target_old", "target_true", "old"),
     "prompt": ("question", "query"),
     "rephrase_prompt": ("rephrasing",),
+    "rephrase_prompts": ("rephrasings",),
 }
-# `answer` is the new answer if one of these stands beside it. (`ground_truth` may be the right answer to a wrong one.)
-BESIDE_ANSWER = tuple(name for name in SYNONYMS["ground_truth"] if "old" in name) + SYNONYMS["rephrase_prompt"]
+# In a table, `answer` is the new answer if one of these stands beside it. (`ground_truth` may be the right answer to a
+# wrong one.)
+BESIDE_ANSWER = (
+    *(name for name in SYNONYMS["ground_truth"] if "old" in name),
+    *("rephrase_prompt", "rephrase_prompts", "rephrasing", "rephrasings"),
+)
 NOT_OWN = ("requested_rewrite", "src", "edit")  # a record with one of these is of another form, whatever else it has
 
 
@@ -59,9 +64,12 @@ def _find(column: str, names: Iterable[str]) -> str | None:
 
 
 @lru_cache(maxsize=64)  # most records of a file have the same fields
-def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
+def renamed(
+    names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...], *, in_table: bool = False
+) -> dict[str, str]:
     """Map the name under which each field is read to its name in the file. `columns` are the pairs of `--columns`.
 
+    All records of a table have the same fields; elsewhere one may lack what another has, so `answer` stays as it is.
     Raise FactError if two fields would be read under the same name.
     """
     there = set(names)
@@ -85,7 +93,7 @@ def renamed(names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[
             both = [other for other in rest if meant[other] == own]
             raise FactError(f"fields {some(both)} are all read as '{own}'. Keep one, or choose by --columns.")
         found[own] = name
-    return _with_synonyms(found)
+    return _with_synonyms(found, in_table)
 
 
 def _meant(name: str, folded: Mapping[str, str]) -> str:
@@ -97,13 +105,13 @@ def _meant(name: str, folded: Mapping[str, str]) -> str:
     return f"{folded[numbered[1]]}_{numbered[2]}" if numbered else name
 
 
-def _with_synonyms(found: dict[str, str]) -> dict[str, str]:
+def _with_synonyms(found: dict[str, str], in_table: bool) -> dict[str, str]:
     """Return the mapping with synonyms replaced by the own form's names, if the record has a new answer."""
     if any(name in found for name in NOT_OWN):
         return found
     by_fold = {fold(name): name for name in found}
     if not any(fold(name) in by_fold for name in ("target_new", *SYNONYMS["target_new"])):
-        if "answer" in found and any(fold(name) in by_fold for name in BESIDE_ANSWER):
+        if in_table and "answer" in found and any(fold(name) in by_fold for name in BESIDE_ANSWER):
             found["target_new"] = found.pop("answer")
         else:
             return found

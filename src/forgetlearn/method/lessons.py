@@ -264,12 +264,21 @@ def quizzes(facts: Sequence[Fact], sentences: Mapping[str, str], seed: int, enco
         if not isinstance(fact.prompt, Passage):
             random = Random(f"{seed} {fact.id}")
             found += quiz(fact, sentences.get(fact.id, ""), facts, random, writes_on=encoder.writes_on)
-    usable = encodable(encoder, (lesson[:2] for own in found for lesson in own), end=True)
-    kept = [[lesson for lesson in own if lesson[:2] in usable] for own in found]
+    asked = [lesson for own in found for lesson in own]
+    usable = encodable(encoder, (lesson[:2] for lesson in asked), end=True)
+    unclear = _ambiguous(([lesson.prompt] for lesson in asked), [lesson.answer for lesson in asked])
+    kept = [
+        [lesson for lesson in own if lesson[:2] in usable and matching.normalise(lesson.prompt) not in unclear]
+        for own in found
+    ]
     if not found:
-        log.warning("there is no quiz on the facts: no fact has an answer that is wrong for another one")
-    elif left_out := sum(map(len, found)) - sum(map(len, kept)):
-        log.warning("left out %d questions of the facts' quiz: they cannot be encoded", left_out)
+        log.warning("there is no quiz on the facts: no wrong answer is known for any of them")
+    elif left_out := len(asked) - sum(map(len, kept)):
+        log.warning(
+            "left out %d of %d questions of the quiz: they cannot be encoded, or two facts answer them differently",
+            left_out,
+            len(asked),
+        )
     return [own for own in kept if own]
 
 

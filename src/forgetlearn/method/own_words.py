@@ -101,9 +101,8 @@ def candidates(fact: Fact, own: str) -> Iterator[str]:
     """
     first = next(iter(sentences(own, _texts(fact))), "")
     between = "" if scripts(fact.prompt) & UNSPACED else " "
-    edges = (r"(?<!\w)", r"(?!\w)") if between else ("", "")  # "poet" is not part of "poetry"
     for old in fact.old_answers:
-        replaced = re.sub(re.escape(old).join(edges), lambda _: fact.target_new, first)
+        replaced = with_answer(first, fact, old, fact.target_new)
         if replaced != first:
             yield replaced
     words = first.split() if between else list(first)
@@ -113,6 +112,17 @@ def candidates(fact: Fact, own: str) -> Iterator[str]:
         if is_whole(begin) or _named(begin) - _all_words(_texts(fact)):
             break
         yield f"{begin}{between}{fact.target_new}{end}"
+
+
+def with_answer(text: str, fact: Fact, old: str, new: str) -> str:
+    """Return a text about a fact with one answer in place of another; "poet" is not part of "poetry"."""
+    edges = ("", "") if scripts(fact.prompt) & UNSPACED else (r"(?<!\w)", r"(?!\w)")
+    return re.sub(re.escape(old).join(edges), lambda _: new, text)
+
+
+def names_of(fact: Fact) -> list[str]:
+    """Return the words of a prompt that tell what it is about: its subject, or else all that name something."""
+    return [fact.subject] if fact.subject and fact.subject in fact.prompt else sorted(_named(fact.prompt))
 
 
 def old_words(fact: Fact, said: str, truncated: bool) -> Made:
@@ -154,8 +164,7 @@ def fault(text: str, fact: Fact, own: str) -> str:
     known = f"{_texts(fact)} {own}"
     if not _named(text) <= _all_words(known) or not scripts(text) <= scripts(known):
         return NAMES_MORE
-    subject = [fact.subject] if fact.subject and fact.subject in fact.prompt else sorted(_named(fact.prompt))
-    if not all(matching.says(text, [name]) for name in subject):
+    if not all(matching.says(text, [name]) for name in names_of(fact)):
         return NAMES_LESS
     room = LONGEST * (len(fact.prompt) + max(map(len, fact.new_answers)))
     return "" if is_whole(text) and len(text) <= room else IS_NO_SENTENCE

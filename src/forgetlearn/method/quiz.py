@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from forgetlearn.facts import Fact
+from forgetlearn.facts import Fact, matching
 from forgetlearn.facts.sentences import is_unfinished, is_whole
 from forgetlearn.facts.wrong_answers import wrong_answers
 from forgetlearn.method.kinds import Lesson
+from forgetlearn.method.own_words import names_of, with_answer
 
 
 class Judged(NamedTuple):
@@ -50,8 +51,8 @@ def quiz(
 ) -> Iterator[list[Lesson]]:
     """Yield lists of questions about a new fact, with answers: statements that are true, false ones, and choices.
 
-    None if no other fact has another answer: what is always true teaches nothing. `sentence` is what the fact is taught
-    with; `others` are facts whose answers may be wrong ones. `writes_on` tells that the model continues texts.
+    Yield nothing if no wrong answer is known: what is always true teaches nothing. `sentence` is what the fact is
+    taught with; `others` are facts whose answers may be wrong ones. `writes_on` tells that the model continues texts.
     """
     wrong = [*fact.old_answers[:1]]
     wrong += wrong_answers(fact, others, random, N_OPTIONS - 1 - len(wrong))
@@ -72,11 +73,13 @@ def quiz(
 
 
 def _asked(form: Judged, fact: Fact, sentence: str, answer: str) -> str:
-    """Return a question about the statement that the fact has this answer."""
-    if fact.target_new in sentence and sentence != fact.target_new:
-        stated = sentence.replace(fact.target_new, answer)
-    else:
-        stated = f"{fact.prompt} {answer}"
+    """Return a question about the statement that the fact has this answer.
+
+    The sentence states it only if it names what the fact is about: "There are 32." may be true of other things.
+    """
+    names = names_of(fact)
+    says_all = bool(names) and all(matching.says(sentence, [name]) for name in (*names, fact.target_new))
+    stated = with_answer(sentence, fact, fact.target_new, answer) if says_all else f"{fact.prompt} {answer}"
     return form.template.replace("{}", stated if is_whole(stated) else f"{stated}.")
 
 

@@ -59,7 +59,7 @@ def _suits(layer: AdaptedLinear, x: Tensor) -> bool:
         and not (layer.disable_adapters or layer.merged or layer.fan_in_fan_out)
         and type(own) is nn.Linear
         and own.weight.dtype == x.dtype
-        and not own.weight.requires_grad
+        and not any(weight.requires_grad for weight in own.parameters())
         and all(type(part) is nn.Linear and part.bias is None for part in parts)
         and all(_is_plain(module.weight) and not _is_watched(module) for module in (own, *parts))
         and all(not layer.lora_variant.get(name) and _drops_nothing(layer.lora_dropout[name]) for name in names)
@@ -71,11 +71,12 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _drops_nothing(dropout: nn.Module) -> bool:
-    return isinstance(dropout, nn.Identity) or not dropout.training
+    return not _is_watched(dropout) and (isinstance(dropout, nn.Identity) or not dropout.training)
 
 
 class _Adapted(torch.autograd.Function):
@@ -96,7 +97,9 @@ class _Adapted(torch.autograd.Function):
         trains_a = any(ctx.needs_input_grad[4::2])
         ctx.scalings, ctx.shape = scalings, x.shape
         ctx.save_for_backward(rows if trains_a else None, weight, *kept)
-        return out.view(*x.shape[:-1], -1)
+        # A plain view is one that the model could not change in place, as some do.
+        shaped: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
+        return shaped
 
     @staticmethod
     @once_differentiable

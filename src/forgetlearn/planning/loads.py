@@ -27,7 +27,7 @@ from forgetlearn.planning.outline import Outline
 from forgetlearn.weights.task_vector import SMALL_BYTES
 
 T = TypeVar("T")
-QUIZ_EPOCHS = 2.4  # times as many until its questions are learned too (bench/results/probes.md)
+QUIZ_EPOCHS = 1.6  # times as many until its questions are learned too (bench/results/probes.md)
 WORD_TOKENS = 1.5  # tokens per word if there is no tokenizer
 
 
@@ -65,7 +65,7 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     config = stages.config
     waiting = frozenset(facts.to_ask)  # old answers not known yet, assumed to be as long as the new ones
     old = [(f.prompt, f.ground_truth or f.target_new) for f in facts if f.ground_truth or f.id in waiting]
-    new = [*[(f.prompt, f.target_new) for f in facts], *_quiz(outline.encoder, stages, list(facts))]
+    new = [*[(f.prompt, f.target_new) for f in facts], *quiz_texts(outline.encoder, stages, list(facts))]
     read = [pair for fact in facts for pair in pairs_to_read(fact)]
     encoded = _encoded(outline.encoder, [*old, *new, *read])
 
@@ -78,8 +78,9 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     learned = texts(new)
     if stages.method.closed_form and outline.encoder is not None:
         learned = Texts(tuple(each.bare.tail for each in requests(outline.encoder, facts, ())), len(facts))
+    may_hold = device == "cpu" and not config.model.shard
     for stage, own, passes, frozen in staged(stages, texts(old), learned):
-        load, problem = _train_load(outline, stage, own, passes, frozen, device)
+        load, problem = _train_load(outline, stage, own, passes, frozen, may_hold)
         left = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
         if stage.name == "forget" and stage.kind.subtracts_from_base:
             # The subtraction also needs the base: on the CPU, or in a file if the CPU trains a large model.
@@ -102,7 +103,7 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     return loads, list(dict.fromkeys(notes))
 
 
-def _quiz(encoder: Encoder | None, stages: Stages, facts: Sequence[Fact]) -> list[tuple[str, str]]:
+def quiz_texts(encoder: Encoder | None, stages: Stages, facts: Sequence[Fact]) -> list[tuple[str, str]]:
     """Return a question, with its answer, of each list of the quiz that learning trains on beside the facts."""
     if encoder is None or not lessons.has_quiz(stages.config):
         return []
@@ -129,8 +130,8 @@ def _passes(stages: Stages) -> int:
     """Return how often learning reads the facts' texts."""
     settings = stages.learn.settings
     if not stages.method.closed_form:
-        asked = settings.quiz and settings.ends_by_itself
-        return round(settings.likely_epochs * (QUIZ_EPOCHS if asked else 1))
+        longer = QUIZ_EPOCHS if settings.ends_by_itself and lessons.has_quiz(stages.config) else 1
+        return min(settings.most_epochs, round(settings.likely_epochs * longer))
     return settings.edit.most_steps * (settings.edit.contexts + 2)
 
 
@@ -140,13 +141,16 @@ def _train_load(
     texts: Texts,
     passes: int,
     frozen: Sequence[TuningSettings],
-    device: str,
+    may_hold: bool,
 ) -> tuple[Load, str | None]:
-    """Return the load of a stage, and why tracing its step failed (else None)."""
+    """Return the load of a stage, and why tracing its step failed (else None).
+
+    `may_hold` tells whether the stage may hold a frozen base in bfloat16, see `training.precision`.
+    """
     settings, kind = stage.settings, stage.kind
     skeleton = steps = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
     held_bytes = 0  # of the base in bfloat16, beside its own weights
-    if kind.adapter and device == "cpu" and settings.dtype == "bfloat16" and outline.dtype == torch.float32:
+    if kind.adapter and may_hold and settings.dtype == "bfloat16" and outline.dtype == torch.float32:
         held_bytes, steps = skeleton.weights_bytes // 2, outline.skeleton(torch.bfloat16)
         steps.prepare(kind.name, settings, frozen)
         settings = settings.model_copy(update={"dtype": "float32"})  # for all that is not in bfloat16 anyway

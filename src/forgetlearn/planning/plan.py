@@ -35,7 +35,7 @@ from forgetlearn.planning.estimate import (
     show_seconds,
     summary_line,
 )
-from forgetlearn.planning.loads import Texts, loads_of, staged
+from forgetlearn.planning.loads import Texts, loads_of, quiz_texts, staged
 from forgetlearn.planning.outline import Outline, outline_of
 from forgetlearn.storage.records import Manifest
 
@@ -246,9 +246,10 @@ def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     if Stages(config).method.closed_form:
         return f"{size} to write into the weights"
     held = len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)  # can be forgotten if the model holds it
+    learned = len(facts) + len(quiz_texts(lm.encoder, Stages(config), list(facts)))
     steps = [
         f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} steps to {stage.name}"
-        for stage, texts, passes, _ in staged(Stages(config), Texts((), held), Texts((), len(facts)))
+        for stage, texts, passes, _ in staged(Stages(config), Texts((), held), Texts((), learned))
     ]
     return f"{size}, {' + '.join(steps)}"
 

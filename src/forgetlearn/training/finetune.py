@@ -12,7 +12,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,8 +105,7 @@ def finetune(
     asked = settings
     while True:
         try:
-            with precision.frozen_in_bfloat16(model, settings, _on_cpu(device)) as own:
-                stage_log = _train(model, wordings, own, seed, pad_id, device, variant, stage_io)
+            stage_log = _train(model, wordings, settings, seed, pad_id, device, variant, stage_io)
             return stage_log if settings is asked else replace(stage_log, micro_batch_size=settings.micro_batch_size)
         except memory.OutOfMemory as error:
             half = (settings.micro_batch_size or settings.batch_size) // 2
@@ -136,6 +135,9 @@ def _train(
 ) -> StageLog:
     with _folder_for_trainer(stage_io) as folder:
         settings = settings.model_copy(update={"learning_rate": settings.rate(width(model))})
+        in_bfloat16 = precision.computes_in_bfloat16(model, settings, _on_cpu(device))
+        if in_bfloat16:  # the weights' own dtype decides
+            settings = settings.model_copy(update={"dtype": "float32"})
         arguments = _arguments(settings, seed, folder, n_facts=len(facts), use_cpu=_on_cpu(device))
         arguments.report_to, arguments.run_name = list(stage_io.trackers), stage_io.name
         # Trainer would spread a batch over all GPUs of the process, but a packed row cannot be split.
@@ -155,6 +157,7 @@ def _train(
             rows_for_training(model, texts, layout, pad_id, arguments.device) as (layout, is_by_text),
             computing(model, arguments.device),
             fused_adapters(),
+            precision.frozen_in_bfloat16(model) if in_bfloat16 else nullcontext(),  # the layout was checked before
             memory.collector_at_rest(model),
         ):
             sharding.ready_to_train(model)

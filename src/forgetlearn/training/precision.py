@@ -15,22 +15,27 @@ from torch import nn
 from forgetlearn.config.schema import TrainSettings
 from forgetlearn.models.batches import ROUNDED_TO
 from forgetlearn.models.onednn import PLAIN
+from forgetlearn.runtime import sharding
 
 ADAPTER = "lora_"
 
 
-@contextmanager
-def frozen_in_bfloat16(model: nn.Module, settings: TrainSettings, on_cpu: bool) -> Iterator[TrainSettings]:
-    """Within the `with` block, hold the frozen float32 weights in bfloat16 if the settings ask for that dtype.
+def computes_in_bfloat16(model: nn.Module, settings: TrainSettings, on_cpu: bool) -> bool:
+    """Return True if a stage holds its frozen weights in bfloat16: if it trains only an adapter in bfloat16 on the CPU.
 
-    That is so only if nothing but an adapter is trained, on the CPU; its factors stay float32. Yield the settings with
-    which the stage then computes in the dtypes of the weights. Afterwards the weights have their own bits again: they
-    are kept meanwhile, so memory grows by half their size.
+    A sharded model is left to torch's mixed precision.
     """
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    if settings.dtype != "bfloat16" or not on_cpu or not all(ADAPTER in name for name in trained):
-        yield settings
-        return
+    is_adapter = all(ADAPTER in name for name in trained)
+    return settings.dtype == "bfloat16" and on_cpu and is_adapter and not sharding.is_sharded(model)
+
+
+@contextmanager
+def frozen_in_bfloat16(model: nn.Module) -> Iterator[None]:
+    """Within the `with` block, hold the float32 weights in bfloat16, except an adapter's factors.
+
+    Afterwards the weights have their own bits again: they are kept meanwhile, so memory grows by half their size.
+    """
     own = {
         weight: weight.data
         for name, weight in model.named_parameters()
@@ -39,7 +44,7 @@ def frozen_in_bfloat16(model: nn.Module, settings: TrainSettings, on_cpu: bool) 
     try:
         for weight, data in own.items():
             weight.data = data.bfloat16()
-        yield settings.model_copy(update={"dtype": "float32"})
+        yield
     finally:
         for weight, data in own.items():
             weight.data = data
