@@ -1,4 +1,4 @@
-"""vLLM itself, with a chat model and an update of it; docs/scores.md says how it is installed beside this package."""
+"""vLLM itself, with a chat model and an update of it; docs/serving.md says how it is installed beside this package."""
 
 import json
 

@@ -265,8 +265,8 @@ class OptimisationSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Precision of the forward and backward pass; trained weights and optimiser state are float32. "
-        "With LoRA a frozen base in half precision computes in that; on the CPU, bfloat16 holds one in float32 in "
-        "bfloat16 too while it trains.",
+        "With LoRA a frozen base in half precision computes in that; on the CPU, bfloat16 also casts a frozen float32 "
+        "base for the stage.",
     )
     optim: Optimiser = Field(
         "adamw_torch_fused",
@@ -354,8 +354,8 @@ class LearnSection(StageSection):
     )
     quiz: bool = Field(
         False,
-        description="Practise to tell each new fact from wrong answers too: is a statement true, which of several "
-        "answers is right? Takes twice as long or more (docs/choosing.md).",
+        description="Also train on questions that tell each new fact from wrong answers: is a statement true, which "
+        "of several answers is right? Learning takes about four times as long.",
     )
     modules: Modules = Field(
         "all",
