@@ -163,30 +163,31 @@ TARGETS: Mapping[Target, Callable[[Export], str]] = {
 
 def _write_whole(asked: Export, folder: Path) -> str:
     """Write the whole model as GGUF into `folder`, with the licences of its base; return what was written."""
-    with closing(ModelFile(asked.whole, asked.dtype)) as checked:  # before minutes of merging
-        dtype = checked.dtype
-    with _merged(asked, folder, dtype) as (model, lost), closing(ModelFile(model, dtype)) as file:
-        file.write(folder / MODEL)
+    with closing(
+        ModelFile(asked.whole, asked.dtype)
+    ) as file:  # of an adapter's base: a check before minutes of merging
+        dtype = file.dtype
+        if asked.base is None:
+            file.write(folder / MODEL)
+    lost = _write_merged(asked, folder, dtype) if asked.base is not None else None
     for path in licences(asked.whole):
         copy_own(path, folder)
     on = f" added to {asked.base}" if asked.base else ""
     return "\n".join(filter(None, [f"{asked.product}{on}, in {dtype}", lost]))
 
 
-@contextmanager
-def _merged(asked: Export, folder: Path, dtype: Dtype) -> Iterator[tuple[Path, str | None]]:
-    """Yield the product's folder, of an adapter a merged copy for a while, and a warning if rounding to bf16 lost much.
+def _write_merged(asked: Export, folder: Path, dtype: Dtype) -> str | None:
+    """Write an adapter's base with the adapter added; return a warning if rounding to bf16 lost much.
 
-    The copy is in float32, so that its numbers are rounded once, when they are written.
+    The merged copy is in float32 for a while, so that its numbers are rounded once, when they are written.
     """
-    if asked.base is None:
-        yield asked.product, None
-        return
     merged = folder / "merged"
     numbers = Numbers("bfloat16" if dtype == "bf16" else "float32")
     written = merge_adapter(asked.product, asked.whole, merged, numbers=numbers)
-    yield merged, warning(written.survival.as_dict(), "--dtype f32 or f16, or --to adapter")
+    with closing(ModelFile(merged, dtype)) as file:
+        file.write(folder / MODEL)
     shutil.rmtree(merged)
+    return warning(written.survival.as_dict(), "--dtype f32 or f16, or --to adapter")
 
 
 # Ollama -------------------------------------------------------------------------------------------
