@@ -90,6 +90,11 @@ def _new_adapter(model: nn.Module, settings: LoraSettings, name: str) -> PeftMod
     return adapted
 
 
+def is_factor(path: str, name: str | None = None) -> bool:
+    """Return True if a parameter is a factor of an adapter, by its name in the model; with `name`, of that adapter."""
+    return "lora_" in path and (name is None or f".{name}." in path)
+
+
 def trained_name(model: PeftModel) -> str:
     """Return the name of the adapter that is trained."""
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -103,7 +108,7 @@ def activate(model: PeftModel, names: Sequence[str], trained: str | None = None)
     sharding.to_parts(model)
     model.base_model.set_adapter(list(names))
     for layer_name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained is not None and f".{trained}." in layer_name and "lora_" in layer_name)
+        parameter.requires_grad_(trained is not None and is_factor(layer_name, trained))
     for _path, layer in adapted_layers(model):
         for name in names:
             if name != trained and name in layer.lora_dropout:
@@ -213,11 +218,7 @@ def _fill(layer: LoraLayer, name: str, a: Tensor, b: Tensor) -> None:
 
 def weights_of(model: PeftModel, name: str) -> dict[str, Tensor]:
     """Return copies of an adapter's factors on the CPU, by their names in the model."""
-    return {
-        path: weight.detach().cpu().clone()
-        for path, weight in model.named_parameters()
-        if "lora_" in path and f".{name}." in path
-    }
+    return {path: weight.detach().cpu().clone() for path, weight in model.named_parameters() if is_factor(path, name)}
 
 
 @torch.no_grad()

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from forgetlearn.config.schema import TrainSettings
+from forgetlearn.models import lora
 from forgetlearn.models.batches import ROUNDED_TO
 from forgetlearn.models.onednn import PLAIN
 from forgetlearn.runtime import sharding
-
-ADAPTER = "lora_"
 
 
 def computes_in_bfloat16(model: nn.Module, settings: TrainSettings, on_cpu: bool) -> bool:
@@ -25,8 +24,7 @@ def computes_in_bfloat16(model: nn.Module, settings: TrainSettings, on_cpu: bool
 
     A sharded model is left to torch's mixed precision.
     """
-    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    is_adapter = all(ADAPTER in name for name in trained)
+    is_adapter = all(lora.is_factor(name) for name, weight in model.named_parameters() if weight.requires_grad)
     return settings.dtype == "bfloat16" and on_cpu and is_adapter and not sharding.is_sharded(model)
 
 
@@ -39,7 +37,7 @@ def frozen_in_bfloat16(model: nn.Module) -> Iterator[None]:
     own = {
         weight: weight.data
         for name, weight in model.named_parameters()
-        if ADAPTER not in name and type(weight) in PLAIN and weight.dtype == torch.float32
+        if not lora.is_factor(name) and type(weight) in PLAIN and weight.dtype == torch.float32
     }
     try:
         for weight, data in own.items():
