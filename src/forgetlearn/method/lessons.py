@@ -257,13 +257,19 @@ def of_stage(
     return Lessons(of_facts, kept, quiz=asked)
 
 
-def quizzes(facts: Sequence[Fact], sentences: Mapping[str, str], seed: int, encoder: Encoder) -> list[list[Lesson]]:
-    """Return the questions of the facts' quizzes, list after list. `sentences` are what facts are taught with."""
-    found: list[list[Lesson]] = []
+def questions(
+    facts: Sequence[Fact], sentences: Mapping[str, str], seed: int, encoder: Encoder
+) -> Iterator[list[Lesson]]:
+    """Yield the questions of the facts' quizzes, list after list. `sentences` are what facts are taught with."""
     for fact in facts:
         if not isinstance(fact.prompt, Passage):
             random = Random(f"{seed} {fact.id}")
-            found += quiz(fact, sentences.get(fact.id, ""), facts, random, writes_on=encoder.writes_on)
+            yield from quiz(fact, sentences.get(fact.id, ""), facts, random, writes_on=encoder.writes_on)
+
+
+def quizzes(facts: Sequence[Fact], sentences: Mapping[str, str], seed: int, encoder: Encoder) -> list[list[Lesson]]:
+    """Return the `questions` that can be encoded and have one answer, list after list."""
+    found = list(questions(facts, sentences, seed, encoder))
     asked = [lesson for own in found for lesson in own]
     usable = encodable(encoder, (lesson[:2] for lesson in asked), end=True)
     unclear = _ambiguous(([lesson.prompt] for lesson in asked), [lesson.answer for lesson in asked])

@@ -107,7 +107,7 @@ def quiz_texts(encoder: Encoder | None, stages: Stages, facts: Sequence[Fact]) -
     """Return a question, with its answer, of each list of the quiz that learning trains on beside the facts."""
     if encoder is None or not lessons.has_quiz(stages.config):
         return []
-    return [own[0][:2] for own in lessons.quizzes(facts, {}, stages.config.seed, encoder)]
+    return [own[0][:2] for own in lessons.questions(facts, {}, stages.config.seed, encoder)]
 
 
 def staged(
