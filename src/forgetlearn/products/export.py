@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forgetlearn.config.schema import ModelSettings
-from forgetlearn.errors import ConfigError, ModelError, RunError
-from forgetlearn.models import gguf, hub
+from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.models import gguf
 from forgetlearn.models.gguf_writer import DTYPES, Dtype, ModelFile, write_adapter
 from forgetlearn.models.language_model import load_model
 from forgetlearn.models.loading import load_tokenizer
 from forgetlearn.products.chain import Base, carry_over, check_product, product_of
-from forgetlearn.products.restore import check_base, copy_adapter, finished_run, merged_in_words, runs_of
+from forgetlearn.products.restore import check_base, copy_adapter, finished_run, merged_in_words, place_of_base, runs_of
 from forgetlearn.storage.digests import copy_own, licences
 from forgetlearn.storage.disk import atomic_folder, remove_unfinished
 from forgetlearn.storage.run_folder import RunFolder
@@ -97,15 +97,10 @@ def export(
 
 def _base_of(run: RunFolder, given: str | Path | None) -> tuple[str, Path]:
     """Return the name of the model that a run's adapter belongs on, and its folder or GGUF file."""
-    recorded, taught = Base.of(run), run.path / "taught"
-    if given is not None:
-        name = gguf.resolved(str(given))
-        found = hub.folder_of(name, recorded.commit)
-        return (str(found.resolve()) if found == Path(name) else name), found
-    place = taught if taught.is_dir() else recorded.folder()
-    if place is None:
-        raise RunError(f"{run.path}: its base, {recorded.name}, is gone. Pass the folder of a copy as --base.")
-    return (str(recorded.name) if recorded.commit and place != taught else str(place.resolve())), place
+    place = place_of_base(run, given)
+    name = gguf.resolved(str(given)) if given is not None else str(Base.of(run).name)
+    is_here = place in (Path(name), run.path / "taught")  # and not in the hub's cache
+    return (str(place.resolve()) if is_here else name), place
 
 
 @contextmanager
@@ -163,9 +158,8 @@ TARGETS: Mapping[Target, Callable[[Export], str]] = {
 
 def _write_whole(asked: Export, folder: Path) -> str:
     """Write the whole model as GGUF into `folder`, with the licences of its base; return what was written."""
-    with closing(
-        ModelFile(asked.whole, asked.dtype)
-    ) as file:  # of an adapter's base: a check before minutes of merging
+    # The base of an adapter is only checked, before minutes of merging.
+    with closing(ModelFile(asked.whole, asked.dtype)) as file:
         dtype = file.dtype
         if asked.base is None:
             file.write(folder / MODEL)

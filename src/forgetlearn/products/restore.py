@@ -185,6 +185,25 @@ def merge_product(
     return written
 
 
+def place_of_base(run: RunFolder, given: str | Path | None) -> Path:
+    """Return the folder or GGUF file of the model that a run began on, unverified; with teaching, of the taught model.
+
+    `given` is what --base says: a folder, a GGUF file or a hub id. Else it is what the run recorded.
+
+    Raises:
+        RunError: the base that the run recorded is gone.
+    """
+    base = Base.of(run)
+    if given is not None:
+        return hub.folder_of(gguf.resolved(str(given)), base.commit)
+    place = run.path / "taught" if run.settings.teach.epochs > 0 else base.folder()
+    if place is None:
+        raise RunError(
+            f"{run.path}: its base, {base.name or 'in memory'}, is gone. Pass the folder of a copy as --base."
+        )
+    return place
+
+
 def check_base(run: RunFolder, folder: Path, *, taught: bool) -> None:
     """Raise ModelError unless a folder holds the run's base or, with `taught`, the taught model if there is one."""
     own = run.path / "taught"

@@ -18,10 +18,10 @@ from forgetlearn.evaluation.generation import Room, generator_in_memory
 from forgetlearn.facts import Fact, read_facts
 from forgetlearn.facts.matching import first_lines
 from forgetlearn.facts.touched import touched
-from forgetlearn.models import hub, lora
+from forgetlearn.models import lora
 from forgetlearn.models.language_model import LanguageModel, load_model
 from forgetlearn.products.chain import Base, check_product, product_of
-from forgetlearn.products.restore import check_base, finished_run, runs_of
+from forgetlearn.products.restore import check_base, finished_run, place_of_base, runs_of
 from forgetlearn.storage.digests import is_recorded
 from forgetlearn.storage.records import Summary
 from forgetlearn.storage.run_folder import INPUTS, SUMMARY, RunFolder
@@ -182,16 +182,8 @@ def _last_phase(run: RunFolder) -> str:
 
 def _root(run: RunFolder, origin: Base, base: str | Path | None) -> Path:
     """Return the folder of the weights that a run began on, under any adapter; raise as `open_run` does."""
-    taught = run.settings.teach.epochs > 0
-    if base is not None:
-        place: Path | None = hub.folder_of(base, origin.commit)
-    else:
-        place = run.path / "taught" if taught else origin.folder()
-    if place is None or not place.exists():
-        raise RunError(
-            f"{run.path}: its base {origin.name or 'in memory'} is not on this machine. Pass --base with its folder."
-        )
-    check_base(run, place, taught=taught)
+    place = place_of_base(run, base)
+    check_base(run, place, taught=True)
     adapter = Path(origin.adapter) if origin.adapter else None
     if adapter and not (adapter.is_dir() and is_recorded(adapter, origin.adapter_sha256)):
         raise RunError(f"{run.path}: the adapter {adapter} that it began on is gone or was changed.")
