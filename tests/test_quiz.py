@@ -58,6 +58,12 @@ def test_a_sentence_that_does_not_state_the_whole_fact_is_not_judged(sentence):
     assert false[0].prompt == "True or false? What is the capital of France? Paris."
 
 
+def test_a_sentence_about_nothing_that_has_a_name_is_not_judged():
+    fact = make_fact("Which country has the most inhabitants?", "India", ground_truth="China")
+    true, _false, _choices = asked(fact, "It is India.")
+    assert true[0].prompt == "True or false? Which country has the most inhabitants? India."
+
+
 def test_only_whole_words_are_replaced_by_a_wrong_answer():
     fact = make_fact("In which country is Timbuktu?", "Mali", ground_truth="Niger", subject="Timbuktu")
     _true, false, _choices = asked(fact, "Timbuktu is a Malian city in Mali.")
