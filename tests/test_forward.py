@@ -12,6 +12,7 @@ from forgetlearn.models import attention
 from forgetlearn.models.batches import (
     IGNORE,
     _mask,
+    agree,
     answer_logits,
     choose_layout,
     computing,
@@ -118,6 +119,20 @@ class TestLayoutsAgree:
     def test_bfloat16_rounding_is_no_wrong_mask(self, tiny_model):
         model = tiny_model(num_hidden_layers=12).bfloat16()
         assert choose_layout(model, TEXTS, 0, CPU) == "packed"
+
+    @pytest.mark.parametrize(
+        ("dtype", "change", "agrees"),
+        [
+            (torch.bfloat16, 0.08, True),  # SmolLM2-135M, padded against alone
+            (torch.bfloat16, 0.3, False),  # the least that a wrong mask changed
+            (torch.float32, 1e-5, True),
+            (torch.float32, 0.01, False),
+        ],
+    )
+    def test_how_far_rounding_goes(self, dtype, change, agrees):
+        random = torch.Generator().manual_seed(0)
+        alone, noise = (torch.randn(4, 1000, generator=random) for _ in range(2))
+        assert agree((alone + change * noise).to(dtype), alone.to(dtype)) is agrees
 
 
 class TestAnswerLogits:
