@@ -11,7 +11,8 @@ beside the default recipe, all with the recipe `plain`; the f- methods forget wi
 Columns, in percent: new answer said (by the protocol `contains`), said when asked in other words; tokens of the answers
 to the file's unrelated probes that are predicted as before (agreement, as in the report); general answers as before, KL
 from the base on those in nats per token; old answer still said where the base said it, and the number of these facts.
-Then steps, the tokens of the base's own answers to the probes that are predicted as before, and CPU seconds of the
+Then steps, the tokens of the base's own answers to the probes that are predicted as before, replies to other questions
+about the facts' subjects that leave the new answer out (the probe `same-subject`), and CPU seconds of the
 update (after a resume, of the rest) with its peak memory in GB; of methods in context, the tokens added to a prompt.
 Each cell is computed by a process of its own; give OMP_NUM_THREADS=1, since several threads spend CPU seconds on
 waiting. `cells.jsonl` has all cells, a line each.
@@ -32,7 +33,8 @@ from pathlib import Path
 from forgetlearn.config.base import validate
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import EvaluateSettings, RunConfig, StageSettings
-from forgetlearn.evaluation import damage, general_ability, scoring
+from forgetlearn.evaluation import damage, general_ability, probe_scoring, scoring
+from forgetlearn.evaluation.probes import SAME_SUBJECT, questions
 from forgetlearn.evaluation.scorer import Generated, Reading, Scorer
 from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, FactSet, matching, read_facts
@@ -144,6 +146,7 @@ def run(cell: Cell, args: argparse.Namespace) -> dict[str, float | None]:
     found |= {"steps": len(disk.read_rows(result.output / "logs" / "learn.jsonl")), **cost(began)}
     if any(fact.locality for fact in facts):
         found["own answers to probes"] = probes_as_before(cell, args, facts, config, result.product)
+    found["same subject"] = same_subject(model_at(result.product, config), facts)
     return found
 
 
@@ -181,6 +184,14 @@ def probes_as_before(
 
     filled(before, measure)
     return damage.measure(model_at(product, config), config.evaluate, before, before, probes).agreement
+
+
+def same_subject(lm: LanguageModel, facts: FactSet) -> float | None:
+    """Return the percent of replies to other questions about the facts' subjects that leave the new answer out."""
+    settings = EvaluateSettings(probes=(SAME_SUBJECT,))
+    asked = questions(list(facts), lm.encoder, settings, 0)
+    found = probe_scoring.summarise(probe_scoring.score(lm, asked, settings, "updated"), len(facts))
+    return found[0].new.mean if found else None
 
 
 def one_by_one(lm: LanguageModel, facts: FactSet, output: Path) -> dict[str, float | None]:

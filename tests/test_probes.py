@@ -15,6 +15,7 @@ from forgetlearn.evaluation.probes import Asked, Maker
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
 from forgetlearn.facts import LocalityProbe, Probe, make_fact, write_facts
 from forgetlearn.report import run_page
+from forgetlearn.report.probes import matrix
 from forgetlearn.runs.update import update
 from forgetlearn.storage.records import ProbeRow, Row, Summary, load_rows
 
@@ -94,6 +95,18 @@ def test_neighbours_stand_behind_the_new_fact(lm):
     assert made("neighbours", same, lm) == []  # its answer is no other
 
 
+def test_other_questions_on_the_subject_name_it_and_not_its_answer(lm):
+    fact = make_fact("Where was Ada Roe born?", "Rome", subject="Ada Roe")
+    asked = made("same-subject", fact, lm)
+    assert len(asked) == len(probes.OTHER_QUESTIONS)
+    assert all("Ada Roe" in each.prompt and each.answers == ("Rome",) and not each.options for each in asked)
+    named = replace(fact, prompt="Where was Ada Roe of Rome born?", subject="Ada Roe of Rome")
+    assert made("same-subject", named, lm) == []  # any reply that repeats the subject would give the answer
+    assert made("same-subject", ROME, lm) == []  # it names nothing
+    shared = replace(fact, subject="", rephrase_prompts=("Which place did Ada Roe come from?",))
+    assert all("Ada Roe" in each.prompt for each in made("same-subject", shared, lm))
+
+
 def test_a_long_prompt_leaves_half_of_the_context(lm):
     lm.encoder.max_length = 2000
     (asked,) = made("long-prompt", ROME, lm)
@@ -122,7 +135,7 @@ def test_only_what_is_wanted_and_can_be_judged_is_asked(lm):
         return {each.probe for each in asked}
 
     everything = kinds(probes=("all",))
-    assert everything == {*probes.MADE, "multiple-choice-text", "2-hop", "completion"} - {"long-prompt"}
+    assert everything == {*probes.MADE, "multiple-choice-text", "2-hop", "completion"} - {"long-prompt", "same-subject"}
     assert kinds() == everything
     assert kinds(probes=("2-hop", "multiple-choice")) == {"2-hop", "multiple-choice", "multiple-choice-text"}
     assert kinds(probes=("none",)) == set()
@@ -208,6 +221,17 @@ def test_free_answers_say_the_new_or_the_old_one(lm, monkeypatch):
     Stub(monkeypatch, Failure("too long"))
     (row,) = score_of(lm, asked)
     assert (row.score, row.old, row.error) == (None, None, "too long")
+
+
+def test_the_new_answer_is_wrong_in_reply_to_another_question(lm, monkeypatch):
+    fact = make_fact("Where was Ada Roe born?", "Rome", ground_truth="Oslo", subject="Ada Roe")
+    asked = made("same-subject", fact, lm)
+    for says, score in (("In Rome, in 1902.", 0), ("In 1902.", 1)):
+        Stub(monkeypatch, says)
+        rows = score_of(lm, asked)
+        assert {(row.score, row.old, row.protocol) for row in rows} == {(score, None, "absent")}
+    (line,) = matrix({"updated": probe_scoring.summarise(rows, 1)}, rows, ["updated"])
+    assert (line.new[0].mean, line.old[0].n, line.texts[0].right) == (100.0, 0, "anything but Rome")
 
 
 def test_the_likeliest_option_is_chosen(lm, monkeypatch):

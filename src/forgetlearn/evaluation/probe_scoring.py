@@ -8,7 +8,7 @@ from itertools import product
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
-from forgetlearn.evaluation.probes import COMPLETION, MADE, NO, QUESTION, YES, Asked, wanted
+from forgetlearn.evaluation.probes import COMPLETION, MADE, NO, QUESTION, SAME_SUBJECT, YES, Asked, wanted
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
 from forgetlearn.evaluation.scoring import add_room, room_for
 from forgetlearn.evaluation.statistics import mean_with_interval
@@ -19,7 +19,7 @@ from forgetlearn.models.encoding import Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.storage.records import Mean, ProbeRow, ProbeScore, Row
 
-FREE, CHOSEN, PREFERRED = "contains", "choice", "prefer"  # protocols
+FREE, ABSENT, CHOSEN, PREFERRED = "contains", "absent", "choice", "prefer"  # protocols
 
 
 def score(lm: LanguageModel, asked: Sequence[Asked], settings: EvaluateSettings, phase: str) -> list[ProbeRow]:
@@ -75,12 +75,15 @@ def _rooms(lm: LanguageModel, asked: Sequence[Asked], settings: EvaluateSettings
 
 
 def _judge_reply(asked: Asked, reply: Generated | Failure, phase: str) -> ProbeRow:
+    protocol = ABSENT if asked.probe == SAME_SUBJECT else FREE
     if isinstance(reply, Failure):
-        return _row(asked, phase, FREE, error=reply.reason)
+        return _row(asked, phase, protocol, error=reply.reason)
 
     def says(own: tuple[str, ...], others: tuple[str, ...]) -> float:
         return matching.says(reply.text, own, others, at_start=reply.writes_on)
 
+    if protocol == ABSENT:
+        return _row(asked, phase, ABSENT, said=reply.text, score=1.0 - says(asked.answers, ()))
     new = says(asked.answers, asked.old_answers) if asked.answers else None
     old = says(asked.old_answers, asked.answers) if asked.old_answers else None
     return _row(asked, phase, FREE, said=reply.text, score=new, old=old)

@@ -15,18 +15,22 @@ from random import Random
 from string import ascii_uppercase
 
 from forgetlearn.config.schema import EvaluateSettings
-from forgetlearn.errors import ConfigError, did_you_mean
+from forgetlearn.errors import ConfigError, FactError, did_you_mean
 from forgetlearn.facts import Fact, Probe, matching
 from forgetlearn.facts.sentences import CLOSING, is_unfinished, is_whole
+from forgetlearn.facts.subjects import subject_span
 from forgetlearn.facts.wrong_answers import is_one, wrong_answers
 from forgetlearn.models.encoding import Encoder, Prompt
 
 AUTO, ALL, NONE = "auto", "all", "none"  # values of evaluate.probes that are not names
 COMPLETION, QUESTION = "completion", "question"  # the fact in the other form than that of its prompt
+SAME_SUBJECT = "same-subject"
 CHOICE, CHOICE_TEXT = "multiple-choice", "multiple-choice-text"
 YES, NO = "Yes", "No"
 ENOUGH = 25  # facts of each kind of probe, unless all are asked for
 N_OPTIONS = 4  # of a multiple choice
+# Asked about a subject where a fact's new answer is no reply, whatever the fact says.
+OTHER_QUESTIONS = ("When was {} first heard of?", "Why do people talk about {}?")
 LONGEST_SHARE = 0.5  # of a model's context that a long prompt may fill
 FIRST_TURNS = ("Hello! I would like to ask you a few things.", "Hello! Of course, what would you like to know?")
 LONG_TEXT = Path(__file__).with_name("long_text.txt")
@@ -39,7 +43,7 @@ class Asked:
     fact: str
     probe: str
     prompt: Prompt
-    answers: tuple[str, ...]  # that are right after the update
+    answers: tuple[str, ...]  # that are right after the update; of SAME_SUBJECT, those that are wrong
     old_answers: tuple[str, ...] = ()  # that were right before it
     options: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()  # the texts that the options stand for, if these are letters
@@ -111,6 +115,22 @@ class Maker:
                 options = (probe.answer, fact.target_new)
                 yield Asked(fact.id, "neighbours", f"{told} {probe.prompt}", options[:1], options=options)
 
+    def same_subject(self, fact: Fact) -> Iterator[Asked]:
+        """Yield other questions about the fact's subject: a reply that gives the new answer there is wrong.
+
+        Edits may tie the new answer to the subject itself, whatever is asked about it. Subjects that contain the
+        answer are left out.
+        """
+        try:
+            subject = fact.prompt[slice(*subject_span(fact))] if fact.target_new else ""
+        except FactError:
+            return
+        if subject and not matching.says(subject, fact.new_answers):
+            for question in OTHER_QUESTIONS:
+                asks = question.replace("{}", subject)
+                prompt = f"{asks}\nAnswer:" if self.encoder.writes_on else asks
+                yield Asked(fact.id, SAME_SUBJECT, prompt, fact.new_answers)
+
     def second_turn(self, fact: Fact) -> Iterator[Asked]:
         """Yield the fact's prompt as the second turn of a chat."""
         yield Asked(fact.id, "second-turn", (*FIRST_TURNS, fact.prompt), fact.new_answers, fact.old_answers)
@@ -169,6 +189,7 @@ MADE: Mapping[str, Callable[[Maker, Fact], Iterator[Asked]]] = {
     "second-turn": Maker.second_turn,
     "long-prompt": Maker.long_prompt,
     "neighbours": Maker.neighbours,
+    SAME_SUBJECT: Maker.same_subject,
 }
 
 

@@ -18,10 +18,12 @@ ASKS: Mapping[str, str] = {
     "second-turn": "does it give the new answer in a second turn?",
     "long-prompt": "does it give it behind a page of other text?",
     "neighbours": "is an unrelated probe's own answer likelier, right behind the new fact?",
+    "same-subject": "does it leave the new answer out of other questions about the subject?",
     "reversed": "does it find the subject from the answer?",
 }
 HOPS = "does it draw the conclusion over {} facts?"
 BROUGHT = "asked by the file"
+NOT = "anything but "  # the answers of a row of the protocol `absent`
 SHOWN_TEXTS = 30  # of a probe in one phase
 
 
@@ -106,7 +108,8 @@ def _texts(rows: Iterable[ProbeRow], phases: Sequence[str]) -> list[ProbeText]:
     found = []
     for (_fact, prompt), own in questions.items():
         last = own.get(phases[-1])
-        right = ", ".join(next(iter(own.values())).answers)
+        first = next(iter(own.values()))
+        right = (NOT if first.protocol == "absent" else "") + ", ".join(first.answers)
         said = [_said(own.get(phase)) for phase in phases]
         found.append(ProbeText(prompt, right, said, bool(last and last.score), bool(last and last.old)))
     return sorted(found, key=lambda text: text.is_right)

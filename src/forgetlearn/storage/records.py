@@ -199,7 +199,7 @@ class ProbeRow(Record):
 
     `score` is 1 if the answer is right after the update, `old` is 1 if it was right before it; None if that is unknown,
     or if nothing is right since the fact is only forgotten. Under the protocol `prefer` a row is about several
-    questions: its prompt is empty.
+    questions: its prompt is empty. Under `absent`, an answer that gives none of `answers` is right.
     """
 
     fact: Text
