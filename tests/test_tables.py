@@ -109,6 +109,8 @@ def test_case_18_near_misses_and_other_languages(tmp_path):
     [
         ("Question,Answer,Old answer\np,n,o\n", make_fact("p", "n", ground_truth="o")),
         ("question,answer,rephrasing\np,n,r\n", make_fact("p", "n", rephrase_prompts=["r"])),
+        ("question;answer;Rephrasing 1;rephrasing_2\np;n;r;s\n", make_fact("p", "n", rephrase_prompts=["r", "s"])),
+        ("prompt,new,rephrasing 1,rephrase_prompt_1\np,n,x,r\n", make_fact("p", "n", rephrase_prompts=["r"])),
         ("question,answer,rephrase_prompt\np,n,r\n", make_fact("p", "n", rephrase_prompts=["r"])),
     ],
 )

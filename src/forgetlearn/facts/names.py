@@ -16,7 +16,8 @@ OPTIONAL = (
 )  # fmt: skip
 OWN = frozenset({"id", "case_id", "prompt", "target_new", *OPTIONAL})
 NUMBERED = re.compile(r"(rephrase_prompt|locality_prompt|locality_ground_truth)_[1-9][0-9]*")
-NUMBERED_FOLDED = re.compile(r"(rephraseprompt|localityprompt|localitygroundtruth)([1-9][0-9]*)")
+NUMBERED_FOLDED = re.compile(r"(rephraseprompt|localityprompt|localitygroundtruth|rephrasing)([1-9][0-9]*)")
+REPHRASING = re.compile(r"rephrasing_[1-9][0-9]*")  # a synonym, numbered
 # Other names for fields of the own form, accepted if the own name is absent.
 SYNONYMS = {
     "target_new": ("new_answer", "answer_new", "new_target", "new"),
@@ -102,7 +103,7 @@ def _meant(name: str, folded: Mapping[str, str]) -> str:
     if plain in folded:
         return folded[plain]
     numbered = None if NUMBERED.fullmatch(name) else NUMBERED_FOLDED.fullmatch(plain)
-    return f"{folded[numbered[1]]}_{numbered[2]}" if numbered else name
+    return f"{folded.get(numbered[1], numbered[1])}_{numbered[2]}" if numbered else name
 
 
 def _with_synonyms(found: dict[str, str], in_table: bool) -> dict[str, str]:
@@ -110,8 +111,10 @@ def _with_synonyms(found: dict[str, str], in_table: bool) -> dict[str, str]:
     if any(name in found for name in NOT_OWN):
         return found
     by_fold = {fold(name): name for name in found}
+    numbered = [name for name in found if REPHRASING.fullmatch(name)]
     if not any(fold(name) in by_fold for name in ("target_new", *SYNONYMS["target_new"])):
-        if in_table and "answer" in found and any(fold(name) in by_fold for name in BESIDE_ANSWER):
+        beside = numbered or any(fold(name) in by_fold for name in BESIDE_ANSWER)
+        if in_table and "answer" in found and beside:
             found["target_new"] = found.pop("answer")
         else:
             return found
@@ -121,6 +124,10 @@ def _with_synonyms(found: dict[str, str], in_table: bool) -> dict[str, str]:
             raise FactError(f"fields {some(there)} could all be '{own}'. Choose one: --columns {own}={there[0]}.")
         if own not in found and there:
             found[own] = found.pop(there[0])
+    for name in numbered:
+        own = name.replace("rephrasing", "rephrase_prompt")
+        if own not in found:
+            found[own] = found.pop(name)
     return found
 
 
