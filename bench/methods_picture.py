@@ -1,9 +1,10 @@
-"""Draw every method on a real model: what is said in other words against what else is as before.
+"""Draw every method on a real model: what is said in other words against what else stays.
 
     python bench/methods_picture.py bench/results/methods.jsonl docs/methods.svg
 
-The cells are those of `bench/real_models.py --rows methods`, a line each. There is a panel per file of facts, and a
-point per method: the mean over its seeds, with bars from the lowest to the highest.
+The cells are those of `bench/real_models.py --rows methods`, a line each. Each file of facts has two panels:
+above, unrelated prompts; below, other questions about the facts' own subjects. Each method is a point: the mean over
+its seeds, with bars from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ mpl.rcParams["svg.fonttype"] = "none"
 mpl.rcParams["svg.hashsalt"] = "methods"
 from matplotlib import pyplot  # noqa: E402 (after the choice of a backend)
 
-TITLES = {"zsre": "ZsRE: unrelated questions", "counterfact": "COUNTERFACT: the same said of other subjects"}
+TITLES = {"zsre": "ZsRE, questions", "counterfact": "COUNTERFACT, unfinished sentences"}
 # Methods that do the same kind of thing share a colour; the default recipe stands alone.
 KINDS = {
     "forgetlearn's default": ("default",),
@@ -34,7 +35,11 @@ KINDS = {
 }
 COLOURS = ("#d1242f", "#57606a", "#8250df", "#0969da", "#1a7f37")
 MARKS = ("*", "s", "o", "^", "D")
-ACROSS, UP = "unrelated", "in other words"
+ACROSS = {
+    "unrelated": "tokens of unrelated answers as before, %",
+    "same subject": "other questions on the subject without the new answer, %",
+}
+UP = "in other words"
 WIDEST = 116  # percent, with room for names
 
 
@@ -48,36 +53,48 @@ def main() -> None:
         facts, _dash, method = row["cell"].rpartition("-seed")[0].partition("-")
         found.setdefault((facts, method), []).append(row)
     panels = [name for name in TITLES if any(facts == name for facts, _method in found)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(9.5, 4.4), squeeze=False, layout="constrained", sharey=True)
+    size = {"figsize": (9.5, 6.6), "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot.subplots(len(ACROSS), len(panels), sharex=True, sharey=True, **size)
     figure.patch.set_facecolor("white")  # a README may be read on a dark page
-    for axis, facts in zip(axes.flat, panels, strict=True):
-        axis.set(xlim=(0, WIDEST), ylim=(0, 104), title=TITLES[facts], xlabel="answered as before, %")
-        axis.set_xticks(range(0, 101, 20))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#eaeef2")
-        places = []
-        for (kind, methods), colour, mark in zip(KINDS.items(), COLOURS, MARKS, strict=True):
-            for number, method in enumerate(name for name in methods if (facts, name) in found):
-                x, y = ([cell[name] for cell in found[facts, method]] for name in (ACROSS, UP))
-                axis.errorbar(
-                    statistics.fmean(x),
-                    statistics.fmean(y),
-                    xerr=reach(x),
-                    yerr=reach(y),
-                    fmt=mark,
-                    color=colour,
-                    markersize=13 if mark == "*" else 6,
-                    elinewidth=1,
-                    label=kind if number == 0 else None,
-                    zorder=3,
-                )
-                places.append((statistics.fmean(x), statistics.fmean(y), method, colour))
-        label(axis, places)
-    axes[0, 0].set_ylabel("new answer said in other words, %")
+    for row, (across, meaning) in zip(axes, ACROSS.items(), strict=True):
+        for axis, facts in zip(row, panels, strict=True):
+            draw(axis, {method: own for (file, method), own in found.items() if file == facts}, across)
+            axis.set_xlabel(meaning)
+        row[0].set_ylabel("said in other words, %")
+    for axis, facts in zip(axes[0], panels, strict=True):
+        axis.set_title(TITLES[facts])
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
     figure.savefig(args.svg, metadata={"Date": None})
     args.svg.write_text(args.svg.read_text().replace("<svg ", f'<svg role="img" aria-label="{words(found)}" ', 1))
+
+
+def draw(axis: pyplot.Axes, cells: Mapping[str, Sequence[Mapping[str, float]]], across: str) -> None:
+    """Draw the methods of one file of facts; `cells` are theirs, over seeds."""
+    axis.set(xlim=(0, WIDEST), ylim=(0, 104))
+    axis.set_xticks(range(0, 101, 20))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#eaeef2")
+    places = []
+    for (kind, methods), colour, mark in zip(KINDS.items(), COLOURS, MARKS, strict=True):
+        for number, method in enumerate(name for name in methods if name in cells):
+            x, y = ([cell[name] for cell in cells[method] if name in cell] for name in (across, UP))
+            if not x:
+                continue
+            axis.errorbar(
+                statistics.fmean(x),
+                statistics.fmean(y),
+                xerr=reach(x),
+                yerr=reach(y),
+                fmt=mark,
+                color=colour,
+                markersize=13 if mark == "*" else 6,
+                elinewidth=1,
+                label=kind if number == 0 else None,
+                zorder=3,
+            )
+            places.append((statistics.fmean(x), statistics.fmean(y), method, colour))
+    label(axis, places)
 
 
 def reach(values: Sequence[float]) -> tuple[tuple[float], tuple[float]]:
@@ -115,11 +132,16 @@ def words(found: Mapping[tuple[str, str], Sequence[Mapping[str, float]]]) -> str
     """Return the picture in words, for those who cannot see it."""
     names = [(facts, method) for facts in TITLES for method in METHOD_ROWS if (facts, method) in found]
     each = [
-        f"{facts} {method} {statistics.fmean(cell[UP] for cell in found[facts, method]):.0f} and "
-        f"{statistics.fmean(cell[ACROSS] for cell in found[facts, method]):.0f}"
+        f"{facts} {method} {', '.join(shown(found[facts, method], column) for column in (UP, *ACROSS))}"
         for facts, method in names
     ]
-    return f"Percent said in other words, and answered as before: {', '.join(each)}"
+    return f"Percent {UP}, {', '.join(ACROSS.values())}: {'; '.join(each)}".replace(", %", "")
+
+
+def shown(cells: Sequence[Mapping[str, float]], column: str) -> str:
+    """Return the mean of a column, rounded, if it was measured."""
+    values = [cell[column] for cell in cells if column in cell]
+    return f"{statistics.fmean(values):.0f}" if values else "unknown"
 
 
 if __name__ == "__main__":
