@@ -150,7 +150,7 @@ def test_a_plan_of_what_a_comparison_does_has_no_stage_that_trains(small_lab):
     config = load_config(None, {"model.name": str(small_lab), "method": "retrieval"})
     assert not Stages(config).changes_base
     plan = plan_update(config, read_facts(small_lab / "facts.jsonl", limit=3))
-    assert [(stage.name, stage.trained) for stage in plan.stages] == [("score", 0)]
+    assert [(stage.name, stage.trained) for stage in plan.stages] == [("score", 0), ("general", 0), ("probes", 0)]
     assert plan.disk == {}
 
 

@@ -282,7 +282,7 @@ def test_prompts_that_are_scored_are_not_kept(lm, tmp_path, caplog, monkeypatch)
     disk.write_rows(tmp_path / "c.jsonl", [{"prompt": "Who is he?", "target_new": "x"}])
     earlier = [str(tmp_path / name) for name in ("b.jsonl", "c.jsonl")]
     config = load_config(None, {"keep.source": str(tmp_path / "a.txt"), "keep.facts": earlier})
-    kept = lessons._to_keep([fact], config, lm.encoder)
+    kept = lessons.to_keep([fact], config, lm.encoder)
     assert [prompt for prompt, kind in kept.items() if kind == keeping.OWN] == ["Who are you?"]
     assert [prompt for prompt, kind in kept.items() if kind == keeping.EARLIER] == ["Who is he?"]
     assert caplog.records[-1].args == ("1 prompts of keep.source",)
@@ -342,7 +342,7 @@ def test_what_is_made_is_read_back_and_kept_with_the_bases_tokens(chat_lm, tmp_p
 def test_unfinished_sentences_have_neighbours_and_questions_have_none(chat_lm):
     opera = make_fact("The opera Aida was written by", "Ann", subject="Aida")
     kinds = [
-        set(lessons._to_keep(facts, load_config(None, {}), chat_lm.encoder).values())
+        set(lessons.to_keep(facts, load_config(None, {}), chat_lm.encoder).values())
         for facts in ([CAPITAL, PERSON], [TONGUE, opera])
     ]
     assert kinds[1] - kinds[0] == {keeping.NEIGHBOUR}

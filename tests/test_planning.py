@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,16 @@ from forgetlearn.cli.main import main
 from forgetlearn.config.schema import StageSettings, load_config
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.evaluation.scorer import Scorer
+from forgetlearn.evaluation.scoring import pairs_to_read
 from forgetlearn.facts.subjects import subject_span
 from forgetlearn.models import lora
+from forgetlearn.models.batches import common_length
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.planning import plan as planning
 from forgetlearn.planning.estimate import (
+    Answering,
+    Asking,
     Devices,
     Load,
     Plan,
@@ -30,7 +36,9 @@ from forgetlearn.planning.estimate import (
     plan_lines,
     plan_stage,
     show_bytes,
+    show_range,
     show_seconds,
+    summary_line,
 )
 from forgetlearn.planning.loads import loads_of
 from forgetlearn.planning.outline import outline_of
@@ -42,6 +50,7 @@ from hub_server import serve
 
 TEXTS = [Encoded(tuple(range(4, 4 + n)), n - 3) for n in (5, 9, 14)]
 STAGE = StageSettings(epochs=2, batch_size=3)
+ANSWERING = Answering(Step(8, 4000, 900, 30, 80), key_bytes=7, body_flops=800, head_flops=50)
 LOAD = Load("learn", "all weights", 100, 1000, 3, 8, 4, 400, 100, 0, 400, 40, Step(20, 700, 6000, 50), states_bytes=800)
 
 
@@ -62,8 +71,8 @@ class TestByHand:
         on_disk = replace(LOAD, host_bytes=0, base_bytes=400)
         assert plan_stage(on_disk, Devices("cpu", None)).memory["kept"] == 0
         assert plan_stage(on_disk, Devices("cuda", None)).host_bytes == 400
-        answers = plan_stage(replace(LOAD, answer_bytes=5000), Devices("cuda", None))
-        assert answers.memory["activations"] == 5000
+        asks = replace(LOAD, asking=Asking(batches=1, most_read=10, most_held=30), answering=ANSWERING)
+        assert plan_stage(asks, Devices("cuda", None)).memory["activations"] == 4000 * 10 // 8 + 7 * 20
 
     def test_memory_on_several(self):
         shared = plan_stage(LOAD, Devices("cuda", None, 4)).memory
@@ -82,6 +91,27 @@ class TestByHand:
         moved = 3 * 400 * 75 + 44 * 100 * 39
         assert stage.seconds == pytest.approx(900 + moved / 10000 + 50 * 75 * 0.01)
         assert plan_stage(LOAD, Devices("cuda", None, 4), Speed(1000)).seconds == pytest.approx(225)
+
+    def test_asking_is_one_pass_for_each_row_batch_and_token_of_an_answer(self):
+        asking = Asking(2, 40, 2, 3, 16, 1, answer_tokens=12, answer_steps=5, context_tokens=100)
+        load = replace(LOAD, trained=0, states_bytes=0, asking=asking, answering=ANSWERING)
+        stage = plan_stage(load, Devices("cuda", None), Speed(1000, 10000, 0.01, weights_bandwidth=500))
+        assert (stage.steps, stage.tokens) == (8, 68)
+        flops = 6000 / 20 * 40 + 900 / 8 * 16 + 12 * (800 / 8 + 50)
+        assert stage.flops == flops
+        made = 80 / 8 * (16 + 12) + 7 * 100  # the traced row of texts made nothing
+        passes = 8 * 400 / 500 + (50 * 2 + 30 * 6) * 0.01
+        assert stage.seconds == pytest.approx(flops / 1000 + 3 * made / 10000 + passes)
+        untraced = plan_stage(replace(load, answering=None), Devices("cuda", None), Speed(1000))
+        assert (untraced.flops, untraced.seconds) == (None, None)
+
+    def test_a_stage_that_ends_by_itself_has_a_range(self):
+        stage = plan_stage(replace(LOAD, spread=(0.5, 2)), Devices("cuda", None), Speed(1000))
+        plan = Plan("m", "ft", 100, 10, (stage,), {}, Devices("cuda", None), Speed(1000))
+        assert stage.step_range == (20, 78)
+        assert plan.seconds_range == (450, 1800)
+        assert summary_line(plan).endswith("about 20 to 78 steps to learn, about 1.0 GB, about 8 to 30 min")
+        assert (show_range(300, 310), show_range(40, 300)) == ("5 min", "40 s to 5 min")
 
     def test_what_could_not_be_traced_has_no_time(self):
         stage = plan_stage(replace(LOAD, step=None), Devices("cuda", None), Speed(1000))
@@ -154,9 +184,12 @@ class TestTrace:
         skeleton = Skeleton(tiny_model().config, torch.float32)
         layers, heads, width = 2, 2, 8
         a_token = 2 * layers * heads * width * 4
-        more = skeleton.answer_bytes(3, 5, 10) - skeleton.answer_bytes(3, 5, 0)
-        assert more == 3 * 10 * a_token
-        assert skeleton.answer_bytes(3, 5, 0) > 3 * 5 * a_token
+        found = skeleton.answering(3, 5)
+        assert found.key_bytes == a_token
+        assert found.bytes_of(3 * 5, 3 * 15) - found.bytes_of(3 * 5, 3 * 5) == 3 * 10 * a_token
+        assert found.bytes_of(3 * 5, 3 * 5) > 3 * 5 * a_token
+        assert found.prompts.made_bytes >= found.prompts.peak_bytes
+        assert found.head_flops == 2 * 32 * 100
 
     def test_a_row_of_scoring_reads_a_beginning_once(self, tiny_model):
         skeleton = Skeleton(tiny_model().config, torch.float32)
@@ -172,27 +205,88 @@ class TestTrace:
         assert skeleton.read_step(TEXTS).peak_bytes > 0
 
 
+BARE = {"keep.weight": 0, "train.answers": "bare", "train.wordings": False}
+FULL = {"train.answers": "sentence"}
+STAGE_OF = {"kept answers": "ask", "own words": "ask", "general prompts": "general"}  # by a scorer's name
+
+
 def config_of(folder, **changes):
     return load_config(None, {"model.name": str(folder), "method": "f-ft", "model.device": "cpu", **changes})
 
 
+def _shared(texts):
+    """The tokens that a step reads once for all its texts: none if they are few."""
+    common = common_length([text.ids for text in texts])
+    return common if common >= 0.2 * sum(len(text.ids) for text in texts) / len(texts) else 0
+
+
 class TestPlan:
+    @pytest.mark.parametrize(
+        ("setting", "value", "stage"),
+        [
+            ("keep.weight", 0, "ask"),
+            ("keep.weight", 0, "learn"),
+            ("train.answers", "bare", "learn"),
+            ("train.wordings", False, "learn"),
+            ("evaluate.probes", ["none"], "probes"),
+            ("evaluate.general_prompts", False, "general"),
+            ("evaluate.protocols", ["token"], "score"),
+        ],
+    )
+    def test_each_part_of_an_update_takes_its_time(self, small_lab, setting, value, stage):
+        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
+        whole, less = (
+            plan_update(config_of(small_lab, method="ft", **FULL | changes), facts, rate=Speed(1e9))
+            for changes in ({}, {setting: value})
+        )
+        took = [sum(each.seconds for each in plan.stages if each.name == stage) for plan in (whole, less)]
+        assert took[1] < took[0]
+        assert less.seconds < whole.seconds
+
+    def test_the_model_is_asked_as_often_as_planned(self, small_lab, tmp_path, monkeypatch):
+        asked = Counter()
+        say, over = Scorer.say, Scorer._over
+
+        def saying(self, prompts, rooms=None):
+            prompts = list(dict.fromkeys(prompts))
+            asked[STAGE_OF.get(self.name, "probes" if "probes" in self.name else "score"), "say"] += len(prompts)
+            return say(self, prompts, rooms)
+
+        def reading(self, texts, run):
+            asked[STAGE_OF.get(self.name, "probes" if "probes" in self.name else "score"), "read"] += len(texts)
+            return over(self, texts, run)
+
+        monkeypatch.setattr(Scorer, "say", saying)
+        monkeypatch.setattr(Scorer, "_over", reading)
+        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
+        config = config_of(small_lab, **{"method": "ft", "learn.epochs": 1, "train.answers": "bare"})
+        forgetlearn.update(small_lab, facts, config, output=tmp_path / "run")
+        loads, _notes = loads_of(outline_of(config.model), Stages(config), facts, "cpu")
+        planned = {load.name: load.asking for load in loads if not load.trained}
+        assert list(planned) == ["score", "ask", "general", "probes"]
+        for name in ("score", "probes"):
+            assert (planned[name].texts, planned[name].prompts) == (asked[name, "read"], asked[name, "say"]), name
+        assert planned["ask"].prompts == asked["ask", "say"] >= asked["ask", "read"] > 0  # if the model says anything
+        # Of general prompts, the updated model answers only those where it differs.
+        half = planned["general"].prompts // 2
+        assert half <= asked["general", "say"] <= 2 * half
+        assert asked["general", "read"] <= planned["general"].texts
+
     def test_counts_are_those_of_the_run(self, small_lab):
         facts = forgetlearn.read_facts(small_lab / "facts.jsonl")
-        changes = {"forget.batch_size": 5, "forget.epochs": 2, "learn.epochs": 1}
+        changes = {"forget.batch_size": 5, "forget.epochs": 2, "learn.epochs": 1, **BARE}
         plan = plan_update(config_of(small_lab, **changes), facts, rate="1")
         lm = forgetlearn.load_model(small_lab)
         assert plan.parameters == sum(weight.numel() for weight in lm.model.parameters())
         assert plan.inputs["stored"] == {"F32": plan.parameters}
-        forget, learn, score = plan.stages
+        forget, learn, score, *_others = plan.stages
         texts = [lm.encoder.encode(fact.prompt, fact.target_new, end=True) for fact in facts]
-        assert learn.tokens == sum(len(text.ids) for text in texts)
+        assert learn.tokens == sum(len(text.ids) for text in texts) - (len(facts) - learn.steps) * _shared(texts)
         log = finetune(lm.model, texts, StageSettings(epochs=1), seed=0, pad_id=0)
         assert learn.steps == len(log.steps)
-        assert (forget.steps, score.texts) == (
-            10,
-            sum(4 * len((f.prompt, *f.rephrase_prompts)) // 2 for f in facts) + sum(len(f.locality) for f in facts),
-        )
+        asked = len({pair for fact in facts for pair in pairs_to_read(fact)})  # distinct: facts share some probes
+        asked += len({prompt for fact in facts for prompt in fact.prompts})
+        assert (forget.steps, score.texts) == (10, 3 * asked)
         size = plan.parameters
         assert plan.disk == {"product": 4 * size, "between stages": 4 * size, "checkpoints": 24 * size}
         assert plan.seconds > 0
@@ -209,7 +303,7 @@ class TestPlan:
     def test_lora_keeps_what_it_adds(self, small_lab):
         facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
         plan = plan_update(config_of(small_lab, **{"method": "f-lora", "lora.r": 2}), facts)
-        forget, learn, _score = plan.stages
+        forget, learn, *_asked = plan.stages
         assert learn.trained == forget.trained
         product, between, points = 4 * (learn.trained + forget.trained), 4 * forget.trained, 24 * learn.trained
         assert plan.disk == {"product": product, "between stages": between, "checkpoints": points}
@@ -290,7 +384,7 @@ class TestPlan:
         assert "old answers" in capsys.readouterr().err
         config = config_of(small_lab, **{"method": "ft", "teach.epochs": 1})
         plan = plan_update(config, forgetlearn.read_facts(tmp_path / "f.jsonl"))
-        assert [stage.name for stage in plan.stages] == ["learn", "score"]
+        assert [stage.name for stage in plan.stages] == ["learn", "score", "ask", "general", "probes"]
 
     def test_what_is_wrong_is_said(self, small_lab, tmp_path):
         facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=4)
@@ -314,6 +408,7 @@ def test_update_begins_and_ends_with_a_line(small_lab, tmp_path, caplog, monkeyp
     assert f"{len(facts)} facts, {manifest['stages']['learn']['steps']} steps to learn, about " in first
     assert manifest["plan"]["seconds"] > 0
     (last,) = [line for line in caplog.messages if line.startswith("took ")]
+    assert f" (planned {show_range(*manifest['plan']['seconds_range'])}), at most " in last
     assert last.endswith(f"(planned {show_bytes(manifest['plan']['peak_memory_gb'] * 1e9)})")
     monkeypatch.setattr(planning, "SMALL_MODEL", 10**9)
     line, figures = planning.plan_line(forgetlearn.load_model(small_lab), facts, config)

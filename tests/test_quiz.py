@@ -135,10 +135,10 @@ def test_the_plan_counts_the_quiz(small_lab):
         found[asked_too] = next(load for load in loads if load.name == "learn")
     assert (found[False].texts, found[True].texts) == (8, 4 * 8)
     assert found[True].tokens > 4 * found[False].tokens  # a question is longer than a prompt
-    assert (found[False].passes, found[True].passes) == (10, 16)
-    config = config.model_copy(update={"learn": config.learn.model_copy(update={"max_epochs": 12})})
+    assert found[True].passes == found[False].passes
+    config = config.model_copy(update={"learn": config.learn.model_copy(update={"max_epochs": 5})})
     loads, _notes = loads_of(outline_of(config.model), Stages(config), facts, "cpu")
-    assert next(load for load in loads if load.name == "learn").passes == 12
+    assert next(load for load in loads if load.name == "learn").passes == 5
 
 
 def test_a_question_that_two_facts_answer_differently_is_left_out(encoder, caplog):

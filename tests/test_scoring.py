@@ -302,12 +302,12 @@ def test_there_is_room_for_every_answer_that_counts_and_none_is_tokenised_in_vai
     ]
     settings = EvaluateSettings()
     tokens = len(lm.encoder.encode("Long?", "y" * 40).answer_ids) + scoring.MARGIN_TOKENS
-    assert scoring.answer_rooms(lm, facts, settings) == {
+    assert scoring.answer_rooms(lm.encoder, facts, settings) == {
         **dict.fromkeys(("Long?", "Really?", "Well?"), Room(tokens)),
         "Lines?": Room(32, lines=3),
     }
     monkeypatch.setattr(lm.encoder, "encode_all", lambda *_given: pytest.fail("tokenised"))
-    assert scoring.answer_rooms(lm, facts[:1], settings) == {}
+    assert scoring.answer_rooms(lm.encoder, facts[:1], settings) == {}
 
 
 @pytest.mark.parametrize(("protocol", "held"), [("generate", 0), ("token", 1)])

@@ -410,8 +410,8 @@ def test_general_prompts_that_earlier_facts_may_change_are_not_kept(lm):
     asks = next(prompt for prompt in keeping.general([]) if isinstance(prompt, str))
     earlier = Rehearsal(taught=[make_fact(asks, "something new")], adapter=lora.EARLIER)
     config = RunConfig(**KEEPS)
-    assert asks in lessons._to_keep([], config, lm.encoder)
-    assert asks not in lessons._to_keep([], config, lm.encoder, earlier)
+    assert asks in lessons.to_keep([], config, lm.encoder)
+    assert asks not in lessons.to_keep([], config, lm.encoder, earlier)
 
 
 def test_an_adapter_that_is_put_aside_changes_nothing_and_comes_back_frozen(root):

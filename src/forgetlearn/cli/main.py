@@ -281,7 +281,8 @@ def plan(
     devices = devices_here(config, number=gpus, memory_gb=memory, shard=shard)
     fact_set = read_config_facts(config)
     check_old_answers(fact_set, config)
-    found = plan_update(config, fact_set, devices=devices, rate=rate or (MEASURE if memory is None else None))
+    speed = rate or (MEASURE if memory is None else None)
+    found = plan_update(config, fact_set, devices=devices, rate=speed, compare=True)
     if as_json:
         say(json.dumps(found.as_dict(), indent=2, allow_nan=False))
         return

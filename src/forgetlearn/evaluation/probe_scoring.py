@@ -15,7 +15,7 @@ from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, matching
 from forgetlearn.facts.sentences import is_unfinished
 from forgetlearn.facts.wrong_answers import is_one
-from forgetlearn.models.encoding import Prompt
+from forgetlearn.models.encoding import Encoder, Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.storage.records import Mean, ProbeRow, ProbeScore, Row
 
@@ -27,8 +27,8 @@ def score(lm: LanguageModel, asked: Sequence[Asked], settings: EvaluateSettings,
     scorer = Scorer(lm, settings.model_copy(update={"protocols": ("prefer",)}), f"{phase}: probes")
     free = [each for each in asked if not each.options]
     replies: dict[Prompt, Generated | Failure] = {}
-    for own in _by_beginning(free):
-        replies |= scorer.say((each.prompt for each in own), _rooms(lm, own, settings))
+    for own in by_beginning(free):
+        replies |= scorer.say((each.prompt for each in own), rooms(lm.encoder, own, settings))
     chosen = [each for each in asked if each.options]
     read = scorer.read((each.prompt, option) for each in chosen for option in each.options)
     rows = [_judge_reply(each, replies[each.prompt], phase) for each in free]
@@ -58,7 +58,7 @@ def of_rephrasings(facts: Iterable[Fact], rows: Iterable[Row], settings: Evaluat
     return found
 
 
-def _by_beginning(asked: Sequence[Asked]) -> list[list[Asked]]:
+def by_beginning(asked: Sequence[Asked]) -> list[list[Asked]]:
     """Return the questions of probes that share a beginning apart, so that it is computed once for each batch."""
     groups: dict[str, list[Asked]] = {}
     for each in asked:
@@ -66,12 +66,13 @@ def _by_beginning(asked: Sequence[Asked]) -> list[list[Asked]]:
     return list(groups.values())
 
 
-def _rooms(lm: LanguageModel, asked: Sequence[Asked], settings: EvaluateSettings) -> dict[Prompt, Room]:
+def rooms(encoder: Encoder, asked: Sequence[Asked], settings: EvaluateSettings) -> dict[Prompt, Room]:
     """Return a room for each prompt with an answer that may exceed one line or `max_new_tokens`."""
-    rooms: dict[Prompt, Room] = {}
+    found: dict[Prompt, Room] = {}
     for each in asked:
-        add_room(rooms, each.prompt, room_for(lm, each.prompt, (*each.answers, *each.old_answers), settings), settings)
-    return rooms
+        room = room_for(encoder, each.prompt, (*each.answers, *each.old_answers), settings)
+        add_room(found, each.prompt, room, settings)
+    return found
 
 
 def _judge_reply(asked: Asked, reply: Generated | Failure, phase: str) -> ProbeRow:

@@ -15,7 +15,7 @@ from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Failure, Generated, Pair, Reading, Scorer
 from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, matching
-from forgetlearn.models.encoding import Encoded, P, Prompt
+from forgetlearn.models.encoding import Encoded, Encoder, P, Prompt
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.storage.records import Phase, Row
 
@@ -42,7 +42,8 @@ def score(
     read = scorer.read(pair for fact in facts for pair in pairs_to_read(fact))
     replies: dict[str, Generated | Failure] = {}
     if "generate" in settings.protocols:
-        replies = scorer.say((prompt for fact in facts for prompt in fact.prompts), answer_rooms(lm, facts, settings))
+        rooms = answer_rooms(lm.encoder, facts, settings)
+        replies = scorer.say((prompt for fact in facts for prompt in fact.prompts), rooms)
     protocols = {*settings.protocols, *(["contains"] if "generate" in settings.protocols else [])}
     rows: list[Row] = []
     for fact in facts:
@@ -60,7 +61,8 @@ def score(
 def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> list[Row]:
     """Return the model's answer to each prompt, as rows for `known_facts`."""
     facts = list(facts)
-    replies = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), answer_rooms(lm, facts, settings))
+    rooms = answer_rooms(lm.encoder, facts, settings)
+    replies = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), rooms)
     rows = []
     for fact in facts:
         reply = replies[fact.prompt]
@@ -71,22 +73,22 @@ def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) 
     return rows
 
 
-def answer_rooms(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> dict[str, Room]:
+def answer_rooms(encoder: Encoder, facts: Iterable[Fact], settings: EvaluateSettings) -> dict[str, Room]:
     """Return a room for each prompt with an answer that may exceed one line or `max_new_tokens`."""
     rooms: dict[str, Room] = {}
     for fact in facts:
-        room = room_for(lm, fact.prompt, (*fact.new_answers, *fact.old_answers), settings)
+        room = room_for(encoder, fact.prompt, (*fact.new_answers, *fact.old_answers), settings)
         for prompt in fact.prompts:
             add_room(rooms, prompt, room, settings)
     return rooms
 
 
-def room_for(lm: LanguageModel, prompt: Prompt, answers: Sequence[str], settings: EvaluateSettings) -> Room:
+def room_for(encoder: Encoder, prompt: Prompt, answers: Sequence[str], settings: EvaluateSettings) -> Room:
     """Return a room for any of the answers to a prompt, and at least for `max_new_tokens`."""
     lines = max(map(matching.lines_of, answers), default=1)
     # An answer has at most as many tokens as bytes, so most answers need not be tokenised here.
     long = [answer for answer in answers if len(answer.encode()) + MARGIN_TOKENS > settings.max_new_tokens]
-    found = lm.encoder.encode_all((prompt, answer) for answer in long) if long else {}
+    found = encoder.encode_all((prompt, answer) for answer in long) if long else {}
     lengths = [len(text.answer_ids) + MARGIN_TOKENS for text in found.values() if isinstance(text, Encoded)]
     return Room(max([settings.max_new_tokens, *lengths]), lines)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -103,6 +103,12 @@ def asks_base(config: RunConfig, encoder: Encoder) -> bool:
     return config.keep.weight > 0 or answers == "sentence" or (answers == "auto" and encoder.is_chat)
 
 
+def as_scored(fact: Fact, config: RunConfig) -> Fact:
+    """Return a fact as it is scored: without its rephrasings if they are trained on."""
+    are_trained = config.learn.rephrasings and METHODS[config.method].fine_tunes
+    return replace(fact, rephrase_prompts=()) if are_trained else fact
+
+
 def has_quiz(config: RunConfig) -> bool:
     """Return True if learning trains on a quiz about the facts too."""
     method = METHODS[config.method]
@@ -128,7 +134,7 @@ def make(
             log.info("to %s: %s", stage, found.in_words())
     if not config.keep.weight:
         return Material(taught)
-    prompts = _to_keep(facts, config, lm.encoder, earlier, held_apart)
+    prompts = to_keep(facts, config, lm.encoder, earlier, held_apart)
     material = Material(taught, *_answers(lm, prompts, config, earlier))
     log.info("to keep: %s", ", ".join(f"{count} {source}" for source, count in material.kept_counts.items()))
     return material
@@ -152,7 +158,7 @@ def _new_texts(
     lm: LanguageModel, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]
 ) -> Iterator[Taught]:
     """Yield the text with which each fact's new answer is taught."""
-    styled = [fact for fact in facts if _in_style(fact, config, lm.encoder)]
+    styled = [fact for fact in facts if in_style(fact, config, lm.encoder)]
     own = {fact.id: row.said or "" for fact in styled if (row := said.get(fact.id))}
     if styled:
         log.info("asking the model for its own words for %d facts", len(styled))
@@ -167,7 +173,7 @@ def _old_texts(encoder: Encoder, facts: Sequence[Fact], config: RunConfig, said:
     for fact in facts:
         if fact.ground_truth:
             row, made = said.get(fact.id), Made(None, _why_bare(config, encoder))
-            if row is not None and _in_style(fact, config, encoder):
+            if row is not None and in_style(fact, config, encoder):
                 made = own_words.old_words(fact, row.said or "", bool(row.truncated))
             yield _taught(fact, "forget", made, fact.ground_truth, OWN_WORDS)
 
@@ -185,7 +191,8 @@ def _taught(fact: Fact, stage: StageName, made: Made, answer: str, how: str) -> 
     )
 
 
-def _in_style(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
+def in_style(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
+    """Return True if a fact is taught in the model's own words where there are any, rather than by its bare answer."""
     answers = config.train.answers
     if isinstance(fact.prompt, Passage):
         return False
@@ -196,7 +203,7 @@ def _why_bare(config: RunConfig, encoder: Encoder) -> str:
     return UNFINISHED if config.train.answers == "auto" and encoder.is_chat else ""
 
 
-def _to_keep(
+def to_keep(
     facts: Sequence[Fact],
     config: RunConfig,
     encoder: Encoder,

@@ -7,7 +7,7 @@ old answer's is what it says today. A sentence is taken only if it can be told t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.facts import Fact, matching
 from forgetlearn.facts.sentences import is_whole, scripts, sentences
-from forgetlearn.models.encoding import encodable
+from forgetlearn.models.encoding import Encoder, encodable
 from forgetlearn.models.language_model import LanguageModel
 
 # Tried in this order, until a reply can be used. {prompt} is the fact's, {answer} its new one.
@@ -59,8 +59,8 @@ def new_sentences(
     for instruction in INSTRUCTIONS:
         if not (left := [fact for fact in facts if found[fact.id].text is None]):
             break
-        asked = {fact.id: instruction.format(prompt=fact.prompt, answer=fact.target_new) for fact in left}
-        rooms = {asked[fact.id]: Room(_room(lm, fact), lines=3) for fact in left}
+        asked = {fact.id: told(fact, instruction) for fact in left}
+        rooms = {asked[fact.id]: room(lm.encoder, fact) for fact in left}
         replies = scorer.say(rooms, rooms)
         for fact in left:
             reply = replies[asked[fact.id]]
@@ -73,11 +73,7 @@ def new_sentences(
 
 def _spliced(scorer: Scorer, facts: Sequence[Fact], own: Mapping[str, str]) -> dict[str, Made]:
     """Return by fact the likeliest of its `candidates` that the model, told the fact, prefers to the bare answer."""
-    tried: dict[tuple[str, str], tuple[str, str]] = {}  # fact and sentence -> the pair to read
-    for fact in facts:
-        prompt = INSTRUCTIONS[0].format(prompt=fact.prompt, answer=fact.target_new)
-        good = [text for text in candidates(fact, own.get(fact.id, "")) if not fault(text, fact, "")]
-        tried |= {(fact.id, text): (prompt, text) for text in (good and [fact.target_new, *good])}
+    tried = to_read(facts, own)
     read = encodable(scorer.lm.encoder, tried.values(), end=True)
     texts = {key: read[pair] for key, pair in tried.items() if pair in read}
     scores = scorer.likelihoods(texts) if texts else {}
@@ -85,6 +81,23 @@ def _spliced(scorer: Scorer, facts: Sequence[Fact], own: Mapping[str, str]) -> d
     for fact_id, text in sorted(scores, key=lambda key: scores[key], reverse=True):
         ranked[fact_id].append(text)
     return {fact.id: _preferred(ranked[fact.id], fact.target_new) for fact in facts}
+
+
+def told(fact: Fact, instruction: str = INSTRUCTIONS[0]) -> str:
+    """Return a prompt that tells the model a fact and asks for a sentence."""
+    return instruction.format(prompt=fact.prompt, answer=fact.target_new)
+
+
+def to_read(facts: Iterable[Fact], own: Mapping[str, str]) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return the sentences and bare answers whose likelihoods are compared: fact and sentence -> the pair to read.
+
+    `own` is what the model says to each fact's prompt by itself.
+    """
+    tried: dict[tuple[str, str], tuple[str, str]] = {}
+    for fact in facts:
+        good = [text for text in candidates(fact, own.get(fact.id, "")) if not fault(text, fact, "")]
+        tried |= {(fact.id, text): (told(fact), text) for text in (good and [fact.target_new, *good])}
+    return tried
 
 
 def _preferred(ranked: Sequence[str], bare: str) -> Made:
@@ -200,8 +213,8 @@ def _stripped(part: str, fact: Fact) -> str:
     return part.strip()
 
 
-def _room(lm: LanguageModel, fact: Fact) -> int:
-    """Return the tokens of a reply that says the prompt's words, the answer and a little more."""
+def room(encoder: Encoder, fact: Fact) -> Room:
+    """Return the room of a reply that says the prompt's words, the answer and a little more."""
     pair = fact.prompt, f"{fact.prompt} {fact.target_new}"
-    text = encodable(lm.encoder, [pair]).get(pair)
-    return ROOM_TOKENS + (len(text.answer_ids) if text else ROOM_TOKENS)
+    text = encodable(encoder, [pair]).get(pair)
+    return Room(ROOM_TOKENS + (len(text.answer_ids) if text else ROOM_TOKENS), lines=3)

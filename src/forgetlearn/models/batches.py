@@ -332,7 +332,7 @@ def choose_layout(
     Raises:
         ModelError: the model's logits are not finite.
     """
-    sample = _sample(texts)
+    sample = sample_of(texts)
     if not any(text.answer_ids for text in sample):
         return "single"
     with _checking(model):
@@ -361,7 +361,7 @@ def rows_for_training(
     with attention.by_text(model) as switched:
         if switched and layout == "packed":
             with _checking(model):
-                sample = _sample(texts)
+                sample = sample_of(texts)
                 right = _flat_logits(model, pad_left(sample, pad_id), device)
                 is_right = _agrees_by_text(model, sample, right, device)
                 shares = is_right and device.type == "cpu" and _begin_alike(texts)
@@ -396,7 +396,7 @@ def by_text(batch: Batch) -> Batch:
     return Batch({**batch.inputs, **attention.places(paths)}, batch.positions, batch.labels)
 
 
-def _sample(texts: Sequence[Encoded]) -> list[Encoded]:
+def sample_of(texts: Sequence[Encoded]) -> list[Encoded]:
     """Return up to four texts of different lengths, with the longest: equal lengths would hide a wrong mask."""
     by_length = sorted(texts, key=lambda text: len(text.ids))
     spread = dict.fromkeys(index * (len(by_length) - 1) // 3 for index in range(4)) if by_length else {}

@@ -1,22 +1,25 @@
 """Estimate what an update takes, from numbers alone: memory by part, steps, seconds, and whether it fits.
 
-For a stage that trains N numbers, in bytes and seconds (docs/plan.md has an example):
+In bytes and seconds, for a stage that trains N numbers, and for one that only asks (docs/plan.md):
 
     memory    weights + kept + the optimiser's states (AdamW: 8 N) + the step's peak, which includes gradients (4 N)
-    seconds   FLOPs / rate + (3 x weights a pass + 28 N + 2 x states a step) / bandwidth + operations x latency
+    training  FLOPs / rate + weights moved, three times a pass / their bandwidth
+              + (3 x bytes made + 28 N + 2 x states a step) / bandwidth + operations x latency
+    asking    the same for one forward pass per row of texts, batch of prompts, and token of a batch's answers
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 
 GB = 1e9
 FLOAT32 = 4
 # Bytes moved through memory per trained number and step, besides the optimiser's states: the optimiser reads the weight
 # and the gradient and writes the weight (12), clipping reads the gradient twice and writes it (12), backward (4).
 MOVED_PER_TRAINED = 28
+MOVED_PER_MADE = 3  # what an operation makes lies in memory that is first cleared, then written, then read
 PASSES_OVER_WEIGHTS = 3  # one forward, two backward
 CLOSE = 1.23  # planned and measured peaks were within this factor (docs/benchmarks.md)
 # Memory of Python, torch and transformers while they train; for cuda, of its context and libraries.
@@ -31,11 +34,79 @@ class Step:
     peak_bytes: int
     flops: int
     operations: int
+    made_bytes: int = 0  # of all that its operations made
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What answers take: `prompts` is the traced reading of a batch of prompts. Each new token of an answer reads
+    `key_bytes` for every token before it, and computes the output head.
+    """
+
+    prompts: Step
+    key_bytes: int  # keys and values of a token
+    body_flops: int  # of `prompts`, without the head
+    head_flops: int  # of one token
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of one token of one answer."""
+        return self.body_flops / self.prompts.tokens + self.head_flops
+
+    @property
+    def made_per_token(self) -> float:
+        """Bytes that operations make for one token of one answer, besides its keys and values."""
+        return self.prompts.made_bytes / self.prompts.tokens
+
+    def bytes_of(self, read: int, held: int) -> int:
+        """Return the bytes in use besides the weights while a batch is answered that reads and holds these tokens."""
+        return self.prompts.peak_bytes * read // self.prompts.tokens + self.key_bytes * max(0, held - read)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a model is asked: `texts` that it reads in `rows`, and `prompts` that it answers in `batches`.
+
+    `answer_tokens` are those of all answers, `answer_steps` the forward passes that make them, and `context_tokens` the
+    tokens before each of them. `most_read` and `most_held` are the most tokens of a batch, before and after answering.
+    """
+
+    texts: int = 0
+    read_tokens: float = 0
+    rows: float = 0
+    prompts: int = 0
+    prompt_tokens: float = 0
+    batches: float = 0
+    answer_tokens: float = 0
+    answer_steps: float = 0
+    context_tokens: float = 0
+    most_read: int = 0
+    most_held: int = 0
+
+    def __add__(self, other: Asking) -> Asking:
+        found = {}
+        for each in fields(self):
+            own, others = getattr(self, each.name), getattr(other, each.name)
+            found[each.name] = max(own, others) if each.name.startswith("most_") else own + others
+        return Asking(**found)
+
+    @property
+    def passes(self) -> float:
+        """Number of forward passes."""
+        return self.rows + self.batches + self.answer_steps
+
+    @property
+    def tokens(self) -> float:
+        """Number of tokens that are read or made."""
+        return self.read_tokens + self.prompt_tokens + self.answer_tokens
 
 
 @dataclass(frozen=True)
 class Load:
-    """The size of a stage. `trained` is 0 if it only reads; `tokens` counts one pass over the texts.
+    """The size of a stage. `trained` is 0 if it only asks; `tokens` counts one pass over the texts.
+
+    `asking` is what the model is asked in it, beside training. `spread` are the fewest and the most steps that it is
+    likely to take, as shares of those planned.
 
     `kept_bytes` are kept on the device, besides the weights. `host_bytes` are kept on the CPU, which may be the
     device. `base_bytes` are kept on the CPU too or, if the CPU trains, in a file. `states_bytes` can leave a GPU if
@@ -54,17 +125,19 @@ class Load:
     kept_bytes: int = 0
     host_bytes: int = 0
     largest_layer_bytes: int = 0
-    step: Step | None = None
-    answer_steps: int = 0  # steps of generation; each makes one token for every prompt of a batch
+    step: Step | None = None  # of training, or of reading
+    asking: Asking = Asking()
+    read: Step | None = None  # of `asking`, where `step` is of training
+    answering: Answering | None = None
+    spread: tuple[float, float] = (1, 1)
     states_bytes: int = 0
     base_bytes: int = 0
     paged: bool = False
-    answer_bytes: int = 0  # of generation: the keys and values of a batch, and the other tensors in use
 
     @property
     def steps(self) -> int:
-        """Number of optimiser steps, or of batches if the stage only reads."""
-        return self.passes * math.ceil(self.texts / self.batch_size)
+        """Number of optimiser steps, or of forward passes if the stage only asks."""
+        return self.passes * math.ceil(self.texts / self.batch_size) if self.trained else math.ceil(self.asking.passes)
 
 
 @dataclass(frozen=True)
@@ -79,12 +152,16 @@ class Devices:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a device. A bandwidth or latency of None is ignored."""
+    """The speed of a device. A bandwidth or latency of None is ignored.
+
+    `weights_bandwidth` is that at which products of few rows read weights, if it is not the bandwidth.
+    """
 
     flops: float
     bandwidth: float | None = None
     latency: float | None = None
     source: str = "given"
+    weights_bandwidth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +178,17 @@ class StagePlan:
     host_bytes: float
     flops: float | None
     seconds: float | None
+    spread: tuple[float, float] = (1, 1)
 
     @property
     def peak_bytes(self) -> float:
         """The sum of all parts."""
         return sum(self.memory.values())
+
+    @property
+    def step_range(self) -> tuple[int, int]:
+        """The fewest and the most steps that are likely."""
+        return round(self.steps * self.spread[0]), round(self.steps * self.spread[1])
 
 
 @dataclass(frozen=True)
@@ -145,32 +228,44 @@ class Plan:
         each = [stage.seconds for stage in self.stages if stage.seconds is not None]
         return sum(each) if len(each) == len(self.stages) else None
 
+    @property
+    def seconds_range(self) -> tuple[float, float] | None:
+        """The fewest and the most seconds that are likely; None if `seconds` is."""
+        if self.seconds is None:
+            return None
+        low, high = (sum((stage.seconds or 0) * stage.spread[end] for stage in self.stages) for end in (0, 1))
+        return low, high
+
     def as_dict(self) -> dict[str, object]:
         """Return the plan and its totals as a dict for JSON."""
         sums = {"peak_bytes": self.peak_bytes, "host_bytes": self.host_bytes, "fits": self.fits}
         stages = [asdict(stage) | {"peak_bytes": stage.peak_bytes} for stage in self.stages]
-        return asdict(self) | sums | {"seconds": self.seconds, "stages": stages}
+        times = {"seconds": self.seconds, "seconds_range": self.seconds_range}
+        return asdict(self) | sums | times | {"stages": stages}
 
 
 def plan_stage(load: Load, devices: Devices, speed: Speed | None = None) -> StagePlan:
     """Return what a stage takes on each device; FLOPs and seconds are None if no step could be traced."""
+    works = [*_training(load), *_asking(load)]
+    known = [work for work in works if work is not None]
     flops = seconds = None
-    if load.step is not None:
-        flops = load.step.flops / load.step.tokens * load.tokens * load.passes / devices.number
-        seconds = None if speed is None else _seconds(load, load.step, devices, speed, flops)
+    if len(known) == len(works):
+        flops = sum(work.flops for work in known) / devices.number
+        seconds = None if speed is None else sum(_seconds(work, load.weights_bytes, devices, speed) for work in known)
     host_bytes = load.host_bytes + load.base_bytes + (load.states_bytes if load.paged else 0)
     return StagePlan(
         name=load.name,
         how=load.how,
         texts=load.texts,
         steps=load.steps,
-        tokens=load.tokens * load.passes,
+        tokens=load.tokens * load.passes if load.trained else round(load.asking.tokens),
         trained=load.trained,
         memory=_memory(load, devices),
         # Main memory is counted separately only if the device has memory of its own.
         host_bytes=0 if devices.kind == "cpu" else host_bytes / (devices.number if devices.shard else 1),
         flops=flops,
         seconds=seconds,
+        spread=load.spread,
     )
 
 
@@ -179,6 +274,8 @@ def _memory(load: Load, devices: Devices) -> dict[str, float]:
     gradients = FLOAT32 * load.trained
     leaves = load.paged and devices.kind != "cpu"
     peak = load.step.peak_bytes if load.step else gradients
+    asked = load.asking
+    answers = load.answering.bytes_of(asked.most_read, asked.most_held) if load.answering and asked.batches else 0
     parts: dict[str, float] = {
         "runtime": RUNTIME_BYTES.get(devices.kind, RUNTIME_BYTES["cuda"]),
         "weights": load.weights_bytes / share,
@@ -186,7 +283,7 @@ def _memory(load: Load, devices: Devices) -> dict[str, float]:
         "optimizer": 0 if leaves else load.states_bytes / share,
         "gradients": gradients / share,
         # What the step's peak holds besides gradients: often little, because the peak is often near the step's end.
-        "activations": max(0, peak - gradients, load.answer_bytes),
+        "activations": max(0, peak - gradients, answers),
     }
     if devices.number > 1 and devices.shard:
         parts["gathered"] = 2 * load.largest_layer_bytes  # one layer in use, the next on its way
@@ -195,15 +292,61 @@ def _memory(load: Load, devices: Devices) -> dict[str, float]:
     return parts
 
 
-def _seconds(load: Load, step: Step, devices: Devices, speed: Speed, flops: float) -> float:
-    micro_steps = load.passes * math.ceil(load.texts / load.micro_batch_size)
-    passes = math.ceil(micro_steps / devices.number) + load.answer_steps
-    per_pass = PASSES_OVER_WEIGHTS if load.trained else 1
-    moved = per_pass * load.weights_bytes * passes
-    moved += (MOVED_PER_TRAINED * load.trained + 2 * load.states_bytes) * load.steps
-    seconds = flops / speed.flops
-    seconds += moved / speed.bandwidth if speed.bandwidth else 0
-    return seconds + (step.operations * passes * speed.latency if speed.latency else 0)
+@dataclass(frozen=True)
+class _Work:
+    """FLOPs, forward passes (three times the work with `trains`), and the bytes moved besides weights."""
+
+    flops: float
+    passes: float
+    operations: float  # of one pass
+    moved: float
+    trains: bool = False
+
+
+def _training(load: Load) -> Iterator[_Work | None]:
+    """Yield the work of all steps; None if no step could be traced."""
+    if not load.trained:
+        return
+    if load.step is None:
+        yield None
+        return
+    share = load.tokens * load.passes / load.step.tokens
+    made = max(0, load.step.made_bytes - FLOAT32 * load.trained)  # without gradients, which the optimiser moves
+    updated = (MOVED_PER_TRAINED * load.trained + 2 * load.states_bytes) * load.steps
+    passes = load.passes * math.ceil(load.texts / load.micro_batch_size)
+    moved = MOVED_PER_MADE * made * share + updated
+    yield _Work(load.step.flops * share, passes, load.step.operations, moved, trains=True)
+
+
+def _asking(load: Load) -> Iterator[_Work | None]:
+    """Yield the work of reading texts and of answering prompts; None for what could not be traced."""
+    asked, read = load.asking, load.read or (None if load.trained else load.step)
+    if asked.rows:
+        yield None if read is None else _of_tokens(read, asked.read_tokens, asked.rows)
+    if asked.batches:
+        answering = load.answering
+        if answering is None:
+            yield None
+            return
+        yield _of_tokens(answering.prompts, asked.prompt_tokens, asked.batches)
+        made = answering.made_per_token * asked.answer_tokens + answering.key_bytes * asked.context_tokens
+        flops = answering.flops_per_token * asked.answer_tokens
+        yield _Work(flops, asked.answer_steps, answering.prompts.operations, MOVED_PER_MADE * made)
+
+
+def _of_tokens(step: Step, tokens: float, passes: float) -> _Work:
+    share = tokens / step.tokens
+    return _Work(step.flops * share, passes, step.operations, MOVED_PER_MADE * step.made_bytes * share)
+
+
+def _seconds(work: _Work, weights_bytes: float, devices: Devices, speed: Speed) -> float:
+    passes = math.ceil(work.passes / devices.number)
+    weights = (PASSES_OVER_WEIGHTS if work.trains else 1) * weights_bytes * passes
+    reading = speed.weights_bandwidth or speed.bandwidth
+    seconds = work.flops / devices.number / speed.flops
+    seconds += weights / reading if reading else 0
+    seconds += work.moved / speed.bandwidth if speed.bandwidth else 0
+    return seconds + (work.operations * passes * speed.latency if speed.latency else 0)
 
 
 # In words -------------------------------------------------------------------------------------------------
@@ -211,13 +354,31 @@ def _seconds(load: Load, step: Step, devices: Devices, speed: Speed, flops: floa
 
 def summary_line(plan: Plan) -> str:
     """Return the plan in one line: parameters, facts, steps, memory, and time if it is known."""
-    steps = " + ".join(f"{stage.steps:,} steps to {stage.name}" for stage in plan.stages if stage.trained)
+    steps = " + ".join(f"{show_steps(stage.step_range)} to {stage.name}" for stage in plan.stages if stage.trained)
     facts = f"{plan.facts:,} fact{'s' * (plan.facts != 1)}"
-    line = f"plan: {show_count(plan.parameters)} parameters, {facts}, {steps}"
+    line = f"plan: {show_count(plan.parameters)} parameters, {facts}" + (f", {steps}" if steps else "")
     line += f", about {show_bytes(plan.peak_bytes)}" + (" a device" if plan.devices.number > 1 else "")
-    if plan.seconds is None:
-        return line
-    return f"{line}, at least {show_seconds(plan.seconds)} of training on the facts and scoring them"
+    return line if plan.seconds_range is None else f"{line}, about {show_range(*plan.seconds_range)}"
+
+
+def show_steps(fewest_and_most: tuple[int, int]) -> str:
+    """Format a number of steps, or a range of them, which is rounded."""
+    low, high = fewest_and_most
+    if low == high:
+        return f"{low:,} steps"
+    return f"about {_two_digits(low):,} to {_two_digits(high):,} steps"
+
+
+def _two_digits(number: int) -> int:
+    return int(float(f"{number:.2g}"))
+
+
+def show_range(low: float, high: float) -> str:
+    """Format a range of seconds, as "6 to 9 min" or "50 s to 2 min"."""
+    (one, unit), (other, last) = (show_seconds(seconds).split() for seconds in (low, high))
+    if one == other and unit == last:
+        return f"{one} {unit}"
+    return f"{one} to {other} {unit}" if unit == last else f"{one} {unit} to {other} {last}"
 
 
 def show_count(number: float) -> str:
@@ -251,8 +412,8 @@ def plan_lines(plan: Plan) -> list[str]:
     table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     per = f" on each of {plan.devices.number} devices" if plan.devices.number > 1 else ""
     time = "-"
-    if plan.seconds is not None and plan.speed is not None:
-        time = f"{show_seconds(plan.seconds)} ({plan.speed.source})"
+    if plan.seconds_range is not None and plan.speed is not None:
+        time = f"{show_range(*plan.seconds_range)} ({plan.speed.source})"
     return [
         f"{plan.model}: {show_count(plan.parameters)} parameters; {plan.method}; {plan.facts:,} facts",
         "",

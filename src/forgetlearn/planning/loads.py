@@ -4,110 +4,197 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
-from forgetlearn.config.schema import TrainSettings, TuningSettings
-from forgetlearn.config.stages import Stage, Stages
+from forgetlearn.config.schema import RunConfig, TrainSettings, TuningSettings
+from forgetlearn.config.stages import Stage, StageName, Stages
 from forgetlearn.errors import ForgetLearnError
-from forgetlearn.evaluation.damage import ROOM
-from forgetlearn.evaluation.general_prompts import measuring
-from forgetlearn.evaluation.scoring import MARGIN_TOKENS, pairs_to_read
+from forgetlearn.evaluation.scoring import pairs_to_read
 from forgetlearn.facts import Fact, FactSet
 from forgetlearn.method import lessons
 from forgetlearn.method.checks import out_of_loras_reach
+from forgetlearn.method.kinds import Lessons
 from forgetlearn.method.targets import requests
-from forgetlearn.models.batches import GPU_ROW_TOKENS, ROW_TOKENS, shared_rows
+from forgetlearn.models.batches import (
+    GPU_ROW_TOKENS,
+    ROW_TOKENS,
+    WORTH_SHARING,
+    common_length,
+    sample_of,
+    shared_rows,
+)
 from forgetlearn.models.encoding import Encoded, Encoder
-from forgetlearn.planning.estimate import FLOAT32, Load
+from forgetlearn.models.null_space import MOST_TOKENS
+from forgetlearn.planning.asking import Questioner, asked_of, kept_texts, stand_ins
+from forgetlearn.planning.estimate import FLOAT32, Asking, Load, Step
 from forgetlearn.planning.outline import Outline
+from forgetlearn.training.schedule import KEPT_SHARE
 from forgetlearn.weights.task_vector import SMALL_BYTES
 
 T = TypeVar("T")
-QUIZ_EPOCHS = 1.6  # times as many until its questions are learned too (bench/results/probes.md)
+# How often learning visits a text until it ends by itself. SmolLM2-135M with its facts taught in several wordings: 9 to
+# 14 times in 19 of 22 runs (2 to 60 facts), 20 in the others. In one wording: 6 to 12 times in 15 of 23 runs, 4 to 5 in
+# those of ten facts each, 16 with ft-c. SPREAD holds 19 of the 22 and 12 of the 23. Left out: trials of other sentences
+# (13 to 165 times), locft (all its epochs) and the one run with a quiz (11).
+VISITS = {True: 12, False: 8}
+SPREAD = (0.7, 1.4)
 WORD_TOKENS = 1.5  # tokens per word if there is no tokenizer
+CHECKED = 7  # times that the texts on which the layout of training is tried are read
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The encoded texts of a stage, and the number of all its texts, including those that cannot be encoded."""
+    """The encoded texts of a stage in `number` lists, of which each visit shows one text, and those that are kept.
 
-    encoded: tuple[Encoded, ...]
+    A list that cannot be encoded counts as an average one.
+    """
+
+    lists: tuple[tuple[Encoded, ...], ...]
     number: int
+    kept: tuple[Encoded, ...] = ()
+
+    @property
+    def encoded(self) -> tuple[Encoded, ...]:
+        """All texts but those that are kept."""
+        return tuple(text for own in self.lists for text in own)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all texts; a text that cannot be encoded counts as an average one."""
-        return round(_n_tokens(self.encoded) / len(self.encoded) * self.number)
+        """Number of tokens of one text of each list."""
+        return round(sum(_mean(own) for own in self.lists) / max(1, len(self.lists)) * self.number)
+
+    def computed(self, size: int, *, shares: bool) -> int:
+        """Return the tokens of an epoch, with those of kept texts; if it `shares`, a step reads a beginning once."""
+        common = common_length([text.ids for text in (*self.encoded, *self.kept)])
+        if not shares or common < WORTH_SHARING * self.tokens / max(1, self.number):
+            common = 0
+        steps, own = math.ceil(self.number / size), self.tokens - common * self.number
+        kept = max(KEPT_SHARE * own, steps * (_mean(self.kept) - common)) if self.kept else 0
+        return round(own + kept + steps * common)
 
     def largest_batch(self, size: int, passes: int) -> list[Encoded]:
-        """Return the batch with the most tokens among all random batches of `passes` passes."""
-        draw, size = random.Random(0), min(size, self.number)
-        batches = [draw.choices(self.encoded, k=size) for _ in range(passes * math.ceil(self.number / size))]
-        return max(batches, key=_n_tokens)
+        """Return the batch with the most tokens among all random batches of `passes` passes, with its kept texts."""
+        draw, size, texts = random.Random(0), min(size, self.number), self.encoded
+        batches = [draw.choices(texts, k=size) for _ in range(passes * math.ceil(self.number / size))]
+        largest = max(batches, key=_n_tokens)
+        room = max(KEPT_SHARE * _n_tokens(largest), *map(_length, self.kept)) if self.kept else 0
+        for text in self.kept:
+            room -= len(text.ids)
+            largest += [text] if room >= 0 else []
+        return largest
 
-    def fullest_row(self, size: int, room: int) -> list[Encoded]:
-        """Return the texts of the scoring row that has the most tokens."""
-        texts = dict(enumerate(self.encoded))
-        return max(([texts[key] for key in row] for row in shared_rows(texts, size, room)), key=_n_tokens)
+
+def _length(text: Encoded) -> int:
+    return len(text.ids)
 
 
 def _n_tokens(texts: Iterable[Encoded]) -> int:
-    return sum(len(text.ids) for text in texts)
+    return sum(map(_length, texts))
+
+
+def _mean(texts: Sequence[Encoded]) -> float:
+    return _n_tokens(texts) / len(texts)
 
 
 def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> tuple[list[Load], list[str]]:
     """Return the load of each stage on a kind of device, in order, and notes on what was assumed."""
-    notes: list[str] = []
+    asked, problem = _ask_loads(outline, stages, facts, device)
+    loads, notes = train_loads(outline, stages, facts, device, asked[0].step)
     config = stages.config
-    waiting = frozenset(facts.to_ask)  # old answers not known yet, assumed to be as long as the new ones
-    old = [(f.prompt, f.ground_truth or f.target_new) for f in facts if f.ground_truth or f.id in waiting]
-    new = [*[(f.prompt, f.target_new) for f in facts], *quiz_texts(outline.encoder, stages, list(facts))]
-    read = [pair for fact in facts for pair in pairs_to_read(fact)]
-    encoded = _encoded(outline.encoder, [*old, *new, *read])
-
-    def texts(pairs: list[tuple[str, str]]) -> Texts:
-        return Texts(tuple(encoded[pair] for pair in pairs if pair in encoded), len(pairs))
-
     if outline.encoder is None:
-        notes.append(f"there is no tokenizer: {WORD_TOKENS} tokens per word are assumed")
+        notes.insert(0, f"there is no tokenizer: {WORD_TOKENS} tokens per word are assumed, and no probes or own words")
+    if config.forget.only_known and stages.method.forgets and stages.teach is None:
+        notes.append("forgetting takes only facts that the model holds (forget.only_known); all are counted here")
+    if stages.method.closed_form:
+        notes.append("the time is that of the search for values, at most; second moments come on top")
+    if config.evaluate.tasks:
+        notes.append("the time leaves out evaluate.tasks")
+    if config.evaluate.engine == "vllm":
+        notes.append("answers are planned as those of transformers; vLLM uses all free memory of a GPU for a while")
+    notes += [problem] if problem else []
+    return [*loads, *asked], list(dict.fromkeys(notes))
+
+
+def train_loads(
+    outline: Outline, stages: Stages, facts: FactSet, device: str, read: Step | None = None
+) -> tuple[list[Load], list[str]]:
+    """Return the load of each stage that trains, and notes. `read` is a traced step of reading; without it, what is
+    read before the first step of a stage is left out.
+    """
     loads: list[Load] = []
-    learned = texts(new)
-    if stages.method.closed_form and outline.encoder is not None:
-        learned = Texts(tuple(each.bare.tail for each in requests(outline.encoder, facts, ())), len(facts))
+    notes: list[str] = []
+    config, ask = stages.config, _questioner(outline, stages.config, device)
+    old, new = texts_of(outline.encoder, stages, facts)
     may_hold = device == "cpu" and not config.model.shard
-    for stage, own, passes, frozen in staged(stages, texts(old), learned):
-        load, problem = _train_load(outline, stage, own, passes, frozen, may_hold)
+    for stage, own, passes, frozen in staged(stages, old, new):
+        load, problem = _train_load(outline, stage, own, passes, frozen, device, may_hold)
         left = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
         if stage.name == "forget" and stage.kind.subtracts_from_base:
             # The subtraction also needs the base: on the CPU, or in a file if the CPU trains a large model.
             in_memory = stages.chooses_coefficient or load.weights_bytes < SMALL_BYTES
             size = load.weights_bytes
             load = replace(load, host_bytes=size) if in_memory else replace(load, base_bytes=size)
+        if ask is not None and read is not None and not stage.kind.closed_form:
+            load = _with_beginning(stage, load, own, ask, read)
         loads.append(load)
         notes += [note for note in (left, problem) if note]
-    if config.forget.only_known and stages.method.forgets and stages.teach is None:
-        notes.append("forgetting takes only facts that the model holds (forget.only_known); all are counted here")
-    if outline.encoder is not None and lessons.asks_base(config, outline.encoder):
-        notes.append("the time leaves out asking the model for its own words, and training on what it is to keep")
-    if stages.method.closed_form:
-        notes.append("the time is that of the search for values, at most; second moments come on top")
-    if config.evaluate.engine == "vllm":
-        notes.append("answers are planned as those of transformers; vLLM uses all free memory of a GPU for a while")
-    load, problem = _score_load(outline, stages, texts(read), facts, device)
-    loads.append(load)
-    notes += [problem] if problem else []
-    return loads, list(dict.fromkeys(notes))
+    return loads, notes
 
 
-def quiz_texts(encoder: Encoder | None, stages: Stages, facts: Sequence[Fact]) -> list[tuple[str, str]]:
-    """Return a question, with its answer, of each list of the quiz that learning trains on beside the facts."""
-    if encoder is None or not lessons.has_quiz(stages.config):
-        return []
-    return [own[0][:2] for own in lessons.questions(facts, {}, stages.config.seed, encoder)]
+def texts_of(encoder: Encoder | None, stages: Stages, facts: FactSet) -> tuple[Texts, Texts]:
+    """Return what is trained on with the old answers and with the new ones."""
+    waiting = frozenset(facts.to_ask)  # old answers not known yet, assumed to be as long as the new ones
+    facts_old = [
+        replace(fact, ground_truth=fact.ground_truth or fact.target_new)
+        for fact in facts
+        if fact.ground_truth or fact.id in waiting
+    ]
+    if encoder is None or not stages.method.fine_tunes:
+        bare = _bare(encoder, [(fact.prompt, fact.ground_truth or "") for fact in facts_old])
+        return bare, _new_bare(encoder, stages, list(facts))
+    material = stand_ins([*facts_old, *(fact for fact in facts if fact not in facts_old)], stages.config, encoder)
+    kept = tuple(kept_texts(list(facts), stages.config, encoder).values())
+    found = []
+    both: tuple[tuple[StageName, list[Fact]], ...] = (("forget", facts_old), ("learn", list(facts)))
+    for name, own in both:
+        lists = lessons.of_stage(material, own, name, stages.config, encoder) if own else None
+        if lists is None:
+            pairs = [(f.prompt, (f.ground_truth or "") if name == "forget" else f.target_new) for f in own]
+            found.append(_bare(encoder, pairs))
+        else:
+            found.append(replace(_encoded_lists(encoder, lists), kept=kept))
+    old, new = found
+    return old, new
+
+
+def _encoded_lists(encoder: Encoder, made: Lessons) -> Texts:
+    texts = encoder.encode_all((lesson[:2] for own in made.lists for lesson in own), end=True)
+    lists = [[text for lesson in own if isinstance(text := texts[lesson[:2]], Encoded)] for own in made.lists]
+    return Texts(tuple(tuple(own) for own in lists if own), len(lists))
+
+
+def _bare(encoder: Encoder | None, pairs: Sequence[tuple[str, str]]) -> Texts:
+    texts = _encoded(encoder, list(pairs))
+    return Texts(tuple((texts[pair],) for pair in pairs if pair in texts), len(pairs))
+
+
+def _new_bare(encoder: Encoder | None, stages: Stages, facts: Sequence[Fact]) -> Texts:
+    if stages.method.closed_form and encoder is not None:
+        return Texts(tuple((each.bare.tail,) for each in requests(encoder, facts, ())), len(facts))
+    return _bare(encoder, [(fact.prompt, fact.target_new) for fact in facts])
+
+
+def counts_of(encoder: Encoder | None, stages: Stages, facts: FactSet) -> tuple[Texts, Texts]:
+    """Return only the numbers of what `texts_of` returns."""
+    held = len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)  # can be forgotten if the model holds it
+    asked = []
+    if encoder is not None and lessons.has_quiz(stages.config):
+        asked = [*lessons.questions(list(facts), {}, stages.config.seed, encoder)]
+    return Texts((), held), Texts((), len(facts) + len(asked))
 
 
 def staged(
@@ -129,10 +216,11 @@ def staged(
 def _passes(stages: Stages) -> int:
     """Return how often learning reads the facts' texts."""
     settings = stages.learn.settings
-    if not stages.method.closed_form:
-        longer = QUIZ_EPOCHS if settings.ends_by_itself and lessons.has_quiz(stages.config) else 1
-        return min(settings.most_epochs, round(settings.likely_epochs * longer))
-    return settings.edit.most_steps * (settings.edit.contexts + 2)
+    if stages.method.closed_form:
+        return settings.edit.most_steps * (settings.edit.contexts + 2)
+    if not settings.ends_by_itself:
+        return settings.epochs
+    return min(settings.most_epochs, VISITS[settings.wordings or settings.rephrasings])
 
 
 def _train_load(
@@ -141,6 +229,7 @@ def _train_load(
     texts: Texts,
     passes: int,
     frozen: Sequence[TuningSettings],
+    device: str,
     may_hold: bool,
 ) -> tuple[Load, str | None]:
     """Return the load of a stage, and why tracing its step failed (else None).
@@ -161,7 +250,7 @@ def _train_load(
         name=stage.name,
         how=kind.name,
         texts=texts.number,
-        tokens=texts.tokens,
+        tokens=texts.computed(settings.batch_size, shares=device == "cpu" and not kind.closed_form),
         passes=passes,
         batch_size=settings.batch_size,
         micro_batch_size=micro,
@@ -172,42 +261,83 @@ def _train_load(
         step=step,
         states_bytes=skeleton.states_bytes(settings.optim),
         paged=settings.optim.startswith("paged"),
+        spread=SPREAD if settings.ends_by_itself and not kind.closed_form else (1, 1),
     )
     return load, problem
 
 
-def _score_load(outline: Outline, stages: Stages, read: Texts, facts: FactSet, device: str) -> tuple[Load, str | None]:
-    """Return the load of scoring in all phases, with answers of full length, and why tracing failed (else None)."""
-    settings = stages.config.evaluate
-    size, longest, phases = settings.batch_size, settings.max_new_tokens, len(stages.phases)
-    n_prompts = len({prompt for fact in facts for prompt in fact.prompts})
-    batches = math.ceil(n_prompts / size) if "generate" in settings.protocols else 0
-    rooms = [max(longest, len(text.answer_ids) + MARGIN_TOKENS) for text in read.encoded] or [longest]
-    general = 2 * ROOM.tokens * math.ceil(len(measuring()) / size) if settings.general_prompts else 0
+def _with_beginning(stage: Stage[TrainSettings], load: Load, texts: Texts, ask: Questioner, read: Step) -> Load:
+    """Return the load with what is read before the first step: to check the layout, and to turn A away from."""
+    sample = sample_of([*texts.encoded, *texts.kept])
+    asking = Asking(read_tokens=CHECKED * _n_tokens(sample), rows=CHECKED + len(sample))
+    settings = stage.settings
+    if stage.kind.adapter and isinstance(settings, TuningSettings) and texts.kept and settings.lora.null_space:
+        for own in (texts.kept, texts.encoded):
+            drawn = [own[index] for index in range(min(len(own), MOST_TOKENS * len(own) // _n_tokens(own)))]
+            asking += ask.read(dict(enumerate(drawn)))
+    return replace(load, asking=asking, read=read)
+
+
+def _questioner(outline: Outline, config: RunConfig, device: str) -> Questioner | None:
+    return Questioner(outline.encoder, config.evaluate.batch_size, device) if outline.encoder else None
+
+
+def _ask_loads(outline: Outline, stages: Stages, facts: FactSet, device: str) -> tuple[list[Load], str | None]:
+    """Return the loads of all that is asked beside training, and why a step could not be traced (else None)."""
+    evaluate, ask = stages.config.evaluate, _questioner(outline, stages.config, device)
     skeleton = outline.skeleton(None if stages.method.makes_adapter or stages.method.in_context else torch.float32)
-    row = read.fullest_row(size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))
+    pairs = list(dict.fromkeys(pair for fact in facts for pair in pairs_to_read(fact)))
+    texts = _encoded(outline.encoder, pairs)
+    rows = shared_rows(texts, evaluate.batch_size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))
+    row = max(([texts[key] for key in own] for own in rows), key=_n_tokens)
     step, problem = _traced(lambda: skeleton.read_step(row))
     if problem:  # a model that does not take such a mask
         step, problem = _traced(lambda: skeleton.read_step(row, shared=False))
-    answers = None
-    if batches or (stages.forget and stages.forget.settings.only_known):  # known facts are found by generation too
-        widest = max(text.n_prompt_tokens for text in read.encoded)
-        prompts = min(size, n_prompts)
-        answers, problem = _traced(lambda: skeleton.answer_bytes(prompts, widest, max(rooms)))
-    load = Load(
-        name="score",
-        how=f"{phases} phases",
-        texts=read.number,
-        tokens=read.tokens,
-        passes=phases,
-        batch_size=size,
-        micro_batch_size=size,
-        weights_bytes=skeleton.weights_bytes,
-        step=step,
-        answer_steps=round(phases * batches * sum(rooms) / len(rooms)) + general,
-        answer_bytes=answers or 0,
+    widest = max(text.n_prompt_tokens for text in texts.values())
+    number = min(evaluate.batch_size, len({prompt for fact in facts for prompt in fact.prompts}))
+    answering, not_answered = _traced(lambda: skeleton.answering(number, widest))
+    asked = asked_of(stages, list(facts), frozenset(facts.to_ask), ask) if ask else _guessed(texts, number, stages)
+    loads = [
+        Load(
+            name=name,
+            how=how,
+            texts=asking.texts + asking.prompts,
+            tokens=0,
+            passes=1,
+            batch_size=evaluate.batch_size,
+            micro_batch_size=evaluate.batch_size,
+            weights_bytes=skeleton.weights_bytes,
+            step=step,
+            asking=asking,
+            answering=answering,
+        )
+        for name, how, asking in asked
+    ]
+    return loads, problem or not_answered
+
+
+def _guessed(
+    texts: Mapping[tuple[str, str], Encoded], number: int, stages: Stages
+) -> Iterator[tuple[str, str, Asking]]:
+    """Yield the scoring alone, of a model without a tokenizer."""
+    phases, steps = len(stages.phases), stages.config.evaluate.max_new_tokens
+    prompts = phases * number
+    rows = math.ceil(len(texts) / stages.config.evaluate.batch_size)
+    tokens = _n_tokens(texts.values())
+    yield (
+        "score",
+        f"{phases} phases",
+        Asking(
+            texts=phases * len(texts),
+            read_tokens=phases * tokens,
+            rows=phases * rows,
+            prompts=prompts,
+            prompt_tokens=phases * tokens,
+            batches=phases,
+            answer_tokens=prompts * steps,
+            answer_steps=phases * steps,
+        ),
     )
-    return load, problem
 
 
 def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:

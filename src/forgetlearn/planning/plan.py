@@ -7,9 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from forgetlearn.config.methods import KINDS, METHODS
@@ -20,6 +22,7 @@ from forgetlearn.facts import FactSet
 from forgetlearn.models.batches import SMALL_MODEL
 from forgetlearn.models.language_model import LanguageModel, parameter_count
 from forgetlearn.models.loading import pick_device
+from forgetlearn.models.onednn import fast_linear_layers
 from forgetlearn.models.texts import check_texts
 from forgetlearn.planning.estimate import (
     FLOAT32,
@@ -32,16 +35,20 @@ from forgetlearn.planning.estimate import (
     plan_stage,
     show_bytes,
     show_count,
+    show_range,
     show_seconds,
+    show_steps,
     summary_line,
 )
-from forgetlearn.planning.loads import Texts, loads_of, quiz_texts, staged
+from forgetlearn.planning.loads import SPREAD, counts_of, loads_of, staged, train_loads
 from forgetlearn.planning.outline import Outline, outline_of
 from forgetlearn.storage.records import Manifest
 
 log = logging.getLogger("forgetlearn")
 MEASURE = "measure"
-EFFICIENCY = 0.7  # share of the measured matrix rate that a step reaches (docs/plan.md)
+WITH_ADAPTER = {"f-ft": "f-lora", "f-lora-ft": "f-lora", "ft": "lora"}  # methods of the same purpose
+MUCH_SOONER = 2 / 3  # of the time: worth an advice
+EFFICIENCY = 0.7  # share of a GPU's measured matrix rate that a step reaches (docs/plan.md)
 
 
 @torch.inference_mode(False)  # it traces a training step
@@ -52,10 +59,12 @@ def plan_update(
     outline: Outline | None = None,
     devices: Devices | None = None,
     rate: str | Speed | None = None,
+    compare: bool = False,
 ) -> Plan:
     """Plan an update of these facts with these settings, without reading the model's weights.
 
-    `rate` is the speed of training, or its text, see `speed_of`; without it, the plan has no time.
+    `rate` is the speed of training, or its text, see `speed_of`; without it, the plan has no time. To `compare` adds an
+    advice if an adapter would be learned much sooner.
 
     Raises:
         ModelError: the model's config or tokenizer cannot be read, see `load_model`.
@@ -90,7 +99,32 @@ def plan_update(
     )
     if plan.fits is False:
         return replace(plan, advice=tuple(_advice(loads, devices, outline, config, facts)))
+    if compare and speed is not None and (line := _sooner(plan, loads, outline, config, facts, speed)):
+        return replace(plan, advice=(line,))
     return plan
+
+
+def _sooner(
+    plan: Plan, loads: Sequence[Load], outline: Outline, config: RunConfig, facts: FactSet, speed: Speed
+) -> str | None:
+    """Return a line on the adapter method of the same purpose if it trains in less than MUCH_SOONER of the time."""
+    other = WITH_ADAPTER.get(config.method)
+    if other is None or config.teach.epochs:
+        return None
+    changed = Stages(config.model_copy(update={"method": other}))
+    tried = [
+        plan_stage(load, plan.devices, speed) for load in train_loads(outline, changed, facts, plan.devices.kind)[0]
+    ]
+    own = [stage.seconds for load, stage in zip(loads, plan.stages, strict=True) if load.trained]
+    ours, theirs = _total(own), _total([stage.seconds for stage in tried])
+    if ours is None or theirs is None or theirs >= MUCH_SOONER * ours:
+        return None
+    return f"--method {other}: trains in about {show_seconds(theirs)} instead of {show_seconds(ours)}"
+
+
+def _total(seconds: Sequence[float | None]) -> float | None:
+    known = [each for each in seconds if each is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def _disk(
@@ -141,7 +175,7 @@ def _alternatives(config: RunConfig, devices: Devices) -> Iterator[tuple[str, Ru
     if any((config.train.micro_batch_size or stage.batch_size) > 1 for stage in (config.forget, config.learn)):
         train = config.train.model_copy(update={"micro_batch_size": 1})
         yield "--set train.micro_batch_size=1", config.model_copy(update={"train": train}), devices
-    lora = {"f-ft": "f-lora", "f-lora-ft": "f-lora", "ft": "lora"}.get(config.method)
+    lora = WITH_ADAPTER.get(config.method)
     if lora and config.teach.epochs == 0:
         half = config.model.model_copy(update={"dtype": "bfloat16"})
         yield f"--method {lora}", config.model_copy(update={"method": lora}), devices
@@ -169,20 +203,51 @@ def devices_here(config: RunConfig, *, number: int = 1, memory_gb: float | None 
 def measured_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Speed:
     """Return a device's speed, from briefly timing matrix products, copies and its smallest operation."""
     side = 4096 if device.type == "cuda" else 768
-    one, two = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = _seconds_of(lambda: one @ two, seconds)
     block = torch.empty(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(block)
-    copy = _seconds_of(lambda: target.copy_(block), seconds)
+    bandwidth = 2 * block.numel() * block.itemsize / _seconds_of(lambda: target.copy_(block), seconds)
     small = torch.ones(8, device=device)
     operation = _seconds_of(lambda: small + small, seconds / 3)
-    rate = 2 * side**3 / product
-    bandwidth = 2 * block.numel() * block.itemsize / copy
+    if device.type == "cpu":
+        rate, reading = _rate_of_layers(dtype, seconds)
+        source = f"measured on this cpu: {rate / 1e12:.3g} TFLOP/s of layers' products, {bandwidth / GB:.3g} GB/s"
+        return Speed(rate, bandwidth, operation, source, reading)
+    one, two = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    rate = 2 * side**3 / _seconds_of(lambda: one @ two, seconds)
     source = (
         f"measured on this {device.type}: {rate / 1e12:.3g} TFLOP/s of matrix products, of which {EFFICIENCY:.0%} are "
         f"assumed, {bandwidth / GB:.3g} GB/s"
     )
     return Speed(EFFICIENCY * rate, bandwidth, operation, source)
+
+
+@torch.inference_mode()
+def _rate_of_layers(dtype: torch.dtype, seconds: float) -> tuple[float, float]:
+    """Return the rate of a CPU's products with weights, FLOP/s, and the bytes of weights that it reads a second.
+
+    A model's weights do not stay in the cache from one pass to the next, which halves the rate. So products of few and
+    of many rows are timed over more weights than a cache holds, and a line is laid through both.
+    """
+    few, many = 16, 256
+    weights = [torch.randn(1536, 768).to(dtype) for _ in range(32)]
+    rows = torch.randn(many, 768).to(dtype)
+    with fast_linear_layers():
+        layers = [_layer(weight) for weight in weights]
+        short, long = (_seconds_of(partial(_pass, layers, rows[:number]), seconds) for number in (few, many))
+    numbers = sum(weight.numel() for weight in weights)
+    a_row = (long - short) / (many - few)
+    alone = max(short - few * a_row, 0.1 * short)
+    return 2 * numbers / a_row, numbers * weights[0].itemsize / alone
+
+
+def _pass(layers: Sequence[nn.Module], rows: Tensor) -> list[Tensor]:
+    return [layer(rows) for layer in layers]
+
+
+def _layer(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def _seconds_of(run: Callable[[], object], seconds: float) -> float:
@@ -221,7 +286,7 @@ def speed_of(text: str, planned: Sequence[StagePlan], config: RunConfig, devices
 
 def plan_line(
     lm: LanguageModel, facts: FactSet, config: RunConfig, n_processes: int = 1
-) -> tuple[str, dict[str, float | None]]:
+) -> tuple[str, dict[str, object]]:
     """Return a line about an update of a model in memory, and its figures for the manifest.
 
     Small models get no figures for memory and time: tracing one takes longer than these are worth.
@@ -237,7 +302,8 @@ def plan_line(
         return f"{_counts(lm, facts, config)}; memory is not known ({type(error).__name__})", {}
     if plan.fits is False:
         log.warning("memory: about %s are needed; forgetlearn plan says what would fit", show_bytes(plan.peak_bytes))
-    return summary_line(plan), {"peak_memory_gb": round(plan.peak_bytes / GB, 3), "seconds": plan.seconds}
+    figures = {"peak_memory_gb": round(plan.peak_bytes / GB, 3), "seconds": plan.seconds}
+    return summary_line(plan), figures | {"seconds_range": plan.seconds_range}
 
 
 def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
@@ -245,20 +311,21 @@ def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     size = f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts"
     if Stages(config).method.closed_form:
         return f"{size} to write into the weights"
-    held = len(facts.to_ask) + sum(1 for fact in facts if fact.ground_truth)  # can be forgotten if the model holds it
-    learned = len(facts) + len(quiz_texts(lm.encoder, Stages(config), list(facts)))
-    steps = [
-        f"{passes * math.ceil(texts.number / stage.settings.batch_size):,} steps to {stage.name}"
-        for stage, texts, passes, _ in staged(Stages(config), Texts((), held), Texts((), learned))
-    ]
+    steps = []
+    for stage, texts, passes, _ in staged(Stages(config), *counts_of(lm.encoder, Stages(config), facts)):
+        number = passes * math.ceil(texts.number / stage.settings.batch_size)
+        low, high = SPREAD if stage.settings.ends_by_itself else (1, 1)
+        steps.append(f"{show_steps((round(low * number), round(high * number)))} to {stage.name}")
     return f"{size}, {' + '.join(steps)}"
 
 
 def took(manifest: Manifest, device: torch.device) -> str:
-    """Return one line on a finished run: the seconds of all its stages, and the peak memory of this process."""
-    seconds = sum(stage.seconds for stage in manifest.stages.values())
-    line = f"took {show_seconds(seconds)}, at most {show_bytes(manifest.peak_memory_gb * GB)}"
+    """Return one line on a finished run: the seconds of all its stages, the peak memory of this process, and plans."""
+    planned = manifest.plan
+    line = f"took {show_seconds(sum(stage.seconds for stage in manifest.stages.values()))}"
+    if planned.get("seconds_range"):
+        line += f" (planned {show_range(*planned['seconds_range'])})"
+    line += f", at most {show_bytes(manifest.peak_memory_gb * GB)}"
     if device.type == "cuda":
         line += f" and {show_bytes(torch.cuda.max_memory_allocated(device))} on the device"
-    planned = manifest.plan
     return line + (f" (planned {show_bytes(planned['peak_memory_gb'] * GB)})" if planned else "")

@@ -28,7 +28,7 @@ from forgetlearn.models import lora, module_names
 from forgetlearn.models.batches import ROUNDED_TO, answer_logits, lay_out, pad_left, share
 from forgetlearn.models.encoding import Encoded
 from forgetlearn.models.language_model import layer_list
-from forgetlearn.planning.estimate import Step
+from forgetlearn.planning.estimate import Answering, Step
 from forgetlearn.weights.structure import weightless
 
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes' values: smaller weights, and embeddings, have float32 states
@@ -114,9 +114,11 @@ class Skeleton:
         with self.mode, torch.inference_mode():
             return measure(model, step, width)
 
-    def answer_bytes(self, prompts: int, prompt_tokens: int, new_tokens: int) -> int:
-        """Return the bytes in use besides the weights while a batch is answered: for its prompts, keys and values."""
+    def answering(self, prompts: int, prompt_tokens: int) -> Answering:
+        """Trace the reading of a batch of prompts that are to be answered; return what reading and answering take."""
         model = self._without_numbers().eval()
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head_flops = 2 * head.weight.numel() if head is not None else 0
         held: list[int] = []
 
         def step() -> None:
@@ -127,7 +129,8 @@ class Skeleton:
 
         with self.mode, torch.inference_mode():
             read = measure(model, step, prompts * prompt_tokens)
-        return read.peak_bytes + held[0] * new_tokens // prompt_tokens
+        body = max(0, read.flops - prompts * head_flops)
+        return Answering(read, held[0] // (prompts * prompt_tokens), body, head_flops)
 
     def _without_numbers(self) -> nn.Module:
         """Return a copy with fake CPU tensors as weights: on the meta device, attention would take another path."""
@@ -140,7 +143,7 @@ class Skeleton:
 
 
 def measure(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
-    """Run one step of a model; return its peak memory besides the weights, its FLOPs and its operations."""
+    """Run one step of a model; return its peak memory besides the weights, its FLOPs, operations and bytes made."""
     log = logging.getLogger(FakeTensorMode.__module__)
     was_disabled, log.disabled = log.disabled, True  # it also logs the tracebacks of errors that are handled
     try:
@@ -148,7 +151,7 @@ def measure(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
             step()
     finally:
         log.disabled = was_disabled
-    return Step(tokens, live.peak, int(counter.get_total_flops()), live.operations)
+    return Step(tokens, live.peak, int(counter.get_total_flops()), live.operations, live.made)
 
 
 def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
@@ -163,14 +166,14 @@ def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Counts operations, and the bytes of all storages that they made and that are still referenced.
+    """Counts operations, the bytes of all storages that they made, and of those that are still referenced.
 
     Gradients that exist already count too; weights and buffers do not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = self.operations = 0
+        self.now = self.peak = self.made = self.operations = 0
         self.sizes: dict[int, int] = {}
         for weight in (*model.parameters(), *model.buffers()):
             self.add(weight, counts=False)
@@ -192,6 +195,7 @@ class _Live(TorchDispatchMode):
         if key not in self.sizes:
             self.sizes[key] = storage.nbytes() if counts else 0
             self.now += self.sizes[key]
+            self.made += self.sizes[key]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._drop, key)
 

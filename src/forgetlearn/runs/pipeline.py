@@ -112,7 +112,7 @@ class Pipeline:
     ) -> None:
         self.lm, self.facts, self.store, self.base = lm, facts, store, base
         self.config, self.stages = config, Stages(config)
-        self.scored = [self._as_scored(fact) for fact in (facts if scored is None else scored)]
+        self.scored = [lessons.as_scored(fact, config) for fact in (facts if scored is None else scored)]
         self.held_apart: frozenset[str] = frozenset()  # prompts of keep.source that are only scored
         self.material, self.past = Material(), past
         self.retained: Retained | None = None
@@ -183,11 +183,6 @@ class Pipeline:
 
     def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
         return lessons.of_stage(self.material, facts, stage.name, self.config, self.lm.encoder)
-
-    def _as_scored(self, fact: Fact) -> Fact:
-        """Return a fact as it is scored: without its rephrasings if they are trained on."""
-        are_trained = self.config.learn.rephrasings and self.stages.method.fine_tunes
-        return replace(fact, rephrase_prompts=()) if are_trained else fact
 
     @property
     def taught(self) -> list[Taught]:
