@@ -27,6 +27,7 @@ from forgetlearn.products.chain import chain_of
 from forgetlearn.report import forgetting as pages
 from forgetlearn.runs import run_store
 from forgetlearn.runs.forget import as_forgotten, as_kept, forget_facts
+from forgetlearn.runs.update import update
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Forgetting, ProbeRow, Relearning, Summary, TruthRatio, load_rows
 from forgetlearn.weights.task_vector import snapshot
@@ -477,6 +478,15 @@ def test_a_comparison_takes_no_method_that_only_forgets(small_lab, files, tmp_pa
     words = ["--model", str(small_lab), "--facts", str(files / "forget.jsonl"), "--methods", "ft,simnpo"]
     assert main(["compare", *words, "--output", str(tmp_path / "run")]) == 2
     assert "simnpo" in capsys.readouterr().err
+
+
+def test_a_reference_may_be_an_adapter(small_lab, files, tmp_path):
+    config = {"method": "lora", "learn": {"until": "epochs", "epochs": 3}, "evaluate": {"probes": "none"}}
+    taught = update(small_lab, files / "forget.jsonl", config, output=tmp_path / "taught")
+    run = forget_facts(small_lab, files / "forget.jsonl", QUICK, output=tmp_path / "run", reference=taught.product)
+    found = run.summary.forgetting
+    assert [each.model for each in found.relearning] == ["product", "reference"]
+    assert found.truth["reference"].closeness != found.truth["base"].closeness  # the adapter is at work
 
 
 def test_a_reference_with_another_vocabulary_is_refused(small_lab, files, tmp_path, lm):

@@ -25,11 +25,12 @@ from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, matching, 
 from forgetlearn.facts.documents import READER
 from forgetlearn.facts.files import SUFFIXES
 from forgetlearn.facts.variants import FIELDS, WRONG, Variants, read_variants
-from forgetlearn.method.kinds import Lesson, Lessons
+from forgetlearn.method.kinds import Lesson, Lessons, fold_in
 from forgetlearn.method.relearning import halves, relearn
+from forgetlearn.models import lora
 from forgetlearn.models.encoding import Passage
 from forgetlearn.models.language_model import LanguageModel, as_language_model
-from forgetlearn.models.loading import read_outline
+from forgetlearn.models.loading import adapter_base, read_outline
 from forgetlearn.runs import base as begun_on
 from forgetlearn.runs.checks import GivenConfig, GivenModel, resolve
 from forgetlearn.runs.pipeline import Pipeline
@@ -192,7 +193,8 @@ class ForgetTask(Task):
             tokenizer = self.reference.tokenizer
         else:
             settings = config.model.model_copy(update={"name": str(self.reference), "revision": None})
-            tokenizer = read_outline(settings)[1]
+            under = adapter_base(settings)  # an adapter's tokenizer is its base's
+            tokenizer = read_outline(settings.model_copy(update={"name": under or settings.name}))[1]
         if tokenizer is not None and tokenizer.get_vocab() != lm.tokenizer.get_vocab():
             raise ModelError(
                 f"--reference {self.inputs['reference']}: has another vocabulary than {lm.name}, so their answers "
@@ -336,6 +338,7 @@ class ForgetPipeline(Pipeline):
         """Write the truth ratios of the model that never knew the facts, and how fast it learns them."""
         assert self.reference is not None, "asked for"
         lm = as_language_model(self.reference, None, self.config.model.model_copy(update={"revision": None}))
+        fold_in(lm, lora.PRODUCT)
         scorer = Scorer(lm, self.config.evaluate, "reference")
         save_rows(forgetting.truth_rows(scorer, self.scored, self.variants, "reference"), folder / TRUTH)
         asked = self.config.unlearn.relearn_steps
