@@ -188,7 +188,7 @@ class TestTrace:
         assert found.key_bytes == a_token
         assert found.bytes_of(3 * 5, 3 * 15) - found.bytes_of(3 * 5, 3 * 5) == 3 * 10 * a_token
         assert found.bytes_of(3 * 5, 3 * 5) > 3 * 5 * a_token
-        assert found.prompts.made_bytes >= found.prompts.peak_bytes
+        assert found.prompts.made_bytes > found.prompts.peak_bytes
         assert found.head_flops == 2 * 32 * 100
 
     def test_a_row_of_scoring_reads_a_beginning_once(self, tiny_model):

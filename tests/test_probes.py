@@ -218,6 +218,9 @@ def test_free_answers_say_the_new_or_the_old_one(lm, monkeypatch):
         Stub(monkeypatch, says)
         (row,) = score_of(lm, asked)
         assert (row.said, row.score, row.old, row.protocol) == (says, score, old, "contains")
+    brought = replace(asked[0], probe="same-subject")  # a name of the file's own
+    Stub(monkeypatch, "She lives in Bonn.")
+    assert [(row.score, row.protocol) for row in score_of(lm, [brought])] == [(1, "contains")]
     Stub(monkeypatch, Failure("too long"))
     (row,) = score_of(lm, asked)
     assert (row.score, row.old, row.error) == (None, None, "too long")

@@ -8,7 +8,7 @@ from itertools import product
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
-from forgetlearn.evaluation.probes import COMPLETION, MADE, NO, QUESTION, SAME_SUBJECT, YES, Asked, wanted
+from forgetlearn.evaluation.probes import COMPLETION, MADE, NO, QUESTION, YES, Asked, wanted
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
 from forgetlearn.evaluation.scoring import add_room, room_for
 from forgetlearn.evaluation.statistics import mean_with_interval
@@ -76,7 +76,7 @@ def rooms(encoder: Encoder, asked: Sequence[Asked], settings: EvaluateSettings) 
 
 
 def _judge_reply(asked: Asked, reply: Generated | Failure, phase: str) -> ProbeRow:
-    protocol = ABSENT if asked.probe == SAME_SUBJECT else FREE
+    protocol = ABSENT if asked.is_elsewhere else FREE
     if isinstance(reply, Failure):
         return _row(asked, phase, protocol, error=reply.reason)
 

@@ -29,7 +29,7 @@ CHOICE, CHOICE_TEXT = "multiple-choice", "multiple-choice-text"
 YES, NO = "Yes", "No"
 ENOUGH = 25  # facts of each kind of probe, unless all are asked for
 N_OPTIONS = 4  # of a multiple choice
-# Asked about a subject where a fact's new answer is no reply, whatever the fact says.
+# Asked about a subject: few facts answer them.
 OTHER_QUESTIONS = ("When was {} first heard of?", "Why do people talk about {}?")
 LONGEST_SHARE = 0.5  # of a model's context that a long prompt may fill
 FIRST_TURNS = ("Hello! I would like to ask you a few things.", "Hello! Of course, what would you like to know?")
@@ -43,10 +43,11 @@ class Asked:
     fact: str
     probe: str
     prompt: Prompt
-    answers: tuple[str, ...]  # that are right after the update; of SAME_SUBJECT, those that are wrong
+    answers: tuple[str, ...]  # that are right after the update
     old_answers: tuple[str, ...] = ()  # that were right before it
     options: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()  # the texts that the options stand for, if these are letters
+    is_elsewhere: bool = False  # it asks something else, to which a reply with one of `answers` is wrong
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Maker:
             for question in OTHER_QUESTIONS:
                 asks = question.replace("{}", subject)
                 prompt = f"{asks}\nAnswer:" if self.encoder.writes_on else asks
-                yield Asked(fact.id, SAME_SUBJECT, prompt, fact.new_answers)
+                yield Asked(fact.id, SAME_SUBJECT, prompt, fact.new_answers, is_elsewhere=True)
 
     def second_turn(self, fact: Fact) -> Iterator[Asked]:
         """Yield the fact's prompt as the second turn of a chat."""

@@ -15,6 +15,7 @@ from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import FactError
 from forgetlearn.evaluation import damage, general_prompts, probe_scoring, probes, scoring
+from forgetlearn.evaluation.general_ability import WINDOW
 from forgetlearn.evaluation.generation import WORTH_CACHING, Room
 from forgetlearn.facts import Fact
 from forgetlearn.method import keeping, lessons, own_words
@@ -64,13 +65,7 @@ class Questioner:
 
     def say(self, rooms: Mapping[P, Room], said: Callable[[P], int] | None = None) -> Asking:
         """Count the answers to prompts; `said` returns the tokens of one, which else nearly fills its room."""
-        texts: dict[P, Encoded] = {}
-        for prompt in rooms:
-            try:
-                ids = tuple(self.encoder.prompt_ids(prompt))
-            except FactError:
-                continue
-            texts[prompt] = Encoded(ids, len(ids))
+        texts = answered(self.encoder, dict.fromkeys(rooms, 0))
         if not texts:
             return Asking()
         usual, found = min(room.tokens for room in rooms.values()), self._check(texts.values(), "padded")
@@ -129,13 +124,19 @@ def kept_texts(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> di
     """Return the prompts whose answers are kept, with answers as long as the base's are assumed to be."""
     if not config.keep.weight or not lessons.asks_base(config, encoder):
         return {}
-    found = {}
-    for prompt, kind in lessons.to_keep(facts, config, encoder).items():
+    prompts = lessons.to_keep(facts, config, encoder)
+    return answered(encoder, {prompt: round(SAID * keeping.KEPT_TOKENS[kind]) for prompt, kind in prompts.items()})
+
+
+def answered(encoder: Encoder, lengths: Mapping[P, int]) -> dict[P, Encoded]:
+    """Return the prompts with answers of these lengths, in tokens; leave out those that the model cannot be asked."""
+    found: dict[P, Encoded] = {}
+    for prompt, length in lengths.items():
         try:
             ids = tuple(encoder.prompt_ids(prompt))
         except FactError:
             continue
-        found[prompt] = Encoded((*ids, *ids[-1:] * max(1, round(SAID * keeping.KEPT_TOKENS[kind]))), len(ids))
+        found[prompt] = Encoded((*ids, *ids[-1:] * length), len(ids))
     return found
 
 
@@ -187,8 +188,8 @@ def asked_of(
         yield "ask", "once", lessons_asked
     if general := _general(config, ask):
         yield "general", "2 phases", _times(general, 2)
-    if probes.are_asked(evaluate):
-        yield "probes", "2 phases", _probed(scored, config, ask)
+    if probes.are_asked(evaluate) and (probed := _probed(scored, config, ask)).passes:
+        yield "probes", "2 phases", probed
 
 
 def _rooms(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[str, Room]:
@@ -217,19 +218,16 @@ def _general(config: RunConfig, ask: Questioner) -> Asking | None:
     if evaluate.general_prompts:
         rooms = dict.fromkeys(general_prompts.measuring(), damage.ROOM)
         found += ask.say(rooms)
-        texts = {}
-        for prompt in rooms:
-            ids = tuple(ask.encoder.prompt_ids(prompt))
-            texts[prompt] = Encoded((*ids, *ids[-1:] * round(SAID * damage.ROOM.tokens)), len(ids))
-        found += ask.read(texts)
+        found += ask.read(answered(ask.encoder, dict.fromkeys(rooms, round(SAID * damage.ROOM.tokens))))
     if evaluate.general is not None:
-        found += Asking(texts=1, read_tokens=evaluate.general_tokens, rows=math.ceil(evaluate.general_tokens / 512))
+        found += Asking(texts=1, read_tokens=evaluate.general_tokens, rows=math.ceil(evaluate.general_tokens / WINDOW))
     return found if found.passes else None
 
 
 def _probed(facts: Sequence[Fact], config: RunConfig, ask: Questioner) -> Asking:
     """Count the probes before and after the update."""
-    asked = probes.questions(facts, ask.encoder, config.evaluate, config.seed)
+    stated = {fact.id: fact.prompt for fact in probes.to_state(facts, config.evaluate)}  # about as long
+    asked = probes.questions(facts, ask.encoder, config.evaluate, config.seed, stated)
     chosen = [each for each in asked if each.options]
     once = ask.read_pairs((each.prompt, option) for each in chosen for option in each.options)
     usual = Room(config.evaluate.max_new_tokens)

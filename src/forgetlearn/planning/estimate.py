@@ -300,6 +300,7 @@ class _Work:
     passes: float
     operations: float  # of one pass
     moved: float
+    updated: float = 0  # bytes that the optimiser moves, on every device
     trains: bool = False
 
 
@@ -314,8 +315,8 @@ def _training(load: Load) -> Iterator[_Work | None]:
     made = max(0, load.step.made_bytes - FLOAT32 * load.trained)  # without gradients, which the optimiser moves
     updated = (MOVED_PER_TRAINED * load.trained + 2 * load.states_bytes) * load.steps
     passes = load.passes * math.ceil(load.texts / load.micro_batch_size)
-    moved = MOVED_PER_MADE * made * share + updated
-    yield _Work(load.step.flops * share, passes, load.step.operations, moved, trains=True)
+    moved = MOVED_PER_MADE * made * share
+    yield _Work(load.step.flops * share, passes, load.step.operations, moved, updated, trains=True)
 
 
 def _asking(load: Load) -> Iterator[_Work | None]:
@@ -345,7 +346,7 @@ def _seconds(work: _Work, weights_bytes: float, devices: Devices, speed: Speed) 
     reading = speed.weights_bandwidth or speed.bandwidth
     seconds = work.flops / devices.number / speed.flops
     seconds += weights / reading if reading else 0
-    seconds += work.moved / speed.bandwidth if speed.bandwidth else 0
+    seconds += (work.moved / devices.number + work.updated) / speed.bandwidth if speed.bandwidth else 0
     return seconds + (work.operations * passes * speed.latency if speed.latency else 0)
 
 
@@ -363,10 +364,10 @@ def summary_line(plan: Plan) -> str:
 
 def show_steps(fewest_and_most: tuple[int, int]) -> str:
     """Format a number of steps, or a range of them, which is rounded."""
-    low, high = fewest_and_most
+    low, high = map(_two_digits, fewest_and_most)
     if low == high:
-        return f"{low:,} steps"
-    return f"about {_two_digits(low):,} to {_two_digits(high):,} steps"
+        return f"{fewest_and_most[1]:,} steps"
+    return f"about {low:,} to {high:,} steps"
 
 
 def _two_digits(number: int) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -100,13 +102,25 @@ def _mean(texts: Sequence[Encoded]) -> float:
     return _n_tokens(texts) / len(texts)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the `with` block, log nothing: what the plan tries out, the update says when it does it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@_quiet()
 def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> tuple[list[Load], list[str]]:
     """Return the load of each stage on a kind of device, in order, and notes on what was assumed."""
     asked, problem = _ask_loads(outline, stages, facts, device)
     loads, notes = train_loads(outline, stages, facts, device, asked[0].step)
     config = stages.config
     if outline.encoder is None:
-        notes.insert(0, f"there is no tokenizer: {WORD_TOKENS} tokens per word are assumed, and no probes or own words")
+        notes.insert(0, f"there is no tokenizer: {WORD_TOKENS} tokens per word are assumed; only scoring is asked")
     if config.forget.only_known and stages.method.forgets and stages.teach is None:
         notes.append("forgetting takes only facts that the model holds (forget.only_known); all are counted here")
     if stages.method.closed_form:
@@ -119,6 +133,7 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
     return [*loads, *asked], list(dict.fromkeys(notes))
 
 
+@_quiet()
 def train_loads(
     outline: Outline, stages: Stages, facts: FactSet, device: str, read: Step | None = None
 ) -> tuple[list[Load], list[str]]:
@@ -148,18 +163,19 @@ def train_loads(
 def texts_of(encoder: Encoder | None, stages: Stages, facts: FactSet) -> tuple[Texts, Texts]:
     """Return what is trained on with the old answers and with the new ones."""
     waiting = frozenset(facts.to_ask)  # old answers not known yet, assumed to be as long as the new ones
-    facts_old = [
-        replace(fact, ground_truth=fact.ground_truth or fact.target_new)
+    of_old = {
+        fact.id: replace(fact, ground_truth=fact.ground_truth or fact.target_new)
         for fact in facts
         if fact.ground_truth or fact.id in waiting
-    ]
+    }
+    facts_old, facts_new = [*of_old.values()], list(facts) if stages.method.learns else []
     if encoder is None or not stages.method.fine_tunes:
         bare = _bare(encoder, [(fact.prompt, fact.ground_truth or "") for fact in facts_old])
-        return bare, _new_bare(encoder, stages, list(facts))
-    material = stand_ins([*facts_old, *(fact for fact in facts if fact not in facts_old)], stages.config, encoder)
+        return bare, _new_bare(encoder, stages, facts_new)
+    material = stand_ins([of_old.get(fact.id, fact) for fact in facts], stages.config, encoder)
     kept = tuple(kept_texts(list(facts), stages.config, encoder).values())
     found = []
-    both: tuple[tuple[StageName, list[Fact]], ...] = (("forget", facts_old), ("learn", list(facts)))
+    both: tuple[tuple[StageName, list[Fact]], ...] = (("forget", facts_old), ("learn", facts_new))
     for name, own in both:
         lists = lessons.of_stage(material, own, name, stages.config, encoder) if own else None
         if lists is None:
@@ -261,13 +277,13 @@ def _train_load(
         step=step,
         states_bytes=skeleton.states_bytes(settings.optim),
         paged=settings.optim.startswith("paged"),
-        spread=SPREAD if settings.ends_by_itself and not kind.closed_form else (1, 1),
+        spread=SPREAD if stage.name == "learn" and settings.ends_by_itself and not kind.closed_form else (1, 1),
     )
     return load, problem
 
 
 def _with_beginning(stage: Stage[TrainSettings], load: Load, texts: Texts, ask: Questioner, read: Step) -> Load:
-    """Return the load with what is read before the first step: to check the layout, and to turn A away from."""
+    """Return the load with what is read before the first step: to check the layout, and to turn the adapter away."""
     sample = sample_of([*texts.encoded, *texts.kept])
     asking = Asking(read_tokens=CHECKED * _n_tokens(sample), rows=CHECKED + len(sample))
     settings = stage.settings
@@ -294,8 +310,8 @@ def _ask_loads(outline: Outline, stages: Stages, facts: FactSet, device: str) ->
     if problem:  # a model that does not take such a mask
         step, problem = _traced(lambda: skeleton.read_step(row, shared=False))
     widest = max(text.n_prompt_tokens for text in texts.values())
-    number = min(evaluate.batch_size, len({prompt for fact in facts for prompt in fact.prompts}))
-    answering, not_answered = _traced(lambda: skeleton.answering(number, widest))
+    number = len({prompt for fact in facts for prompt in fact.prompts})
+    answering, not_answered = _traced(lambda: skeleton.answering(min(evaluate.batch_size, number), widest))
     asked = asked_of(stages, list(facts), frozenset(facts.to_ask), ask) if ask else _guessed(texts, number, stages)
     loads = [
         Load(
@@ -319,25 +335,27 @@ def _ask_loads(outline: Outline, stages: Stages, facts: FactSet, device: str) ->
 def _guessed(
     texts: Mapping[tuple[str, str], Encoded], number: int, stages: Stages
 ) -> Iterator[tuple[str, str, Asking]]:
-    """Yield the scoring alone, of a model without a tokenizer."""
-    phases, steps = len(stages.phases), stages.config.evaluate.max_new_tokens
-    prompts = phases * number
-    rows = math.ceil(len(texts) / stages.config.evaluate.batch_size)
-    tokens = _n_tokens(texts.values())
-    yield (
-        "score",
-        f"{phases} phases",
-        Asking(
-            texts=phases * len(texts),
-            read_tokens=phases * tokens,
-            rows=phases * rows,
-            prompts=prompts,
-            prompt_tokens=phases * tokens,
-            batches=phases,
-            answer_tokens=prompts * steps,
-            answer_steps=phases * steps,
-        ),
+    """Yield the scoring alone, of a model without a tokenizer; `number` prompts are as long as the longest text."""
+    evaluate, phases = stages.config.evaluate, len(stages.phases)
+    size, room, width = min(number, evaluate.batch_size), evaluate.max_new_tokens, max(map(_length, texts.values()))
+    found = Asking(
+        texts=phases * len(texts),
+        read_tokens=phases * _n_tokens(texts.values()),
+        rows=phases * math.ceil(len(texts) / evaluate.batch_size),
     )
+    if "generate" in evaluate.protocols:
+        batches = phases * math.ceil(number / size)
+        found += Asking(
+            prompts=phases * number,
+            prompt_tokens=phases * number * width,
+            batches=batches,
+            answer_tokens=phases * number * room,
+            answer_steps=batches * room,
+            context_tokens=phases * number * room * (width + room / 2),
+            most_read=size * width,
+            most_held=size * (width + room),
+        )
+    yield "score", f"{phases} phases", found
 
 
 def _traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:

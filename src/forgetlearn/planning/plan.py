@@ -47,7 +47,7 @@ from forgetlearn.storage.records import Manifest
 log = logging.getLogger("forgetlearn")
 MEASURE = "measure"
 WITH_ADAPTER = {"f-ft": "f-lora", "f-lora-ft": "f-lora", "ft": "lora"}  # methods of the same purpose
-MUCH_SOONER = 2 / 3  # of the time: worth an advice
+MUCH_FASTER = 2 / 3  # of the time
 EFFICIENCY = 0.7  # share of a GPU's measured matrix rate that a step reaches (docs/plan.md)
 
 
@@ -63,8 +63,8 @@ def plan_update(
 ) -> Plan:
     """Plan an update of these facts with these settings, without reading the model's weights.
 
-    `rate` is the speed of training, or its text, see `speed_of`; without it, the plan has no time. To `compare` adds an
-    advice if an adapter would be learned much sooner.
+    `rate` is the speed of training, or its text, see `speed_of`; without it, the plan has no time. With
+    `compare`, it says if an adapter would train much faster.
 
     Raises:
         ModelError: the model's config or tokenizer cannot be read, see `load_model`.
@@ -99,25 +99,24 @@ def plan_update(
     )
     if plan.fits is False:
         return replace(plan, advice=tuple(_advice(loads, devices, outline, config, facts)))
-    if compare and speed is not None and (line := _sooner(plan, loads, outline, config, facts, speed)):
+    if compare and speed is not None and (line := _faster(plan, loads, outline, config, facts, speed)):
         return replace(plan, advice=(line,))
     return plan
 
 
-def _sooner(
+def _faster(
     plan: Plan, loads: Sequence[Load], outline: Outline, config: RunConfig, facts: FactSet, speed: Speed
 ) -> str | None:
-    """Return a line on the adapter method of the same purpose if it trains in less than MUCH_SOONER of the time."""
+    """Return a line on the adapter method of the same purpose if it trains in less than MUCH_FASTER of the time."""
     other = WITH_ADAPTER.get(config.method)
     if other is None or config.teach.epochs:
         return None
     changed = Stages(config.model_copy(update={"method": other}))
-    tried = [
-        plan_stage(load, plan.devices, speed) for load in train_loads(outline, changed, facts, plan.devices.kind)[0]
-    ]
+    read = next((load.step for load in loads if not load.trained), None)
+    tried = train_loads(outline, changed, facts, plan.devices.kind, read)[0]
     own = [stage.seconds for load, stage in zip(loads, plan.stages, strict=True) if load.trained]
-    ours, theirs = _total(own), _total([stage.seconds for stage in tried])
-    if ours is None or theirs is None or theirs >= MUCH_SOONER * ours:
+    ours, theirs = _total(own), _total([plan_stage(load, plan.devices, speed).seconds for load in tried])
+    if ours is None or theirs is None or theirs >= MUCH_FASTER * ours:
         return None
     return f"--method {other}: trains in about {show_seconds(theirs)} instead of {show_seconds(ours)}"
 
@@ -235,7 +234,7 @@ def _rate_of_layers(dtype: torch.dtype, seconds: float) -> tuple[float, float]:
         layers = [_layer(weight) for weight in weights]
         short, long = (_seconds_of(partial(_pass, layers, rows[:number]), seconds) for number in (few, many))
     numbers = sum(weight.numel() for weight in weights)
-    a_row = (long - short) / (many - few)
+    a_row = max(long - short, 0.1 * long) / (many - few)  # on a busy machine either may take long
     alone = max(short - few * a_row, 0.1 * short)
     return 2 * numbers / a_row, numbers * weights[0].itemsize / alone
 
@@ -320,7 +319,7 @@ def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
 
 
 def took(manifest: Manifest, device: torch.device) -> str:
-    """Return one line on a finished run: the seconds of all its stages, the peak memory of this process, and plans."""
+    """Return one line on a finished run: the seconds of its stages and this process's peak memory, beside the plan."""
     planned = manifest.plan
     line = f"took {show_seconds(sum(stage.seconds for stage in manifest.stages.values()))}"
     if planned.get("seconds_range"):
