@@ -1,6 +1,7 @@
 """What an update will take: by hand, against the same step on real tensors, and from headers alone."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,9 +18,11 @@ import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import StageSettings, load_config
 from forgetlearn.config.stages import Stages
-from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.errors import ConfigError, FactError, ModelError
+from forgetlearn.evaluation import general_prompts
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.evaluation.scoring import pairs_to_read
+from forgetlearn.facts import LocalityProbe
 from forgetlearn.facts.subjects import subject_span
 from forgetlearn.models import lora
 from forgetlearn.models.batches import common_length
@@ -91,6 +94,17 @@ class TestByHand:
         moved = 3 * 400 * 75 + 44 * 100 * 39
         assert stage.seconds == pytest.approx(900 + moved / 10000 + 50 * 75 * 0.01)
         assert plan_stage(LOAD, Devices("cuda", None, 4), Speed(1000)).seconds == pytest.approx(225)
+
+    def test_devices_share_what_operations_make_and_each_updates_its_weights(self):
+        moving, still = (replace(LOAD, step=replace(LOAD.step, made_bytes=made)) for made in (100_400, 0))
+        speed = Speed(1e12, bandwidth=1000)
+        one, four = (
+            plan_stage(moving, Devices("cuda", None, number), speed).seconds
+            - plan_stage(still, Devices("cuda", None, number), speed).seconds
+            for number in (1, 4)
+        )
+        assert one == pytest.approx(4 * four)
+        assert one == pytest.approx(3 * 100_000 * 3 * 1000 / 20 / 1000)
 
     def test_asking_is_one_pass_for_each_row_batch_and_token_of_an_answer(self):
         asking = Asking(2, 40, 2, 3, 16, 1, answer_tokens=12, answer_steps=5, context_tokens=100)
@@ -242,6 +256,38 @@ class TestPlan:
         took = [sum(each.seconds for each in plan.stages if each.name == stage) for plan in (whole, less)]
         assert took[1] < took[0]
         assert less.seconds < whole.seconds
+
+    def test_it_logs_nothing_and_plans_without_prompts_that_cannot_be_asked(self, small_lab, caplog, monkeypatch):
+        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=4)
+        scored = LocalityProbe(next(iter(general_prompts.questions())), "x")  # an update says that it does not keep it
+        facts = replace(facts, facts=(replace(facts.facts[0], locality=(scored,)), *facts.facts[1:]))
+        outline = outline_of(config_of(small_lab).model)
+        prompt_ids, odd = outline.encoder.prompt_ids, next(iter(general_prompts.measuring()))
+
+        def refusing(prompt):
+            if prompt == odd:
+                raise FactError("the template refuses it")
+            return prompt_ids(prompt)
+
+        monkeypatch.setattr(outline.encoder, "prompt_ids", refusing)
+        config = config_of(small_lab, **{"recipe": "forget", "method": "subtract"}, **FULL)
+        with caplog.at_level("INFO"):
+            plan = plan_update(config, facts, outline=outline, rate=Speed(1e9))
+        assert caplog.records == []
+        (general,) = [stage for stage in plan.stages if stage.name == "general"]
+        assert general.texts == 2 * 2 * (len(general_prompts.measuring()) - 1)  # read and answered, twice
+
+    def test_without_a_tokenizer_all_prompts_are_answered(self, small_lab):
+        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=8)
+        outline = replace(outline_of(config_of(small_lab).model), encoder=None)
+        for size in (2, 8):
+            config = config_of(small_lab, method="ft", **{"evaluate.batch_size": size, "evaluate.max_new_tokens": 10})
+            (score,) = [load for load in loads_of(outline, Stages(config), facts, "cpu")[0] if load.name == "score"]
+            number = len({prompt for fact in facts for prompt in fact.prompts})
+            assert score.asking.prompts == 2 * number
+            assert score.asking.answer_steps == 2 * 10 * math.ceil(number / size)
+        config = config_of(small_lab, method="ft", **{"evaluate.protocols": ["token"]})
+        assert loads_of(outline, Stages(config), facts, "cpu")[0][-1].asking.prompts == 0
 
     def test_the_model_is_asked_as_often_as_planned(self, small_lab, tmp_path, monkeypatch):
         asked = Counter()
