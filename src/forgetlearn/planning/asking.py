@@ -120,11 +120,15 @@ def stand_ins(facts: Iterable[Fact], config: RunConfig, encoder: Encoder) -> les
     return lessons.Material(taught, kept)
 
 
-def kept_texts(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[Prompt, Encoded]:
-    """Return the prompts whose answers are kept, with answers as long as the base's are assumed to be."""
+def prompts_to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[Prompt, str]:
+    """Return the prompts whose answers are kept, and where each comes from; none if the base is not asked."""
     if not config.keep.weight or not lessons.asks_base(config, encoder):
         return {}
-    prompts = lessons.to_keep(facts, config, encoder)
+    return lessons.to_keep(facts, config, encoder)
+
+
+def kept_texts(prompts: Mapping[Prompt, str], encoder: Encoder) -> dict[Prompt, Encoded]:
+    """Return the `prompts_to_keep` with answers as long as the base's are assumed to be."""
     return answered(encoder, {prompt: round(SAID * keeping.KEPT_TOKENS[kind]) for prompt, kind in prompts.items()})
 
 
@@ -177,11 +181,11 @@ def asked_of(
     lessons_asked = ask.say({fact.prompt: Room(evaluate.max_new_tokens) for fact in prompts})
     if lessons.asks_base(config, ask.encoder):
         lessons_asked += own_words_of(facts, config, ask) if stages.method.learns else Asking()
-        kept = lessons.to_keep(facts, config, ask.encoder) if config.keep.weight else {}
+        kept = prompts_to_keep(facts, config, ask.encoder)
         for tokens in sorted(set(keeping.KEPT_TOKENS.values())):
             own = [prompt for prompt, kind in kept.items() if keeping.KEPT_TOKENS[kind] == tokens]
             lessons_asked += ask.say(dict.fromkeys(own, Room(tokens, tokens)))
-        lessons_asked += ask.read(kept_texts(facts, config, ask.encoder))
+        lessons_asked += ask.read(kept_texts(kept, ask.encoder))
     if to_state := probes.to_state(scored, evaluate):
         lessons_asked += sentences_of(to_state, ask)
     if lessons_asked.passes:
@@ -232,7 +236,7 @@ def _probed(facts: Sequence[Fact], config: RunConfig, ask: Questioner) -> Asking
     once = ask.read_pairs((each.prompt, option) for each in chosen for option in each.options)
     usual = Room(config.evaluate.max_new_tokens)
     for own in probe_scoring.by_beginning([each for each in asked if not each.options]):
-        rooms = {**dict.fromkeys((each.prompt for each in own), usual)}
+        rooms = dict.fromkeys((each.prompt for each in own), usual)
         once += ask.say({**rooms, **probe_scoring.rooms(ask.encoder, own, config.evaluate)})
     return _times(once, 2)
 

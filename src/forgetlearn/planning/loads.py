@@ -31,7 +31,7 @@ from forgetlearn.models.batches import (
 )
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.null_space import MOST_TOKENS
-from forgetlearn.planning.asking import Questioner, asked_of, kept_texts, stand_ins
+from forgetlearn.planning.asking import Questioner, asked_of, kept_texts, prompts_to_keep, stand_ins
 from forgetlearn.planning.estimate import FLOAT32, Asking, Load, Step
 from forgetlearn.planning.outline import Outline
 from forgetlearn.training.schedule import KEPT_SHARE
@@ -173,7 +173,7 @@ def texts_of(encoder: Encoder | None, stages: Stages, facts: FactSet) -> tuple[T
         bare = _bare(encoder, [(fact.prompt, fact.ground_truth or "") for fact in facts_old])
         return bare, _new_bare(encoder, stages, facts_new)
     material = stand_ins([of_old.get(fact.id, fact) for fact in facts], stages.config, encoder)
-    kept = tuple(kept_texts(list(facts), stages.config, encoder).values())
+    kept = tuple(kept_texts(prompts_to_keep(list(facts), stages.config, encoder), encoder).values())
     found = []
     both: tuple[tuple[StageName, list[Fact]], ...] = (("forget", facts_old), ("learn", facts_new))
     for name, own in both:
@@ -239,6 +239,12 @@ def _passes(stages: Stages) -> int:
     return min(settings.most_epochs, VISITS[settings.wordings or settings.rephrasings])
 
 
+def spread_of(stage: Stage[TrainSettings]) -> tuple[float, float]:
+    """Return the fewest and the most steps that a stage is likely to take, as shares of those planned."""
+    varies = stage.name == "learn" and stage.settings.ends_by_itself and not stage.kind.closed_form
+    return SPREAD if varies else (1, 1)
+
+
 def _train_load(
     outline: Outline,
     stage: Stage[TrainSettings],
@@ -277,7 +283,7 @@ def _train_load(
         step=step,
         states_bytes=skeleton.states_bytes(settings.optim),
         paged=settings.optim.startswith("paged"),
-        spread=SPREAD if stage.name == "learn" and settings.ends_by_itself and not kind.closed_form else (1, 1),
+        spread=spread_of(stage),
     )
     return load, problem
 

@@ -40,7 +40,7 @@ from forgetlearn.planning.estimate import (
     show_steps,
     summary_line,
 )
-from forgetlearn.planning.loads import SPREAD, counts_of, loads_of, staged, train_loads
+from forgetlearn.planning.loads import counts_of, loads_of, spread_of, staged, train_loads
 from forgetlearn.planning.outline import Outline, outline_of
 from forgetlearn.storage.records import Manifest
 
@@ -314,7 +314,7 @@ def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     steps = []
     for stage, texts, passes, _ in staged(Stages(config), *counts_of(lm.encoder, Stages(config), facts)):
         number = passes * math.ceil(texts.number / stage.settings.batch_size)
-        low, high = SPREAD if stage.settings.ends_by_itself else (1, 1)
+        low, high = spread_of(stage)
         steps.append(f"{show_steps((round(low * number), round(high * number)))} to {stage.name}")
     return f"{size}, {' + '.join(steps)}"
 
