@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from forgetlearn.models import attention
-from forgetlearn.models.batches import answer_logits, by_text, pack, rows_for_training
+from forgetlearn.models.batches import answer_logits, row_by_text, row_inputs, rows_for_training
 from forgetlearn.training.trainer import Collator, FactTrainer
 from test_forward import CPU, TEXTS
 
 
-def logits_of(model, batch):
-    return answer_logits(model, batch.inputs, batch.positions)[0]
+def packed():
+    row = row_by_text(TEXTS, "packed")
+    return row_inputs(row), row.positions
 
 
 def test_places_by_hand():
@@ -28,7 +29,7 @@ def test_logits_and_gradients_are_those_of_each_text_alone(tiny_model, family):
     model.zero_grad()
     with rows_for_training(model, TEXTS, "packed", 0, CPU) as (_layout, is_by_text):
         assert is_by_text
-        together = logits_of(model, by_text(pack(TEXTS)))
+        together = answer_logits(model, *packed())[0]
         together.square().sum().backward()
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
     for name, weight in model.named_parameters():
@@ -67,9 +68,9 @@ def test_training_on_short_texts_in_half_precision_attends_in_float32(tiny_model
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
     model = tiny_model() if autocasts else tiny_model().bfloat16()
-    batch = by_text(pack(TEXTS))
+    inputs, positions = packed()
     with attention.by_text(model), torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
-        logits_of(model, batch).float().square().sum().backward()
+        answer_logits(model, inputs, positions).float().square().sum().backward()
         assert set(dtypes) == {torch.float32}
         assert all(weight.grad.isfinite().all() for weight in model.parameters())
         if autocasts:
@@ -78,7 +79,7 @@ def test_training_on_short_texts_in_half_precision_attends_in_float32(tiny_model
             dtypes.clear()
             monkeypatch.setattr(attention, "SHORT", 3 if long else 256)
             with torch.set_grad_enabled(long):
-                logits_of(model, batch)
+                answer_logits(model, inputs, positions)
             assert set(dtypes) == {torch.bfloat16}
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise, takewhile
+from itertools import accumulate, takewhile
 from statistics import median
 from typing import Any, Literal, TypeVar
 
@@ -190,7 +190,7 @@ def shared_inputs(model: nn.Module, row: SharedRow, layout: Layout, device: torc
     """Return all inputs of a row in one of the two shared layouts."""
     inputs = row.inputs()
     if layout == "shared_by_text":
-        inputs |= attention.places(row.paths)
+        inputs = row_inputs(row)
     else:
         inputs["attention_mask"] = _mask(row, next(w.dtype for w in model.parameters() if w.is_floating_point()))
     return {name: value.to(device) for name, value in inputs.items()}
@@ -246,7 +246,7 @@ def _forward(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor, **o
     """Return the model's output; its head runs on the given positions alone if the model supports that."""
     accepted = forward_parameters(model)
     given: dict[str, Tensor | bool] = {
-        name: value for name, value in inputs.items() if name in accepted or name in attention.PLACES
+        name: value for name, value in inputs.items() if name in accepted or name in attention.PASSED_ON
     }
     if "use_cache" in accepted:
         given["use_cache"] = False  # with a cache, transformers would treat the whole row as one text
@@ -385,15 +385,27 @@ def common_length(texts: Sequence[Sequence[int]]) -> int:
 
 
 def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], right: Tensor, device: torch.device) -> bool:
-    return agree(_flat_logits(model, by_text(pack(sample)), device), right)
+    row = row_by_text(sample, "packed")
+    return agree(_flat_logits(model, Batch(row_inputs(row), row.positions, pack(sample).labels), device), right)
 
 
-def by_text(batch: Batch) -> Batch:
-    """Return a packed row with the inputs that attention by text needs."""
-    positions = batch.inputs["position_ids"][0].tolist()
-    starts = [place for place, position in enumerate(positions) if position == 0]
-    paths = [range(*ends) for ends in pairwise([*starts, len(positions)])]
-    return Batch({**batch.inputs, **attention.places(paths)}, batch.positions, batch.labels)
+def row_by_text(texts: Sequence[Encoded], layout: Layout, multiple: int = 1) -> SharedRow:
+    """Lay texts out as one row for attention text by text, with shared beginnings if `layout` says so.
+
+    `multiple` is that of `share`. A packed row holds each text's last token too.
+    """
+    if layout == "shared_by_text":
+        return share(texts, multiple)
+    batch = pack(texts)
+    ends = list(accumulate(len(text.ids) for text in texts))
+    paths = [list(range(end - len(text.ids), end)) for end, text in zip(ends, texts, strict=True)]
+    which = torch.arange(len(batch.positions))
+    return SharedRow(batch.inputs["input_ids"], batch.inputs["position_ids"], paths, batch.positions, which)
+
+
+def row_inputs(row: SharedRow) -> dict[str, Tensor]:
+    """Return all inputs of a row whose attention runs text by text."""
+    return row.inputs() | attention.places(row.paths)
 
 
 def sample_of(texts: Sequence[Encoded]) -> list[Encoded]:

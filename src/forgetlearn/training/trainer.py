@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from forgetlearn.errors import ModelError
 from forgetlearn.models import attention
-from forgetlearn.models.batches import IGNORE, MAX_PACKED_TOKENS, Layout, answer_logits, by_text, lay_out, share
+from forgetlearn.models.attention import LOWER_STATES
+from forgetlearn.models.batches import (
+    IGNORE,
+    MAX_PACKED_TOKENS,
+    Layout,
+    answer_logits,
+    lay_out,
+    row_by_text,
+    row_inputs,
+)
 from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.frozen_layers import LowerStates
 from forgetlearn.models.top_logprobs import divergence
 from forgetlearn.runtime import processes, signals
 from forgetlearn.storage import disk
@@ -99,7 +108,8 @@ class StepBatch(TypedDict):
 class Collator:
     """Turns the texts of a micro-batch into one batch of tensors, in the layout of the stage.
 
-    A row of shared beginnings is filled up to a multiple of `multiple` tokens.
+    A row of shared beginnings is filled up to a multiple of `multiple` tokens. With `lower`, a row brings along what
+    the layers below the first trained one make of it.
     """
 
     layout: Layout
@@ -107,6 +117,7 @@ class Collator:
     is_by_text: bool
     kept: Sequence[Encoded] = ()
     multiple: int = 1
+    lower: LowerStates | None = None
 
     def __call__(self, micro: MicroBatch) -> StepBatch:
         """Return this process's batch: one part for each forward pass, and the labels of all parts."""
@@ -132,15 +143,13 @@ class Collator:
 
         `places` are the answers' places among these logits; they are left out if the logits are just those.
         """
-        if self.layout == "shared_by_text":
-            row = share(texts, self.multiple)
-            inputs = row.inputs() | attention.places(row.paths)
-            return {**inputs, "positions": row.positions} | _places(row.which, len(row.positions))
-        # Without a mask (attention computed text by text), a row may have any length.
-        longest = sys.maxsize if self.is_by_text else MAX_PACKED_TOKENS
-        batch = lay_out(texts, self.layout, self.pad_id, longest)
         if self.is_by_text:
-            batch = by_text(batch)
+            row = row_by_text(texts, self.layout, self.multiple)
+            inputs = row_inputs(row)
+            if self.lower and (states := self.lower.of(row)) is not None:
+                inputs[LOWER_STATES] = states
+            return {**inputs, "positions": row.positions} | _places(row.which, len(row.positions))
+        batch = lay_out(texts, self.layout, self.pad_id, MAX_PACKED_TOKENS)
         places = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
         return {**batch.inputs, "positions": batch.positions} | _places(places, batch.labels.numel())
 
