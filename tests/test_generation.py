@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from architectures import make_architecture
 from forgetlearn.cli.main import main
@@ -222,3 +223,14 @@ def test_sampling_stops_when_few_of_a_batch_go_on(lm):
     assert 3 < longest < 9  # 0.75 ** 5 is less than a quarter
     assert sum(len(ids) == longest for ids in said) < 10
     assert [len(ids) for ids in whole] == [5] * 4
+
+
+def test_a_frozen_head_is_not_copied_for_each_prompt(lm):
+    """torch multiplies a slice batch by batch (bmm) if the matrix is frozen, and copies the matrix for each row."""
+    lm.model.bfloat16().requires_grad_(False)
+    prompts = [lm.encoder.prompt_ids(f"a {'x' * n}") for n in range(4)]
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with generation.generator_in_memory(lm) as generator, torch.profiler.profile(activities=kinds) as seen:
+        generator.generate(prompts, [generation.Room(2)] * 4)
+    assert not [event.key for event in seen.key_averages() if event.key == "aten::bmm"]
+    assert not lm.model.lm_head._forward_pre_hooks

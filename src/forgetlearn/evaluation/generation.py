@@ -89,7 +89,12 @@ def generator(lm: LanguageModel, settings: EvaluateSettings) -> Iterator[Generat
 @contextmanager
 def generator_in_memory(lm: LanguageModel) -> Iterator[TransformersGenerator]:
     """Yield a generator that uses the model in memory."""
-    with sharding.no_gradients(lm.model), _plain_generation(lm.model), computing(lm.model, lm.device):
+    with (
+        sharding.no_gradients(lm.model),
+        _plain_generation(lm.model),
+        _contiguous_head(lm.model),
+        computing(lm.model, lm.device),
+    ):
         yield TransformersGenerator(lm)
 
 
@@ -417,3 +422,21 @@ def _plain_generation(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         inner.generation_config = own
+
+
+@contextmanager
+def _contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Within the `with` block, copy what the output head reads if it is a slice.
+
+    For a slice and a frozen matrix in half precision on the CPU, torch multiplies batch by batch and copies the matrix
+    for each row: 3.6 GB and 22 s for 64 prompts of SmolLM2-135M.
+    """
+    head = getattr(attention.plain(model), "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
