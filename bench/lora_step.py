@@ -216,7 +216,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], limit=96, pairs=3)
     parser.add_argument("model", help="folder of a chat model")
     parser.add_argument("--batch", type=int, default=8, help="texts in a step")
-    parser.add_argument("--epochs", type=int, default=4, help="of a run; with LoRA, later ones skip the lower layers")
+    parser.add_argument("--epochs", type=int, default=1, help="of a run")
     parser.add_argument("--what", choices=("lora", "all weights"), action="append", help="what is trained (both)")
     parser.add_argument("--only", action="append", help="sides to run, by the beginnings of their names")
     parser.add_argument("--without-trl", action="store_true")

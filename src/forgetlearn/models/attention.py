@@ -18,9 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 BY_TEXT = "forgetlearn_by_text"
-LOWER_STATES = "lower_states"
-# Arguments that a model passes on to its layers: for `attend_by_text`, and for `frozen_layers`.
-PASSED_ON = ("text_tokens", "token_places", LOWER_STATES)
+PLACES = ("text_tokens", "token_places")  # arguments that a model passes on to `attend_by_text`
 # Up to so many tokens, torch's flash attention computes gradients on a CPU faster in float32 than in bfloat16: with 9
 # heads of width 64, 2 ms instead of 12 for 8 texts of 45 tokens, 8 instead of 12 for 2 texts of 200.
 SHORT = 256

@@ -246,7 +246,7 @@ def _forward(model: nn.Module, inputs: dict[str, Tensor], positions: Tensor, **o
     """Return the model's output; its head runs on the given positions alone if the model supports that."""
     accepted = forward_parameters(model)
     given: dict[str, Tensor | bool] = {
-        name: value for name, value in inputs.items() if name in accepted or name in attention.PASSED_ON
+        name: value for name, value in inputs.items() if name in accepted or name in attention.PLACES
     }
     if "use_cache" in accepted:
         given["use_cache"] = False  # with a cache, transformers would treat the whole row as one text

@@ -12,9 +12,8 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 from forgetlearn.config.schema import TrainSettings
 from forgetlearn.errors import ConfigError, TrainingError, check_installed
 from forgetlearn.models import attention
-from forgetlearn.models.batches import Layout, choose_layout, computing, row_by_text, rows_for_training
+from forgetlearn.models.batches import Layout, choose_layout, computing, rows_for_training
 from forgetlearn.models.encoding import Encoded
-from forgetlearn.models.frozen_layers import computed_once
 from forgetlearn.models.language_model import width
 from forgetlearn.models.lora_products import fused_adapters
 from forgetlearn.runtime import processes, sharding
@@ -161,12 +159,7 @@ def _train(
             fused_adapters(),
             precision.frozen_in_bfloat16(model) if in_bfloat16 else nullcontext(),  # the layout was checked before
             memory.collector_at_rest(model),
-            ExitStack() as stack,
         ):
-            multiple = precision.row_multiple(model, settings)
-            lay_out = partial(row_by_text, layout=layout, multiple=multiple)
-            lower = computed_once(model, texts, lay_out, arguments.device) if is_by_text else nullcontext()
-            states = stack.enter_context(lower)
             sharding.ready_to_train(model)
             if memory.is_large(model):
                 memory.trim()  # memory left over from loading, scoring or subtracting
@@ -175,7 +168,7 @@ def _train(
             trainer = FactTrainer(
                 model=model,
                 args=arguments,
-                data_collator=Collator(layout, pad_id, is_by_text, kept, multiple, states),
+                data_collator=Collator(layout, pad_id, is_by_text, kept, precision.row_multiple(model, settings)),
                 callbacks=[steps, watch, *ball, EndStep(schedule)],
                 schedule=schedule,
                 objective=variant.objective,

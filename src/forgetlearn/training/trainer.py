@@ -16,7 +16,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from forgetlearn.errors import ModelError
 from forgetlearn.models import attention
-from forgetlearn.models.attention import LOWER_STATES
 from forgetlearn.models.batches import (
     IGNORE,
     MAX_PACKED_TOKENS,
@@ -27,7 +26,6 @@ from forgetlearn.models.batches import (
     row_inputs,
 )
 from forgetlearn.models.encoding import Encoded
-from forgetlearn.models.frozen_layers import LowerStates
 from forgetlearn.models.top_logprobs import divergence
 from forgetlearn.runtime import processes, signals
 from forgetlearn.storage import disk
@@ -108,8 +106,7 @@ class StepBatch(TypedDict):
 class Collator:
     """Turns the texts of a micro-batch into one batch of tensors, in the layout of the stage.
 
-    A row of shared beginnings is filled up to a multiple of `multiple` tokens. With `lower`, a row brings along what
-    the layers below the first trained one make of it.
+    A row of shared beginnings is filled up to a multiple of `multiple` tokens.
     """
 
     layout: Layout
@@ -117,7 +114,6 @@ class Collator:
     is_by_text: bool
     kept: Sequence[Encoded] = ()
     multiple: int = 1
-    lower: LowerStates | None = None
 
     def __call__(self, micro: MicroBatch) -> StepBatch:
         """Return this process's batch: one part for each forward pass, and the labels of all parts."""
@@ -145,10 +141,7 @@ class Collator:
         """
         if self.is_by_text:
             row = row_by_text(texts, self.layout, self.multiple)
-            inputs = row_inputs(row)
-            if self.lower and (states := self.lower.of(row)) is not None:
-                inputs[LOWER_STATES] = states
-            return {**inputs, "positions": row.positions} | _places(row.which, len(row.positions))
+            return {**row_inputs(row), "positions": row.positions} | _places(row.which, len(row.positions))
         batch = lay_out(texts, self.layout, self.pad_id, MAX_PACKED_TOKENS)
         places = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
         return {**batch.inputs, "positions": batch.positions} | _places(places, batch.labels.numel())
