@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ModelError
+from forgetlearn.models import language_model
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.language_model import (
     as_language_model,
@@ -454,3 +455,14 @@ class TestHub:
             "some/missing": "some/missing: is no folder here, is not in the hub's cache, and the hub cannot be "
             "reached. Check the name, the network and HF_HUB_OFFLINE, or download the model first.",
         }
+
+
+def test_half_precision_that_is_slow_on_this_cpu_is_named_once(saved, monkeypatch, caplog):
+    monkeypatch.setattr(language_model, "SMALL_MODEL", 0)
+    monkeypatch.setattr(language_model.onednn, "slowdown", lambda dtype: 7.25 if dtype == torch.bfloat16 else 1.0)
+    for dtype in ("bfloat16", "bfloat16", "float16", "float32"):
+        language_model.load_model(ModelSettings(name=str(saved), dtype=dtype))
+    (line,) = [line for line in caplog.messages if "on this CPU" in line]
+    assert "bfloat16, whose products take 7.2 times as long" in line
+    assert "model.dtype = float32" in line
+    language_model._warn_if_slow.cache_clear()

@@ -442,6 +442,16 @@ class TestPlan:
             plan_update(config_of(small_lab, **{"method": "lora", "lora.target_modules": ["nothing"]}), facts)
 
 
+@pytest.mark.parametrize(("halves", "used"), [(1e9, 1e9), (9e12, 1e12)])
+def test_faster_products_in_half_precision_are_not_counted_on(monkeypatch, halves, used):
+    monkeypatch.setattr(
+        planning, "_rate_of_layers", lambda dtype, _seconds: (halves if dtype == torch.bfloat16 else 1e12, 1e10)
+    )
+    cpu = torch.device("cpu")
+    assert planning.measured_speed(cpu, torch.bfloat16, 0.001).flops == used
+    assert planning.measured_speed(cpu, torch.float32, 0.001).flops == 1e12
+
+
 def test_update_begins_and_ends_with_a_line(small_lab, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO", "forgetlearn")
     monkeypatch.setattr(planning, "SMALL_MODEL", 0)  # a small one is not traced
