@@ -56,7 +56,7 @@ CPU = torch.device("cpu")
 
 
 class Bench:
-    """Runs the same epoch in several ways. Each run returns its seconds per step and its losses."""
+    """Runs the same epochs in several ways. Each run returns its seconds per step and its losses."""
 
     def __init__(self, folder: str, facts_file: Path, limit: int, batch: int, epochs: int) -> None:
         torch.set_num_threads(1)

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -450,6 +451,13 @@ def test_faster_products_in_half_precision_are_not_counted_on(monkeypatch, halve
     cpu = torch.device("cpu")
     assert planning.measured_speed(cpu, torch.bfloat16, 0.001).flops == used
     assert planning.measured_speed(cpu, torch.float32, 0.001).flops == 1e12
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", torch.bfloat16), ("in-context", torch.bfloat16), ("ft", torch.float32)]
+)
+def test_what_trains_all_weights_is_timed_in_float32(small_lab, method, dtype):
+    assert planning.computes_in(config_of(small_lab, method=method), SimpleNamespace(dtype=torch.bfloat16)) == dtype
 
 
 def test_update_begins_and_ends_with_a_line(small_lab, tmp_path, caplog, monkeypatch):

@@ -426,10 +426,10 @@ def _plain_generation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _contiguous_head(model: nn.Module) -> Iterator[None]:
-    """Within the `with` block, copy what the output head reads if it is a slice.
+    """Within the `with` block, give the output head a contiguous copy of its input, which is a slice.
 
-    For a slice and a frozen matrix in half precision on the CPU, torch multiplies batch by batch and copies the matrix
-    for each row: 3.6 GB and 22 s for 64 prompts of SmolLM2-135M.
+    If the head's matrix is frozen and in half precision on the CPU, torch multiplies a slice batch by batch and copies
+    the matrix for each row: 3.6 GB and 22 s for 64 prompts of SmolLM2-135M.
     """
     head = getattr(attention.plain(model), "get_output_embeddings", lambda: None)()
     if head is None:

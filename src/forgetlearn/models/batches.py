@@ -386,7 +386,8 @@ def common_length(texts: Sequence[Sequence[int]]) -> int:
 
 def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], right: Tensor, device: torch.device) -> bool:
     row = row_by_text(sample, "packed")
-    return agree(_flat_logits(model, Batch(row_inputs(row), row.positions, pack(sample).labels), device), right)
+    inputs = {name: value.to(device) for name, value in row_inputs(row).items()}
+    return agree(answer_logits(model, inputs, row.positions.to(device))[0], right)
 
 
 def row_by_text(texts: Sequence[Encoded], layout: Layout, multiple: int = 1) -> SharedRow:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.models import attention, gguf, onednn
+from forgetlearn.models.batches import SMALL_MODEL
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.loading import (
     adapter_base,
@@ -32,7 +33,6 @@ from forgetlearn.weights.task_vector import rounded, sample
 
 log = logging.getLogger("forgetlearn")
 LINEAR = (nn.Linear, Conv1D)
-SMALL_MODEL = 20_000_000  # parameters, below which no time is worth a warning
 SLOW = 1.5  # times float32's
 
 
@@ -234,19 +234,19 @@ def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = Fals
         with refusing(name, "the model cannot compute"), torch.no_grad():
             # Some wrong configs build a model that fails only when it computes.
             loaded.model(input_ids=torch.tensor([loaded.encoder.end_ids[:1]], device=loaded.device), use_cache=True)
-    for dtype in {weight.dtype for weight in loaded.model.parameters() if weight.is_floating_point()}:
-        if dtype.itemsize == 2 and loaded.device.type == "cpu" and parameter_count(loaded.model) >= SMALL_MODEL:
-            _warn_if_slow(dtype)
+    if loaded.device.type == "cpu" and parameter_count(loaded.model) >= SMALL_MODEL:
+        for kind in {weight.dtype for weight in loaded.model.parameters()} & {torch.bfloat16, torch.float16}:
+            _warn_if_slow(kind)
     return loaded
 
 
 @cache  # once in a process
 def _warn_if_slow(dtype: torch.dtype) -> None:
-    """Log a warning if this CPU computes faster in float32, as most do that have no products in half precision."""
+    """Log a warning if this CPU computes faster in float32, as CPUs without half-precision products do."""
     if (times := onednn.slowdown(dtype)) >= SLOW:
         log.warning(
-            "the model is in %s, whose products take %.1f times as long as float32's on this CPU; "
-            "model.dtype = float32 is faster, and the weights take twice the memory",
+            "the model is in %s, whose products take %.1f times as long as float32's on this CPU. "
+            "Set model.dtype = float32: faster, but the weights take twice the memory",
             str(dtype).removeprefix("torch."),
             times,
         )

@@ -65,10 +65,11 @@ def _slow_mkl() -> bool:
 def slowdown(dtype: torch.dtype) -> float:
     """Return how many times as long as in float32 a product in this dtype takes on this CPU, from a trial of 0.1 s."""
     rows, weight = torch.randn(64, 768), torch.randn(1536, 768)
-    plain, other = (
-        min(repeat(partial(functional.linear, rows.to(kind), weight.to(kind)), number=1, repeat=8))
-        for kind in (torch.float32, dtype)
-    )
+    with fast_linear_layers(), torch.no_grad():
+        plain, other = (
+            min(repeat(partial(linear, rows.to(kind), weight.to(kind)), number=1, repeat=8))
+            for kind in (torch.float32, dtype)
+        )
     return other / plain
 
 

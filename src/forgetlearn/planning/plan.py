@@ -79,7 +79,9 @@ def plan_update(
     loads, notes = loads_of(outline, Stages(config), facts, devices.kind)
     speed = rate if not isinstance(rate, str) else None
     if isinstance(rate, str):
-        speed = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices, outline.dtype)
+        speed = speed_of(
+            rate, [plan_stage(load, devices) for load in loads], config, devices, computes_in(config, outline)
+        )
     skeleton = outline.skeleton()
     parameters = sum(weight.numel() for weight in skeleton.model.parameters())
     if outline.stored and abs(sum(outline.stored.values()) - parameters) > 0.01 * parameters:
@@ -209,7 +211,7 @@ def measured_speed(device: torch.device, dtype: torch.dtype, seconds: float = 0.
     operation = _seconds_of(lambda: small + small, seconds / 3)
     if device.type == "cpu":
         # Where products in half precision are faster, the rest of a step outlasts them: by their speed an update of
-        # SmolLM2 was planned at 70 to 100 s, by float32's at 3 to 5 minutes, and it took 6.
+        # SmolLM2 was planned at 70 to 100 s, by float32's at 3 to 5 minutes. It took 6.
         rate, reading = min(_rate_of_layers(kind, seconds) for kind in {torch.float32, dtype})
         reading = max(reading, bandwidth / 4)  # threads that wait for another program's core read nothing
         source = f"measured on this cpu: {rate / 1e12:.3g} TFLOP/s of layers' products, {bandwidth / GB:.3g} GB/s"
@@ -258,12 +260,18 @@ def _seconds_of(run: Callable[[], object], seconds: float) -> float:
     return float(timer.blocked_autorange(min_run_time=seconds).median)
 
 
+def computes_in(config: RunConfig, outline: Outline) -> torch.dtype:
+    """Return the dtype of the weights that a method computes with: all weights are trained in float32."""
+    method = METHODS[config.method]
+    return outline.dtype if method.makes_adapter or method.in_context else torch.float32
+
+
 def speed_of(
     text: str, planned: Sequence[StagePlan], config: RunConfig, devices: Devices, dtype: torch.dtype = torch.float32
 ) -> Speed:
     """Return the speed for a rate: `400` is TFLOP/s per device, `12000tokens/s` is training on all devices together.
 
-    `measure` times this device, for a model in this dtype. Raise ConfigError for any other text, or if no stage has
+    `measure` times this device, for weights in this dtype. Raise ConfigError for any other text, or if no stage has
     FLOPs to convert tokens with.
     """
     if text == MEASURE:

@@ -78,8 +78,7 @@ def plan_paper(
     """
     request = prepare(model, zsre=zsre, counterfact=counterfact, settings=settings, config=config)
     devices = devices_here(request.config, memory_gb=memory_gb)
-    measures = not rate and memory_gb is None
-    speed = speed_of(MEASURE, (), request.config, devices, request.outline.dtype) if measures else None
+    speed = None if rate or memory_gb is not None else speed_of(MEASURE, (), request.config, devices)
     planner = _Planner(request, devices, rate or speed)
     work = tuple(planner.work())
     return PaperPlan(
