@@ -128,8 +128,7 @@ class Maker:
             return
         if subject and not matching.says(subject, fact.new_answers):
             for question in OTHER_QUESTIONS:
-                asks = question.replace("{}", subject)
-                prompt = f"{asks}\nAnswer:" if self.encoder.writes_on else asks
+                prompt = self._ending(question.replace("{}", subject))
                 yield Asked(fact.id, SAME_SUBJECT, prompt, fact.new_answers, is_elsewhere=True)
 
     def second_turn(self, fact: Fact) -> Iterator[Asked]:
@@ -166,9 +165,11 @@ class Maker:
             prompt = self._ending(stated, "Answer yes or no.")
             yield Asked(fact.id, probe, prompt, answers if fact.target_new else (), old_answers, (YES, NO))
 
-    def _ending(self, asked: str, instruction: str) -> str:
-        """Return what is asked with an instruction behind it; a model that writes on is led to its answer."""
-        return f"{asked}\nAnswer:" if self.encoder.writes_on else f"{asked}\n{instruction}"
+    def _ending(self, asked: str, instruction: str | None = None) -> str:
+        """Return what is asked, with any instruction behind it; a model that writes on is led to its answer instead."""
+        if self.encoder.writes_on:
+            return f"{asked}\nAnswer:"
+        return f"{asked}\n{instruction}" if instruction else asked
 
     def _random(self, fact: Fact) -> Random:
         return Random(f"{self.seed} {fact.id}")
