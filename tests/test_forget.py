@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,24 @@ def test_the_verdict_says_what_forget_quality_means(quality, said):
     sentence = pages._quality(Forgetting(truth=truth))
     assert f"its truth ratios {said} those of a model that never knew" in sentence
     assert f"p = {quality}" in sentence
+
+
+@pytest.mark.parametrize(
+    ("method", "now", "named"),
+    [
+        ("subtract", 26.0, "--method npo "),
+        ("subtract-ft", 18.0, "--method npo-ft "),
+        ("subtract", 17.0, ""),
+        ("npo", 26.0, ""),
+    ],
+)
+def test_the_verdict_names_a_method_where_subtraction_leaves_most(method, now, named):
+    phases = {
+        phase: {"residue": {"contains": SimpleNamespace(mean=mean)}}
+        for phase, mean in (("base", 34.0), ("forgotten", now))
+    }
+    said = pages._remedy(SimpleNamespace(method=method, phases=phases))
+    assert (named in said) if named else not said
 
 
 def test_a_fact_without_a_new_answer_is_scored_by_its_residue_alone(small_lab):

@@ -24,6 +24,7 @@ MEANS = {
     "truth": "truth: how much likelier the right answer is than wrong ones",
 }
 Measure = tuple[str, list[str]]  # its name, and its value before and after
+MOST_LEFT = 0.5  # of the answers that were said before
 LEVEL = 0.05  # of the test of forget quality
 FEW_STEPS = 16  # in so few, a person who has half of the facts brings them back at no cost
 
@@ -47,7 +48,10 @@ def verdict(summary: Summary) -> str:
     found = summary.forgetting
     assert found is not None, "it only forgets"
     return " ".join(
-        filter(None, (_residue(summary), _kept(found), _quality(found), *map(_relearning, found.relearning)))
+        filter(
+            None,
+            (_residue(summary), _remedy(summary), _kept(found), _quality(found), *map(_relearning, found.relearning)),
+        )
     )
 
 
@@ -60,6 +64,22 @@ def _residue(summary: Summary) -> str:
         f"Of the answers to forget, the model gave {show_score(before.get(protocol))} % before, and gives "
         f"{show_score(now[protocol])} % now, counted over prompts and rephrasings ({protocol})."
     )
+
+
+def _remedy(summary: Summary) -> str:
+    """Name the method that forgets what a model knows by heart, if subtraction left more than half of the answers."""
+    before, now = (summary.phases[phase].get("residue", {}).get("contains") for phase in ("base", "forgotten"))
+    if (
+        before is None
+        or now is None
+        or not before.mean
+        or now.mean is None
+        or not summary.method.startswith("subtract")
+    ):
+        return ""
+    other = summary.method.replace("subtract", "npo")
+    is_left = now.mean > MOST_LEFT * before.mean
+    return f"Subtraction leaves what a model knows by heart: --method {other} goes further." if is_left else ""
 
 
 def _kept(found: Forgetting) -> str:
