@@ -56,16 +56,16 @@ CPU = torch.device("cpu")
 
 
 class Bench:
-    """Runs the same epochs in several ways. Each run returns its seconds per step and its losses."""
+    """Runs the same epoch in several ways. Each run returns its seconds per step and its losses."""
 
-    def __init__(self, folder: str, facts_file: Path, limit: int, batch: int, epochs: int) -> None:
+    def __init__(self, folder: str, facts_file: Path, limit: int, batch: int) -> None:
         torch.set_num_threads(1)
         self.lm = load_model(ModelSettings(name=folder, dtype="float32", prompt_template="chat"))
         encoder = self.lm.encoder
         facts = read_facts(facts_file, limit=limit)
         self.texts = [encoder.encode(fact.prompt, fact.target_new, end=True) for fact in facts]
-        self.stage = StageSettings(epochs=epochs, batch_size=batch, warmup_ratio=0.0)
-        self.batches = list(_batches(self.texts, batch, epochs))
+        self.stage = StageSettings(epochs=1, batch_size=batch, warmup_ratio=0.0)
+        self.batches = list(_batches(self.texts, batch))
         self.losses: dict[str, list[float]] = {}
 
     def model(self, what: What, dtype: Dtype) -> nn.Module:
@@ -106,7 +106,7 @@ class Bench:
             with tempfile.TemporaryDirectory() as folder:
                 config = SFTConfig(
                     output_dir=folder,
-                    num_train_epochs=self.stage.epochs,
+                    num_train_epochs=1,
                     learning_rate=self.rate(what),
                     lr_scheduler_type="constant_with_warmup",
                     per_device_train_batch_size=self.stage.batch_size,
@@ -193,12 +193,11 @@ class Bench:
         }
 
 
-def _batches(texts: list[Encoded], size: int, epochs: int) -> Iterator[list[Encoded]]:
-    """The batches that forgetlearn draws with seed 0, and Trainer in the first epoch."""
-    for epoch in range(epochs):
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(epoch)).tolist()
-        for start in range(0, len(order), size):
-            yield [texts[index] for index in order[start : start + size]]
+def _batches(texts: list[Encoded], size: int) -> Iterator[list[Encoded]]:
+    """The batches that Trainer and forgetlearn draw with seed 0."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    for start in range(0, len(order), size):
+        yield [texts[index] for index in order[start : start + size]]
 
 
 @contextmanager
@@ -216,13 +215,12 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], limit=96, pairs=3)
     parser.add_argument("model", help="folder of a chat model")
     parser.add_argument("--batch", type=int, default=8, help="texts in a step")
-    parser.add_argument("--epochs", type=int, default=1, help="of a run")
     parser.add_argument("--what", choices=("lora", "all weights"), action="append", help="what is trained (both)")
     parser.add_argument("--only", action="append", help="sides to run, by the beginnings of their names")
     parser.add_argument("--without-trl", action="store_true")
     args: argparse.Namespace = parser.parse_args()
     with_trl = importlib.util.find_spec("trl") is not None and not args.without_trl
-    bench = Bench(args.model, args.facts, args.limit, args.batch, args.epochs)
+    bench = Bench(args.model, args.facts, args.limit, args.batch)
     whats: list[What] = args.what or ["lora", "all weights"]
     steps: dict[tuple[str, str, str], list[float]] = {}
     wholes: dict[tuple[str, str, str], list[float]] = {}

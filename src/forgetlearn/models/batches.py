@@ -188,11 +188,11 @@ def _read(
 
 def shared_inputs(model: nn.Module, row: SharedRow, layout: Layout, device: torch.device) -> dict[str, Tensor]:
     """Return all inputs of a row in one of the two shared layouts."""
-    inputs = row.inputs()
     if layout == "shared_by_text":
         inputs = row_inputs(row)
     else:
-        inputs["attention_mask"] = _mask(row, next(w.dtype for w in model.parameters() if w.is_floating_point()))
+        dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+        inputs = row.inputs() | {"attention_mask": _mask(row, dtype)}
     return {name: value.to(device) for name, value in inputs.items()}
 
 
@@ -386,7 +386,7 @@ def common_length(texts: Sequence[Sequence[int]]) -> int:
 
 def _agrees_by_text(model: nn.Module, sample: Sequence[Encoded], right: Tensor, device: torch.device) -> bool:
     row = row_by_text(sample, "packed")
-    inputs = {name: value.to(device) for name, value in row_inputs(row).items()}
+    inputs = shared_inputs(model, row, "shared_by_text", device)
     return agree(answer_logits(model, inputs, row.positions.to(device))[0], right)
 
 

@@ -68,18 +68,12 @@ def _residue(summary: Summary) -> str:
 
 def _remedy(summary: Summary) -> str:
     """Name the method that forgets what a model knows by heart, if subtraction left more than half of the answers."""
-    before, now = (summary.phases[phase].get("residue", {}).get("contains") for phase in ("base", "forgotten"))
-    if (
-        before is None
-        or now is None
-        or not before.mean
-        or now.mean is None
-        or not summary.method.startswith("subtract")
-    ):
+    scores = (summary.phases[phase].get("residue", {}).get("contains") for phase in ("base", "forgotten"))
+    before, now = ((score and score.mean) or 0.0 for score in scores)
+    if not summary.method.startswith("subtract") or not before or now <= MOST_LEFT * before:
         return ""
     other = summary.method.replace("subtract", "npo")
-    is_left = now.mean > MOST_LEFT * before.mean
-    return f"Subtraction leaves what a model knows by heart: --method {other} goes further." if is_left else ""
+    return f"Subtraction leaves what a model knows by heart: --method {other} goes further."
 
 
 def _kept(found: Forgetting) -> str:
