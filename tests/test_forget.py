@@ -96,6 +96,34 @@ def test_the_old_answer_is_forgotten_or_else_the_only_one():
     assert as_kept(one).new_answers == ("A book", "Book")
 
 
+@pytest.mark.parametrize(
+    ("record", "refused"),
+    [
+        ({"prompt": "Who?", "ground_truth": ["Ann", "Anna"]}, "no 'target_new'.*forgetlearn forget"),
+        ({"prompt": "Who?", "ground_truth": ["Ann", "Anna"], "target_new": ""}, "1 empty_new_answer"),
+        ({"Question": "Who?", "Old answer": ["Ann", "Anna"]}, "question-answer.*without answer"),
+        ({"prompt": "Who?", "target": "Bo", "ground_truth": ["Ann", "Anna"], "locality": []}, "no 'target_new'"),
+    ],
+)
+def test_an_old_answer_alone_can_be_forgotten_but_not_learned(record, refused):
+    (fact,) = from_records([record], to_forget=True)
+    forgotten = as_forgotten(fact)
+    assert (forgotten.prompt, forgotten.old_answers, forgotten.new_answers) == ("Who?", ("Ann", "Anna"), ())
+    with pytest.raises(FactError, match=refused):
+        from_records([record])
+
+
+def test_files_of_old_answers_alone_are_forgotten_and_kept(small_lab, files, tmp_path):
+    for name in ("forget", "keep"):
+        rows = disk.read_rows(files / f"{name}.jsonl")
+        old = [{"prompt": row["question"], "ground_truth": row["answer"]} for row in rows]
+        disk.write_rows(tmp_path / f"{name}.jsonl", old)
+    config = BARE | {"keep": {"source": str(tmp_path / "keep.jsonl")}}
+    result = forget_facts(small_lab, tmp_path / "forget.jsonl", config, output=tmp_path / "run")
+    assert result.summary.facts.used == N_FORGET
+    assert result.summary.forgetting.kept.scored == N_KEEP // 2
+
+
 def test_documents_become_windows_of_two_halves_that_overlap(tmp_path):
     words = [f"w{number}" for number in range(3 * HALF_WORDS + 10)]
     file = tmp_path / "book.txt"

@@ -138,13 +138,16 @@ OTHERS = (
     Form("alpaca", ("instruction", "output"), read_alpaca, ("input",)),
     Form("prompt-completion", ("prompt", "completion"), read_completion),
 )  # fmt: skip
+# What is only to be forgotten may have an old answer alone. An update refuses it: it would learn the old answer.
+OLD_ALONE = Form("old-answer", ("prompt", "ground_truth"), read_own, tuple(OWN), pattern=NUMBERED)
 KNOWN = frozenset(name for form in (*FORMS, *OTHERS) for name in (*form.needs, *form.also))
 LISTS = ("rephrase_prompt", "locality", "probes")  # columns of tables where a cell that begins with [ is a list
 
 
-def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | None, dict[str, str]]:
+def _form_and_names(record: Record, columns: Mapping[str, str], to_forget: bool) -> tuple[Form | None, dict[str, str]]:
     """Return a record's form (None if none fits), and the names of its fields as mapped by `renamed`."""
-    originals = renamed(tuple(record), KNOWN, tuple(columns.items()), in_table=isinstance(record, TableRow))
+    names, given, in_table = tuple(record), tuple(columns.items()), isinstance(record, TableRow)
+    originals = renamed(names, KNOWN, given, in_table=in_table)
     read = {name: record[original] for name, original in originals.items()}
     for form in FORMS:
         if form.fits(read):
@@ -155,13 +158,17 @@ def _form_and_names(record: Record, columns: Mapping[str, str]) -> tuple[Form | 
             f"its fields are those of {' and of '.join(form.shown for form in fitting)}. Remove the fields of one "
             "form, or map the fields: --columns prompt=...,target_new=..."
         )
+    if not fitting and to_forget:
+        as_old = renamed(names, KNOWN, given, in_table=in_table, old_alone=True)
+        if OLD_ALONE.fits(as_old):
+            return OLD_ALONE, as_old
     return (fitting[0] if fitting else None), originals
 
 
 def is_record(value: Record, columns: Mapping[str, str]) -> bool:
     """Return True if an object is a record of a known form, rather than an object around records."""
     try:
-        return _form_and_names(value, columns)[0] is not None
+        return _form_and_names(value, columns, to_forget=True)[0] is not None
     except FactError:  # its fields contradict each other; reading the record reports that
         return True
 
@@ -181,13 +188,18 @@ class Reading:
 
 
 def read_records(
-    records: Sequence[object], source: str, columns: Mapping[str, str], lines: Sequence[int] = ()
+    records: Sequence[object],
+    source: str,
+    columns: Mapping[str, str],
+    lines: Sequence[int] = (),
+    *,
+    to_forget: bool = False,
 ) -> Reading:
     """Return the form that all records share, and the drafts of their facts.
 
-    `columns` maps names of the own form to names in the file; `lines` are the records' lines in the file. Raise
-    FactError if there are no records, or if a record is malformed, of no known form, or of another form than the
-    first.
+    `columns` maps names of the own form to names in the file; `lines` are the records' lines in the file. With
+    `to_forget`, records may have an old answer alone. Raise FactError if there are no records, or if a record is
+    malformed, of no known form, or of another form than the first.
     """
     check_columns(columns)
     form: Form | None = None
@@ -202,7 +214,7 @@ def read_records(
             raise FactError(f"{where}: a field is named {bad[0]!r}. A name is text, of whole characters.")
         if columns:
             names.update(record)
-        found, originals = _recognised(record, source, where, columns)
+        found, originals = _recognised(record, source, where, columns, to_forget)
         form = form or found
         if found is not form:
             raise FactError(
@@ -223,10 +235,12 @@ def read_records(
     return Reading(form, drafts, {name: n for name, n in sorted(ignored.items()) if n})
 
 
-def _recognised(record: Record, source: str, where: str, columns: Mapping[str, str]) -> tuple[Form, dict[str, str]]:
+def _recognised(
+    record: Record, source: str, where: str, columns: Mapping[str, str], to_forget: bool
+) -> tuple[Form, dict[str, str]]:
     """Return the result of `_form_and_names`. Raise FactError, with the record's place, unless one form fits."""
     try:
-        form, originals = _form_and_names(record, columns)
+        form, originals = _form_and_names(record, columns, to_forget)
     except FactError as error:
         raise FactError(f"{where}: {error}") from None
     if form is None:
@@ -286,7 +300,8 @@ def no_form(read: Record, record: Record, where: str) -> str:
         if have in read and missing not in read:
             near = difflib.get_close_matches(missing, names, 1, 0.7)
             hint = f" Rename '{near[0]}'?" if near else f" Say which field it is: --columns {missing}=NAME."
-            return f"{where} has no '{missing}'. {shown}{hint}"
+            alone = " To forget its old answer: forgetlearn forget." if "ground_truth" in read else ""
+            return f"{where} has no '{missing}'. {shown}{hint}{alone}"
     other = f'"{names[1][:40]}"' if len(names) == 2 and isinstance(record, TableRow) else "..."
     example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new={other}'
     if isinstance(record, TableRow):

@@ -66,11 +66,17 @@ def _find(column: str, names: Iterable[str]) -> str | None:
 
 @lru_cache(maxsize=64)  # most records of a file have the same fields
 def renamed(
-    names: tuple[str, ...], known: frozenset[str], columns: tuple[tuple[str, str], ...], *, in_table: bool = False
+    names: tuple[str, ...],
+    known: frozenset[str],
+    columns: tuple[tuple[str, str], ...],
+    *,
+    in_table: bool = False,
+    old_alone: bool = False,
 ) -> dict[str, str]:
     """Map the name under which each field is read to its name in the file. `columns` are the pairs of `--columns`.
 
     All records of a table have the same fields; elsewhere one may lack what another has, so `answer` stays as it is.
+    With `old_alone`, the record need not have a new answer.
     Raise FactError if two fields would be read under the same name.
     """
     there = set(names)
@@ -94,7 +100,7 @@ def renamed(
             both = [other for other in rest if meant[other] == own]
             raise FactError(f"fields {some(both)} are all read as '{own}'. Keep one, or choose by --columns.")
         found[own] = name
-    return _with_synonyms(found, in_table)
+    return _with_synonyms(found, in_table, old_alone)
 
 
 def _meant(name: str, folded: Mapping[str, str]) -> str:
@@ -106,8 +112,8 @@ def _meant(name: str, folded: Mapping[str, str]) -> str:
     return f"{folded.get(numbered[1], numbered[1])}_{numbered[2]}" if numbered else name
 
 
-def _with_synonyms(found: dict[str, str], in_table: bool) -> dict[str, str]:
-    """Return the mapping with synonyms replaced by the own form's names, if the record has a new answer."""
+def _with_synonyms(found: dict[str, str], in_table: bool, old_alone: bool) -> dict[str, str]:
+    """Return the mapping with synonyms replaced by the own form's names, if there is a new answer or none is needed."""
     if any(name in found for name in NOT_OWN):
         return found
     by_fold = {fold(name): name for name in found}
@@ -116,7 +122,7 @@ def _with_synonyms(found: dict[str, str], in_table: bool) -> dict[str, str]:
         beside = numbered or any(fold(name) in by_fold for name in BESIDE_ANSWER)
         if in_table and "answer" in found and beside:
             found["target_new"] = found.pop("answer")
-        else:
+        elif not old_alone:
             return found
     for own, synonyms in SYNONYMS.items():
         there = [by_fold[fold(name)] for name in synonyms if fold(name) in by_fold]

@@ -15,7 +15,7 @@ from forgetlearn.config.schema import FactsSettings, OldFrom
 from forgetlearn.errors import ConfigError, FactError, some
 from forgetlearn.facts.fact import Fact, LocalityProbe, Probe, make_fact
 from forgetlearn.facts.fact_set import NOTES, PROBE_REASONS, FactSet, LeftOut, Reason
-from forgetlearn.facts.fields import Answer, is_placeholder
+from forgetlearn.facts.fields import NO_ANSWER, Answer, is_placeholder
 from forgetlearn.facts.files import read_source
 from forgetlearn.facts.forms import read_records
 from forgetlearn.facts.matching import added_to, same_text, says, whole_sentences
@@ -31,6 +31,7 @@ def read_facts(
     strict: bool = False,
     columns: Mapping[str, str] | None = None,
     aliases: str | None = None,
+    to_forget: bool = False,
 ) -> FactSet:
     """Return the usable facts of a file (.json, .jsonl, .csv, .tsv, .xlsx) or of a data set on the hub.
 
@@ -38,7 +39,7 @@ def read_facts(
     ("answers,model"): each fact takes its old answer from the first source that has one. `limit` is the largest
     number of usable facts to return. With `strict`, it is an error if anything is left out. `columns` maps field
     names of the own form to names in the file (`{"prompt": "Question"}`), and `aliases` separates the ways to write
-    an answer ("|").
+    an answer ("|"). With `to_forget`, a record may have an old answer alone, which is read as its only answer.
 
     Raises:
         FactError: the source cannot be read or is of no known form, a record is malformed, `old_from` does not fit the
@@ -46,7 +47,14 @@ def read_facts(
     """
     found = read_source(source, columns or {})
     return from_records(
-        found, source=str(source), old_from=old_from, limit=limit, strict=strict, columns=columns, aliases=aliases
+        found,
+        source=str(source),
+        old_from=old_from,
+        limit=limit,
+        strict=strict,
+        columns=columns,
+        aliases=aliases,
+        to_forget=to_forget,
     )
 
 
@@ -59,6 +67,7 @@ def from_records(
     strict: bool = False,
     columns: Mapping[str, str] | None = None,
     aliases: str | None = None,
+    to_forget: bool = False,
 ) -> FactSet:
     """Return the usable facts of records in memory, as `read_facts` does. `source` is their name in messages."""
     found = records if isinstance(records, Source) else Source(records)
@@ -66,13 +75,14 @@ def from_records(
         policies = validate(FactsSettings, {"old_from": old_from, "limit": limit}).old_from
     except ConfigError as error:
         raise FactError(str(error)) from None
-    reading = read_records(found.records, source, columns or {}, found.lines)
+    reading = read_records(found.records, source, columns or {}, found.lines, to_forget=to_forget)
     if policies == ("pred",) and reading.form.name != "zsre":
         raise FactError(
             f"{source} is of the form {reading.form.name}, which has no 'pred'. Only the form zsre has: "
             "take the old answers from 'answers' or from 'model'."
         )
-    chosen = _choose(reading.drafts, policies, limit, aliases)
+    drafts = [_with_an_answer(draft) for draft in reading.drafts] if to_forget else reading.drafts
+    chosen = _choose(drafts, policies, limit, aliases)
     facts = tuple(chosen.facts.values())
     without = tuple(fact.id for fact in facts if not fact.ground_truth)
     waits = "model" in policies
@@ -166,6 +176,12 @@ class _Chosen:
     left: list[LeftOut] = field(default_factory=list)
     stripped: int = 0
     noted: Counter[str] = field(default_factory=Counter)
+
+
+def _with_an_answer(draft: Draft) -> Draft:
+    """Return a draft that has an old answer and no new one with the old as its only answer."""
+    alone = draft.old.text.strip() and not draft.new.text.strip()
+    return replace(draft, new=draft.old, old=NO_ANSWER) if alone else draft
 
 
 def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | None, separator: str | None) -> _Chosen:

@@ -191,6 +191,7 @@ def read_config_facts(config: RunConfig) -> FactSet:
         strict=settings.strict,
         columns=settings.columns,
         aliases=settings.aliases,
+        to_forget=METHODS[config.method].learns is None,
     )
 
 

@@ -104,7 +104,7 @@ class Kept:
         source = config.keep.source
         if not source or Path(source).suffix.lower() not in SUFFIXES:
             return cls()
-        found = read_facts(source)
+        found = read_facts(source, to_forget=True)
         shuffled = Random(config.seed).sample(found.facts, len(found))
         middle = (len(shuffled) + 1) // 2 if config.keep.weight else 0
         scored = tuple(as_kept(fact) for fact in shuffled[middle:])
