@@ -17,7 +17,7 @@ from transformers import Adafactor
 
 import forgetlearn
 from forgetlearn.cli.main import main
-from forgetlearn.config.schema import StageSettings, load_config
+from forgetlearn.config.schema import RunConfig, StageSettings, load_config
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError, ModelError
 from forgetlearn.evaluation import general_prompts
@@ -44,7 +44,7 @@ from forgetlearn.planning.estimate import (
     show_seconds,
     summary_line,
 )
-from forgetlearn.planning.loads import loads_of
+from forgetlearn.planning.loads import loads_of, spread_of
 from forgetlearn.planning.outline import outline_of
 from forgetlearn.planning.plan import plan_update
 from forgetlearn.planning.trace import Skeleton, measure
@@ -126,6 +126,12 @@ class TestByHand:
         assert stage.step_range == (20, 78)
         assert plan.seconds_range == (450, 1800)
         assert summary_line(plan).endswith("about 20 to 78 steps to learn, about 1.0 GB, about 8 to 30 min")
+
+    def test_forgetting_by_a_loss_may_take_every_pass(self):
+        stage = Stages(RunConfig(method="npo", unlearn={"max_epochs": 30})).forget
+        assert stage.settings.likely_epochs * spread_of(stage)[1] == pytest.approx(30)
+        assert spread_of(stage)[0] < 1
+        assert spread_of(Stages(RunConfig(method="subtract")).forget) == (1, 1)
         assert (show_range(300, 310), show_range(40, 300)) == ("5 min", "40 s to 5 min")
 
     def test_what_could_not_be_traced_has_no_time(self):
