@@ -17,6 +17,7 @@ from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ModelError
 from forgetlearn.models import language_model
 from forgetlearn.models.encoding import Encoder
+from forgetlearn.models.identity import weights_sha256
 from forgetlearn.models.language_model import (
     as_language_model,
     context_length,
@@ -361,6 +362,7 @@ LOAD_AND_SAY = """
 import sys
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ModelError
+from forgetlearn.models.identity import weights_sha256
 from forgetlearn.models.language_model import load_model
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
@@ -457,16 +459,45 @@ class TestHub:
         }
 
 
-def test_half_precision_that_is_slow_on_this_cpu_is_named_once(saved, monkeypatch, caplog):
-    language_model._warn_if_slow.cache_clear()
-    times = {torch.bfloat16: 7.25, torch.float16: 1.0, torch.float32: 99.0}
-    monkeypatch.setattr(language_model.onednn, "slowdown", times.get)
-    language_model.load_model(ModelSettings(name=str(saved), dtype="bfloat16"))
-    assert not caplog.messages  # too small a model to matter
+@pytest.fixture
+def without_half(monkeypatch):
+    """A CPU without instructions for half precision, on which no model is too small to matter."""
+    monkeypatch.setattr(language_model.onednn, "computes_in", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(language_model, "SMALL_MODEL", 0)
-    for dtype in ("bfloat16", "bfloat16", "float16", "float32"):
-        language_model.load_model(ModelSettings(name=str(saved), dtype=dtype))
-    (line,) = [line for line in caplog.messages if "on this CPU" in line]
-    assert "bfloat16, whose products take 7.2 times as long" in line
-    assert "model.dtype = float32" in line
-    language_model._warn_if_slow.cache_clear()
+
+
+def test_weights_are_held_in_float32_where_half_precision_is_slow(saved, without_half, tmp_path, caplog):
+    load(saved, dtype="bfloat16").save(tmp_path / "half")
+    with caplog.at_level("INFO", "forgetlearn"):
+        lm = load(tmp_path / "half")
+    assert ["bfloat16" in line for line in caplog.messages] == [True]
+    assert {weight.dtype for weight in lm.model.parameters()} == {torch.float32}
+    assert set(lm.dtypes.values()) == {torch.bfloat16}
+    lm.to_own_dtypes()
+    assert {weight.dtype for weight in lm.model.parameters()} == {torch.float32}
+    start = {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
+    lm.to_float32()
+    for weight in lm.model.parameters():
+        weight.data += 1e-3 * weight.abs()
+    told = lm.to_own_dtypes()
+    assert told["looked_at"] == sum(weight.numel() for weight in start.values())
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in lm.model.parameters())
+    lm.save(tmp_path / "again")
+    assert {weight.dtype for weight in lm.model.parameters()} == {torch.float32}
+    stored = load_file(tmp_path / "again" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = dict(load(tmp_path / "again").model.named_parameters())
+    assert all(torch.equal(weight, again[name]) for name, weight in lm.model.named_parameters())
+    assert weights_sha256(load(tmp_path / "half")) == weights_sha256(load(tmp_path / "half", dtype="bfloat16"))
+
+
+def test_weights_stay_in_half_precision_if_float32_does_not_fit_or_half_is_asked_for(
+    saved, without_half, tmp_path, monkeypatch, caplog
+):
+    half = load(saved, dtype="bfloat16")
+    assert not caplog.messages
+    half.save(tmp_path)
+    monkeypatch.setattr(language_model, "float32_fits", lambda parameters: False)
+    assert {weight.dtype for weight in load(tmp_path).model.parameters()} == {torch.bfloat16}
+    assert [line.count("slow") for line in caplog.messages] == [1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +34,6 @@ from forgetlearn.weights.task_vector import rounded, sample
 
 log = logging.getLogger("forgetlearn")
 LINEAR = (nn.Linear, Conv1D)
-SLOW = 1.5  # times float32's
 
 
 @dataclass
@@ -46,6 +46,7 @@ class LanguageModel:
     device: torch.device
     settings: ModelSettings
     dtypes: Mapping[str, torch.dtype]  # of each weight, when loaded and when saved
+    in_float32: bool = False  # weights are held in float32 between the stages too, see `_hold_in_fast_dtype`
     _before: dict[str, Array] = field(default_factory=dict)  # a sample of each weight, taken by `to_float32`
 
     @property
@@ -83,6 +84,8 @@ class LanguageModel:
     def to_float32(self) -> None:
         """Convert every floating-point weight to float32, for training. Buffers keep their dtype.
 
+        What is in float32 already, but has another dtype of its own, will be rounded to that.
+
         Raises:
             ModelError: the model is split over processes and was loaded in another dtype.
         """
@@ -90,16 +93,17 @@ class LanguageModel:
             sharding.check_float32(self.model)
             return
         for name, weight in self.model.named_parameters():
-            if weight.is_floating_point() and weight.dtype != torch.float32:
+            own = self.dtypes.get(name, weight.dtype) if self.in_float32 else weight.dtype
+            if weight.is_floating_point() and own != torch.float32 and name not in self._before:
                 self._before[name] = sample(weight)
                 weight.data = weight.data.float()
 
     def to_own_dtypes(self, seed: int = 0) -> dict[str, float | int | None] | None:
-        """Convert every weight to the dtype in which it was loaded, rounding once if it was trained.
+        """Round every weight to the dtype in which it was loaded, once if it was trained, and convert it to that.
 
         Return how much of the change since `to_float32` survived rounding, counted on a sample; None if nothing was
-        changed or rounded. If the model is split over processes, its weights are rounded but stay in float32, and
-        nothing is counted.
+        changed or rounded. With `in_float32`, weights are rounded but stay in float32. So they do if the model is split
+        over processes, and then nothing is counted.
         """
         if self.is_sharded:
             sharding.round_to(self.model, self.dtypes)
@@ -111,7 +115,7 @@ class LanguageModel:
             if name in self._before and weight.dtype != own.dtype:
                 before = self._before[name]
                 survival.count(before, sample(weight) - before, sample(own))
-            weight.data = own
+            weight.data = own.float() if self.in_float32 else own
         self._before.clear()
         return survival.as_dict() if survival.wanted else None
 
@@ -124,8 +128,24 @@ class LanguageModel:
             sharding.save_whole(self.model, self.tokenizer, self.dtypes, folder)
         elif processes.is_main():
             saved: PreTrainedModel = self.model
-            saved.save_pretrained(folder, max_shard_size="5GB")
+            with self._in_own_dtypes():
+                saved.save_pretrained(folder, max_shard_size="5GB")
             self.tokenizer.save_pretrained(folder)
+
+    @contextmanager
+    def _in_own_dtypes(self) -> Iterator[None]:
+        """Within the `with` block, hold each weight in the dtype in which it was loaded."""
+        if not self.in_float32:
+            yield
+            return
+        held = {weight: weight.data for weight in self.model.parameters()}
+        try:
+            for name, weight in self.model.named_parameters():
+                weight.data = weight.data.to(self.dtypes[name])
+            yield
+        finally:
+            for weight, data in held.items():
+                weight.data = data
 
     def name_end_token(self) -> None:
         """Add the token that ends an answer to the model's generation settings, with a warning, if it is missing.
@@ -234,22 +254,37 @@ def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = Fals
         with refusing(name, "the model cannot compute"), torch.no_grad():
             # Some wrong configs build a model that fails only when it computes.
             loaded.model(input_ids=torch.tensor([loaded.encoder.end_ids[:1]], device=loaded.device), use_cache=True)
-    if loaded.device.type == "cpu" and parameter_count(loaded.model) >= SMALL_MODEL:
-        for kind in {weight.dtype for weight in loaded.model.parameters()} & {torch.bfloat16, torch.float16}:
-            _warn_if_slow(kind)
+    _hold_in_fast_dtype(loaded)
     return loaded
 
 
-@cache  # once in a process
-def _warn_if_slow(dtype: torch.dtype) -> None:
-    """Log a warning if this CPU computes faster in float32, as CPUs without half-precision products do."""
-    if (times := onednn.slowdown(dtype)) >= SLOW:
+def _hold_in_fast_dtype(lm: LanguageModel) -> None:
+    """Hold weights in float32 if they are in half precision and this CPU has no instructions for that.
+
+    They are saved in their own dtypes all the same.
+    """
+    parameters, quantized = parameter_count(lm.model), getattr(lm.model.config, "quantization_config", None)
+    if lm.device.type != "cpu" or lm.is_sharded or quantized or lm.settings.dtype != "auto" or parameters < SMALL_MODEL:
+        return
+    kinds = {weight.dtype for weight in lm.model.parameters()}
+    slow = [str(kind).removeprefix("torch.") for kind in kinds if not onednn.computes_in(kind)]
+    if not slow:
+        return
+    if not float32_fits(parameters):
         log.warning(
-            "the model is in %s, whose products take %.1f times as long as float32's on this CPU. "
-            "Set model.dtype = float32: faster, but the weights take twice the memory",
-            str(dtype).removeprefix("torch."),
-            times,
+            "this CPU has no instructions for %s, which makes it slow, and float32 would fill half of the memory",
+            slow[0],
         )
+        return
+    log.info("this CPU has no instructions for %s: weights are held in float32, and saved as they were", slow[0])
+    for weight in lm.model.parameters():
+        weight.data = weight.data.float()
+    lm.in_float32 = True
+
+
+def float32_fits(parameters: int) -> bool:
+    """Return True if weights in float32 would fill at most half of this machine's memory."""
+    return bool(4 * parameters <= psutil.virtual_memory().total / 2)
 
 
 def _load_adapter(settings: ModelSettings, folder: Path, base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

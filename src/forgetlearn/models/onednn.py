@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
-from timeit import repeat
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,10 @@ from torch.nn import functional
 # With fewer multiplications in a product, the overhead of calling oneDNN outweighs the gain.
 WORTHWHILE = 1 << 21
 PLAIN = (Tensor, nn.Parameter)
+INSTRUCTIONS = {  # as torch.cpu.get_capabilities names them, of x86 and of ARM
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
 
 
 @contextmanager
@@ -61,16 +64,13 @@ def _slow_mkl() -> bool:
     )
 
 
-@cache
-def slowdown(dtype: torch.dtype) -> float:
-    """Return how many times as long as in float32 a product in this dtype takes on this CPU, from a trial of 0.1 s."""
-    rows, weight = torch.randn(64, 768), torch.randn(1536, 768)
-    with fast_linear_layers(), torch.no_grad():
-        plain, other = (
-            min(repeat(partial(linear, rows.to(kind), weight.to(kind)), number=1, repeat=8))
-            for kind in (torch.float32, dtype)
-        )
-    return other / plain
+def computes_in(dtype: torch.dtype) -> bool:
+    """Return True if this CPU has instructions for products in this dtype.
+
+    Without them a product in half precision takes 2.5 to 7 times as long as in float32 (bench/results/benchmarks.md).
+    """
+    able = torch.cpu.get_capabilities()
+    return dtype not in INSTRUCTIONS or any(able.get(name, False) for name in INSTRUCTIONS[dtype])
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
