@@ -488,8 +488,8 @@ class ModelSettings(Settings):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub; without effect on a folder.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Precision of the weights in memory and in the product; auto: that of the checkpoint, and "
-        "float32 for quantised GGUF.",
+        description="Precision of the weights in memory and in the product; auto: that of the checkpoint (float32 "
+        "for quantised GGUF); a CPU without instructions for it computes in float32.",
     )
     rounding: Literal["nearest", "stochastic"] = Field(
         "nearest",
