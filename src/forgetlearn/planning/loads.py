@@ -259,7 +259,7 @@ def _train_load(
     `may_hold` tells whether the stage may hold a frozen base in bfloat16, see `training.precision`.
     """
     settings, kind = stage.settings, stage.kind
-    skeleton = steps = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
+    skeleton = steps = outline.skeleton(outline.computes_in(kind))
     held_bytes = 0  # of the base in bfloat16, beside its own weights
     if kind.adapter and may_hold and settings.dtype == "bfloat16" and outline.dtype == torch.float32:
         held_bytes, steps = skeleton.weights_bytes // 2, outline.skeleton(torch.bfloat16)
@@ -307,7 +307,7 @@ def _questioner(outline: Outline, config: RunConfig, device: str) -> Questioner 
 def _ask_loads(outline: Outline, stages: Stages, facts: FactSet, device: str) -> tuple[list[Load], str | None]:
     """Return the loads of all that is asked beside training, and why a step could not be traced (else None)."""
     evaluate, ask = stages.config.evaluate, _questioner(outline, stages.config, device)
-    skeleton = outline.skeleton(None if stages.method.makes_adapter or stages.method.in_context else torch.float32)
+    skeleton = outline.skeleton(outline.computes_in(stages.method.last))
     pairs = list(dict.fromkeys(pair for fact in facts for pair in pairs_to_read(fact)))
     texts = _encoded(outline.encoder, pairs)
     rows = shared_rows(texts, evaluate.batch_size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))

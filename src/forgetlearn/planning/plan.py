@@ -79,9 +79,8 @@ def plan_update(
     loads, notes = loads_of(outline, Stages(config), facts, devices.kind)
     speed = rate if not isinstance(rate, str) else None
     if isinstance(rate, str):
-        speed = speed_of(
-            rate, [plan_stage(load, devices) for load in loads], config, devices, computes_in(config, outline)
-        )
+        dtype = outline.computes_in(METHODS[config.method].last)
+        speed = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices, dtype)
     skeleton = outline.skeleton()
     parameters = sum(weight.numel() for weight in skeleton.model.parameters())
     if outline.stored and abs(sum(outline.stored.values()) - parameters) > 0.01 * parameters:
@@ -258,12 +257,6 @@ def _seconds_of(run: Callable[[], object], seconds: float) -> float:
     """Return the median seconds of one call, from calls repeated for about `seconds`."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=seconds).median)
-
-
-def computes_in(config: RunConfig, outline: Outline) -> torch.dtype:
-    """Return the dtype of the weights that a method computes with: all weights are trained in float32."""
-    method = METHODS[config.method]
-    return outline.dtype if method.makes_adapter or method.in_context else torch.float32
 
 
 def speed_of(
