@@ -99,6 +99,11 @@ class Stages:
         return self.config.save_merged or any(stage.kind.changes_base for stage in self)
 
     @property
+    def keeps_change(self) -> bool:
+        """True if the product's exact change from the base is kept (keep_change); an adapter is that itself."""
+        return self.config.keep_change and not self.method.makes_adapter
+
+    @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases that are scored, provided there is something to forget. The last one is the product's."""
         if not self.method.learns:
