@@ -189,7 +189,7 @@ def update(
     processes.check_launched(n_processes)
     from forgetlearn.report import stream_page
     from forgetlearn.report.run_page import overview
-    from forgetlearn.runs.checks import go_on_from
+    from forgetlearn.runs.failed_only import config_for_failed
     from forgetlearn.runs.stream import stream
     from forgetlearn.runs.update import update as run_update
 
@@ -197,7 +197,7 @@ def update(
         given = replace(given, values={**given.values, "keep.earlier": tuple(map(str, earlier))})
     if failed_only:
         model, facts = given.flag("model.name"), given.flag("facts.source")
-        config = given.checked("update", go_on_from(failed_only, given.settings, model, facts))
+        config = given.checked("update", config_for_failed(failed_only, given.settings, model, facts))
     else:
         config = given.config("update")
     with signals.handled():

@@ -36,11 +36,11 @@ from forgetlearn.runs.checks import (
     check_quantization,
     check_stages,
     files_read,
-    go_on_from,
     read_config_facts,
     resolve,
     with_the_models_answers,
 )
+from forgetlearn.runs.failed_only import config_for_failed
 from forgetlearn.runs.pipeline import Pipeline
 from forgetlearn.runs.results import Done, learning_of, write_results
 from forgetlearn.runs.retention import Past
@@ -91,7 +91,7 @@ def update(
     """
     facts = as_fact_set(facts)
     if failed_only is not None:
-        config = go_on_from(failed_only, config, model, facts)
+        config = config_for_failed(failed_only, config, model, facts)
     config = begun_on.of_run(resolve(config, model, facts))
     preflight.check("update", config)
     return carry_out(
