@@ -34,7 +34,7 @@ from forgetlearn.models.batches import (
 )
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.training.stage_checkpoints import Progress
+from forgetlearn.training.stage_checkpoints import SavedParts
 
 STARTS = ("The", "Therefore", "Because", "I", "You")  # of sampled contexts, as in MEMIT's code
 CONTEXT_TOKENS = (10, 5)  # lengths of sampled contexts, in turn
@@ -145,15 +145,15 @@ class Search:
                 chunk.past = None
             return chunk.optimised(self.settings, self.clamp)
 
-    def all(self, wanted: Sequence[Request], progress: Progress) -> Found:
-        """Return the changes of all facts, part by part. What `progress` holds is not optimised again."""
+    def all(self, wanted: Sequence[Request], saved: SavedParts) -> Found:
+        """Return the changes of all facts, part by part. What was `saved` is not optimised again."""
         size = max(1, ROWS_AT_ONCE // (max(len(request.trained) for request in wanted) + 1))
-        found = {name: tensor.to(self.lm.device) for name, tensor in progress.found.items()}
-        for part in progress.parts(len(wanted), size, "fact"):
+        found = {name: tensor.to(self.lm.device) for name, tensor in saved.found.items()}
+        for part in saved.parts(len(wanted), size, "fact"):
             new = self.together([wanted[index] for index in part])
             both = {"deltas": new.deltas, "losses": new.losses}
             found = {name: torch.cat([found[name], tensor]) if found else tensor for name, tensor in both.items()}
-            progress.save(part, found)
+            saved.save(part, found)
         return Found(found["deltas"], found["losses"])
 
 
