@@ -39,24 +39,8 @@ class Unused:
 
 PRODUCTS = ("save_merged", "keep_change", "report_to")
 UNLEARN = Unused(("unlearn",), "it is for forget, which learns nothing")
-TRAINING = (
-    *(
-        "method",
-        "seed",
-        "teach",
-        "forget",
-        "unlearn",
-        "learn",
-        "train",
-        "lora",
-        "edit",
-        "rome",
-        "memit",
-        "alphaedit",
-        "keep",
-    ),
-    *("checkpoint_minutes", "keep_stages", "model.base_model_id"),
-)
+STAGES = ("teach", "forget", "unlearn", "learn", "train", "lora", "edit", "rome", "memit", "alphaedit", "keep")
+TRAINING = ("method", "seed", *STAGES, "checkpoint_minutes", "keep_stages", "model.base_model_id")
 GENERAL = tuple(
     f"evaluate.{name}" for name in ("max_damage", "general", "general_tokens", "tasks", "task_limit", "task_folder")
 )
@@ -144,22 +128,8 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
         if refused:
             problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
         passed_over += [name for name in names if name not in refused and not row.always]
-    if command in ("update", "plan") and METHODS[config.method].in_context:
-        problems.append(
-            f"method = {config.method}: changes no weight, so an update makes no product. "
-            f"Score it with forgetlearn compare --methods {config.method}."
-        )
-    method = METHODS[config.method]
-    if command in ("update", "plan") and not method.learns:
-        problems.append(
-            f"method = {config.method}: only forgets. forgetlearn forget takes it; an update takes "
-            f"{', '.join(UPDATING_METHODS)}."
-        )
-    if command == "forget" and method.learns:
-        problems.append(
-            f"method = {config.method}: learns new answers. forgetlearn update takes it; forget takes "
-            f"{', '.join(FORGETTING_METHODS)}."
-        )
+    if problem := _wrong_method(command, config.method):
+        problems.append(problem)
     if problems:
         raise ConfigError("\n".join(problems))
     departs = recipes.overridden(dict(config), config.recipe) if command in ("update", "forget", "compare") else []
@@ -167,6 +137,27 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
         log.info("recipe %s, except for these settings: %s", config.recipe, ", ".join(departs))
     if passed_over and given is None:
         log.info("%s does not use these settings of the config: %s", command, ", ".join(_by_section(passed_over)))
+
+
+def _wrong_method(command: Command, name: MethodName) -> str | None:
+    """Return why this command does not take this method, and what takes it; None if it does."""
+    method = METHODS[name]
+    if command in ("update", "plan") and method.in_context:
+        return (
+            f"method = {name}: changes no weight, so an update makes no product. "
+            f"Score it with forgetlearn compare --methods {name}."
+        )
+    if command in ("update", "plan") and not method.learns:
+        return (
+            f"method = {name}: only forgets. forgetlearn forget takes it; an update takes "
+            f"{', '.join(UPDATING_METHODS)}."
+        )
+    if command == "forget" and method.learns:
+        return (
+            f"method = {name}: learns new answers. forgetlearn update takes it; forget takes "
+            f"{', '.join(FORGETTING_METHODS)}."
+        )
+    return None
 
 
 def does_not_forget(method: MethodName) -> str:
