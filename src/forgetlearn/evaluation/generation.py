@@ -178,6 +178,11 @@ class TransformersGenerator:
             pad_token_id=self.lm.pad_id,
             return_dict_in_generate=True,
         )
+        return self._generate(inputs, config, criteria, **options)
+
+    def _generate(
+        self, inputs: Inputs, config: GenerationConfig, criteria: Sequence[StoppingCriteria], **options: object
+    ) -> Any:
         generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
         return generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria), **options)
 
@@ -203,14 +208,9 @@ class TransformersGenerator:
         config = GenerationConfig(
             max_new_tokens=n_tokens, do_sample=True, top_k=0, eos_token_id=self.ends, pad_token_id=self.lm.pad_id
         )
-        generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            out = generate(
-                **self._inputs(prompts),
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_MostEnded(self.ends, width)]),
-            )
+            out = self._generate(self._inputs(prompts), config, [_MostEnded(self.ends, width)])
         return [list(takewhile(lambda token: token not in self.ends, ids)) for ids in out[:, width:].tolist()]
 
     def _inputs(self, prompts: Sequence[Ids]) -> Inputs:

@@ -158,7 +158,7 @@ def sentences_of(facts: Sequence[Fact], ask: Questioner) -> Asking:
     found = ask.read_pairs(tried.values())
     for instruction, part in zip(own_words.INSTRUCTIONS, (ASKED_FOR, ASKED_TWICE), strict=True):
         left = facts[: math.ceil(part * len(facts))]
-        found += ask.say({own_words.told(fact, instruction): own_words.room(ask.encoder, fact) for fact in left})
+        found += ask.say({own_words.telling(fact, instruction): own_words.room(ask.encoder, fact) for fact in left})
     return found
 
 
