@@ -20,7 +20,8 @@ from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
 Command = Literal["update", "forget", "plan", "compare", "paper", "evaluate", "ask"]
-WARNED_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # if the method does not forget
+OF_FORGETTING = ("coef", "modules", "rows")
+WARNED_BY_UPDATE = {f"forget.{name}" for name in OF_FORGETTING}  # see `warn_of_forgetting`
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,14 @@ def warn_of_idle(configs: Sequence[RunConfig], given: Collection[str], passed_ov
         reasons = [next((why for own, why in each.items() if is_within(name, [own])), None) for each in rows]
         if None not in reasons:
             log.warning("%s = %s has no effect: %s", name, value, reasons[0])
+
+
+def warn_of_forgetting(config: RunConfig) -> None:
+    """Warn about each setting of forgetting that is given, in a config whose method does not forget."""
+    for name in OF_FORGETTING:
+        if name in config.forget.model_fields_set:
+            value = getattr(config.forget, name)
+            log.warning("forget.%s = %s has no effect: %s", name, value, does_not_forget(config.method))
 
 
 def is_within(name: str, settings: Collection[str]) -> bool:

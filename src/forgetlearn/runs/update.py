@@ -263,10 +263,7 @@ def _check_without_model(facts: FactSet, stages: Stages) -> None:
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
     elif not stages.method.forgets:
-        for name in sorted({"coef", "modules", "rows"} & config.forget.model_fields_set):
-            given = getattr(config.forget, name)
-            why = preflight.does_not_forget(config.method)
-            log.warning("forget.%s = %s has no effect: %s", name, given, why)
+        preflight.warn_of_forgetting(config)
 
 
 def _with_old_answers(
