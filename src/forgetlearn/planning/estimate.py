@@ -39,8 +39,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Answering:
-    """What answers take: `prompts` is the traced reading of a batch of prompts. Each new token of an answer reads
-    `key_bytes` for every token before it, and computes the output head.
+    """What answers take: `prompts` is the traced reading of a batch of prompts.
+
+    Each new token of an answer reads `key_bytes` for every token before it, and computes the output head.
     """
 
     prompts: Step

@@ -137,8 +137,9 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
 def train_loads(
     outline: Outline, stages: Stages, facts: FactSet, device: str, read: Step | None = None
 ) -> tuple[list[Load], list[str]]:
-    """Return the load of each stage that trains, and notes. `read` is a traced step of reading; without it, what is
-    read before the first step of a stage is left out.
+    """Return the load of each stage that trains, and notes on what was assumed.
+
+    `read` is a traced step of reading; without it, what is read before the first step of a stage is left out.
     """
     loads: list[Load] = []
     notes: list[str] = []

@@ -70,8 +70,8 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
     """Return the updates before a model's last one, with their facts.
 
     The facts are looked for in `places` (run folders or files of facts), then in the run folders that made the model,
-    and are recognised by their hash. `now`, the facts being scored, stands in for
-    the last update's facts if those are not found: a prompt that it repeats counts as updated again.
+    and are recognised by their hash. `now`, the facts being scored, stands in for the last update's facts if those are
+    not found: a prompt that it repeats counts as updated again.
 
     Raises:
         RunError: there is no earlier update.

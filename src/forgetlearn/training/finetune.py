@@ -83,11 +83,12 @@ def finetune(
     """Train the parameters of `model` that require gradients, in place, and return the log of the stage.
 
     With `until` learned, the stage ends when the model has predicted each fact's whole answer (see `Schedule`); with
-    `until` forgotten, when each answer is gone (see `objectives`). If
-    `stage_io` names a folder with a checkpoint of this stage, training continues from it and ends with the same bits.
-    On one machine, the same model, texts, settings and seed give the same weights to the bit. The trained weights must
-    be float32: half precision loses the small steps of a fact update. If memory runs out before any weight has changed,
-    the stage starts again with half the micro-batch; the optimiser steps stay the same.
+    `until` forgotten, when each answer is gone (see `objectives`).
+
+    If `stage_io` names a folder with a checkpoint of this stage, training continues from it and ends with the same
+    bits. On one machine, the same model, texts, settings and seed give the same weights to the bit. The trained weights
+    must be float32: half precision loses the small steps of a fact update. If memory runs out before any weight has
+    changed, the stage starts again with half the micro-batch; the optimiser steps stay the same.
 
     Args:
         facts: the text of each fact, or a tuple of wordings, of which each visit shows one.
