@@ -77,14 +77,15 @@ def plan_update(
             check_texts(outline.encoder, facts)
     devices = devices or devices_here(config)
     loads, notes = loads_of(outline, Stages(config), facts, devices.kind)
-    speed = rate if not isinstance(rate, str) else None
     if isinstance(rate, str):
         dtype = outline.computes_in(METHODS[config.method].last)
-        speed = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices, dtype)
+        speed: Speed | None = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices, dtype)
+    else:
+        speed = rate
     skeleton = outline.skeleton()
-    parameters = sum(weight.numel() for weight in skeleton.model.parameters())
-    if outline.stored and abs(sum(outline.stored.values()) - parameters) > 0.01 * parameters:
-        held = sum(outline.stored.values())
+    parameters = parameter_count(skeleton.model)
+    held = sum((outline.stored or {}).values())
+    if outline.stored and abs(held - parameters) > 0.01 * parameters:
         notes = [f"its files hold {held:,} numbers, a model of its config {parameters:,}; the plan uses these", *notes]
     plan = Plan(
         model=outline.name,

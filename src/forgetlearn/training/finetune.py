@@ -180,11 +180,15 @@ def _train(
             with _put_back(model, trainer, settings), memory.enough(stage_io.name, micro_batch_size, watch):
                 trainer.train_with_points(stage_io)
     model.eval()
-    attends = "sdpa, text by text" if is_by_text else attention.implementation(model)
     learned = schedule.learned if settings.ends_by_itself else []
-    unlearned = tuple(index for index, is_learned in enumerate(learned) if not is_learned)
-    numbers, times = tuple(steps.rows), tuple(steps.seconds)
-    return StageLog(numbers, layout, attends, seconds=times, epochs=schedule.progress.epoch, unlearned=unlearned)
+    return StageLog(
+        steps=tuple(steps.rows),
+        layout=layout,
+        attention="sdpa, text by text" if is_by_text else attention.implementation(model),
+        epochs=schedule.progress.epoch,
+        unlearned=tuple(index for index, is_learned in enumerate(learned) if not is_learned),
+        seconds=tuple(steps.seconds),
+    )
 
 
 @contextmanager
