@@ -32,12 +32,11 @@ from forgetlearn.planning.estimate import (
     Plan,
     Speed,
     StagePlan,
+    counts_line,
     plan_stage,
     show_bytes,
-    show_count,
     show_range,
     show_seconds,
-    show_steps,
     summary_line,
 )
 from forgetlearn.planning.loads import counts_of, loads_of, spread_of, staged, train_loads
@@ -314,15 +313,15 @@ def plan_line(
 
 def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     """Return the numbers of parameters, facts and steps, in words."""
-    size = f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts"
-    if Stages(config).method.closed_form:
-        return f"{size} to write into the weights"
-    steps = []
-    for stage, texts, passes, _ in staged(Stages(config), *counts_of(lm.encoder, Stages(config), facts)):
+    parameters, stages = parameter_count(lm.model), Stages(config)
+    if stages.method.closed_form:
+        return f"{counts_line(parameters, len(facts), {})} to write into the weights"
+    steps: dict[str, tuple[int, int]] = {}
+    for stage, texts, passes, _ in staged(stages, *counts_of(lm.encoder, stages, facts)):
         number = passes * math.ceil(texts.number / stage.settings.batch_size)
         low, high = spread_of(stage)
-        steps.append(f"{show_steps((round(low * number), round(high * number)))} to {stage.name}")
-    return f"{size}, {' + '.join(steps)}"
+        steps[stage.name] = round(low * number), round(high * number)
+    return counts_line(parameters, len(facts), steps)
 
 
 def took(manifest: Manifest, device: torch.device) -> str:
