@@ -188,7 +188,7 @@ class TransformersGenerator:
 
     @staticmethod
     def _going_on(inputs: Inputs, sequences: torch.Tensor, cache: DynamicCache, rows: torch.Tensor) -> Inputs:
-        """Return the inputs of the rows that go on."""
+        """Return the inputs of the rows that continue."""
         mask = inputs["attention_mask"]
         said = torch.ones(len(mask), sequences.shape[1] - mask.shape[1], dtype=mask.dtype, device=mask.device)
         if len(rows) < len(mask):

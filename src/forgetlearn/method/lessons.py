@@ -43,8 +43,8 @@ SENTENCE, OWN_WORDS, BARE = "sentence", "own words", "bare"
 class Rehearsal:
     """The facts of earlier updates: those that are `held` are kept as the model says them, `lost` ones learned again.
 
-    `adapter` names the adapter that came of all of them, if there is one. General prompts are then answered without it:
-    to keep what each update leaves of these answers would let the model drift away with every update.
+    `adapter` names the base's adapter if it is all that those updates left. General prompts are then answered without
+    it: if the answers that each update leaves were kept, the model would drift away with every update.
     """
 
     taught: Sequence[Fact] = ()

@@ -117,7 +117,7 @@ def activate(model: PeftModel, names: Sequence[str], trained: str | None = None)
 
 @contextmanager
 def put_aside(model: nn.Module, name: str) -> Iterator[None]:
-    """Let a model be as it is without its only adapter, within a `with` block."""
+    """Within the `with` block, switch off the model's only adapter."""
     assert names(model) == [name], "no other adapter is switched off with it"
     try:
         with model.disable_adapter():  # type: ignore[operator]

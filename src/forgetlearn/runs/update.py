@@ -100,7 +100,7 @@ def update(
 
 
 class Task:
-    """What a command asks of the pipeline: here, an update. `runs.forget` has another. For `origin` see `Past`."""
+    """What a run does: this one updates; `runs.forget` overrides what differs there. For `origin` see `Past`."""
 
     name = "update"
     reads: tuple[str | Path | None, ...] = ()  # files and folders that it reads, beside those that the config names
