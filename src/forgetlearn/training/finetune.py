@@ -136,7 +136,12 @@ def _train(
 ) -> StageLog:
     with _folder_for_trainer(stage_io) as folder:
         settings = settings.model_copy(update={"learning_rate": settings.rate(width(model))})
-        in_bfloat16 = precision.computes_in_bfloat16(model, settings, _on_cpu(device))
+        in_bfloat16 = precision.holds_bfloat16(
+            settings,
+            on_cpu=_on_cpu(device),
+            only_adapter=precision.trains_only_adapter(model),
+            is_sharded=sharding.is_sharded(model),
+        )
         if in_bfloat16:  # the weights' own dtype decides
             settings = settings.model_copy(update={"dtype": "float32"})
         arguments = _arguments(settings, seed, folder, n_facts=len(facts), use_cpu=_on_cpu(device))
