@@ -79,7 +79,7 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
     """
     chain = chain_of(model)
     if len(chain) < 2:
-        made = "one update" if chain else "no update that it tells of"
+        made = "one update" if chain else "no recorded update"
         raise RunError(f"{model}: {made} made it, so there is no earlier update to check. Omit --retention.")
     looked = [*map(Path, places), *runs_before(Path(model))]
     sets, missing = _facts_of(chain[:-1], looked)
