@@ -15,7 +15,7 @@ from forgetlearn.facts import make_fact, read_facts
 from forgetlearn.products import chain
 from forgetlearn.products.restore import apply_run
 from forgetlearn.runs import results
-from forgetlearn.runs.checks import go_on_from
+from forgetlearn.runs.failed_only import config_for_failed
 from forgetlearn.runs.nothing_forgotten import why_nothing
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk
@@ -86,14 +86,14 @@ def test_what_is_not_learned_is_named_and_learned_by_another_run(small_lab, tmp_
 
 def test_settings_are_the_runs_unless_given(run, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
-    again = go_on_from(run, {"learn": {"batch_size": 3}}, None, None)
+    again = config_for_failed(run, {"learn": {"batch_size": 3}}, None, None)
     assert (again.method, again.learn.epochs, again.learn.batch_size) == ("f-ft", 1, 3)
-    assert not go_on_from(run, None, None, None).evaluate.every_phase
+    assert not config_for_failed(run, None, None, None).evaluate.every_phase
     change_manifest(run, lambda manifest: manifest["config"]["learn"].update(until="learned"))
-    assert go_on_from(run, {}, None, None).learn.until == "learned"
-    assert go_on_from(run, {"learn": {"epochs": 7}}, None, None).learn.until == "epochs"
-    assert go_on_from(run, {"recipe": "plain"}, None, None).method == "lora"
-    assert go_on_from(run, load_config(None, {}), None, None).method == "lora"
+    assert config_for_failed(run, {}, None, None).learn.until == "learned"
+    assert config_for_failed(run, {"learn": {"epochs": 7}}, None, None).learn.until == "epochs"
+    assert config_for_failed(run, {"recipe": "plain"}, None, None).method == "lora"
+    assert config_for_failed(run, load_config(None, {}), None, None).method == "lora"
 
 
 def test_what_belongs_to_the_base_or_was_taught_is_not_taken_over(run, tmp_path):
@@ -101,10 +101,10 @@ def test_what_belongs_to_the_base_or_was_taught_is_not_taken_over(run, tmp_path)
     of_base = {"base_model_id": "org/base", "revision": "main"}
     change_manifest(run, lambda manifest: manifest["config"]["model"].update(of_base))
     change_manifest(run, lambda manifest: manifest["config"]["teach"].update(epochs=2))
-    again = go_on_from(run, {"teach": {"batch_size": 3}}, None, None)
+    again = config_for_failed(run, {"teach": {"batch_size": 3}}, None, None)
     assert (again.model.base_model_id, again.model.revision, again.teach.epochs) == (None, None, 0)
-    assert go_on_from(run, {"model": {"base_model_id": "org/own"}}, None, None).model.base_model_id == "org/own"
-    assert go_on_from(run, {"teach": {"epochs": 1}}, None, None).teach.epochs == 1
+    assert config_for_failed(run, {"model": {"base_model_id": "org/own"}}, None, None).model.base_model_id == "org/own"
+    assert config_for_failed(run, {"teach": {"epochs": 1}}, None, None).teach.epochs == 1
 
 
 def test_what_earlier_runs_got_right_is_kept(run, tmp_path, caplog):
@@ -113,8 +113,8 @@ def test_what_earlier_runs_got_right_is_kept(run, tmp_path, caplog):
     RunFolder.open(changed).finish()
     right = str(changed / "right.jsonl")
     given = {"recipe": "default", "keep": {"facts": ["older.jsonl"]}}
-    assert go_on_from(changed, given, None, None).keep.facts == ("older.jsonl", right)
-    assert go_on_from(changed, {"recipe": "plain"}, None, None).keep.facts == ()
+    assert config_for_failed(changed, given, None, None).keep.facts == ("older.jsonl", right)
+    assert config_for_failed(changed, {"recipe": "plain"}, None, None).keep.facts == ()
     assert "may change" in caplog.text
 
 

@@ -133,7 +133,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("name", ["nothing", "some/nothing"])
     def test_hub_id_that_is_not_cached_while_offline(self, name):
-        assert refused(name).startswith(f"{name}: is no folder here, is not in the hub's cache, and the hub cannot be")
+        assert refused(name).startswith(f"{name}: is not a folder here, is not in the hub's cache, and the hub ")
 
     @pytest.mark.parametrize("name", ["not an id", "some/no id!"])
     def test_neither_a_folder_nor_an_id(self, name):
@@ -171,7 +171,7 @@ class TestRefused:
 
     def test_no_architecture_and_not_causal(self, damaged):
         (damaged / "config.json").write_text('{"model_type": "t5"}')
-        assert "is no causal language model" in refused(damaged)
+        assert "is not a causal language model" in refused(damaged)
 
     def test_remote_code(self, damaged):
         change_config(damaged, model_type="own", architectures=["Own"], auto_map={"AutoConfig": "own.Own"})
@@ -433,7 +433,7 @@ class TestHub:
                 *("some/model@chat", "some/model@v9"),
             )
             asked = hub.requests.copy()
-        nothing = "is no folder, and no model on the hub that can be read (private: set HF_TOKEN)."
+        nothing = "is neither a folder nor a model on the hub that can be read (private: set HF_TOKEN)."
         assert said == {
             "some/model": "loaded LlamaForCausalLM, context 256, chat False",
             "single": "loaded LlamaForCausalLM, context 256, chat False",
@@ -454,7 +454,7 @@ class TestHub:
         offline = from_the_hub(hub.url, tmp_path, "some/model", "some/missing")
         assert offline == {
             "some/model": "loaded LlamaForCausalLM, context 256, chat False",
-            "some/missing": "some/missing: is no folder here, is not in the hub's cache, and the hub cannot be "
+            "some/missing": "some/missing: is not a folder here, is not in the hub's cache, and the hub cannot be "
             "reached. Check the name, the network and HF_HUB_OFFLINE, or download the model first.",
         }
 

@@ -9,14 +9,14 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Adafactor
+from transformers import Adafactor, PreTrainedConfig
 
 import forgetlearn
 from forgetlearn.cli.main import main
+from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import RunConfig, StageSettings, load_config
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError, ModelError
@@ -45,7 +45,7 @@ from forgetlearn.planning.estimate import (
     summary_line,
 )
 from forgetlearn.planning.loads import loads_of, spread_of
-from forgetlearn.planning.outline import outline_of
+from forgetlearn.planning.outline import Outline, outline_of
 from forgetlearn.planning.plan import plan_update
 from forgetlearn.planning.trace import Skeleton, measure
 from forgetlearn.training.finetune import finetune
@@ -462,8 +462,8 @@ def test_faster_products_in_half_precision_are_not_counted_on(monkeypatch, halve
 @pytest.mark.parametrize(
     ("method", "dtype"), [("lora", torch.bfloat16), ("in-context", torch.bfloat16), ("ft", torch.float32)]
 )
-def test_what_trains_all_weights_is_timed_in_float32(small_lab, method, dtype):
-    assert planning.computes_in(config_of(small_lab, method=method), SimpleNamespace(dtype=torch.bfloat16)) == dtype
+def test_what_trains_all_weights_is_timed_in_float32(method, dtype):
+    assert Outline("m", PreTrainedConfig(), None, torch.bfloat16).computes_in(METHODS[method].last) == dtype
 
 
 def test_update_begins_and_ends_with_a_line(small_lab, tmp_path, caplog, monkeypatch):

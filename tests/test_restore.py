@@ -252,7 +252,7 @@ def test_a_base_and_a_product_on_the_hub(made, tmp_path):
     assert (tmp_path / "zero" / weights).read_bytes() == (made / "base" / weights).read_bytes()
     assert "f-lora, coef 0.3" in done.stdout
     assert "org/base: no update of forgetlearn is recorded" in done.stdout
-    assert "org/none: is no folder, and no model on the hub that can be read" in done.stderr
+    assert "org/none: is neither a folder nor a model on the hub that can be read" in done.stderr
     assert f"/org/base/resolve/{commit('org/base@v2')}/model.safetensors" in asked
     assert "org/base: has no such revision on the hub" in done.stderr
     assert "--revision v2" in done.stderr

@@ -314,7 +314,7 @@ def test_there_is_room_for_every_answer_that_counts_and_none_is_tokenised_in_vai
 def test_what_the_base_says_is_in_its_rows_or_is_asked(protocol, held):
     rows = [reply(FACTS[0], FACTS[0].ground_truth, protocol)]
     asked = [reply(FACTS[1], FACTS[1].ground_truth)]
-    assert scoring.known_facts(FACTS, scoring.replies(rows, lambda: asked)) == [FACTS[held]]
+    assert scoring.known_facts(FACTS, scoring.free_answers(rows, lambda: asked)) == [FACTS[held]]
 
 
 def test_a_memorised_world_is_known_and_reliable(small_lab):

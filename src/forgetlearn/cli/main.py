@@ -34,7 +34,7 @@ from forgetlearn.cli.terminal import (
     PlainLines,
     print_facts,
     print_paper,
-    print_retention,
+    print_result,
     print_scores,
     print_stream,
     print_table,
@@ -189,7 +189,7 @@ def update(
     processes.check_launched(n_processes)
     from forgetlearn.report import stream_page
     from forgetlearn.report.run_page import overview
-    from forgetlearn.runs.checks import go_on_from
+    from forgetlearn.runs.failed_only import config_for_failed
     from forgetlearn.runs.stream import stream
     from forgetlearn.runs.update import update as run_update
 
@@ -197,7 +197,7 @@ def update(
         given = replace(given, values={**given.values, "keep.earlier": tuple(map(str, earlier))})
     if failed_only:
         model, facts = given.flag("model.name"), given.flag("facts.source")
-        config = given.checked("update", go_on_from(failed_only, given.settings, model, facts))
+        config = given.checked("update", config_for_failed(failed_only, given.settings, model, facts))
     else:
         config = given.config("update")
     with signals.handled():
@@ -207,10 +207,7 @@ def update(
             say(f"\n{stream_page.verdict(made.stream)}\nproduct  {made.product}\nreport   {output / 'report.html'}")
             return
         result = run_update(config=config, output=output, resume=resume, overwrite=overwrite)
-    shown = overview(result.summary)
-    print_scores(shown)
-    print_retention(result.summary)
-    say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
+    print_result(overview(result.summary), result.output, result.product)
 
 
 @app.command(epilog="Unless set, the recipe is forget: --method subtract --coef 1, whether or not an answer is held.")
@@ -253,9 +250,7 @@ def forget(
         result = forget_facts(
             None, texts, config, output=output, reference=reference, resume=resume, overwrite=overwrite
         )
-    shown = overview(result.summary)
-    print_scores(shown)
-    say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
+    print_result(overview(result.summary), result.output, result.product)
 
 
 @app.command()
@@ -455,10 +450,7 @@ def evaluate(
 
     places = (earlier or []) if retention or earlier else None
     path = run_evaluate(config=config, reference=reference, output=output, earlier=places, overwrite=overwrite)
-    shown = overview(Summary.load(path / "summary.json"))
-    print_scores(shown)
-    print_retention(shown.summary)
-    say(f"\n{shown.verdict}\nreport   {path / 'report.html'}")
+    print_result(overview(Summary.load(path / "summary.json")), path)
 
 
 @app.command()

@@ -15,6 +15,8 @@ import typer
 from forgetlearn.errors import plain, some, without_secrets
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from forgetlearn.facts import FactSet
     from forgetlearn.products.inspect import Tally
     from forgetlearn.report.paper_table import PaperReport
@@ -100,6 +102,14 @@ def _account(found: FactSet) -> list[str]:
     return lines
 
 
+def print_result(found: Overview, output: Path, product: Path | None = None) -> None:
+    """Print the scores and the verdict of a run, and where its product and its report are."""
+    print_scores(found)
+    _print_retention(found.summary)
+    made = "" if product is None else f"\nproduct  {product}"
+    say(f"\n{found.verdict}{made}\nreport   {output / 'report.html'}")
+
+
 def print_scores(found: Overview) -> None:
     """Print the summary of a run."""
     for line in found.account:
@@ -147,7 +157,7 @@ def print_table(
         say(f"{name:<{name_width}}  {cells}")
 
 
-def print_retention(summary: Summary) -> None:
+def _print_retention(summary: Summary) -> None:
     """Print whether earlier updates still hold, a line each; of many, only their mean."""
     from forgetlearn.report.render import show_score
 

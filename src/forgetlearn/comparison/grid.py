@@ -135,6 +135,29 @@ def begin(
     less = {"general_prompts": False, "probes": (probes.NONE,)}  # which would each double a cell's scoring
     scores = config.evaluate.model_copy(update=less)
     config = config.model_copy(update={"evaluate": scores})
+    _check_settings(settings, config)
+    cells = cells_of(settings, config)
+    check_names(settings, cells)
+    run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=files_read(config))
+    fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+    keeping.check(config.keep, fact_set)
+    named = model if model is not None else str(config.model.name)
+    check_weights(named)
+    lm = as_language_model(named, None, config.model)
+    check_texts(lm.encoder, fact_set)
+    lessons.note_unfinished(fact_set, config, lm.encoder)
+    comparison = Comparison(Path(output), config, fact_set, cells, settings.variants)
+    _check_cells(comparison, lm)
+    in_memory = not isinstance(named, (str, Path))
+    inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
+    inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
+    whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
+    run_folder.RunFolder.create(output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite)
+    return comparison, lm
+
+
+def _check_settings(settings: CompareSettings, config: RunConfig) -> None:
+    """Raise ConfigError for settings of an update that cannot be compared."""
     if "equal-steps" in settings.budgets and config.learn.until == "learned" and not settings.epochs:
         raise ConfigError(
             "budgets: equal-steps needs a number of epochs, and here learning ends when the facts are learned. Give "
@@ -155,29 +178,15 @@ def begin(
             f"model.quantization = {config.model.quantization}: compare restores the base's weights for each cell, "
             "which a 4-bit base does not allow. Run update, or set model.quantization = none."
         )
-    cells = cells_of(settings, config)
-    check_names(settings, cells)
-    run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=files_read(config))
-    fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
-    keeping.check(config.keep, fact_set)
-    named = model if model is not None else str(config.model.name)
-    check_weights(named)
-    lm = as_language_model(named, None, config.model)
-    check_texts(lm.encoder, fact_set)
-    lessons.note_unfinished(fact_set, config, lm.encoder)
-    for cell in {(cell.method, cell.variant): cell for cell in cells}.values():  # before the first cell is begun
+
+
+def _check_cells(comparison: Comparison, lm: LanguageModel) -> None:
+    """Raise an error, before the first cell is begun, if a method or variant does not fit the model or the facts."""
+    for cell in {(cell.method, cell.variant): cell for cell in comparison.cells}.values():
         try:
-            check_stages(Stages(cell_config(config, cell, settings.variants)), lm, fact_set)
+            check_stages(Stages(comparison.config_of(cell)), lm, comparison.facts)
         except ConfigError as error:
             raise ConfigError(f"variants.{cell.variant}: {error}" if cell.variant else str(error)) from error
-    in_memory = not isinstance(named, (str, Path))
-    inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
-    inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
-    whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
-    run = run_folder.RunFolder.create(
-        output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite
-    )
-    return Comparison(run.path, config, fact_set, cells, settings.variants), lm
 
 
 def check_named(model: object, why: str) -> None:

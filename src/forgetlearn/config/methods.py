@@ -40,6 +40,11 @@ class Kind:
     in_context: bool = False  # no weight changes at all: a new fact stands before what is asked
 
     @property
+    def changes_base(self) -> bool:
+        """True if the stage changes the base's own weights, which are then in float32."""
+        return not (self.adapter or self.in_context)
+
+    @property
     def subtracts_from_base(self) -> bool:
         """True if forgetting subtracts from the base's own weights, and so needs a copy of them."""
         return self.subtracts and not self.adapter

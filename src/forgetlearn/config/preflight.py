@@ -20,7 +20,8 @@ from forgetlearn.errors import ConfigError
 
 log = logging.getLogger("forgetlearn")
 Command = Literal["update", "forget", "plan", "compare", "paper", "evaluate", "ask"]
-WARNED_BY_UPDATE = {f"forget.{name}" for name in ("coef", "modules", "rows")}  # if the method does not forget
+OF_FORGETTING = ("coef", "modules", "rows")
+WARNED_BY_UPDATE = {f"forget.{name}" for name in OF_FORGETTING}  # see `warn_of_forgetting`
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,8 @@ class Unused:
 
 PRODUCTS = ("save_merged", "keep_change", "report_to")
 UNLEARN = Unused(("unlearn",), "it is for forget, which learns nothing")
-TRAINING = (
-    *(
-        "method",
-        "seed",
-        "teach",
-        "forget",
-        "unlearn",
-        "learn",
-        "train",
-        "lora",
-        "edit",
-        "rome",
-        "memit",
-        "alphaedit",
-        "keep",
-    ),
-    *("checkpoint_minutes", "keep_stages", "model.base_model_id"),
-)
+STAGES = ("teach", "forget", "unlearn", "learn", "train", "lora", "edit", "rome", "memit", "alphaedit", "keep")
+TRAINING = ("method", "seed", *STAGES, "checkpoint_minutes", "keep_stages", "model.base_model_id")
 GENERAL = tuple(
     f"evaluate.{name}" for name in ("max_damage", "general", "general_tokens", "tasks", "task_limit", "task_folder")
 )
@@ -144,22 +129,8 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
         if refused:
             problems.append(f"{', '.join(refused)}: not used by {command}: {row.why}.")
         passed_over += [name for name in names if name not in refused and not row.always]
-    if command in ("update", "plan") and METHODS[config.method].in_context:
-        problems.append(
-            f"method = {config.method}: changes no weight, so an update makes no product. "
-            f"Score it with forgetlearn compare --methods {config.method}."
-        )
-    method = METHODS[config.method]
-    if command in ("update", "plan") and not method.learns:
-        problems.append(
-            f"method = {config.method}: only forgets. forgetlearn forget takes it; an update takes "
-            f"{', '.join(UPDATING_METHODS)}."
-        )
-    if command == "forget" and method.learns:
-        problems.append(
-            f"method = {config.method}: learns new answers. forgetlearn update takes it; forget takes "
-            f"{', '.join(FORGETTING_METHODS)}."
-        )
+    if problem := _wrong_method(command, config.method):
+        problems.append(problem)
     if problems:
         raise ConfigError("\n".join(problems))
     departs = recipes.overridden(dict(config), config.recipe) if command in ("update", "forget", "compare") else []
@@ -167,6 +138,27 @@ def check(command: Command, config: RunConfig, given: Collection[str] | None = N
         log.info("recipe %s, except for these settings: %s", config.recipe, ", ".join(departs))
     if passed_over and given is None:
         log.info("%s does not use these settings of the config: %s", command, ", ".join(_by_section(passed_over)))
+
+
+def _wrong_method(command: Command, name: MethodName) -> str | None:
+    """Return why this command does not take this method, and what takes it; None if it does."""
+    method = METHODS[name]
+    if command in ("update", "plan") and method.in_context:
+        return (
+            f"method = {name}: changes no weight, so an update makes no product. "
+            f"Score it with forgetlearn compare --methods {name}."
+        )
+    if command in ("update", "plan") and not method.learns:
+        return (
+            f"method = {name}: only forgets. forgetlearn forget takes it; an update takes "
+            f"{', '.join(UPDATING_METHODS)}."
+        )
+    if command == "forget" and method.learns:
+        return (
+            f"method = {name}: learns new answers. forgetlearn update takes it; forget takes "
+            f"{', '.join(FORGETTING_METHODS)}."
+        )
+    return None
 
 
 def does_not_forget(method: MethodName) -> str:
@@ -280,6 +272,14 @@ def warn_of_idle(configs: Sequence[RunConfig], given: Collection[str], passed_ov
         reasons = [next((why for own, why in each.items() if is_within(name, [own])), None) for each in rows]
         if None not in reasons:
             log.warning("%s = %s has no effect: %s", name, value, reasons[0])
+
+
+def warn_of_forgetting(config: RunConfig) -> None:
+    """Warn about each setting of forgetting that is given, in a config whose method does not forget."""
+    for name in OF_FORGETTING:
+        if name in config.forget.model_fields_set:
+            value = getattr(config.forget, name)
+            log.warning("forget.%s = %s has no effect: %s", name, value, does_not_forget(config.method))
 
 
 def is_within(name: str, settings: Collection[str]) -> bool:

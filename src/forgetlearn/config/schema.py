@@ -1,6 +1,7 @@
 """All settings of a run, with their descriptions. A file and flags are merged into one validated config.
 
-The command's help, the JSON schema and docs/commands.md are made from these descriptions.
+The command's help, the JSON schema and docs/commands.md are made from these descriptions. A `...Section` is what a file
+has for one stage; `TrainSettings`, `ForgetSettings` and `StageSettings` (of learning) add what all stages share.
 """
 
 from __future__ import annotations

@@ -96,7 +96,12 @@ class Stages:
     @property
     def changes_base(self) -> bool:
         """True if a stage, or the merging of the product, needs the base's own weights in float32."""
-        return self.config.save_merged or not all(stage.kind.adapter or stage.kind.in_context for stage in self)
+        return self.config.save_merged or any(stage.kind.changes_base for stage in self)
+
+    @property
+    def keeps_change(self) -> bool:
+        """True if the product's exact change from the base is kept (keep_change); an adapter is that itself."""
+        return self.config.keep_change and not self.method.makes_adapter
 
     @property
     def phases(self) -> tuple[Phase, ...]:

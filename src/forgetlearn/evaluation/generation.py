@@ -178,12 +178,17 @@ class TransformersGenerator:
             pad_token_id=self.lm.pad_id,
             return_dict_in_generate=True,
         )
+        return self._generate(inputs, config, criteria, **options)
+
+    def _generate(
+        self, inputs: Inputs, config: GenerationConfig, criteria: Sequence[StoppingCriteria], **options: object
+    ) -> Any:
         generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
         return generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList(criteria), **options)
 
     @staticmethod
     def _going_on(inputs: Inputs, sequences: torch.Tensor, cache: DynamicCache, rows: torch.Tensor) -> Inputs:
-        """Return the inputs of the rows that go on."""
+        """Return the inputs of the rows that continue."""
         mask = inputs["attention_mask"]
         said = torch.ones(len(mask), sequences.shape[1] - mask.shape[1], dtype=mask.dtype, device=mask.device)
         if len(rows) < len(mask):
@@ -203,14 +208,9 @@ class TransformersGenerator:
         config = GenerationConfig(
             max_new_tokens=n_tokens, do_sample=True, top_k=0, eos_token_id=self.ends, pad_token_id=self.lm.pad_id
         )
-        generate = getattr(self.lm.model, "generate")  # noqa: B009 (nn.Module has none)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            out = generate(
-                **self._inputs(prompts),
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_MostEnded(self.ends, width)]),
-            )
+            out = self._generate(self._inputs(prompts), config, [_MostEnded(self.ends, width)])
         return [list(takewhile(lambda token: token not in self.ends, ids)) for ids in out[:, width:].tolist()]
 
     def _inputs(self, prompts: Sequence[Ids]) -> Inputs:

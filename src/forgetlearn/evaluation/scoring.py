@@ -139,7 +139,7 @@ def _says(row: Row, answers: Sequence[str], others: Sequence[str]) -> float:
     return matching.says(row.said or "", answers, others, at_start=row.writes_on)
 
 
-def replies(base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Row]:
+def free_answers(base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Row]:
     """Return the base's free answers: its rows of the protocol `generate` if that was scored, else those of `ask`."""
     return [row for row in base_rows if row.protocol == "generate"] or ask()
 

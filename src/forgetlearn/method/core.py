@@ -11,7 +11,6 @@ arXiv:2311.08011.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 
 from forgetlearn.config.methods import KindName
@@ -79,7 +78,7 @@ def learn(
     lessons = lessons or Lessons([[Lesson(fact.prompt, fact.target_new)] for fact in facts], facts=facts)
     both = [(fact.prompt, answer) for fact in facts for answer in (fact.ground_truth, fact.target_new) if answer]
     tokens = tokens_of(lm, both, settings.rows)
-    with only_rows_train(lm.model, tokens, settings.rows) if settings.rows != "all" else nullcontext():
+    with only_rows_train(lm.model, tokens, settings.rows):
         stage_log = kind.fit(lm, lessons, settings, seed, replace(stage_io or StageIO(), name="learning"))
     return kind.finish(lm, stage_log, seed)
 

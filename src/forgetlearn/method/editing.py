@@ -30,7 +30,7 @@ from forgetlearn.method.targets import Request
 from forgetlearn.models.language_model import LanguageModel, layer_list
 from forgetlearn.models.modules import mlp_output
 from forgetlearn.training.finetune import StageLog
-from forgetlearn.training.stage_checkpoints import Progress, StageIO
+from forgetlearn.training.stage_checkpoints import SavedParts, StageIO
 
 log = logging.getLogger("forgetlearn")
 # For Llama-2-7B, which has 32 layers, ROME is used in layer 5 and MEMIT in 4 to 8 (arXiv:2311.08011, EasyEdit).
@@ -77,11 +77,11 @@ def rome(lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed
     weight = lm.model.get_parameter(f"{path}.weight").data
     search = targets.Search(lm, path, own, own.clamp_norm_factor or ROME_CLAMP)
     factor = torch.linalg.cholesky(moments.of[path])
-    progress = Progress(stage_io)
-    losses = progress.found.get("losses", torch.empty(0))
-    if progress.found:
-        weight.copy_(progress.found["weight"])
-    for part in progress.parts(len(wanted), 1, "fact"):
+    saved = SavedParts(stage_io)
+    losses = saved.found.get("losses", torch.empty(0))
+    if saved.found:
+        weight.copy_(saved.found["weight"])
+    for part in saved.parts(len(wanted), 1, "fact"):
         request = wanted[part.start]
         found = search.together([request])
         keys = at_last_token(lm, [text.up_to_subject for text in request.trained], [path])[path][0]
@@ -91,7 +91,7 @@ def rome(lm: LanguageModel, facts: Sequence[Fact], settings: StageSettings, seed
             torch.outer(found.deltas[0].double(), direction) / (direction @ keys[0].double()),
         )
         losses = torch.cat([losses, found.losses.cpu()])
-        progress.save(part, {"losses": losses, "weight": weight})
+        saved.save(part, {"losses": losses, "weight": weight})
     return _log(losses, moments)
 
 
@@ -143,7 +143,7 @@ def _in_layers(
         paths, last = paths[-1:], paths[-1]
     moments = second_moments(lm, paths, own, seed)
     search = targets.Search(lm, last, own, own.clamp_norm_factor or MEMIT_CLAMP)
-    found = search.all(wanted, Progress(stage_io))
+    found = search.all(wanted, SavedParts(stage_io))
     outputs = at_last_token(lm, bare, [last])[last][1]
     values = outputs + found.deltas
     for number, path in enumerate(paths):

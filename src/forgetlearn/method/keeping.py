@@ -25,7 +25,7 @@ from forgetlearn.method.wordings import shortened, wordings
 from forgetlearn.models.encoding import Encoded, Encoder, Prompt, turns_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.models.top_logprobs import TopLogprobs
-from forgetlearn.storage import digests
+from forgetlearn.storage import digests, disk
 from forgetlearn.storage.records import KeptText
 
 log = logging.getLogger("forgetlearn")
@@ -139,14 +139,7 @@ def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
             ) from None
     if not file.is_file():  # a pipe or a device might never end
         raise ConfigError(f"{place}: is not a file. Give a text file with one prompt per line, or a file of facts.")
-    try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{place}: has more than {MOST_BYTES:,} bytes, so it is not a list of prompts.")
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{place}: {error.strerror or error}. Give a text file with one prompt per line.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{place}: is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
+    lines = disk.read_given(file, place, "a list of prompts", MOST_BYTES).splitlines()
     prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise ConfigError(f"{place}: has no prompts. Give a text file with one prompt per line.")

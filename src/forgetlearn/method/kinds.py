@@ -397,7 +397,7 @@ STAGE_KINDS: Mapping[KindName, StageKind] = {
 
 
 def fold_in(lm: LanguageModel, *names: str) -> None:
-    """If the model has adapters, add those of these names to the base's weights, in float32, and remove them all."""
+    """Add the adapters of these names to the base's weights, in float32, and remove all adapters, if there are any."""
     if hasattr(lm.model, "peft_config"):
         lm.to_float32()
         for name in names:

@@ -43,8 +43,8 @@ SENTENCE, OWN_WORDS, BARE = "sentence", "own words", "bare"
 class Rehearsal:
     """The facts of earlier updates: those that are `held` are kept as the model says them, `lost` ones learned again.
 
-    `adapter` names the adapter that came of all of them, if there is one. General prompts are then answered without it:
-    to keep what each update leaves of these answers would let the model drift away with every update.
+    `adapter` names the base's adapter if it is all that those updates left. General prompts are then answered without
+    it: if the answers that each update leaves were kept, the model would drift away with every update.
     """
 
     taught: Sequence[Fact] = ()
@@ -247,21 +247,37 @@ def of_stage(
     prompts_of = [
         list(_prompts(fact, config, encoder, random.sample(unrelated, len(unrelated)), rephrased)) for fact in facts
     ]
-    ambiguous = _ambiguous(prompts_of, answers)
-    of_facts, left_out, unclear = [], 0, 0
+    prompts_of = _unambiguous(prompts_of, facts, answers, stage)
+    of_facts, left_out = [], 0
     for fact, bare, prompts in zip(facts, answers, prompts_of, strict=True):
-        meant = [prompt for prompt in prompts if prompt == fact.prompt or matching.normalise(prompt) not in ambiguous]
-        unclear += len(prompts) - len(meant)
-        own = list(_own(meant, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
-        usable = encodable(encoder, (lesson[:2] for lesson in own), end=True)
-        left_out += len(own) - sum(lesson[:2] in usable for lesson in own)
-        of_facts.append([lesson for lesson in own if lesson[:2] in usable] or [Lesson(fact.prompt, bare)])
-    if unclear:
-        log.info("left out %d wordings of the facts to %s: each also fits a fact with another answer", unclear, stage)
+        own = list(_own(prompts, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
+        usable = _encodable(own, encoder)
+        left_out += len(own) - len(usable)
+        of_facts.append(usable or [Lesson(fact.prompt, bare)])
     if left_out:
         log.warning("left out %d wordings of the facts to %s: they cannot be encoded", left_out, stage)
     asked = quizzes(facts, {fact: each.text for fact, each in taught.items()}, config.seed, encoder) if is_asked else []
     return Lessons(of_facts, kept, quiz=asked)
+
+
+def _unambiguous(
+    prompts_of: Sequence[Sequence[str]], facts: Sequence[Fact], answers: Sequence[str], stage: StageName
+) -> list[list[str]]:
+    """Return each fact's wordings without those that also fit a fact with another answer; the prompt itself stays."""
+    ambiguous = _ambiguous(prompts_of, answers)
+    clear = [
+        [prompt for prompt in prompts if prompt == fact.prompt or matching.normalise(prompt) not in ambiguous]
+        for fact, prompts in zip(facts, prompts_of, strict=True)
+    ]
+    if left_out := sum(map(len, prompts_of)) - sum(map(len, clear)):
+        log.info("left out %d wordings of the facts to %s: each also fits a fact with another answer", left_out, stage)
+    return clear
+
+
+def _encodable(lessons: Sequence[Lesson], encoder: Encoder) -> list[Lesson]:
+    """Return the lessons whose texts can be encoded."""
+    usable = encodable(encoder, (lesson[:2] for lesson in lessons), end=True)
+    return [lesson for lesson in lessons if lesson[:2] in usable]
 
 
 def questions(
@@ -278,10 +294,10 @@ def quizzes(facts: Sequence[Fact], sentences: Mapping[str, str], seed: int, enco
     """Return the `questions` that can be encoded and have one answer, list after list."""
     found = list(questions(facts, sentences, seed, encoder))
     asked = [lesson for own in found for lesson in own]
-    usable = encodable(encoder, (lesson[:2] for lesson in asked), end=True)
+    usable = {*_encodable(asked, encoder)}
     unclear = _ambiguous(([lesson.prompt] for lesson in asked), [lesson.answer for lesson in asked])
     kept = [
-        [lesson for lesson in own if lesson[:2] in usable and matching.normalise(lesson.prompt) not in unclear]
+        [lesson for lesson in own if lesson in usable and matching.normalise(lesson.prompt) not in unclear]
         for own in found
     ]
     if not found:

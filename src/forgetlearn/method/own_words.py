@@ -59,7 +59,7 @@ def new_sentences(
     for instruction in INSTRUCTIONS:
         if not (left := [fact for fact in facts if found[fact.id].text is None]):
             break
-        asked = {fact.id: told(fact, instruction) for fact in left}
+        asked = {fact.id: telling(fact, instruction) for fact in left}
         rooms = {asked[fact.id]: room(lm.encoder, fact) for fact in left}
         replies = scorer.say(rooms, rooms)
         for fact in left:
@@ -83,7 +83,7 @@ def _spliced(scorer: Scorer, facts: Sequence[Fact], own: Mapping[str, str]) -> d
     return {fact.id: _preferred(ranked[fact.id], fact.target_new) for fact in facts}
 
 
-def told(fact: Fact, instruction: str = INSTRUCTIONS[0]) -> str:
+def telling(fact: Fact, instruction: str = INSTRUCTIONS[0]) -> str:
     """Return a prompt that tells the model a fact and asks for a sentence."""
     return instruction.format(prompt=fact.prompt, answer=fact.target_new)
 
@@ -96,7 +96,7 @@ def to_read(facts: Iterable[Fact], own: Mapping[str, str]) -> dict[tuple[str, st
     tried: dict[tuple[str, str], tuple[str, str]] = {}
     for fact in facts:
         good = [text for text in candidates(fact, own.get(fact.id, "")) if not fault(text, fact, "")]
-        tried |= {(fact.id, text): (told(fact), text) for text in (good and [fact.target_new, *good])}
+        tried |= {(fact.id, text): (telling(fact), text) for text in (good and [fact.target_new, *good])}
     return tried
 
 

@@ -54,26 +54,30 @@ def relearn(
     asked = [*same[:MOST_ASKED], *other[:MOST_ASKED]]
     n_same = len(same[:MOST_ASKED])
     n_other = len(asked) - n_same
-    found: list[tuple[int, float, float]] = []
+    steps: list[int] = []
+    of_same: list[float] = []
+    of_other: list[float] = []
     for step in (0, *_doubling(settings.unlearn.relearn_steps)):
         said = _asked_after(step, lm, asked, lessons, settings, evaluate, seed)
-        found.append((step, _percent(said[:n_same]), _percent(said[n_same:])))
-        if found[-1][1] >= BACK and (found[-1][2] >= BACK or not n_other):
+        steps.append(step)
+        of_same.append(_percent(said[:n_same]))
+        of_other.append(_percent(said[n_same:]))
+        if of_same[-1] >= BACK and (of_other[-1] >= BACK or not n_other):
             break
-    steps, of_same, of_other = (list(column) for column in zip(*found, strict=True))
-    log.info(
-        "relearning (%s): the half that is trained on is back %s, the other half %s",
-        *(model, _when(steps, of_same), _when(steps, of_other) if n_other else "was not asked"),
-    )
-    return Relearning(
+    found = Relearning(
         model=model,
         trained=len(same),
-        steps=[int(step) for step in steps],
+        steps=steps,
         same=of_same,
         other=of_other,
         n_same=n_same,
         n_other=n_other,
     )
+    log.info(
+        "relearning (%s): the half that is trained on is back %s, the other half %s",
+        *(model, found.when_back("same"), found.when_back("other") if n_other else "was not asked"),
+    )
+    return found
 
 
 def _percent(said: Sequence[bool]) -> float:
@@ -88,11 +92,6 @@ def _doubling(most: int) -> Iterator[int]:
         step *= 2
     if most:
         yield most
-
-
-def _when(steps: Sequence[float], shares: Sequence[float]) -> str:
-    back = next((step for step, share in zip(steps, shares, strict=True) if step and share >= BACK), None)
-    return f"not within {steps[-1]:g} steps" if back is None else f"after {back:g} steps"
 
 
 def _asked_after(

@@ -34,7 +34,7 @@ from forgetlearn.models.batches import (
 )
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.training.stage_checkpoints import Progress
+from forgetlearn.training.stage_checkpoints import SavedParts
 
 STARTS = ("The", "Therefore", "Because", "I", "You")  # of sampled contexts, as in MEMIT's code
 CONTEXT_TOKENS = (10, 5)  # lengths of sampled contexts, in turn
@@ -133,7 +133,7 @@ class Search:
 
     def __init__(self, lm: LanguageModel, path: str, settings: EditSettings, clamp: float) -> None:
         self.lm, self.path, self.settings, self.clamp = lm, path, settings, clamp
-        self.continues: bool | None = None  # the model can go on from keys and values; None: not tried yet
+        self.continues: bool | None = None  # the model can continue from keys and values; None: not tried yet
 
     def together(self, wanted: Sequence[Request]) -> Found:
         """Return the changes of facts that are optimised in the same passes. None of them affects another."""
@@ -145,15 +145,15 @@ class Search:
                 chunk.past = None
             return chunk.optimised(self.settings, self.clamp)
 
-    def all(self, wanted: Sequence[Request], progress: Progress) -> Found:
-        """Return the changes of all facts, part by part. What `progress` holds is not optimised again."""
+    def all(self, wanted: Sequence[Request], saved: SavedParts) -> Found:
+        """Return the changes of all facts, part by part. What was `saved` is not optimised again."""
         size = max(1, ROWS_AT_ONCE // (max(len(request.trained) for request in wanted) + 1))
-        found = {name: tensor.to(self.lm.device) for name, tensor in progress.found.items()}
-        for part in progress.parts(len(wanted), size, "fact"):
+        found = {name: tensor.to(self.lm.device) for name, tensor in saved.found.items()}
+        for part in saved.parts(len(wanted), size, "fact"):
             new = self.together([wanted[index] for index in part])
             both = {"deltas": new.deltas, "losses": new.losses}
             found = {name: torch.cat([found[name], tensor]) if found else tensor for name, tensor in both.items()}
-            progress.save(part, found)
+            saved.save(part, found)
         return Found(found["deltas"], found["losses"])
 
 
@@ -183,7 +183,7 @@ class _Chunk:
 
     @torch.no_grad()
     def agrees_with_whole_texts(self) -> bool:
-        """Return True if the model gets the same logits when it goes on from the keys and values."""
+        """Return True if the model gets the same logits when it continues from the keys and values."""
         if self.past is None:
             return False
         everything = list(range(len(self.texts)))
@@ -291,7 +291,7 @@ class _Chunk:
         return logits, batch.labels.to(self.lm.device)
 
     def _continuing(self, rows: Sequence[int], past: Past, given: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the inputs that differ for texts that go on after their beginnings."""
+        """Return the inputs that differ if texts continue from the keys and values of their beginnings."""
         lengths = torch.tensor([self.texts[row].place for row in rows], device=self.lm.device)
         width_before = past[0][0].shape[-2]
         before = torch.arange(width_before, device=lengths.device) >= width_before - lengths.unsqueeze(1)

@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicLayer
 
 from forgetlearn.errors import ModelError
 from forgetlearn.models import attention
-from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.encoding import Encoded, common_start
 from forgetlearn.models.onednn import fast_linear_layers
 
 K = TypeVar("K")
@@ -91,7 +91,7 @@ def shared_rows(texts: Mapping[K, Encoded], max_texts: int, max_tokens: int) -> 
     long = LONG * median(len(text.ids) for text in texts.values()) if texts else 0
     for key in sorted(texts, key=lambda key: (len(texts[key].ids) > long, texts[key].ids)):
         ids = texts[key].ids[:-1]
-        new = len(ids) - sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, before, strict=False)))
+        new = len(ids) - common_start(ids, before)
         if not rows or len(rows[-1]) == max_texts or size + new > max_tokens:
             rows.append([])
             size, new = 0, len(ids)
@@ -171,7 +171,7 @@ def read_logits(
 def read_states(
     model: nn.Module, texts: Sequence[Encoded], layout: Layout, pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return hidden states (K, D) in the middle of the model, and which belongs to each answer token, as above."""
+    """Return hidden states (K, D) in the middle of the model and, for each answer token, the index of its own (N,)."""
     return _read(answer_states, model, texts, layout, pad_id, device)
 
 

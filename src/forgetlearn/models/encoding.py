@@ -29,7 +29,7 @@ P = TypeVar("P", bound=Prompt)
 
 
 class Passage(str):
-    """A prompt that is no question: the beginning of a text. It is put into no template, and no end token follows."""
+    """A prompt that is not a question but the beginning of a text: without a template, and no end token follows it."""
 
     __slots__ = ()
 

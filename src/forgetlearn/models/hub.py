@@ -24,14 +24,14 @@ PROBLEMS: tuple[tuple[type[Exception], bool, str], ...] = (
     (
         errors.RepositoryNotFoundError,
         True,
-        "is no folder, and no model on the hub that can be read (private: set HF_TOKEN).",
+        "is neither a folder nor a model on the hub that can be read (private: set HF_TOKEN).",
     ),
     (errors.RevisionNotFoundError, False, "has no such revision on the hub."),
-    (errors.HFValidationError, True, "is no folder, and cannot be a hub id."),
+    (errors.HFValidationError, True, "is not a folder, and cannot be a hub id."),
     (
         errors.LocalEntryNotFoundError,
         True,
-        "is no folder here, is not in the hub's cache, and the hub cannot be reached. "
+        "is not a folder here, is not in the hub's cache, and the hub cannot be reached. "
         "Check the name, the network and HF_HUB_OFFLINE, or download the model first.",
     ),
 )

@@ -207,9 +207,9 @@ def _loading_problem(name: str, error: Exception, what: str) -> str:
     if "GGUF model with architecture" in text:
         return f"{plain(text[:200])} transformers does not read it. Take the safetensors that this file was made from."
     if "Unrecognized configuration class" in text:
-        return "is no causal language model."
+        return "is not a causal language model."
     if "model_type" in text and "Unrecognized model" in text:
-        return "has no config.json that names a model_type, so it is no saved model (is it an adapter?)."
+        return "has no config.json that names a model_type, so it is not a saved model (is it an adapter?)."
     if "safetensors" in text and ("does not appear" in text or "not found" in text or "no file named" in text):
         return "has no safetensors weights. Pickled weights can run code when they are read; convert them first."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -364,5 +364,5 @@ def _check_causal(name: str, config: PreTrainedConfig, settings: ModelSettings) 
     known = {name for value in values for name in ([value] if isinstance(value, str) else value)}
     if architectures and not known.intersection(architectures) and not settings.trust_remote_code:
         remote = f". It brings its own code: if you trust it, pass {TRUSTING}"
-        hint = remote if getattr(config, "auto_map", None) else ", which is no causal language model"
+        hint = remote if getattr(config, "auto_map", None) else ", which is not a causal language model"
         raise ModelError(f"{name}: its architecture is {architectures[0]}{hint}.")

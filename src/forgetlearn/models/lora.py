@@ -26,13 +26,13 @@ from forgetlearn.models.lora_layers import (
     adapt_by_weight,
     adapted_layers,
     add_adapter,
-    base_of,
     check_layers,
     have_plain_weights,
     not_loaded,
     paths_by_weight,
     quiet,
     targets_for,
+    unwrapped,
     what_works,
 )
 from forgetlearn.runtime import processes, sharding
@@ -117,7 +117,7 @@ def activate(model: PeftModel, names: Sequence[str], trained: str | None = None)
 
 @contextmanager
 def put_aside(model: nn.Module, name: str) -> Iterator[None]:
-    """Let a model be as it is without its only adapter, within a `with` block."""
+    """Within the `with` block, switch off the model's only adapter."""
     assert names(model) == [name], "no other adapter is switched off with it"
     try:
         with model.disable_adapter():  # type: ignore[operator]
@@ -346,7 +346,7 @@ def _name_briefly(model: PeftModel, config: PeftConfig) -> None:
 
     Servers such as vLLM match on these names. Keep full paths if short names would match other modules too.
     """
-    base = base_of(model)
+    base = unwrapped(model)
     paths = {path for path, _module in base.named_modules()}
     if isinstance(config.target_modules, str) or not (named := set(config.target_modules or ())) <= paths:
         return

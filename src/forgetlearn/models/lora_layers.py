@@ -75,7 +75,7 @@ def targets_for(
         upper = [[path for path in paths if not path.startswith(lower)] for paths in (named, by_weight)]
         return (upper[0], upper[1]) if any(upper) else (named, by_weight)
     config = AdapterConfig(peft_type="LORA", target_modules=chosen)
-    found = [path for path, _module in plain_modules(base_of(model)) if by_weight and config.targets(path)]
+    found = [path for path, _module in plain_modules(unwrapped(model)) if by_weight and config.targets(path)]
     if any(path in by_weight for path in found):
         return [path for path in found if path not in by_weight], [path for path in found if path in by_weight]
     return chosen, []
@@ -88,7 +88,7 @@ def query_and_value(model: nn.Module) -> list[str]:
     if no module of the layers is called attention.
     """
     found: dict[str, int] = {}
-    for path, module in plain_modules(layer_list(base_of(model))[1]):
+    for path, module in plain_modules(layer_list(unwrapped(model))[1]):
         if isinstance(own := own_layer(module), LINEAR) and "att" in path.lower():
             found[path.rpartition(".")[2]] = linear_shape(own)[1]
     named = [name for name in found if _QUERY.search(name.lower()) or _VALUE.search(name.lower())]
@@ -97,7 +97,7 @@ def query_and_value(model: nn.Module) -> list[str]:
 
 def _lower_layers(model: nn.Module, share: float | None) -> tuple[str, ...]:
     """Return the beginnings of the paths of modules in the layers that `targets_for` leaves out."""
-    path, stack = layer_list(base_of(model))
+    path, stack = layer_list(unwrapped(model))
     upper = max(FEWEST_LAYERS, math.ceil(len(stack) / 2)) if share is None else math.ceil(share * len(stack))
     return tuple(f"{path}.{index}." for index in range(len(stack) - upper))
 
@@ -114,7 +114,7 @@ def what_works(model: nn.Module) -> str:
 
 def check_layers(model: PeftModel, name: str) -> None:
     """Raise ConfigError if peft computes a layer differently merged and unmerged: subtracting it would be wrong."""
-    base = base_of(model)
+    base = unwrapped(model)
     owners: dict[int, list[str]] = {}
     for path, parameter in base.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path.replace(".base_layer", ""))
@@ -147,7 +147,7 @@ def have_plain_weights(base: nn.Module, paths: Sequence[str]) -> bool:
 
 def _adaptable(model: nn.Module) -> tuple[list[str], list[str]]:
     """Return the paths of the adaptable linear layers except the output head, as (by name, by weight)."""
-    base = base_of(model)
+    base = unwrapped(model)
     head = getattr(base, "get_output_embeddings", lambda: None)()
     wanted = [
         path
@@ -175,7 +175,7 @@ def _adapted_by_kind(model: nn.Module, wanted: list[str]) -> tuple[list[str], li
     for paths in alike.values():
         if _is_adapted_alone(model, paths):
             named += paths
-        elif have_plain_weights(base_of(model), paths) and _is_adapted_alone(model, [], paths):
+        elif have_plain_weights(unwrapped(model), paths) and _is_adapted_alone(model, [], paths):
             by_weight += paths
     return named, by_weight
 
@@ -297,7 +297,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model itself, without peft's wrapper."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
@@ -305,7 +305,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def adapted_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """Yield the adapted layers with their paths in the base model."""
-    for path, module in base_of(model).named_modules():
+    for path, module in unwrapped(model).named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
 

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from forgetlearn.errors import ConfigError, did_you_mean
+from forgetlearn.storage import disk
 
 MOST_BYTES = 1 << 20  # of a file with a prompt template
 PLACE = "{prompt}"
@@ -32,14 +33,7 @@ def read_template(name: str) -> str:
     if not file.is_file():  # a pipe or a device might never end
         hint = did_you_mean(name, NAMED)
         raise ConfigError(f"{place}: must be {', '.join(NAMED)}, or a text file that contains {PLACE}.{hint}")
-    try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{place}: has more than {MOST_BYTES} bytes, so it is not a prompt template.")
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{place}: {error.strerror or error}. Give a text file.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{place}: is not UTF-8 at byte {error.start}. Give a plain text file.") from error
+    text = disk.read_given(file, place, "a prompt template", MOST_BYTES)
     if text.count(PLACE) != 1:
         raise ConfigError(f"{place}: contains {PLACE} {text.count(PLACE)} times. Write it once, in the prompt's place.")
     return text.removesuffix("\n")

@@ -1,7 +1,7 @@
 """Count what an update asks the model: the texts that it reads and the prompts that it answers, by what they are for.
 
-The prompts are those of the update itself, made by the same functions. What the model will say is not
-known, so its length is assumed (docs/plan.md).
+The prompts are those of the update itself, made by the same functions. What the model will say is not known, so its
+length is assumed (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -151,14 +151,15 @@ def own_words_of(facts: Sequence[Fact], config: RunConfig, ask: Questioner) -> A
 
 
 def sentences_of(facts: Sequence[Fact], ask: Questioner) -> Asking:
-    """Count the sentences that are compared, assuming that the model answers with the fact's prompt, and the replies
-    where none of them is taken.
+    """Count the sentences that are compared, and the replies where none of them is taken.
+
+    The model is assumed to answer with the fact's prompt.
     """
     tried = own_words.to_read(facts, {fact.id: f"{fact.prompt} {fact.target_new}" for fact in facts})
     found = ask.read_pairs(tried.values())
     for instruction, part in zip(own_words.INSTRUCTIONS, (ASKED_FOR, ASKED_TWICE), strict=True):
         left = facts[: math.ceil(part * len(facts))]
-        found += ask.say({own_words.told(fact, instruction): own_words.room(ask.encoder, fact) for fact in left})
+        found += ask.say({own_words.telling(fact, instruction): own_words.room(ask.encoder, fact) for fact in left})
     return found
 
 

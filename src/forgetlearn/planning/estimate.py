@@ -39,8 +39,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Answering:
-    """What answers take: `prompts` is the traced reading of a batch of prompts. Each new token of an answer reads
-    `key_bytes` for every token before it, and computes the output head.
+    """What answers take: `prompts` is the traced reading of a batch of prompts.
+
+    Each new token of an answer reads `key_bytes` for every token before it, and computes the output head.
     """
 
     prompts: Step
@@ -355,11 +356,16 @@ def _seconds(work: _Work, weights_bytes: float, devices: Devices, speed: Speed) 
 
 def summary_line(plan: Plan) -> str:
     """Return the plan in one line: parameters, facts, steps, memory, and time if it is known."""
-    steps = " + ".join(f"{show_steps(stage.step_range)} to {stage.name}" for stage in plan.stages if stage.trained)
-    facts = f"{plan.facts:,} fact{'s' * (plan.facts != 1)}"
-    line = f"plan: {show_count(plan.parameters)} parameters, {facts}" + (f", {steps}" if steps else "")
+    line = counts_line(plan.parameters, plan.facts, {s.name: s.step_range for s in plan.stages if s.trained})
     line += f", about {show_bytes(plan.peak_bytes)}" + (" a device" if plan.devices.number > 1 else "")
     return line if plan.seconds_range is None else f"{line}, about {show_range(*plan.seconds_range)}"
+
+
+def counts_line(parameters: int, facts: int, steps: Mapping[str, tuple[int, int]]) -> str:
+    """Return the beginning of a plan in one line: parameters, facts, and the range of steps of each stage."""
+    line = f"plan: {show_count(parameters)} parameters, {facts:,} fact{'s' * (facts != 1)}"
+    shown = " + ".join(f"{show_steps(fewest_and_most)} to {name}" for name, fewest_and_most in steps.items())
+    return f"{line}, {shown}" if shown else line
 
 
 def show_steps(fewest_and_most: tuple[int, int]) -> str:

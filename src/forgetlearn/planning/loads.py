@@ -34,6 +34,7 @@ from forgetlearn.models.null_space import MOST_TOKENS
 from forgetlearn.planning.asking import Questioner, asked_of, kept_texts, prompts_to_keep, stand_ins
 from forgetlearn.planning.estimate import FLOAT32, Asking, Load, Step
 from forgetlearn.planning.outline import Outline
+from forgetlearn.training import precision
 from forgetlearn.training.schedule import KEPT_SHARE
 from forgetlearn.weights.task_vector import SMALL_BYTES
 
@@ -138,17 +139,17 @@ def loads_of(outline: Outline, stages: Stages, facts: FactSet, device: str) -> t
 def train_loads(
     outline: Outline, stages: Stages, facts: FactSet, device: str, read: Step | None = None
 ) -> tuple[list[Load], list[str]]:
-    """Return the load of each stage that trains, and notes. `read` is a traced step of reading; without it, what is
-    read before the first step of a stage is left out.
+    """Return the load of each stage that trains, and notes on what was assumed.
+
+    `read` is a traced step of reading; without it, what is read before the first step of a stage is left out.
     """
     loads: list[Load] = []
     notes: list[str] = []
     config, ask = stages.config, _questioner(outline, stages.config, device)
     old, new = texts_of(outline.encoder, stages, facts)
-    may_hold = device == "cpu" and not config.model.shard
     for stage, own, passes, frozen in staged(stages, old, new):
-        load, problem = _train_load(outline, stage, own, passes, frozen, device, may_hold)
-        left = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
+        load, problem = _train_load(outline, stage, own, passes, frozen, device, is_sharded=config.model.shard)
+        unreached = out_of_loras_reach(outline.skeleton().model, config.lora) if stage.kind.adapter else None
         if stage.name == "forget" and stage.kind.subtracts_from_base:
             # The subtraction also needs the base: on the CPU, or in a file if the CPU trains a large model.
             in_memory = stages.chooses_coefficient or load.weights_bytes < SMALL_BYTES
@@ -157,7 +158,7 @@ def train_loads(
         if ask is not None and read is not None and not stage.kind.closed_form:
             load = _with_beginning(stage, load, own, ask, read)
         loads.append(load)
-        notes += [note for note in (left, problem) if note]
+        notes += [note for note in (unreached, problem) if note]
     return loads, notes
 
 
@@ -256,16 +257,16 @@ def _train_load(
     passes: int,
     frozen: Sequence[TuningSettings],
     device: str,
-    may_hold: bool,
+    *,
+    is_sharded: bool,
 ) -> tuple[Load, str | None]:
-    """Return the load of a stage, and why tracing its step failed (else None).
-
-    `may_hold` tells whether the stage may hold a frozen base in bfloat16, see `training.precision`.
-    """
+    """Return the load of a stage, and why tracing its step failed (else None)."""
     settings, kind = stage.settings, stage.kind
-    skeleton = steps = outline.skeleton(outline.dtype if kind.adapter else torch.float32)
+    skeleton = steps = outline.skeleton(outline.computes_in(kind))
     held_bytes = 0  # of the base in bfloat16, beside its own weights
-    if kind.adapter and may_hold and settings.dtype == "bfloat16" and outline.dtype == torch.float32:
+    on_cpu = device == "cpu"
+    holds = precision.holds_bfloat16(settings, on_cpu=on_cpu, only_adapter=kind.adapter, is_sharded=is_sharded)
+    if holds and outline.dtype == torch.float32:
         held_bytes, steps = skeleton.weights_bytes // 2, outline.skeleton(torch.bfloat16)
         steps.prepare(kind.name, settings, frozen)
         settings = settings.model_copy(update={"dtype": "float32"})  # for all that is not in bfloat16 anyway
@@ -276,7 +277,7 @@ def _train_load(
         name=stage.name,
         how=kind.name,
         texts=texts.number,
-        tokens=texts.computed(settings.batch_size, shares=device == "cpu" and not kind.closed_form),
+        tokens=texts.computed(settings.batch_size, shares=on_cpu and not kind.closed_form),
         passes=passes,
         batch_size=settings.batch_size,
         micro_batch_size=micro,
@@ -311,7 +312,7 @@ def _questioner(outline: Outline, config: RunConfig, device: str) -> Questioner 
 def _ask_loads(outline: Outline, stages: Stages, facts: FactSet, device: str) -> tuple[list[Load], str | None]:
     """Return the loads of all that is asked beside training, and why a step could not be traced (else None)."""
     evaluate, ask = stages.config.evaluate, _questioner(outline, stages.config, device)
-    skeleton = outline.skeleton(None if stages.method.makes_adapter or stages.method.in_context else torch.float32)
+    skeleton = outline.skeleton(outline.computes_in(stages.method.last))
     pairs = list(dict.fromkeys(pair for fact in facts for pair in pairs_to_read(fact)))
     texts = _encoded(outline.encoder, pairs)
     rows = shared_rows(texts, evaluate.batch_size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))

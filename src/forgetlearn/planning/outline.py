@@ -11,6 +11,7 @@ from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import PreTrainedConfig
 
+from forgetlearn.config.methods import Kind
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ModelError
 from forgetlearn.models import gguf
@@ -33,6 +34,10 @@ class Outline:
     stored: dict[str, int] | None = None  # dtype, as safetensors or GGUF spells it -> count of numbers
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
+
+    def computes_in(self, kind: Kind) -> torch.dtype:
+        """Return the dtype of the model's weights in a stage of this kind."""
+        return torch.float32 if kind.changes_base else self.dtype
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Skeleton:
         """Return the model's structure without weight values, in `dtype` or else in its own."""

@@ -32,12 +32,11 @@ from forgetlearn.planning.estimate import (
     Plan,
     Speed,
     StagePlan,
+    counts_line,
     plan_stage,
     show_bytes,
-    show_count,
     show_range,
     show_seconds,
-    show_steps,
     summary_line,
 )
 from forgetlearn.planning.loads import counts_of, loads_of, spread_of, staged, train_loads
@@ -77,15 +76,15 @@ def plan_update(
             check_texts(outline.encoder, facts)
     devices = devices or devices_here(config)
     loads, notes = loads_of(outline, Stages(config), facts, devices.kind)
-    speed = rate if not isinstance(rate, str) else None
     if isinstance(rate, str):
-        speed = speed_of(
-            rate, [plan_stage(load, devices) for load in loads], config, devices, computes_in(config, outline)
-        )
+        dtype = outline.computes_in(METHODS[config.method].last)
+        speed: Speed | None = speed_of(rate, [plan_stage(load, devices) for load in loads], config, devices, dtype)
+    else:
+        speed = rate
     skeleton = outline.skeleton()
-    parameters = sum(weight.numel() for weight in skeleton.model.parameters())
-    if outline.stored and abs(sum(outline.stored.values()) - parameters) > 0.01 * parameters:
-        held = sum(outline.stored.values())
+    parameters = parameter_count(skeleton.model)
+    held = sum((outline.stored or {}).values())
+    if outline.stored and abs(held - parameters) > 0.01 * parameters:
         notes = [f"its files hold {held:,} numbers, a model of its config {parameters:,}; the plan uses these", *notes]
     plan = Plan(
         model=outline.name,
@@ -260,12 +259,6 @@ def _seconds_of(run: Callable[[], object], seconds: float) -> float:
     return float(timer.blocked_autorange(min_run_time=seconds).median)
 
 
-def computes_in(config: RunConfig, outline: Outline) -> torch.dtype:
-    """Return the dtype of the weights that a method computes with: all weights are trained in float32."""
-    method = METHODS[config.method]
-    return outline.dtype if method.makes_adapter or method.in_context else torch.float32
-
-
 def speed_of(
     text: str, planned: Sequence[StagePlan], config: RunConfig, devices: Devices, dtype: torch.dtype = torch.float32
 ) -> Speed:
@@ -320,15 +313,15 @@ def plan_line(
 
 def _counts(lm: LanguageModel, facts: FactSet, config: RunConfig) -> str:
     """Return the numbers of parameters, facts and steps, in words."""
-    size = f"plan: {show_count(parameter_count(lm.model))} parameters, {len(facts):,} facts"
-    if Stages(config).method.closed_form:
-        return f"{size} to write into the weights"
-    steps = []
-    for stage, texts, passes, _ in staged(Stages(config), *counts_of(lm.encoder, Stages(config), facts)):
+    parameters, stages = parameter_count(lm.model), Stages(config)
+    if stages.method.closed_form:
+        return f"{counts_line(parameters, len(facts), {})} to write into the weights"
+    steps: dict[str, tuple[int, int]] = {}
+    for stage, texts, passes, _ in staged(stages, *counts_of(lm.encoder, stages, facts)):
         number = passes * math.ceil(texts.number / stage.settings.batch_size)
         low, high = spread_of(stage)
-        steps.append(f"{show_steps((round(low * number), round(high * number)))} to {stage.name}")
-    return f"{size}, {' + '.join(steps)}"
+        steps[stage.name] = round(low * number), round(high * number)
+    return counts_line(parameters, len(facts), steps)
 
 
 def took(manifest: Manifest, device: torch.device) -> str:

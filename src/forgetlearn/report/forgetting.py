@@ -104,14 +104,9 @@ def _relearning(found: Relearning) -> str:
     who = "A model that never knew them" if found.model == "reference" else "The forgotten model"
     if found.same[0] >= BACK and found.model != "reference":
         return "At least half of the answers were not gone, so relearning was not tested."
-    return f"{who}, trained on half of the facts, says half of these {_when(found, 'same')}" + (
-        f", and half of the others {_when(found, 'other')}." if found.n_other else "."
+    return f"{who}, trained on half of the facts, says half of these {found.when_back('same')}" + (
+        f", and half of the others {found.when_back('other')}." if found.n_other else "."
     )
-
-
-def _when(found: Relearning, half: str) -> str:
-    back = found.back(half)
-    return f"not within {found.steps[-1]} steps" if back is None else f"after {back} step{'s' * (back != 1)}"
 
 
 def warning(found: Forgetting) -> str | None:

@@ -211,30 +211,37 @@ def overview(summary: Summary) -> Overview:
     """Return the overview of a run, made from its summary."""
     phases = [phase for phase in PHASES if phase in summary.phases]
     measured = [phase for phase in phases if phase in summary.general and any(_general_cells(summary.general[phase]))]
-    prompts = _last_prompts(summary, phases)
+    prompts, probed = _last_prompts(summary, phases), phases_asked(summary.probes, phases)
+    forgot = summary.forgetting
+    warnings = [forgetting.warning(forgot) if forgot else None, damage.warning(prompts, kept=bool(summary.kept))]
+    return Overview(
+        summary=summary,
+        phases=phases,
+        verdict=forgetting.verdict(summary) if forgot else verdict(summary, phases),
+        account=list(_whole_account(summary)),
+        measured=measured,
+        general=_general(summary.general, measured),
+        prompts=prompts,
+        warning=" ".join(filter(None, warnings)) or None,
+        probed=probed,
+        probes=matrix(summary.probes, [], probed),
+    )
+
+
+def _whole_account(summary: Summary) -> Iterator[str]:
+    """Yield lines on what became of the records, what the stages trained on, and how the product is stored."""
     facts = summary.facts
-    lines = account(facts if not summary.forgetting else facts.model_copy(update={"without_old": {}}))
+    yield from account(facts.model_copy(update={"without_old": {}}) if summary.forgetting else facts)
     if summary.choice:  # set if forget.coef is auto
-        lines.append(summary.choice.why)
-        lines.append(
-            f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
-        )
+        yield summary.choice.why
+        yield f"{facts.scored} facts are scored; the {facts.set_aside} set aside are updated and listed, not scored"
     if summary.nothing_forgotten and (line := summary.nothing_forgotten.example_line):
-        lines.append(line)
-    lines += _training(summary)
+        yield line
+    yield from _training(summary)
     if summary.since_first:
-        lines.append("general ability is compared with the model before the first batch, as small changes add up")
+        yield "general ability is compared with the model before the first batch, as small changes add up"
     if summary.rounding and (words := in_words(summary.rounding.as_json())):
-        lines.append(f"the product as it is stored: {words}")
-    cells = _general(summary.general, measured)
-    warnings = [damage.warning(prompts, kept=bool(summary.kept))]
-    if summary.forgetting:
-        told, warnings = forgetting.verdict(summary), [forgetting.warning(summary.forgetting), *warnings]
-    else:
-        told = verdict(summary, phases)
-    warned, probed = " ".join(filter(None, warnings)) or None, phases_asked(summary.probes, phases)
-    lines_of_probes = matrix(summary.probes, [], probed)
-    return Overview(summary, phases, told, lines, measured, cells, prompts, warned, probed, lines_of_probes)
+        yield f"the product as it is stored: {words}"
 
 
 def _last_prompts(summary: Summary, phases: Sequence[str]) -> OnPrompts | None:
@@ -458,24 +465,26 @@ def _general(found: Mapping[str, General], phases: Sequence[str]) -> list[tuple[
 
 def _general_cells(found: General) -> Iterator[tuple[str, str]]:
     if (prompts := found.prompts) and prompts.agreement is not None and prompts.kl is not None:
-        low, high = prompts.agreement_low, prompts.agreement_high
-        interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
-        yield f"{prompts.compared} general prompts, percent of tokens as before", f"{prompts.agreement:.1f}{interval}"
-        low, high = prompts.kl_low, prompts.kl_high
-        interval = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
-        yield "general prompts, KL from before, nats per token", f"{prompts.kl:.3g}{interval}"
+        shown = _with_interval(prompts.agreement, prompts.agreement_low, prompts.agreement_high, ".1f")
+        yield f"{prompts.compared} general prompts, percent of tokens as before", shown
+        shown = _with_interval(prompts.kl, prompts.kl_low, prompts.kl_high, ".3g")
+        yield "general prompts, KL from before, nats per token", shown
     if text := found.text:
-        low, high = text.loss_low, text.loss_high
-        interval = "" if low is None or high is None else f" [{math.exp(low):.4g}, {math.exp(high):.4g}]"
-        yield f"perplexity, {text.tokens} tokens of {text.source}", f"{text.perplexity:.4g}{interval}"
+        low, high = (None if end is None else math.exp(end) for end in (text.loss_low, text.loss_high))
+        shown = _with_interval(text.perplexity, low, high, ".4g")
+        yield f"perplexity, {text.tokens} tokens of {text.source}", shown
         if text.kl is not None:
-            low, high = text.kl_low, text.kl_high
-            interval = "" if low is None or high is None else f" [{max(0.0, low):.3g}, {high:.3g}]"
-            yield "KL from the model before, nats per token", f"{text.kl:.3g}{interval}"
+            low = None if text.kl_low is None else max(0.0, text.kl_low)
+            yield "KL from the model before, nats per token", _with_interval(text.kl, low, text.kl_high, ".3g")
     for task, values in found.tasks.items():
         for metric, score in values.items():
             error = "" if score.stderr is None else f" ± {score.stderr:.2g}"
             yield f"{task}: {metric}", f"{score.value:.4g}{error}"
+
+
+def _with_interval(value: float, low: float | None, high: float | None, numbers: str) -> str:
+    """Format a value as `0.12 [0.1, 0.15]`, without the interval if there is none."""
+    return f"{value:{numbers}}" + ("" if low is None or high is None else f" [{low:{numbers}}, {high:{numbers}}]")
 
 
 def as_yaml(data: object) -> str:

@@ -37,12 +37,12 @@ def verdict(stream: Stream) -> str:
         return "No batch is done yet."
     last = stream.batches[-1]
     said = last.said.get(judge or "")
-    told = f"After {done} of {stream.planned} batches"
+    sentence = f"After {done} of {stream.planned} batches"
     if said is not None and said.mean is not None:
-        told += f", the model says {said.mean:.1f} % of the {said.n} facts so far ({judge})"
+        sentence += f", the model says {said.mean:.1f} % of the {said.n} facts so far ({judge})"
     if last.kl is not None:
-        told += f"; KL from the model before the first batch is {last.kl:.3g} nats per token"
-    return f"{told}."
+        sentence += f"; KL from the model before the first batch is {last.kl:.3g} nats per token"
+    return f"{sentence}."
 
 
 def cells(batch: Batch, judge: str | None) -> list[str]:

@@ -1,9 +1,9 @@
-"""What an update begins on: a whole model, or an adapter of earlier updates on its base.
+"""The model that an update begins on: a whole model, or an adapter of earlier updates on its base.
 
-An adapter stays as it is, frozen and active, while the update trains: a new adapter beside it, which is then composed
-with it, or the weights under it, into which it is folded before. So nothing of what it does is lost in rounding, as it
-would be if it were merged into half precision, and a new adapter learns with the same rank, start and rate as the
-first. Training the old adapter on would leave less room with each update, and its A was turned away from other texts.
+An update never trains an earlier adapter further: each update would leave less room in it, and its A was turned away
+from other texts. If the method trains an adapter, the earlier one stays frozen and active beside the new one, and the
+two are composed at the end. If it trains all weights, the earlier adapter is first folded into them, in float32. Either
+way nothing of it is rounded to half precision, and a new adapter has the same rank, start and rate as the first.
 """
 
 from __future__ import annotations

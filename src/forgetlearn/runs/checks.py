@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,22 +12,19 @@ from forgetlearn.config.methods import METHODS
 from forgetlearn.config.recipes import set_by
 from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.config.stages import Stages
-from forgetlearn.errors import ConfigError, FactError, RunError
+from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
 from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
 from forgetlearn.method.checks import check_forgetting, check_learning, check_subjects
 from forgetlearn.models import gguf
 from forgetlearn.models.language_model import LanguageModel
-from forgetlearn.products.chain import Base, check_product, product_of
-from forgetlearn.products.restore import merge_product
+from forgetlearn.products.chain import check_product
 from forgetlearn.storage.records import Row
-from forgetlearn.storage.run_folder import FAILED, RIGHT, RunFolder
 
 GivenConfig = RunConfig | Mapping[str, object] | None
 GivenModel = LanguageModel | nn.Module | str | Path | None
 
-log = logging.getLogger("forgetlearn")
-OF_ITS_BASE = {("model", "name"), ("model", "revision"), ("model", "base_model_id")}
+AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # for facts that are passed in
 
 
 def resolve(config: GivenConfig, model: object, facts: FactSet | str | Path | None) -> RunConfig:
@@ -63,99 +59,6 @@ def _model_settings(settings: ModelSettings, model: object) -> ModelSettings:
     if settings.name is None:
         raise ConfigError("model.name is not set. Give --model with a folder or a hub id.")
     return settings.model_copy(update={"name": gguf.resolved(settings.name)})
-
-
-def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, facts: object) -> RunConfig:
-    """Return the config of an update of the facts that a finished run got wrong, its `failed.jsonl`.
-
-    Where the config is a mapping, settings that it leaves out are the run's, unless it names a recipe. The facts are
-    replaced, and, unless a model is given, so is the model, by the run's product. An adapter is merged into its base
-    first, to the run's folder `merged`. What the run got right, and what it kept of earlier runs, is kept.
-
-    Raises:
-        ConfigError: facts are given too, or the product is an adapter whose base is gone.
-        ModelError: the product is an adapter whose base has changed.
-        RunError: the run is not a finished update, or no fact failed.
-    """
-    run = RunFolder.open(run_folder)
-    file, right = run.path / FAILED, run.path / RIGHT
-    if facts is not None:
-        raise ConfigError(
-            f"facts.source: with --failed-only the facts are those of {file}. Omit --facts, or omit --failed-only."
-        )
-    run.check_results()
-    if run.manifest.finished and METHODS[str(run.manifest.config["method"])].learns is None:
-        raise RunError(f"{run.path} only forgot, so there is nothing to learn. To go on: forget --facts {file}")
-    if not run.manifest.finished or not file.is_file():
-        raise RunError(f"{run.path} has no {FAILED}: it is not a finished update. Give the folder of one.")
-    if not file.stat().st_size:
-        raise RunError(
-            f"{run.path}: no fact failed: each prompt gets its new answer, none an old one. Nothing is left to update."
-        )
-    if not isinstance(config, RunConfig):
-        config = validate(RunConfig, _with_settings_of(run, config or {}), where=str(run.path))
-    # The file is of the project's own form, however the run's own file was to be read.
-    old_from = tuple(policy for policy in config.facts.old_from if policy != "pred") or ("answers",)
-    read_as: dict[str, object] = {"source": str(file), "old_from": old_from, "columns": {}, "aliases": None}
-    changes: dict[str, object] = {"facts": config.facts.model_copy(update=read_as)}
-    if right.is_file() and right.stat().st_size:
-        if config.keep.weight and METHODS[config.method].fine_tunes:
-            kept = tuple(dict.fromkeys((*config.keep.facts, str(right))))
-            changes["keep"] = config.keep.model_copy(update={"facts": kept})
-        else:
-            log.warning("%s: what it got right may change: this update keeps nothing", run.path)
-    if model is None:
-        changes["model"] = config.model.model_copy(update={"name": str(_product_to_update(run))})
-    elif str(model) == str(run.settings.model.name):
-        log.warning(
-            "%s: was updated in %s, and this update begins without what that learned. Omit --model to go on from it.",
-            model,
-            run.path,
-        )
-    return config.model_copy(update=changes)
-
-
-def _with_settings_of(run: RunFolder, given: Mapping[str, object]) -> Mapping[str, object]:
-    """Return the settings that are given, filled up with those of a run, unless they name a recipe.
-
-    Not the run's are what belongs to its base or its facts: where they come from, and that the base was taught.
-    """
-    if "recipe" in given:
-        return given
-    recorded = {name: value for name, value in run.manifest.config.items() if name != "facts"}
-    recorded["teach"] = {"epochs": 0}  # else a recipe would fill it up
-    for name, value in recorded.items():
-        if isinstance(value, Mapping):
-            recorded[name] = {own: each for own, each in value.items() if (name, own) not in OF_ITS_BASE}
-    if "epochs" in _section(given, "learn") and "until" not in _section(given, "learn"):
-        recorded["learn"].pop("until", None)  # epochs that are given end learning
-    sections = {name: {**own, **_section(given, name)} for name, own in recorded.items() if isinstance(own, Mapping)}
-    return {**recorded, **given, **sections}
-
-
-def _section(settings: Mapping[str, object], name: str) -> Mapping[str, object]:
-    found = settings.get(name)
-    if isinstance(found, Settings):
-        found = found.model_dump(exclude_unset=True)
-    return found if isinstance(found, Mapping) else {}
-
-
-def _product_to_update(run: RunFolder) -> Path:
-    """Return the folder of the whole model that a run made; merge an adapter into its base for that."""
-    product, merged = product_of(run.path), run.path / "merged"
-    if (product / "adapter_config.json").is_file() and not merged.is_dir():
-        base = run.path / "taught" if run.settings.teach.epochs > 0 else Base.of(run).folder()
-        if base is None:
-            raise ConfigError(
-                f"model.name: {product} is an adapter, only a whole model can be updated, and the adapter's base is "
-                f"gone. Merge it (forgetlearn apply {run.path} --base BASE --merge --output DIR) and give --model DIR."
-            )
-        log.info("%s: an adapter, which is merged into %s for this update", product, base)
-        merge_product(run, base, merged)
-    return merged if merged.is_dir() else product
-
-
-AS_READ: dict[str, object] = {"limit": None, "columns": {}, "aliases": None}  # for facts that are passed in
 
 
 def _facts_settings(

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from peft import PeftModel
 
@@ -16,7 +17,7 @@ from forgetlearn.errors import FactError, ModelError
 from forgetlearn.evaluation import general_ability, generation, probes
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.evaluation.scoring import locality_predictions, score
-from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.report import run_page
 from forgetlearn.runs import probing, retention
@@ -33,6 +34,8 @@ from forgetlearn.runs.results import write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import run_folder
 from forgetlearn.storage.records import General, ProbeRow, Row
+
+Phase = Literal["base", "updated", "model"]
 
 
 def evaluate(
@@ -98,41 +101,31 @@ def _scored(
     updates = [] if earlier is None else retention.earlier_updates(str(config.model.name), fact_set, earlier)
     general_ability.check(config.evaluate)
     probes.check(fact_set, config.evaluate)
-    rows, before, vocabulary = {}, None, None
-    probed: dict[str, list[ProbeRow]] = {}
-    stated: dict[str, str] | None = None
-    measured: dict[str, General] = {}
+    found, vocabulary = _Scores(config, scratch), None
     if reference is not None:
         base = as_language_model(reference, None, config.model)
         general_ability.check_embedded(base, config.evaluate)
         fact_set = _with_old_answers(base, fact_set, config)
-        rows["base"] = score(base, fact_set, phase="base", settings=config.evaluate)
-        probed["base"], stated = _probed(base, fact_set, config, rows["base"])
-        before, vocabulary = locality_predictions(rows["base"]), base.tokenizer.get_vocab()
-        if general_ability.asked(config.evaluate):
-            measured["base"] = general_ability.measure(base, config.evaluate, scratch)
+        found.add(base, fact_set, "base")
+        vocabulary = base.tokenizer.get_vocab()
         del base  # to free its memory before the other model is loaded
     lm = as_language_model(model if model is not None else str(config.model.name), tokenizer, config.model)
     general_ability.check_embedded(lm, config.evaluate)
     if vocabulary is not None and vocabulary != lm.tokenizer.get_vocab():
         raise ModelError(f"{lm.name} and {reference} have different vocabularies: their tokens cannot be compared.")
-    if before is None:
+    phase: Phase = "model" if reference is None else "updated"
+    if reference is None:
         fact_set = _with_old_answers(lm, fact_set, config)
-    phase = "model" if before is None else "updated"
-    rows[phase] = score(lm, fact_set, phase=phase, settings=config.evaluate, reference=before)
-    probed[phase], _stated = _probed(lm, fact_set, config, rows[phase], stated)
-    if before is None:
-        rows[phase] = [row for row in rows[phase] if row.protocol != "agreement"]  # meaningless with itself
-    if general_ability.asked(config.evaluate):
-        compared = scratch if reference is not None else _own_base(lm, config.evaluate, scratch / "own_base")
-        measured[phase] = general_ability.measure(lm, config.evaluate, scratch, compared)
+    found.add(lm, fact_set, phase)
     retained = retention.retained(updates, retention.ask(lm, updates, config.evaluate))
 
     def write(output: Path, overwrite: bool) -> Path:
         inputs = {"facts_sha256": fact_set.sha256(), **lm.encoder.fingerprint()}
         run = run_folder.RunFolder.create(output, config.model_dump(mode="json"), inputs, overwrite=overwrite)
         run.note(model=lm.describe(), old_answers={**fact_set.old_counts, **fact_set.without_old})
-        summary, written = write_results(run.path, config, fact_set, rows, general=measured, probed=probed)
+        summary, written = write_results(
+            run.path, config, fact_set, found.rows, general=found.general, probed=found.probed
+        )
         if updates:
             summary = retention.write(run.path, phase, retained, summary)
         run_page.write_run(run.path, run_page.page_of(run, summary, written))
@@ -142,15 +135,40 @@ def _scored(
     return write
 
 
-def _probed(
-    lm: LanguageModel, facts: FactSet, config: RunConfig, rows: Sequence[Row], stated: dict[str, str] | None = None
-) -> tuple[list[ProbeRow], dict[str, str]]:
-    """Return a model's answers to probes, and the facts as they are stated: by this model, unless `stated` is given."""
-    if not probes.are_asked(config.evaluate):
-        return [], {}
-    if stated is None:
-        stated = probing.state(lm, list(facts), config, [row for row in rows if row.protocol == "generate"])
-    return probing.ask(lm, list(facts), config, rows, stated), stated
+class _Scores:
+    """The scores of a model, and of its reference if there is one, by phase.
+
+    The reference is `base` and the model then `updated`; a model without a reference is `model`.
+    """
+
+    def __init__(self, config: RunConfig, scratch: Path) -> None:
+        self.config, self.scratch = config, scratch
+        self.rows: dict[str, list[Row]] = {}
+        self.probed: dict[str, list[ProbeRow]] = {}
+        self.general: dict[str, General] = {}
+        self._stated: dict[str, str] | None = None  # the facts as the first model states them
+
+    def add(self, lm: LanguageModel, facts: FactSet, phase: Phase) -> None:
+        """Score a model on facts and probes, and measure its general ability."""
+        evaluate = self.config.evaluate
+        reference = locality_predictions(self.rows["base"]) if phase == "updated" else None
+        rows = score(lm, facts, phase=phase, settings=evaluate, reference=reference)
+        self.probed[phase] = self._probed(lm, list(facts), rows)
+        # Without a reference, agreement would be with the model itself.
+        self.rows[phase] = [row for row in rows if row.protocol != "agreement"] if phase == "model" else rows
+        if general_ability.asked(evaluate):
+            before = self.scratch if phase == "updated" else None
+            if phase == "model":
+                before = _own_base(lm, evaluate, self.scratch / "own_base")
+            self.general[phase] = general_ability.measure(lm, evaluate, self.scratch, before)
+
+    def _probed(self, lm: LanguageModel, facts: Sequence[Fact], rows: Sequence[Row]) -> list[ProbeRow]:
+        if not probes.are_asked(self.config.evaluate):
+            return []
+        if self._stated is None:
+            replies = [row for row in rows if row.protocol == "generate"]
+            self._stated = probing.state(lm, facts, self.config, replies)
+        return probing.ask(lm, facts, self.config, rows, self._stated)
 
 
 def _own_base(lm: LanguageModel, settings: EvaluateSettings, folder: Path) -> Path | None:

@@ -146,7 +146,7 @@ class Pipeline:
         self._score("base")
         self._measure("base")
         probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-        self.replies = scoring.replies(self.rows["base"], lambda: self.store.rows("probe", probe))
+        self.replies = scoring.free_answers(self.rows["base"], lambda: self.store.rows("probe", probe))
         self.known = scoring.known_facts(self.facts, self.replies)
         self._ask_for_lessons()
         self._state()
@@ -157,14 +157,15 @@ class Pipeline:
         if lessons.asks_base(self.config, self.lm.encoder):
             replies = self._recall() if self.config.keep.weight else []
             said = {row.fact: row for row in (*self.replies, *replies)}
-            asked = self.facts, self.config, said, self.rehearsal, self.held_apart
-            made = self.ready(lambda: lessons.make(self.lm, *asked))
-            self.material = Material.load(self.store.files("lessons", lambda folder: made().save(folder)))
+            make = self.ready(
+                lambda: lessons.make(self.lm, self.facts, self.config, said, self.rehearsal, self.held_apart)
+            )
+            self.material = Material.load(self.store.files("lessons", lambda folder: make().save(folder)))
 
     def _recall(self) -> list[Row]:
         """Decide which facts of earlier updates to rehearse, and return what the base says when it is asked them.
 
-        A method that learns also learns again what is lost: to keep the answer to that would keep it lost.
+        A method that learns also learns lost facts again: if it kept the base's answers to them, they would stay lost.
         """
         taught = [fact for one in self.past.earlier for fact in one.facts]
         drawn = keeping.rehearsed(taught, self.facts, f"{self.config.seed}:{len(self.past.earlier)}")
@@ -187,8 +188,8 @@ class Pipeline:
     @property
     def taught(self) -> list[Taught]:
         """What the stages train on, fact by fact; empty if it is each fact's bare answer."""
-        told = {"learn": {fact.id for fact in self.facts}, "forget": {fact.id for fact in self.to_forget}}
-        return [each for each in self.material.taught if each.fact in told[each.stage]]
+        trained = {"learn": {fact.id for fact in self.facts}, "forget": {fact.id for fact in self.to_forget}}
+        return [each for each in self.material.taught if each.fact in trained[each.stage]]
 
     @property
     def lesson_counts(self) -> dict[str, StageLessons]:
@@ -273,11 +274,13 @@ class Pipeline:
 
     def _learn(self, stage_io: StageIO) -> StageLog:
         stage = self.stages.learn
+        how = stage.kind.name
         if learned := self.store.learned():
-            STAGE_KINDS[stage.kind.name].put_product(self.lm, stage.settings, learned[0])
-            return learned[1]
-        log.info("learning %d facts (%s)", len(self.facts), stage.kind.name)
-        facts, how = [*self.facts, *self.rehearsal.lost], stage.kind.name
+            weights, stage_log = learned
+            STAGE_KINDS[how].put_product(self.lm, stage.settings, weights)
+            return stage_log
+        log.info("learning %d facts (%s)", len(self.facts), how)
+        facts = [*self.facts, *self.rehearsal.lost]
         texts = self._lessons(stage, facts)
         return learn(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
 

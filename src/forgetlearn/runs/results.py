@@ -47,8 +47,7 @@ def write_results(
     """Write everything that a report is made from to `path`; return the summary and the rows that were written.
 
     Without `done`, the run only scores. `general` is the general ability by phase, `probed` are answers to probes by
-    phase. Facts that the coefficient was
-    chosen on get rows, marked `split: validation`, but do not count in the means.
+    phase. Facts that the coefficient was chosen on get rows, marked `split: validation`, but do not count in the means.
     """
     aside = frozenset(done.choice.validation if done and done.choice else ())
     written = [_public(row, aside, facts) for own in rows.values() for row in own]
@@ -125,10 +124,13 @@ def _summary(
         forgotten=did.forgotten,
         not_read=list(facts.ignored_fields),
     )
-    method, forgets = METHODS[config.method], done is not None and did.nothing_forgotten is None
+    method, name = METHODS[config.method], config.method
+    if did.nothing_forgotten:
+        name = method.plain
+    has_coef = done is not None and method.forgets and not did.nothing_forgotten
     summary = Summary(
-        method="scores" if done is None else config.method if forgets else method.plain,
-        coef=_coef(config, did.choice) if forgets and method.forgets else None,
+        method="scores" if done is None else name,
+        coef=_coef(config, did.choice) if has_coef else None,
         nothing_forgotten=did.nothing_forgotten,
         choice=did.choice,
         seed=config.seed,

@@ -70,8 +70,8 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
     """Return the updates before a model's last one, with their facts.
 
     The facts are looked for in `places` (run folders or files of facts), then in the run folders that made the model,
-    and are recognised by their hash. `now`, the facts being scored, stands in for
-    the last update's facts if those are not found: a prompt that it repeats counts as updated again.
+    and are recognised by their hash. `now`, the facts being scored, stands in for the last update's facts if those are
+    not found: a prompt that it repeats counts as updated again.
 
     Raises:
         RunError: there is no earlier update.
@@ -79,7 +79,7 @@ def earlier_updates(model: str | Path, now: FactSet, places: Sequence[str | Path
     """
     chain = chain_of(model)
     if len(chain) < 2:
-        made = "one update" if chain else "no update that it tells of"
+        made = "one update" if chain else "no recorded update"
         raise RunError(f"{model}: {made} made it, so there is no earlier update to check. Omit --retention.")
     looked = [*map(Path, places), *runs_before(Path(model))]
     sets, missing = _facts_of(chain[:-1], looked)

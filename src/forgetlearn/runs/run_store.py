@@ -69,7 +69,7 @@ class RunStore(Store):
             if stage_log := compute(self._stage_io(stage.name)):
                 noted |= self._log_stage(stage.name, stage_log)
             kind = STAGE_KINDS[stage.kind.name]
-            if not self._makes_product(stage):  # in float32, to keep every bit
+            if not self._is_loadable(stage):  # in float32, to keep every bit
                 sharding.save_parts(kind.state(self.lm, lora.FORGET), self.lm.model, unfinished / FORGOTTEN_WEIGHTS)
             else:
                 kind.save_product(self.lm, unfinished, self.base_name)
@@ -80,17 +80,17 @@ class RunStore(Store):
         return functools.partial(self._load, stage) if was_done else None
 
     def _folder(self, stage: Stage[TrainSettings]) -> Path:
-        names = {"teach": "taught", "forget": "stages/forget", "learn": self.stages.product}
-        is_last = stage.name == self.stages.last.name
-        return self.run.path / (self.stages.product if is_last else names[stage.name])
+        if stage.name == self.stages.last.name:
+            return self.run.path / self.stages.product
+        return self.run.path / {"teach": "taught", "forget": "stages/forget"}[stage.name]
 
-    def _makes_product(self, stage: Stage[TrainSettings]) -> bool:
-        """Return True if a stage makes a whole model or an adapter for others: all but forgetting before learning."""
+    def _is_loadable(self, stage: Stage[TrainSettings]) -> bool:
+        """Return True if other programs can load what a stage leaves: all stages but forgetting before learning."""
         return stage.name in ("teach", self.stages.last.name)
 
     def _load(self, stage: Stage[TrainSettings]) -> None:
         folder, settings = self._folder(stage), stage.settings
-        if isinstance(settings, ForgetSettings) and not self._makes_product(stage):
+        if isinstance(settings, ForgetSettings) and not self._is_loadable(stage):
             weights = sharding.load_parts(self.lm.model, folder / FORGOTTEN_WEIGHTS)
             STAGE_KINDS[stage.kind.name].put_state(self.lm, settings, weights)
         elif stage.kind.adapter:

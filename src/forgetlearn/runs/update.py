@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from forgetlearn.config import preflight
 from forgetlearn.config.schema import AUTO, RunConfig
@@ -35,11 +36,11 @@ from forgetlearn.runs.checks import (
     check_quantization,
     check_stages,
     files_read,
-    go_on_from,
     read_config_facts,
     resolve,
     with_the_models_answers,
 )
+from forgetlearn.runs.failed_only import config_for_failed
 from forgetlearn.runs.pipeline import Pipeline
 from forgetlearn.runs.results import Done, learning_of, write_results
 from forgetlearn.runs.retention import Past
@@ -90,7 +91,7 @@ def update(
     """
     facts = as_fact_set(facts)
     if failed_only is not None:
-        config = go_on_from(failed_only, config, model, facts)
+        config = config_for_failed(failed_only, config, model, facts)
     config = begun_on.of_run(resolve(config, model, facts))
     preflight.check("update", config)
     return carry_out(
@@ -99,7 +100,7 @@ def update(
 
 
 class Task:
-    """What a command asks of the pipeline: here, an update. `runs.forget` has another. For `origin` see `Past`."""
+    """What a run does: this one updates; `runs.forget` overrides what differs there. For `origin` see `Past`."""
 
     name = "update"
     reads: tuple[str | Path | None, ...] = ()  # files and folders that it reads, beside those that the config names
@@ -143,21 +144,21 @@ def carry_out(
     overwrite: bool = False,
 ) -> UpdateResult:
     """Do a task over a run folder; its config is resolved, and names the model unless that is in memory."""
-    model = None if isinstance(model, (str, Path)) else model
+    in_memory = None if isinstance(model, (str, Path)) else model
     check_engine(config.evaluate, changed_by=task.name)
     task.check(config)
     reads = (*files_read(config), *task.reads)
     with processes.joined(config.model.device):
         processes.on_main(lambda: run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=reads))
         with only_writer(Path(output)):
-            return _update(
-                task, model, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
+            return _carry_out(
+                task, in_memory, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
             )
 
 
-def _update(
+def _carry_out(
     task: Task,
-    model: GivenModel,
+    model: LanguageModel | nn.Module | None,
     facts: FactSet | str | Path | None,
     config: RunConfig,
     *,
@@ -166,22 +167,21 @@ def _update(
     resume: bool,
     overwrite: bool,
 ) -> UpdateResult:
-    """Do a task, with the config resolved and the output folder locked."""
+    """Do a task in an output folder that is locked; `model` is None unless it is in memory."""
     check_trackers(config.report_to)
+    as_json = config.model_dump(mode="json")
     goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
     if goes_on:  # before a large model is loaded
-        run_folder.RunFolder.open(output).check_same(config.model_dump(mode="json"), "config")
+        run_folder.RunFolder.open(output).check_same(as_json, "config")
     fact_set = task.taken(facts if isinstance(facts, FactSet) else read_config_facts(config))
-    named = model if model is not None else str(config.model.name)
-    in_memory = not isinstance(named, (str, Path))
     if goes_on and processes.on_main(lambda: run_folder.is_finished(output)):
-        given = base_of(as_language_model(named, tokenizer, config.model), in_memory=True) if in_memory else None
+        given = None if model is None else base_of(as_language_model(model, tokenizer, config.model), in_memory=True)
         return processes.on_main(lambda: _finished(task, Path(output), config, fact_set, given))
     stages = Stages(config)
     lm = checked(task, model, tokenizer, fact_set, config)
-    identity = base_of(lm, in_memory=in_memory)
+    identity = base_of(lm, in_memory=model is not None)
     base = begun_on.began_on(lm, config, identity)
-    if goes_on and in_memory:
+    if goes_on and model is not None:
         _check_begun_on(run_folder.RunFolder.open(output), identity)
     past = processes.on_main(lambda: retention.past_of(base, fact_set, config.keep.earlier, task.origin))
     answers = None
@@ -190,32 +190,14 @@ def _update(
         held = with_the_models_answers(fact_set, answers, config)
         check_old_answers(held, config)
         check_texts(lm.encoder, held)
-    inputs: dict[str, object] = {"facts_sha256": fact_set.sha256(), **identity, **lm.encoder.fingerprint()}
-    inputs |= task.inputs
-    inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
-    if past.earlier:
-        inputs["earlier_sha256"] = digests.hash_of([each.as_input() for each in past.earlier])
-    if task.origin is not None:
-        inputs["origin_sha256"] = digests.sha256_of(task.origin / general_ability.FOUND)
-    if processes.world_size() > 1:
-        inputs["processes"] = processes.world_size()  # saved parts of the weights fit only this number
-    if config.keep_change and not stages.method.makes_adapter:
+    if stages.keeps_change:
         restore.check_keeping(base)
-    as_json = config.model_dump(mode="json")
+    inputs = {"facts_sha256": fact_set.sha256(), **identity, **_inputs(task, lm, config, past)}
     run = processes.on_main(
         lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite)
     )
     run.check_seen()
-    n_processes = processes.world_size()
-    line, planned = processes.on_main(lambda: plan.plan_line(lm, task.asked(fact_set), config, n_processes))
-    log.info(line)
-    lessons.note_unfinished(task.asked(fact_set), config, lm.encoder)
-    left = out_of_loras_reach(lm.model, config.lora) if any(stage.kind.adapter for stage in stages) else None
-    noted = {"plan": planned, "lora": left}
-    if left:
-        log.warning(left)
-    known = {name: value for name, value in noted.items() if value}
-    run.note(model=lm.describe(), parent=chain.parent_of(base), **known)
+    _note_start(run, lm, task.asked(fact_set), config, base)
     fact_set = _with_old_answers(run, lm, fact_set, config, answers)
     base_name = str(base.name) if base.base_sha256 else f"a {type(lm.model).__name__} in memory"
     store = RunStore(run, config, lm, base_name)
@@ -227,10 +209,39 @@ def _update(
     return _finish(task, run, fact_set, pipeline, store)
 
 
+def _inputs(task: Task, lm: LanguageModel, config: RunConfig, past: Past) -> dict[str, object]:
+    """Return what the result depends on beside the config, the facts and the base, for the manifest."""
+    inputs: dict[str, object] = {**lm.encoder.fingerprint(), **task.inputs}
+    inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
+    if past.earlier:
+        inputs["earlier_sha256"] = digests.hash_of([each.as_input() for each in past.earlier])
+    if task.origin is not None:
+        inputs["origin_sha256"] = digests.sha256_of(task.origin / general_ability.FOUND)
+    if processes.world_size() > 1:
+        inputs["processes"] = processes.world_size()  # saved parts of the weights fit only this number
+    return inputs
+
+
+def _note_start(
+    run: run_folder.RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, base: chain.Base
+) -> None:
+    """Log the plan and what the stages will leave out; note them and the model in the manifest."""
+    n_processes = processes.world_size()
+    line, planned = processes.on_main(lambda: plan.plan_line(lm, facts, config, n_processes))
+    log.info(line)
+    lessons.note_unfinished(facts, config, lm.encoder)
+    uses_lora = any(stage.kind.adapter for stage in Stages(config))
+    unreached = out_of_loras_reach(lm.model, config.lora) if uses_lora else None
+    if unreached:
+        log.warning(unreached)
+    noted = {name: value for name, value in {"plan": planned, "lora": unreached}.items() if value}
+    run.note(model=lm.describe(), parent=chain.parent_of(base), **noted)
+
+
 def checked(task: Task, model: GivenModel, tokenizer: object, facts: FactSet, config: RunConfig) -> LanguageModel:
-    """Return the model that a task begins on, after everything that can be checked before it begins was."""
+    """Load the model that a task begins on, and check everything that can be checked before it begins."""
     stages = Stages(config)
-    _check(facts, stages)
+    _check_without_model(facts, stages)
     lm = begun_on.load(model, tokenizer, config)
     check_texts(lm.encoder, task.asked(facts))
     general_ability.check_embedded(lm, config.evaluate)
@@ -240,7 +251,7 @@ def checked(task: Task, model: GivenModel, tokenizer: object, facts: FactSet, co
     return lm
 
 
-def _check(facts: FactSet, stages: Stages) -> None:
+def _check_without_model(facts: FactSet, stages: Stages) -> None:
     """Check everything that can be checked without the model."""
     config = stages.config
     processes.check_enough_for(len(facts))
@@ -252,10 +263,7 @@ def _check(facts: FactSet, stages: Stages) -> None:
     if config.forget.coef == AUTO:
         coefficient.check(list(facts), config)
     elif not stages.method.forgets:
-        for name in sorted({"coef", "modules", "rows"} & config.forget.model_fields_set):
-            given = getattr(config.forget, name)
-            why = preflight.does_not_forget(config.method)
-            log.warning("forget.%s = %s has no effect: %s", name, given, why)
+        preflight.warn_of_forgetting(config)
 
 
 def _with_old_answers(
@@ -280,17 +288,26 @@ def _with_old_answers(
 
 def _finish(task: Task, run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
     """Write the merged model, the scores, the model cards, the chain and the report, and return the result."""
-    stages, lm, config = store.stages, pipeline.lm, store.config
-    product = run.path / stages.product
+    stages, product = store.stages, run.path / store.stages.product
     products = [product]
-    if config.save_merged and stages.method.makes_adapter:
+    if stages.config.save_merged and stages.method.makes_adapter:
         store.merge(pipeline)
         products.append(run.path / "merged")
+    done = _done(run, pipeline, store, processes.on_main(lambda: task.result(pipeline, run)))
+    summary, rows = processes.on_main(lambda: _write(run, facts, pipeline, stages, done, products))
+    if not stages.method.makes_adapter:
+        pipeline.lm.saved_in(product)
+    return UpdateResult(run.path, product, summary, rows)
+
+
+def _done(run: run_folder.RunFolder, pipeline: Pipeline, store: RunStore, forgetting: Forgetting | None) -> Done:
+    """Return the results of the stages other than scores."""
+    stages = store.stages
     last = run.manifest.stages[stages.last.name]
-    done = Done(
+    return Done(
         known=len(pipeline.known) if any(fact.ground_truth for fact in pipeline.facts) else None,
         forgotten=len(pipeline.to_forget) if stages.method.forgets else None,
-        product=product.name,
+        product=stages.product,
         choice=store.choice,
         nothing_forgotten=pipeline.nothing_forgotten,
         rounding=run.rounding(stages.last.name, "merge"),
@@ -298,32 +315,32 @@ def _finish(task: Task, run: run_folder.RunFolder, facts: FactSet, pipeline: Pip
         lessons=pipeline.lesson_counts,
         kept=pipeline.kept_counts,
         learning=learning_of(pipeline.facts, last.epochs, last.unlearned) if stages.method.learns else None,
-        forgetting=processes.on_main(lambda: task.result(pipeline, run)),
+        forgetting=forgetting,
         since_first=pipeline.past.origin is not None,
     )
 
-    def write() -> tuple[Summary, list[Row]]:
-        summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general, pipeline.probed)
-        if pipeline.retained:
-            summary = retention.write(run.path, stages.phases[-1], pipeline.retained, summary)
-        page = run_page.page_of(run, summary, rows)
-        for each in products:
-            run_page.write_card(each, page)
-        chain.carry_on(run, products, facts, summary)
-        if config.keep_change and not stages.method.makes_adapter:
-            run.do("change", lambda folder: restore.keep_change(run, product, folder), restore.CHANGE)
-        run_page.write_run(run.path, replace(page, manifest=run.manifest))  # last, because it lists all stages
-        run.finish()
-        log.info(plan.took(run.manifest, lm.device))
-        if not config.keep_stages:  # only now, because a killed run needs them to continue
-            run.remove_stage_weights()
-        _check_damage(run.path, config, summary, products)
-        return summary, rows
 
-    summary, rows = processes.on_main(write)
-    if not stages.method.makes_adapter:
-        lm.saved_in(product)
-    return UpdateResult(run.path, product, summary, rows)
+def _write(
+    run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, stages: Stages, done: Done, products: Sequence[Path]
+) -> tuple[Summary, list[Row]]:
+    """Write scores, cards, chain and report, and finish the run; return the summary and the rows."""
+    config = stages.config
+    summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general, pipeline.probed)
+    if pipeline.retained:
+        summary = retention.write(run.path, stages.phases[-1], pipeline.retained, summary)
+    page = run_page.page_of(run, summary, rows)
+    for product in products:
+        run_page.write_card(product, page)
+    chain.carry_on(run, products, facts, summary)
+    if stages.keeps_change:
+        run.do("change", lambda folder: restore.keep_change(run, products[0], folder), restore.CHANGE)
+    run_page.write_run(run.path, replace(page, manifest=run.manifest))  # last, because it lists all stages
+    run.finish()
+    log.info(plan.took(run.manifest, pipeline.lm.device))
+    if not config.keep_stages:  # only now, because a killed run needs them to continue
+        run.remove_stage_weights()
+    _check_damage(run.path, config, summary, products)
+    return summary, rows
 
 
 def _check_damage(path: Path, config: RunConfig, summary: Summary, products: Iterable[Path]) -> None:
@@ -337,9 +354,9 @@ def _check_damage(path: Path, config: RunConfig, summary: Summary, products: Ite
     for product in products:
         if product.is_dir():  # not yet put aside by a process that was killed here
             product.rename(aside / product.name)
-    told = damage.in_words(prompts) if prompts else "damage was not measured"
+    found = damage.in_words(prompts) if prompts else "damage was not measured"
     raise DamageError(
-        f"evaluate.max_damage = {most:g}: {told}. The product was put aside, in {aside}; {path / 'report.html'} shows "
+        f"evaluate.max_damage = {most:g}: {found}. The product was put aside, in {aside}; {path / 'report.html'} shows "
         f"what changed. {damage.KEEP_MORE}"
     )
 

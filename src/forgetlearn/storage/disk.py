@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from forgetlearn.errors import ForgetLearnError, RunError
+from forgetlearn.errors import ConfigError, ForgetLearnError, RunError
 from forgetlearn.runtime import processes
 
-MOST_BYTES = 200
+LONGEST_NAME = 200  # bytes of a name that temporary names may begin with
 UNFINISHED = ".unfinished-"  # in the temporary name of a file or folder that is still being written
 DEEPEST = 100  # levels of nested lists and objects; Python can recurse this deep
 
@@ -83,6 +83,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if other := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
         raise RunError(f"{path}: row {other} is not a JSON object. Was it written by forgetlearn?")
     return rows
+
+
+def read_given(file: Path, setting: str, what: str, most_bytes: int) -> str:
+    """Return the text of a file that a user names; messages begin with the `setting`, and say that it is not `what`.
+
+    Raises:
+        ConfigError: the file cannot be read, has more than `most_bytes`, or is not UTF-8.
+    """
+    try:
+        if file.stat().st_size > most_bytes:
+            raise ConfigError(f"{setting}: has more than {most_bytes:,} bytes, so it is not {what}.")
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{setting}: {error.strerror or error}. Give a text file.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{setting}: is not UTF-8 at byte {error.start}. Save it as UTF-8.") from error
 
 
 def _read(path: Path) -> str:
@@ -153,7 +169,7 @@ def _unfinished(final: Path) -> Path:
 
 def _beginning(final: Path) -> str:
     """Return the prefix of temporary names for `final`, short enough for the limit of 255 bytes per name."""
-    is_short = len(os.fsencode(final.name)) <= MOST_BYTES
+    is_short = len(os.fsencode(final.name)) <= LONGEST_NAME
     return f".{final.name if is_short else hashlib.sha256(os.fsencode(final.name)).hexdigest()[:32]}{UNFINISHED}"
 
 

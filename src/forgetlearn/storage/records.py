@@ -678,6 +678,11 @@ class Relearning(Record):
         shares = self.same if half == "same" else self.other
         return next((step for step, share in zip(self.steps, shares, strict=True) if step and share >= BACK), None)
 
+    def when_back(self, half: str) -> str:
+        """Return `back` in words, such as "after 4 steps"."""
+        back = self.back(half)
+        return f"not within {self.steps[-1]} steps" if back is None else f"after {back} step{'s' * (back != 1)}"
+
 
 class Forgetting(Record):
     """What a run that only forgets measured, other than the scores of the facts."""

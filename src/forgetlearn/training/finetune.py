@@ -83,11 +83,12 @@ def finetune(
     """Train the parameters of `model` that require gradients, in place, and return the log of the stage.
 
     With `until` learned, the stage ends when the model has predicted each fact's whole answer (see `Schedule`); with
-    `until` forgotten, when each answer is gone (see `objectives`). If
-    `stage_io` names a folder with a checkpoint of this stage, training continues from it and ends with the same bits.
-    On one machine, the same model, texts, settings and seed give the same weights to the bit. The trained weights must
-    be float32: half precision loses the small steps of a fact update. If memory runs out before any weight has changed,
-    the stage starts again with half the micro-batch; the optimiser steps stay the same.
+    `until` forgotten, when each answer is gone (see `objectives`).
+
+    If `stage_io` names a folder with a checkpoint of this stage, training continues from it and ends with the same
+    bits. On one machine, the same model, texts, settings and seed give the same weights to the bit. The trained weights
+    must be float32: half precision loses the small steps of a fact update. If memory runs out before any weight has
+    changed, the stage starts again with half the micro-batch; the optimiser steps stay the same.
 
     Args:
         facts: the text of each fact, or a tuple of wordings, of which each visit shows one.
@@ -135,7 +136,12 @@ def _train(
 ) -> StageLog:
     with _folder_for_trainer(stage_io) as folder:
         settings = settings.model_copy(update={"learning_rate": settings.rate(width(model))})
-        in_bfloat16 = precision.computes_in_bfloat16(model, settings, _on_cpu(device))
+        in_bfloat16 = precision.holds_bfloat16(
+            settings,
+            on_cpu=_on_cpu(device),
+            only_adapter=precision.trains_only_adapter(model),
+            is_sharded=sharding.is_sharded(model),
+        )
         if in_bfloat16:  # the weights' own dtype decides
             settings = settings.model_copy(update={"dtype": "float32"})
         arguments = _arguments(settings, seed, folder, n_facts=len(facts), use_cpu=_on_cpu(device))
@@ -179,11 +185,15 @@ def _train(
             with _put_back(model, trainer, settings), memory.enough(stage_io.name, micro_batch_size, watch):
                 trainer.train_with_points(stage_io)
     model.eval()
-    attends = "sdpa, text by text" if is_by_text else attention.implementation(model)
     learned = schedule.learned if settings.ends_by_itself else []
-    unlearned = tuple(index for index, is_learned in enumerate(learned) if not is_learned)
-    numbers, times = tuple(steps.rows), tuple(steps.seconds)
-    return StageLog(numbers, layout, attends, seconds=times, epochs=schedule.progress.epoch, unlearned=unlearned)
+    return StageLog(
+        steps=tuple(steps.rows),
+        layout=layout,
+        attention="sdpa, text by text" if is_by_text else attention.implementation(model),
+        epochs=schedule.progress.epoch,
+        unlearned=tuple(index for index, is_learned in enumerate(learned) if not is_learned),
+        seconds=tuple(steps.seconds),
+    )
 
 
 @contextmanager

@@ -16,16 +16,19 @@ from forgetlearn.config.schema import TrainSettings
 from forgetlearn.models import lora
 from forgetlearn.models.batches import ROUNDED_TO
 from forgetlearn.models.onednn import PLAIN
-from forgetlearn.runtime import sharding
 
 
-def computes_in_bfloat16(model: nn.Module, settings: TrainSettings, on_cpu: bool) -> bool:
+def holds_bfloat16(settings: TrainSettings, *, on_cpu: bool, only_adapter: bool, is_sharded: bool) -> bool:
     """Return True if a stage holds its frozen weights in bfloat16: if it trains only an adapter in bfloat16 on the CPU.
 
     A sharded model is left to torch's mixed precision.
     """
-    is_adapter = all(lora.is_factor(name) for name, weight in model.named_parameters() if weight.requires_grad)
-    return settings.dtype == "bfloat16" and on_cpu and is_adapter and not sharding.is_sharded(model)
+    return settings.dtype == "bfloat16" and on_cpu and only_adapter and not is_sharded
+
+
+def trains_only_adapter(model: nn.Module) -> bool:
+    """Return True if all weights that require gradients are an adapter's."""
+    return all(lora.is_factor(name) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 @contextmanager

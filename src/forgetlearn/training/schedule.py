@@ -231,6 +231,6 @@ def _shuffled(number: int, seed: int) -> list[int]:
 
 
 def _divided(items: Sequence[T], parts: int) -> Iterator[Sequence[T]]:
-    """Yield so many parts of the items, of nearly equal size."""
+    """Divide the items into this number of parts of nearly equal size."""
     size = math.ceil(len(items) / parts)
     return (items[start * size : (start + 1) * size] for start in range(parts))

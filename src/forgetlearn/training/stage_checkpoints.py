@@ -76,8 +76,8 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         processes.barrier()
 
 
-class Progress:
-    """Does a stage that is not fine-tuned in parts, so that it goes on after the last part that was saved.
+class SavedParts:
+    """Divides a stage that fine-tunes nothing into parts; resumed, it continues after the last part that was saved.
 
     `found` are the tensors that were saved last; it is empty at the beginning.
     """
@@ -90,7 +90,7 @@ class Progress:
         self.done = int(disk.read_json(point / MARKER)["step"]) if point else 0
 
     def parts(self, total: int, size: int, unit: str) -> Iterator[range]:
-        """Yield the parts that are left, up to a signal, and then raise Interrupted. Show a progress bar."""
+        """Yield the parts that are left, with a progress bar. After a signal, raise Interrupted before the next one."""
         bar = tqdm(total=total, initial=self.done, desc=self.stage_io.name, unit=unit, disable=processes.no_bar())
         with signals.deferred(), bar:
             for start in range(self.done, total, size):
