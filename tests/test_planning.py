@@ -17,7 +17,7 @@ from transformers import Adafactor, PreTrainedConfig
 import forgetlearn
 from forgetlearn.cli.main import main
 from forgetlearn.config.methods import METHODS
-from forgetlearn.config.schema import RunConfig, StageSettings, load_config
+from forgetlearn.config.schema import ModelSettings, RunConfig, StageSettings, load_config
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError, ModelError
 from forgetlearn.evaluation import general_prompts
@@ -25,9 +25,10 @@ from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.evaluation.scoring import pairs_to_read
 from forgetlearn.facts import LocalityProbe
 from forgetlearn.facts.subjects import subject_span
-from forgetlearn.models import lora
+from forgetlearn.models import language_model, lora
 from forgetlearn.models.batches import common_length
 from forgetlearn.models.encoding import Encoded
+from forgetlearn.models.language_model import load_model
 from forgetlearn.planning import plan as planning
 from forgetlearn.planning.estimate import (
     Answering,
@@ -457,6 +458,23 @@ def test_faster_products_in_half_precision_are_not_counted_on(monkeypatch, halve
     cpu = torch.device("cpu")
     assert planning.measured_speed(cpu, torch.bfloat16, 0.001).flops == used
     assert planning.measured_speed(cpu, torch.float32, 0.001).flops == 1e12
+
+
+def test_a_plan_counts_weights_in_float32_where_they_will_be_held_so(small_lab, tmp_path, monkeypatch):
+    model = load_model(ModelSettings(name=str(small_lab), dtype="bfloat16"))
+    model.save(tmp_path / "half")
+    facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
+    monkeypatch.setattr(language_model.onednn, "computes_in", lambda dtype: dtype == torch.float32)
+
+    def weights(smallest: int, **settings) -> float:
+        monkeypatch.setattr(language_model, "SMALL_MODEL", smallest)
+        config = config_of(tmp_path / "half", **{"method": "lora", **settings})
+        plan = plan_update(config, facts, devices=Devices("cpu", 1e12))
+        return next(stage.memory["weights"] for stage in plan.stages if stage.name == "learn")
+
+    stored = outline_of(config_of(tmp_path / "half").model).skeleton().weights_bytes
+    assert weights(10**9) == weights(0, **{"model.dtype": "bfloat16"})
+    assert weights(0) == weights(10**9) + stored
 
 
 @pytest.mark.parametrize(

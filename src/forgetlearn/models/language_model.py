@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -263,23 +263,31 @@ def _hold_in_fast_dtype(lm: LanguageModel) -> None:
 
     They are saved in their own dtypes all the same.
     """
-    parameters, quantized = parameter_count(lm.model), getattr(lm.model.config, "quantization_config", None)
-    if lm.device.type != "cpu" or lm.is_sharded or quantized or lm.settings.dtype != "auto" or parameters < SMALL_MODEL:
+    kinds, parameters = {weight.dtype for weight in lm.model.parameters()}, parameter_count(lm.model)
+    slow = slow_dtypes(kinds, lm.settings, lm.device.type, parameters)
+    if not slow or getattr(lm.model.config, "quantization_config", None):
         return
-    kinds = {weight.dtype for weight in lm.model.parameters()}
-    slow = [str(kind).removeprefix("torch.") for kind in kinds if not onednn.computes_in(kind)]
-    if not slow:
-        return
+    lacks = f"this CPU has no instructions for {str(slow[0]).removeprefix('torch.')}"
     if not float32_fits(parameters):
-        log.warning(
-            "this CPU has no instructions for %s, which makes it slow, and float32 would fill half of the memory",
-            slow[0],
-        )
+        log.warning("%s, which makes it slow, and float32 would fill more than half of the memory", lacks)
         return
-    log.info("this CPU has no instructions for %s: weights are held in float32, and saved as they were", slow[0])
+    log.info("%s: weights are held in float32, and saved as they were", lacks)
     for weight in lm.model.parameters():
         weight.data = weight.data.float()
     lm.in_float32 = True
+
+
+def slow_dtypes(
+    dtypes: Iterable[torch.dtype], settings: ModelSettings, device: str, parameters: int
+) -> list[torch.dtype]:
+    """Return those dtypes for which this CPU has no instructions.
+
+    Return none if that matters little or is not ours to mend: on another device, for a small or a split model, or if
+    the user chose the dtype.
+    """
+    if device != "cpu" or settings.shard or settings.dtype != "auto" or parameters < SMALL_MODEL:
+        return []
+    return [dtype for dtype in dtypes if not onednn.computes_in(dtype)]
 
 
 def float32_fits(parameters: int) -> bool:

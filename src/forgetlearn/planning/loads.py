@@ -266,7 +266,7 @@ def _train_load(
     held_bytes = 0  # of the base in bfloat16, beside its own weights
     on_cpu = device == "cpu"
     holds = precision.holds_bfloat16(settings, on_cpu=on_cpu, only_adapter=kind.adapter, is_sharded=is_sharded)
-    if holds and outline.dtype == torch.float32:
+    if holds and outline.computes_in(kind) == torch.float32:
         held_bytes, steps = skeleton.weights_bytes // 2, outline.skeleton(torch.bfloat16)
         steps.prepare(kind.name, settings, frozen)
         settings = settings.model_copy(update={"dtype": "float32"})  # for all that is not in bfloat16 anyway

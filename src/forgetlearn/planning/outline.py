@@ -34,10 +34,11 @@ class Outline:
     stored: dict[str, int] | None = None  # dtype, as safetensors or GGUF spells it -> count of numbers
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
+    in_float32: bool = False  # as in `LanguageModel`
 
     def computes_in(self, kind: Kind) -> torch.dtype:
         """Return the dtype of the model's weights in a stage of this kind."""
-        return torch.float32 if kind.changes_base else self.dtype
+        return torch.float32 if kind.changes_base or self.in_float32 else self.dtype
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Skeleton:
         """Return the model's structure without weight values, in `dtype` or else in its own."""

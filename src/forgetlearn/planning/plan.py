@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from forgetlearn.config.methods import KINDS, METHODS
-from forgetlearn.config.schema import RunConfig
+from forgetlearn.config.schema import ModelSettings, RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 from forgetlearn.facts import FactSet
 from forgetlearn.models.batches import SMALL_MODEL
-from forgetlearn.models.language_model import LanguageModel, parameter_count
+from forgetlearn.models.language_model import LanguageModel, float32_fits, parameter_count, slow_dtypes
 from forgetlearn.models.loading import pick_device
 from forgetlearn.models.onednn import fast_linear_layers
 from forgetlearn.models.texts import check_texts
@@ -70,11 +70,11 @@ def plan_update(
         ConfigError: no model is named, or a stage's settings do not fit the model.
         FactError: the model cannot be trained on a text of a fact, see `check_texts`.
     """
+    devices = devices or devices_here(config)
     if outline is None:
-        outline = outline_of(config.model)
+        outline = _as_held(outline_of(config.model), config.model, devices)
         if outline.encoder is not None:
             check_texts(outline.encoder, facts)
-    devices = devices or devices_here(config)
     loads, notes = loads_of(outline, Stages(config), facts, devices.kind)
     if isinstance(rate, str):
         dtype = outline.computes_in(METHODS[config.method].last)
@@ -103,6 +103,13 @@ def plan_update(
     if compare and speed is not None and (line := _faster(plan, loads, outline, config, facts, speed)):
         return replace(plan, advice=(line,))
     return plan
+
+
+def _as_held(outline: Outline, settings: ModelSettings, devices: Devices) -> Outline:
+    """Return the outline of a model as `load_model` would hold its weights on these devices."""
+    parameters = parameter_count(outline.skeleton().model)
+    slow = slow_dtypes([outline.dtype], settings, devices.kind, parameters)
+    return replace(outline, in_float32=bool(slow) and float32_fits(parameters))
 
 
 def _faster(
@@ -299,7 +306,7 @@ def plan_line(
     if parameter_count(lm.model) < SMALL_MODEL:
         return _counts(lm, facts, config), {}
     dtype = max(Counter(lm.dtypes.values()).items(), key=lambda item: item[1])[0]
-    outline = Outline(lm.name, lm.model.config, lm.encoder, dtype)
+    outline = Outline(lm.name, lm.model.config, lm.encoder, dtype, in_float32=lm.in_float32)
     try:
         devices = devices_here(config, number=n_processes, shard=config.model.shard)
         plan = plan_update(config, facts, outline=outline, devices=devices, rate=MEASURE)
