@@ -388,6 +388,16 @@ class TestPlan:
         assert "fits in 80.0 GB" in out
         assert "at 12000 tokens/s of training, as given" in out
 
+    def test_half_precision_is_offered_for_a_model_in_float32(self, small_lab):
+        facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
+        config = config_of(small_lab, method="ft")
+        needed = plan_update(config, facts, devices=Devices("cuda", 1e12)).peak_bytes
+        advice = plan_update(config, facts, devices=Devices("cuda", needed - 1)).advice
+        # What the model is asked takes the most memory here, so an adapter on a base in float32 does not fit either.
+        assert [line.partition(":")[0] for line in advice if "lora" in line] == [
+            "--method lora --set model.dtype=bfloat16"
+        ]
+
     def test_a_large_model_from_its_headers(self, small_lab, tmp_path, capsys):
         """A file of 5 GB that is nearly all holes: nothing but its header is read."""
         config = json.loads((small_lab / "config.json").read_text())

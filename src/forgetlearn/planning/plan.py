@@ -167,8 +167,8 @@ def _advice(
 ) -> Iterator[str]:
     """Yield each alternative that fits, with its memory; if none does, one line that says so."""
     found = False
-    for words, changed, others in _alternatives(config, devices):
-        tried = loads_of(outline, Stages(changed), facts, devices.kind)[0] if changed else loads
+    for words, changed, model, others in _alternatives(config, outline, devices):
+        tried = loads_of(model, Stages(changed), facts, devices.kind)[0] if changed else loads
         peak = max(plan_stage(load, others).peak_bytes for load in tried)
         if peak <= (devices.memory_bytes or 0):
             found = True
@@ -177,21 +177,23 @@ def _advice(
         yield "nothing that was tried fits: take more or larger devices, or a smaller model"
 
 
-def _alternatives(config: RunConfig, devices: Devices) -> Iterator[tuple[str, RunConfig | None, Devices]]:
-    """Yield (flags, the config that they result in, the devices); the config is None if it is unchanged."""
+def _alternatives(
+    config: RunConfig, outline: Outline, devices: Devices
+) -> Iterator[tuple[str, RunConfig | None, Outline, Devices]]:
+    """Yield (flags, the config that they result in, the model, the devices); the config is None if it is unchanged."""
     if any((config.train.micro_batch_size or stage.batch_size) > 1 for stage in (config.forget, config.learn)):
         train = config.train.model_copy(update={"micro_batch_size": 1})
-        yield "--set train.micro_batch_size=1", config.model_copy(update={"train": train}), devices
+        yield "--set train.micro_batch_size=1", config.model_copy(update={"train": train}), outline, devices
     lora = WITH_ADAPTER.get(config.method)
     if lora and config.teach.epochs == 0:
-        half = config.model.model_copy(update={"dtype": "bfloat16"})
-        yield f"--method {lora}", config.model_copy(update={"method": lora}), devices
-        if config.model.dtype == "float32":
-            words = f"--method {lora} --set model.dtype=bfloat16"
-            yield words, config.model_copy(update={"method": lora, "model": half}), devices
+        adapter = config.model_copy(update={"method": lora})
+        yield f"--method {lora}", adapter, outline, devices
+        if outline.dtype == torch.float32 or outline.in_float32:
+            half = replace(outline, dtype=torch.bfloat16, in_float32=False)
+            yield f"--method {lora} --set model.dtype=bfloat16", adapter, half, devices
     start = 2 * devices.number if devices.shard else max(2, devices.number)
     for number in (start, 2 * start, 4 * start):
-        yield f"--gpus {number} --shard", None, replace(devices, number=number, shard=True)
+        yield f"--gpus {number} --shard", None, outline, replace(devices, number=number, shard=True)
 
 
 # Devices and their speed ----------------------------------------------------------------------------------
