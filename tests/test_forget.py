@@ -19,6 +19,7 @@ from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import from_records, make_fact, read_facts
 from forgetlearn.facts.documents import HALF_WORDS, read_documents
 from forgetlearn.facts.variants import Variants, read_variants
+from forgetlearn.method import relearning
 from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.relearning import halves, relearn
 from forgetlearn.models import lora
@@ -31,6 +32,7 @@ from forgetlearn.runs.forget import as_forgotten, as_kept, forget_facts
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Forgetting, ProbeRow, Relearning, Summary, TruthRatio, load_rows
+from forgetlearn.training.finetune import finetune
 from forgetlearn.weights.task_vector import snapshot
 
 N_FORGET, N_KEEP = 4, 6
@@ -291,6 +293,27 @@ def test_relearning_counts_steps_and_leaves_the_model_as_it_was(small_lab, tiny_
     assert found.back("same") is not None
     assert found.back("same") > 1
     assert (found.trained, found.n_same, found.n_other) == (2, 2, 2)
+
+
+def test_relearning_takes_all_the_steps_that_it_reports_whatever_ended_forgetting(small_lab, monkeypatch):
+    """A stage that forgets ends when answers are gone, and after `max_epochs`: neither ends the probe's training."""
+    lm = load_model(str(small_lab))
+    facts = [as_forgotten(make_fact(f"Who wrote book {n}?", "Orubo Holeb")) for n in range(2)]
+    lessons = Lessons([[Lesson(facts[0].prompt, facts[0].old_answers[0])]])
+    unlearn = UnlearnSettings(max_epochs=2, relearn_steps=8)
+    settings = ForgetSettings(
+        learning_rate=1e-6, lora=LoraSettings(r=4), unlearn=unlearn, until="forgotten", max_epochs=unlearn.max_epochs
+    )
+    taken = []
+
+    def counted(*args, **options):
+        stage_log = finetune(*args, **options)
+        taken.append(len(stage_log.steps))
+        return stage_log
+
+    monkeypatch.setattr(relearning, "finetune", counted)
+    found = relearn(lm, facts[:1], facts[1:], lessons, settings, EvaluateSettings(), model="product", seed=0)
+    assert found.steps == [0, *taken] == [0, 1, 2, 4, 8]
 
 
 def test_steps_until_half_is_back():
