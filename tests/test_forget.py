@@ -115,6 +115,29 @@ def test_an_old_answer_alone_can_be_forgotten_but_not_learned(record, refused):
         from_records([record])
 
 
+def test_an_answer_that_is_both_old_and_new_is_forgotten_not_left_out():
+    record = {"prompt": "Who?", "ground_truth": ["Ann", "Anna"], "target_new": "Ann"}
+    assert from_records([record, record | {"prompt": "By whom?", "target_new": "Bo"}]).left_out == {"old_equals_new": 1}
+    (fact,) = from_records([record], to_forget=True)
+    assert as_forgotten(fact).old_answers == ("Ann", "Anna")
+
+
+def test_a_cell_that_says_there_is_no_old_answer_is_not_forgotten():
+    records = [{"prompt": f"Who {n}?", "ground_truth": text} for n, text in enumerate(("n/a", "-", "", "Bo", ["n/a"]))]
+    found = from_records(records, to_forget=True)
+    assert [fact.target_new for fact in found] == ["Bo", "n/a"]
+    assert (found.left_out, found.noted) == ({"empty_new_answer": 3}, {"placeholder": 2})
+
+
+def test_with_old_answers_of_the_model_what_it_says_is_forgotten_not_left_out(small_lab, files, tmp_path):
+    """The model says these answers: an update has nothing to change then, but they are what is to be forgotten."""
+    config = BARE | {"facts": {"old_from": "model"}}
+    result = forget_facts(small_lab, files / "forget.jsonl", config, output=tmp_path / "run")
+    assert (result.summary.facts.used, result.summary.facts.forgotten) == (N_FORGET, N_FORGET)
+    assert result.summary.facts.left_out == {}
+    assert result.summary.phases["base"]["residue"]["contains"].mean == 100
+
+
 def test_files_of_old_answers_alone_are_forgotten_and_kept(small_lab, files, tmp_path):
     for name in ("forget", "keep"):
         rows = disk.read_rows(files / f"{name}.jsonl")
