@@ -207,6 +207,18 @@ def test_variants_are_read_from_tofus_fields(tmp_path):
     assert found == {"Who?": Variants("It is Ann", ("It is Bo",)), "Where?": Variants("Rome", ("Oslo",))}
 
 
+def test_a_table_may_hold_a_list_of_wrong_answers(tmp_path):
+    file = tmp_path / "facts.csv"
+    file.write_text('question,answer,perturbed_answer\nWho?,Ann,"[""Bo"", ""Cy""]"\nWhere?,Rome,[Oslo]\n')
+    assert read_variants(file) == {"Who?": Variants("Ann", ("Bo", "Cy")), "Where?": Variants("Rome", ("[Oslo]",))}
+
+
+def test_questions_and_answers_in_memory_are_forgotten(small_lab, files, tmp_path):
+    found = from_records(list(disk.read_rows(files / "forget.jsonl")))
+    result = forget_facts(small_lab, found, BARE, output=tmp_path / "run")
+    assert result.summary.facts.forgotten == N_FORGET
+
+
 # Scores ----------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from forgetlearn.evaluation import forgetting, scoring
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, matching, read_facts, sha256
 from forgetlearn.facts.documents import READER
-from forgetlearn.facts.files import SUFFIXES
+from forgetlearn.facts.files import SUFFIXES, is_hub_id
 from forgetlearn.facts.variants import FIELDS, WRONG, Variants, read_variants
 from forgetlearn.method.kinds import Lesson, Lessons, fold_in
 from forgetlearn.method.relearning import halves, relearn
@@ -138,7 +138,9 @@ def as_kept(fact: Fact) -> Fact:
 
 
 def _variants(facts: FactSet) -> dict[str, Variants]:
-    return read_variants(facts.source) if facts.reader == QUESTIONS else {}
+    """Return the variants that the source of facts brings; none if the facts were made of records in memory."""
+    is_source = facts.reader == QUESTIONS and (is_hub_id(facts.source) or Path(facts.source).exists())
+    return read_variants(facts.source) if is_source else {}
 
 
 class ForgetTask(Task):
