@@ -27,6 +27,7 @@ from forgetlearn.models.encoding import Passage
 from forgetlearn.models.language_model import load_model
 from forgetlearn.products.chain import chain_of
 from forgetlearn.report import forgetting as pages
+from forgetlearn.report.render import render
 from forgetlearn.runs import run_store
 from forgetlearn.runs.forget import as_forgotten, as_kept, forget_facts
 from forgetlearn.runs.update import update
@@ -276,6 +277,27 @@ def test_the_verdict_names_a_method_where_subtraction_leaves_most(method, now, n
     }
     said = pages._remedy(SimpleNamespace(method=method, phases=phases))
     assert (named in said) if named else not said
+
+
+def test_what_was_not_asked_is_not_called_gone(small_lab, files, tmp_path):
+    """Without the protocol `generate` the model was not asked, and the mean probability counts no answers."""
+    config = BARE | {"evaluate": {"protocols": ["prefer"], "general_prompts": False}}
+    result = forget_facts(small_lab, files / "forget.jsonl", config, output=tmp_path / "run")
+    for page in ("report.md", "report.html"):
+        text = (result.output / page).read_text(encoding="utf-8")
+        assert "No prompt and no rephrasing" not in text
+        assert "evaluate.protocols" in text
+    verdict = pages.verdict(result.summary)
+    assert "probability" in verdict
+    assert "the model gave" not in verdict
+
+
+def test_of_a_single_fact_no_other_half_is_shown():
+    one = Relearning(model="product", trained=1, steps=[0, 1], same=[0, 100], other=[0, 0], n_same=1, n_other=0)
+    assert pages.relearned(Forgetting(relearning=[one])) == [("product", [0, 1], [0, 100], [])]
+    values = {"found": Forgetting(), "left": [], "measures": [], "relearned": [("product", [0], [0], [])]}
+    for name in ("forgetting.md.j2", "forgetting.html.j2"):
+        assert "other half" not in render(name, {"forgetting": values})
 
 
 def test_a_fact_without_a_new_answer_is_scored_by_its_residue_alone(small_lab):

@@ -60,9 +60,12 @@ def _residue(summary: Summary) -> str:
     protocol = next((name for _, name in COLUMNS if now.get(name) and now[name].mean is not None), None)
     if protocol is None:
         return "Whether the answers are gone was not scored."
+    shares = show_score(before.get(protocol)), show_score(now[protocol])
+    if protocol == "probability":  # nothing was generated
+        return f"The answers to forget had a probability per token of {shares[0]} % before, and have {shares[1]} % now."
     return (
-        f"Of the answers to forget, the model gave {show_score(before.get(protocol))} % before, and gives "
-        f"{show_score(now[protocol])} % now, counted over prompts and rephrasings ({protocol})."
+        f"Of the answers to forget, the model gave {shares[0]} % before, and gives {shares[1]} % now, counted over "
+        f"prompts and rephrasings ({protocol})."
     )
 
 
@@ -159,8 +162,11 @@ def _of_truth(found: Forgetting) -> Iterator[Measure]:
 
 
 def relearned(found: Forgetting) -> list[tuple[str, list[int], list[float], list[float]]]:
-    """Return the curves of the relearning probe: the model, the steps, and the percent of each half that is said."""
-    return [(each.model, each.steps, each.same, each.other) for each in found.relearning]
+    """Return the curves of the relearning probe: the model, the steps, and the percent of each half that is said.
+
+    There is no other half of a single fact.
+    """
+    return [(each.model, each.steps, each.same, each.other if each.n_other else []) for each in found.relearning]
 
 
 def not_gone(inputs: Iterable[Input], rows: Iterable[Row]) -> list[Left]:
@@ -193,6 +199,7 @@ def context(summary: Summary, inputs: Iterable[Input], rows: Iterable[Row]) -> M
     return {
         "found": found,
         "measures": measures(summary),
+        "asked": "contains" in summary.phases["forgotten"].get("residue", {}),
         "left": not_gone(inputs, rows),
         "relearned": relearned(found),
         "warning": warning(found),
