@@ -166,6 +166,26 @@ def test_documents_become_windows_of_two_halves_that_overlap(tmp_path):
     assert again.read == len(again) + sum(again.left_out.values())
 
 
+def test_a_line_of_documents_may_hold_any_separator_but_a_line_break(tmp_path):
+    text = "\u2028".join(f"w{number}" for number in range(2 * HALF_WORDS)) + "\x85\x0c"
+    disk.write_rows(tmp_path / "books.jsonl", [{"text": text}])
+    assert "\u2028" in (tmp_path / "books.jsonl").read_text(encoding="utf-8")
+    assert len(read_documents(tmp_path / "books.jsonl")) == 1
+
+
+def test_documents_are_read_as_the_config_says(small_lab, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text(" ".join(f"w{number % HALF_WORDS}" for number in range(4 * HALF_WORDS)))
+    assert len(read_documents(tmp_path / "book.txt")) == 1
+    with pytest.raises(FactError, match="2 of 3 windows"):
+        read_documents(tmp_path / "book.txt", strict=True)
+    (tmp_path / "config.yaml").write_text("facts: {limit: 1}\nforget: {coef: auto}\n")
+    words = ["forget", "--model", str(small_lab), "--documents", str(tmp_path / "book.txt"), "--output", str(tmp_path)]
+    assert main([*words, "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "forget.coef" in capsys.readouterr().err  # and not facts.limit
+    assert main([*words, "--strict"]) == 2
+    assert "2 of 3 windows" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "too short", '{"text": 3}', '["text"]', "{"])
 def test_documents_that_cannot_be_read_are_named(tmp_path, text):
     for name in ("a.txt", "a.jsonl")[text[:1] in '{["' and bool(text) :]:
@@ -521,6 +541,8 @@ def test_documents_are_forgotten(small_lab, tmp_path, char_tokenizer, tiny_model
     lm = wrap(tiny_model(max_position_embeddings=1024), char_tokenizer)
     config = BARE | {"method": "ascent-ft", "evaluate": {"protocols": ["token", "generate"], "general_prompts": False}}
     result = forget_facts(lm, read_documents(file), config, output=tmp_path / "run")
+    rest = [name for name in ("failed.jsonl", "right.jsonl") if (result.output / name).read_text(encoding="utf-8")]
+    assert [read_documents(result.output / name).facts for name in rest] == [read_documents(file).facts]
     assert result.summary.phases["forgotten"]["residue"].keys() == {
         "token",
         "generate",

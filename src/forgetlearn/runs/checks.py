@@ -85,7 +85,10 @@ def go_on_from(run_folder: str | Path, config: GivenConfig, model: GivenModel, f
         )
     run.check_results()
     if run.manifest.finished and METHODS[str(run.manifest.config["method"])].learns is None:
-        raise RunError(f"{run.path} only forgot, so there is nothing to learn. To go on: forget --facts {file}")
+        raise RunError(
+            f"{run.path} only forgot, so there is nothing to learn. To go on: forget --facts {file}"
+            " (--documents, if it forgot texts)"
+        )
     if not run.manifest.finished or not file.is_file():
         raise RunError(f"{run.path} has no {FAILED}: it is not a finished update. Give the folder of one.")
     if not file.stat().st_size:
