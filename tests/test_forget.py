@@ -29,7 +29,7 @@ from forgetlearn.products.chain import chain_of
 from forgetlearn.report import forgetting as pages
 from forgetlearn.report.render import render
 from forgetlearn.runs import run_store
-from forgetlearn.runs.forget import as_forgotten, as_kept, forget_facts
+from forgetlearn.runs.forget import Kept, as_forgotten, as_kept, forget_facts
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Forgetting, ProbeRow, Relearning, Summary, TruthRatio, load_rows
@@ -660,6 +660,18 @@ def test_the_recipe_is_that_of_forgetting():
     assert set(FORGETTING_METHODS) == {
         f"{name}{end}" for name in ("subtract", "ascent", "npo", "simnpo") for end in ("", "-ft")
     }
+
+
+@pytest.mark.parametrize(("name", "weight", "said"), [("keep.txt", 0, "keep.weight"), ("one.jsonl", 1, "only fact")])
+def test_a_file_to_keep_of_which_nothing_is_scored_is_said(tmp_path, caplog, name, weight, said):
+    disk.write_rows(tmp_path / "one.jsonl", [{"question": "Who?", "answer": "Ann"}])
+    (tmp_path / "keep.txt").write_text("Who?\n")
+    for other, lines in ((name, 1), (None, 0)):
+        caplog.clear()
+        source = str(tmp_path / other) if other else None
+        assert Kept.read(load_config(None, {"keep.source": source, "keep.weight": weight})).scored == ()
+        assert len(caplog.records) == lines
+        assert all(said in record.getMessage() for record in caplog.records)
 
 
 def test_settings_without_effect_are_said(small_lab, files, tmp_path, capsys):

@@ -103,11 +103,15 @@ class Kept:
         """Read and divide the facts at random, by the seed; a text file of prompts has none."""
         source = config.keep.source
         if not source or Path(source).suffix.lower() not in SUFFIXES:
+            if source and not config.keep.weight:
+                log.warning("keep.source = %s has no effect: keep.weight is 0, and only facts can be scored", source)
             return cls()
         found = read_facts(source, to_forget=True)
         shuffled = Random(config.seed).sample(found.facts, len(found))
         middle = (len(shuffled) + 1) // 2 if config.keep.weight else 0
         scored = tuple(as_kept(fact) for fact in shuffled[middle:])
+        if not scored:
+            log.warning("keep.source = %s: its only fact is trained on, so no fact that should stay is scored", source)
         return cls(str(source), tuple(shuffled[:middle]), scored, _variants(found))
 
 
