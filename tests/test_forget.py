@@ -579,6 +579,17 @@ def test_the_command_takes_documents_and_facts_but_not_both(small_lab, files, tm
     assert main(["log", str(tmp_path / "two" / "adapter")]) == 0
 
 
+def test_after_an_update_the_rest_of_its_facts_is_asked_again_and_said(small_lab, files, tmp_path, capsys):
+    settings = {"method": "lora", "learn": {"epochs": 1}} | {name: BARE[name] for name in ("train", "keep")}
+    settings |= {"evaluate": {"protocols": ["token"], "general_prompts": False}}
+    update(small_lab, small_lab / "facts.jsonl", settings, output=tmp_path / "taught")
+    words = ["--model", str(tmp_path / "taught"), "--facts", str(files / "forget.jsonl"), "--relearn", "0"]
+    quick = ("forget.epochs=1", "evaluate.protocols=[token]", "evaluate.general_prompts=false", "keep.weight=0")
+    words += [f"--set={each}" for each in quick]
+    assert main(["forget", *words, "--output", str(tmp_path / "run")]) == 0
+    assert f"retention of {24 - N_FORGET} facts" in capsys.readouterr().out
+
+
 # Bad input -------------------------------------------------------------------------------------------
 
 

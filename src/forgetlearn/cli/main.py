@@ -256,6 +256,7 @@ def forget(
         )
     shown = overview(result.summary)
     print_scores(shown)
+    print_retention(result.summary)
     say(f"\n{shown.verdict}\nproduct  {result.product}\nreport   {result.output / 'report.html'}")
 
 
