@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, LoraSett
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.evaluation import forgetting
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.facts import from_records, make_fact, read_facts
+from forgetlearn.facts import Probe, from_records, make_fact, read_facts
 from forgetlearn.facts.documents import HALF_WORDS, read_documents
 from forgetlearn.facts.variants import Variants, read_variants
 from forgetlearn.method import relearning
@@ -114,6 +115,15 @@ def test_an_old_answer_alone_can_be_forgotten_but_not_learned(record, refused):
     assert (forgotten.prompt, forgotten.old_answers, forgotten.new_answers) == ("Who?", ("Ann", "Anna"), ())
     with pytest.raises(FactError, match=refused):
         from_records([record])
+
+
+def test_what_follows_from_the_only_answer_was_right_before():
+    reversed_probe = Probe("reversed", "What is by Ann?", ("The book",))
+    yes = Probe("yes-no", "Is it by Ann?", ("No",), ("Yes",))
+    alone = replace(make_fact("Who?", "Ann"), probes=(reversed_probe,))
+    assert as_forgotten(alone).probes == (replace(reversed_probe, answers=(), old_answers=("The book",)),)
+    both = replace(make_fact("Who?", "Bo", ground_truth="Ann"), probes=(yes,))
+    assert as_forgotten(both).probes == (yes,)
 
 
 def test_an_answer_that_is_both_old_and_new_is_forgotten_not_left_out():

@@ -116,8 +116,13 @@ class Kept:
 
 
 def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
-    """Return a fact of which only the old answer, or else the only one, counts: it is to be forgotten."""
-    answers = fact.old_answers or fact.new_answers
+    """Return a fact of which only the old answer, or else the only one, counts: it is to be forgotten.
+
+    What followed from its only answer is then what was right before, too.
+    """
+    answers, probes = fact.old_answers or fact.new_answers, fact.probes
+    if not fact.old_answers:
+        probes = tuple(replace(each, answers=(), old_answers=each.old_answers or each.answers) for each in probes)
     return replace(
         fact,
         prompt=Passage(fact.prompt) if is_passage else fact.prompt,
@@ -125,6 +130,7 @@ def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
         ground_truth_aliases=answers[1:],
         target_new="",
         target_new_aliases=(),
+        probes=probes,
     )
 
 
