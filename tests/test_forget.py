@@ -322,6 +322,14 @@ def test_what_was_not_asked_is_not_called_gone(small_lab, files, tmp_path):
     assert "the model gave" not in verdict
 
 
+@pytest.mark.parametrize("model", ["product", "reference"])
+def test_what_is_said_before_relearning_was_not_relearned(model):
+    found = Relearning(model=model, trained=2, steps=[0], same=[100], other=[100], n_same=2, n_other=2)
+    sentence = pages._relearning(found)
+    assert "0 steps" not in sentence
+    assert ("reference" in sentence) == (model == "reference")
+
+
 def test_of_a_single_fact_no_other_half_is_shown():
     one = Relearning(model="product", trained=1, steps=[0, 1], same=[0, 100], other=[0, 0], n_same=1, n_other=0)
     assert pages.relearned(Forgetting(relearning=[one])) == [("product", [0, 1], [0, 100], [])]

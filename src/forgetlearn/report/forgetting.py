@@ -105,7 +105,9 @@ def _quality(found: Forgetting) -> str:
 def _relearning(found: Relearning) -> str:
     """Say how soon half of the answers come back, in each half of the facts."""
     who = "A model that never knew them" if found.model == "reference" else "The forgotten model"
-    if found.same[0] >= BACK and found.model != "reference":
+    if found.same[0] >= BACK:
+        if found.model == "reference":
+            return "The reference says at least half of the answers untrained: it is no model that never knew them."
         return "At least half of the answers were not gone, so relearning was not tested."
     return f"{who}, trained on half of the facts, says half of these {_when(found, 'same')}" + (
         f", and half of the others {_when(found, 'other')}." if found.n_other else "."
