@@ -340,7 +340,7 @@ def _check_damage(path: Path, config: RunConfig, summary: Summary, products: Ite
     told = damage.in_words(prompts) if prompts else "damage was not measured"
     raise DamageError(
         f"evaluate.max_damage = {most:g}: {told}. The product was put aside, in {aside}; {path / 'report.html'} shows "
-        f"what changed. {damage.KEEP_MORE}"
+        f"what changed. {damage.advice(kept=bool(summary.kept))}"
     )
 
 
