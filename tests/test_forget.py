@@ -645,6 +645,12 @@ def test_with_only_known_answers_that_nobody_says_there_is_nothing_to_forget(sma
         forget_facts(small_lab, facts, config, output=tmp_path / "run")
 
 
+def test_a_fact_without_any_answer_is_refused(small_lab, tmp_path):
+    with pytest.raises(FactError, match=r"'Who\?'.*ground_truth"):
+        forget_facts(small_lab, [make_fact("Who?", "")], BARE, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["update", "plan"])
 def test_an_update_takes_no_method_that_only_forgets(small_lab, files, tmp_path, command, capsys):
     words = ["--model", str(small_lab), "--facts", str(files / "forget.jsonl"), "--method", "npo"]

@@ -118,9 +118,11 @@ class Kept:
 def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
     """Return a fact of which only the old answer, or else the only one, counts: it is to be forgotten.
 
-    What followed from its only answer is then what was right before, too.
+    What followed from its only answer is then what was right before, too. Raise FactError if it has no answer.
     """
     answers, probes = fact.old_answers or fact.new_answers, fact.probes
+    if not answers:
+        raise FactError(f"{fact.place}: has no answer to forget (prompt {fact.prompt[:60]!r}). Give ground_truth.")
     if not fact.old_answers:
         probes = tuple(replace(each, answers=(), old_answers=each.old_answers or each.answers) for each in probes)
     return replace(
