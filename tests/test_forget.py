@@ -244,6 +244,13 @@ def test_a_table_may_hold_a_list_of_wrong_answers(tmp_path):
     assert read_variants(file) == {"Who?": Variants("Ann", ("Bo", "Cy")), "Where?": Variants("Rome", ("[Oslo]",))}
 
 
+def test_facts_in_memory_may_have_an_old_answer_alone(small_lab, files, tmp_path):
+    facts = [make_fact(fact.prompt, "", ground_truth=fact.target_new) for fact in read_facts(files / "forget.jsonl")]
+    run = forget_facts(small_lab, facts, BARE, output=tmp_path / "run").output
+    assert Summary.load(run / "summary.json").facts.forgotten == N_FORGET
+    assert [fact.target_new for fact in read_facts(run / "inputs.jsonl")] == [fact.ground_truth for fact in facts]
+
+
 def test_questions_and_answers_in_memory_are_forgotten(small_lab, files, tmp_path):
     found = from_records(list(disk.read_rows(files / "forget.jsonl")))
     result = forget_facts(small_lab, found, BARE, output=tmp_path / "run")

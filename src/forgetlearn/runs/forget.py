@@ -80,7 +80,7 @@ def forget_facts(
         ForgetLearnError: the input is wrong. Nothing has been written yet.
         FactError: with forget.only_known, the model says none of the answers.
     """
-    given = as_fact_set(facts)
+    given = as_fact_set(facts, to_forget=True)
     if not isinstance(config, RunConfig):
         config = {"recipe": FORGET, **(config or {})}
     config = begun_on.of_run(resolve(config, model, given))
