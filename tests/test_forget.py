@@ -18,7 +18,7 @@ from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.evaluation import forgetting
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import Probe, from_records, make_fact, read_facts
-from forgetlearn.facts.documents import HALF_WORDS, read_documents
+from forgetlearn.facts.documents import FEWEST_WORDS, HALF_WORDS, read_documents
 from forgetlearn.facts.variants import Variants, read_variants
 from forgetlearn.method import relearning
 from forgetlearn.method.kinds import Lesson, Lessons
@@ -174,6 +174,14 @@ def test_documents_become_windows_of_two_halves_that_overlap(tmp_path):
     again = read_documents(lines)
     assert (again.records, again.read, len(again)) == (3, 5, 3)
     assert again.read == len(again) + sum(again.left_out.values())
+
+
+@pytest.mark.parametrize("more", [0, 1, FEWEST_WORDS - 1, FEWEST_WORDS, HALF_WORDS])
+def test_all_of_a_text_but_its_first_words_is_forgotten(tmp_path, more):
+    words = [f"w{number}" for number in range(2 * HALF_WORDS + more)]
+    (tmp_path / "book.txt").write_text(" ".join(words))
+    answers = " ".join(fact.target_new for fact in read_documents(tmp_path / "book.txt"))
+    assert answers.split() == words[HALF_WORDS:]
 
 
 def test_a_line_of_documents_may_hold_any_separator_but_a_line_break(tmp_path):

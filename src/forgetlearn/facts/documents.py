@@ -96,8 +96,9 @@ def _text_of(line: str, place: str) -> str:
 
 
 def _windows(words: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the two halves of each window; the last second half may be shorter."""
+    """Yield the two halves of each window; the last second half is shorter, or has the few words that are left too."""
     for middle in range(HALF_WORDS, len(words), HALF_WORDS):
-        second = words[middle : middle + HALF_WORDS]
+        end = middle + HALF_WORDS
+        second = words[middle : end if len(words) - end >= FEWEST_WORDS else len(words)]
         if len(second) >= FEWEST_WORDS:
             yield " ".join(words[middle - HALF_WORDS : middle]), " ".join(second)
