@@ -348,7 +348,7 @@ def test_what_is_said_before_relearning_was_not_relearned(model):
 def test_of_a_single_fact_no_other_half_is_shown():
     one = Relearning(model="product", trained=1, steps=[0, 1], same=[0, 100], other=[0, 0], n_same=1, n_other=0)
     assert pages.relearned(Forgetting(relearning=[one])) == [("product", [0, 1], [0, 100], [])]
-    values = {"found": Forgetting(), "left": [], "measures": [], "relearned": [("product", [0], [0], [])]}
+    values = {"found": Forgetting(), "left": [], "asked": True, "measures": [], "relearned": [("none", [0], [0], [])]}
     for name in ("forgetting.md.j2", "forgetting.html.j2"):
         assert "other half" not in render(name, {"forgetting": values})
 
