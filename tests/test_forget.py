@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +17,10 @@ from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, LoraSett
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.evaluation import forgetting
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.facts import from_records, make_fact, read_facts
-from forgetlearn.facts.documents import HALF_WORDS, read_documents
+from forgetlearn.facts import Probe, from_records, make_fact, read_facts
+from forgetlearn.facts.documents import FEWEST_WORDS, HALF_WORDS, read_documents
 from forgetlearn.facts.variants import Variants, read_variants
+from forgetlearn.method import relearning
 from forgetlearn.method.kinds import Lesson, Lessons
 from forgetlearn.method.relearning import halves, relearn
 from forgetlearn.models import lora
@@ -26,11 +28,13 @@ from forgetlearn.models.encoding import Passage
 from forgetlearn.models.language_model import load_model
 from forgetlearn.products.chain import chain_of
 from forgetlearn.report import forgetting as pages
+from forgetlearn.report.render import render
 from forgetlearn.runs import run_store
-from forgetlearn.runs.forget import as_forgotten, as_kept, forget_facts
+from forgetlearn.runs.forget import Kept, as_forgotten, as_kept, forget_facts
 from forgetlearn.runs.update import update
 from forgetlearn.storage import disk
 from forgetlearn.storage.records import Forgetting, ProbeRow, Relearning, Summary, TruthRatio, load_rows
+from forgetlearn.training.finetune import finetune
 from forgetlearn.weights.task_vector import snapshot
 
 N_FORGET, N_KEEP = 4, 6
@@ -113,6 +117,38 @@ def test_an_old_answer_alone_can_be_forgotten_but_not_learned(record, refused):
         from_records([record])
 
 
+def test_what_follows_from_the_only_answer_was_right_before():
+    reversed_probe = Probe("reversed", "What is by Ann?", ("The book",))
+    yes = Probe("yes-no", "Is it by Ann?", ("No",), ("Yes",))
+    alone = replace(make_fact("Who?", "Ann"), probes=(reversed_probe,))
+    assert as_forgotten(alone).probes == (replace(reversed_probe, answers=(), old_answers=("The book",)),)
+    both = replace(make_fact("Who?", "Bo", ground_truth="Ann"), probes=(yes,))
+    assert as_forgotten(both).probes == (yes,)
+
+
+def test_an_answer_that_is_both_old_and_new_is_forgotten_not_left_out():
+    record = {"prompt": "Who?", "ground_truth": ["Ann", "Anna"], "target_new": "Ann"}
+    assert from_records([record, record | {"prompt": "By whom?", "target_new": "Bo"}]).left_out == {"old_equals_new": 1}
+    (fact,) = from_records([record], to_forget=True)
+    assert as_forgotten(fact).old_answers == ("Ann", "Anna")
+
+
+def test_a_cell_that_says_there_is_no_old_answer_is_not_forgotten():
+    records = [{"prompt": f"Who {n}?", "ground_truth": text} for n, text in enumerate(("n/a", "-", "", "Bo", ["n/a"]))]
+    found = from_records(records, to_forget=True)
+    assert [fact.target_new for fact in found] == ["Bo", "n/a"]
+    assert (found.left_out, found.noted) == ({"empty_new_answer": 3}, {"placeholder": 2})
+
+
+def test_with_old_answers_of_the_model_what_it_says_is_forgotten_not_left_out(small_lab, files, tmp_path):
+    """The model says these answers: an update has nothing to change then, but they are what is to be forgotten."""
+    config = BARE | {"facts": {"old_from": "model"}}
+    result = forget_facts(small_lab, files / "forget.jsonl", config, output=tmp_path / "run")
+    assert (result.summary.facts.used, result.summary.facts.forgotten) == (N_FORGET, N_FORGET)
+    assert result.summary.facts.left_out == {}
+    assert result.summary.phases["base"]["residue"]["contains"].mean == 100
+
+
 def test_files_of_old_answers_alone_are_forgotten_and_kept(small_lab, files, tmp_path):
     for name in ("forget", "keep"):
         rows = disk.read_rows(files / f"{name}.jsonl")
@@ -138,6 +174,34 @@ def test_documents_become_windows_of_two_halves_that_overlap(tmp_path):
     again = read_documents(lines)
     assert (again.records, again.read, len(again)) == (3, 5, 3)
     assert again.read == len(again) + sum(again.left_out.values())
+
+
+@pytest.mark.parametrize("more", [0, 1, FEWEST_WORDS - 1, FEWEST_WORDS, HALF_WORDS])
+def test_all_of_a_text_but_its_first_words_is_forgotten(tmp_path, more):
+    words = [f"w{number}" for number in range(2 * HALF_WORDS + more)]
+    (tmp_path / "book.txt").write_text(" ".join(words))
+    answers = " ".join(fact.target_new for fact in read_documents(tmp_path / "book.txt"))
+    assert answers.split() == words[HALF_WORDS:]
+
+
+def test_a_line_of_documents_may_hold_any_separator_but_a_line_break(tmp_path):
+    text = "\u2028".join(f"w{number}" for number in range(2 * HALF_WORDS)) + "\x85\x0c"
+    disk.write_rows(tmp_path / "books.jsonl", [{"text": text}])
+    assert "\u2028" in (tmp_path / "books.jsonl").read_text(encoding="utf-8")
+    assert len(read_documents(tmp_path / "books.jsonl")) == 1
+
+
+def test_documents_are_read_as_the_config_says(small_lab, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text(" ".join(f"w{number % HALF_WORDS}" for number in range(4 * HALF_WORDS)))
+    assert len(read_documents(tmp_path / "book.txt")) == 1
+    with pytest.raises(FactError, match="2 of 3 windows"):
+        read_documents(tmp_path / "book.txt", strict=True)
+    (tmp_path / "config.yaml").write_text("facts: {limit: 1}\nforget: {coef: auto}\n")
+    words = ["forget", "--model", str(small_lab), "--documents", str(tmp_path / "book.txt"), "--output", str(tmp_path)]
+    assert main([*words, "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "forget.coef" in capsys.readouterr().err  # and not facts.limit
+    assert main([*words, "--strict"]) == 2
+    assert "2 of 3 windows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "too short", '{"text": 3}', '["text"]', "{"])
@@ -180,6 +244,25 @@ def test_variants_are_read_from_tofus_fields(tmp_path):
     disk.write_rows(file, rows)
     found = read_variants(file)
     assert found == {"Who?": Variants("It is Ann", ("It is Bo",)), "Where?": Variants("Rome", ("Oslo",))}
+
+
+def test_a_table_may_hold_a_list_of_wrong_answers(tmp_path):
+    file = tmp_path / "facts.csv"
+    file.write_text('question,answer,perturbed_answer\nWho?,Ann,"[""Bo"", ""Cy""]"\nWhere?,Rome,[Oslo]\n')
+    assert read_variants(file) == {"Who?": Variants("Ann", ("Bo", "Cy")), "Where?": Variants("Rome", ("[Oslo]",))}
+
+
+def test_facts_in_memory_may_have_an_old_answer_alone(small_lab, files, tmp_path):
+    facts = [make_fact(fact.prompt, "", ground_truth=fact.target_new) for fact in read_facts(files / "forget.jsonl")]
+    run = forget_facts(small_lab, facts, BARE, output=tmp_path / "run").output
+    assert Summary.load(run / "summary.json").facts.forgotten == N_FORGET
+    assert [fact.target_new for fact in read_facts(run / "inputs.jsonl")] == [fact.ground_truth for fact in facts]
+
+
+def test_questions_and_answers_in_memory_are_forgotten(small_lab, files, tmp_path):
+    found = from_records(list(disk.read_rows(files / "forget.jsonl")))
+    result = forget_facts(small_lab, found, BARE, output=tmp_path / "run")
+    assert result.summary.facts.forgotten == N_FORGET
 
 
 # Scores ----------------------------------------------------------------------------------------------
@@ -241,6 +324,35 @@ def test_the_verdict_names_a_method_where_subtraction_leaves_most(method, now, n
     assert (named in said) if named else not said
 
 
+def test_what_was_not_asked_is_not_called_gone(small_lab, files, tmp_path):
+    """Without the protocol `generate` the model was not asked, and the mean probability counts no answers."""
+    config = BARE | {"evaluate": {"protocols": ["prefer"], "general_prompts": False}}
+    result = forget_facts(small_lab, files / "forget.jsonl", config, output=tmp_path / "run")
+    for page in ("report.md", "report.html"):
+        text = (result.output / page).read_text(encoding="utf-8")
+        assert "No prompt and no rephrasing" not in text
+        assert "evaluate.protocols" in text
+    verdict = pages.verdict(result.summary)
+    assert "probability" in verdict
+    assert "the model gave" not in verdict
+
+
+@pytest.mark.parametrize("model", ["product", "reference"])
+def test_what_is_said_before_relearning_was_not_relearned(model):
+    found = Relearning(model=model, trained=2, steps=[0], same=[100], other=[100], n_same=2, n_other=2)
+    sentence = pages._relearning(found)
+    assert "0 steps" not in sentence
+    assert ("reference" in sentence) == (model == "reference")
+
+
+def test_of_a_single_fact_no_other_half_is_shown():
+    one = Relearning(model="product", trained=1, steps=[0, 1], same=[0, 100], other=[0, 0], n_same=1, n_other=0)
+    assert pages.relearned(Forgetting(relearning=[one])) == [("product", [0, 1], [0, 100], [])]
+    values = {"found": Forgetting(), "left": [], "asked": True, "measures": [], "relearned": [("none", [0], [0], [])]}
+    for name in ("forgetting.md.j2", "forgetting.html.j2"):
+        assert "other half" not in render(name, {"forgetting": values})
+
+
 def test_a_fact_without_a_new_answer_is_scored_by_its_residue_alone(small_lab):
     lm = load_model(str(small_lab))
     facts = [as_forgotten(fact) for fact in list(read_facts(small_lab / "facts.jsonl"))[:2]]
@@ -291,6 +403,27 @@ def test_relearning_counts_steps_and_leaves_the_model_as_it_was(small_lab, tiny_
     assert found.back("same") is not None
     assert found.back("same") > 1
     assert (found.trained, found.n_same, found.n_other) == (2, 2, 2)
+
+
+def test_relearning_takes_all_the_steps_that_it_reports_whatever_ended_forgetting(small_lab, monkeypatch):
+    """A stage that forgets ends when answers are gone, and after `max_epochs`: neither ends the probe's training."""
+    lm = load_model(str(small_lab))
+    facts = [as_forgotten(make_fact(f"Who wrote book {n}?", "Orubo Holeb")) for n in range(2)]
+    lessons = Lessons([[Lesson(facts[0].prompt, facts[0].old_answers[0])]])
+    unlearn = UnlearnSettings(max_epochs=2, relearn_steps=8)
+    settings = ForgetSettings(
+        learning_rate=1e-6, lora=LoraSettings(r=4), unlearn=unlearn, until="forgotten", max_epochs=unlearn.max_epochs
+    )
+    taken = []
+
+    def counted(*args, **options):
+        stage_log = finetune(*args, **options)
+        taken.append(len(stage_log.steps))
+        return stage_log
+
+    monkeypatch.setattr(relearning, "finetune", counted)
+    found = relearn(lm, facts[:1], facts[1:], lessons, settings, EvaluateSettings(), model="product", seed=0)
+    assert found.steps == [0, *taken] == [0, 1, 2, 4, 8]
 
 
 def test_steps_until_half_is_back():
@@ -441,6 +574,8 @@ def test_documents_are_forgotten(small_lab, tmp_path, char_tokenizer, tiny_model
     lm = wrap(tiny_model(max_position_embeddings=1024), char_tokenizer)
     config = BARE | {"method": "ascent-ft", "evaluate": {"protocols": ["token", "generate"], "general_prompts": False}}
     result = forget_facts(lm, read_documents(file), config, output=tmp_path / "run")
+    rest = [name for name in ("failed.jsonl", "right.jsonl") if (result.output / name).read_text(encoding="utf-8")]
+    assert [read_documents(result.output / name).facts for name in rest] == [read_documents(file).facts]
     assert result.summary.phases["forgotten"]["residue"].keys() == {
         "token",
         "generate",
@@ -475,6 +610,17 @@ def test_the_command_takes_documents_and_facts_but_not_both(small_lab, files, tm
     assert "--documents" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "two")]) == 0
     assert main(["log", str(tmp_path / "two" / "adapter")]) == 0
+
+
+def test_after_an_update_the_rest_of_its_facts_is_asked_again_and_said(small_lab, files, tmp_path, capsys):
+    settings = {"method": "lora", "learn": {"epochs": 1}} | {name: BARE[name] for name in ("train", "keep")}
+    settings |= {"evaluate": {"protocols": ["token"], "general_prompts": False}}
+    update(small_lab, small_lab / "facts.jsonl", settings, output=tmp_path / "taught")
+    words = ["--model", str(tmp_path / "taught"), "--facts", str(files / "forget.jsonl"), "--relearn", "0"]
+    quick = ("forget.epochs=1", "evaluate.protocols=[token]", "evaluate.general_prompts=false", "keep.weight=0")
+    words += [f"--set={each}" for each in quick]
+    assert main(["forget", *words, "--output", str(tmp_path / "run")]) == 0
+    assert f"retention of {24 - N_FORGET} facts" in capsys.readouterr().out
 
 
 # Bad input -------------------------------------------------------------------------------------------
@@ -512,6 +658,12 @@ def test_with_only_known_answers_that_nobody_says_there_is_nothing_to_forget(sma
     config = BARE | {"forget": {"only_known": True, "epochs": 1}}
     with pytest.raises(FactError, match=r"forget\.only_known"):
         forget_facts(small_lab, facts, config, output=tmp_path / "run")
+
+
+def test_a_fact_without_any_answer_is_refused(small_lab, tmp_path):
+    with pytest.raises(FactError, match=r"'Who\?'.*ground_truth"):
+        forget_facts(small_lab, [make_fact("Who?", "")], BARE, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", ["update", "plan"])
@@ -558,6 +710,18 @@ def test_the_recipe_is_that_of_forgetting():
     assert set(FORGETTING_METHODS) == {
         f"{name}{end}" for name in ("subtract", "ascent", "npo", "simnpo") for end in ("", "-ft")
     }
+
+
+@pytest.mark.parametrize(("name", "weight", "said"), [("keep.txt", 0, "keep.weight"), ("one.jsonl", 1, "only fact")])
+def test_a_file_to_keep_of_which_nothing_is_scored_is_said(tmp_path, caplog, name, weight, said):
+    disk.write_rows(tmp_path / "one.jsonl", [{"question": "Who?", "answer": "Ann"}])
+    (tmp_path / "keep.txt").write_text("Who?\n")
+    for other, lines in ((name, 1), (None, 0)):
+        caplog.clear()
+        source = str(tmp_path / other) if other else None
+        assert Kept.read(load_config(None, {"keep.source": source, "keep.weight": weight})).scored == ()
+        assert len(caplog.records) == lines
+        assert all(said in record.getMessage() for record in caplog.records)
 
 
 def test_settings_without_effect_are_said(small_lab, files, tmp_path, capsys):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 
 from forgetlearn.cli.main import main
 from forgetlearn.config.schema import EvaluateSettings, load_config
-from forgetlearn.errors import ConfigError
+from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import probe_scoring, probes
 from forgetlearn.evaluation.probes import Asked, Maker
 from forgetlearn.evaluation.scorer import Failure, Generated, Reading, Scorer
-from forgetlearn.facts import LocalityProbe, Probe, make_fact, write_facts
+from forgetlearn.facts import LocalityProbe, Probe, from_records, make_fact, write_facts
 from forgetlearn.report import run_page
 from forgetlearn.report.probes import matrix
 from forgetlearn.runs.update import update
@@ -66,6 +67,14 @@ def test_wrong_options_are_of_the_same_kind_where_there_are_such(lm):
 def test_one_fact_alone_has_no_multiple_choice(lm):
     assert made("multiple-choice", LIMA, lm, facts=[LIMA]) == []
     assert len(made("multiple-choice", ROME, lm, facts=[ROME])[0].options) == 2  # the new and the old answer
+
+
+def test_there_are_at_most_as_many_options_as_letters():
+    probe = {"kind": "multiple-choice", "prompt": "Who?", "answer": "Ann"}
+    for number in (26, 27):
+        record = {"prompt": "Who?", "target_new": "Ann", "probes": [probe | {"options": ["Ann", *range(1, number)]}]}
+        with nullcontext() if number == 26 else pytest.raises(FactError, match="27"):
+            from_records([record])
 
 
 def test_the_options_of_the_file_win(lm):

@@ -240,9 +240,10 @@ def forget(
         read_as = load_config(given.file, given.values).facts
         if read_as.source:
             raise ConfigError("--documents: facts or documents are forgotten, not both. Leave facts.source out.")
-        texts = read_documents(documents, read_as.limit)
-        given = Given({name: value for name, value in given.values.items() if name != "facts.limit"}, given.file)
+        texts = read_documents(documents, read_as.limit, strict=read_as.strict)
     config = given.config("forget")
+    if documents:
+        config = config.model_copy(update={"facts": config.facts.model_copy(update={"limit": None})})  # has been read
     from forgetlearn.report.run_page import overview
     from forgetlearn.runs.forget import forget_facts
 

@@ -7,7 +7,7 @@ each half but the first of a text is forgotten.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from forgetlearn.errors import FactError
@@ -19,13 +19,14 @@ FEWEST_WORDS = 8  # of the answer, if a text ends there
 READER = "documents"
 
 
-def read_documents(source: str | Path, limit: int | None = None) -> FactSet:
+def read_documents(source: str | Path, limit: int | None = None, *, strict: bool = False) -> FactSet:
     """Return the windows of the texts in a file as facts; `limit` is the largest number of windows.
 
     A `.jsonl` file has a text per line, in the field `text`; any other file is one text.
 
     Raises:
-        FactError: the file cannot be read, is not UTF-8, or has no text that is long enough.
+        FactError: the file cannot be read, is not UTF-8, or has no text that is long enough; with `strict`, a window
+            repeats the first half of another, and would be left out.
     """
     path = Path(source)
     found: dict[str, Fact] = {}
@@ -44,6 +45,10 @@ def read_documents(source: str | Path, limit: int | None = None) -> FactSet:
             f"{path}: no text has {HALF_WORDS + FEWEST_WORDS} words, so there is nothing to cut in two. Give a longer "
             "text, or facts (--facts)."
         )
+    if strict and n_repeated:
+        raise FactError(
+            f"{path}: --strict was given, but {n_repeated} of {n_windows} windows begin as an earlier one does."
+        )
     return FactSet(
         facts=tuple(found.values()),
         source=str(source),
@@ -54,6 +59,12 @@ def read_documents(source: str | Path, limit: int | None = None) -> FactSet:
         left_out={"repeated_prompt": n_repeated} if n_repeated else {},
         records=n_texts,
     )
+
+
+def write_documents(facts: Iterable[Fact], path: Path) -> None:
+    """Write windows as JSONL with the field `text`; `read_documents` reads equal facts back."""
+    texts = [json.dumps({"text": f"{fact.prompt} {fact.target_new}"}, ensure_ascii=False) for fact in facts]
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8", newline="\n")
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -69,7 +80,7 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix.lower() != ".jsonl":
         yield str(path), whole
         return
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole.split("\n"), 1):  # splitlines would split at U+2028 inside a text
         if line.strip():
             yield f"{path}, line {number}", _text_of(line, f"{path}, line {number}")
 
@@ -85,8 +96,9 @@ def _text_of(line: str, place: str) -> str:
 
 
 def _windows(words: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the two halves of each window; the last second half may be shorter."""
+    """Yield the two halves of each window; the last second half is shorter, or has the few words that are left too."""
     for middle in range(HALF_WORDS, len(words), HALF_WORDS):
-        second = words[middle : middle + HALF_WORDS]
+        end = middle + HALF_WORDS
+        second = words[middle : end if len(words) - end >= FEWEST_WORDS else len(words)]
         if len(second) >= FEWEST_WORDS:
             yield " ".join(words[middle - HALF_WORDS : middle]), " ".join(second)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, overload
 
 from forgetlearn.config.schema import OldFrom
 from forgetlearn.errors import FactError
-from forgetlearn.facts.fact import Fact, sha256
+from forgetlearn.facts.fact import Fact, fact_id, sha256
 
 Reason = Literal[
     "old_equals_new",
@@ -167,8 +167,10 @@ class FactSet:
 GivenFacts = FactSet | Iterable[Fact] | str | Path | None
 
 
-def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
+def as_fact_set(facts: GivenFacts, *, to_forget: bool = False) -> FactSet | str | Path | None:
     """Return facts in memory (a list, a generator) as a FactSet; return a FactSet, a source or None unchanged.
+
+    With `to_forget`, an old answer alone becomes the fact's only answer, as `read_facts` reads it.
 
     Raise FactError if the list is empty, an item is not a Fact, or a fact occurs twice.
     """
@@ -186,6 +188,8 @@ def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
         found.append(fact)
     if not found:
         raise FactError("facts: the list is empty. Give at least one Fact.")
+    if to_forget:
+        found = [fact if fact.new_answers or not fact.old_answers else _with_only_answer(fact) for fact in found]
     n_without = sum(not fact.ground_truth for fact in found)
     return FactSet(
         facts=tuple(found),
@@ -197,6 +201,18 @@ def as_fact_set(facts: GivenFacts) -> FactSet | str | Path | None:
         records=len(found),
         old_sources={fact.id: "answers" for fact in found if fact.ground_truth},
         without_old={"no_old_answer": n_without} if n_without else {},
+    )
+
+
+def _with_only_answer(fact: Fact) -> Fact:
+    answer, *aliases = fact.old_answers
+    return replace(
+        fact,
+        id=fact_id(fact.subject, fact.prompt, answer),
+        target_new=answer,
+        target_new_aliases=tuple(aliases),
+        ground_truth=None,
+        ground_truth_aliases=(),
     )
 
 

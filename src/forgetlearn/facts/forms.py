@@ -222,7 +222,7 @@ def read_records(
             )
         read = {name: record[original] for name, original in originals.items()}
         if isinstance(record, TableRow):
-            read = {name: _cell(name, value, where) for name, value in read.items()}
+            read = {name: cell(name, value, where) for name, value in read.items()}
         drafted = form.read(Fields(read, where))
         for draft in drafted if isinstance(drafted, list) else [drafted]:
             drafts.append(replace(draft, where=draft.where or where))
@@ -249,7 +249,7 @@ def _recognised(
     return form, originals
 
 
-def _cell(name: str, value: object, where: str) -> object:
+def cell(name: str, value: object, where: str) -> object:
     """Return the text of a cell, or the JSON list in it.
 
     In columns of rephrasings and probes, a cell that begins with `[` is a list. In other columns it is a list only if

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
 
 from forgetlearn.errors import FactError, some
 from forgetlearn.facts.fact import LocalityProbe, Probe, fact_id
@@ -188,12 +189,14 @@ def _own_probes(fields: Fields) -> Iterator[Probe]:
                 f"{item.place('kind')} is {kind[:50]!r}. Name what the probe tests, such as 2-hop or reversed, in at "
                 f"most {LONGEST_KIND} characters."
             )
+        if len(options := item.texts("options")) > len(ascii_uppercase):
+            raise FactError(f"{item.place('options')} has {len(options)}: expected at most {len(ascii_uppercase)}.")
         yield Probe(
             kind=kind,
             prompt=item.text("prompt"),
             answers=_all_texts(item.answer("answer")),
             old_answers=_all_texts(item.answer("old_answer")),
-            options=tuple(item.texts("options")),
+            options=tuple(options),
             needs=tuple(LocalityProbe(each.text("prompt"), each.text("answer")) for each in item.objects("needs")),
         )
 

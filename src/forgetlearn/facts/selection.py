@@ -113,15 +113,16 @@ def with_old_answers(
     unfinished: Collection[str] = (),
     writes_on: bool = False,
     strict: bool = False,
+    to_forget: bool = False,
 ) -> FactSet:
     """Return the facts; those in `facts.to_ask` get the model's answers (fact id -> answer) as old answers.
 
     Of an answer that was cut off at the token limit (its id is in `unfinished`) the whole sentences count, if it is a
     reply and has any. An answer of which nothing is left does not count: the fact stays without an old answer, and
-    `without_old` counts it. A fact is left out if the model already says its new
-    answer, judged as in the protocol `contains`; `writes_on` is true if the model continues prompts as texts. What a
-    sentence adds to the prompt ("Paris" of "The capital of France is Paris.") becomes an alias of the old answer, so
-    that it is found in other words too.
+    `without_old` counts it. A fact is left out if the model already says its new answer, judged as in the protocol
+    `contains`; with `to_forget` it stays as it is, since its answer is then what is forgotten. `writes_on` is true if
+    the model continues prompts as texts. What a sentence adds to the prompt ("Paris" of "The capital of France is
+    Paris.") becomes an alias of the old answer, so that it is found in other words too.
 
     Raise FactError if `answers` lacks a fact to ask, if no fact is left, or if one is left out under `strict`.
     """
@@ -141,14 +142,15 @@ def with_old_answers(
             continue
         cut_off = fact.id in unfinished
         old = ("" if writes_on else whole_sentences(reply)) if cut_off else reply
-        if old and says(reply, fact.new_answers, at_start=writes_on):
+        is_said = bool(old and says(reply, fact.new_answers, at_start=writes_on))
+        if is_said and not to_forget:
             gone[number] = LeftOut(number, "old_equals_new", _detail(fact.prompt, reply))
-        elif old:
+        elif old and not is_said:
             sources[fact.id] = "model"
             short = added_to(fact.prompt, old)
             kept.append(replace(fact, ground_truth=old, ground_truth_aliases=(short,) if short else ()))
         else:
-            without["unfinished_old_answer" if reply else "no_old_answer"] += 1
+            without["unfinished_old_answer" if reply and not is_said else "no_old_answer"] += 1
             kept.append(fact)
     result = replace(
         facts,
@@ -179,9 +181,15 @@ class _Chosen:
 
 
 def _with_an_answer(draft: Draft) -> Draft:
-    """Return a draft that has an old answer and no new one with the old as its only answer."""
-    alone = draft.old.text.strip() and not draft.new.text.strip()
-    return replace(draft, new=draft.old, old=NO_ANSWER) if alone else draft
+    """Return a draft that has an old answer and no other with the old as its only answer.
+
+    A new answer that is the old one is no reason to leave the fact out: that answer is forgotten.
+    """
+    old, new = draft.old.text.strip(), draft.new.text.strip()
+    if not old or new not in ("", old) or (is_placeholder(old) and not draft.old.is_list):
+        return draft
+    aliases = (*draft.old.aliases, *draft.new.aliases)
+    return replace(draft, new=replace(draft.old, aliases=aliases), old=NO_ANSWER)
 
 
 def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | None, separator: str | None) -> _Chosen:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from forgetlearn.facts.fields import Fields
 from forgetlearn.facts.files import read_source
+from forgetlearn.facts.forms import TableRow, cell
 
 REWORDED, WRONG = "paraphrased_answer", "perturbed_answer"
 FIELDS = (REWORDED, WRONG)
@@ -33,7 +34,10 @@ def read_variants(source: str | Path, columns: Mapping[str, str] | None = None) 
     for number, record in enumerate(read_source(source, columns or {}).records, 1):
         if not isinstance(record, Mapping) or WRONG not in record or "question" not in record:
             continue
-        fields = Fields(record, f"{source}, record {number}")
+        where = f"{source}, record {number}"
+        if isinstance(record, TableRow):
+            record = {name: cell(name, value, where) for name, value in record.items()}
+        fields = Fields(record, where)
         wrong = tuple(text.strip() for text in fields.texts(WRONG) if text.strip())
         right = fields.text(REWORDED).strip() or fields.text("answer").strip()
         if wrong and right:

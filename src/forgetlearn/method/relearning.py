@@ -122,7 +122,7 @@ def _asked_after(
 def _train(steps: int, lm: LanguageModel, lessons: Lessons, settings: ForgetSettings, seed: int) -> None:
     """Attach an adapter "relearn" and train it for so many steps."""
     kind = STAGE_KINDS[HOW]
-    constant = {"lr_scheduler_type": "constant", "epochs": steps, "weight_decay": 0.0}
+    constant = {"lr_scheduler_type": "constant", "until": "epochs", "epochs": steps, "weight_decay": 0.0}
     own, variant = kind.training(settings.model_copy(update=constant), width(lm.model))
     lm.model = kind.prepare(lm.model, own, "relearn", seed)
     texts = [tuple(lesson.encoded(lm.encoder) for lesson in each) for each in lessons.of_facts]

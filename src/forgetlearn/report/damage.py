@@ -34,8 +34,12 @@ def warning(found: OnPrompts | None, *, kept: bool) -> str | None:
     """Return a warning if the damage is bad, else None. `kept` tells whether training kept other answers."""
     if found is None or not is_bad(found):
         return None
-    advice = KEEP_MORE.format(OWN_PROMPTS if kept else KEEP_AT_ALL)
-    return f"Damage: {in_words(found)}, so it answers other questions differently too. {advice}"
+    return f"Damage: {in_words(found)}, so it answers other questions differently too. {advice(kept=kept)}"
+
+
+def advice(*, kept: bool) -> str:
+    """Return what to do for less damage. `kept` tells whether training kept other answers."""
+    return KEEP_MORE.format(OWN_PROMPTS if kept else KEEP_AT_ALL)
 
 
 def examples(found: OnPrompts | None) -> list[str]:

@@ -60,9 +60,12 @@ def _residue(summary: Summary) -> str:
     protocol = next((name for _, name in COLUMNS if now.get(name) and now[name].mean is not None), None)
     if protocol is None:
         return "Whether the answers are gone was not scored."
+    shares = show_score(before.get(protocol)), show_score(now[protocol])
+    if protocol == "probability":  # nothing was generated
+        return f"The answers to forget had a probability per token of {shares[0]} % before, and have {shares[1]} % now."
     return (
-        f"Of the answers to forget, the model gave {show_score(before.get(protocol))} % before, and gives "
-        f"{show_score(now[protocol])} % now, counted over prompts and rephrasings ({protocol})."
+        f"Of the answers to forget, the model gave {shares[0]} % before, and gives {shares[1]} % now, counted over "
+        f"prompts and rephrasings ({protocol})."
     )
 
 
@@ -102,7 +105,9 @@ def _quality(found: Forgetting) -> str:
 def _relearning(found: Relearning) -> str:
     """Say how soon half of the answers come back, in each half of the facts."""
     who = "A model that never knew them" if found.model == "reference" else "The forgotten model"
-    if found.same[0] >= BACK and found.model != "reference":
+    if found.same[0] >= BACK:
+        if found.model == "reference":
+            return "The reference says at least half of the answers untrained: it is no model that never knew them."
         return "At least half of the answers were not gone, so relearning was not tested."
     return f"{who}, trained on half of the facts, says half of these {found.when_back('same')}" + (
         f", and half of the others {found.when_back('other')}." if found.n_other else "."
@@ -154,8 +159,11 @@ def _of_truth(found: Forgetting) -> Iterator[Measure]:
 
 
 def relearned(found: Forgetting) -> list[tuple[str, list[int], list[float], list[float]]]:
-    """Return the curves of the relearning probe: the model, the steps, and the percent of each half that is said."""
-    return [(each.model, each.steps, each.same, each.other) for each in found.relearning]
+    """Return the curves of the relearning probe: the model, the steps, and the percent of each half that is said.
+
+    There is no other half of a single fact.
+    """
+    return [(each.model, each.steps, each.same, each.other if each.n_other else []) for each in found.relearning]
 
 
 def not_gone(inputs: Iterable[Input], rows: Iterable[Row]) -> list[Left]:
@@ -188,6 +196,7 @@ def context(summary: Summary, inputs: Iterable[Input], rows: Iterable[Row]) -> M
     return {
         "found": found,
         "measures": measures(summary),
+        "asked": "contains" in summary.phases["forgotten"].get("residue", {}),
         "left": not_gone(inputs, rows),
         "relearned": relearned(found),
         "warning": warning(found),

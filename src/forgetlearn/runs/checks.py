@@ -112,6 +112,7 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
         unfinished={row.fact for row in rows if row.truncated},
         writes_on=any(row.writes_on for row in rows),
         strict=config.facts.strict,
+        to_forget=METHODS[config.method].learns is None,
     )
 
 

@@ -60,7 +60,10 @@ def _check_some_failed(run: RunFolder) -> None:
     run.check_results()
     failed = run.path / FAILED
     if run.manifest.finished and METHODS[str(run.manifest.config["method"])].learns is None:
-        raise RunError(f"{run.path} only forgot, so there is nothing to learn. To go on: forget --facts {failed}")
+        raise RunError(
+            f"{run.path} only forgot, so there is nothing to learn. To go on: forget --facts {failed}"
+            " (--documents, if it forgot texts)"
+        )
     if not run.manifest.finished or not failed.is_file():
         raise RunError(f"{run.path} has no {FAILED}: it is not a finished update. Give the folder of one.")
     if not failed.stat().st_size:

@@ -23,7 +23,7 @@ from forgetlearn.evaluation import forgetting, scoring
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, matching, read_facts, sha256
 from forgetlearn.facts.documents import READER
-from forgetlearn.facts.files import SUFFIXES
+from forgetlearn.facts.files import SUFFIXES, is_hub_id
 from forgetlearn.facts.variants import FIELDS, WRONG, Variants, read_variants
 from forgetlearn.method.kinds import Lesson, Lessons, fold_in
 from forgetlearn.method.relearning import halves, relearn
@@ -80,7 +80,7 @@ def forget_facts(
         ForgetLearnError: the input is wrong. Nothing has been written yet.
         FactError: with forget.only_known, the model says none of the answers.
     """
-    given = as_fact_set(facts)
+    given = as_fact_set(facts, to_forget=True)
     if not isinstance(config, RunConfig):
         config = {"recipe": FORGET, **(config or {})}
     config = begun_on.of_run(resolve(config, model, given))
@@ -103,17 +103,28 @@ class Kept:
         """Read and divide the facts at random, by the seed; a text file of prompts has none."""
         source = config.keep.source
         if not source or Path(source).suffix.lower() not in SUFFIXES:
+            if source and not config.keep.weight:
+                log.warning("keep.source = %s has no effect: keep.weight is 0, and only facts can be scored", source)
             return cls()
         found = read_facts(source, to_forget=True)
         shuffled = Random(config.seed).sample(found.facts, len(found))
         middle = (len(shuffled) + 1) // 2 if config.keep.weight else 0
         scored = tuple(as_kept(fact) for fact in shuffled[middle:])
+        if not scored:
+            log.warning("keep.source = %s: its only fact is trained on, so no fact that should stay is scored", source)
         return cls(str(source), tuple(shuffled[:middle]), scored, _variants(found))
 
 
 def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
-    """Return a fact of which only the old answer, or else the only one, counts: it is to be forgotten."""
-    answers = fact.old_answers or fact.new_answers
+    """Return a fact of which only the old answer, or else the only one, counts: it is to be forgotten.
+
+    What followed from its only answer is then what was right before, too. Raise FactError if it has no answer.
+    """
+    answers, probes = fact.old_answers or fact.new_answers, fact.probes
+    if not answers:
+        raise FactError(f"{fact.place}: has no answer to forget (prompt {fact.prompt[:60]!r}). Give ground_truth.")
+    if not fact.old_answers:
+        probes = tuple(replace(each, answers=(), old_answers=each.old_answers or each.answers) for each in probes)
     return replace(
         fact,
         prompt=Passage(fact.prompt) if is_passage else fact.prompt,
@@ -121,6 +132,7 @@ def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
         ground_truth_aliases=answers[1:],
         target_new="",
         target_new_aliases=(),
+        probes=probes,
     )
 
 
@@ -138,7 +150,9 @@ def as_kept(fact: Fact) -> Fact:
 
 
 def _variants(facts: FactSet) -> dict[str, Variants]:
-    return read_variants(facts.source) if facts.reader == QUESTIONS else {}
+    """Return the variants that the source of facts brings; none if the facts were made of records in memory."""
+    is_source = facts.reader == QUESTIONS and (is_hub_id(facts.source) or Path(facts.source).exists())
+    return read_variants(facts.source) if is_source else {}
 
 
 class ForgetTask(Task):

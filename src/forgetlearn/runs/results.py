@@ -10,7 +10,7 @@ from typing import Any
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.evaluation import probe_scoring, scoring
-from forgetlearn.facts import Fact, FactSet, write_facts
+from forgetlearn.facts import Fact, FactSet, documents, write_facts
 from forgetlearn.report import run_page
 from forgetlearn.storage import disk, records
 from forgetlearn.storage.records import ProbeRow, Row, Summary, save_rows
@@ -58,8 +58,9 @@ def write_results(
         write_facts(facts, path / INPUTS)
         if done:
             failed = {fact.id: fact for fact in _failed(facts, rows[list(rows)[-1]], only_old=bool(done.forgetting))}
-            write_facts(failed.values(), path / FAILED)
-            write_facts((fact for fact in facts if fact.id not in failed), path / RIGHT)
+            write = documents.write_documents if facts.reader == documents.READER else write_facts  # to be read again
+            write(failed.values(), path / FAILED)
+            write((fact for fact in facts if fact.id not in failed), path / RIGHT)
     scored = {phase: [row for row in own if row.fact not in aside] for phase, own in rows.items()}
     summary = _summary(config, facts, scored, done, len(aside), general or {})
     if probed and any(probed.values()):

@@ -357,7 +357,7 @@ def _check_damage(path: Path, config: RunConfig, summary: Summary, products: Ite
     found = damage.in_words(prompts) if prompts else "damage was not measured"
     raise DamageError(
         f"evaluate.max_damage = {most:g}: {found}. The product was put aside, in {aside}; {path / 'report.html'} shows "
-        f"what changed. {damage.KEEP_MORE}"
+        f"what changed. {damage.advice(kept=bool(summary.kept))}"
     )
 
 

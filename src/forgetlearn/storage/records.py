@@ -680,6 +680,8 @@ class Relearning(Record):
 
     def when_back(self, half: str) -> str:
         """Return `back` in words, such as "after 4 steps"."""
+        if not self.steps[-1]:
+            return "without training"
         back = self.back(half)
         return f"not within {self.steps[-1]} steps" if back is None else f"after {back} step{'s' * (back != 1)}"
 
