@@ -311,11 +311,12 @@ def test_the_verdict_says_what_forget_quality_means(quality, said):
     [
         ("subtract", 26.0, "--method npo "),
         ("subtract-ft", 18.0, "--method npo-ft "),
+        ("ascent", 30.0, "--method npo "),
         ("subtract", 17.0, ""),
         ("npo", 26.0, ""),
     ],
 )
-def test_the_verdict_names_a_method_where_subtraction_leaves_most(method, now, named):
+def test_the_verdict_names_a_method_where_another_leaves_most(method, now, named):
     phases = {
         phase: {"residue": {"contains": SimpleNamespace(mean=mean)}}
         for phase, mean in (("base", 34.0), ("forgotten", now))

@@ -70,13 +70,13 @@ def _residue(summary: Summary) -> str:
 
 
 def _remedy(summary: Summary) -> str:
-    """Name the method that forgets what a model knows by heart, if subtraction left more than half of the answers."""
+    """Name the method that forgets what a model knows by heart, if another left more than half of the answers."""
     scores = (summary.phases[phase].get("residue", {}).get("contains") for phase in ("base", "forgotten"))
     before, now = ((score and score.mean) or 0.0 for score in scores)
-    if not summary.method.startswith("subtract") or not before or now <= MOST_LEFT * before:
+    other = "npo-ft" if summary.method.endswith("-ft") else "npo"
+    if summary.method == other or not before or now <= MOST_LEFT * before:
         return ""
-    other = summary.method.replace("subtract", "npo")
-    return f"Subtraction leaves what a model knows by heart: --method {other} goes further."
+    return f"{summary.method} leaves most of what a model knows by heart: --method {other} goes further."
 
 
 def _kept(found: Forgetting) -> str:
