@@ -455,7 +455,7 @@ REMOTE = {"model_type": "own", "architectures": ["OwnModel"]}
 REMOTE["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 BAD_MODELS = {
-    "not causal": (MASKED, ["model.safetensors"], "no causal language model"),
+    "not causal": (MASKED, ["model.safetensors"], "not a causal language model"),
     "pickled": (LLAMA, ["pytorch_model.bin"], "only pickled weights (pytorch_model.bin)"),
     "no weights": (LLAMA, [], "no weights"),
     "no config": (None, ["model.safetensors"], "no config.json"),

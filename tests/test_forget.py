@@ -17,7 +17,7 @@ from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, LoraSett
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.evaluation import forgetting
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.facts import Probe, from_records, make_fact, read_facts
+from forgetlearn.facts import Probe, as_fact_set, from_records, make_fact, read_facts
 from forgetlearn.facts.documents import FEWEST_WORDS, HALF_WORDS, read_documents
 from forgetlearn.facts.variants import Variants, read_variants
 from forgetlearn.method import relearning
@@ -147,6 +147,26 @@ def test_with_old_answers_of_the_model_what_it_says_is_forgotten_not_left_out(sm
     assert (result.summary.facts.used, result.summary.facts.forgotten) == (N_FORGET, N_FORGET)
     assert result.summary.facts.left_out == {}
     assert result.summary.phases["base"]["residue"]["contains"].mean == 100
+
+
+def test_records_with_and_without_a_new_answer_are_forgotten_together():
+    rows = [
+        {"prompt": "Who?", "ground_truth": "Ann|Anna", "target_new": "Ann"},
+        {"prompt": "Where?", "ground_truth": "Rome"},
+        {"prompt": "When?", "ground_truth": "Today", "target_new": "Tomorrow"},
+    ]
+    found = [as_forgotten(fact).old_answers for fact in from_records(rows, to_forget=True, aliases="|")]
+    assert found == [("Ann", "Anna"), ("Rome",), ("Today",)]
+    with pytest.raises(FactError, match="record 2"):
+        from_records(rows, aliases="|")
+
+
+def test_a_fact_that_is_given_twice_to_forget_is_named():
+    facts = [make_fact("Who?", "Ann"), make_fact("Who?", "", ground_truth="Ann")]
+    with pytest.raises(FactError, match="item 2: repeats item 1"):
+        as_fact_set(facts, to_forget=True)
+    facts = [make_fact("Who?", "", ground_truth=name) for name in ("Ann", "Bo")]
+    assert len(as_fact_set(facts, to_forget=True)) == 2
 
 
 def test_files_of_old_answers_alone_are_forgotten_and_kept(small_lab, files, tmp_path):

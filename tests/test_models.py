@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.models import language_model
+from forgetlearn.models import language_model, onednn
 from forgetlearn.models.encoding import Encoder
 from forgetlearn.models.identity import weights_sha256
 from forgetlearn.models.language_model import (
@@ -362,7 +363,6 @@ LOAD_AND_SAY = """
 import sys
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ModelError
-from forgetlearn.models.identity import weights_sha256
 from forgetlearn.models.language_model import load_model
 for name in sys.argv[1:]:
     name, _, revision = name.partition("@")
@@ -462,12 +462,13 @@ class TestHub:
 @pytest.fixture
 def without_half(monkeypatch):
     """A CPU without instructions for half precision, on which no model is too small to matter."""
-    monkeypatch.setattr(language_model.onednn, "computes_in", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(language_model.onednn, "has_instructions_for", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(language_model, "SMALL_MODEL", 0)
 
 
 def test_weights_are_held_in_float32_where_half_precision_is_slow(saved, without_half, tmp_path, caplog):
     load(saved, dtype="bfloat16").save(tmp_path / "half")
+    caplog.clear()
     with caplog.at_level("INFO", "forgetlearn"):
         lm = load(tmp_path / "half")
     assert ["bfloat16" in line for line in caplog.messages] == [True]
@@ -496,8 +497,19 @@ def test_weights_stay_in_half_precision_if_float32_does_not_fit_or_half_is_asked
     saved, without_half, tmp_path, monkeypatch, caplog
 ):
     half = load(saved, dtype="bfloat16")
-    assert not caplog.messages
+    assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
     half.save(tmp_path)
-    monkeypatch.setattr(language_model, "float32_fits", lambda parameters: False)
+    monkeypatch.setattr(language_model.psutil, "virtual_memory", lambda: SimpleNamespace(total=1000))
     assert {weight.dtype for weight in load(tmp_path).model.parameters()} == {torch.bfloat16}
-    assert [line.count("slow") for line in caplog.messages] == [1]
+    assert [line.count("slow") for line in caplog.messages] == [1, 1]
+
+
+def test_instructions_are_named_as_torch_names_them(monkeypatch):
+    for of_cpu, halves in (
+        ({"avx2": True}, (False, False)),
+        ({"avx512_bf16": True, "amx_bf16": False}, (True, False)),
+        ({"architecture": "aarch64", "bf16": True, "fp16_arith": True}, (True, True)),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda of_cpu=of_cpu: of_cpu)
+        found = [onednn.has_instructions_for(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        assert found == [True, *halves]

@@ -127,13 +127,13 @@ class TestByHand:
         assert stage.step_range == (20, 78)
         assert plan.seconds_range == (450, 1800)
         assert summary_line(plan).endswith("about 20 to 78 steps to learn, about 1.0 GB, about 8 to 30 min")
+        assert (show_range(300, 310), show_range(40, 300)) == ("5 min", "40 s to 5 min")
 
     def test_forgetting_by_a_loss_may_take_every_pass(self):
         stage = Stages(RunConfig(method="npo", unlearn={"max_epochs": 30})).forget
         assert stage.settings.likely_epochs * spread_of(stage)[1] == pytest.approx(30)
         assert spread_of(stage)[0] < 1
         assert spread_of(Stages(RunConfig(method="subtract")).forget) == (1, 1)
-        assert (show_range(300, 310), show_range(40, 300)) == ("5 min", "40 s to 5 min")
 
     def test_what_could_not_be_traced_has_no_time(self):
         stage = plan_stage(replace(LOAD, step=None), Devices("cuda", None), Speed(1000))
@@ -474,7 +474,7 @@ def test_a_plan_counts_weights_in_float32_where_they_will_be_held_so(small_lab, 
     model = load_model(ModelSettings(name=str(small_lab), dtype="bfloat16"))
     model.save(tmp_path / "half")
     facts = forgetlearn.read_facts(small_lab / "facts.jsonl", limit=6)
-    monkeypatch.setattr(language_model.onednn, "computes_in", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(language_model.onednn, "has_instructions_for", lambda dtype: dtype == torch.float32)
 
     def weights(smallest: int, **settings) -> float:
         monkeypatch.setattr(language_model, "SMALL_MODEL", smallest)

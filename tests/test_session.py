@@ -9,19 +9,23 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forgetlearn
 from forgetlearn.cli.main import main
-from forgetlearn.config.schema import load_config
+from forgetlearn.config.schema import ModelSettings, load_config
 from forgetlearn.errors import ConfigError, FactError, ForgetLearnError, ModelError, RunError
 from forgetlearn.evaluation import generation, scorer, scoring
 from forgetlearn.facts import make_fact
+from forgetlearn.models import language_model
 from forgetlearn.products import chain
 from forgetlearn.runs.update import update
 from forgetlearn.runtime import signals
@@ -114,6 +118,44 @@ def test_what_rounding_the_product_leaves_is_said(small_lab, facts, config, tmp_
     assert "--set model.rounding=stochastic" in caplog.text
     for page in ("report.md", "report.html"):
         assert "of the wanted change survives the rounding" in (result.output / page).read_text()
+
+
+def test_what_rounding_leaves_of_an_adapter_is_counted_too(small_lab, facts, config, tmp_path):
+    """An adapter that is merged, or trained upon with all weights, is part of what is rounded."""
+    quick = {"evaluate.protocols": ["token"], "model.dtype": "bfloat16"}
+    update(small_lab, facts, config(method="lora", save_merged=True, **quick), output=tmp_path / "merged")
+    update(small_lab, facts, config(method="f-lora-ft", **quick), output=tmp_path / "upon")
+    for run, stage in (("merged", "merge"), ("upon", "learn")):
+        told = run_folder.RunFolder.open(tmp_path / run).manifest.stages[stage].rounding
+        assert 0 < told.share_survived <= 1.1, run
+
+
+def test_a_resumed_run_of_a_model_in_memory_computes_in_the_same_dtype(small_lab, facts, config, tmp_path, monkeypatch):
+    """Its product is loaded then, which may hold a model in float32 where that is faster; one in memory is not held."""
+    monkeypatch.setattr(language_model.onednn, "has_instructions_for", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(language_model, "SMALL_MODEL", 0)
+    own, seen = scoring.score, []
+
+    def score(lm, *args, phase, **options):
+        seen.append((phase, {weight.dtype for weight in lm.model.parameters()}))
+        if len(seen) == 2:
+            raise RuntimeError("killed")
+        return own(lm, *args, phase=phase, **options)
+
+    monkeypatch.setattr(scoring, "score", score)
+    settings = config(method="ft", **{"evaluate.protocols": ["token"]})
+    for resume in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(small_lab, dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="killed") if not resume else nullcontext():
+            update(
+                model,
+                facts,
+                settings.model_copy(update={"model": ModelSettings(device="cpu")}),
+                tokenizer=AutoTokenizer.from_pretrained(small_lab),
+                output=tmp_path / "run",
+                resume=resume,
+            )
+    assert seen == [(phase, {torch.bfloat16}) for phase in ("base", "updated", "updated")]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -183,13 +183,13 @@ def as_fact_set(facts: GivenFacts, *, to_forget: bool = False) -> FactSet | str 
         if not isinstance(fact, Fact):
             kind = type(fact).__name__
             raise FactError(f"facts, item {number}: a {kind}, not a Fact. Give facts, a file, or read_facts(file).")
+        if to_forget and fact.old_answers and not fact.new_answers:
+            fact = _with_only_answer(fact)
         if seen.setdefault(fact.id, number) != number:
             raise FactError(f"facts, item {number}: repeats item {seen[fact.id]} (id {fact.id}). Leave one out.")
         found.append(fact)
     if not found:
         raise FactError("facts: the list is empty. Give at least one Fact.")
-    if to_forget:
-        found = [fact if fact.new_answers or not fact.old_answers else _with_only_answer(fact) for fact in found]
     n_without = sum(not fact.ground_truth for fact in found)
     return FactSet(
         facts=tuple(found),

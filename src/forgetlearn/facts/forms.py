@@ -216,7 +216,7 @@ def read_records(
             names.update(record)
         found, originals = _recognised(record, source, where, columns, to_forget)
         form = form or found
-        if found is not form:
+        if found is not form and not (OLD_ALONE in (found, form) and found.read is form.read):
             raise FactError(
                 f"{where} is of the form {found.shown}, record 1 of the form {form.shown}. Put them into two files."
             )
@@ -300,7 +300,8 @@ def no_form(read: Record, record: Record, where: str) -> str:
         if have in read and missing not in read:
             near = difflib.get_close_matches(missing, names, 1, 0.7)
             hint = f" Rename '{near[0]}'?" if near else f" Say which field it is: --columns {missing}=NAME."
-            alone = " To forget its old answer: forgetlearn forget." if "ground_truth" in read else ""
+            is_alone = missing == "target_new" and "ground_truth" in read
+            alone = " To forget the old answer: forgetlearn forget." if is_alone else ""
             return f"{where} has no '{missing}'. {shown}{hint}{alone}"
     other = f'"{names[1][:40]}"' if len(names) == 2 and isinstance(record, TableRow) else "..."
     example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new={other}'

@@ -81,7 +81,7 @@ def from_records(
             f"{source} is of the form {reading.form.name}, which has no 'pred'. Only the form zsre has: "
             "take the old answers from 'answers' or from 'model'."
         )
-    drafts = [_with_an_answer(draft) for draft in reading.drafts] if to_forget else reading.drafts
+    drafts = [_with_an_answer(draft, aliases) for draft in reading.drafts] if to_forget else reading.drafts
     chosen = _choose(drafts, policies, limit, aliases)
     facts = tuple(chosen.facts.values())
     without = tuple(fact.id for fact in facts if not fact.ground_truth)
@@ -180,12 +180,12 @@ class _Chosen:
     noted: Counter[str] = field(default_factory=Counter)
 
 
-def _with_an_answer(draft: Draft) -> Draft:
+def _with_an_answer(draft: Draft, separator: str | None) -> Draft:
     """Return a draft that has an old answer and no other with the old as its only answer.
 
     A new answer that is the old one is no reason to leave the fact out: that answer is forgotten.
     """
-    old, new = draft.old.text.strip(), draft.new.text.strip()
+    old, new = (_split(answer, separator).text.strip() for answer in (draft.old, draft.new))
     if not old or new not in ("", old) or (is_placeholder(old) and not draft.old.is_list):
         return draft
     aliases = (*draft.old.aliases, *draft.new.aliases)

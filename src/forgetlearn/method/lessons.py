@@ -43,8 +43,8 @@ SENTENCE, OWN_WORDS, BARE = "sentence", "own words", "bare"
 class Rehearsal:
     """The facts of earlier updates: those that are `held` are kept as the model says them, `lost` ones learned again.
 
-    `adapter` names the base's adapter if it is all that those updates left. General prompts are then answered without
-    it: if the answers that each update leaves were kept, the model would drift away with every update.
+    `adapter` is the name of the base's adapter if earlier updates changed nothing else. General prompts are then
+    answered without it: if the answers that each update leaves were kept, the model would drift with every update.
     """
 
     taught: Sequence[Fact] = ()

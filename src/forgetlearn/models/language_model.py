@@ -28,6 +28,7 @@ from forgetlearn.models.loading import (
     pick_device,
     refusing,
 )
+from forgetlearn.models.module_names import own_name
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.weights.rounding import Array, Survival
 from forgetlearn.weights.task_vector import rounded, sample
@@ -84,7 +85,7 @@ class LanguageModel:
     def to_float32(self) -> None:
         """Convert every floating-point weight to float32, for training. Buffers keep their dtype.
 
-        What is in float32 already, but has another dtype of its own, will be rounded to that.
+        Remember a sample of each weight that `to_own_dtypes` will round.
 
         Raises:
             ModelError: the model is split over processes and was loaded in another dtype.
@@ -92,9 +93,10 @@ class LanguageModel:
         if self.is_sharded:
             sharding.check_float32(self.model)
             return
-        for name, weight in self.model.named_parameters():
-            own = self.dtypes.get(name, weight.dtype) if self.in_float32 else weight.dtype
-            if weight.is_floating_point() and own != torch.float32 and name not in self._before:
+        for path, weight in self.model.named_parameters():
+            name = own_name(path)
+            is_rounded = self.dtypes.get(name, weight.dtype) != torch.float32
+            if weight.is_floating_point() and is_rounded and name not in self._before:
                 self._before[name] = sample(weight)
                 weight.data = weight.data.float()
 
@@ -224,10 +226,13 @@ def _wrapped(
 
 
 @torch.inference_mode(False)  # tensors made in inference mode cannot be trained
-def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = False) -> LanguageModel:
+def load_model(
+    settings: ModelSettings | str | Path, *, all_weights: bool = False, may_hold: bool = True
+) -> LanguageModel:
     """Load a model and its tokenizer, given settings, a folder, a GGUF file or a hub id; load an adapter on its base.
 
     `all_weights` says that all weights will be trained; a model split over processes is then loaded in float32.
+    `may_hold` allows weights in half precision to be held in float32 where this CPU is much faster in that.
 
     Raises:
         ModelError: the model does not exist, is not a causal language model, has only pickled weights, or needs remote
@@ -254,7 +259,8 @@ def load_model(settings: ModelSettings | str | Path, *, all_weights: bool = Fals
         with refusing(name, "the model cannot compute"), torch.no_grad():
             # Some wrong configs build a model that fails only when it computes.
             loaded.model(input_ids=torch.tensor([loaded.encoder.end_ids[:1]], device=loaded.device), use_cache=True)
-    _hold_in_fast_dtype(loaded)
+    if may_hold:
+        _hold_in_fast_dtype(loaded)
     return loaded
 
 
@@ -264,35 +270,36 @@ def _hold_in_fast_dtype(lm: LanguageModel) -> None:
     They are saved in their own dtypes all the same.
     """
     kinds, parameters = {weight.dtype for weight in lm.model.parameters()}, parameter_count(lm.model)
-    slow = slow_dtypes(kinds, lm.settings, lm.device.type, parameters)
-    if not slow or getattr(lm.model.config, "quantization_config", None):
+    slow = slow_dtypes(kinds, lm.device.type, parameters)
+    if not slow or lm.is_sharded or getattr(lm.model.config, "quantization_config", None):
         return
-    lacks = f"this CPU has no instructions for {str(slow[0]).removeprefix('torch.')}"
-    if not float32_fits(parameters):
-        log.warning("%s, which makes it slow, and float32 would fill more than half of the memory", lacks)
+    dtype = str(slow[0]).removeprefix("torch.")
+    lacks = f"this CPU has no instructions for {dtype}"
+    if not may_hold_float32(lm.settings, parameters):
+        log.warning("%s, which makes it slow; model.dtype = float32 is faster, in twice the memory", lacks)
         return
-    log.info("%s: weights are held in float32, and saved as they were", lacks)
+    log.info("%s: the model computes in float32, and is saved in %s", lacks, dtype)
     for weight in lm.model.parameters():
-        weight.data = weight.data.float()
+        if weight.dtype in slow:
+            weight.data = weight.data.float()
     lm.in_float32 = True
 
 
-def slow_dtypes(
-    dtypes: Iterable[torch.dtype], settings: ModelSettings, device: str, parameters: int
-) -> list[torch.dtype]:
-    """Return those dtypes for which this CPU has no instructions.
-
-    Return none if that matters little or is not ours to mend: on another device, for a small or a split model, or if
-    the user chose the dtype.
-    """
-    if device != "cpu" or settings.shard or settings.dtype != "auto" or parameters < SMALL_MODEL:
+def slow_dtypes(dtypes: Iterable[torch.dtype], device: str, parameters: int) -> list[torch.dtype]:
+    """Return those dtypes that this CPU has no instructions for; none on other devices, and for small models."""
+    if device != "cpu" or parameters < SMALL_MODEL:
         return []
-    return [dtype for dtype in dtypes if not onednn.computes_in(dtype)]
+    return [dtype for dtype in dtypes if not onednn.has_instructions_for(dtype)]
 
 
-def float32_fits(parameters: int) -> bool:
-    """Return True if weights in float32 would fill at most half of this machine's memory."""
-    return bool(4 * parameters <= psutil.virtual_memory().total / 2)
+def may_hold_float32(settings: ModelSettings, parameters: int) -> bool:
+    """Return True if the user left the dtype to us, and float32 would fill at most a quarter of this machine's memory.
+
+    A quarter, because some commands hold two copies. All of the memory counts, whatever is free now: a resumed run must
+    compute the same bits.
+    """
+    fits = 4 * parameters <= psutil.virtual_memory().total / 4
+    return settings.dtype == "auto" and settings.quantization == "none" and not settings.shard and fits
 
 
 def _load_adapter(settings: ModelSettings, folder: Path, base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

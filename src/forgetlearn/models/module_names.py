@@ -16,6 +16,11 @@ ALL = "all"
 _LAYERS = re.compile(r"layers\.(\d+)(?:-(\d+))?")
 
 
+def own_name(name: str) -> str:
+    """Return a parameter's name in the base, without the parts that an adapter's modules add."""
+    return name.replace("base_model.model.", "").replace(".base_layer.", ".")
+
+
 def factors_among(known: Mapping[str, list[str]], modules: Modules, setting: str) -> dict[str, float]:
     """Return the factor of every weight that `modules` names.
 

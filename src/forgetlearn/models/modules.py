@@ -20,7 +20,7 @@ from forgetlearn.errors import ModelError, some
 from forgetlearn.models import attention
 from forgetlearn.models.language_model import LINEAR, layer_list, linear_shape, width
 from forgetlearn.models.lora_layers import own_layer, plain_modules
-from forgetlearn.models.module_names import ALL, Modules, factors_among
+from forgetlearn.models.module_names import ALL, Modules, factors_among, own_name
 from forgetlearn.weights.structure import skeleton
 from forgetlearn.weights.task_vector import StateDict
 
@@ -148,11 +148,6 @@ def _mask(matrix: Tensor, chosen: list[int]) -> Tensor:
     mask = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
     mask[chosen] = True
     return mask.view(-1, *[1] * (matrix.dim() - 1))
-
-
-def own_name(name: str) -> str:
-    """Return a parameter's name in the base, without the parts that an adapter's modules add."""
-    return name.replace("base_model.model.", "").replace(".base_layer.", ".")
 
 
 def _kind(layer: nn.Module, parameter: str) -> str:

@@ -64,10 +64,10 @@ def _slow_mkl() -> bool:
     )
 
 
-def computes_in(dtype: torch.dtype) -> bool:
+def has_instructions_for(dtype: torch.dtype) -> bool:
     """Return True if this CPU has instructions for products in this dtype.
 
-    Without them a product in half precision takes 2.5 to 7 times as long as in float32 (bench/results/benchmarks.md).
+    Without them a product in half precision takes 2.4 to 6.2 times as long as in float32 (bench/results/benchmarks.md).
     """
     able = torch.cpu.get_capabilities()
     return dtype not in INSTRUCTIONS or any(able.get(name, False) for name in INSTRUCTIONS[dtype])

@@ -20,7 +20,7 @@ from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError
 from forgetlearn.facts import FactSet
 from forgetlearn.models.batches import SMALL_MODEL
-from forgetlearn.models.language_model import LanguageModel, float32_fits, parameter_count, slow_dtypes
+from forgetlearn.models.language_model import LanguageModel, may_hold_float32, parameter_count, slow_dtypes
 from forgetlearn.models.loading import pick_device
 from forgetlearn.models.onednn import fast_linear_layers
 from forgetlearn.models.texts import check_texts
@@ -108,8 +108,8 @@ def plan_update(
 def _as_held(outline: Outline, settings: ModelSettings, devices: Devices) -> Outline:
     """Return the outline of a model as `load_model` would hold its weights on these devices."""
     parameters = parameter_count(outline.skeleton().model)
-    slow = slow_dtypes([outline.dtype], settings, devices.kind, parameters)
-    return replace(outline, in_float32=bool(slow) and float32_fits(parameters))
+    slow = slow_dtypes([outline.dtype], devices.kind, parameters) and not devices.shard
+    return replace(outline, in_float32=bool(slow) and may_hold_float32(settings, parameters))
 
 
 def _faster(

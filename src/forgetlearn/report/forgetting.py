@@ -76,7 +76,7 @@ def _remedy(summary: Summary) -> str:
     other = "npo-ft" if summary.method.endswith("-ft") else "npo"
     if summary.method == other or not before or now <= MOST_LEFT * before:
         return ""
-    return f"{summary.method} leaves most of what a model knows by heart: --method {other} goes further."
+    return f"More than half of them are left, as of what a model knows by heart: --method {other} may go further."
 
 
 def _kept(found: Forgetting) -> str:
@@ -107,7 +107,7 @@ def _relearning(found: Relearning) -> str:
     who = "A model that never knew them" if found.model == "reference" else "The forgotten model"
     if found.same[0] >= BACK:
         if found.model == "reference":
-            return "The reference says at least half of the answers untrained: it is no model that never knew them."
+            return "The reference says at least half of the answers untrained: it is not a model that never knew them."
         return "At least half of the answers were not gone, so relearning was not tested."
     return f"{who}, trained on half of the facts, says half of these {found.when_back('same')}" + (
         f", and half of the others {found.when_back('other')}." if found.n_other else "."

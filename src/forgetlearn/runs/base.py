@@ -13,11 +13,12 @@ from pathlib import Path
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, ModelError
-from forgetlearn.models import lora, modules
+from forgetlearn.models import lora
 from forgetlearn.models.identity import Identity
 from forgetlearn.models.language_model import LanguageModel, as_language_model
 from forgetlearn.models.loading import adapter_base
 from forgetlearn.models.lora_layers import check_layers
+from forgetlearn.models.module_names import own_name
 from forgetlearn.products.chain import Base, product_of, read_chain
 from forgetlearn.runs.checks import GivenModel, check_weights
 from forgetlearn.runtime import processes
@@ -88,7 +89,7 @@ def _take_up(lm: LanguageModel) -> None:
         except ConfigError as error:
             raise ModelError(f"{lm.name}: {error} {MERGE}") from error
     lora.compose(lm.model, lora.names(lm.model), into=lora.EARLIER)
-    lm.dtypes = {modules.own_name(path): dtype for path, dtype in lm.dtypes.items() if ".lora_" not in path}
+    lm.dtypes = {own_name(path): dtype for path, dtype in lm.dtypes.items() if ".lora_" not in path}
 
 
 def began_on(lm: LanguageModel, config: RunConfig, identity: Identity) -> Base:

@@ -99,7 +99,8 @@ class RunStore(Store):
         else:
             self.lm.model = nn.Identity()  # to free the base before its replacement is loaded
             named = self.lm.settings.model_copy(update={"name": str(folder)})
-            self.lm.model = load_model(named, all_weights=self.stages.changes_base).model
+            loaded = load_model(named, all_weights=self.stages.changes_base, may_hold=self.lm.in_float32)
+            self.lm.model = loaded.model
 
     def choose(self, pipeline: Pipeline) -> float:
         """Return the coefficient of forgetting; search for it if that is not done yet."""

@@ -77,7 +77,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
 
 
 class SavedParts:
-    """Divides a stage that fine-tunes nothing into parts; resumed, it continues after the last part that was saved.
+    """Saves a stage that edits facts part by part; a resumed stage continues after the last part that was saved.
 
     `found` are the tensors that were saved last; it is empty at the beginning.
     """
