@@ -727,7 +727,7 @@ def test_a_reference_that_nothing_is_compared_with_is_refused(small_lab, tmp_pat
 
 def test_the_recipe_is_that_of_forgetting():
     config = load_config(None, {"recipe": "forget"})
-    assert (config.method, config.forget.only_known) == ("subtract", False)
+    assert (config.method, config.forget.only_known) == ("npo", False)
     assert set(FORGETTING_METHODS) == {
         f"{name}{end}" for name in ("subtract", "ascent", "npo", "simnpo") for end in ("", "-ft")
     }
@@ -748,7 +748,20 @@ def test_a_file_to_keep_of_which_nothing_is_scored_is_said(tmp_path, caplog, nam
 def test_settings_without_effect_are_said(small_lab, files, tmp_path, capsys):
     words = ["--model", str(small_lab), "--facts", str(files / "forget.jsonl"), "--output", str(tmp_path / "run")]
     main(["forget", *words, "--method", "simnpo", "--set", "forget.epochs=9", "--coef", "auto"])
-    main(["forget", *words, "--set", "unlearn.max_epochs=9", "--set", "keep_change=true", "--coef", "auto"])
+    main(
+        [
+            "forget",
+            *words,
+            "--method",
+            "subtract",
+            "--set",
+            "unlearn.max_epochs=9",
+            "--set",
+            "keep_change=true",
+            "--coef",
+            "auto",
+        ]
+    )
     said = [line.split(" ")[0] for line in capsys.readouterr().err.splitlines() if "has no effect" in line]
     assert said == ["forget.epochs", "unlearn.max_epochs", "keep_change"]
 

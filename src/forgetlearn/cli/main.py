@@ -210,7 +210,7 @@ def update(
     print_result(overview(result.summary), result.output, result.product)
 
 
-@app.command(epilog="Unless set, the recipe is forget: --method subtract --coef 1, whether or not an answer is held.")
+@app.command(epilog="Unless set, the recipe is forget: --method npo --coef 1, whether or not an answer is held.")
 @takes(
     *(*INPUTS, "facts.strict", "recipe", "train.answers", "keep.source", "method", "forget.coef", "forget.modules"),
     *("seed", "model.shard", "train.deepspeed", "unlearn.relearn_steps", "report_to"),

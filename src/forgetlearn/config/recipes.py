@@ -41,7 +41,8 @@ CHANGES: Mapping[str, Sections] = {
     # Fine-tuning as people do it with peft or TRL, but until the facts are learned.
     "plain": {"method": "lora", "lora": {"r": 16, "lora_alpha": 32, "layers": 1.0}, **BARE},
     # What is to be forgotten is forgotten whether or not the model says it when it is asked in these words.
-    FORGET: {"method": "subtract", "forget": {"coef": 1.0, "only_known": False}},
+    # Where the model knows it by heart, subtraction leaves most of it (bench/results/tofu.md).
+    FORGET: {"method": "npo", "forget": {"coef": 1.0, "only_known": False}},
 }
 
 
