@@ -169,6 +169,15 @@ def test_a_fact_that_is_given_twice_to_forget_is_named():
     assert len(as_fact_set(facts, to_forget=True)) == 2
 
 
+def test_a_table_of_old_answers_is_not_offered_as_new_ones(tmp_path, capsys):
+    file = tmp_path / "old.csv"
+    file.write_text("Question,Old answer\nWhat is the capital of France?,Paris\n")
+    assert main(["facts", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "forgetlearn forget" in said
+    assert 'target_new="Old answer"' not in said
+
+
 def test_files_of_old_answers_alone_are_forgotten_and_kept(small_lab, files, tmp_path):
     for name in ("forget", "keep"):
         rows = disk.read_rows(files / f"{name}.jsonl")

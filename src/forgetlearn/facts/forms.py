@@ -286,6 +286,13 @@ LOOKS_LIKE = {
 }
 
 
+def _has_old_answer_alone(record: Record) -> bool:
+    try:
+        return OLD_ALONE.fits(renamed(tuple(record), KNOWN, (), in_table=isinstance(record, TableRow), old_alone=True))
+    except FactError:  # two of its fields could be the same one
+        return False
+
+
 def no_form(read: Record, record: Record, where: str) -> str:
     """Return a message for a record of no known form: what it lacks for the nearest form, else a list of all forms.
 
@@ -293,6 +300,7 @@ def no_form(read: Record, record: Record, where: str) -> str:
     """
     names = list(record)
     shown = f"{'Columns' if isinstance(record, TableRow) else 'Fields'} found: {some(names, 12) or 'none'}."
+    to_forget = " To forget the old answer: forgetlearn forget." if _has_old_answer_alone(record) else ""
     for likeness, what in LOOKS_LIKE.items():
         if all(name in read for name in likeness):
             return f"{where} looks like {what.format(shown)}"
@@ -300,14 +308,13 @@ def no_form(read: Record, record: Record, where: str) -> str:
         if have in read and missing not in read:
             near = difflib.get_close_matches(missing, names, 1, 0.7)
             hint = f" Rename '{near[0]}'?" if near else f" Say which field it is: --columns {missing}=NAME."
-            is_alone = missing == "target_new" and "ground_truth" in read
-            alone = " To forget the old answer: forgetlearn forget." if is_alone else ""
-            return f"{where} has no '{missing}'. {shown}{hint}{alone}"
-    other = f'"{names[1][:40]}"' if len(names) == 2 and isinstance(record, TableRow) else "..."
+            return f"{where} has no '{missing}'. {shown}{hint}{to_forget}"
+    is_pair = len(names) == 2 and isinstance(record, TableRow) and not to_forget
+    other = f'"{names[1][:40]}"' if is_pair else "..."
     example = f'--columns prompt="{names[0][:40] if names else "NAME"}",target_new={other}'
     if isinstance(record, TableRow):
         return (
-            f"{where}: no column is named as the new answer. {shown}\n"
+            f"{where}: no column is named as the new answer. {shown}{to_forget}\n"
             "The first line names the columns: question, new answer and, if there are any, old answer and rephrasing. "
             f"For other names: {example}"
         )
