@@ -87,7 +87,7 @@ def _few_general_prompts(request):
         return
     few = general_prompts.measuring()[-3:]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(general_prompts, "measuring", lambda: few)
+        patch.setattr(general_prompts, "measuring", lambda facts=(): few)
         yield
 
 

@@ -25,7 +25,7 @@ MEASURED = {**QUICK["evaluate"], "general_prompts": True}
 
 @pytest.fixture(autouse=True)
 def _few_prompts(monkeypatch):
-    monkeypatch.setattr(general_prompts, "measuring", lambda: PROMPTS)
+    monkeypatch.setattr(general_prompts, "measuring", lambda facts=(): PROMPTS)
 
 
 def measured(lm, folder: Path, before: Path | None = None, **more) -> OnPrompts:
@@ -83,7 +83,7 @@ def update(small_lab, output, **evaluate):
 @pytest.fixture(scope="module")
 def updated(small_lab, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(general_prompts, "measuring", lambda: PROMPTS)
+        patch.setattr(general_prompts, "measuring", lambda facts=(): PROMPTS)
         return update(small_lab, tmp_path_factory.mktemp("run") / "out")
 
 
@@ -105,7 +105,7 @@ def test_an_update_shows_what_changed(updated):
 def test_a_run_that_goes_on_before_the_last_measurement_has_the_same_bytes(updated, small_lab, tmp_path, monkeypatch):
     plain = damage.measure
 
-    def killed(lm, settings, folder, before=None):
+    def killed(lm, settings, folder, before=None, prompts=()):
         if before:
             raise KeyboardInterrupt
         return plain(lm, settings, folder, before)

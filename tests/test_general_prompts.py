@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from forgetlearn.evaluation import general_prompts
+from forgetlearn.facts import make_fact
 from forgetlearn.models.encoding import turns_of
 
 ALL_PROMPTS = True
@@ -33,3 +34,9 @@ def test_every_line_holds_a_prompt_of_each_half_or_a_question_to_keep():
     assert {tuple(row) for row in pairs} == {("kind", "keep", "measure")}
     assert {(row["kind"], tuple(row)) for row in questions} == {("question", ("kind", "keep"))}
     assert len(questions) == len(general_prompts.questions()) >= 40
+
+
+def test_what_asks_a_fact_is_not_measured_as_general():
+    prompt = next(prompt for prompt in general_prompts.measuring() if isinstance(prompt, str) and prompt.isascii())
+    facts = [make_fact("Who?", "Ann", rephrase_prompts=[prompt.upper()])]
+    assert general_prompts.measuring(facts) == tuple(own for own in general_prompts.measuring() if own != prompt)

@@ -275,7 +275,7 @@ def test_general_prompts_that_a_fact_without_a_subject_changes_are_not_kept():
 
 
 def test_prompts_that_are_scored_are_not_kept(lm, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(general_prompts, "measuring", lambda: ["What is a sieve?"])
+    monkeypatch.setattr(general_prompts, "measuring", lambda facts=(): ["What is a sieve?"])
     (tmp_path / "a.txt").write_text("Who are you?\nWhat is a sieve?\n")
     fact = replace(CAPITAL, locality=(LocalityProbe("Where is Rome?", "Italy"),))
     disk.write_rows(tmp_path / "b.jsonl", [{"prompt": "what is the capital of France", "target_new": "x"}])

@@ -119,7 +119,7 @@ def as_process(place, port, folder):
 
 def test_two_processes_learn_and_score_as_one_does(tmp_path, monkeypatch):
     prompts = ("Who?", ("Hi", "Hello", "What?"), "What is this?", "Why?", "x" * 300)
-    monkeypatch.setattr(general_prompts, "measuring", lambda: prompts)
+    monkeypatch.setattr(general_prompts, "measuring", lambda facts=(): prompts)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

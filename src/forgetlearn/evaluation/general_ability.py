@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +22,9 @@ from torch.nn import functional
 
 from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.errors import FactError, ModelError, missing_extra
-from forgetlearn.evaluation import damage
+from forgetlearn.evaluation import damage, general_prompts
 from forgetlearn.evaluation.statistics import mean_of
+from forgetlearn.facts import Fact
 from forgetlearn.models.batches import computing, forward_parameters
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.runtime import processes, sharding
@@ -69,11 +70,17 @@ def check_embedded(lm: LanguageModel, settings: EvaluateSettings) -> None:
         lm.encoder.check_embedded(ids, f"evaluate.general = {settings.general}")
 
 
-def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before: Path | None = None) -> General:
+def measure(
+    lm: LanguageModel,
+    settings: EvaluateSettings,
+    folder: Path,
+    before: Path | None = None,
+    facts: Iterable[Fact] = (),
+) -> General:
     """Measure what the settings ask for, and write it to `folder`.
 
     `before` is the folder of an earlier call to compare with. Without it, `folder` also gets the answers and
-    log-probabilities that a later call needs.
+    log-probabilities that a later call needs, of all general prompts but those that ask one of the `facts`.
 
     Raises:
         FactError: the text has fewer than two tokens or has changed since `before`, or a task is unknown.
@@ -81,7 +88,9 @@ def measure(lm: LanguageModel, settings: EvaluateSettings, folder: Path, before:
     """
     found = General()
     if settings.general_prompts:
-        found = found.model_copy(update={"prompts": damage.measure(lm, settings, folder, before)})
+        found = found.model_copy(
+            update={"prompts": damage.measure(lm, settings, folder, before, general_prompts.measuring(facts))}
+        )
     if text := read_text(settings):
         digest = hashlib.sha256(f"{settings.general_tokens}:{text}".encode()).hexdigest()
         if before is not None and (was := found_in(before).text) is not None and was.sha256 != digest:

@@ -7,11 +7,13 @@ other lines have short questions about well-known things, for keeping alone: wha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from forgetlearn.models.encoding import Prompt
+from forgetlearn.facts import Fact, matching
+from forgetlearn.models.encoding import Prompt, turns_of
 from forgetlearn.storage import disk
 
 FILE = Path(__file__).with_suffix(".jsonl")
@@ -28,9 +30,11 @@ def questions() -> tuple[Prompt, ...]:
     return tuple(prompt for prompt, kind in _half("keep") if kind == QUESTION)
 
 
-def measuring() -> tuple[Prompt, ...]:
-    """Return the prompts on which damage is measured."""
-    return tuple(prompt for prompt, _kind in _half("measure"))
+def measuring(facts: Iterable[Fact] = ()) -> tuple[Prompt, ...]:
+    """Return the prompts on which damage is measured, without those that ask one of the facts: these should change."""
+    asked = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
+    found = (prompt for prompt, _kind in _half("measure"))
+    return tuple(prompt for prompt in found if matching.normalise(turns_of(prompt)[-1]) not in asked)
 
 
 @cache

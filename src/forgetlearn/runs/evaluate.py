@@ -159,8 +159,8 @@ class _Scores:
         if general_ability.asked(evaluate):
             before = self.scratch if phase == "updated" else None
             if phase == "model":
-                before = _own_base(lm, evaluate, self.scratch / "own_base")
-            self.general[phase] = general_ability.measure(lm, evaluate, self.scratch, before)
+                before = _own_base(lm, evaluate, self.scratch / "own_base", facts)
+            self.general[phase] = general_ability.measure(lm, evaluate, self.scratch, before, facts)
 
     def _probed(self, lm: LanguageModel, facts: Sequence[Fact], rows: Sequence[Row]) -> list[ProbeRow]:
         if not probes.are_asked(self.config.evaluate):
@@ -171,7 +171,7 @@ class _Scores:
         return probing.ask(lm, facts, self.config, rows, self._stated)
 
 
-def _own_base(lm: LanguageModel, settings: EvaluateSettings, folder: Path) -> Path | None:
+def _own_base(lm: LanguageModel, settings: EvaluateSettings, folder: Path, facts: FactSet) -> Path | None:
     """Measure the base under a model's adapter into `folder`; return None if the model has no adapter to switch off."""
     model = lm.model
     if not isinstance(model, PeftModel) or settings.engine == "vllm":
@@ -180,7 +180,7 @@ def _own_base(lm: LanguageModel, settings: EvaluateSettings, folder: Path) -> Pa
         return None  # it changed biases of the base
     processes.on_main(folder.mkdir)
     with model.disable_adapter():
-        general_ability.measure(lm, settings.model_copy(update={"tasks": ()}), folder)
+        general_ability.measure(lm, settings.model_copy(update={"tasks": ()}), folder, facts=facts)
     return folder
 
 

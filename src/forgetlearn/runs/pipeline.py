@@ -329,7 +329,8 @@ class Pipeline:
 
         def write(folder: Path) -> None:
             log.info("measuring the general ability of the %s model", phase)
-            general_ability.measure(self.lm, self.config.evaluate, folder, self._measured.get("base"))
+            before = self._measured.get("base")
+            general_ability.measure(self.lm, self.config.evaluate, folder, before, self.facts)
 
         self._measured[phase] = self.store.files(f"general_{phase}", self.ready(write))
 
