@@ -144,10 +144,15 @@ KNOWN = frozenset(name for form in (*FORMS, *OTHERS) for name in (*form.needs, *
 LISTS = ("rephrase_prompt", "locality", "probes")  # columns of tables where a cell that begins with [ is a list
 
 
+def _names(record: Record, columns: Mapping[str, str], *, old_alone: bool = False) -> dict[str, str]:
+    """Return the result of `renamed` for a record."""
+    in_table = isinstance(record, TableRow)
+    return renamed(tuple(record), KNOWN, tuple(columns.items()), in_table=in_table, old_alone=old_alone)
+
+
 def _form_and_names(record: Record, columns: Mapping[str, str], to_forget: bool) -> tuple[Form | None, dict[str, str]]:
     """Return a record's form (None if none fits), and the names of its fields as mapped by `renamed`."""
-    names, given, in_table = tuple(record), tuple(columns.items()), isinstance(record, TableRow)
-    originals = renamed(names, KNOWN, given, in_table=in_table)
+    originals = _names(record, columns)
     read = {name: record[original] for name, original in originals.items()}
     for form in FORMS:
         if form.fits(read):
@@ -159,7 +164,7 @@ def _form_and_names(record: Record, columns: Mapping[str, str], to_forget: bool)
             "form, or map the fields: --columns prompt=...,target_new=..."
         )
     if not fitting and to_forget:
-        as_old = renamed(names, KNOWN, given, in_table=in_table, old_alone=True)
+        as_old = _names(record, columns, old_alone=True)
         if OLD_ALONE.fits(as_old):
             return OLD_ALONE, as_old
     return (fitting[0] if fitting else None), originals
@@ -288,7 +293,7 @@ LOOKS_LIKE = {
 
 def _has_old_answer_alone(record: Record) -> bool:
     try:
-        return OLD_ALONE.fits(renamed(tuple(record), KNOWN, (), in_table=isinstance(record, TableRow), old_alone=True))
+        return OLD_ALONE.fits(_names(record, {}, old_alone=True))
     except FactError:  # two of its fields could be the same one
         return False
 
