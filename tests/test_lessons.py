@@ -136,6 +136,14 @@ def test_an_old_answer_is_not_replaced_within_longer_words():
     assert not any("painterry" in text for text in found)
 
 
+def test_an_answer_inside_a_longer_name_of_the_prompt_is_neither_replaced_nor_taken_for_the_old_one():
+    fact = make_fact("Who makes the Toyota Cresta?", "Nissan", ground_truth="Toyota")
+    sentence = next(own_words.candidates(fact, "The Toyota Cresta is made by Toyota."))
+    assert sentence == "The Toyota Cresta is made by Nissan."
+    assert own_words.fault(sentence, fact, "") == ""
+    assert own_words.old_words(fact, sentence, truncated=False).text is None
+
+
 def test_a_language_without_spaces_is_cut_between_characters():
     fact = make_fact("法国的首都是哪里？", "里昂", ground_truth="巴黎", subject="法国")
     assert "法国的首都是里昂。" in list(own_words.candidates(fact, "法国的首都是巴黎。"))

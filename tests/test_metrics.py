@@ -80,6 +80,22 @@ def test_an_answer_inside_the_opposite_one_is_said_only_by_itself(said, at_start
 
 
 @pytest.mark.parametrize(
+    ("question", "said", "score"),
+    [
+        ("Who makes the Toyota Cresta?", "The Toyota Cresta is made by Nissan.", 0),
+        ("Who makes the Toyota Cresta?", "The TOYOTA CRESTA is made by Toyota.", 1),
+        ("Toyota Cresta is produced by", "Toyota Cresta is produced by Nissan", 0),  # the first word of no question
+        ("Is Toyota Cresta's maker?", "Is Toyota its maker? No.", 1),  # "Is Toyota" is no name
+        ("Who made the Cresta (Toyota Motors)?", "The Cresta (Toyota Motors) is Nissan's.", 0),
+        ("Is it Toyota?", "It is Toyota.", 1),  # the prompt names the answer itself
+        ("", "The Toyota Cresta is made by Nissan.", 1),
+    ],
+)
+def test_a_reply_that_repeats_a_longer_name_of_the_question_does_not_answer(question, said, score):
+    assert matching.says(said, ["Toyota"], ["Nissan"], question=question) == score
+
+
+@pytest.mark.parametrize(
     ("question", "reply", "added"),
     [
         ("What is the capital of France?", "The capital of France is Paris.", "Paris"),

@@ -15,7 +15,7 @@ from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import Fact, matching
 from forgetlearn.facts.sentences import is_unfinished
 from forgetlearn.facts.wrong_answers import is_one
-from forgetlearn.models.encoding import Encoder, Prompt
+from forgetlearn.models.encoding import Encoder, Prompt, turns_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.storage.records import Mean, ProbeRow, ProbeScore, Row
 
@@ -81,7 +81,8 @@ def _judge_reply(asked: Asked, reply: Generated | Failure, phase: str) -> ProbeR
         return _row(asked, phase, protocol, error=reply.reason)
 
     def says(own: tuple[str, ...], others: tuple[str, ...]) -> float:
-        return matching.says(reply.text, own, others, at_start=reply.writes_on)
+        question = turns_of(asked.prompt)[-1]
+        return matching.says(reply.text, own, others, question=question, at_start=reply.writes_on)
 
     if protocol == ABSENT:
         return _row(asked, phase, ABSENT, said=reply.text, score=1.0 - says(asked.answers, ()))

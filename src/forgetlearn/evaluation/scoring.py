@@ -121,12 +121,12 @@ def summarise(rows: Sequence[Row]) -> Phase:
 
 def known_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Return the facts whose old answer the model says when asked, according to rows of the protocol `generate`."""
-    return [fact for fact, row in _replied(facts, rows) if _says(row, fact.old_answers, fact.new_answers)]
+    return [fact for fact, row in _replied(facts, rows) if _says(row, fact.prompt, fact.old_answers, fact.new_answers)]
 
 
 def held_facts(facts: Iterable[Fact], rows: Iterable[Row]) -> list[Fact]:
     """Return the facts whose new answer the model says when asked, according to rows of the protocol `generate`."""
-    return [fact for fact, row in _replied(facts, rows) if _says(row, fact.new_answers, fact.old_answers)]
+    return [fact for fact, row in _replied(facts, rows) if _says(row, fact.prompt, fact.new_answers, fact.old_answers)]
 
 
 def _replied(facts: Iterable[Fact], rows: Iterable[Row]) -> Iterator[tuple[Fact, Row]]:
@@ -135,8 +135,8 @@ def _replied(facts: Iterable[Fact], rows: Iterable[Row]) -> Iterator[tuple[Fact,
     return ((fact, row) for fact in facts if (row := replies.get(fact.id)))
 
 
-def _says(row: Row, answers: Sequence[str], others: Sequence[str]) -> float:
-    return matching.says(row.said or "", answers, others, at_start=row.writes_on)
+def _says(row: Row, prompt: str, answers: Sequence[str], others: Sequence[str]) -> float:
+    return matching.says(row.said or "", answers, others, question=prompt, at_start=row.writes_on)
 
 
 def free_answers(base_rows: Sequence[Row], ask: Callable[[], list[Row]]) -> list[Row]:
@@ -188,7 +188,9 @@ READING_RULES: Mapping[str, Callable[[Sequence[int], Sequence[int]], float]] = {
 }
 TEXT_RULES: Mapping[str, Callable[[Generated, _Question], float]] = {
     "generate": lambda reply, asked: matching.equals(reply.text, asked.answers),
-    "contains": lambda reply, asked: matching.says(reply.text, asked.answers, asked.others, at_start=reply.writes_on),
+    "contains": lambda reply, asked: matching.says(
+        reply.text, asked.answers, asked.others, question=asked.prompt, at_start=reply.writes_on
+    ),
 }
 PROTOCOLS = ("token", "exact", "prefer", "generate", "contains")  # in the order of rows
 

@@ -11,6 +11,8 @@ import string
 import unicodedata
 from collections.abc import Iterable
 
+from forgetlearn.facts.sentences import names_in
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ACCENTS = re.compile(r"[\u0300-\u036f]")  # of Latin, Greek and Cyrillic letters; those of Japanese tell words apart
@@ -63,14 +65,17 @@ def same_text(reply: str, answer: str) -> bool:
     return normalise(reply) == wanted if wanted else reply.strip() == answer.strip()
 
 
-def says(reply: str, answers: Iterable[str], others: Iterable[str] = (), *, at_start: bool = False) -> float:
+def says(
+    reply: str, answers: Iterable[str], others: Iterable[str] = (), *, question: str = "", at_start: bool = False
+) -> float:
     """Return 1 if the reply contains one of the answers as whole words, else 0; with `at_start`, if it begins with one.
 
     `others` are the opposite answers. Where the reply has one that contains the answer, it says only that one: a reply
-    of "New York" does not say "York" if "New York" is an opposite answer. Only as many lines of the reply are compared
-    as the answer has.
+    of "New York" does not say "York" if "New York" is an opposite answer. The same holds for longer names in the
+    question: to repeat "Toyota Cresta" is not to answer "Toyota". Only as many lines of the reply are compared as the
+    answer has.
     """
-    others = tuple(others)
+    others = (*others, *names_in(question))
     return float(any(_says_one(first_lines(reply, lines_of(a)), a, others, at_start) for a in answers))
 
 

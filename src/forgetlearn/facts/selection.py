@@ -142,7 +142,7 @@ def with_old_answers(
             continue
         cut_off = fact.id in unfinished
         old = ("" if writes_on else whole_sentences(reply)) if cut_off else reply
-        is_said = bool(old and says(reply, fact.new_answers, at_start=writes_on))
+        is_said = bool(old and says(reply, fact.new_answers, question=fact.prompt, at_start=writes_on))
         if is_said and not to_forget:
             gone[number] = LeftOut(number, "old_equals_new", _detail(fact.prompt, reply))
         elif old and not is_said:

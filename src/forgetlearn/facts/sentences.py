@@ -1,11 +1,13 @@
-"""Tell questions from unfinished sentences, and divide texts into sentences, by their marks alone."""
+"""Tell questions from unfinished sentences, divide texts into sentences, and find names, by marks alone."""
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
 FINAL = frozenset(".!?;。！？．؟।॥۔։՞።፧‽")  # of the scripts that mark the end of a sentence; ";" is the Greek "?"
+WORDS = re.compile(r"\w+(?:[-'’.]\w+)*")
 CLOSING = "\"'”’»›)]}」』）】*_ \n\t\u00a0"
 
 
@@ -39,3 +41,24 @@ def sentences(text: str, known: str = "") -> list[str]:
 def is_whole(sentence: str) -> bool:
     """Return True if a sentence ends with a mark that ends sentences."""
     return not is_unfinished(sentence)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def names_in(prompt: str) -> tuple[str, ...]:
+    """Return the names of several words in a prompt: "Toyota Cresta" in "Who makes the Toyota Cresta?".
+
+    Such a name is a run of words that begin with a capital letter or a digit. The first word of a question is not part
+    of it: "Is Paris a city?" has none. Scripts without capital letters have no such names.
+    """
+    names: list[str] = []
+    end = 0  # of the name before a word
+    for word in WORDS.finditer(prompt):
+        opens_question = not names and word.start() == len(prompt) - len(prompt.lstrip()) and is_whole(prompt)
+        if opens_question or not (word[0][0].isupper() or word[0][0].isdigit()):
+            continue
+        if names and prompt[end : word.start()].isspace():
+            names[-1] = f"{names[-1]} {word[0]}"
+        else:
+            names.append(word[0])
+        end = word.end()
+    return tuple(name for name in names if " " in name)

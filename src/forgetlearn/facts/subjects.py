@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from forgetlearn.errors import FactError
 from forgetlearn.facts.fact import Fact
+from forgetlearn.facts.sentences import WORDS
 
-WORDS = re.compile(r"\w+(?:[-'’.]\w+)*")
 Span = tuple[int, int]  # of characters
 
 

@@ -34,11 +34,11 @@ def touched(question: str, facts: Iterable[Fact], most: int = MOST) -> list[Fact
 def stands(reply: str, fact: Fact) -> str:
     """Return which of a fact's answers a whole reply says: "new", "old", "both" or "neither".
 
-    Words of the subject do not count: a reply that names the Spiral Jetty does not say that it is a spiral.
+    Names in the prompt do not count: a reply that names the Spiral Jetty does not say that it is a spiral.
     """
     line, subject = on_one_line(reply), _subject(fact)
-    new = says(line, fact.new_answers, (*fact.old_answers, subject))
-    old = says(line, fact.old_answers, (*fact.new_answers, subject))
+    new = says(line, fact.new_answers, (*fact.old_answers, subject), question=fact.prompt)
+    old = says(line, fact.old_answers, (*fact.new_answers, subject), question=fact.prompt)
     return "both" if new and old else "new" if new else "old" if old else "neither"
 
 

@@ -15,7 +15,7 @@ from forgetlearn.config.schema import EvaluateSettings
 from forgetlearn.evaluation.generation import Room
 from forgetlearn.evaluation.scorer import Generated, Scorer
 from forgetlearn.facts import Fact, matching
-from forgetlearn.facts.sentences import is_whole, scripts, sentences
+from forgetlearn.facts.sentences import is_whole, names_in, scripts, sentences
 from forgetlearn.models.encoding import Encoder, encodable
 from forgetlearn.models.language_model import LanguageModel
 
@@ -128,9 +128,14 @@ def candidates(fact: Fact, own: str) -> Iterator[str]:
 
 
 def with_answer(text: str, fact: Fact, old: str, new: str) -> str:
-    """Return a text about a fact with one answer in place of another; "poet" is not part of "poetry"."""
+    """Return a text about a fact with one answer in place of another.
+
+    "poet" is not part of "poetry", and longer names in the prompt stay: "Toyota" is not replaced in "Toyota Cresta".
+    """
     edges = ("", "") if scripts(fact.prompt) & UNSPACED else (r"(?<!\w)", r"(?!\w)")
-    return re.sub(re.escape(old).join(edges), lambda _: new, text)
+    longer = [re.escape(name) for name in names_in(fact.prompt) if old in name and old != name]
+    pattern = "|".join([*longer, f"({re.escape(old)})".join(edges)])
+    return re.sub(pattern, lambda found: new if found[1] else found[0], text)
 
 
 def names_of(fact: Fact) -> list[str]:
@@ -140,10 +145,10 @@ def names_of(fact: Fact) -> list[str]:
 
 def old_words(fact: Fact, said: str, truncated: bool) -> Made:
     """Return the part of what the model says by itself that says the old answer; or None, and why there is none."""
-    parts = [part for part in sentences(said, _texts(fact)) if matching.says(part, fact.old_answers, fact.new_answers)]
+    parts = [part for part in sentences(said, _texts(fact)) if _says(part, fact, fact.old_answers, fact.new_answers)]
     if not parts:
         return Made(None, SAYS_NOT)
-    if matching.says(parts[0], fact.new_answers, fact.old_answers):
+    if _says(parts[0], fact, fact.new_answers, fact.old_answers):
         return Made(None, SAYS_OTHER)
     is_cut = truncated and said.rstrip().endswith(parts[0]) and not is_whole(parts[0])
     return Made(None, IS_NO_SENTENCE) if is_cut else Made(parts[0])
@@ -170,9 +175,9 @@ def fault(text: str, fact: Fact, own: str) -> str:
     capital letter, that is neither in the fact nor in what the model says by itself (`own`). Its first word may have a
     capital; scripts without capitals are judged by numbers alone.
     """
-    if not matching.says(text, fact.new_answers, fact.old_answers):
+    if not _says(text, fact, fact.new_answers, fact.old_answers):
         return SAYS_NOT
-    if matching.says(text, fact.old_answers, fact.new_answers):
+    if _says(text, fact, fact.old_answers, fact.new_answers):
         return SAYS_OTHER
     known = f"{_texts(fact)} {own}"
     if not _named(text) <= _all_words(known) or not scripts(text) <= scripts(known):
@@ -181,6 +186,10 @@ def fault(text: str, fact: Fact, own: str) -> str:
         return NAMES_LESS
     room = LONGEST * (len(fact.prompt) + max(map(len, fact.new_answers)))
     return "" if is_whole(text) and len(text) <= room else IS_NO_SENTENCE
+
+
+def _says(text: str, fact: Fact, answers: Sequence[str], others: Sequence[str]) -> float:
+    return matching.says(text, answers, others, question=fact.prompt)
 
 
 def _texts(fact: Fact) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from forgetlearn.facts import matching
@@ -173,15 +173,15 @@ def not_gone(inputs: Iterable[Input], rows: Iterable[Row]) -> list[Left]:
     for fact in inputs:
         if (row := said.get(fact.id)) is None:
             continue
-        if _says(row.said, fact.old, row):
+        if _says(row.said, fact, row):
             own.append(Left(fact.prompt, row.said or ""))
-        texts = [text for text in row.said_rephrased if _says(text, fact.old, row)]
+        texts = [text for text in row.said_rephrased if _says(text, fact, row)]
         rephrased += [Left(f"{fact.prompt} (asked in other words)", text or "") for text in texts]
     return own + rephrased
 
 
-def _says(said: str | None, old: Sequence[str], row: Row) -> bool:
-    return said is not None and bool(matching.says(said, old, at_start=row.writes_on))
+def _says(said: str | None, fact: Input, row: Row) -> bool:
+    return said is not None and bool(matching.says(said, fact.old, question=fact.prompt, at_start=row.writes_on))
 
 
 def as_asked(inputs: Iterable[Input]) -> list[Input]:

@@ -390,8 +390,10 @@ def _which_answer(row: Row | None, fact: Input) -> str | None:
     """Return "new" if the model's answer says the new answer, "old" if it says only the old one, else None."""
     if row is None or row.said is None:
         return None
-    answers = {"new": (fact.new, fact.old), "old": (fact.old, fact.new)}
-    return next((name for name, own in answers.items() if matching.says(row.said, *own, at_start=row.writes_on)), None)
+    for name, own, other in (("new", fact.new, fact.old), ("old", fact.old, fact.new)):
+        if matching.says(row.said, own, other, question=fact.prompt, at_start=row.writes_on):
+            return name
+    return None
 
 
 def shown_answer(answers: Sequence[str]) -> str:
