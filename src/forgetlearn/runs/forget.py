@@ -302,7 +302,7 @@ class ForgetPipeline(Pipeline):
         stage_log = super()._forget(stage, facts, tuned, stage_io)
         if stage_log and stage.kind.until_gone:
             left = len(stage_log.unlearned)
-            ended = f"{left} of {len(facts)} answers are not gone" if left else f"all {len(facts)} answers are gone"
+            ended = f"{left} of {len(facts)} answers are still likely" if left else f"no answer of {len(facts)} is likely"
             log.info("forgetting ended after %d of at most %d epochs: %s", *self._epochs(stage_log), ended)
         return stage_log
 

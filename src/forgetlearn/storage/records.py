@@ -690,7 +690,7 @@ class Forgetting(Record):
     """What a run that only forgets measured, other than the scores of the facts."""
 
     epochs: Count | None = None  # of a method with a loss of its own
-    not_gone: Count | None = None  # answers that still counted as said when it ended
+    not_gone: Count | None = None  # answers that were still likely when it ended
     kept: KeptFacts | None = None
     truth: dict[Text, TruthRatio] = {}
     reference: Text | None = None
