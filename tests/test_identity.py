@@ -11,7 +11,7 @@ from conftest import QUICK
 from forgetlearn.cli.main import main
 from forgetlearn.comparison.grid import CompareSettings, fill
 from forgetlearn.errors import ConfigError, ModelError, RunError
-from forgetlearn.models.identity import base_of, weights_sha256
+from forgetlearn.models.identity import identity_of, weights_sha256
 from forgetlearn.models.language_model import wrap
 from forgetlearn.products import chain
 from forgetlearn.products.restore import apply_run, undo_run
@@ -44,13 +44,13 @@ def inputs_of(run):
 
 
 def in_memory(lm):
-    return base_of(lm, in_memory=True)
+    return identity_of(lm, in_memory=True)
 
 
 class TestIdentity:
     def test_an_untouched_model_is_its_folder(self, folder):
         lm = forgetlearn.load_model(folder / "base")
-        assert in_memory(lm) == base_of(lm, in_memory=False) == {"base_sha256": digests.sha256_of(folder / "base")}
+        assert in_memory(lm) == identity_of(lm, in_memory=False) == {"base_sha256": digests.sha256_of(folder / "base")}
 
     @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
     @pytest.mark.parametrize("loaded", ["auto", "float32", "bfloat16"])

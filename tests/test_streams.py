@@ -29,8 +29,8 @@ from forgetlearn.models.language_model import load_model
 from forgetlearn.products import chain
 from forgetlearn.products.side_by_side import open_run
 from forgetlearn.report import stream_page
-from forgetlearn.runs import base as begun_on
 from forgetlearn.runs import pipeline
+from forgetlearn.runs.base import load_to_update
 from forgetlearn.runs.stream import _config_of, divided, stream
 from forgetlearn.runs.update import update
 from forgetlearn.storage import digests, disk, run_folder
@@ -247,7 +247,7 @@ def test_an_adapter_in_memory_or_on_a_changed_base_is_refused(root, facts, tmp_p
 
 def test_forgetting_and_learning_build_on_the_earlier_adapter(root, facts):
     config = load_config(None, {"model.name": str(root / "first/adapter"), "method": "f-lora"})
-    lm = begun_on.load(None, None, config)
+    lm = load_to_update(None, None, config)
     assert lm.model.active_adapters == [lora.EARLIER]
     small = {"epochs": 1, "lora": {"r": 2}}
     forget(lm, facts[3:5], ForgetSettings(**small))
@@ -415,7 +415,7 @@ def test_general_prompts_that_earlier_facts_may_change_are_not_kept(lm):
 
 
 def test_an_adapter_that_is_put_aside_changes_nothing_and_comes_back_frozen(root):
-    lm = begun_on.load(None, None, RunConfig(model={"name": str(root / "first/adapter")}))
+    lm = load_to_update(None, None, RunConfig(model={"name": str(root / "first/adapter")}))
     base = load_model(RunConfig(model={"name": str(root / "base")}).model)
     with torch.no_grad():
         before = lm.model(IDS).logits

@@ -39,7 +39,7 @@ from forgetlearn.evaluation import probes
 from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.method import keeping, lessons, moments
-from forgetlearn.models.identity import base_of
+from forgetlearn.models.identity import identity_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model, load_model
 from forgetlearn.models.texts import check_texts
 from forgetlearn.runs.checks import (
@@ -52,7 +52,7 @@ from forgetlearn.runs.checks import (
     resolve,
 )
 from forgetlearn.runs.pipeline import HeldBase, Pipeline, Store, Tuned
-from forgetlearn.runs.results import Done, learning_of, write_results
+from forgetlearn.runs.results import Outcome, learning_of, write_results
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, disk, run_folder
 from forgetlearn.storage.locks import claimed
@@ -149,7 +149,7 @@ def begin(
     comparison = Comparison(Path(output), config, fact_set, cells, settings.variants)
     _check_cells(comparison, lm)
     in_memory = not isinstance(named, (str, Path))
-    inputs = {"facts_sha256": fact_set.sha256(), **base_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
+    inputs = {"facts_sha256": fact_set.sha256(), **identity_of(lm, in_memory=in_memory), **lm.encoder.fingerprint()}
     inputs |= keeping.fingerprint(config.keep) | moments.fingerprint(config.edit)
     whole = {"run": config.model_dump(mode="json"), "compare": settings.model_dump(mode="json")}
     run_folder.RunFolder.create(output, whole, inputs, resume=resume, overwrite=overwrite, remove_leftovers=overwrite)
@@ -273,7 +273,7 @@ class Worker:
             run = run_folder.RunFolder.create(folder, config.model_dump(mode="json"), inputs)
             (folder / "logs").mkdir()
             disk.write_rows(folder / "logs" / "learn.jsonl", learned.steps)
-            done = Done(
+            outcome = Outcome(
                 len(pipeline.known),
                 forgotten,
                 nothing_forgotten=pipeline.nothing_forgotten,
@@ -282,7 +282,7 @@ class Worker:
                 kept=pipeline.kept_counts,
                 learning=learning_of(pipeline.facts, learned.epochs, learned.unlearned),
             )
-            write_results(folder, config, self.comparison.facts, pipeline.rows, done)
+            write_results(folder, config, self.comparison.facts, pipeline.rows, outcome)
             run.note(model=self.lm.describe())
             run.finish()
 

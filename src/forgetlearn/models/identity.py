@@ -24,7 +24,7 @@ Identity = dict[str, str | None]
 NAMES = ("base_sha256", "weights_sha256", "adapter_sha256")  # entries in a run's inputs, and in each update of a chain
 
 
-def base_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
+def identity_of(lm: LanguageModel, *, in_memory: bool) -> Identity:
     """Return the entries for the base in a run's inputs. Every process must call this, and all get the same result.
 
     `base_sha256` is the hash of the base's folder or GGUF file (`digests.sha256_of`) or its commit on the hub. It is

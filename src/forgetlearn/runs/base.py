@@ -36,7 +36,7 @@ def of_run(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"name": str(product)})})
 
 
-def load(model: GivenModel, tokenizer: object, config: RunConfig) -> LanguageModel:
+def load_to_update(model: GivenModel, tokenizer: object, config: RunConfig) -> LanguageModel:
     """Return the model that an update begins on; an adapter is then named `lora.EARLIER`, and frozen.
 
     Raises:
@@ -92,7 +92,7 @@ def _take_up(lm: LanguageModel) -> None:
     lm.dtypes = {own_name(path): dtype for path, dtype in lm.dtypes.items() if ".lora_" not in path}
 
 
-def began_on(lm: LanguageModel, config: RunConfig, identity: Identity) -> Base:
+def base_of_update(lm: LanguageModel, config: RunConfig, identity: Identity) -> Base:
     """Return the base of an update of this model, as its manifest will name it."""
     under = adapter_base(config.model) if identity.get("adapter_sha256") else None
     adapter = lm.name if under is not None else None

@@ -18,7 +18,7 @@ from forgetlearn.storage.run_folder import FAILED, INPUTS, LESSONS, PROBES, RIGH
 
 
 @dataclass(frozen=True)
-class Done:
+class Outcome:
     """The results of an update other than its scores. A result is None if it does not apply."""
 
     known: int | None = None  # facts whose old answer the base gave
@@ -40,29 +40,29 @@ def write_results(
     config: RunConfig,
     facts: FactSet,
     rows: Mapping[str, list[Row]],
-    done: Done | None = None,
+    outcome: Outcome | None = None,
     general: Mapping[str, Any] | None = None,
     probed: Mapping[str, list[ProbeRow]] | None = None,
 ) -> tuple[Summary, list[Row]]:
     """Write everything that a report is made from to `path`; return the summary and the rows that were written.
 
-    Without `done`, the run only scores. `general` is the general ability by phase, `probed` are answers to probes by
+    Without `outcome`, the run only scores. `general` is the general ability by phase, `probed` are answers to probes by
     phase. Facts that the coefficient was chosen on get rows, marked `split: validation`, but do not count in the means.
     """
-    aside = frozenset(done.choice.validation if done and done.choice else ())
+    aside = frozenset(outcome.choice.validation if outcome and outcome.choice else ())
     written = [_public(row, aside, facts) for own in rows.values() for row in own]
     save_rows(written, path / ROWS)
-    if done and done.taught:
-        save_rows(done.taught, path / LESSONS)
+    if outcome and outcome.taught:
+        save_rows(outcome.taught, path / LESSONS)
     with disk.naming(path / INPUTS):
         write_facts(facts, path / INPUTS)
-        if done:
-            failed = {fact.id: fact for fact in _failed(facts, rows[list(rows)[-1]], only_old=bool(done.forgetting))}
+        if outcome:
+            failed = {fact.id: fact for fact in _failed(facts, rows[list(rows)[-1]], only_old=bool(outcome.forgetting))}
             write = documents.write_documents if facts.reader == documents.READER else write_facts  # to be read again
             write(failed.values(), path / FAILED)
             write((fact for fact in facts if fact.id not in failed), path / RIGHT)
     scored = {phase: [row for row in own if row.fact not in aside] for phase, own in rows.items()}
-    summary = _summary(config, facts, scored, done, len(aside), general or {})
+    summary = _summary(config, facts, scored, outcome, len(aside), general or {})
     if probed and any(probed.values()):
         save_rows([row for own in probed.values() for row in own], path / PROBES)
         summary = summary.model_copy(update={"probes": _summed(probed, aside, facts.used - len(aside))})
@@ -104,11 +104,11 @@ def _summary(
     config: RunConfig,
     facts: FactSet,
     scored: Mapping[str, list[Row]],
-    done: Done | None,
+    outcome: Outcome | None,
     n_aside: int,
     general: Mapping[str, records.General],
 ) -> Summary:
-    did = done or Done()
+    did = outcome or Outcome()
     counts = records.FactCounts(
         source=facts.source,
         reader=facts.reader,
@@ -128,9 +128,9 @@ def _summary(
     method, name = METHODS[config.method], config.method
     if did.nothing_forgotten:
         name = method.plain
-    has_coef = done is not None and method.forgets and not did.nothing_forgotten
+    has_coef = outcome is not None and method.forgets and not did.nothing_forgotten
     summary = Summary(
-        method="scores" if done is None else name,
+        method="scores" if outcome is None else name,
         coef=_coef(config, did.choice) if has_coef else None,
         nothing_forgotten=did.nothing_forgotten,
         choice=did.choice,
@@ -144,7 +144,7 @@ def _summary(
         "general": dict(general),
         "lessons": dict(did.lessons),
         "kept": dict(did.kept),
-        "rephrasings_trained": bool(done and config.learn.rephrasings),
+        "rephrasings_trained": bool(outcome and config.learn.rephrasings),
         "learning": did.learning,
         "since_first": did.since_first,
         "forgetting": did.forgetting,

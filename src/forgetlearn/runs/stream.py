@@ -24,13 +24,13 @@ from forgetlearn.evaluation.generation import check_engine
 from forgetlearn.evaluation.statistics import mean_with_interval
 from forgetlearn.facts import FactSet, GivenFacts, as_fact_set
 from forgetlearn.method import keeping, moments
-from forgetlearn.models.identity import base_of, found_again
+from forgetlearn.models.identity import found_again, identity_of
 from forgetlearn.models.language_model import LanguageModel
 from forgetlearn.products import restore
 from forgetlearn.products.chain import check_product, product_of
 from forgetlearn.report import stream_page
-from forgetlearn.runs import base as begun_on
 from forgetlearn.runs import retention
+from forgetlearn.runs.base import base_of_update, of_run
 from forgetlearn.runs.checks import (
     AS_READ,
     GivenConfig,
@@ -39,7 +39,7 @@ from forgetlearn.runs.checks import (
     read_config_facts,
     resolve,
 )
-from forgetlearn.runs.update import Task, carry_out, checked
+from forgetlearn.runs.update import Task, carry_out, load_checked
 from forgetlearn.runtime import processes
 from forgetlearn.storage import run_folder
 from forgetlearn.storage.locks import only_writer
@@ -79,7 +79,7 @@ def stream(
         ForgetLearnError: the input is wrong. Nothing has been written yet.
     """
     facts = as_fact_set(facts)
-    config = begun_on.of_run(resolve(config, model, facts))
+    config = of_run(resolve(config, model, facts))
     preflight.check("update", config)
     _check(model, config, batches)
     check_engine(config.evaluate, changed_by="update")
@@ -119,8 +119,7 @@ def _finished(output: Path, facts: FactSet, config: RunConfig, batches: int) -> 
 def _result(run: RunFolder, config: RunConfig) -> StreamResult:
     if not config.keep_stages:
         run.remove_stage_weights()
-    told = Stream.load(run.path / STREAM)
-    return StreamResult(run.path, product_of(run.path), told)
+    return StreamResult(run.path, product_of(run.path), Stream.load(run.path / STREAM))
 
 
 def _whole(config: RunConfig, batches: int) -> dict[str, object]:
@@ -163,11 +162,11 @@ def _begin(
         was = RunFolder.open(output).manifest.inputs
         now = {name: value for name, value in found_again(config.model).items() if was.get(name)}
         return RunFolder.create(output, whole, was | inputs | now, resume=True), None
-    lm = checked(Task(), None, None, facts, config)
-    base = begun_on.began_on(lm, config, identity := base_of(lm, in_memory=False))
+    lm = load_checked(Task(), None, None, facts, config)
+    base = base_of_update(lm, config, identity := identity_of(lm, in_memory=False))
     inputs |= {**identity, **lm.encoder.fingerprint(), **keeping.fingerprint(config.keep)}
     inputs |= moments.fingerprint(config.edit) | {"updates_before": len(base.chain())}
-    if config.keep_change and not Stages(config).method.makes_adapter:
+    if Stages(config).keeps_change:
         restore.check_keeping(base)
     run = RunFolder.create(output, whole, inputs, overwrite=overwrite)
     run.note(model=lm.describe())
@@ -179,7 +178,7 @@ def _origin(run: RunFolder, lm: LanguageModel | None, facts: FactSet, config: Ru
     if not general_ability.asked(config.evaluate):
         return None
     if not run.is_done(BASE):
-        lm = lm or checked(Task(), None, None, facts, config)
+        lm = lm or load_checked(Task(), None, None, facts, config)
         log.info("measuring the general ability of the model before the first batch")
         run.do(BASE, partial(_measure, lm, config))
     return run.path / "stages" / BASE

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from forgetlearn.config import preflight
 from forgetlearn.config.schema import AUTO, RunConfig
@@ -20,14 +19,14 @@ from forgetlearn.facts import FactSet, GivenFacts, as_fact_set, describe_old_ans
 from forgetlearn.method import keeping, lessons, moments
 from forgetlearn.method.checks import out_of_loras_reach
 from forgetlearn.models import prompts
-from forgetlearn.models.identity import NAMES, Identity, base_of, found_again
+from forgetlearn.models.identity import NAMES, Identity, found_again, identity_of
 from forgetlearn.models.language_model import LanguageModel, as_language_model
 from forgetlearn.models.texts import check_texts
 from forgetlearn.planning import plan
 from forgetlearn.products import chain, restore
 from forgetlearn.report import damage, run_page
-from forgetlearn.runs import base as begun_on
 from forgetlearn.runs import coefficient, retention
+from forgetlearn.runs.base import base_of_update, load_to_update, of_run
 from forgetlearn.runs.checks import (
     GivenConfig,
     GivenModel,
@@ -42,13 +41,14 @@ from forgetlearn.runs.checks import (
 )
 from forgetlearn.runs.failed_only import config_for_failed
 from forgetlearn.runs.pipeline import Pipeline
-from forgetlearn.runs.results import Done, learning_of, write_results
+from forgetlearn.runs.results import Outcome, learning_of, write_results
 from forgetlearn.runs.retention import Past
 from forgetlearn.runs.run_store import RunStore
 from forgetlearn.runtime import processes
 from forgetlearn.storage import digests, records, run_folder
 from forgetlearn.storage.locks import only_writer
 from forgetlearn.storage.records import Forgetting, Row, Summary, load_rows, save_rows
+from forgetlearn.storage.run_folder import RunFolder
 from forgetlearn.training.callbacks import check_trackers
 
 log = logging.getLogger("forgetlearn")
@@ -92,7 +92,7 @@ def update(
     facts = as_fact_set(facts)
     if failed_only is not None:
         config = config_for_failed(failed_only, config, model, facts)
-    config = begun_on.of_run(resolve(config, model, facts))
+    config = of_run(resolve(config, model, facts))
     preflight.check("update", config)
     return carry_out(
         Task(), model, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
@@ -127,7 +127,7 @@ class Task:
         """Return the pipeline that does the task."""
         return Pipeline(lm, facts.facts, config, store, past=past)
 
-    def result(self, pipeline: Pipeline, run: run_folder.RunFolder) -> Forgetting | None:
+    def result(self, pipeline: Pipeline, run: RunFolder) -> Forgetting | None:
         """Write what else was measured to the run folder, and return it for the summary."""
         return None
 
@@ -147,66 +147,50 @@ def carry_out(
     in_memory = None if isinstance(model, (str, Path)) else model
     check_engine(config.evaluate, changed_by=task.name)
     task.check(config)
-    reads = (*files_read(config), *task.reads)
+    settings, reads = config.model_dump(mode="json"), (*files_read(config), *task.reads)
     with processes.joined(config.model.device):
         processes.on_main(lambda: run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=reads))
         with only_writer(Path(output)):
-            return _carry_out(
-                task, in_memory, facts, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite
+            check_trackers(config.report_to)
+            begun = RunFolder.open(output) if resume and processes.on_main(lambda: run_folder.is_run(output)) else None
+            if begun:  # before a large model is loaded
+                begun.check_same(settings, "config")
+            fact_set = task.taken(facts if isinstance(facts, FactSet) else read_config_facts(config))
+            if begun and begun.manifest.finished:
+                if in_memory is not None:
+                    given = as_language_model(in_memory, tokenizer, config.model)
+                    _check_same_base(begun, identity_of(given, in_memory=True))
+                return processes.on_main(lambda: _result_of_finished(task, begun, fact_set, config))
+            lm = load_checked(task, in_memory, tokenizer, fact_set, config)
+            identity = identity_of(lm, in_memory=in_memory is not None)
+            if begun and in_memory is not None:
+                _check_same_base(begun, identity)
+            base = base_of_update(lm, config, identity)
+            past = processes.on_main(lambda: retention.past_of(base, fact_set, config.keep.earlier, task.origin))
+            answers = None if begun else _own_answers(lm, fact_set, config)
+            if Stages(config).keeps_change:
+                restore.check_keeping(base)
+            inputs = {"facts_sha256": fact_set.sha256(), **identity, **_inputs(task, lm, config, past)}
+            run = processes.on_main(
+                lambda: RunFolder.create(output, settings, inputs, resume=resume, overwrite=overwrite)
             )
+            run.check_seen()
+            _note_start(run, lm, task.asked(fact_set), config, base)
+            fact_set = _with_old_answers(run, lm, fact_set, config, answers)
+            return _run_steps(task, run, lm, fact_set, config, base, past)
 
 
-def _carry_out(
-    task: Task,
-    model: LanguageModel | nn.Module | None,
-    facts: FactSet | str | Path | None,
-    config: RunConfig,
-    *,
-    output: str | Path,
-    tokenizer: object,
-    resume: bool,
-    overwrite: bool,
+def _run_steps(
+    task: Task, run: RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, base: chain.Base, past: Past
 ) -> UpdateResult:
-    """Do a task in an output folder that is locked; `model` is None unless it is in memory."""
-    check_trackers(config.report_to)
-    as_json = config.model_dump(mode="json")
-    goes_on = resume and processes.on_main(lambda: run_folder.is_run(output))
-    if goes_on:  # before a large model is loaded
-        run_folder.RunFolder.open(output).check_same(as_json, "config")
-    fact_set = task.taken(facts if isinstance(facts, FactSet) else read_config_facts(config))
-    if goes_on and processes.on_main(lambda: run_folder.is_finished(output)):
-        given = None if model is None else base_of(as_language_model(model, tokenizer, config.model), in_memory=True)
-        return processes.on_main(lambda: _finished(task, Path(output), config, fact_set, given))
-    stages = Stages(config)
-    lm = checked(task, model, tokenizer, fact_set, config)
-    identity = base_of(lm, in_memory=model is not None)
-    base = begun_on.began_on(lm, config, identity)
-    if goes_on and model is not None:
-        _check_begun_on(run_folder.RunFolder.open(output), identity)
-    past = processes.on_main(lambda: retention.past_of(base, fact_set, config.keep.earlier, task.origin))
-    answers = None
-    if fact_set.to_ask and not goes_on:
-        answers = asked_answers(lm, fact_set, config)  # before the folder is created: perhaps no fact is left
-        held = with_the_models_answers(fact_set, answers, config)
-        check_old_answers(held, config)
-        check_texts(lm.encoder, held)
-    if stages.keeps_change:
-        restore.check_keeping(base)
-    inputs = {"facts_sha256": fact_set.sha256(), **identity, **_inputs(task, lm, config, past)}
-    run = processes.on_main(
-        lambda: run_folder.RunFolder.create(output, as_json, inputs, resume=resume, overwrite=overwrite)
-    )
-    run.check_seen()
-    _note_start(run, lm, task.asked(fact_set), config, base)
-    fact_set = _with_old_answers(run, lm, fact_set, config, answers)
-    base_name = str(base.name) if base.base_sha256 else f"a {type(lm.model).__name__} in memory"
-    store = RunStore(run, config, lm, base_name)
-    pipeline = task.pipeline(lm, task.asked(fact_set), config, store, past)
+    """Do the steps of a task that are not done yet, and finish its run."""
+    store = RunStore(run, config, lm, str(base.name) if base.base_sha256 else f"a {type(lm.model).__name__} in memory")
+    pipeline = task.pipeline(lm, task.asked(facts), config, store, past)
     pipeline.prepare()
-    if stages.chooses_coefficient and pipeline.to_forget:
+    if store.stages.chooses_coefficient and pipeline.to_forget:
         pipeline.set_coefficient(store.choose(pipeline))
     pipeline.update()
-    return _finish(task, run, fact_set, pipeline, store)
+    return _finish(task, facts, pipeline, store)
 
 
 def _inputs(task: Task, lm: LanguageModel, config: RunConfig, past: Past) -> dict[str, object]:
@@ -222,9 +206,7 @@ def _inputs(task: Task, lm: LanguageModel, config: RunConfig, past: Past) -> dic
     return inputs
 
 
-def _note_start(
-    run: run_folder.RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, base: chain.Base
-) -> None:
+def _note_start(run: RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, base: chain.Base) -> None:
     """Log the plan and what the stages will leave out; note them and the model in the manifest."""
     n_processes = processes.world_size()
     line, planned = processes.on_main(lambda: plan.plan_line(lm, facts, config, n_processes))
@@ -238,11 +220,11 @@ def _note_start(
     run.note(model=lm.describe(), parent=chain.parent_of(base), **noted)
 
 
-def checked(task: Task, model: GivenModel, tokenizer: object, facts: FactSet, config: RunConfig) -> LanguageModel:
+def load_checked(task: Task, model: GivenModel, tokenizer: object, facts: FactSet, config: RunConfig) -> LanguageModel:
     """Load the model that a task begins on, and check everything that can be checked before it begins."""
     stages = Stages(config)
     _check_without_model(facts, stages)
-    lm = begun_on.load(model, tokenizer, config)
+    lm = load_to_update(model, tokenizer, config)
     check_texts(lm.encoder, task.asked(facts))
     general_ability.check_embedded(lm, config.evaluate)
     lm.name_end_token()
@@ -266,8 +248,22 @@ def _check_without_model(facts: FactSet, stages: Stages) -> None:
         preflight.warn_of_forgetting(config)
 
 
+def _own_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row] | None:
+    """Ask the model for its own answers where these are to be the old ones (policy `model`), and check the facts then.
+
+    It is asked before the run folder is created: perhaps no fact is left. Return None if there is nothing to ask.
+    """
+    if not facts.to_ask:
+        return None
+    answers = asked_answers(lm, facts, config)
+    held = with_the_models_answers(facts, answers, config)
+    check_old_answers(held, config)
+    check_texts(lm.encoder, held)
+    return answers
+
+
 def _with_old_answers(
-    run: run_folder.RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, rows: list[Row] | None
+    run: RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, rows: list[Row] | None
 ) -> FactSet:
     """Return the facts with the model's own answers as old answers (policy `model`).
 
@@ -286,25 +282,26 @@ def _with_old_answers(
     return facts
 
 
-def _finish(task: Task, run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
+def _finish(task: Task, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
     """Write the merged model, the scores, the model cards, the chain and the report, and return the result."""
-    stages, product = store.stages, run.path / store.stages.product
+    run, stages = store.run, store.stages
+    product = run.path / stages.product
     products = [product]
     if stages.config.save_merged and stages.method.makes_adapter:
         store.merge(pipeline)
         products.append(run.path / "merged")
-    done = _done(run, pipeline, store, processes.on_main(lambda: task.result(pipeline, run)))
-    summary, rows = processes.on_main(lambda: _write(run, facts, pipeline, stages, done, products))
+    outcome = _outcome(pipeline, store, processes.on_main(lambda: task.result(pipeline, run)))
+    summary, rows = processes.on_main(lambda: _write(run, facts, pipeline, stages, outcome, products))
     if not stages.method.makes_adapter:
         pipeline.lm.saved_in(product)
     return UpdateResult(run.path, product, summary, rows)
 
 
-def _done(run: run_folder.RunFolder, pipeline: Pipeline, store: RunStore, forgetting: Forgetting | None) -> Done:
+def _outcome(pipeline: Pipeline, store: RunStore, forgetting: Forgetting | None) -> Outcome:
     """Return the results of the stages other than scores."""
-    stages = store.stages
+    run, stages = store.run, store.stages
     last = run.manifest.stages[stages.last.name]
-    return Done(
+    return Outcome(
         known=len(pipeline.known) if any(fact.ground_truth for fact in pipeline.facts) else None,
         forgotten=len(pipeline.to_forget) if stages.method.forgets else None,
         product=stages.product,
@@ -321,11 +318,11 @@ def _done(run: run_folder.RunFolder, pipeline: Pipeline, store: RunStore, forget
 
 
 def _write(
-    run: run_folder.RunFolder, facts: FactSet, pipeline: Pipeline, stages: Stages, done: Done, products: Sequence[Path]
+    run: RunFolder, facts: FactSet, pipeline: Pipeline, stages: Stages, outcome: Outcome, products: Sequence[Path]
 ) -> tuple[Summary, list[Row]]:
     """Write scores, cards, chain and report, and finish the run; return the summary and the rows."""
     config = stages.config
-    summary, rows = write_results(run.path, config, facts, pipeline.rows, done, pipeline.general, pipeline.probed)
+    summary, rows = write_results(run.path, config, facts, pipeline.rows, outcome, pipeline.general, pipeline.probed)
     if pipeline.retained:
         summary = retention.write(run.path, stages.phases[-1], pipeline.retained, summary)
     page = run_page.page_of(run, summary, rows)
@@ -361,7 +358,7 @@ def _check_damage(path: Path, config: RunConfig, summary: Summary, products: Ite
     )
 
 
-def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
+def _check_same_base(run: RunFolder, base: Identity) -> None:
     """Raise RunError if the run was started on weights other than those of the given model."""
     was, now = ([inputs.get(name) for name in NAMES] for inputs in (run.manifest.inputs, base))
     if was != now:
@@ -372,12 +369,9 @@ def _check_begun_on(run: run_folder.RunFolder, base: Identity) -> None:
         )
 
 
-def _finished(task: Task, path: Path, config: RunConfig, facts: FactSet, in_memory: Identity | None) -> UpdateResult:
+def _result_of_finished(task: Task, run: RunFolder, facts: FactSet, config: RunConfig) -> UpdateResult:
     """Return the result of a finished run from its folder alone; a named base may no longer exist."""
-    run = run_folder.RunFolder.open(path)
-    if in_memory is not None:
-        _check_begun_on(run, in_memory)
-    was = run.manifest.inputs
+    path, was = run.path, run.manifest.inputs
     now = {"facts_sha256": facts.sha256(), **found_again(config.model)}
     now |= prompts.fingerprint(config.model.prompt_template)
     known = {name: value for name, value in now.items() if value and was.get(name)}
