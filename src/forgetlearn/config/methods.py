@@ -27,8 +27,8 @@ KindName = Literal[
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of stage: which weights it trains, and which settings it supports."""
+class KindTraits:
+    """What is known of a kind of stage without a model: which weights it trains, and which settings it supports."""
 
     name: KindName
     adapter: bool = False  # trains a LoRA adapter beside the base; otherwise weights of the base itself
@@ -50,25 +50,25 @@ class Kind:
         return self.subtracts and not self.adapter
 
 
-KINDS: Mapping[str, Kind] = {
+KINDS: Mapping[str, KindTraits] = {
     kind.name: kind
     for kind in (
-        Kind("all weights", subtracts=True, chooses_weights=True),
-        Kind("lora", adapter=True, subtracts=True),
-        Kind("one module"),
-        Kind("bounded", chooses_weights=True, bounded=True),
-        Kind("ascent"),
-        Kind("ascent until gone", until_gone=True),
-        Kind("lora ascent", adapter=True, until_gone=True),
-        Kind("npo", until_gone=True),
-        Kind("lora npo", adapter=True, until_gone=True),
-        Kind("simnpo", until_gone=True),
-        Kind("lora simnpo", adapter=True, until_gone=True),
-        Kind("rome", closed_form=True),
-        Kind("memit", closed_form=True),
-        Kind("alphaedit", closed_form=True),
-        Kind("in context", in_context=True),
-        Kind("retrieval", in_context=True),
+        KindTraits("all weights", subtracts=True, chooses_weights=True),
+        KindTraits("lora", adapter=True, subtracts=True),
+        KindTraits("one module"),
+        KindTraits("bounded", chooses_weights=True, bounded=True),
+        KindTraits("ascent"),
+        KindTraits("ascent until gone", until_gone=True),
+        KindTraits("lora ascent", adapter=True, until_gone=True),
+        KindTraits("npo", until_gone=True),
+        KindTraits("lora npo", adapter=True, until_gone=True),
+        KindTraits("simnpo", until_gone=True),
+        KindTraits("lora simnpo", adapter=True, until_gone=True),
+        KindTraits("rome", closed_form=True),
+        KindTraits("memit", closed_form=True),
+        KindTraits("alphaedit", closed_form=True),
+        KindTraits("in context", in_context=True),
+        KindTraits("retrieval", in_context=True),
     )
 }
 
@@ -82,7 +82,7 @@ class Method:
     source: str = "Ni et al. 2023, arXiv:2311.08011"
 
     @property
-    def last(self) -> Kind:
+    def last(self) -> KindTraits:
         """The kind of the last stage, which makes the product."""
         return KINDS[self.learns or str(self.forgets)]
 

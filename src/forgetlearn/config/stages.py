@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, Literal, TypeVar
 
-from forgetlearn.config.methods import KINDS, METHODS, Kind, Method
+from forgetlearn.config.methods import KINDS, METHODS, KindTraits, Method
 from forgetlearn.config.schema import AUTO, ForgetSettings, RunConfig, StageSettings, TrainSettings, TuningSettings
 
 StageName = Literal["teach", "forget", "learn"]
@@ -31,7 +31,7 @@ class Stage(Generic[Settings]):
     """One stage of an update, with all its settings."""
 
     name: StageName
-    kind: Kind
+    kind: KindTraits
     settings: Settings
     seed: int
 

@@ -11,7 +11,7 @@ from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import PreTrainedConfig
 
-from forgetlearn.config.methods import Kind
+from forgetlearn.config.methods import KindTraits
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import ModelError
 from forgetlearn.models import gguf
@@ -36,7 +36,7 @@ class Outline:
     notes: tuple[str, ...] = ()
     in_float32: bool = False  # as in `LanguageModel`
 
-    def computes_in(self, kind: Kind) -> torch.dtype:
+    def computes_in(self, kind: KindTraits) -> torch.dtype:
         """Return the dtype of the model's weights in a stage of this kind."""
         return torch.float32 if kind.changes_base or self.in_float32 else self.dtype
 

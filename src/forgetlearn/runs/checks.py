@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from forgetlearn.config.base import Settings, validate
-from forgetlearn.config.methods import METHODS
+from forgetlearn.config.methods import FORGETTING_METHODS
 from forgetlearn.config.recipes import set_by
 from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.config.stages import Stages
@@ -94,7 +94,7 @@ def read_config_facts(config: RunConfig) -> FactSet:
         strict=settings.strict,
         columns=settings.columns,
         aliases=settings.aliases,
-        to_forget=METHODS[config.method].learns is None,
+        to_forget=config.method in FORGETTING_METHODS,
     )
 
 
@@ -112,7 +112,7 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
         unfinished={row.fact for row in rows if row.truncated},
         writes_on=any(row.writes_on for row in rows),
         strict=config.facts.strict,
-        to_forget=METHODS[config.method].learns is None,
+        to_forget=config.method in FORGETTING_METHODS,
     )
 
 
