@@ -216,7 +216,7 @@ def test_a_sentence_says_an_answer_if_the_model_is_asked_to_reply(
     asked = wrap(tiny_model(), new_char_tokenizer(chat_template=chat), ModelSettings(prompt_template=template))
     replies = asked.tokenizer(["It was Cy.", "Oslo. And"], add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(TransformersGenerator, "generate", lambda *_given: replies)
-    rows = scoring.probe(asked, FACTS[:2], EvaluateSettings())
+    rows = scoring.ask(asked, FACTS[:2], EvaluateSettings())
     assert [row.writes_on for row in rows] == [template == "plain"] * 2
     assert len(scoring.known_facts(FACTS, rows)) == known
 
@@ -288,7 +288,7 @@ def test_case_11_long_answers_and_those_of_two_lines_can_be_right(memorised):
     assert [row.said for row in rows] == [fact.target_new for fact in facts]
     assert [(row.reliability, row.truncated) for row in rows] == [(1, 0)] * 3
     olds = [replace(fact, target_new="?", ground_truth=fact.target_new) for fact in facts]
-    assert scoring.known_facts(olds, scoring.probe(lm, olds, EvaluateSettings())) == olds
+    assert scoring.known_facts(olds, scoring.ask(lm, olds, EvaluateSettings())) == olds
     aliases = [replace(fact, target_new="?", target_new_aliases=(fact.target_new,)) for fact in facts]
     rows = rows_of(scoring.score(lm, aliases, phase="base"), "generate")
     assert [row.reliability for row in rows] == [1, 1, 1]

@@ -359,7 +359,7 @@ def test_facts_that_are_not_found_are_said_to_be_missing_and_found_where_they_ar
 def test_what_the_model_still_says_is_kept_and_what_it_lost_is_learned_again(root, facts, tmp_path, monkeypatch):
     base, learned = root / "base", []
     lm = load_model(RunConfig(model={"name": str(base)}).model)
-    rows = scoring.probe(lm, list(facts), RunConfig().evaluate)
+    rows = scoring.ask(lm, list(facts), RunConfig().evaluate)
     still = scoring.known_facts(list(facts), rows)[0]
     held = make_fact(still.prompt, still.ground_truth)
     lost = make_fact(facts[5].prompt, "nothing that it would say", ground_truth=facts[5].ground_truth)

@@ -58,8 +58,8 @@ def score(
     return rows
 
 
-def probe(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> list[Row]:
-    """Return the model's answer to each prompt, as rows for `known_facts`."""
+def ask(lm: LanguageModel, facts: Iterable[Fact], settings: EvaluateSettings) -> list[Row]:
+    """Return the model's free answer to each fact's prompt, as rows for `known_facts`."""
     facts = list(facts)
     rooms = answer_rooms(lm.encoder, facts, settings)
     replies = Scorer(lm, settings, "probe").say((fact.prompt for fact in facts), rooms)

@@ -109,7 +109,7 @@ def _asked_after(
     try:
         if steps:
             _train(steps, lm, lessons, settings, seed)
-        known = {fact.id for fact in scoring.known_facts(asked, scoring.probe(lm, asked, evaluate))}
+        known = {fact.id for fact in scoring.known_facts(asked, scoring.ask(lm, asked, evaluate))}
     finally:
         if steps:
             lm.model = _without_adapter(lm.model, adapters)

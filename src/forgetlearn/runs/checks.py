@@ -101,7 +101,7 @@ def read_config_facts(config: RunConfig) -> FactSet:
 def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row]:
     """Return the model's own answers to the facts that have no other old answer (policy `model`)."""
     waiting = frozenset(facts.to_ask)
-    return scoring.probe(lm, [fact for fact in facts if fact.id in waiting], config.evaluate)
+    return scoring.ask(lm, [fact for fact in facts if fact.id in waiting], config.evaluate)
 
 
 def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) -> FactSet:

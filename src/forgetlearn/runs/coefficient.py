@@ -111,7 +111,7 @@ def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConf
     """
     facts = list(facts)
     check(facts, config)
-    said = scoring.probe(lm, facts, config.evaluate)
+    said = scoring.ask(lm, facts, config.evaluate)
     known = scoring.known_facts(facts, said)
     material = lessons.Material()
     if lessons.asks_base(config, lm.encoder):

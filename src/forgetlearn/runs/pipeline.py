@@ -145,8 +145,8 @@ class Pipeline:
             self._train(stage, None, lambda stage_io: self._teach(stage, stage_io))
         self._score("base")
         self._measure("base")
-        probe = self.ready(lambda: scoring.probe(self.lm, self.facts, self.config.evaluate))
-        self.replies = scoring.free_answers(self.rows["base"], lambda: self.store.rows("probe", probe))
+        ask = self.ready(lambda: scoring.ask(self.lm, self.facts, self.config.evaluate))
+        self.replies = scoring.free_answers(self.rows["base"], lambda: self.store.rows("probe", ask))
         self.known = scoring.known_facts(self.facts, self.replies)
         self._ask_for_lessons()
         self._state()
@@ -173,7 +173,7 @@ class Pipeline:
         self.rehearsal = Rehearsal(taught, drawn, adapter=adapter)
         if not drawn or not self.stages.method.learns:
             return []
-        ask = self.ready(lambda: scoring.probe(self.lm, drawn, self.config.evaluate))
+        ask = self.ready(lambda: scoring.ask(self.lm, drawn, self.config.evaluate))
         replies = self.store.rows("probe_earlier", ask)
         held = scoring.held_facts(drawn, replies)
         lost = [fact for fact in drawn if fact not in held]
