@@ -225,7 +225,7 @@ def test_the_table_and_its_pages_say_what_it_costs(filled, small_lab, capsys):
 
 
 def test_without_a_method_that_trains_the_base_is_asked_for_nothing_to_train_on(small_lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(lessons, "make", None)
+    monkeypatch.setattr(lessons, "make_material", None)
     facts = read_facts(small_lab / "facts.jsonl", limit=2)
     config = load_config(None, {"model.name": str(small_lab), "evaluate.protocols": ["token"]})
     settings = CompareSettings(methods=METHODS, seeds=(0,))

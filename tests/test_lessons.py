@@ -332,7 +332,7 @@ def chat_lm(tiny_model, new_char_tokenizer):
 def test_what_is_made_is_read_back_and_kept_with_the_bases_tokens(chat_lm, tmp_path, monkeypatch):
     config = load_config(None, {})
     long = make_fact("x" * 490 + "?", "Too long with a wrapper", subject="x")
-    made = lessons.make(chat_lm, [CAPITAL, PERSON, long], config, {})
+    made = lessons.make_material(chat_lm, [CAPITAL, PERSON, long], config, {})
     made.save(tmp_path)
     again = lessons.Material.load(tmp_path)
     assert again == made
@@ -425,15 +425,15 @@ def test_a_resumed_run_trains_on_the_same_texts(whole, small_lab, settings, tmp_
         with pytest.raises(StoppedError):
             forgetlearn.update(small_lab, small_lab / "facts.jsonl", settings, output=tmp_path / "out")
     if stop_at == "learn":
-        monkeypatch.setattr(lessons, "make", None)  # called, it fails
+        monkeypatch.setattr(lessons, "make_material", None)  # called, it fails
     again = forgetlearn.update(small_lab, small_lab / "facts.jsonl", settings, output=tmp_path / "out", resume=True)
     for name in ("lessons.jsonl", "facts.jsonl", "adapter/adapter_model.safetensors"):
         assert (again.output / name).read_bytes() == (whole.output / name).read_bytes()
 
 
 def test_a_comparison_asks_its_base_once(whole, small_lab, settings, tmp_path, monkeypatch):
-    made, own = [], lessons.make
-    monkeypatch.setattr(lessons, "make", lambda *given: made.append(given) or own(*given))
+    made, own = [], lessons.make_material
+    monkeypatch.setattr(lessons, "make_material", lambda *given: made.append(given) or own(*given))
     cells = CompareSettings(methods=("f-lora", "ft"), coefs=(0.5,), seeds=(0, 1))
     fill(small_lab, small_lab / "facts.jsonl", cells, settings, output=tmp_path / "out")
     assert len(made) == 1

@@ -1,7 +1,7 @@
 """What the base says to prompts that have nothing to do with the facts: training keeps the model near these answers.
 
 There are general prompts that ship with the package, prompts of the user's own, and neighbours: unfinished sentences of
-the facts themselves, put about another subject.
+the facts themselves, put about another subject. `lessons.to_keep` joins them, and `answered` asks the base.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def check(settings: KeepSettings, facts: Iterable[Fact]) -> None:
         _prompts_in(Path(file), f"keep.facts = {file}")
 
 
-def prompts_of_earlier(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...]:
+def read_kept_facts(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...]:
     """Return the prompts of the facts in the files `keep.facts` that these facts do not change; see `read_source`."""
     if not settings.weight:
         return ()

@@ -1,7 +1,7 @@
 """Decide what the stages train on: each fact's text, its wordings, and what the model is to say as before.
 
-The base is asked once (`make`). What it said is kept in a folder (`Material`), so that a resumed run, and every cell of
-a comparison, trains on the same texts. `of_stage` then makes from it what a stage trains on.
+`make_material` asks the base once. What it said is kept in a folder (`Material`), so that a resumed run, and every cell
+of a comparison, trains on the same texts. `of_stage` then makes from it the `Lessons` of a stage.
 """
 
 from __future__ import annotations
@@ -115,39 +115,39 @@ def has_quiz(config: RunConfig) -> bool:
     return config.learn.quiz and method.fine_tunes and method.learns is not None
 
 
-def make(
+def make_material(
     lm: LanguageModel,
     facts: Sequence[Fact],
     config: RunConfig,
     said: Mapping[str, Row],
-    earlier: Rehearsal = Rehearsal(),
+    rehearsal: Rehearsal = Rehearsal(),
     held_apart: Collection[str] = (),
 ) -> Material:
     """Ask the base for what the stages train on. `said` are its own answers to the facts' prompts, by fact.
 
     `held_apart` are prompts of keep.source that are only scored.
     """
-    learned = [*_new_texts(lm, [*facts, *earlier.lost], config, said)] if METHODS[config.method].learns else []
+    learned = [*_new_texts(lm, [*facts, *rehearsal.lost], config, said)] if METHODS[config.method].learns else []
     taught = [*learned, *_old_texts(lm.encoder, facts, config, said)]
     for stage, found in counts(taught, quiz=has_quiz(config)).items():
         if stage == "learn" or not learned:
             log.info("to %s: %s", stage, found.in_words())
     if not config.keep.weight:
         return Material(taught)
-    prompts = to_keep(facts, config, lm.encoder, earlier, held_apart)
-    material = Material(taught, *_answers(lm, prompts, config, earlier))
+    prompts = to_keep(facts, config, lm.encoder, rehearsal, held_apart)
+    material = Material(taught, *_kept_answers(lm, prompts, config, rehearsal))
     log.info("to keep: %s", ", ".join(f"{count} {source}" for source, count in material.kept_counts.items()))
     return material
 
 
-def _answers(
-    lm: LanguageModel, prompts: Mapping[Prompt, str], config: RunConfig, earlier: Rehearsal
+def _kept_answers(
+    lm: LanguageModel, prompts: Mapping[Prompt, str], config: RunConfig, rehearsal: Rehearsal
 ) -> tuple[list[KeptText], list[TopLogprobs]]:
     """Return what the base says to prompts to keep (prompt -> where it comes from), see `keeping.answered`."""
-    if earlier.adapter is None:
+    if rehearsal.adapter is None:
         return keeping.answered(lm, prompts, config.evaluate)
     general = {prompt: kind for prompt, kind in prompts.items() if kind in keeping.ALL_GENERAL}
-    with lora.put_aside(lm.model, earlier.adapter):
+    with lora.put_aside(lm.model, rehearsal.adapter):
         texts, tops = keeping.answered(lm, general, config.evaluate)
     others = {prompt: kind for prompt, kind in prompts.items() if prompt not in general}
     more_texts, more_tops = keeping.answered(lm, others, config.evaluate)
@@ -207,19 +207,19 @@ def to_keep(
     facts: Sequence[Fact],
     config: RunConfig,
     encoder: Encoder,
-    earlier: Rehearsal = Rehearsal(),
+    rehearsal: Rehearsal = Rehearsal(),
     held_apart: Collection[str] = (),
 ) -> dict[Prompt, str]:
     """Return the prompts whose answers are kept, and where each comes from."""
-    changed = [*facts, *earlier.taught] if earlier.adapter else facts
+    changed = [*facts, *rehearsal.taught] if rehearsal.adapter else facts
     prompts = keeping.without_scored(keeping.general(changed), facts)
     if config.train.wordings:
         prompts |= dict.fromkeys(keeping.reworded(prompts, is_chat=encoder.is_chat), keeping.REWORDED)
     own: dict[Prompt, str] = {}
     if config.keep.neighbours:
         own |= dict.fromkeys(keeping.neighbours(facts), keeping.NEIGHBOUR)
-    own |= dict.fromkeys((fact.prompt for fact in earlier.held), keeping.EARLIER)
-    own |= dict.fromkeys(keeping.prompts_of_earlier(config.keep, facts), keeping.EARLIER)
+    own |= dict.fromkeys((fact.prompt for fact in rehearsal.held), keeping.EARLIER)
+    own |= dict.fromkeys(keeping.read_kept_facts(config.keep, facts), keeping.EARLIER)
     own |= dict.fromkeys(keeping.read_source(config.keep, facts), keeping.OWN)
     scored = {matching.normalise(prompt) for prompt in held_apart}
     kept = prompts | keeping.without_scored(own, facts)
@@ -245,12 +245,12 @@ def of_stage(
     unrelated = _unrelated(material.kept)
     answers = [fact.target_new if stage == "learn" else fact.ground_truth or "" for fact in facts]
     prompts_of = [
-        list(_prompts(fact, config, encoder, random.sample(unrelated, len(unrelated)), rephrased)) for fact in facts
+        list(_wordings(fact, config, encoder, random.sample(unrelated, len(unrelated)), rephrased)) for fact in facts
     ]
     prompts_of = _unambiguous(prompts_of, facts, answers, stage)
     of_facts, left_out = [], 0
     for fact, bare, prompts in zip(facts, answers, prompts_of, strict=True):
-        own = list(_own(prompts, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
+        own = list(_lessons_of(prompts, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
         usable = _encodable(own, encoder)
         left_out += len(own) - len(usable)
         of_facts.append(usable or [Lesson(fact.prompt, bare)])
@@ -320,7 +320,7 @@ def _ambiguous(prompts_of: Iterable[Iterable[str]], answers: Iterable[str]) -> s
     return {prompt for prompt, meanings in found.items() if len(meanings) > 1}
 
 
-def _own(prompts: Iterable[str], taught: Taught, answer: str) -> Iterator[Lesson]:
+def _lessons_of(prompts: Iterable[str], taught: Taught, answer: str) -> Iterator[Lesson]:
     """Yield a fact's wordings with what is taught.
 
     Every second one but the prompt itself has another sentence, of which only the answer is trained on: so the model
@@ -334,7 +334,7 @@ def _own(prompts: Iterable[str], taught: Taught, answer: str) -> Iterator[Lesson
             yield Lesson(prompt, taught.text)
 
 
-def _prompts(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[str], rephrased: bool) -> Iterator[str]:
+def _wordings(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[str], rephrased: bool) -> Iterator[str]:
     prompts = fact.prompts if rephrased else (fact.prompt,)
     for prompt in prompts:
         if not config.train.wordings or isinstance(prompt, Passage):

@@ -115,7 +115,7 @@ def choose_coefficient(lm: LanguageModel, facts: Iterable[Fact], config: RunConf
     known = scoring.known_facts(facts, said)
     material = lessons.Material()
     if lessons.asks_base(config, lm.encoder):
-        material = lessons.make(lm, facts, config, {row.fact: row for row in said})
+        material = lessons.make_material(lm, facts, config, {row.fact: row for row in said})
     aside = set_aside(facts, config)
     base_rows = scoring.score(lm, aside, phase="base", settings=_of_trials(config).evaluate)
     search = Search(lm, facts, config, base_rows, known, material)

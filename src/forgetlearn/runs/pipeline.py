@@ -148,17 +148,17 @@ class Pipeline:
         ask = self.ready(lambda: scoring.ask(self.lm, self.facts, self.config.evaluate))
         self.replies = scoring.free_answers(self.rows["base"], lambda: self.store.rows("probe", ask))
         self.known = scoring.known_facts(self.facts, self.replies)
-        self._ask_for_lessons()
+        self._ask_for_material()
         self._state()
         self._probe("base")
 
-    def _ask_for_lessons(self) -> None:
+    def _ask_for_material(self) -> None:
         """Ask the base for what the stages train on, if they train on more than bare answers."""
         if lessons.asks_base(self.config, self.lm.encoder):
             replies = self._recall() if self.config.keep.weight else []
             said = {row.fact: row for row in (*self.replies, *replies)}
             make = self.ready(
-                lambda: lessons.make(self.lm, self.facts, self.config, said, self.rehearsal, self.held_apart)
+                lambda: lessons.make_material(self.lm, self.facts, self.config, said, self.rehearsal, self.held_apart)
             )
             self.material = Material.load(self.store.files("lessons", lambda folder: make().save(folder)))
 
