@@ -1,7 +1,6 @@
 """Count what an update asks the model: the texts that it reads and the prompts that it answers, by what they are for.
 
-The prompts are those of the update itself, made by the same functions. What the model will say is not known, so its
-length is assumed (docs/plan.md).
+The prompts are those of the update itself, made by the same functions.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from typing import TypeVar
 
 from forgetlearn.config.schema import RunConfig
 from forgetlearn.config.stages import Stages
-from forgetlearn.errors import FactError
 from forgetlearn.evaluation import damage, general_prompts, probe_scoring, probes, scoring
 from forgetlearn.evaluation.general_ability import WINDOW
 from forgetlearn.evaluation.generation import WORTH_CACHING, Room
-from forgetlearn.facts import Fact
+from forgetlearn.facts import Fact, FactSet
 from forgetlearn.method import keeping, lessons, own_words
 from forgetlearn.models.batches import (
     GPU_ROW_TOKENS,
@@ -28,18 +26,124 @@ from forgetlearn.models.batches import (
     share,
     shared_rows,
 )
-from forgetlearn.models.encoding import Encoded, Encoder, P, Prompt
-from forgetlearn.planning.estimate import Asking
-from forgetlearn.storage.records import KeptText, Taught
+from forgetlearn.models.encoding import Encoded, Encoder, P
+from forgetlearn.planning.estimate import Asking, Load
+from forgetlearn.planning.outline import Outline
+from forgetlearn.planning.texts import (
+    SAID,
+    assumed_material,
+    encoded,
+    kept_texts,
+    n_tokens,
+    prompts_to_keep,
+    with_answers,
+)
+from forgetlearn.planning.trace import traced
 
 K = TypeVar("K")
-# What SmolLM2-135M-Instruct said to 60 questions of ZsRE and to general prompts, rounded: its answers filled 90 to 95 %
-# of their room. For 18 % of the facts none of the sentences that are made of its answer was taken, so that it was asked
-# for one; for most of these twice.
-SAID = 0.95
+# What SmolLM2-135M-Instruct said to 60 questions of ZsRE: for 18 % of the facts none of the sentences that are made of
+# its answer was taken, so that it was asked for one; for most of these twice.
 ASKED_FOR, ASKED_TWICE = 0.2, 0.15
 # The texts on which a layout is tried are read alone, together, and twice where beginnings are shared.
 TIMES_CHECKED = {"padded": 2, "shared": 3}
+
+
+def ask_loads(outline: Outline, stages: Stages, facts: FactSet, device: str) -> tuple[list[Load], str | None]:
+    """Return the loads of all that is asked beside training, and why a step could not be traced (else None)."""
+    evaluate = stages.config.evaluate
+    ask = questioner(outline, stages.config, device)
+    skeleton = outline.skeleton(outline.computes_in(stages.method.last))
+    pairs = list(dict.fromkeys(pair for fact in facts for pair in scoring.pairs_to_read(fact)))
+    texts = encoded(outline.encoder, pairs)
+    rows = shared_rows(texts, evaluate.batch_size, ROW_TOKENS.get(device, GPU_ROW_TOKENS))
+    row = max(([texts[key] for key in own] for own in rows), key=n_tokens)
+    step, problem = traced(lambda: skeleton.read_step(row))
+    if problem:  # a model that does not take such a mask
+        step, problem = traced(lambda: skeleton.read_step(row, shared=False))
+    widest = max(text.n_prompt_tokens for text in texts.values())
+    number = len({prompt for fact in facts for prompt in fact.prompts})
+    answering, not_answered = traced(lambda: skeleton.answering(min(evaluate.batch_size, number), widest))
+    asked = _asked(stages, list(facts), frozenset(facts.to_ask), ask) if ask else _guessed(texts, number, stages)
+    loads = [
+        Load(
+            name=name,
+            how=how,
+            texts=asking.texts + asking.prompts,
+            tokens=0,
+            passes=1,
+            batch_size=evaluate.batch_size,
+            micro_batch_size=evaluate.batch_size,
+            weights_bytes=skeleton.weights_bytes,
+            step=step,
+            asking=asking,
+            answering=answering,
+        )
+        for name, how, asking in asked
+    ]
+    return loads, problem or not_answered
+
+
+def _guessed(
+    texts: Mapping[tuple[str, str], Encoded], number: int, stages: Stages
+) -> Iterator[tuple[str, str, Asking]]:
+    """Yield the scoring alone, of a model without a tokenizer; `number` prompts are as long as the longest text."""
+    evaluate, phases = stages.config.evaluate, len(stages.phases)
+    size, room = min(number, evaluate.batch_size), evaluate.max_new_tokens
+    width = max(len(text.ids) for text in texts.values())
+    found = Asking(
+        texts=phases * len(texts),
+        read_tokens=phases * n_tokens(texts.values()),
+        rows=phases * math.ceil(len(texts) / evaluate.batch_size),
+    )
+    if "generate" in evaluate.protocols:
+        batches = phases * math.ceil(number / size)
+        found += Asking(
+            prompts=phases * number,
+            prompt_tokens=phases * number * width,
+            batches=batches,
+            answer_tokens=phases * number * room,
+            answer_steps=batches * room,
+            context_tokens=phases * number * room * (width + room / 2),
+            most_read=size * width,
+            most_held=size * (width + room),
+        )
+    yield "score", f"{phases} phases", found
+
+
+def _asked(
+    stages: Stages, facts: Sequence[Fact], waiting: frozenset[str], ask: Questioner
+) -> Iterator[tuple[str, str, Asking]]:
+    """Yield what the model is asked beside training: a name, when it is asked, and how much.
+
+    `waiting` are facts whose old answers the model itself is to give.
+    """
+    config, evaluate, phases = stages.config, stages.config.evaluate, len(stages.phases)
+    scored = [lessons.as_scored(fact, config) for fact in facts]
+    after = _lengths_after(stages, scored, ask.encoder)
+    once, free = ask.read_pairs(pair for fact in scored for pair in scoring.pairs_to_read(fact)), Asking()
+    if "generate" in evaluate.protocols:
+        rooms = _rooms(scored, config, ask.encoder)
+        free = _times(ask.say(rooms), phases - 1) + ask.say(rooms, after)
+    yield "score", f"{phases} phases", _times(once, phases) + free
+    prompts = [fact for fact in facts if fact.id in waiting or "generate" not in evaluate.protocols]
+    of_base = ask.say({fact.prompt: Room(evaluate.max_new_tokens) for fact in prompts})
+    if lessons.asks_base(config, ask.encoder):
+        if stages.method.learns:
+            styled = [fact for fact in facts if fact.target_new and lessons.in_style(fact, config, ask.encoder)]
+            of_base += _sentences(styled, ask)
+        kept = prompts_to_keep(facts, config, ask.encoder)
+        for tokens in sorted(set(keeping.KEPT_TOKENS.values())):
+            own = [prompt for prompt, kind in kept.items() if keeping.KEPT_TOKENS[kind] == tokens]
+            of_base += ask.say(dict.fromkeys(own, Room(tokens, tokens)))
+        of_base += ask.read(kept_texts(kept, ask.encoder))
+    if to_state := probes.to_state(scored, evaluate):
+        of_base += _sentences(to_state, ask)
+    if of_base.passes:
+        yield "ask", "once", of_base
+    if general := _general(config, ask):
+        yield "general", "2 phases", _times(general, 2)
+    if probes.are_asked(evaluate) and (probed := _probed(scored, config, ask)).passes:
+        yield "probes", "2 phases", probed
 
 
 @dataclass(frozen=True)
@@ -65,7 +169,7 @@ class Questioner:
 
     def say(self, rooms: Mapping[P, Room], said: Callable[[P], int] | None = None) -> Asking:
         """Count the answers to prompts; `said` returns the tokens of one, which else nearly fills its room."""
-        texts = answered(self.encoder, dict.fromkeys(rooms, 0))
+        texts = with_answers(self.encoder, dict.fromkeys(rooms, 0))
         if not texts:
             return Asking()
         usual, found = min(room.tokens for room in rooms.values()), self._check(texts.values(), "padded")
@@ -96,62 +200,17 @@ class Questioner:
 
     def _check(self, texts: Iterable[Encoded], layout: str) -> Asking:
         sample = sample_of(list(texts))
-        tokens = TIMES_CHECKED[layout] * sum(len(text.ids) for text in sample)
+        tokens = TIMES_CHECKED[layout] * n_tokens(sample)
         return Asking(read_tokens=tokens, rows=len(sample) + TIMES_CHECKED[layout] - 1)
 
 
-def stand_ins(facts: Iterable[Fact], config: RunConfig, encoder: Encoder) -> lessons.Material:
-    """Return what the base is assumed to say: for a fact in its own words, the prompt and the answer in a row.
-
-    The sentences of SmolLM2-135M-Instruct were 7 % shorter than that.
-    """
-    taught = []
-    for fact in facts:
-        styled = lessons.in_style(fact, config, encoder)
-        for stage, answer, how in (
-            ("learn", fact.target_new, lessons.SENTENCE),
-            ("forget", fact.ground_truth, lessons.OWN_WORDS),
-        ):
-            if answer:
-                text, how = (f"{fact.prompt} {answer}", how) if styled else (answer, lessons.BARE)
-                taught.append(Taught(fact=fact.id, stage=stage, prompt=fact.prompt, text=text, how=how))
-    behind = "Many people like to read books and to go for a walk."  # a sentence of a general answer
-    kept = [KeptText(prompt="Hello!", text=behind, ends=True, source=keeping.GENERAL)] if config.keep.weight else []
-    return lessons.Material(taught, kept)
+def questioner(outline: Outline, config: RunConfig, device: str) -> Questioner | None:
+    """Return what counts the asking of a model; None if it has no tokenizer."""
+    return Questioner(outline.encoder, config.evaluate.batch_size, device) if outline.encoder else None
 
 
-def prompts_to_keep(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[Prompt, str]:
-    """Return the prompts whose answers are kept, and where each comes from; none if the base is not asked."""
-    if not config.keep.weight or not lessons.asks_base(config, encoder):
-        return {}
-    return lessons.to_keep(facts, config, encoder)
-
-
-def kept_texts(prompts: Mapping[Prompt, str], encoder: Encoder) -> dict[Prompt, Encoded]:
-    """Return the `prompts_to_keep` with answers as long as the base's are assumed to be."""
-    return answered(encoder, {prompt: round(SAID * keeping.KEPT_TOKENS[kind]) for prompt, kind in prompts.items()})
-
-
-def answered(encoder: Encoder, lengths: Mapping[P, int]) -> dict[P, Encoded]:
-    """Return the prompts with answers of these lengths, in tokens; leave out those that the model cannot be asked."""
-    found: dict[P, Encoded] = {}
-    for prompt, length in lengths.items():
-        try:
-            ids = tuple(encoder.prompt_ids(prompt))
-        except FactError:
-            continue
-        found[prompt] = Encoded((*ids, *ids[-1:] * length), len(ids))
-    return found
-
-
-def own_words_of(facts: Sequence[Fact], config: RunConfig, ask: Questioner) -> Asking:
-    """Count what it takes to find sentences in the model's own words for the facts that are taught in such."""
-    styled = [fact for fact in facts if fact.target_new and lessons.in_style(fact, config, ask.encoder)]
-    return sentences_of(styled, ask)
-
-
-def sentences_of(facts: Sequence[Fact], ask: Questioner) -> Asking:
-    """Count the sentences that are compared, and the replies where none of them is taken.
+def _sentences(facts: Sequence[Fact], ask: Questioner) -> Asking:
+    """Count what it takes to find sentences in the model's own words: comparing some, and asking where none is taken.
 
     The model is assumed to answer with the fact's prompt.
     """
@@ -163,40 +222,6 @@ def sentences_of(facts: Sequence[Fact], ask: Questioner) -> Asking:
     return found
 
 
-def asked_of(
-    stages: Stages, facts: Sequence[Fact], waiting: frozenset[str], ask: Questioner
-) -> Iterator[tuple[str, str, Asking]]:
-    """Yield what the model is asked beside training: a name, when it is asked, and how much.
-
-    `waiting` are facts whose old answers the model itself is to give.
-    """
-    config, evaluate, phases = stages.config, stages.config.evaluate, len(stages.phases)
-    scored = [lessons.as_scored(fact, config) for fact in facts]
-    after = _lengths_after(stages, scored, ask.encoder)
-    once, free = ask.read_pairs(pair for fact in scored for pair in scoring.pairs_to_read(fact)), Asking()
-    if "generate" in evaluate.protocols:
-        rooms = _rooms(scored, config, ask.encoder)
-        free = _times(ask.say(rooms), phases - 1) + ask.say(rooms, after)
-    yield "score", f"{phases} phases", _times(once, phases) + free
-    prompts = [fact for fact in facts if fact.id in waiting or "generate" not in evaluate.protocols]
-    lessons_asked = ask.say({fact.prompt: Room(evaluate.max_new_tokens) for fact in prompts})
-    if lessons.asks_base(config, ask.encoder):
-        lessons_asked += own_words_of(facts, config, ask) if stages.method.learns else Asking()
-        kept = prompts_to_keep(facts, config, ask.encoder)
-        for tokens in sorted(set(keeping.KEPT_TOKENS.values())):
-            own = [prompt for prompt, kind in kept.items() if keeping.KEPT_TOKENS[kind] == tokens]
-            lessons_asked += ask.say(dict.fromkeys(own, Room(tokens, tokens)))
-        lessons_asked += ask.read(kept_texts(kept, ask.encoder))
-    if to_state := probes.to_state(scored, evaluate):
-        lessons_asked += sentences_of(to_state, ask)
-    if lessons_asked.passes:
-        yield "ask", "once", lessons_asked
-    if general := _general(config, ask):
-        yield "general", "2 phases", _times(general, 2)
-    if probes.are_asked(evaluate) and (probed := _probed(scored, config, ask)).passes:
-        yield "probes", "2 phases", probed
-
-
 def _rooms(facts: Sequence[Fact], config: RunConfig, encoder: Encoder) -> dict[str, Room]:
     usual = dict.fromkeys((p for fact in facts for p in fact.prompts), Room(config.evaluate.max_new_tokens))
     return {**usual, **scoring.answer_rooms(encoder, facts, config.evaluate)}
@@ -206,13 +231,12 @@ def _lengths_after(stages: Stages, facts: Sequence[Fact], encoder: Encoder) -> C
     """Return the tokens of the updated model's answers to the facts' prompts: those of what it was taught."""
     if not stages.method.learns:
         return None
-    taught = {each.fact: each for each in stand_ins(facts, stages.config, encoder).taught if each.stage == "learn"}
-    texts = encoder.encode_all(((each.prompt, each.text) for each in taught.values()), end=True)
+    material, room = assumed_material(facts, stages.config, encoder), stages.config.evaluate.max_new_tokens
+    taught = {each.fact: (each.prompt, each.text) for each in material.taught if each.stage == "learn"}
+    texts = encoder.encode_all(taught.values(), end=True)
     lengths: dict[str, int] = {}
     for fact in facts:
-        each = taught.get(fact.id)
-        text = texts.get((each.prompt, each.text)) if each else None
-        room = stages.config.evaluate.max_new_tokens
+        text = texts.get(taught[fact.id]) if fact.id in taught else None
         lengths |= dict.fromkeys(fact.prompts, len(text.answer_ids) if isinstance(text, Encoded) else room)
     return lengths.__getitem__
 
@@ -223,7 +247,7 @@ def _general(config: RunConfig, ask: Questioner) -> Asking | None:
     if evaluate.general_prompts:
         rooms = dict.fromkeys(general_prompts.measuring(), damage.ROOM)
         found += ask.say(rooms)
-        found += ask.read(answered(ask.encoder, dict.fromkeys(rooms, round(SAID * damage.ROOM.tokens))))
+        found += ask.read(with_answers(ask.encoder, dict.fromkeys(rooms, round(SAID * damage.ROOM.tokens))))
     if evaluate.general is not None:
         found += Asking(texts=1, read_tokens=evaluate.general_tokens, rows=math.ceil(evaluate.general_tokens / WINDOW))
     return found if found.passes else None

@@ -39,8 +39,9 @@ from forgetlearn.planning.estimate import (
     show_seconds,
     summary_line,
 )
-from forgetlearn.planning.loads import counts_of, loads_of, spread_of, staged, train_loads
+from forgetlearn.planning.loads import loads_of, spread_of, staged, train_loads
 from forgetlearn.planning.outline import Outline, outline_of
+from forgetlearn.planning.texts import counts_of
 from forgetlearn.storage.records import Manifest
 
 log = logging.getLogger("forgetlearn")

@@ -11,7 +11,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from forgetlearn.config.methods import KindName
 from forgetlearn.config.schema import TrainSettings, TuningSettings
+from forgetlearn.errors import ForgetLearnError
 from forgetlearn.method.kinds import STAGE_KINDS
 from forgetlearn.models import lora, module_names
 from forgetlearn.models.batches import ROUNDED_TO, answer_logits, lay_out, pad_left, share
@@ -31,6 +32,7 @@ from forgetlearn.models.language_model import layer_list
 from forgetlearn.planning.estimate import Answering, Step
 from forgetlearn.weights.structure import weightless
 
+T = TypeVar("T")
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes' values: smaller weights, and embeddings, have float32 states
 
 
@@ -152,6 +154,17 @@ def measure(model: nn.Module, step: Callable[[], None], tokens: int) -> Step:
     finally:
         log.disabled = was_disabled
     return Step(tokens, live.peak, int(counter.get_total_flops()), live.operations, live.made)
+
+
+def traced(trace: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return the result of `trace`, or why it failed: a forward pass may read values, and fake tensors have none."""
+    try:
+        return trace(), None
+    except ForgetLearnError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        return None, f"a step of this model cannot be traced, so activations and time are left out: {reason}"
 
 
 def _states_bytes(weight: Tensor, optim: str, is_embedding: bool) -> int:
