@@ -15,8 +15,8 @@ from forgetlearn.method.checks import check_forgetting, check_learning
 from forgetlearn.method.core import forget, learn
 from forgetlearn.method.kinds import STAGE_KINDS, StageKind
 from forgetlearn.models import lora
-from forgetlearn.models import modules as selection
 from forgetlearn.models.language_model import editable_module, load_model, wrap
+from forgetlearn.models.modules import factors_of, groups
 from forgetlearn.training.finetune import StageLog
 from forgetlearn.training.stage_checkpoints import StageIO
 from forgetlearn.weights.task_vector import TaskVector, snapshot, subtract
@@ -297,7 +297,7 @@ def test_of_the_vocabulary_only_the_rows_that_are_asked_for_forget(world, rows):
     forget(lm, facts, FORGET.model_copy(update={"rows": rows}), "all weights", seed=7)
     texts = [lm.encoder.encode(fact.prompt, fact.ground_truth, end=rows == "facts") for fact in facts]
     tokens = {token for text in texts for token in (text.ids if rows == "facts" else text.answer_ids)}
-    vocabulary = set(selection.groups(lm.model)["vocabulary"])
+    vocabulary = set(groups(lm.model)["vocabulary"])
     for name, weight in snapshot(lm.model).items():
         forgotten = snapshot(whole.model)[name]
         changes = [name not in vocabulary or token in tokens for token in range(len(weight))]
@@ -345,7 +345,7 @@ def test_only_the_named_modules_learn(world):
     base = snapshot(lm.model)
     learn(lm, facts, LEARN.model_copy(update={"modules": ("mlp", "attention@layers.0")}), "all weights", seed=3)
     changed = {name for name, weight in snapshot(lm.model).items() if not torch.equal(weight, base[name])}
-    assert changed == set(selection.factors(lm.model, ("mlp", "attention@layers.0")))
+    assert changed == set(factors_of(lm.model, ("mlp", "attention@layers.0")))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -356,12 +356,12 @@ def test_of_the_vocabulary_only_the_rows_of_the_facts_learn(tiny_model, char_tok
     base = snapshot(lm.model)
     learn(lm, facts, LEARN.model_copy(update={"rows": "facts"}), "all weights", seed=3)
     told = {*lm.encoder.encode("abc", "d", end=True).ids, *lm.encoder.encode("abc", "e", end=True).ids}
-    vocabulary = selection.groups(lm.model)["vocabulary"]
+    vocabulary = groups(lm.model)["vocabulary"]
     assert len(vocabulary) == (1 if tied else 2)
     for name in vocabulary:
         moved = (lm.model.state_dict()[name] != base[name]).any(-1)
         assert not moved[[token for token in range(len(moved)) if token not in told]].any(), name
-    head = lm.model.get_output_embeddings().weight != base[selection.groups(lm.model)["head"][0]]
+    head = lm.model.get_output_embeddings().weight != base[groups(lm.model)["head"][0]]
     assert head.any(-1)[sorted(told)].all()  # the old answer's too, though no text of learning has it
     assert not lm.model.get_output_embeddings().weight._backward_hooks
 

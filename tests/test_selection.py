@@ -12,7 +12,7 @@ from forgetlearn.config.schema import LoraSettings
 from forgetlearn.errors import ConfigError
 from forgetlearn.models import lora
 from forgetlearn.models.module_names import parse, stored_groups
-from forgetlearn.models.modules import factors, groups
+from forgetlearn.models.modules import factors_of, groups
 from forgetlearn.weights.task_vector import subtracted
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox")
@@ -28,7 +28,7 @@ def test_a_llama_by_name(tiny_model):
     assert found["mlp"][:3] == [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
     assert "model.layers.1.input_layernorm.weight" in found["norms"]
     assert "model.norm.weight" not in found["norms"]  # it is no part of a layer; a pattern reaches it
-    assert factors(model, "*norm.weight").keys() >= {"model.norm.weight"}
+    assert factors_of(model, "*norm.weight").keys() >= {"model.norm.weight"}
 
 
 def test_tied_embeddings_and_head_are_one(tiny_model):
@@ -53,12 +53,12 @@ def test_the_parts_of_a_layer_add_up_in_every_family(tiny_model, family):
 
 def test_ranges_patterns_factors_and_what_two_names_share(tiny_model):
     model = tiny_model("llama")
-    assert factors(model, "layers.0-1") == dict.fromkeys(groups(model)["layers.0"] + groups(model)["layers.1"], 1.0)
-    assert list(factors(model, ("*.0.mlp.up*",))) == ["model.layers.0.mlp.up_proj.weight"]
-    assert set(factors(model, "attention@layers.1")) == {
+    assert factors_of(model, "layers.0-1") == dict.fromkeys(groups(model)["layers.0"] + groups(model)["layers.1"], 1.0)
+    assert list(factors_of(model, ("*.0.mlp.up*",))) == ["model.layers.0.mlp.up_proj.weight"]
+    assert set(factors_of(model, "attention@layers.1")) == {
         f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"
     }
-    both = factors(model, {"embeddings": 2.0, "layers.1": 0.5})
+    both = factors_of(model, {"embeddings": 2.0, "layers.1": 0.5})
     assert both["model.embed_tokens.weight"] == 2.0
     assert both["model.layers.1.mlp.up_proj.weight"] == 0.5
     assert "model.layers.0.mlp.up_proj.weight" not in both
@@ -92,7 +92,7 @@ def test_a_part_of_a_checkpoint_is_subtracted_as_in_memory(tmp_path, tiny_model,
     base.save_pretrained(tmp_path / "b", max_shard_size="20KB")
     tuned.save_pretrained(tmp_path / "t")
     assert subtract(tmp_path, text) == 0
-    own = factors(base, parse(text))
+    own = factors_of(base, parse(text))
     wanted = dict(subtracted(*(dict(model.named_parameters()) for model in (base, tuned)), 0.3, own))
     found = {
         name: tensor for file in (tmp_path / "o").glob("*.safetensors") for name, tensor in load_file(file).items()
@@ -153,4 +153,4 @@ def test_experts_are_not_layers_however_many_they_are():
 )
 def test_bad_names(tiny_model, modules, message):
     with pytest.raises(ConfigError, match=message):
-        factors(tiny_model("llama", tie_word_embeddings=True), modules)
+        factors_of(tiny_model("llama", tie_word_embeddings=True), modules)

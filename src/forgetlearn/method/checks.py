@@ -15,8 +15,8 @@ from forgetlearn.facts.subjects import subject_span
 from forgetlearn.method.kinds import STAGE_KINDS, ClosedForm
 from forgetlearn.method.moments import check_text
 from forgetlearn.models import lora, module_names
-from forgetlearn.models import modules as selection
 from forgetlearn.models.language_model import LanguageModel, layer_list
+from forgetlearn.models.modules import factors_of, groups, mlp_output, out_of_reach
 from forgetlearn.training.finetune import check_computing
 from forgetlearn.weights.adapter_files import ALL_LINEAR
 
@@ -27,7 +27,7 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: KindName)
     """Raise ConfigError if this model cannot forget with these settings."""
     kind = KINDS[how]
     check_computing(settings, lm.device)
-    factors = selection.factors(lm.model, settings.modules)
+    factors = factors_of(lm.model, settings.modules)
     targets = lora.check_targets(lm.model, settings.lora) if kind.adapter else list(factors)
     if not any(name in factors for name in targets):
         raise ConfigError(
@@ -36,11 +36,11 @@ def check_forgetting(lm: LanguageModel, settings: ForgetSettings, how: KindName)
         )
     if kind.adapter and settings.modules != module_names.ALL:
         matrices = {name for name, weight in lm.model.named_parameters() if weight.dim() > 1}
-        if out_of_reach := [name for name in factors if name in matrices and name not in targets]:
+        if left_out := [name for name in factors if name in matrices and name not in targets]:
             log.warning(
                 "forget.modules = %s: the adapter (lora.target_modules, lora.layers) leaves out %d of its matrices, "
                 "which stay: %s",
-                *(settings.modules, len(out_of_reach), some(out_of_reach)),
+                *(settings.modules, len(left_out), some(left_out)),
             )
     if settings.rows != "all":
         if lm.is_sharded:
@@ -71,7 +71,7 @@ def check_learning(lm: LanguageModel, settings: StageSettings, how: KindName) ->
         )
     if isinstance(settings.modules, dict):
         raise ConfigError("learn.modules: a weight is trained or not, so give names without factors.")
-    selection.factors(lm.model, settings.modules, "learn.modules")
+    factors_of(lm.model, settings.modules, "learn.modules")
 
 
 def _check_layers(lm: LanguageModel, settings: StageSettings, kind: ClosedForm) -> None:
@@ -80,7 +80,7 @@ def _check_layers(lm: LanguageModel, settings: StageSettings, kind: ClosedForm) 
         raise ConfigError("model.shard: ROME, MEMIT and AlphaEdit need whole matrices, and this splits them.")
     n_layers = len(layer_list(lm.model)[1])
     layers = kind.layers(n_layers, settings)
-    check_text(lm, [selection.mlp_output(lm.model, layer) for layer in layers], settings.edit)
+    check_text(lm, [mlp_output(lm.model, layer) for layer in layers], settings.edit)
     if layers[-1] == n_layers - 1 > 0:
         log.warning(
             "layer %d is the last: what it gives at a subject is read only where the prompt ends with the subject",
@@ -121,8 +121,8 @@ def check_rows(lm: LanguageModel, settings: StageSettings, how: KindName) -> Non
 
 
 def _check_vocabulary(lm: LanguageModel, settings: TuningSettings, stage: str) -> None:
-    changed = selection.factors(lm.model, settings.modules, f"{stage}.modules")
-    if not any(name in changed for name in selection.groups(lm.model).get("vocabulary", ())):
+    changed = factors_of(lm.model, settings.modules, f"{stage}.modules")
+    if not any(name in changed for name in groups(lm.model).get("vocabulary", ())):
         raise ConfigError(
             f"{stage}.rows = {settings.rows}: needs the embeddings or the head, because only they have a row per "
             f"token, and {stage}.modules = {settings.modules!r} includes neither. Add head or embeddings to it."
@@ -137,4 +137,4 @@ def out_of_loras_reach(model: nn.Module, settings: LoraSettings) -> str | None:
     if settings.target_modules != ALL_LINEAR:
         return None
     everywhere = settings.model_copy(update={"layers": 1.0})  # the layers that it leaves out by choice are no surprise
-    return selection.out_of_reach(model, lora.check_targets(model, everywhere))
+    return out_of_reach(model, lora.check_targets(model, everywhere))

@@ -26,9 +26,9 @@ from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import Fact
 from forgetlearn.method import editing, in_context
 from forgetlearn.models import lora, module_names, null_space
-from forgetlearn.models import modules as selection
 from forgetlearn.models.encoding import Encoded, Encoder
 from forgetlearn.models.language_model import LanguageModel, editable_module, layer_list, width
+from forgetlearn.models.modules import factors_of, groups, mlp_output, only_rows
 from forgetlearn.runtime import processes, sharding
 from forgetlearn.training.finetune import StageLog, finetune
 from forgetlearn.training.objectives import Ascent, AscentUntilGone, Npo, Objective, SimNpo
@@ -97,7 +97,7 @@ class StageKind:
         """
         model.requires_grad_(True)
         if modules != module_names.ALL:
-            trained = selection.factors(model, modules, "learn.modules")
+            trained = factors_of(model, modules, "learn.modules")
             for parameter, weight in model.named_parameters():
                 weight.requires_grad_(parameter in trained)
         return model
@@ -142,11 +142,11 @@ class StageKind:
         `tokens` are the tokens that `settings.rows` selects.
         """
         assert base is not None, "copy_base returned it"
-        factors = selection.factors(lm.model, settings.modules)
+        factors = factors_of(lm.model, settings.modules)
         forgotten = task_vector.subtracted(base, sharding.parts(lm.model), settings.number, factors)
         if settings.rows != "all":
-            vocabulary = selection.groups(lm.model)["vocabulary"]
-            forgotten = selection.only_rows(base, forgotten, vocabulary, tokens)
+            vocabulary = groups(lm.model)["vocabulary"]
+            forgotten = only_rows(base, forgotten, vocabulary, tokens)
         task_vector.load_into(lm.model, forgotten)
 
     def finish(self, lm: LanguageModel, stage_log: StageLog, seed: int) -> StageLog:
@@ -223,7 +223,7 @@ class Adapter(StageKind):
         self, lm: LanguageModel, settings: ForgetSettings, base: StateDict | None, tokens: Collection[int]
     ) -> None:
         """Multiply the adapter "forget" by -coef, and freeze it."""
-        lora.scale(lm.model, lora.FORGET, -settings.number, selection.factors(lm.model, settings.modules))
+        lora.scale(lm.model, lora.FORGET, -settings.number, factors_of(lm.model, settings.modules))
         lora.activate(lm.model, lora.names(lm.model))
 
     def finish(self, lm: LanguageModel, stage_log: StageLog, seed: int) -> StageLog:
@@ -325,7 +325,7 @@ class ClosedForm(StageKind):
         assert isinstance(settings, StageSettings), "a kind of learning"
         model.requires_grad_(False)
         for layer in self.layers(len(layer_list(model)[1]), settings):
-            model.get_submodule(selection.mlp_output(model, layer)).requires_grad_(True)
+            model.get_submodule(mlp_output(model, layer)).requires_grad_(True)
         return model
 
     def fit(

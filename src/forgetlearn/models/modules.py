@@ -25,7 +25,7 @@ from forgetlearn.weights.structure import skeleton
 from forgetlearn.weights.task_vector import StateDict
 
 
-def factors(model: nn.Module, modules: Modules, setting: str = "forget.modules") -> dict[str, float]:
+def factors_of(model: nn.Module, modules: Modules, setting: str = "forget.modules") -> dict[str, float]:
     """Return the factor of every parameter that `modules` selects from `groups(model)`; see `factors_among`."""
     return factors_among(groups(model), modules, setting)
 
