@@ -1,7 +1,8 @@
 """All settings of a run, with their descriptions. A file and flags are merged into one validated config.
 
 The command's help, the JSON schema and docs/commands.md are made from these descriptions. A `...Section` is what a file
-has for one stage; `TrainSettings`, `ForgetSettings` and `StageSettings` (of learning) add what all stages share.
+has for one stage. With what all stages share, it makes all settings of that stage: `TrainSettings` of teaching, and
+`TuningSettings`, which are `ForgetSettings` or `StageSettings` (of learning).
 """
 
 from __future__ import annotations
@@ -297,40 +298,6 @@ class StageSection(Settings):
     batch_size: int = Field(4, ge=1, le=LARGEST_BATCH, description="Facts per optimiser step.")
 
 
-class KeepSettings(Settings):
-    """What the model is to say as before, while it forgets and learns."""
-
-    weight: float = Field(
-        5.0,
-        ge=0,
-        description="Weight in the loss of the divergence (KL) from the base on its own answers to other prompts; 0 "
-        "keeps nothing.",
-    )
-    source: str | None = Field(
-        None,
-        description="File of prompts (a text file, one per line), or of facts, whose prompts are read: what the base "
-        "answers to them is kept too, beside its answers to general prompts that come with forgetlearn.",
-    )
-    facts: tuple[str, ...] = Field(
-        (),
-        description="Files of facts that stay, as far as the facts to update do not change them; --failed-only names "
-        "those that the run got right.",
-    )
-    earlier: tuple[str, ...] = Field(
-        (),
-        description="Where the facts of earlier updates of this model are, which are kept and asked again: run folders "
-        "or files of facts. They are looked for in the run folders that made the model too.",
-    )
-    neighbours: bool = Field(
-        True, description="Keep what the base says to the file's own unfinished sentences about another subject."
-    )
-
-    @field_validator("facts", "earlier", mode="before")
-    @classmethod
-    def _one_file(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-
 class TeachSection(StageSection):
     """The teaching stage: it first trains all weights on the old answers, so that the base holds them."""
 
@@ -476,6 +443,40 @@ class ForgetSettings(ForgetSection, TuningSettings):
     """All settings of the forgetting stage."""
 
     unlearn: UnlearnSettings = Field(default_factory=UnlearnSettings)
+
+
+class KeepSettings(Settings):
+    """What the model is to say as before, while it forgets and learns."""
+
+    weight: float = Field(
+        5.0,
+        ge=0,
+        description="Weight in the loss of the divergence (KL) from the base on its own answers to other prompts; 0 "
+        "keeps nothing.",
+    )
+    source: str | None = Field(
+        None,
+        description="File of prompts (a text file, one per line), or of facts, whose prompts are read: what the base "
+        "answers to them is kept too, beside its answers to general prompts that come with forgetlearn.",
+    )
+    facts: tuple[str, ...] = Field(
+        (),
+        description="Files of facts that stay, as far as the facts to update do not change them; --failed-only names "
+        "those that the run got right.",
+    )
+    earlier: tuple[str, ...] = Field(
+        (),
+        description="Where the facts of earlier updates of this model are, which are kept and asked again: run folders "
+        "or files of facts. They are looked for in the run folders that made the model too.",
+    )
+    neighbours: bool = Field(
+        True, description="Keep what the base says to the file's own unfinished sentences about another subject."
+    )
+
+    @field_validator("facts", "earlier", mode="before")
+    @classmethod
+    def _one_file(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
 
 class ModelSettings(Settings):
