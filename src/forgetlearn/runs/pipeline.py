@@ -126,19 +126,6 @@ class Pipeline:
         # Functions that load the weights that the next step needs; called only if that step really runs.
         self._pending: dict[str, Callable[[], None]] = {"base": base.restore} if base else {}
 
-    def ready(self, compute: Callable[P, T]) -> Callable[P, T]:
-        """Return a function that loads the weights that the stages so far produced, and then calls `compute`.
-
-        Every step that reads or changes the model goes through here: nothing else restores weights before a step.
-        """
-
-        def on_model(*args: P.args, **options: P.kwargs) -> T:
-            while self._pending:
-                self._pending.pop(next(iter(self._pending)))()
-            return compute(*args, **options)
-
-        return on_model
-
     def prepare(self) -> None:
         """Teach the base, score it, and find out which old answers it gives."""
         if stage := self.stages.teach:
@@ -151,71 +138,6 @@ class Pipeline:
         self._ask_for_material()
         self._state()
         self._probe("base")
-
-    def _ask_for_material(self) -> None:
-        """Ask the base for what the stages train on, if they train on more than bare answers."""
-        if lessons.asks_base(self.config, self.lm.encoder):
-            replies = self._recall() if self.config.keep.weight else []
-            said = {row.fact: row for row in (*self.replies, *replies)}
-            make = self.ready(
-                lambda: lessons.make_material(self.lm, self.facts, self.config, said, self.rehearsal, self.held_apart)
-            )
-            self.material = Material.load(self.store.files("lessons", lambda folder: make().save(folder)))
-
-    def _recall(self) -> list[Row]:
-        """Decide which facts of earlier updates to rehearse, and return what the base says when it is asked them.
-
-        A method that learns also learns lost facts again: if it kept the base's answers to them, they would stay lost.
-        """
-        taught = [fact for one in self.past.earlier for fact in one.facts]
-        drawn = keeping.rehearsed(taught, self.facts, f"{self.config.seed}:{len(self.past.earlier)}")
-        adapter = None if self.stages.teach else self.past.adapter  # to teach folds it into the base
-        self.rehearsal = Rehearsal(taught, drawn, adapter=adapter)
-        if not drawn or not self.stages.method.learns:
-            return []
-        ask = self.ready(lambda: scoring.ask(self.lm, drawn, self.config.evaluate))
-        replies = self.store.rows("probe_earlier", ask)
-        held = scoring.held_facts(drawn, replies)
-        lost = [fact for fact in drawn if fact not in held]
-        if lost:
-            log.info("%d of %d facts of earlier updates are no longer said: learned again", len(lost), len(drawn))
-        self.rehearsal = replace(self.rehearsal, held=held, lost=lost)
-        return replies
-
-    def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
-        return lessons.of_stage(self.material, facts, stage.name, self.config, self.lm.encoder)
-
-    @property
-    def taught(self) -> list[Taught]:
-        """What the stages train on, fact by fact; empty if it is each fact's bare answer."""
-        trained = {"learn": {fact.id for fact in self.facts}, "forget": {fact.id for fact in self.to_forget}}
-        return [each for each in self.material.taught if each.fact in trained[each.stage]]
-
-    @property
-    def lesson_counts(self) -> dict[str, StageLessons]:
-        """By stage, how many facts it trains on in which form, and why some texts are bare."""
-        return lessons.counts(self.taught, quiz=lessons.has_quiz(self.config))
-
-    @property
-    def kept_counts(self) -> dict[str, int]:
-        """The number of texts that are kept, and of facts that are learned again, by where they come from."""
-        lost = self.rehearsal.lost
-        return self.material.kept_counts | ({keeping.AGAIN: len(lost)} if lost else {})
-
-    @property
-    def to_forget(self) -> list[Fact]:
-        """The facts whose old answers are forgotten."""
-        stage = self.stages.forget
-        if stage is None:
-            return []
-        return self.known if stage.settings.only_known else [fact for fact in self.facts if fact.ground_truth]
-
-    @property
-    def nothing_forgotten(self) -> NothingForgotten | None:
-        """The reason why nothing is forgotten, if the method forgets but nothing is."""
-        if not self.stages.method.forgets or self.to_forget:
-            return None
-        return why_nothing(self.config, self.facts, self.replies)
 
     def update(self) -> None:
         """Forget and learn, and score the results."""
@@ -256,6 +178,52 @@ class Pipeline:
         state = STAGE_KINDS[how].state(self.lm, lora.FORGET)
         return {name: weight.cpu().clone() for name, weight in state.items()}, stage_log
 
+    def ready(self, compute: Callable[P, T]) -> Callable[P, T]:
+        """Return a function that loads the weights that the stages so far produced, and then calls `compute`.
+
+        Every step that reads or changes the model goes through here: nothing else restores weights before a step.
+        """
+
+        def on_model(*args: P.args, **options: P.kwargs) -> T:
+            while self._pending:
+                self._pending.pop(next(iter(self._pending)))()
+            return compute(*args, **options)
+
+        return on_model
+
+    def _ask_for_material(self) -> None:
+        """Ask the base for what the stages train on, if they train on more than bare answers."""
+        if lessons.asks_base(self.config, self.lm.encoder):
+            replies = self._recall() if self.config.keep.weight else []
+            said = {row.fact: row for row in (*self.replies, *replies)}
+            make = self.ready(
+                lambda: lessons.make_material(self.lm, self.facts, self.config, said, self.rehearsal, self.held_apart)
+            )
+            self.material = Material.load(self.store.files("lessons", lambda folder: make().save(folder)))
+
+    def _recall(self) -> list[Row]:
+        """Decide which facts of earlier updates to rehearse, and return what the base says when it is asked them.
+
+        A method that learns also learns lost facts again: if it kept the base's answers to them, they would stay lost.
+        """
+        taught = [fact for one in self.past.earlier for fact in one.facts]
+        drawn = keeping.rehearsed(taught, self.facts, f"{self.config.seed}:{len(self.past.earlier)}")
+        adapter = None if self.stages.teach else self.past.adapter  # to teach folds it into the base
+        self.rehearsal = Rehearsal(taught, drawn, adapter=adapter)
+        if not drawn or not self.stages.method.learns:
+            return []
+        ask = self.ready(lambda: scoring.ask(self.lm, drawn, self.config.evaluate))
+        replies = self.store.rows("probe_earlier", ask)
+        held = scoring.held_facts(drawn, replies)
+        lost = [fact for fact in drawn if fact not in held]
+        if lost:
+            log.info("%d of %d facts of earlier updates are no longer said: learned again", len(lost), len(drawn))
+        self.rehearsal = replace(self.rehearsal, held=held, lost=lost)
+        return replies
+
+    def _lessons(self, stage: Stage[TrainSettings], facts: Sequence[Fact]) -> Lessons | None:
+        return lessons.of_stage(self.material, facts, stage.name, self.config, self.lm.encoder)
+
     def _teach(self, stage: Stage[TrainSettings], stage_io: StageIO) -> StageLog:
         return teach(self.lm, old_pairs(self.facts), stage.settings, seed=stage.seed, stage_io=stage_io)
 
@@ -285,6 +253,7 @@ class Pipeline:
         return learn(self.lm, facts, stage.settings, how, seed=stage.seed, stage_io=stage_io, lessons=texts)
 
     def _train(self, stage: Stage[TrainSettings], n_facts: int | None, compute: Train) -> None:
+        """Do a stage that trains; if it was done before, the next step loads its result."""
         if change := self.store.train(stage, n_facts, self.ready(compute)):
             if stage.name == "learn":
                 self._pending.pop("forget", None)  # the product includes the forgetting
@@ -353,6 +322,38 @@ class Pipeline:
 
     def _stated(self) -> dict[str, str]:
         return disk.read_json(self._statements / STATED) if self._statements else {}
+
+    @property
+    def to_forget(self) -> list[Fact]:
+        """The facts whose old answers are forgotten."""
+        stage = self.stages.forget
+        if stage is None:
+            return []
+        return self.known if stage.settings.only_known else [fact for fact in self.facts if fact.ground_truth]
+
+    @property
+    def nothing_forgotten(self) -> NothingForgotten | None:
+        """The reason why nothing is forgotten, if the method forgets but nothing is."""
+        if not self.stages.method.forgets or self.to_forget:
+            return None
+        return why_nothing(self.config, self.facts, self.replies)
+
+    @property
+    def taught(self) -> list[Taught]:
+        """What the stages train on, fact by fact; empty if it is each fact's bare answer."""
+        trained = {"learn": {fact.id for fact in self.facts}, "forget": {fact.id for fact in self.to_forget}}
+        return [each for each in self.material.taught if each.fact in trained[each.stage]]
+
+    @property
+    def lesson_counts(self) -> dict[str, StageLessons]:
+        """By stage, how many facts it trains on in which form, and why some texts are bare."""
+        return lessons.counts(self.taught, quiz=lessons.has_quiz(self.config))
+
+    @property
+    def kept_counts(self) -> dict[str, int]:
+        """The number of texts that are kept, and of facts that are learned again, by where they come from."""
+        lost = self.rehearsal.lost
+        return self.material.kept_counts | ({keeping.AGAIN: len(lost)} if lost else {})
 
     @property
     def general(self) -> dict[str, General]:

@@ -180,17 +180,57 @@ def carry_out(
             return _run_steps(task, run, lm, fact_set, config, base, past)
 
 
-def _run_steps(
-    task: Task, run: RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, base: chain.Base, past: Past
-) -> UpdateResult:
-    """Do the steps of a task that are not done yet, and finish its run."""
-    store = RunStore(run, config, lm, str(base.name) if base.base_sha256 else f"a {type(lm.model).__name__} in memory")
-    pipeline = task.pipeline(lm, task.asked(facts), config, store, past)
-    pipeline.prepare()
-    if store.stages.chooses_coefficient and pipeline.to_forget:
-        pipeline.set_coefficient(store.choose(pipeline))
-    pipeline.update()
-    return _finish(task, facts, pipeline, store)
+def load_checked(task: Task, model: GivenModel, tokenizer: object, facts: FactSet, config: RunConfig) -> LanguageModel:
+    """Load the model that a task begins on, and check everything that can be checked before it begins."""
+    stages = Stages(config)
+    _check_without_model(facts, stages)
+    lm = load_to_update(model, tokenizer, config)
+    check_texts(lm.encoder, task.asked(facts))
+    general_ability.check_embedded(lm, config.evaluate)
+    lm.name_end_token()
+    check_stages(stages, lm, facts)
+    task.check_loaded(lm, facts, config)
+    return lm
+
+
+def _check_without_model(facts: FactSet, stages: Stages) -> None:
+    """Check everything that can be checked without the model."""
+    config = stages.config
+    processes.check_enough_for(len(facts))
+    check_old_answers(facts, config)
+    general_ability.check(config.evaluate)
+    probes.check(facts, config.evaluate)
+    keeping.check(config.keep, facts)
+    check_quantization(stages)
+    if config.forget.coef == AUTO:
+        coefficient.check(list(facts), config)
+    elif not stages.method.forgets:
+        preflight.warn_of_forgetting(config)
+
+
+def _check_same_base(run: RunFolder, base: Identity) -> None:
+    """Raise RunError if the run was started on weights other than those of the given model."""
+    was, now = ([inputs.get(name) for name in NAMES] for inputs in (run.manifest.inputs, base))
+    if was != now:
+        begun, given = (next(filter(None, hashes), "unknown") for hashes in (was, now))
+        raise RunError(
+            f"{run.path} was started on a base with the hash {begun}, but the model passed in has other weights "
+            f"(hash {given}): it was changed since.\nLoad the base again and pass that, or choose another folder."
+        )
+
+
+def _own_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row] | None:
+    """Return the model's own answers where these are to be the old ones (policy `model`); None if it need not be asked.
+
+    This comes before the run folder is created, and raises FactError if no fact then has an old answer.
+    """
+    if not facts.to_ask:
+        return None
+    answers = asked_answers(lm, facts, config)
+    held = with_the_models_answers(facts, answers, config)
+    check_old_answers(held, config)
+    check_texts(lm.encoder, held)
+    return answers
 
 
 def _inputs(task: Task, lm: LanguageModel, config: RunConfig, past: Past) -> dict[str, object]:
@@ -220,48 +260,6 @@ def _note_start(run: RunFolder, lm: LanguageModel, facts: FactSet, config: RunCo
     run.note(model=lm.describe(), parent=chain.parent_of(base), **noted)
 
 
-def load_checked(task: Task, model: GivenModel, tokenizer: object, facts: FactSet, config: RunConfig) -> LanguageModel:
-    """Load the model that a task begins on, and check everything that can be checked before it begins."""
-    stages = Stages(config)
-    _check_without_model(facts, stages)
-    lm = load_to_update(model, tokenizer, config)
-    check_texts(lm.encoder, task.asked(facts))
-    general_ability.check_embedded(lm, config.evaluate)
-    lm.name_end_token()
-    check_stages(stages, lm, facts)
-    task.check_loaded(lm, facts, config)
-    return lm
-
-
-def _check_without_model(facts: FactSet, stages: Stages) -> None:
-    """Check everything that can be checked without the model."""
-    config = stages.config
-    processes.check_enough_for(len(facts))
-    check_old_answers(facts, config)
-    general_ability.check(config.evaluate)
-    probes.check(facts, config.evaluate)
-    keeping.check(config.keep, facts)
-    check_quantization(stages)
-    if config.forget.coef == AUTO:
-        coefficient.check(list(facts), config)
-    elif not stages.method.forgets:
-        preflight.warn_of_forgetting(config)
-
-
-def _own_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row] | None:
-    """Ask the model for its own answers where these are to be the old ones (policy `model`), and check the facts then.
-
-    It is asked before the run folder is created: perhaps no fact is left. Return None if there is nothing to ask.
-    """
-    if not facts.to_ask:
-        return None
-    answers = asked_answers(lm, facts, config)
-    held = with_the_models_answers(facts, answers, config)
-    check_old_answers(held, config)
-    check_texts(lm.encoder, held)
-    return answers
-
-
 def _with_old_answers(
     run: RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, rows: list[Row] | None
 ) -> FactSet:
@@ -280,6 +278,19 @@ def _with_old_answers(
         for line in describe_old_answers(facts.old_counts, facts.without_old):
             log.info(line)
     return facts
+
+
+def _run_steps(
+    task: Task, run: RunFolder, lm: LanguageModel, facts: FactSet, config: RunConfig, base: chain.Base, past: Past
+) -> UpdateResult:
+    """Do the steps of a task that are not done yet, and finish its run."""
+    store = RunStore(run, config, lm, str(base.name) if base.base_sha256 else f"a {type(lm.model).__name__} in memory")
+    pipeline = task.pipeline(lm, task.asked(facts), config, store, past)
+    pipeline.prepare()
+    if store.stages.chooses_coefficient and pipeline.to_forget:
+        pipeline.set_coefficient(store.choose(pipeline))
+    pipeline.update()
+    return _finish(task, facts, pipeline, store)
 
 
 def _finish(task: Task, facts: FactSet, pipeline: Pipeline, store: RunStore) -> UpdateResult:
@@ -356,17 +367,6 @@ def _check_damage(path: Path, config: RunConfig, summary: Summary, products: Ite
         f"evaluate.max_damage = {most:g}: {found}. The product was put aside, in {aside}; {path / 'report.html'} shows "
         f"what changed. {damage.advice(kept=bool(summary.kept))}"
     )
-
-
-def _check_same_base(run: RunFolder, base: Identity) -> None:
-    """Raise RunError if the run was started on weights other than those of the given model."""
-    was, now = ([inputs.get(name) for name in NAMES] for inputs in (run.manifest.inputs, base))
-    if was != now:
-        begun, given = (next(filter(None, hashes), "unknown") for hashes in (was, now))
-        raise RunError(
-            f"{run.path} was started on a base with the hash {begun}, but the model passed in has other weights "
-            f"(hash {given}): it was changed since.\nLoad the base again and pass that, or choose another folder."
-        )
 
 
 def _result_of_finished(task: Task, run: RunFolder, facts: FactSet, config: RunConfig) -> UpdateResult:
