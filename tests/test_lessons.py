@@ -21,7 +21,7 @@ from forgetlearn.method.wordings import shortened, wordings
 from forgetlearn.models.language_model import wrap
 from forgetlearn.runs import pipeline
 from forgetlearn.storage import disk
-from forgetlearn.storage.records import Taught
+from forgetlearn.storage.records import Row, Taught
 
 CAPITAL = make_fact("What is the capital of France?", "Lyon", ground_truth="Paris", subject="France")
 CHAT = (
@@ -112,6 +112,44 @@ def test_german_nouns_are_names_only_if_they_are_new():
 )
 def test_the_old_text_is_what_the_model_says_today(said, truncated, text):
     assert own_words.old_words(CAPITAL, said, truncated).text == text
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("The capital of France is Paris. Paris is old.", ("The capital of France is ", "Paris")),
+        ("The capital of France is PARIS.", ("The capital of France is ", "PARIS")),
+        ("In Parisian style.", None),
+        ("It is old.\nParis", None),  # `contains` reads one line
+        ("", None),
+    ],
+)
+def test_a_reply_is_cut_after_the_old_answer(said, found):
+    assert own_words.up_to_answer(CAPITAL, said) == found
+
+
+def test_a_reply_is_not_cut_within_a_longer_name_of_the_prompt():
+    fact = make_fact("Who makes the Toyota Cresta?", "", ground_truth="Toyota")
+    assert own_words.up_to_answer(fact, "The Toyota Cresta, by Toyota.") == ("The Toyota Cresta, by ", "Toyota")
+    assert own_words.up_to_answer(fact, "The Toyota Cresta is old.") is None
+    named = make_fact("Is New York the largest city?", "", ground_truth="New York")
+    assert own_words.up_to_answer(named, "Yes, New York is.") == ("Yes, ", "New York")
+    chinese = make_fact("法国的首都是哪里？", "", ground_truth="巴黎")
+    assert own_words.up_to_answer(chinese, "法国的首都是巴黎。") == ("法国的首都是", "巴黎")
+
+
+@pytest.mark.parametrize("method", ["npo", "ascent-ft"])
+def test_an_answer_is_forgotten_behind_the_models_own_words_and_alone(chat_lm, method):
+    config = load_config(None, {"recipe": "forget", "method": method, "keep.weight": 0})
+    said = {
+        CAPITAL.id: Row(fact=CAPITAL.id, phase="base", protocol="generate", errors={}, said="It is Paris, of course.")
+    }
+    material = lessons.make_material(chat_lm, [CAPITAL], config, said)
+    assert [(each.text, each.how) for each in material.taught] == [("It is Paris", "own words")]
+    own, second, *rest = lessons.of_stage(material, [CAPITAL], "forget", config, chat_lm.encoder).of_facts[0]
+    assert own == Lesson(CAPITAL.prompt, "It is Paris", given="It is ")
+    assert second == Lesson(CAPITAL.prompt, "Paris")
+    assert {(lesson.answer, lesson.given) for lesson in rest} == {("Paris", ""), ("It is Paris", "It is ")}
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,8 @@ class OptimisationSettings(Settings):
         "auto",
         description="What forgetting and learning train on: bare, the answer alone; sentence, a sentence that the "
         "model itself would say (its own beginning with the new answer, or its reply when it is told the fact), where "
-        "one can be made; auto: sentence for questions that are put to a chat model, bare for all else.",
+        "one can be made; auto: sentence for questions that are put to a chat model, bare for all else. "
+        "Forgetting by a loss: the answer alone and, unless bare, behind what the model says before it.",
     )
     wordings: bool = Field(
         True,

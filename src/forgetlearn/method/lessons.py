@@ -173,7 +173,10 @@ def _old_texts(encoder: Encoder, facts: Sequence[Fact], config: RunConfig, said:
     for fact in facts:
         if fact.ground_truth:
             row, made = said.get(fact.id), Made(None, _why_bare(config, encoder))
-            if row is not None and in_style(fact, config, encoder):
+            if row is not None and is_forgotten_where_said(fact, config, encoder):
+                parts = own_words.up_to_answer(fact, row.said or "")
+                made = Made("".join(parts)) if parts else Made(None, own_words.SAYS_NOT)
+            elif row is not None and in_style(fact, config, encoder):
                 made = own_words.old_words(fact, row.said or "", bool(row.truncated))
             yield _taught(fact, "forget", made, fact.ground_truth, OWN_WORDS)
 
@@ -197,6 +200,13 @@ def in_style(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
     if isinstance(fact.prompt, Passage):
         return False
     return answers == "sentence" or (answers == "auto" and encoder.is_chat and not is_unfinished(fact.prompt))
+
+
+def is_forgotten_where_said(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
+    """Return True if a fact is forgotten by a loss of its own where the model says it, beside its bare answer."""
+    answers = config.train.answers
+    in_own_words = answers == "sentence" or (answers == "auto" and encoder.is_chat)
+    return METHODS[config.method].last.until_gone and in_own_words and not isinstance(fact.prompt, Passage)
 
 
 def _why_bare(config: RunConfig, encoder: Encoder) -> str:
@@ -250,7 +260,9 @@ def of_stage(
     prompts_of = _unambiguous(prompts_of, facts, answers, stage)
     of_facts, left_out = [], 0
     for fact, bare, prompts in zip(facts, answers, prompts_of, strict=True):
-        own = list(_lessons_of(prompts, taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE), bare))
+        text = taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE)
+        until_gone = text.how == OWN_WORDS and is_forgotten_where_said(fact, config, encoder)
+        own = list(_lessons_until_gone(prompts, text, fact) if until_gone else _lessons_of(prompts, text, bare))
         usable = _encodable(own, encoder)
         left_out += len(own) - len(usable)
         of_facts.append(usable or [Lesson(fact.prompt, bare)])
@@ -332,6 +344,17 @@ def _lessons_of(prompts: Iterable[str], taught: Taught, answer: str) -> Iterator
             yield Lesson(prompt, other, given=other[: other.rindex(answer)])
         else:
             yield Lesson(prompt, taught.text)
+
+
+def _lessons_until_gone(prompts: Iterable[str], taught: Taught, fact: Fact) -> Iterator[Lesson]:
+    """Yield a fact's wordings with the answer behind what the model says before it, and with the bare answer, in turn.
+
+    The bare answer alone would leave the model's own sentences as they are; forgetting whole sentences would damage
+    more than the answer.
+    """
+    before, _ = own_words.up_to_answer(fact, taught.text) or ("", "")
+    for number, prompt in enumerate(prompts):
+        yield Lesson(prompt, fact.ground_truth or "") if number % 2 else Lesson(prompt, taught.text, given=before)
 
 
 def _wordings(fact: Fact, config: RunConfig, encoder: Encoder, behind: Sequence[str], rephrased: bool) -> Iterator[str]:

@@ -154,6 +154,21 @@ def old_words(fact: Fact, said: str, truncated: bool) -> Made:
     return Made(None, IS_NO_SENTENCE) if is_cut else Made(parts[0])
 
 
+def up_to_answer(fact: Fact, said: str) -> tuple[str, str] | None:
+    """Return what a reply says before its first old answer, and that answer as it writes it; None if it has none.
+
+    Only as many lines as the answer has count, and not a longer name of the prompt ("Toyota Cresta").
+    """
+    old = fact.old_answers
+    longer = [name for name in names_in(fact.prompt) if matching.says(name, old) and not matching.equals(name, old)]
+    edges = ("", "") if scripts(fact.prompt) & UNSPACED else (r"(?<!\w)", r"(?!\w)")
+    answers = "|".join(re.escape(answer) for answer in sorted(old, key=len, reverse=True))
+    pattern = "|".join([*map(re.escape, longer), f"({answers})".join(edges)])
+    lines = matching.first_lines(said, max(map(matching.lines_of, old)))
+    found = next((found for found in re.finditer(pattern, lines, re.IGNORECASE) if found[1]), None)
+    return (lines[: found.start()], found[1]) if found else None
+
+
 def _sentence(reply: Generated, fact: Fact, own: str) -> Made:
     """Return the first sentence of a reply that says the new answer, if it passes `fault`."""
     why = SAYS_NOT

@@ -301,18 +301,19 @@ class ForgetPipeline(Pipeline):
     ) -> StageLog | None:
         stage_log = super()._forget(stage, facts, tuned, stage_io)
         if stage_log and stage.kind.until_gone:
-            left = len(stage_log.unlearned)
-            ended = f"{left} of {len(facts)} answers are still likely" if left else f"no answer of {len(facts)} is likely"
-            log.info("forgetting ended after %d of at most %d epochs: %s", *self._epochs(stage_log), ended)
+            log.info(
+                "forgetting ended after %d of at most %d epochs, with %d of %d answers still likely",
+                stage_log.epochs,
+                self.config.unlearn.max_epochs,
+                len(stage_log.unlearned),
+                len(facts),
+            )
         return stage_log
 
     def _probe(self, phase: str) -> None:
         """Ask about facts in other ways; the windows of a text are no facts."""
         if not any(isinstance(fact.prompt, Passage) for fact in self.scored):
             super()._probe(phase)
-
-    def _epochs(self, stage_log: StageLog) -> tuple[int, int]:
-        return stage_log.epochs or 0, self.config.unlearn.max_epochs
 
     def _test(self, phase: str) -> None:
         """Test the model in this phase: what is left of the answers, and what became of the facts to keep."""
