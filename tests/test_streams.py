@@ -148,7 +148,10 @@ def test_the_product_is_one_adapter_of_the_first_base(root):
 
 def test_apply_undo_log_and_inspect_know_what_it_began_on(root, tmp_path, capsys):
     forgetlearn.apply_run(root / "third", root / "base", tmp_path / "merged", merge=True)
-    assert same(tmp_path / "merged", root / "third/merged")
+    ours, runs = tensors(tmp_path / "merged"), tensors(root / "third/merged")
+    assert ours.keys() == runs.keys()
+    # The run multiplies the factors with torch, `apply_run` with NumPy: on some CPUs they add in different orders.
+    assert all(torch.allclose(ours[name], runs[name], rtol=0, atol=1e-6) for name in ours)
     assert str(root / "second/adapter") in forgetlearn.undo(root / "third")
     forgetlearn.undo(root / "third", tmp_path / "before")
     assert same(tmp_path / "before", root / "second/adapter")
