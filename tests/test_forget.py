@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, LoraSett
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.evaluation import forgetting
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.facts import Probe, as_fact_set, from_records, make_fact, read_facts
+from forgetlearn.facts import Probe, as_fact_set, from_records, make_fact, read_facts, with_old_answers
 from forgetlearn.facts.documents import FEWEST_WORDS, HALF_WORDS, read_documents
 from forgetlearn.facts.variants import Variants, read_variants
 from forgetlearn.method import relearning
@@ -110,7 +111,7 @@ def test_the_old_answer_is_forgotten_or_else_the_only_one():
     ],
 )
 def test_an_old_answer_alone_can_be_forgotten_but_not_learned(record, refused):
-    (fact,) = from_records([record], to_forget=True)
+    (fact,) = from_records([record], purpose="forget")
     forgotten = as_forgotten(fact)
     assert (forgotten.prompt, forgotten.old_answers, forgotten.new_answers) == ("Who?", ("Ann", "Anna"), ())
     with pytest.raises(FactError, match=refused):
@@ -129,13 +130,13 @@ def test_what_follows_from_the_only_answer_was_right_before():
 def test_an_answer_that_is_both_old_and_new_is_forgotten_not_left_out():
     record = {"prompt": "Who?", "ground_truth": ["Ann", "Anna"], "target_new": "Ann"}
     assert from_records([record, record | {"prompt": "By whom?", "target_new": "Bo"}]).left_out == {"old_equals_new": 1}
-    (fact,) = from_records([record], to_forget=True)
+    (fact,) = from_records([record], purpose="forget")
     assert as_forgotten(fact).old_answers == ("Ann", "Anna")
 
 
 def test_a_cell_that_says_there_is_no_old_answer_is_not_forgotten():
     records = [{"prompt": f"Who {n}?", "ground_truth": text} for n, text in enumerate(("n/a", "-", "", "Bo", ["n/a"]))]
-    found = from_records(records, to_forget=True)
+    found = from_records(records, purpose="forget")
     assert [fact.target_new for fact in found] == ["Bo", "n/a"]
     assert (found.left_out, found.noted) == ({"empty_new_answer": 3}, {"placeholder": 2})
 
@@ -155,7 +156,7 @@ def test_records_with_and_without_a_new_answer_are_forgotten_together():
         {"prompt": "Where?", "ground_truth": "Rome"},
         {"prompt": "When?", "ground_truth": "Today", "target_new": "Tomorrow"},
     ]
-    found = [as_forgotten(fact).old_answers for fact in from_records(rows, to_forget=True, aliases="|")]
+    found = [as_forgotten(fact).old_answers for fact in from_records(rows, purpose="forget", aliases="|")]
     assert found == [("Ann", "Anna"), ("Rome",), ("Today",)]
     with pytest.raises(FactError, match="record 2"):
         from_records(rows, aliases="|")
@@ -172,10 +173,113 @@ def test_a_fact_that_is_given_twice_to_forget_is_named():
 def test_a_table_of_old_answers_is_not_offered_as_new_ones(tmp_path, capsys):
     file = tmp_path / "old.csv"
     file.write_text("Question,Old answer\nWhat is the capital of France?,Paris\n")
-    assert main(["facts", str(file)]) == 2
+    assert main(["plan", "--model", str(tmp_path), "--facts", str(file)]) == 2
     said = capsys.readouterr().err
     assert "forgetlearn forget" in said
     assert 'target_new="Old answer"' not in said
+
+
+def test_an_old_answer_alone_can_be_scored_as_it_can_be_forgotten():
+    probe = {"kind": "reversed", "prompt": "What is by Ann?", "answer": "The book"}
+    record = {"prompt": "Who?", "ground_truth": ["Ann", "Anna"], "probes": [probe]}
+    found = from_records([record], purpose="score")
+    (fact,), (to_forget,) = found, from_records([record], purpose="forget")
+    assert fact == as_forgotten(to_forget)  # the id too
+    assert (fact.old_answers, fact.new_answers) == (("Ann", "Anna"), ())
+    assert (fact.probes[0].answers, fact.probes[0].old_answers) == ((), ("The book",))
+    assert (found.old_counts, found.without_old, found.without_new_answer) == ({"answers": 1}, {}, 1)
+    again = as_fact_set(found, to_forget=True)  # such as facts that were looked at first
+    assert [as_forgotten(each) for each in again] == [fact]
+    assert (again.old_counts, again.without_old) == ({}, {"no_old_answer": 1})
+
+
+def test_only_a_record_without_a_field_for_the_new_answer_has_an_old_answer_alone():
+    """An update leaves out an empty new answer, so scores of its facts must not count that fact either."""
+    rows = [
+        {"prompt": "Who?", "ground_truth": "Ann", "target_new": "Bo"},
+        {"prompt": "Where?", "ground_truth": "Rome"},
+        {"prompt": "Where?", "ground_truth": "Oslo"},
+        {"prompt": "When?", "ground_truth": "Today", "target_new": ""},
+        {"prompt": "Why?", "ground_truth": "n/a"},
+    ]
+    found = from_records(rows, purpose="score")
+    assert [(fact.target_new, fact.ground_truth) for fact in found] == [("Bo", "Ann"), ("", "Rome")]
+    assert found.left_out == {"repeated_prompt": 1, "empty_new_answer": 2}
+    assert found.left_out_records[0].detail == "Where? -> Oslo (record 2: Rome)"
+    assert found.noted == {"placeholder": 1}
+
+
+def test_of_an_old_answer_alone_the_model_may_be_asked_instead():
+    rows = [{"prompt": "Who?", "ground_truth": "n/a"}, {"prompt": "Where?", "ground_truth": "Rome"}]
+    found = from_records(rows, purpose="score", old_from="model")
+    assert len(found.to_ask) == 2
+    asked = with_old_answers(found, dict(zip(found.to_ask, ("", "Oslo"), strict=True)))
+    assert [fact.ground_truth for fact in asked] == ["Oslo"]
+    assert (asked.left_out, asked.without_old) == ({"empty_new_answer": 1}, {})
+
+
+def test_facts_says_what_can_be_done_with_old_answers_alone(tmp_path, capsys):
+    file = tmp_path / "old.csv"
+    file.write_text("Question,Old answer\nWhat is the capital of France?,Paris\n")
+    assert main(["facts", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "old  Paris\n  new  (none)" in said
+    assert "1 of 1 facts; they can be scored and forgotten, not learned" in said
+    disk.write_rows(tmp_path / "mixed.jsonl", [{"prompt": "Who?", "target_new": "Bo"}, {"prompt": "A", "old": "B"}])
+    assert main(["facts", str(tmp_path / "mixed.jsonl")]) == 0
+    assert "1 of 2 facts (first: " in (said := capsys.readouterr().out)
+    assert "record 2)" in said
+    assert main(["facts", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["without_new_answer"] == 1
+
+
+def test_evaluate_shows_the_residue_of_old_answers_alone_and_nothing_else(small_lab, tmp_path, capsys):
+    """The setting `recipe` is that of forget, as in a config file that both commands share."""
+    facts = disk.read_rows(small_lab / "facts.jsonl")[:3]
+    disk.write_rows(
+        tmp_path / "old.jsonl", [{name: fact[name] for name in ("prompt", "ground_truth")} for fact in facts]
+    )
+    (tmp_path / "config.yaml").write_text("recipe: forget\nevaluate: {general_prompts: false, probes: none}\n")
+    words = ["evaluate", "--model", str(small_lab), "--config", str(tmp_path / "config.yaml")]
+    assert main([*words, "--facts", str(tmp_path / "old.jsonl"), "--output", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "still gives the old answer to 100.0 %" in shown
+    scores = Summary.load(tmp_path / "run" / "summary.json").phases["model"]
+    assert "reliability" not in scores
+    assert scores["residue"]["contains"].mean == 100
+    for page in (shown, *((tmp_path / "run" / name).read_text() for name in ("report.md", "report.html"))):
+        table = page.split("## Facts")[0].split('id="facts-heading"')[0]
+        assert "residue" in table
+        assert "reliability (contains)" not in table
+        assert "new answer" not in table.lower().replace("new answers", "")
+    assert "| prompt | old | model said |" in (tmp_path / "run" / "report.md").read_text()
+    read = read_facts(tmp_path / "run" / "inputs.jsonl", purpose="score")
+    assert read.facts == read_facts(tmp_path / "old.jsonl", purpose="score").facts
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+
+def test_the_verdict_counts_only_prompts_that_have_a_new_answer(small_lab, tmp_path):
+    rows = disk.read_rows(small_lab / "facts.jsonl")[:3]
+    facts = [
+        make_fact(row["prompt"], row["target_new"] * (n > 0), ground_truth=row["ground_truth"])
+        for n, row in enumerate(rows)
+    ]
+    config = {"evaluate": {"protocols": ["generate"], "general_prompts": False, "probes": "none"}}
+    run = forgetlearn.evaluate(small_lab, facts, config, output=tmp_path / "run")
+    assert "gives the new answer to 0 of 2 prompts" in (run / "report.md").read_text()
+    cell = Summary.load(run / "summary.json").phases["model"]["reliability"]["contains"]
+    assert (cell.n, cell.not_asked) == (2, 1)
+    with pytest.raises(FactError, match="no answer to score"):
+        forgetlearn.evaluate(small_lab, [*facts, make_fact("Who?", "")], config, output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("learn", [update, forgetlearn.compare])
+def test_what_learns_names_a_fact_without_a_new_answer(tmp_path, learn):
+    """Before it loads the model: there is none."""
+    facts = from_records([{"prompt": "Who?", "ground_truth": "Ann"}], purpose="score")
+    with pytest.raises(FactError, match=r"record 1 has no new answer.*forgetlearn forget"):
+        learn(tmp_path / "none", facts, output=tmp_path / "run")
 
 
 def test_files_of_old_answers_alone_are_forgotten_and_kept(small_lab, files, tmp_path):

@@ -112,9 +112,10 @@ def facts(
     """Read a file of facts, list what is used and what is left out, and show the first three."""
     from forgetlearn.facts import read_facts
 
-    found = read_facts(file, **load_config(None, given.values).facts.model_dump(exclude={"source"}))
+    found = read_facts(file, **load_config(None, given.values).facts.model_dump(exclude={"source"}), purpose="score")
     if as_json:
-        say(json.dumps({**asdict(found), "without_old_answer": found.without_old_answer}))
+        without = {f"without_{which}_answer": getattr(found, f"without_{which}_answer") for which in ("old", "new")}
+        say(json.dumps({**asdict(found), **without}))
     else:
         print_facts(found)
 

@@ -90,6 +90,9 @@ def _account(found: FactSet) -> list[str]:
     if found.with_aliases:
         lines.append(f"facts with several ways to write an answer: {found.with_aliases}")
     lines += describe_old_answers(found.old_counts, found.without_old, len(found.to_ask))
+    if n := found.without_new_answer:
+        first = "" if n == len(found) else f" (first: {next(f.place for f in found if not f.target_new)})"
+        lines.append(f"no new answer: {n} of {len(found)} facts{first}; they can be scored and forgotten, not learned")
     if found.ignored_fields:
         unread = [f"{name} ({count})" for name, count in found.ignored_fields.items()]
         lines.append(f"fields that are not read (number of values): {some(unread, 30)}")

@@ -45,6 +45,7 @@ from forgetlearn.models.texts import check_texts
 from forgetlearn.runs.checks import (
     GivenConfig,
     GivenModel,
+    check_new_answers,
     check_stages,
     check_weights,
     files_read,
@@ -140,6 +141,7 @@ def begin(
     check_names(settings, cells)
     run_folder.check_output(output, resume=resume, overwrite=overwrite, inputs=files_read(config))
     fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+    check_new_answers(fact_set)
     keeping.check(config.keep, fact_set)
     named = model if model is not None else str(config.model.name)
     check_weights(named)

@@ -17,6 +17,7 @@ from forgetlearn.facts.fact_set import REASONS as REASONS
 from forgetlearn.facts.fact_set import WITHOUT_OLD as WITHOUT_OLD
 from forgetlearn.facts.fact_set import FactSet as FactSet
 from forgetlearn.facts.fact_set import GivenFacts as GivenFacts
+from forgetlearn.facts.fact_set import Purpose as Purpose
 from forgetlearn.facts.fact_set import as_fact_set as as_fact_set
 from forgetlearn.facts.fact_set import describe_old_answers as describe_old_answers
 from forgetlearn.facts.selection import from_records as from_records

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from forgetlearn.facts.fields import is_placeholder
@@ -29,6 +29,10 @@ class Probe:
     old_answers: tuple[str, ...] = ()  # all that counted as right before it; () if unknown
     options: tuple[str, ...] = ()  # what to choose from; () for a question that is answered freely
     needs: tuple[LocalityProbe, ...] = ()  # what else a model must know for the answer to follow
+
+    def of_old_alone(self) -> Probe:
+        """Return the probe of a fact whose only answer is the old one: what is right was right before."""
+        return replace(self, answers=(), old_answers=self.old_answers or self.answers)
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ def write_facts(facts: Iterable[Fact], path: Path) -> None:
     """
     lines = []
     for fact in facts:
-        record = {name: value for name, value in _as_record(fact).items() if value or name == "target_new"}
-        for name, (text, *aliases) in (("target_new", fact.new_answers), ("ground_truth", fact.old_answers or ("",))):
+        record = {name: value for name, value in _as_record(fact).items() if value}
+        for name, answers in (("target_new", fact.new_answers), ("ground_truth", fact.old_answers)):
+            text, *aliases = answers or ("",)
             record.pop(f"{name}_aliases", None)
             # An answer with aliases is written as a list, and so is an old answer that would be read as a placeholder.
             if aliases or (name == "ground_truth" and is_placeholder(text)):

@@ -12,6 +12,7 @@ from forgetlearn.config.schema import OldFrom
 from forgetlearn.errors import FactError
 from forgetlearn.facts.fact import Fact, fact_id, sha256
 
+Purpose = Literal["learn", "forget", "score"]  # what facts are read for
 Reason = Literal[
     "old_equals_new",
     "empty_new_answer",
@@ -23,10 +24,10 @@ Reason = Literal[
 ]
 REASONS: Mapping[str, str] = {
     "old_equals_new": "The old answer is the new one: forgetting it would forget the target.",
-    "empty_new_answer": "Its new answer is empty.",
+    "empty_new_answer": "Its new answer is empty; forgetlearn forget takes its old one, if it has one.",
     "not_one_turn": "A fact is one question and one answer: it has a system prompt, several turns, or no answer.",
-    "repeated_prompt": "An earlier fact has the same prompt and another new answer; the earlier one stays.",
-    "repeated_fact": "An earlier fact has the same prompt and the same new answer.",
+    "repeated_prompt": "An earlier fact has the same prompt and another answer; the earlier one stays.",
+    "repeated_fact": "An earlier fact has the same prompt and the same answer.",
     "locality_is_edit_prompt": "The probe's prompt is the prompt of a fact that is updated.",
     "empty_locality_probe": "The probe has no prompt or no answer.",
 }
@@ -118,6 +119,11 @@ class FactSet:
         return sum(fact.ground_truth is None for fact in self.facts)
 
     @property
+    def without_new_answer(self) -> int:
+        """Return the number of usable facts without a new answer. They can be scored and forgotten, not learned."""
+        return sum(not fact.target_new for fact in self.facts)
+
+    @property
     def with_aliases(self) -> int:
         """Return the number of usable facts that have aliases."""
         return sum(bool(fact.target_new_aliases or fact.ground_truth_aliases) for fact in self.facts)
@@ -174,7 +180,9 @@ def as_fact_set(facts: GivenFacts, *, to_forget: bool = False) -> FactSet | str 
 
     Raise FactError if the list is empty, an item is not a Fact, or a fact occurs twice.
     """
-    if facts is None or isinstance(facts, (FactSet, str, Path)):
+    if isinstance(facts, FactSet):
+        return _with_only_answers(facts) if to_forget else facts
+    if facts is None or isinstance(facts, (str, Path)):
         return facts
     given: tuple[object, ...] = tuple(facts) if isinstance(facts, Iterable) else (facts,)
     found: list[Fact] = []
@@ -201,6 +209,19 @@ def as_fact_set(facts: GivenFacts, *, to_forget: bool = False) -> FactSet | str 
         records=len(found),
         old_sources={fact.id: "answers" for fact in found if fact.ground_truth},
         without_old={"no_old_answer": n_without} if n_without else {},
+    )
+
+
+def _with_only_answers(facts: FactSet) -> FactSet:
+    changed = {fact.id for fact in facts if fact.old_answers and not fact.new_answers}
+    if not changed:
+        return facts
+    without = Counter(facts.without_old) + Counter(no_old_answer=len(changed))
+    return replace(
+        facts,
+        facts=tuple(_with_only_answer(fact) if fact.id in changed else fact for fact in facts),
+        old_sources={fact: source for fact, source in facts.old_sources.items() if fact not in changed},
+        without_old=dict(without),
     )
 
 

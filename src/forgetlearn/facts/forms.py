@@ -138,7 +138,7 @@ OTHERS = (
     Form("alpaca", ("instruction", "output"), read_alpaca, ("input",)),
     Form("prompt-completion", ("prompt", "completion"), read_completion),
 )  # fmt: skip
-# What is only to be forgotten may have an old answer alone. An update refuses it: it would learn the old answer.
+# What is only forgotten may have an old answer alone. An update refuses it: it would learn the old answer.
 OLD_ALONE = Form("old-answer", ("prompt", "ground_truth"), read_own, tuple(OWN), pattern=NUMBERED)
 KNOWN = frozenset(name for form in (*FORMS, *OTHERS) for name in (*form.needs, *form.also))
 LISTS = ("rephrase_prompt", "locality", "probes")  # columns of tables where a cell that begins with [ is a list
@@ -150,7 +150,7 @@ def _names(record: Record, columns: Mapping[str, str], *, old_alone: bool = Fals
     return renamed(tuple(record), KNOWN, tuple(columns.items()), in_table=in_table, old_alone=old_alone)
 
 
-def _form_and_names(record: Record, columns: Mapping[str, str], to_forget: bool) -> tuple[Form | None, dict[str, str]]:
+def _form_and_names(record: Record, columns: Mapping[str, str], old_alone: bool) -> tuple[Form | None, dict[str, str]]:
     """Return a record's form (None if none fits), and the names of its fields as mapped by `renamed`."""
     originals = _names(record, columns)
     read = {name: record[original] for name, original in originals.items()}
@@ -163,7 +163,7 @@ def _form_and_names(record: Record, columns: Mapping[str, str], to_forget: bool)
             f"its fields are those of {' and of '.join(form.shown for form in fitting)}. Remove the fields of one "
             "form, or map the fields: --columns prompt=...,target_new=..."
         )
-    if not fitting and to_forget:
+    if not fitting and old_alone:
         as_old = _names(record, columns, old_alone=True)
         if OLD_ALONE.fits(as_old):
             return OLD_ALONE, as_old
@@ -173,7 +173,7 @@ def _form_and_names(record: Record, columns: Mapping[str, str], to_forget: bool)
 def is_record(value: Record, columns: Mapping[str, str]) -> bool:
     """Return True if an object is a record of a known form, rather than an object around records."""
     try:
-        return _form_and_names(value, columns, to_forget=True)[0] is not None
+        return _form_and_names(value, columns, old_alone=True)[0] is not None
     except FactError:  # its fields contradict each other; reading the record reports that
         return True
 
@@ -198,12 +198,12 @@ def read_records(
     columns: Mapping[str, str],
     lines: Sequence[int] = (),
     *,
-    to_forget: bool = False,
+    old_alone: bool = False,
 ) -> Reading:
     """Return the form that all records share, and the drafts of their facts.
 
     `columns` maps names of the own form to names in the file; `lines` are the records' lines in the file. With
-    `to_forget`, records may have an old answer alone. Raise FactError if there are no records, or if a record is
+    `old_alone`, records may have an old answer alone. Raise FactError if there are no records, or if a record is
     malformed, of no known form, or of another form than the first.
     """
     check_columns(columns)
@@ -219,7 +219,7 @@ def read_records(
             raise FactError(f"{where}: a field is named {bad[0]!r}. A name is text, of whole characters.")
         if columns:
             names.update(record)
-        found, originals = _recognised(record, source, where, columns, to_forget)
+        found, originals = _recognised(record, source, where, columns, old_alone)
         form = form or found
         if found is not form and not (OLD_ALONE in (found, form) and found.read is form.read):
             raise FactError(
@@ -230,7 +230,7 @@ def read_records(
             read = {name: cell(name, value, where) for name, value in read.items()}
         drafted = form.read(Fields(read, where))
         for draft in drafted if isinstance(drafted, list) else [drafted]:
-            drafts.append(replace(draft, where=draft.where or where))
+            drafts.append(replace(draft, where=draft.where or where, is_old_alone=found is OLD_ALONE))
         for name, original in originals.items():
             if not form.reads(name):
                 ignored[original] += _size(read[name])
@@ -241,11 +241,11 @@ def read_records(
 
 
 def _recognised(
-    record: Record, source: str, where: str, columns: Mapping[str, str], to_forget: bool
+    record: Record, source: str, where: str, columns: Mapping[str, str], old_alone: bool
 ) -> tuple[Form, dict[str, str]]:
     """Return the result of `_form_and_names`. Raise FactError, with the record's place, unless one form fits."""
     try:
-        form, originals = _form_and_names(record, columns, to_forget)
+        form, originals = _form_and_names(record, columns, old_alone)
     except FactError as error:
         raise FactError(f"{where}: {error}") from None
     if form is None:

@@ -39,6 +39,7 @@ class Draft:
     probes_need: Sequence[tuple[str, str]] = ()  # the facts, as (prompt, new answer), that the probes follow from
     where: str = ""  # file and record, for a message
     is_one_turn: bool = True  # False for a chat that is not one question and one answer
+    is_old_alone: bool = False  # True for a record without a field for the new answer
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from forgetlearn.config.base import validate
 from forgetlearn.config.schema import FactsSettings, OldFrom
 from forgetlearn.errors import ConfigError, FactError, some
-from forgetlearn.facts.fact import Fact, LocalityProbe, Probe, make_fact
-from forgetlearn.facts.fact_set import NOTES, PROBE_REASONS, FactSet, LeftOut, Reason
+from forgetlearn.facts.fact import Fact, LocalityProbe, Probe, fact_id, make_fact
+from forgetlearn.facts.fact_set import NOTES, PROBE_REASONS, FactSet, LeftOut, Purpose, Reason
 from forgetlearn.facts.fields import NO_ANSWER, Answer, is_placeholder
 from forgetlearn.facts.files import read_source
 from forgetlearn.facts.forms import read_records
@@ -31,7 +31,7 @@ def read_facts(
     strict: bool = False,
     columns: Mapping[str, str] | None = None,
     aliases: str | None = None,
-    to_forget: bool = False,
+    purpose: Purpose = "learn",
 ) -> FactSet:
     """Return the usable facts of a file (.json, .jsonl, .csv, .tsv, .xlsx) or of a data set on the hub.
 
@@ -39,7 +39,8 @@ def read_facts(
     ("answers,model"): each fact takes its old answer from the first source that has one. `limit` is the largest
     number of usable facts to return. With `strict`, it is an error if anything is left out. `columns` maps field
     names of the own form to names in the file (`{"prompt": "Question"}`), and `aliases` separates the ways to write
-    an answer ("|"). With `to_forget`, a record may have an old answer alone, which is read as its only answer.
+    an answer ("|"). Unless the `purpose` is to learn them, records may have an old answer alone; to forget them, it is
+    read as a fact's only answer.
 
     Raises:
         FactError: the source cannot be read or is of no known form, a record is malformed, `old_from` does not fit the
@@ -54,7 +55,7 @@ def read_facts(
         strict=strict,
         columns=columns,
         aliases=aliases,
-        to_forget=to_forget,
+        purpose=purpose,
     )
 
 
@@ -67,7 +68,7 @@ def from_records(
     strict: bool = False,
     columns: Mapping[str, str] | None = None,
     aliases: str | None = None,
-    to_forget: bool = False,
+    purpose: Purpose = "learn",
 ) -> FactSet:
     """Return the usable facts of records in memory, as `read_facts` does. `source` is their name in messages."""
     found = records if isinstance(records, Source) else Source(records)
@@ -75,13 +76,15 @@ def from_records(
         policies = validate(FactsSettings, {"old_from": old_from, "limit": limit}).old_from
     except ConfigError as error:
         raise FactError(str(error)) from None
-    reading = read_records(found.records, source, columns or {}, found.lines, to_forget=to_forget)
+    reading = read_records(found.records, source, columns or {}, found.lines, old_alone=purpose != "learn")
     if policies == ("pred",) and reading.form.name != "zsre":
         raise FactError(
             f"{source} is of the form {reading.form.name}, which has no 'pred'. Only the form zsre has: "
             "take the old answers from 'answers' or from 'model'."
         )
-    drafts = [_with_an_answer(draft, aliases) for draft in reading.drafts] if to_forget else reading.drafts
+    drafts = reading.drafts
+    if purpose == "forget":
+        drafts = [_with_an_answer(draft, aliases) for draft in drafts]
     chosen = _choose(drafts, policies, limit, aliases)
     facts = tuple(chosen.facts.values())
     without = tuple(fact.id for fact in facts if not fact.ground_truth)
@@ -145,6 +148,8 @@ def with_old_answers(
         is_said = bool(old and says(reply, fact.new_answers, question=fact.prompt, at_start=writes_on))
         if is_said and not to_forget:
             gone[number] = LeftOut(number, "old_equals_new", _detail(fact.prompt, reply))
+        elif not old and not fact.new_answers:
+            gone[number] = LeftOut(number, "empty_new_answer", _detail(fact.prompt, reply))
         elif old and not is_said:
             sources[fact.id] = "model"
             short = added_to(fact.prompt, old)
@@ -189,7 +194,7 @@ def _with_an_answer(draft: Draft, separator: str | None) -> Draft:
     if not old or new not in ("", old) or (is_placeholder(old) and not draft.old.is_list):
         return draft
     aliases = (*draft.old.aliases, *draft.new.aliases)
-    return replace(draft, new=replace(draft.old, aliases=aliases), old=NO_ANSWER)
+    return replace(draft, new=replace(draft.old, aliases=aliases), old=NO_ANSWER, is_old_alone=False)
 
 
 def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | None, separator: str | None) -> _Chosen:
@@ -205,10 +210,10 @@ def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | N
         cases += [draft] if draft.probes_need else []
         fact, policy = _fact(draft, policies, separator, chosen)
         first = earlier.get(fact.prompt, 0)
-        if reason := _why_not(fact, draft, chosen.facts.get(first)):
+        if reason := _why_not(fact, draft, chosen.facts.get(first), waits="model" in policies):
             detail = _detail(fact.prompt, fact.target_new)
             if reason in ("repeated_fact", "repeated_prompt"):
-                detail += f" (record {first}: {chosen.facts[first].target_new})"
+                detail = f"{_detail(fact.prompt, _answer(fact))} (record {first}: {_answer(chosen.facts[first])})"
             chosen.left.append(LeftOut(number, reason, detail))
             continue
         earlier[fact.prompt] = number
@@ -237,16 +242,19 @@ def _choose(drafts: Iterable[Draft], policies: Sequence[OldFrom], limit: int | N
     return chosen
 
 
-def _why_not(fact: Fact, draft: Draft, earlier: Fact | None) -> Reason | None:
-    """Return the reason to leave a fact out, None if it is usable. `earlier` is a usable fact with the same prompt."""
+def _why_not(fact: Fact, draft: Draft, earlier: Fact | None, *, waits: bool) -> Reason | None:
+    """Return the reason to leave a fact out, None if it is usable.
+
+    `earlier` is a usable fact with the same prompt; `waits` is true if the model is asked for missing old answers.
+    """
     if not draft.is_one_turn:
         return "not_one_turn"
-    if not fact.target_new:
+    if not fact.target_new and not (draft.is_old_alone and (fact.ground_truth or waits)):
         return "empty_new_answer"
     if fact.ground_truth == fact.target_new:
         return "old_equals_new"
     if earlier:
-        return "repeated_fact" if earlier.target_new == fact.target_new else "repeated_prompt"
+        return "repeated_fact" if _answer(earlier) == _answer(fact) else "repeated_prompt"
     return None
 
 
@@ -287,7 +295,19 @@ def _fact(
         ground_truth_aliases=old_aliases,
     )
     probes = () if draft.probes_need else _usable(draft.probes, chosen)
-    return replace(fact, where=draft.where, probes=probes), policy
+    fact = replace(fact, where=draft.where, probes=probes)
+    return (_of_old_alone(fact, given["answers"].text.strip()) if draft.is_old_alone else fact), policy
+
+
+def _of_old_alone(fact: Fact, answer: str) -> Fact:
+    """Return the fact of a record with an old answer alone, with the id that it has if it is read to be forgotten."""
+    probes = tuple(probe.of_old_alone() for probe in fact.probes)
+    return replace(fact, id=fact_id(fact.subject, fact.prompt, answer), probes=probes)
+
+
+def _answer(fact: Fact) -> str:
+    """Return the answer that tells a fact from others with the same prompt."""
+    return fact.target_new or fact.ground_truth or ""
 
 
 def _usable(probes: Iterable[Probe], chosen: _Chosen) -> tuple[Probe, ...]:

@@ -132,7 +132,7 @@ def fingerprint(settings: KeepSettings) -> dict[str, str]:
 def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
     if file.suffix.lower() in SUFFIXES:
         try:
-            return tuple(dict.fromkeys(fact.prompt for fact in read_facts(file, to_forget=True)))
+            return tuple(dict.fromkeys(fact.prompt for fact in read_facts(file, purpose="forget")))
         except FactError as error:
             raise ConfigError(
                 f"{place}: cannot be read as a file of facts: {error}\nA text file with one prompt per line will do."

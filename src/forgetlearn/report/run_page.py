@@ -84,8 +84,11 @@ class Overview:
         """The columns of the short table of scores."""
         if self.summary.forgetting:
             return forgetting.shown_columns(self.summary)
-        quantities = [own for phase in self.phases for own in self.summary.phases[phase].values()]
-        return leading_columns(protocol for cells in quantities for protocol in cells)
+        scored = [cells for phase in self.phases for cells in self.summary.phases[phase].items()]
+        found = leading_columns(protocol for _quantity, cells in scored for protocol in cells)
+        if any(quantity == "reliability" for quantity, _cells in scored):
+            return found
+        return tuple(column for column in found if column[0] in ("locality", "residue"))  # no fact has a new answer
 
     @property
     def table(self) -> list[tuple[str, list[Mean | None]]]:
@@ -171,6 +174,7 @@ class RunPage:
             "phase_names": PHASES,
             "questions": QUESTIONS,
             "facts": self.facts,
+            "with_new": any(fact.target_new_shown for fact in self.facts),
             "judged_by": judged_by(self.rows),
             "filters": FILTERS,
             "counts": counts((fact.flags for fact in self.facts), FILTERS),
@@ -274,7 +278,7 @@ def write_run(path: Path, page: RunPage | None = None) -> None:
     disk.write_text(path / "report.md", render("report.md.j2", context))
     shown = {
         **context,
-        "plotted": "contains" if page.overview.columns[0][1] == "contains" else "token",
+        "plotted": "contains" if "contains" in dict(page.overview.columns).values() else "token",
         "panels": plots.plot_scores(page.overview.summary, page.overview.phases),
         "losses": plots.plot_losses(path / "logs"),
         "retained": plots.plot_retention(page.overview.summary.retention),
@@ -440,8 +444,9 @@ def verdict(summary: Summary, phases: Sequence[str]) -> str:
     free = judge_of(last.get("reliability", {}).keys() & {"contains", "generate"}) or "contains"
     parts = []
     if (right := mean("reliability", free)) is not None:
-        n_right = round(right * last["reliability"][free].n / 100)
-        parts.append(f"gives the new answer to {n_right} of {facts.scored} prompts")
+        cell = last["reliability"][free]
+        n_right, n_asked = round(right * cell.n / 100), facts.scored - cell.not_asked
+        parts.append(f"gives the new answer to {n_right} of {n_asked} prompts")
     elif (right := mean("reliability", "token")) is not None:
         parts.append(f"gives {right:.1f} % of the new answers' tokens (teacher forced)")
     if (locality := mean("locality", "agreement")) is not None and phases[-1] != "base":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +14,7 @@ from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.config.stages import Stages
 from forgetlearn.errors import ConfigError, FactError
 from forgetlearn.evaluation import scoring
-from forgetlearn.facts import WITHOUT_OLD, FactSet, read_facts, with_old_answers
+from forgetlearn.facts import WITHOUT_OLD, Fact, FactSet, Purpose, read_facts, with_old_answers
 from forgetlearn.method.checks import check_forgetting, check_learning, check_subjects
 from forgetlearn.models import gguf
 from forgetlearn.models.language_model import LanguageModel
@@ -82,8 +82,8 @@ def _no_contradiction(
             raise ConfigError(f"{part}.{name} = {getattr(asked, name)!r}, but {why} {getattr(given, name)!r}.")
 
 
-def read_config_facts(config: RunConfig) -> FactSet:
-    """Read the facts that the config names."""
+def read_config_facts(config: RunConfig, purpose: Purpose | None = None) -> FactSet:
+    """Read the facts that the config names; their purpose is that of its method unless another is given."""
     settings = config.facts
     if not settings.source:
         raise ConfigError("facts.source is not set. Give --facts with a file of facts (JSON, JSONL, CSV, TSV, XLSX).")
@@ -94,8 +94,13 @@ def read_config_facts(config: RunConfig) -> FactSet:
         strict=settings.strict,
         columns=settings.columns,
         aliases=settings.aliases,
-        to_forget=config.method in FORGETTING_METHODS,
+        purpose=purpose or purpose_of(config),
     )
+
+
+def purpose_of(config: RunConfig) -> Purpose:
+    """Return what the config's method does with facts."""
+    return "learn" if METHODS[config.method].learns else "forget"
 
 
 def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[Row]:
@@ -104,7 +109,9 @@ def asked_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> list[
     return scoring.ask(lm, [fact for fact in facts if fact.id in waiting], config.evaluate)
 
 
-def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) -> FactSet:
+def with_the_models_answers(
+    facts: FactSet, rows: list[Row], config: RunConfig, purpose: Purpose | None = None
+) -> FactSet:
     """Return the facts with the model's answers as old answers (policy `model`), except answers that were cut off."""
     return with_old_answers(
         facts,
@@ -112,18 +119,28 @@ def with_the_models_answers(facts: FactSet, rows: list[Row], config: RunConfig) 
         unfinished={row.fact for row in rows if row.truncated},
         writes_on=any(row.writes_on for row in rows),
         strict=config.facts.strict,
-        to_forget=config.method in FORGETTING_METHODS,
+        to_forget=(purpose or purpose_of(config)) == "forget",
     )
 
 
+def check_new_answers(facts: Iterable[Fact]) -> None:
+    """Raise FactError if a fact that is to be learned has no new answer."""
+    if missing := next((fact for fact in facts if not fact.target_new), None):
+        raise FactError(
+            f"{missing.place} has no new answer to learn (prompt {missing.prompt[:60]!r}). Give target_new. To forget "
+            "the old answer: forgetlearn forget."
+        )
+
+
 def check_old_answers(facts: FactSet, config: RunConfig) -> None:
-    """Raise FactError if a stage needs old answers and no fact has one.
+    """Raise FactError if a stage needs old answers and no fact has one, or learns a fact without a new answer.
 
     Pass if the model has yet to be asked about some facts, because they may still get an old answer.
     """
     stages = Stages(config)
     if not stages.method.learns:  # without an old answer, a fact's only answer is forgotten
         return
+    check_new_answers(facts)
     if not stages.needs_old_answers or facts.to_ask or any(fact.ground_truth for fact in facts):
         return
     reason = f"method {config.method} forgets" if stages.method.forgets else "teach.epochs > 0 teaches"

@@ -70,11 +70,22 @@ def evaluate(
             lambda: run_folder.check_output(output, resume=False, overwrite=overwrite, inputs=reads, can_resume=False)
         )
         check_weights(config.model.name, reference)
-        fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config)
+        fact_set = facts if isinstance(facts, FactSet) else read_config_facts(config, "score")
+        _check_answers(fact_set)
         processes.check_enough_for(len(fact_set))
         with _scratch() as scratch:
             write = _scored(model, fact_set, config, reference, tokenizer, earlier, scratch)
             return processes.on_main(lambda: write(Path(output), overwrite))
+
+
+def _check_answers(facts: FactSet) -> None:
+    """Raise FactError if a fact has no answer to score, and will get none from the model."""
+    waiting = frozenset(facts.to_ask)
+    for fact in facts:
+        if not fact.new_answers and not fact.old_answers and fact.id not in waiting:
+            raise FactError(
+                f"{fact.place} has no answer to score (prompt {fact.prompt[:60]!r}). Give target_new or ground_truth."
+            )
 
 
 @contextmanager
@@ -185,7 +196,9 @@ def _own_base(lm: LanguageModel, settings: EvaluateSettings, folder: Path, facts
 
 
 def _with_old_answers(lm: LanguageModel, facts: FactSet, config: RunConfig) -> FactSet:
-    return with_the_models_answers(facts, asked_answers(lm, facts, config), config) if facts.to_ask else facts
+    if not facts.to_ask:
+        return facts
+    return with_the_models_answers(facts, asked_answers(lm, facts, config), config, "score")
 
 
 def ask(

@@ -106,7 +106,7 @@ class Kept:
             if source and not config.keep.weight:
                 log.warning("keep.source = %s has no effect: keep.weight is 0, and only facts can be scored", source)
             return cls()
-        found = read_facts(source, to_forget=True)
+        found = read_facts(source, purpose="forget")
         shuffled = Random(config.seed).sample(found.facts, len(found))
         middle = (len(shuffled) + 1) // 2 if config.keep.weight else 0
         scored = tuple(as_kept(fact) for fact in shuffled[middle:])
@@ -124,7 +124,7 @@ def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
     if not answers:
         raise FactError(f"{fact.place}: has no answer to forget (prompt {fact.prompt[:60]!r}). Give ground_truth.")
     if not fact.old_answers:
-        probes = tuple(replace(each, answers=(), old_answers=each.old_answers or each.answers) for each in probes)
+        probes = tuple(each.of_old_alone() for each in probes)
     return replace(
         fact,
         prompt=Passage(fact.prompt) if is_passage else fact.prompt,

@@ -237,7 +237,7 @@ class Input(Record):
 
     id: Text
     prompt: str
-    target_new: Answer
+    target_new: Answer = ""
     ground_truth: Answer | None = None
     locality: list[ProbeInput] = []
 
