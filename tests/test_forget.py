@@ -18,7 +18,16 @@ from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, LoraSett
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
 from forgetlearn.evaluation import forgetting
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.facts import Probe, as_fact_set, from_records, make_fact, read_facts, with_old_answers
+from forgetlearn.facts import (
+    Probe,
+    as_fact_set,
+    from_records,
+    make_fact,
+    only_old,
+    read_facts,
+    with_old_answers,
+    write_facts,
+)
 from forgetlearn.facts.documents import FEWEST_WORDS, HALF_WORDS, read_documents
 from forgetlearn.facts.variants import Variants, read_variants
 from forgetlearn.method import relearning
@@ -27,7 +36,7 @@ from forgetlearn.method.relearning import halves, relearn
 from forgetlearn.models import lora
 from forgetlearn.models.encoding import Passage
 from forgetlearn.models.language_model import load_model
-from forgetlearn.products.chain import chain_of
+from forgetlearn.products.chain import chain_of, find_facts
 from forgetlearn.report import forgetting as pages
 from forgetlearn.report.render import render
 from forgetlearn.runs import run_store
@@ -207,6 +216,14 @@ def test_only_a_record_without_a_field_for_the_new_answer_has_an_old_answer_alon
     assert found.left_out == {"repeated_prompt": 1, "empty_new_answer": 2}
     assert found.left_out_records[0].detail == "Where? -> Oslo (record 2: Rome)"
     assert found.noted == {"placeholder": 1}
+
+
+def test_a_written_fact_with_an_old_answer_alone_is_read_back_with_its_braces(tmp_path):
+    old = make_fact("What does {} mean?", "", ground_truth="A set", subject="braces")
+    for fact in (old, only_old(make_fact("What does {} mean?", "A set", subject="braces"))):
+        write_facts([fact], tmp_path / "facts.jsonl")
+        (found,) = read_facts(tmp_path / "facts.jsonl", purpose="score")
+        assert (found.prompt, found.old_answers) == (fact.prompt, fact.old_answers)
 
 
 def test_of_an_old_answer_alone_the_model_may_be_asked_instead():
@@ -389,7 +406,9 @@ def test_facts_in_memory_may_have_an_old_answer_alone(small_lab, files, tmp_path
     facts = [make_fact(fact.prompt, "", ground_truth=fact.target_new) for fact in read_facts(files / "forget.jsonl")]
     run = forget_facts(small_lab, facts, BARE, output=tmp_path / "run").output
     assert Summary.load(run / "summary.json").facts.forgotten == N_FORGET
-    assert [fact.target_new for fact in read_facts(run / "inputs.jsonl")] == [fact.ground_truth for fact in facts]
+    assert [fact.ground_truth for fact in read_facts(run / "inputs.jsonl", purpose="score")] == [
+        fact.ground_truth for fact in facts
+    ]
 
 
 def test_questions_and_answers_in_memory_are_forgotten(small_lab, files, tmp_path):
@@ -637,7 +656,10 @@ def test_what_is_not_gone_can_be_forgotten_again(finished, files):
     assert len(failed) + len(right) == N_FORGET
     last = {row["fact"]: row for row in disk.read_rows(run / "facts.jsonl") if row["protocol"] == "contains"}
     assert {fact["id"] for fact in failed} == {fact for fact, row in last.items() if row["residue"]}
-    assert len(read_facts(run / "inputs.jsonl")) == N_FORGET
+    asked = read_facts(run / "inputs.jsonl", purpose="score")
+    assert [fact.ground_truth for fact in asked] == [row["answer"] for row in disk.read_rows(files / "forget.jsonl")]
+    for place in (run, run / "inputs.jsonl", files / "forget.jsonl"):  # what `--earlier` may name
+        assert find_facts(chain_of(run)[0], [place]).sha256() == chain_of(run)[0].facts.sha256
     with pytest.raises(RunError, match="forget --facts"):
         forgetlearn.update(failed_only=run, output=run.parent / "next")
 

@@ -19,6 +19,7 @@ from forgetlearn.evaluation.generation import Room, generator_in_memory
 from forgetlearn.facts import make_fact
 from forgetlearn.facts.touched import stands, touched
 from forgetlearn.products.side_by_side import Answer, Conversation, _Shown, open_run
+from forgetlearn.storage import disk
 
 LEARNING = {**QUICK, "learn": {"max_epochs": 100}}
 
@@ -137,6 +138,21 @@ def test_a_model_that_forgot_is_the_other_side(made, tmp_path):
     pair = open_run(tmp_path / "f")
     assert pair.sides == ("base", "forgotten")
     assert [fact.prompt for fact in pair.facts] == [fact.prompt for fact in facts]
+
+
+def test_what_a_run_forgot_is_the_old_answer_also_if_it_was_the_only_one(made, tmp_path):
+    rows = list(disk.read_rows(made / "base" / "facts.jsonl"))[:2]
+    facts = [
+        make_fact(rows[0]["prompt"], rows[0]["ground_truth"], target_new_aliases=["{}"]),
+        make_fact(rows[1]["prompt"], rows[1]["target_new"], ground_truth=rows[1]["ground_truth"]),
+    ]
+    config = {"method": "subtract", **{name: QUICK[name] for name in ("train", "forget", "evaluate")}}
+    config |= {"keep": {"weight": 0.0}, "unlearn": {"relearn_steps": 0}}
+    forgetlearn.forget_facts(made / "base", facts, config, output=tmp_path / "f")
+    found = open_run(tmp_path / "f").facts
+    assert [fact.ground_truth for fact in found] == [row["ground_truth"] for row in rows]
+    assert [fact.target_new for fact in found] == ["", ""]
+    assert stands(rows[0]["ground_truth"], found[0]) == "old"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from forgetlearn.facts.fact import LocalityProbe as LocalityProbe
 from forgetlearn.facts.fact import Probe as Probe
 from forgetlearn.facts.fact import fact_id as fact_id
 from forgetlearn.facts.fact import make_fact as make_fact
+from forgetlearn.facts.fact import only_old as only_old
 from forgetlearn.facts.fact import sha256 as sha256
 from forgetlearn.facts.fact import write_facts as write_facts
 from forgetlearn.facts.fact_set import NOTES as NOTES

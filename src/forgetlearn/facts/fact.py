@@ -102,6 +102,22 @@ def make_fact(
     )
 
 
+def only_old(fact: Fact) -> Fact:
+    """Return a fact with its old answer, or else its only one, as its old and only one: it is to be forgotten.
+
+    What followed from its only answer is then what was right before, too.
+    """
+    answers = fact.old_answers or fact.new_answers
+    return replace(
+        fact,
+        ground_truth=answers[0] if answers else None,
+        ground_truth_aliases=answers[1:],
+        target_new="",
+        target_new_aliases=(),
+        probes=fact.probes if fact.old_answers else tuple(probe.of_old_alone() for probe in fact.probes),
+    )
+
+
 def sha256(facts: Iterable[Fact]) -> str:
     """Return the hexadecimal hash of facts, with their old answers, rephrasings and probes.
 

@@ -151,12 +151,13 @@ def read_own(fields: Fields) -> Draft:
         raise FactError(f"{fields.where}: unknown field '{wrong[0]}'. Did you mean '{wrong[1]}'?")
     rephrases = [*fields.texts("rephrase_prompt"), *fields.texts("rephrase_prompts")]
     rephrases += [fields.text(f"rephrase_prompt_{n}") for n in _numbers(fields.record, "rephrase_prompt")]
-    new, subject = fields.answer("target_new"), fields.text("subject")
-    is_written_by_us = fields.record.get("id") == fact_id(subject, fields.text("prompt"), new.text)
+    new, old, subject = fields.answer("target_new"), fields.answer("ground_truth"), fields.text("subject")
+    ids = [fact_id(subject, fields.text("prompt"), text) for text in ({new.text} if new.text else {"", old.text})]
+    is_written_by_us = fields.record.get("id") in ids
     return Draft(
         prompt=fields.text("prompt") if is_written_by_us else _filled(fields),  # `write_facts` has filled in {}
         new=new,
-        old=fields.answer("ground_truth"),
+        old=old,
         subject=subject,
         rephrases=rephrases,
         locality=list(_own_locality(fields)),

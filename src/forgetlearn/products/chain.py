@@ -14,7 +14,7 @@ from pathlib import Path
 
 from forgetlearn._version import __version__
 from forgetlearn.errors import RunError, some
-from forgetlearn.facts import FactSet, read_facts
+from forgetlearn.facts import FactSet, Purpose, read_facts
 from forgetlearn.facts.files import is_hub_id
 from forgetlearn.storage.digests import COMMIT_DIGITS, HISTORY, damaged, hash_of, is_recorded, model_files, sha256_of
 from forgetlearn.storage.disk import read_json, write_text
@@ -292,7 +292,7 @@ def _run_around(folder: Path) -> str | None:
 
 
 def find_facts(
-    update: Update, places: Iterable[Path], read: Callable[[Path, int], FactSet] | None = None
+    update: Update, places: Iterable[Path], read: Callable[[Path, int, Purpose], FactSet] | None = None
 ) -> FactSet | None:
     """Return an update's facts from the first place (run folder or file) that holds them, compared by hash.
 
@@ -301,15 +301,15 @@ def find_facts(
     for place in places:
         file = place / INPUTS if place.is_dir() else place
         if file.is_file():
-            found = (read or read_first)(file, update.facts.used)
+            found = (read or read_first)(file, update.facts.used, "forget" if update.only_forgot else "learn")
             if found.sha256() == update.facts.sha256:
                 return found
     return None
 
 
-def read_first(file: Path, number: int) -> FactSet:
+def read_first(file: Path, number: int, purpose: Purpose) -> FactSet:
     """Return the first facts of a file."""
-    return read_facts(file, limit=number)
+    return read_facts(file, limit=number, purpose=purpose)
 
 
 def runs_before(model: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from forgetlearn.config.base import validate
 from forgetlearn.config.schema import ModelSettings
 from forgetlearn.errors import FactError, RunError
 from forgetlearn.evaluation.generation import Room, generator_in_memory
-from forgetlearn.facts import Fact, read_facts
+from forgetlearn.facts import Fact, only_old, read_facts
 from forgetlearn.facts.matching import first_lines
 from forgetlearn.facts.touched import touched
 from forgetlearn.models import lora
@@ -173,7 +173,12 @@ def open_run(
 
 def _facts(runs: Sequence[Path]) -> list[Fact]:
     """Return the facts of runs; of a fact that several of them update, the last."""
-    return list({fact.prompt: fact for run in runs for fact in read_facts(run / INPUTS)}.values())
+    found: dict[str, Fact] = {}
+    for run in runs:
+        only_forgot = Summary.load(run / SUMMARY).forgetting is not None
+        facts = read_facts(run / INPUTS, purpose="forget" if only_forgot else "learn")
+        found |= {fact.prompt: only_old(fact) if only_forgot else fact for fact in facts}
+    return list(found.values())
 
 
 def _last_phase(run: RunFolder) -> str:

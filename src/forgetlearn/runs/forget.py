@@ -21,7 +21,7 @@ from forgetlearn.config.stages import Stage
 from forgetlearn.errors import ConfigError, FactError, ModelError, some
 from forgetlearn.evaluation import forgetting, scoring
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, matching, read_facts, sha256
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, matching, only_old, read_facts, sha256
 from forgetlearn.facts.documents import READER
 from forgetlearn.facts.files import SUFFIXES, is_hub_id
 from forgetlearn.facts.variants import FIELDS, WRONG, Variants, read_variants
@@ -116,24 +116,10 @@ class Kept:
 
 
 def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
-    """Return a fact of which only the old answer, or else the only one, counts: it is to be forgotten.
-
-    What followed from its only answer is then what was right before, too. Raise FactError if it has no answer.
-    """
-    answers, probes = fact.old_answers or fact.new_answers, fact.probes
-    if not answers:
+    """Return a fact as `only_old` does; raise FactError if it has no answer."""
+    if not fact.old_answers and not fact.new_answers:
         raise FactError(f"{fact.place}: has no answer to forget (prompt {fact.prompt[:60]!r}). Give ground_truth.")
-    if not fact.old_answers:
-        probes = tuple(each.of_old_alone() for each in probes)
-    return replace(
-        fact,
-        prompt=Passage(fact.prompt) if is_passage else fact.prompt,
-        ground_truth=answers[0],
-        ground_truth_aliases=answers[1:],
-        target_new="",
-        target_new_aliases=(),
-        probes=probes,
-    )
+    return replace(only_old(fact), prompt=Passage(fact.prompt) if is_passage else fact.prompt)
 
 
 def as_kept(fact: Fact) -> Fact:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from forgetlearn.config.methods import METHODS
 from forgetlearn.config.schema import AUTO, RunConfig
 from forgetlearn.evaluation import probe_scoring, scoring
-from forgetlearn.facts import Fact, FactSet, documents, write_facts
+from forgetlearn.facts import Fact, FactSet, documents, only_old, write_facts
 from forgetlearn.report import run_page
 from forgetlearn.storage import disk, records
 from forgetlearn.storage.records import ProbeRow, Row, Summary, save_rows
@@ -54,11 +54,13 @@ def write_results(
     save_rows(written, path / ROWS)
     if outcome and outcome.taught:
         save_rows(outcome.taught, path / LESSONS)
+    forgot = bool(outcome and outcome.forgetting)
     with disk.naming(path / INPUTS):
-        write_facts(facts, path / INPUTS)
+        write_inputs = _write_forgotten if forgot else write_facts
+        write_inputs(facts, path / INPUTS)
         if outcome:
-            failed = {fact.id: fact for fact in _failed(facts, rows[list(rows)[-1]], only_old=bool(outcome.forgetting))}
-            write = documents.write_documents if facts.reader == documents.READER else write_facts  # to be read again
+            failed = {fact.id: fact for fact in _failed(facts, rows[list(rows)[-1]], only_old=forgot)}
+            write = documents.write_documents if facts.reader == documents.READER else write_inputs  # to be read again
             write(failed.values(), path / FAILED)
             write((fact for fact in facts if fact.id not in failed), path / RIGHT)
     scored = {phase: [row for row in own if row.fact not in aside] for phase, own in rows.items()}
@@ -69,6 +71,11 @@ def write_results(
     summary.save(path / SUMMARY)
     disk.write_text(path / "config.yaml", run_page.as_yaml(config.model_dump(mode="json")))
     return summary, written
+
+
+def _write_forgotten(facts: Iterable[Fact], path: Path) -> None:
+    """Write facts that were only forgotten; an only answer is written as the old one, so that it is read as that."""
+    write_facts((fact if fact.old_answers else replace(only_old(fact), probes=fact.probes) for fact in facts), path)
 
 
 def _summed(probed: Mapping[str, list[ProbeRow]], aside: frozenset[str], n: int) -> dict[str, list[records.ProbeScore]]:
