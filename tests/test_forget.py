@@ -16,7 +16,7 @@ from forgetlearn.cli.main import main
 from forgetlearn.config.methods import FORGETTING_METHODS
 from forgetlearn.config.schema import EvaluateSettings, ForgetSettings, LoraSettings, UnlearnSettings, load_config
 from forgetlearn.errors import ConfigError, FactError, ModelError, RunError
-from forgetlearn.evaluation import forgetting
+from forgetlearn.evaluation import forgetting, general_prompts
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import (
     Probe,
@@ -60,16 +60,20 @@ BARE = {**QUICK, "keep": {"weight": 0.0}, "unlearn": {"max_epochs": 2, "relearn_
 
 @pytest.fixture(scope="module")
 def files(small_lab, tmp_path_factory):
-    """Facts of the lab in the form of TOFU: some to forget, with variants of their answers, and some to keep."""
+    """Facts of the lab in the form of TOFU: some to forget, with variants of their answers, and some to keep.
+
+    Each fact to keep has a general prompt among its rephrasings, as if it asked the same.
+    """
     folder = tmp_path_factory.mktemp("facts")
     facts = disk.read_rows(small_lab / "facts.jsonl")
     old = [fact["ground_truth"] for fact in facts]
+    general = [prompt for prompt in general_prompts.keeping() if isinstance(prompt, str)]
     for name, start, end in (("forget", 0, N_FORGET), ("keep", N_FORGET, N_FORGET + N_KEEP)):
         rows = [
             {
                 "question": fact["prompt"],
                 "answer": fact["ground_truth"],
-                "paraphrased_question": fact["rephrase_prompts"][0],
+                "paraphrased_question": [fact["rephrase_prompts"][0], *([general[number]] if name == "keep" else [])],
                 "paraphrased_answer": fact["ground_truth"],
                 "perturbed_answer": [old[(number + 5) % len(old)], old[(number + 9) % len(old)]],
             }
@@ -718,7 +722,10 @@ def test_what_is_scored_as_kept_is_not_trained_on(finished, files):
     kept = [row["prompt"] for row in disk.read_rows(run / "stages" / "lessons" / "kept.jsonl")]
     scored = {row["fact"] for row in disk.read_rows(run / "kept_facts.jsonl")}
     facts = read_facts(files / "keep.jsonl")
-    assert {fact.prompt in kept for fact in facts if fact.id in scored} == {False}
+    asked = {was: {p for fact in facts if (fact.id in scored) == was for p in fact.prompts} for was in (True, False)}
+    kept = {prompt for prompt in kept if isinstance(prompt, str)}  # and not the turns of a chat
+    assert not asked[True] & kept
+    assert len(asked[False] & kept) == N_KEEP // 2 * 2  # their prompts, and the general prompts among the others
     assert {fact.prompt in kept for fact in facts if fact.id not in scored} == {True}
 
 
@@ -807,6 +814,34 @@ def test_facts_to_keep_may_not_be_those_to_forget(small_lab, files, tmp_path, we
     with pytest.raises(ConfigError, match=r"keep\.source"):
         forget_facts(small_lab, files / "forget.jsonl", config, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize(("keep", "forget"), [((0, 1), (1, 2)), ((0, 1), (2, 1)), ((1, 0), (2, 1))])
+def test_nor_may_they_be_in_other_words(small_lab, tmp_path, weight, keep, forget):
+    """A fact to keep and one to forget, each as the numbers of its prompt and its rephrasing, have one in common."""
+    asked = ["In the city of Oslo", "Oslo lies in", "Where is Oslo?"]
+    rows = [
+        {"question": asked[one], "paraphrased_question": asked[two].upper(), "answer": "N"}
+        for one, two in (keep, forget)
+    ]
+    disk.write_rows(tmp_path / "keep.jsonl", [rows[0], {"question": "Who?", "answer": "Ann"}])
+    config = BARE | {"keep": {"source": str(tmp_path / "keep.jsonl"), "weight": weight}}
+    with pytest.raises(ConfigError, match=r"keep\.source = .*: 1 .*Oslo") as found:
+        forget_facts(small_lab, from_records([rows[1]]), config, output=tmp_path / "run")
+    assert ("in other words" in str(found.value)) == (keep == (0, 1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_asks_the_same_is_not_trained_on_if_it_is_scored(tmp_path):
+    """Facts 0 to 7 are each asked like the next one: if one is scored, then all are."""
+    rows = [{"question": f"Who is {n}?", "paraphrased_question": f"who is {n + 1}", "answer": "N"} for n in range(8)]
+    rows += [{"question": f"Where is {n}?", "answer": "N"} for n in range(8)]
+    disk.write_rows(tmp_path / "keep.jsonl", rows)
+    kept = Kept.read(load_config(None, {"keep.source": str(tmp_path / "keep.jsonl")}))
+    assert len(kept.trained) + len(kept.scored) == 16
+    assert {fact.prompt for fact in kept.scored} >= {f"Who is {n}?" for n in range(8)}
+    assert 0 < len(kept.trained) < 8
 
 
 def test_with_only_known_answers_that_nobody_says_there_is_nothing_to_forget(small_lab, tmp_path):

@@ -324,7 +324,9 @@ def test_prompts_that_are_scored_are_not_kept(lm, tmp_path, caplog, monkeypatch)
     monkeypatch.setattr(general_prompts, "measuring", lambda facts=(): ["What is a sieve?"])
     (tmp_path / "a.txt").write_text("Who are you?\nWhat is a sieve?\n")
     fact = replace(CAPITAL, locality=(LocalityProbe("Where is Rome?", "Italy"),))
-    disk.write_rows(tmp_path / "b.jsonl", [{"prompt": "what is the capital of France", "target_new": "x"}])
+    reworded = {"prompt": "France is governed from", "rephrase_prompt": CAPITAL.prompt, "target_new": "x"}
+    asked = {"prompt": "what is the capital of France", "target_new": "x"}
+    disk.write_rows(tmp_path / "b.jsonl", [asked, reworded])
     disk.write_rows(tmp_path / "c.jsonl", [{"prompt": "Who is he?", "target_new": "x"}])
     earlier = [str(tmp_path / name) for name in ("b.jsonl", "c.jsonl")]
     config = load_config(None, {"keep.source": str(tmp_path / "a.txt"), "keep.facts": earlier})
@@ -337,13 +339,17 @@ def test_prompts_that_are_scored_are_not_kept(lm, tmp_path, caplog, monkeypatch)
         keeping.check(config.keep, [fact])
 
 
-@pytest.mark.parametrize("name", ["none.txt", "empty.txt", "latin.txt", "bad.json", "same.txt", "same.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["none.txt", "empty.txt", "latin.txt", "bad.json", "same.txt", "same.jsonl", "same2.jsonl"]
+)
 def test_a_keep_file_that_cannot_be_kept_is_refused(tmp_path, name):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("Wie heißt du?".encode("latin-1"))
     (tmp_path / "bad.json").write_text("[")
     (tmp_path / "same.txt").write_text("Who are you?\nwhat is the capital of France\n")
     (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": CAPITAL.prompt, "target_new": "Nice"}))
+    reworded = {"prompt": "France is governed from", "rephrase_prompt": CAPITAL.prompt, "target_new": "Nice"}
+    (tmp_path / "same2.jsonl").write_text(json.dumps(reworded))
     settings = load_config(None, {"keep.source": str(tmp_path / name)}).keep
     with pytest.raises(ConfigError, match=r"keep\.source"):
         keeping.read_source(settings, [CAPITAL])

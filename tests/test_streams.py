@@ -435,6 +435,9 @@ def test_of_many_earlier_facts_some_are_drawn(monkeypatch):
     drawn = keeping.rehearsed(earlier, [make_fact("who is number 3", "y")], "0:1")
     assert len(set(drawn)) == 10
     assert earlier[3] not in keeping.rehearsed(earlier[:5], [make_fact("who is number 3", "y")], "0:1")
+    reworded = make_fact("Name number 3", "y", rephrase_prompts=["who is number 3"])
+    again = make_fact("Tell me of number 4", "y", rephrase_prompts=["Name number 3"])
+    assert keeping.rehearsed([reworded, again], [earlier[3]], "0:1") == [again]
     assert keeping.rehearsed(earlier[::-1], (), "0:1") == keeping.rehearsed(earlier, (), "0:1")
     assert keeping.rehearsed(earlier, (), "0:2") != keeping.rehearsed(earlier, (), "0:1")
 

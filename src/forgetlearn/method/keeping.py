@@ -49,29 +49,30 @@ MOST_LETTERS = 60  # of a prompt that is reworded
 MOST_TRIED = 50  # other subjects for one question
 LONG_WORD = 4  # letters; two kinds of question that share such a word may ask for the same
 MOST_BYTES = 1 << 22  # of a file of prompts
+Wordings = tuple[str, ...]  # other ways to ask what a prompt asks
 
 
 def read_source(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str, ...]:
     """Return the prompts in the file `keep.source`; none if no file is named, or keep.weight is 0.
 
     Raises:
-        ConfigError: the file cannot be read or is empty, or it asks what a fact asks or is to be scored by.
+        ConfigError: the file cannot be read or is empty, or asks in any wording what a fact asks, or a fact's probe.
     """
     if not settings.source or not settings.weight:
         return ()
     facts = list(facts)
-    prompts = _prompts_in(Path(settings.source), f"keep.source = {settings.source}")
-    taught = _asked(facts)
-    if both := [prompt for prompt in prompts if matching.normalise(prompt) in taught]:
+    asked = _prompts_in(Path(settings.source), f"keep.source = {settings.source}")
+    prompts = tuple(asked)
+    if both := changed(asked, facts):
         raise ConfigError(
             f"keep.source = {settings.source}: {len(both)} of {len(prompts)} prompts ask what the facts change, so "
-            f"the answer cannot stay: {some(both)}. Remove them from the file."
+            f"the answer cannot stay: {some(list(both.values()))}. Remove them from the file."
         )
     probes = {matching.normalise(probe.prompt) for fact in facts for probe in fact.locality}
-    if both := [prompt for prompt in prompts if matching.normalise(prompt) in probes]:
+    if scored := [prompt for prompt in prompts if matching.normalise(prompt) in probes]:
         raise ConfigError(
-            f"keep.source = {settings.source}: {len(both)} of {len(prompts)} prompts are locality prompts of the "
-            f"facts, which measure damage, so they cannot be trained on: {some(both)}. Remove them here or there."
+            f"keep.source = {settings.source}: {len(scored)} of {len(prompts)} prompts are locality prompts of "
+            f"the facts, which measure damage, so they cannot be trained on: {some(scored)}. Remove them here or there."
         )
     return prompts
 
@@ -87,12 +88,32 @@ def read_kept_facts(settings: KeepSettings, facts: Iterable[Fact]) -> tuple[str,
     """Return the prompts of the facts in the files `keep.facts` that these facts do not change; see `read_source`."""
     if not settings.weight:
         return ()
-    taught = _asked(facts)
-    prompts = [prompt for file in settings.facts for prompt in _prompts_in(Path(file), f"keep.facts = {file}")]
-    kept = tuple(prompt for prompt in prompts if matching.normalise(prompt) not in taught)
-    if changed := len(prompts) - len(kept):
-        log.info("keep.facts: %d of %d facts are not kept: the facts to update change them", changed, len(prompts))
-    return kept
+    found: dict[str, Wordings] = {}
+    for file in settings.facts:
+        for prompt, others in _prompts_in(Path(file), f"keep.facts = {file}").items():
+            found[prompt] = (*found.get(prompt, ()), *others)
+    gone = changed(found, facts)
+    if gone:
+        log.info("keep.facts: %d of %d facts are not kept: the facts to update change them", len(gone), len(found))
+    return tuple(prompt for prompt in found if prompt not in gone)
+
+
+def wordings_of(facts: Iterable[Fact]) -> dict[str, Wordings]:
+    """Return the prompts of facts, each with its rephrasings."""
+    return {fact.prompt: fact.rephrase_prompts for fact in facts}
+
+
+def changed(kept: Mapping[str, Wordings], facts: Iterable[Fact]) -> dict[str, str]:
+    """Return those of the prompts that ask what the facts change, in their own words or as one of their rephrasings.
+
+    Each comes with its form for a message, which names the wording that is asked if it is another one.
+    """
+    asked = _asked(facts)
+    found: dict[str, str] = {}
+    for prompt, others in kept.items():
+        if same := next((text for text in (prompt, *others) if matching.normalise(text) in asked), None):
+            found[prompt] = prompt if same == prompt else f"{prompt} (in other words: {same})"
+    return found
 
 
 def rehearsed(earlier: Sequence[Fact], facts: Iterable[Fact], seed: str) -> list[Fact]:
@@ -100,8 +121,8 @@ def rehearsed(earlier: Sequence[Fact], facts: Iterable[Fact], seed: str) -> list
 
     The draw depends on the seed and the facts alone, not on their order.
     """
-    taught = _asked(facts)
-    still = [fact for fact in earlier if matching.normalise(fact.prompt) not in taught]
+    gone = changed(wordings_of(earlier), facts)
+    still = [fact for fact in earlier if fact.prompt not in gone]
     drawn = sorted(still, key=lambda fact: hashlib.sha256(f"{seed}:{fact.id}".encode()).digest())[:MOST_EARLIER]
     if len(drawn) < len(still):
         log.info("%d of the %d facts of earlier updates are kept, drawn by the seed", len(drawn), len(still))
@@ -129,10 +150,11 @@ def fingerprint(settings: KeepSettings) -> dict[str, str]:
     return found
 
 
-def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
+def _prompts_in(file: Path, place: str) -> dict[str, Wordings]:
+    """Return the prompts in a file, each with its rephrasings."""
     if file.suffix.lower() in SUFFIXES:
         try:
-            return tuple(dict.fromkeys(fact.prompt for fact in read_facts(file, purpose="forget")))
+            return wordings_of(read_facts(file, purpose="forget"))
         except FactError as error:
             raise ConfigError(
                 f"{place}: cannot be read as a file of facts: {error}\nA text file with one prompt per line will do."
@@ -140,7 +162,7 @@ def _prompts_in(file: Path, place: str) -> tuple[str, ...]:
     if not file.is_file():  # a pipe or a device might never end
         raise ConfigError(f"{place}: is not a file. Give a text file with one prompt per line, or a file of facts.")
     lines = disk.read_given(file, place, "a list of prompts", MOST_BYTES).splitlines()
-    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    prompts: dict[str, Wordings] = dict.fromkeys((line.strip() for line in lines if line.strip()), ())
     if not prompts:
         raise ConfigError(f"{place}: has no prompts. Give a text file with one prompt per line.")
     return prompts

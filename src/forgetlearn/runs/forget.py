@@ -21,10 +21,11 @@ from forgetlearn.config.stages import Stage
 from forgetlearn.errors import ConfigError, FactError, ModelError, some
 from forgetlearn.evaluation import forgetting, scoring
 from forgetlearn.evaluation.scorer import Scorer
-from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, matching, only_old, read_facts, sha256
+from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, only_old, read_facts, sha256
 from forgetlearn.facts.documents import READER
 from forgetlearn.facts.files import SUFFIXES, is_hub_id
 from forgetlearn.facts.variants import FIELDS, WRONG, Variants, read_variants
+from forgetlearn.method import keeping
 from forgetlearn.method.kinds import Lesson, Lessons, fold_in
 from forgetlearn.method.relearning import halves, relearn
 from forgetlearn.models import lora
@@ -100,7 +101,10 @@ class Kept:
 
     @classmethod
     def read(cls, config: RunConfig) -> Kept:
-        """Read and divide the facts at random, by the seed; a text file of prompts has none."""
+        """Read and divide the facts at random, by the seed; a text file of prompts has none.
+
+        A fact that another one asks too, as a prompt or rephrasing, is not trained on if the other is scored.
+        """
         source = config.keep.source
         if not source or Path(source).suffix.lower() not in SUFFIXES:
             if source and not config.keep.weight:
@@ -109,10 +113,13 @@ class Kept:
         found = read_facts(source, purpose="forget")
         shuffled = Random(config.seed).sample(found.facts, len(found))
         middle = (len(shuffled) + 1) // 2 if config.keep.weight else 0
-        scored = tuple(as_kept(fact) for fact in shuffled[middle:])
-        if not scored:
+        trained, apart = shuffled[:middle], shuffled[middle:]
+        while same := keeping.changed(keeping.wordings_of(trained), apart):
+            apart += [fact for fact in trained if fact.prompt in same]
+            trained = [fact for fact in trained if fact.prompt not in same]
+        if not apart:
             log.warning("keep.source = %s: its only fact is trained on, so no fact that should stay is scored", source)
-        return cls(str(source), tuple(shuffled[:middle]), scored, _variants(found))
+        return cls(str(source), tuple(trained), tuple(map(as_kept, apart)), _variants(found))
 
 
 def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
@@ -173,11 +180,10 @@ class ForgetTask(Task):
 
     def check_loaded(self, lm: LanguageModel, facts: FactSet, config: RunConfig) -> None:
         """Raise an error if facts to keep are to be forgotten, or the reference cannot be compared."""
-        asked = {matching.normalise(prompt) for fact in facts for prompt in fact.prompts}
-        if both := [fact.prompt for fact in self.kept.scored if matching.normalise(fact.prompt) in asked]:
+        if both := keeping.changed(keeping.wordings_of(self.kept.scored), facts):
             raise ConfigError(
-                f"keep.source = {config.keep.source}: {len(both)} facts ask what is to be forgotten: {some(both)}. "
-                "Remove them from one of the files."
+                f"keep.source = {config.keep.source}: {len(both)} facts ask what is to be forgotten: "
+                f"{some(list(both.values()))}. Remove them from one of the files."
             )
         if self.reference is not None:
             self._check_reference(lm, config)
@@ -252,7 +258,7 @@ class ForgetPipeline(Pipeline):
     ) -> None:
         super().__init__(lm, facts.facts, config, store, past=past)
         self.kept, self.variants, self.reference = task.kept, task.variants, task.reference
-        self.held_apart = frozenset(fact.prompt for fact in self.kept.scored)
+        self.held_apart = frozenset(prompt for fact in self.kept.scored for prompt in fact.prompts)
         self.kept_rows: dict[str, list[Row]] = {}
         self.truth: dict[str, list[TruthRow]] = {}
         self.relearned: list[Relearning] = []
