@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from forgetlearn.config.base import Settings, validate
-from forgetlearn.config.methods import FORGETTING_METHODS
+from forgetlearn.config.methods import METHODS
 from forgetlearn.config.recipes import set_by
 from forgetlearn.config.schema import FactsSettings, ModelSettings, RunConfig
 from forgetlearn.config.stages import Stages
