@@ -953,3 +953,7 @@ def test_probes_ask_whether_an_answer_is_still_known(small_lab, files, tmp_path)
     assert all(row.score is None and row.old in (0, 1) for row in chosen)
     assert {row.protocol for row in rows if row.probe == "yes-no"} == {"choice"}
     assert f"| multiple-choice | choice | {N_FORGET} |" in (run / "report.md").read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "does it choose the old answer" in page
+    assert "new, before" not in page
+    assert "contains (locality: agreement)" in page  # what the plot shows

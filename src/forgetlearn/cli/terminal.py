@@ -130,18 +130,20 @@ def print_scores(found: Overview) -> None:
 
 
 def _print_probes(found: Overview) -> None:
-    """Print the matrix of probes: for each phase the percent of facts that get the new answer, and the old one."""
+    """Print the matrix of probes: for each phase the percent of facts that get the new answer, if any, and the old."""
     from forgetlearn.report.render import show_score
 
     named = [f"{line.probe} ({line.protocol})" for line in found.probes]
     width = max(map(len, named))
-    phases = "".join(f"{f'{phase}: new':>15}{'old':>7}" for phase in found.probed)
-    say(f"{'beyond rephrasings':<{width}}{'n':>6}{phases}")
+    learns = any(cell and cell.n for line in found.probes for cell in line.new)
+    heads = (f"{f'{phase}: new':>15}{'old':>7}" if learns else f"{f'{phase}: old':>18}" for phase in found.probed)
+    say(f"{'beyond rephrasings':<{width}}{'n':>6}{''.join(heads)}")
     for name, line in zip(named, found.probes, strict=True):
-        cells = "".join(
-            f"{show_score(new):>15}{show_score(old):>7}" for new, old in zip(line.new, line.old, strict=True)
+        cells = (
+            f"{show_score(new):>15}{show_score(old):>7}" if learns else f"{show_score(old):>18}"
+            for new, old in zip(line.new, line.old, strict=True)
         )
-        say(plain(f"{name:<{width}}{line.n:>6}{cells}"))
+        say(plain(f"{name:<{width}}{line.n:>6}{''.join(cells)}"))
 
 
 def print_table(

@@ -65,6 +65,7 @@ def matrix(
     asked: dict[tuple[str, str], list[ProbeRow]] = {}
     for row in rows:
         asked.setdefault((row.probe, row.protocol), []).append(row)
+    forgets = not any(score.new and score.new.n for own in by_phase.values() for score in own.values())
     order = [*ASKS, *sorted(probe for probe, _protocol in keys if probe not in ASKS)]
     lines = []
     for probe, protocol in sorted(keys, key=lambda key: order.index(key[0])):
@@ -74,7 +75,7 @@ def matrix(
             ProbeLine(
                 probe,
                 protocol,
-                _asks(probe, protocol),
+                _asks(probe, protocol).replace("new answer", "old answer" if forgets else "new answer"),
                 [score.new if score else None for score in found],
                 [score.old if score else None for score in found],
                 texts[:SHOWN_TEXTS],

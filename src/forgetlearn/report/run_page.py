@@ -278,7 +278,7 @@ def write_run(path: Path, page: RunPage | None = None) -> None:
     disk.write_text(path / "report.md", render("report.md.j2", context))
     shown = {
         **context,
-        "plotted": "contains" if "contains" in dict(page.overview.columns).values() else "token",
+        "plotted": "contains" if "contains" in {protocol for _, protocol in page.overview.columns} else "token",
         "panels": plots.plot_scores(page.overview.summary, page.overview.phases),
         "losses": plots.plot_losses(path / "logs"),
         "retained": plots.plot_retention(page.overview.summary.retention),
