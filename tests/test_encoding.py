@@ -17,7 +17,7 @@ from forgetlearn.errors import ConfigError, FactError, ModelError
 from forgetlearn.facts import Fact, LocalityProbe, make_fact
 from forgetlearn.lab.build import LabSettings, train_tokenizer
 from forgetlearn.models import prompts
-from forgetlearn.models.encoding import Encoded, Encoder
+from forgetlearn.models.encoding import Encoded, Encoder, UnspacedPassage
 from forgetlearn.models.texts import check_texts
 
 # In the character tokenizer: <s> 1, </s> 2, " " 4, "." 18, "A" 37, "B" 38, "a" 69, "b" 70, "c" 71.
@@ -42,10 +42,13 @@ def merging_tokenizer(vocab: Sequence[str], merges: list[tuple[str, str]]) -> Pr
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
-def llama2_tokenizer(*, joins_spaces: bool = False) -> PreTrainedTokenizerFast:
+def llama2_tokenizer(
+    *, joins_spaces: bool = False, merges: Sequence[tuple[str, str]] | None = None
+) -> PreTrainedTokenizerFast:
     """SentencePiece as Llama 2 has it: every text gets a space in front, spaces are "▁"."""
-    vocab = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "▁a", "▁b", "▁c", "▁▁"]
-    merges = [("▁", "▁")] * joins_spaces + [("▁", "a"), ("▁", "b"), ("▁", "c")]
+    vocab = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "▁a", "▁b", "▁c", "▁▁", "bc"]
+    if merges is None:
+        merges = [("▁", "▁")] * joins_spaces + [("▁", "a"), ("▁", "b"), ("▁", "c")]
     bpe = Tokenizer(models.BPE({token: index for index, token in enumerate(vocab)}, merges))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -148,6 +151,15 @@ class TestMergesAcrossTheBoundary:
     def test_same_tokenizer_where_nothing_merges(self):
         tokenizer = merging_tokenizer(self.vocab, [("b", " "), ("b ", "c")])
         assert Encoder(tokenizer).encode("a", "c") == Encoded((0, 2, 5, 4), 2)
+
+    def test_a_passage_without_spaces_goes_on_without_one_unless_the_tokenizer_puts_it(self):
+        passage, ending = UnspacedPassage("ab"), "ca"
+        tokenizer = merging_tokenizer(["a", "b", "c", "bc"], [("b", "c")])
+        text = Encoder(tokenizer).encode(passage, ending, end=True)
+        assert text == Encoded((0, 2, 3, 4, 2), 3)  # and no end token
+        for merges, read in ([], "<s> abca"), ([("b", "c")], "<s> ab ca"):
+            llama = llama2_tokenizer(merges=merges)
+            assert llama.decode(Encoder(llama).encode(passage, ending).ids) == read
 
     def test_answer_that_cannot_be_written_apart_is_refused(self):
         # The whole text reads "acaa": nothing that follows "ab" says the same.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import unicodedata
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -28,7 +30,7 @@ from forgetlearn.facts import (
     with_old_answers,
     write_facts,
 )
-from forgetlearn.facts.documents import FEWEST_WORDS, HALF_WORDS, read_documents
+from forgetlearn.facts.documents import FEWEST_WORDS, HALF_WORDS, read_documents, write_documents
 from forgetlearn.facts.variants import Variants, read_variants
 from forgetlearn.method import relearning
 from forgetlearn.method.kinds import Lesson, Lessons
@@ -338,6 +340,69 @@ def test_all_of_a_text_but_its_first_words_is_forgotten(tmp_path, more):
     assert answers.split() == words[HALF_WORDS:]
 
 
+def is_read_back(facts, file):
+    """Whether windows are read as they were written. A comparison that fails is shown for minutes if texts are long."""
+    write_documents(facts, file)
+    return [*read_documents(file)] == [*facts]
+
+
+CHINESE = (
+    "人工智能是计算机科学的一个分支，它企图了解智能的实质，并生产出一种新的能以人类智能相似的方式做出反应的机器。\n"
+    "　　从诞生以来，理论和技术日益成熟，“GPT-4” 和 iPhone 15 都是例子；应用领域也不断扩大，可以设想未来的产品。"
+)
+JAPANESE = (
+    "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所でニャーニャー"
+    "泣いていた事だけは記憶している。吾輩はここで始めて人間というものを見た。"
+)
+THAI = "กรุงเทพมหานคร เป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทย เป็นศูนย์กลางการปกครอง การศึกษา การเงินการธนาคาร"
+POEM = "\n".join(["床前明月光", "疑是地上霜", "举头望明月", "低头思故乡"] * 3)
+ENGLISH = "The word 你好 means hello, and 谢谢 means thanks. "
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE, THAI, POEM, (ENGLISH + CHINESE) * 2])
+def test_texts_without_spaces_are_cut_by_characters(tmp_path, text):
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    found = read_documents(tmp_path / "book.txt")
+    plain, whole = "".join(text.split()), " ".join(text.split())
+    assert "".join(fact.target_new for fact in found).replace(" ", "") == plain[len(found[0].prompt.replace(" ", "")) :]
+    for fact in found:
+        assert 40 <= len("".join(re.findall(r"\w", fact.prompt))) <= 150
+        assert unicodedata.category(fact.target_new[0])[0] not in "MP"
+        joint, halves = as_forgotten(fact, is_passage=True).prompt.joint, (fact.prompt, fact.target_new)
+        assert (joint.join(halves) if joint or "".join(halves) in whole else " ".join(halves)) in whole
+    assert is_read_back(found, tmp_path / "again.jsonl")
+
+
+def test_an_opening_quotation_mark_that_follows_a_space_is_not_joined_to_the_half_before(tmp_path):
+    """If it were, it would belong to the last word there when the window is read again."""
+    (tmp_path / "book.txt").write_text(f"{'词' * HALF_WORDS} “{'字' * HALF_WORDS}”", encoding="utf-8")
+    (fact,) = read_documents(tmp_path / "book.txt")
+    assert fact.target_new[0] == "“"
+    assert as_forgotten(fact, is_passage=True).prompt.joint == " "
+    assert is_read_back([fact], tmp_path / "again.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ENGLISH * 20,
+        f"{'In Chinese they wrote this: ' * 40}{CHINESE}\n" * 2,
+        "대한민국은 동아시아의 한반도 남부에 자리한 (大韓民國) 민주공화국이다. " * 20,
+        "人工 智能 是 计算机 科学 的 一个 分支 ， 它 企图 了解 智能 的 实质 。 " * 10,
+        "กรุงเทพ เป็น เมือง หลวง และ นคร ที่ มี ประชากร มาก ที่สุด ของ ประเทศ ไทย " * 10,
+    ],
+)
+def test_texts_with_spaces_are_cut_at_these(tmp_path, text):
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    words = text.split()
+    found = read_documents(tmp_path / "book.txt", strict=False)
+    wanted = dict.fromkeys(" ".join(words[n : n + HALF_WORDS]) for n in range(0, len(words) - 47, HALF_WORDS))
+    assert [fact.prompt for fact in found] == list(wanted)
+    assert all(f"{fact.prompt} {fact.target_new}" in " ".join(words) for fact in found)
+    assert {as_forgotten(fact, is_passage=True).prompt.joint for fact in found} == {" "}
+    assert is_read_back(found, tmp_path / "again.jsonl")
+
+
 def test_a_line_of_documents_may_hold_any_separator_but_a_line_break(tmp_path):
     text = "\u2028".join(f"w{number}" for number in range(2 * HALF_WORDS)) + "\x85\x0c"
     disk.write_rows(tmp_path / "books.jsonl", [{"text": text}])
@@ -358,7 +423,7 @@ def test_documents_are_read_as_the_config_says(small_lab, tmp_path, capsys):
     assert "2 of 3 windows" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "too short", '{"text": 3}', '["text"]', "{"])
+@pytest.mark.parametrize("text", ["", "too short", "短い", '{"text": 3}', '["text"]', "{", "[" * 99_999], ids=range(7))
 def test_documents_that_cannot_be_read_are_named(tmp_path, text):
     for name in ("a.txt", "a.jsonl")[text[:1] in '{["' and bool(text) :]:
         (tmp_path / name).write_text(text)

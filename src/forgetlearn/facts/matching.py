@@ -16,11 +16,10 @@ from forgetlearn.facts.sentences import names_in
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ACCENTS = re.compile(r"[\u0300-\u036f]")  # of Latin, Greek and Cyrillic letters; those of Japanese tell words apart
-# Scripts without spaces between words, and Hangul, whose particles are written onto the word: each character is a word
-# (MLQA, Lewis et al. 2020, does so for Chinese). Katakana is left out, because its runs are words.
-UNSPACED = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u309f\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff])"
-)
+# Of scripts without spaces between words each character is a word (MLQA, Lewis et al. 2020, does so for Chinese).
+# Katakana is left out, because its runs are words. Hangul has spaces, but its particles are written onto the word.
+WITHOUT_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u309f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = re.compile(f"([{WITHOUT_SPACES}\uac00-\ud7af])")
 SIGNS = re.compile(r"(?<=[^\W\d_])[+#]+(?!\w)")  # of "C++" and "C#", which are other answers than "C"
 BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,](?=\d)")
 SENTENCES = re.compile(r".*(?:[.!?](?=\s)|[。！？])", re.DOTALL)

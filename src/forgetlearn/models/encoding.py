@@ -32,6 +32,14 @@ class Passage(str):
     """A prompt that is not a question but the beginning of a text: without a template, and no end token follows it."""
 
     __slots__ = ()
+    joint = " "  # between it and the rest of the text
+
+
+class UnspacedPassage(Passage):
+    """A passage whose text goes on without a space."""
+
+    __slots__ = ()
+    joint = ""
 
 
 class TextError(FactError):
@@ -375,7 +383,7 @@ class Encoder:
 
     def _joint_of(self, prompt: Prompt) -> str:
         """Return what stands between a prompt and its answer, and is tokenised with the answer."""
-        return " " if isinstance(prompt, Passage) else self._joint
+        return prompt.joint if isinstance(prompt, Passage) else self._joint
 
     def _answer_ids(self, prompt: Prompt, answer: str, before: list[int], whole: list[int]) -> list[int]:
         if whole[: len(before)] == before and len(whole) > len(before):
@@ -386,6 +394,8 @@ class Encoder:
             (ids,) = self._tokenize(part)
             if ids and self._tokenizer_text(before + ids) == self._tokenizer_text(whole):
                 return ids
+        if isinstance(prompt, UnspacedPassage):  # SentencePiece puts a space before each text, so there is one here
+            return self._tokenize(answer)[0]
         raise FactError(
             f"the tokenizer merges the end of the prompt with the answer, so they cannot be tokenised separately "
             f"(prompt {prompt!r}, answer {answer!r}). End the prompt with a whole word."

@@ -22,14 +22,14 @@ from forgetlearn.errors import ConfigError, FactError, ModelError, some
 from forgetlearn.evaluation import forgetting, scoring
 from forgetlearn.evaluation.scorer import Scorer
 from forgetlearn.facts import Fact, FactSet, GivenFacts, as_fact_set, only_old, read_facts, sha256
-from forgetlearn.facts.documents import READER
+from forgetlearn.facts.documents import READER, joint
 from forgetlearn.facts.files import SUFFIXES, is_hub_id
 from forgetlearn.facts.variants import FIELDS, WRONG, Variants, read_variants
 from forgetlearn.method import keeping
 from forgetlearn.method.kinds import Lesson, Lessons, fold_in
 from forgetlearn.method.relearning import halves, relearn
 from forgetlearn.models import lora
-from forgetlearn.models.encoding import Passage
+from forgetlearn.models.encoding import Passage, UnspacedPassage
 from forgetlearn.models.language_model import LanguageModel, as_language_model
 from forgetlearn.models.loading import adapter_base, read_outline
 from forgetlearn.runs import base as begun_on
@@ -126,7 +126,11 @@ def as_forgotten(fact: Fact, *, is_passage: bool = False) -> Fact:
     """Return a fact as `only_old` does; raise FactError if it has no answer."""
     if not fact.old_answers and not fact.new_answers:
         raise FactError(f"{fact.place}: has no answer to forget (prompt {fact.prompt[:60]!r}). Give ground_truth.")
-    return replace(only_old(fact), prompt=Passage(fact.prompt) if is_passage else fact.prompt)
+    fact = only_old(fact)
+    if not is_passage:
+        return fact
+    passage = Passage if joint(fact.prompt, fact.old_answers[0]) else UnspacedPassage
+    return replace(fact, prompt=passage(fact.prompt))
 
 
 def as_kept(fact: Fact) -> Fact:
