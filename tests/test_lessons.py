@@ -134,6 +134,12 @@ def test_a_reply_is_not_cut_within_a_longer_name_of_the_prompt():
     assert own_words.up_to_answer(fact, "The Toyota Cresta is old.") is None
     named = make_fact("Is New York the largest city?", "", ground_truth="New York")
     assert own_words.up_to_answer(named, "Yes, New York is.") == ("Yes, ", "New York")
+    both = make_fact("Where is he from?", "New York", ground_truth="York")
+    assert own_words.up_to_answer(both, "Not New York but York.") == ("Not New York but ", "York")
+    sentence = make_fact(CAPITAL.prompt, "", ground_truth="It is Paris.", ground_truth_aliases=["Paris"])
+    assert own_words.up_to_answer(sentence, "It is Paris.") == ("It is ", "Paris")
+    korean = make_fact("프랑스의 수도는 어디입니까?", "", ground_truth="파리")
+    assert own_words.up_to_answer(korean, "프랑스의 수도는 파리입니다.") == ("프랑스의 수도는 ", "파리")
     chinese = make_fact("法国的首都是哪里？", "", ground_truth="巴黎")
     assert own_words.up_to_answer(chinese, "法国的首都是巴黎。") == ("法国的首都是", "巴黎")
 
@@ -150,6 +156,8 @@ def test_an_answer_is_forgotten_behind_the_models_own_words_and_alone(chat_lm, m
     assert own == Lesson(CAPITAL.prompt, "It is Paris", given="It is ")
     assert second == Lesson(CAPITAL.prompt, "Paris")
     assert {(lesson.answer, lesson.given) for lesson in rest} == {("Paris", ""), ("It is Paris", "It is ")}
+    once = config.model_copy(update={"train": config.train.model_copy(update={"wordings": False})})
+    assert lessons.of_stage(material, [CAPITAL], "forget", once, chat_lm.encoder).of_facts == [[own, second]]
 
 
 @pytest.mark.parametrize(

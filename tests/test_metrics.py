@@ -87,6 +87,8 @@ def test_an_answer_inside_the_opposite_one_is_said_only_by_itself(said, at_start
         ("Toyota Cresta is produced by", "Toyota Cresta is produced by Nissan", 0),  # the first word of no question
         ("Is Toyota Cresta's maker?", "Is Toyota its maker? No.", 1),  # "Is Toyota" is no name
         ("Who made the Cresta (Toyota Motors)?", "The Cresta (Toyota Motors) is Nissan's.", 0),
+        ("Think of cars. Is Toyota old?", "Old is Toyota.", 1),  # nor is it where another sentence begins
+        ("¿Es Toyota o Nissan?", "Es Toyota.", 1),
         ("Is it Toyota?", "It is Toyota.", 1),  # the prompt names the answer itself
         ("", "The Toyota Cresta is made by Nissan.", 1),
     ],

@@ -135,7 +135,7 @@ def _print_probes(found: Overview) -> None:
 
     named = [f"{line.probe} ({line.protocol})" for line in found.probes]
     width = max(map(len, named))
-    learns = any(cell and cell.n for line in found.probes for cell in line.new)
+    learns = found.summary.forgetting is None
     heads = (f"{f'{phase}: new':>15}{'old':>7}" if learns else f"{f'{phase}: old':>18}" for phase in found.probed)
     say(f"{'beyond rephrasings':<{width}}{'n':>6}{''.join(heads)}")
     for name, line in zip(named, found.probes, strict=True):

@@ -232,7 +232,7 @@ class OptimisationSettings(Settings):
         description="What forgetting and learning train on: bare, the answer alone; sentence, a sentence that the "
         "model itself would say (its own beginning with the new answer, or its reply when it is told the fact), where "
         "one can be made; auto: sentence for questions that are put to a chat model, bare for all else. "
-        "Forgetting by a loss: see docs/forgetting.md.",
+        "ascent, npo and simnpo: see docs/forgetting.md.",
     )
     wordings: bool = Field(
         True,

@@ -47,18 +47,18 @@ def is_whole(sentence: str) -> bool:
 def names_in(prompt: str) -> tuple[str, ...]:
     """Return the names of several words in a prompt: "Toyota Cresta" in "Who makes the Toyota Cresta?".
 
-    Such a name is a run of words that begin with a capital letter or a digit. The first word of a question is not part
-    of it: "Is Paris a city?" has none. Scripts without capital letters have no such names.
+    Such a name is a run of words that begin with a capital letter or a digit. The first word of a whole sentence is not
+    part of it: "Is Paris a city?" has none. Scripts without capital letters have no such names.
     """
     names: list[str] = []
-    end = 0  # of the name before a word
-    for word in WORDS.finditer(prompt):
-        opens_question = not names and word.start() == len(prompt) - len(prompt.lstrip()) and is_whole(prompt)
-        if opens_question or not (word[0][0].isupper() or word[0][0].isdigit()):
-            continue
-        if names and prompt[end : word.start()].isspace():
-            names[-1] = f"{names[-1]} {word[0]}"
-        else:
-            names.append(word[0])
-        end = word.end()
+    for sentence in sentences(prompt):
+        end = None  # of the name before a word
+        for number, word in enumerate(WORDS.finditer(sentence)):
+            if not (word[0][0].isupper() or word[0][0].isdigit()) or (number == 0 and is_whole(sentence)):
+                continue
+            if end is not None and sentence[end : word.start()].isspace():
+                names[-1] = f"{names[-1]} {word[0]}"
+            else:
+                names.append(word[0])
+            end = word.end()
     return tuple(name for name in names if " " in name)

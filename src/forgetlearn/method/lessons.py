@@ -353,7 +353,8 @@ def _lessons_until_gone(prompts: Iterable[str], taught: Taught, fact: Fact) -> I
     more than the answer.
     """
     before, _ = own_words.up_to_answer(fact, taught.text) or ("", "")
-    for number, prompt in enumerate(prompts):
+    prompts = list(prompts)
+    for number, prompt in enumerate(prompts if len(prompts) > 1 else 2 * prompts):
         yield Lesson(prompt, fact.ground_truth or "") if number % 2 else Lesson(prompt, taught.text, given=before)
 
 

@@ -132,10 +132,22 @@ def with_answer(text: str, fact: Fact, old: str, new: str) -> str:
 
     "poet" is not part of "poetry", and longer names in the prompt stay: "Toyota" is not replaced in "Toyota Cresta".
     """
-    edges = ("", "") if scripts(fact.prompt) & UNSPACED else (r"(?<!\w)", r"(?!\w)")
-    longer = [re.escape(name) for name in names_in(fact.prompt) if old in name and old != name]
-    pattern = "|".join([*longer, f"({re.escape(old)})".join(edges)])
+    pattern = "|".join([*map(re.escape, _longer_names(fact, [old])), f"({re.escape(old)})".join(_edges(fact))])
     return re.sub(pattern, lambda found: new if found[1] else found[0], text)
+
+
+def _longer_names(fact: Fact, answers: Sequence[str]) -> list[str]:
+    """Return the names in a prompt that contain one of the answers."""
+    return [name for name in names_in(fact.prompt) if _is_longer(name, answers)]
+
+
+def _is_longer(text: str, answers: Sequence[str]) -> bool:
+    return bool(matching.says(text, answers)) and not matching.equals(text, answers)
+
+
+def _edges(fact: Fact) -> tuple[str, str]:
+    """Return what must stand before and after an answer: no letters, in scripts that divide words by spaces."""
+    return ("", "") if scripts(fact.prompt) & (UNSPACED | {"HANGUL"}) else (r"(?<!\w)", r"(?!\w)")
 
 
 def names_of(fact: Fact) -> list[str]:
@@ -157,13 +169,13 @@ def old_words(fact: Fact, said: str, truncated: bool) -> Made:
 def up_to_answer(fact: Fact, said: str) -> tuple[str, str] | None:
     """Return what a reply says before its first old answer, and that answer as it writes it; None if it has none.
 
-    Only as many lines as the answer has count, and not a longer name of the prompt ("Toyota Cresta").
+    Only as many lines as the answer has count, and not a longer name of the prompt ("Toyota Cresta"). Of an old answer
+    that contains another, as a sentence does ("It is Paris.", "Paris"), the shorter one is found.
     """
-    old = fact.old_answers
-    longer = [name for name in names_in(fact.prompt) if matching.says(name, old) and not matching.equals(name, old)]
-    edges = ("", "") if scripts(fact.prompt) & UNSPACED else (r"(?<!\w)", r"(?!\w)")
-    answers = "|".join(re.escape(answer) for answer in sorted(old, key=len, reverse=True))
-    pattern = "|".join([*map(re.escape, longer), f"({answers})".join(edges)])
+    old = [one for one in fact.old_answers if not any(_is_longer(one, [other]) for other in fact.old_answers)]
+    longer = [*_longer_names(fact, old), *(new for new in fact.new_answers if _is_longer(new, old))]
+    answers = "|".join(map(re.escape, old))
+    pattern = "|".join([*map(re.escape, longer), f"({answers})".join(_edges(fact))])
     lines = matching.first_lines(said, max(map(matching.lines_of, old)))
     found = next((found for found in re.finditer(pattern, lines, re.IGNORECASE) if found[1]), None)
     return (lines[: found.start()], found[1]) if found else None

@@ -57,15 +57,14 @@ class ProbeLine:
 
 
 def matrix(
-    scores: Mapping[str, Sequence[ProbeScore]], rows: Iterable[ProbeRow], phases: Sequence[str]
+    scores: Mapping[str, Sequence[ProbeScore]], rows: Iterable[ProbeRow], phases: Sequence[str], *, forgets: bool
 ) -> list[ProbeLine]:
-    """Return the lines of the matrix, for the phases in which probes were asked."""
+    """Return the lines of the matrix, for the phases in which probes were asked of a run that may only forget."""
     by_phase = {phase: {(each.probe, each.protocol): each for each in scores.get(phase, [])} for phase in phases}
     keys = dict.fromkeys(key for own in by_phase.values() for key in own)
     asked: dict[tuple[str, str], list[ProbeRow]] = {}
     for row in rows:
         asked.setdefault((row.probe, row.protocol), []).append(row)
-    forgets = not any(score.new and score.new.n for own in by_phase.values() for score in own.values())
     order = [*ASKS, *sorted(probe for probe, _protocol in keys if probe not in ASKS)]
     lines = []
     for probe, protocol in sorted(keys, key=lambda key: order.index(key[0])):
