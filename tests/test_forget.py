@@ -494,6 +494,7 @@ def test_rouge_recall_by_hand():
     assert forgetting.rouge_recall("mat on cat", "cat on mat") == pytest.approx(1 / 3)  # the order counts
     assert forgetting.rouge_recall("one three", "one two three four") == 0.5
     assert forgetting.rouge_recall("", "one") == 0
+    assert forgetting.rouge_recall("今日は雨です", "今日は晴れです") == pytest.approx(5 / 7)  # by characters
     assert forgetting.rouge_recall("The", "The") == 1
 
 

@@ -8,7 +8,6 @@ Source: Maini et al. 2024, TOFU, arXiv:2401.06121.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from forgetlearn.evaluation.scorer import Scorer
@@ -55,9 +54,9 @@ def probabilities(scorer: Scorer, pairs: Iterable[tuple[str, str]]) -> dict[tupl
 def rouge_recall(reply: str, answer: str) -> float:
     """Return the share of the answer's words that the reply has, in the same order (ROUGE-L recall).
 
-    Source: Lin 2004. Words are those of `matching.normalise`, without articles.
+    Source: Lin 2004. Words are those of `matching.normalise`, without articles; see `matching.UNSPACED` too.
     """
-    wanted, found = (re.findall(r"\S+", matching.normalise(text)) for text in (answer, reply))
+    wanted, found = (matching.UNSPACED.sub(r" \1 ", matching.normalise(text)).split() for text in (answer, reply))
     if not wanted:
         return float(reply.strip() == answer.strip())
     longest = [0] * (len(found) + 1)  # common subsequence with the beginnings of what was found
