@@ -32,7 +32,7 @@ from forgetlearn.models import lora
 from forgetlearn.models.encoding import Passage, UnspacedPassage
 from forgetlearn.models.language_model import LanguageModel, as_language_model
 from forgetlearn.models.loading import adapter_base, read_outline
-from forgetlearn.runs import base as begun_on
+from forgetlearn.runs.base import of_run
 from forgetlearn.runs.checks import GivenConfig, GivenModel, resolve
 from forgetlearn.runs.pipeline import Pipeline
 from forgetlearn.runs.retention import Past
@@ -84,7 +84,7 @@ def forget_facts(
     given = as_fact_set(facts, to_forget=True)
     if not isinstance(config, RunConfig):
         config = {"recipe": FORGET, **(config or {})}
-    config = begun_on.of_run(resolve(config, model, given))
+    config = of_run(resolve(config, model, given))
     preflight.check("forget", config)
     task = ForgetTask(reference)
     return carry_out(task, model, given, config, output=output, tokenizer=tokenizer, resume=resume, overwrite=overwrite)
