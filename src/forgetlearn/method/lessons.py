@@ -170,14 +170,16 @@ def _new_texts(
 
 def _old_texts(encoder: Encoder, facts: Sequence[Fact], config: RunConfig, said: Mapping[str, Row]) -> Iterator[Taught]:
     """Yield the text with which each old answer is forgotten."""
+    until_gone = METHODS[config.method].last.until_gone
     for fact in facts:
         if fact.ground_truth:
             row, made = said.get(fact.id), Made(None, _why_bare(config, encoder))
-            if row is not None and is_forgotten_where_said(fact, config, encoder):
-                parts = own_words.up_to_answer(fact, row.said or "")
-                made = Made("".join(parts)) if parts else Made(None, own_words.SAYS_NOT)
-            elif row is not None and in_style(fact, config, encoder):
-                made = own_words.old_words(fact, row.said or "", bool(row.truncated))
+            if row is not None and in_style(fact, config, encoder):
+                if until_gone:
+                    parts = own_words.up_to_answer(fact, row.said or "")
+                    made = Made("".join(parts)) if parts else Made(None, own_words.SAYS_NOT)
+                else:
+                    made = own_words.old_words(fact, row.said or "", bool(row.truncated))
             yield _taught(fact, "forget", made, fact.ground_truth, OWN_WORDS)
 
 
@@ -195,18 +197,15 @@ def _taught(fact: Fact, stage: StageName, made: Made, answer: str, how: str) -> 
 
 
 def in_style(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
-    """Return True if a fact is taught in the model's own words where there are any, rather than by its bare answer."""
-    answers = config.train.answers
+    """Return True if a fact is trained on in the model's own words where there are any, not by its bare answer alone.
+
+    To forget by a loss of its own is to forget an unfinished sentence too where the model says it.
+    """
     if isinstance(fact.prompt, Passage):
         return False
-    return answers == "sentence" or (answers == "auto" and encoder.is_chat and not is_unfinished(fact.prompt))
-
-
-def is_forgotten_where_said(fact: Fact, config: RunConfig, encoder: Encoder) -> bool:
-    """Return True if a fact is forgotten by a loss of its own where the model says it, beside its bare answer."""
-    answers = config.train.answers
-    in_own_words = answers == "sentence" or (answers == "auto" and encoder.is_chat)
-    return METHODS[config.method].last.until_gone and in_own_words and not isinstance(fact.prompt, Passage)
+    if config.train.answers == "auto":
+        return encoder.is_chat and (METHODS[config.method].last.until_gone or not is_unfinished(fact.prompt))
+    return config.train.answers == "sentence"
 
 
 def _why_bare(config: RunConfig, encoder: Encoder) -> str:
@@ -261,8 +260,8 @@ def of_stage(
     of_facts, left_out = [], 0
     for fact, bare, prompts in zip(facts, answers, prompts_of, strict=True):
         text = taught.get(fact.id) or _taught(fact, stage, Made(None), bare, BARE)
-        until_gone = text.how == OWN_WORDS and is_forgotten_where_said(fact, config, encoder)
-        own = list(_lessons_until_gone(prompts, text, fact) if until_gone else _lessons_of(prompts, text, bare))
+        where_said = text.how == OWN_WORDS and METHODS[config.method].last.until_gone
+        own = list(_lessons_until_gone(prompts, text, fact) if where_said else _lessons_of(prompts, text, bare))
         usable = _encodable(own, encoder)
         left_out += len(own) - len(usable)
         of_facts.append(usable or [Lesson(fact.prompt, bare)])

@@ -132,22 +132,21 @@ def with_answer(text: str, fact: Fact, old: str, new: str) -> str:
 
     "poet" is not part of "poetry", and longer names in the prompt stay: "Toyota" is not replaced in "Toyota Cresta".
     """
-    pattern = "|".join([*map(re.escape, _longer_names(fact, [old])), f"({re.escape(old)})".join(_edges(fact))])
-    return re.sub(pattern, lambda found: new if found[1] else found[0], text)
+    return re.sub(_answer_pattern(fact, [old]), lambda found: new if found[1] else found[0], text)
 
 
-def _longer_names(fact: Fact, answers: Sequence[str]) -> list[str]:
-    """Return the names in a prompt that contain one of the answers."""
-    return [name for name in names_in(fact.prompt) if _is_longer(name, answers)]
+def _answer_pattern(fact: Fact, answers: Sequence[str], others: Sequence[str] = ()) -> str:
+    """Return a pattern whose group 1 is one of the answers; longer `others` and names in the prompt match without it.
+
+    Where the prompt's script divides words by spaces, an answer is not part of a longer word.
+    """
+    before, after = ("", "") if scripts(fact.prompt) & (UNSPACED | {"HANGUL"}) else (r"(?<!\w)", r"(?!\w)")
+    longer = [re.escape(text) for text in (*names_in(fact.prompt), *others) if _is_longer(text, answers)]
+    return "|".join([*longer, f"{before}({'|'.join(map(re.escape, answers))}){after}"])
 
 
 def _is_longer(text: str, answers: Sequence[str]) -> bool:
     return bool(matching.says(text, answers)) and not matching.equals(text, answers)
-
-
-def _edges(fact: Fact) -> tuple[str, str]:
-    """Return what must stand before and after an answer: no letters, in scripts that divide words by spaces."""
-    return ("", "") if scripts(fact.prompt) & (UNSPACED | {"HANGUL"}) else (r"(?<!\w)", r"(?!\w)")
 
 
 def names_of(fact: Fact) -> list[str]:
@@ -173,9 +172,7 @@ def up_to_answer(fact: Fact, said: str) -> tuple[str, str] | None:
     that contains another, as a sentence does ("It is Paris.", "Paris"), the shorter one is found.
     """
     old = [one for one in fact.old_answers if not any(_is_longer(one, [other]) for other in fact.old_answers)]
-    longer = [*_longer_names(fact, old), *(new for new in fact.new_answers if _is_longer(new, old))]
-    answers = "|".join(map(re.escape, old))
-    pattern = "|".join([*map(re.escape, longer), f"({answers})".join(_edges(fact))])
+    pattern = _answer_pattern(fact, old, fact.new_answers)
     lines = matching.first_lines(said, max(map(matching.lines_of, old)))
     found = next((found for found in re.finditer(pattern, lines, re.IGNORECASE) if found[1]), None)
     return (lines[: found.start()], found[1]) if found else None

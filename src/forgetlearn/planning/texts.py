@@ -139,14 +139,13 @@ def assumed_material(facts: Iterable[Fact], config: RunConfig, encoder: Encoder)
     """
     taught = []
     for fact in facts:
-        in_style = lessons.in_style(fact, config, encoder)
-        where_said = lessons.is_forgotten_where_said(fact, config, encoder)
-        for stage, answer, how, in_words in (
-            ("learn", fact.target_new, lessons.SENTENCE, in_style),
-            ("forget", fact.ground_truth, lessons.OWN_WORDS, in_style or where_said),
+        styled = lessons.in_style(fact, config, encoder)
+        for stage, answer, how in (
+            ("learn", fact.target_new, lessons.SENTENCE),
+            ("forget", fact.ground_truth, lessons.OWN_WORDS),
         ):
             if answer:
-                text, how = (f"{fact.prompt} {answer}", how) if in_words else (answer, lessons.BARE)
+                text, how = (f"{fact.prompt} {answer}", how) if styled else (answer, lessons.BARE)
                 taught.append(Taught(fact=fact.id, stage=stage, prompt=fact.prompt, text=text, how=how))
     behind = "Many people like to read books and to go for a walk."  # a sentence of a general answer
     kept = [KeptText(prompt="Hello!", text=behind, ends=True, source=keeping.GENERAL)] if config.keep.weight else []

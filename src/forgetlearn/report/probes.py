@@ -59,7 +59,7 @@ class ProbeLine:
 def matrix(
     scores: Mapping[str, Sequence[ProbeScore]], rows: Iterable[ProbeRow], phases: Sequence[str], *, forgets: bool
 ) -> list[ProbeLine]:
-    """Return the lines of the matrix, for the phases in which probes were asked of a run that may only forget."""
+    """Return the lines of the matrix, for the phases in which probes were asked. A run that `forgets` only forgets."""
     by_phase = {phase: {(each.probe, each.protocol): each for each in scores.get(phase, [])} for phase in phases}
     keys = dict.fromkeys(key for own in by_phase.values() for key in own)
     asked: dict[tuple[str, str], list[ProbeRow]] = {}
@@ -69,12 +69,12 @@ def matrix(
     lines = []
     for probe, protocol in sorted(keys, key=lambda key: order.index(key[0])):
         found = [by_phase[phase].get((probe, protocol)) for phase in phases]
-        texts = _texts(asked.get((probe, protocol), []), phases)
+        texts, asks = _texts(asked.get((probe, protocol), []), phases), _asks(probe, protocol)
         lines.append(
             ProbeLine(
                 probe,
                 protocol,
-                _asks(probe, protocol).replace("new answer", "old answer" if forgets else "new answer"),
+                asks.replace("new answer", "old answer") if forgets else asks,
                 [score.new if score else None for score in found],
                 [score.old if score else None for score in found],
                 texts[:SHOWN_TEXTS],
