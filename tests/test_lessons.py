@@ -147,11 +147,11 @@ def test_a_reply_is_not_cut_within_a_longer_name_of_the_prompt():
 @pytest.mark.parametrize("method", ["npo", "ascent-ft"])
 def test_an_answer_is_forgotten_behind_the_models_own_words_and_alone(chat_lm, method):
     config = load_config(None, {"recipe": "forget", "method": method, "keep.weight": 0})
-    said = {
-        CAPITAL.id: Row(fact=CAPITAL.id, phase="base", protocol="generate", errors={}, said="It is Paris, of course.")
-    }
-    material = lessons.make_material(chat_lm, [CAPITAL], config, said)
-    assert [(each.text, each.how) for each in material.taught] == [("It is Paris", "own words")]
+    unfinished = make_fact("The capital of France is", "", ground_truth="Paris")
+    row = Row(fact="-", phase="base", protocol="generate", errors={}, said="It is Paris, of course.")
+    said = {CAPITAL.id: row, unfinished.id: row}
+    material = lessons.make_material(chat_lm, [CAPITAL, unfinished], config, said)
+    assert [(each.text, each.how) for each in material.taught] == [("It is Paris", "own words")] * 2
     own, second, *rest = lessons.of_stage(material, [CAPITAL], "forget", config, chat_lm.encoder).of_facts[0]
     assert own == Lesson(CAPITAL.prompt, "It is Paris", given="It is ")
     assert second == Lesson(CAPITAL.prompt, "Paris")
