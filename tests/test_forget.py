@@ -262,10 +262,14 @@ def test_evaluate_shows_the_residue_of_old_answers_alone_and_nothing_else(small_
     disk.write_rows(
         tmp_path / "old.jsonl", [{name: fact[name] for name in ("prompt", "ground_truth")} for fact in facts]
     )
-    (tmp_path / "config.yaml").write_text("recipe: forget\nevaluate: {general_prompts: false, probes: none}\n")
+    (tmp_path / "config.yaml").write_text(
+        "recipe: forget\nevaluate: {general_prompts: false, probes: [multiple-choice]}\n"
+    )
     words = ["evaluate", "--model", str(small_lab), "--config", str(tmp_path / "config.yaml")]
     assert main([*words, "--facts", str(tmp_path / "old.jsonl"), "--output", str(tmp_path / "run")]) == 0
-    shown = capsys.readouterr().out
+    shown, logged = capsys.readouterr()
+    assert "asking the model 6 questions beyond rephrasings" in logged
+    assert re.search(r"beyond rephrasings +n +model: old$", shown, re.MULTILINE)
     assert "still gives the old answer to 100.0 %" in shown
     scores = Summary.load(tmp_path / "run" / "summary.json").phases["model"]
     assert "reliability" not in scores

@@ -242,7 +242,7 @@ def test_the_new_answer_is_wrong_in_reply_to_another_question(lm, monkeypatch):
         Stub(monkeypatch, says)
         rows = score_of(lm, asked)
         assert {(row.score, row.old, row.protocol) for row in rows} == {(score, None, "absent")}
-    (line,) = matrix({"updated": probe_scoring.summarise(rows, 1)}, rows, ["updated"], forgets=False)
+    (line,) = matrix({"updated": probe_scoring.summarise(rows, 1)}, rows, ["updated"])
     assert (line.new[0].mean, line.old[0].n, line.texts[0].right) == (100.0, 0, "anything but Rome")
 
 

@@ -135,12 +135,12 @@ def _print_probes(found: Overview) -> None:
 
     named = [f"{line.probe} ({line.protocol})" for line in found.probes]
     width = max(map(len, named))
-    learns = found.summary.forgetting is None
-    heads = (f"{f'{phase}: new':>15}{'old':>7}" if learns else f"{f'{phase}: old':>18}" for phase in found.probed)
+    with_new = any(cell and cell.n for line in found.probes for cell in line.new)
+    heads = (f"{f'{phase}: new':>15}{'old':>7}" if with_new else f"{f'{phase}: old':>18}" for phase in found.probed)
     say(f"{'beyond rephrasings':<{width}}{'n':>6}{''.join(heads)}")
     for name, line in zip(named, found.probes, strict=True):
         cells = (
-            f"{show_score(new):>15}{show_score(old):>7}" if learns else f"{show_score(old):>18}"
+            f"{show_score(new):>15}{show_score(old):>7}" if with_new else f"{show_score(old):>18}"
             for new, old in zip(line.new, line.old, strict=True)
         )
         say(plain(f"{name:<{width}}{line.n:>6}{''.join(cells)}"))

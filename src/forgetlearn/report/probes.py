@@ -57,14 +57,18 @@ class ProbeLine:
 
 
 def matrix(
-    scores: Mapping[str, Sequence[ProbeScore]], rows: Iterable[ProbeRow], phases: Sequence[str], *, forgets: bool
+    scores: Mapping[str, Sequence[ProbeScore]], rows: Iterable[ProbeRow], phases: Sequence[str]
 ) -> list[ProbeLine]:
-    """Return the lines of the matrix, for the phases in which probes were asked. A run that `forgets` only forgets."""
+    """Return the lines of the matrix, for the phases in which probes were asked.
+
+    Where no fact has a new answer, as in runs that only forget, the lines ask for the old one.
+    """
     by_phase = {phase: {(each.probe, each.protocol): each for each in scores.get(phase, [])} for phase in phases}
     keys = dict.fromkeys(key for own in by_phase.values() for key in own)
     asked: dict[tuple[str, str], list[ProbeRow]] = {}
     for row in rows:
         asked.setdefault((row.probe, row.protocol), []).append(row)
+    with_new = any(each.new.n for own in by_phase.values() for each in own.values())
     order = [*ASKS, *sorted(probe for probe, _protocol in keys if probe not in ASKS)]
     lines = []
     for probe, protocol in sorted(keys, key=lambda key: order.index(key[0])):
@@ -74,7 +78,7 @@ def matrix(
             ProbeLine(
                 probe,
                 protocol,
-                asks.replace("new answer", "old answer") if forgets else asks,
+                asks if with_new else asks.replace("new answer", "old answer"),
                 [score.new if score else None for score in found],
                 [score.old if score else None for score in found],
                 texts[:SHOWN_TEXTS],

@@ -179,12 +179,7 @@ class RunPage:
             "filters": FILTERS,
             "counts": counts((fact.flags for fact in self.facts), FILTERS),
             "errors": _errors(self.rows),
-            "probe_lines": matrix(
-                self.overview.summary.probes,
-                self.probe_rows,
-                self.overview.probed,
-                forgets=self.overview.summary.forgetting is not None,
-            ),
+            "probe_lines": matrix(self.overview.summary.probes, self.probe_rows, self.overview.probed),
             "retention": self.overview.summary.retention,
             "asked_again": list(scores[phases[-1]].get("retention", {})),
             "shown_prompt": damage.shown_prompt,
@@ -233,7 +228,7 @@ def overview(summary: Summary) -> Overview:
         prompts=prompts,
         warning=" ".join(filter(None, warnings)) or None,
         probed=probed,
-        probes=matrix(summary.probes, [], probed, forgets=summary.forgetting is not None),
+        probes=matrix(summary.probes, [], probed),
     )
 
 

@@ -38,5 +38,6 @@ def ask(
     asked = probes.questions(facts, lm.encoder, evaluate, config.seed, stated)
     known = probe_scoring.of_rephrasings(facts, rows, evaluate)
     if asked:
-        log.info("asking the %s model %d questions beyond rephrasings", phase, len(asked))
+        name = "model" if phase == "model" else f"{phase} model"
+        log.info("asking the %s %d questions beyond rephrasings", name, len(asked))
     return [*known, *probe_scoring.score(lm, asked, evaluate, phase)]
