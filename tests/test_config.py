@@ -63,6 +63,13 @@ def test_an_adapters_rate_has_a_limit_in_narrow_models_unless_it_is_chosen():
     assert load_config(None, {"lora.learning_rate": 2e-3}).learning.lora_rate(64) == 2e-3
 
 
+def test_a_rate_for_adapters_that_are_scaled_to_their_layers_is_used_unless_one_is_chosen():
+    for overrides in ({}, {"lora.r": 8}):
+        assert load_config(None, overrides).learning.with_scaled_adapter().lora_rate(8192) == 1.5e-3
+    for overrides in ({"learn.learning_rate": 1e-5}, {"lora.learning_rate": 1e-4}):
+        assert load_config(None, overrides).learning.with_scaled_adapter().lora_rate(8192) == pytest.approx(1e-4)
+
+
 def test_file_wins_over_defaults_and_overrides_over_the_file(yaml_file):
     file = yaml_file("method: f-ft\nforget: {coef: 0.7, epochs: 5}\n")
     config = load_config(file, {"forget.coef": "1.5"})

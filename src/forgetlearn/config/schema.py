@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, Tag, field_validator, model_validator
 
@@ -106,7 +106,7 @@ class LoraSettings(Settings):
         None,
         gt=0,
         description=f"Peak learning rate of a LoRA stage. Unset: {LORA_RATE_FACTOR} times the stage's learning_rate; "
-        f"if that is unset too, at most {LARGEST_LORA_RATE:g}.",
+        f"if that is unset too, {LARGEST_LORA_RATE:g} with null_space, and at most that without.",
     )
 
 
@@ -429,6 +429,12 @@ class TuningSettings(TrainSettings):
         rate = self.lora.learning_rate or LORA_RATE_FACTOR * self.rate(width)
         is_chosen = self.lora.learning_rate or self.learning_rate
         return rate if is_chosen else min(rate, LARGEST_LORA_RATE)
+
+    def with_scaled_adapter(self) -> Self:
+        """Return the settings for an adapter scaled to its layers: one rate for any width, unless one is chosen."""
+        if self.lora.learning_rate or self.learning_rate:
+            return self
+        return self.model_copy(update={"lora": self.lora.model_copy(update={"learning_rate": LARGEST_LORA_RATE})})
 
 
 class StageSettings(LearnSection, TuningSettings):

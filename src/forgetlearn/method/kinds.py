@@ -199,6 +199,7 @@ class Adapter(StageKind):
             remaining = null_space.turn_away(
                 lm.model, name, lessons.kept.texts, facts, share, pad_id=lm.pad_id, device=lm.device
             )
+            settings = settings.with_scaled_adapter()
             log.info(
                 "the adapter can use %.0f %% of the directions that its layers read; kept texts take the rest",
                 100 * remaining,

@@ -3,10 +3,16 @@
 An adapter changes a layer's output by B A x. If the rows of A are orthogonal to the inputs x that the layer gets from
 ordinary texts, the output for those hardly changes, whatever B learns. So A is projected onto the complement of the
 directions that carry most of these inputs, and only B is trained: A would drift back, since Adam scales each number by
-itself. What remains of A is scaled up until it reacts to the facts as strongly as the whole A did, so that the usual
-learning rates fit. One factor serves all layers: where facts differ more from kept texts, more is learned. Sources:
-Saha et al., "Gradient Projection Memory", ICLR 2021, arXiv:2103.09762 (directions by their share of the energy); Fang
-et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null space of kept knowledge in editing).
+itself.
+
+Adam moves B by its learning rate, whatever the sizes of the layer's inputs and weights, which differ between models by
+more than ten times. So A is scaled until it reacts to the facts by a fixed share of the layer's own output: then one
+learning rate fits all models, and a model whose weights are rescaled without changing what it computes learns the same.
+The whole A is scaled so, layer by layer, and what remains of it by one more factor for all layers: where facts differ
+more from kept texts, more is learned.
+
+Sources: Saha et al., "Gradient Projection Memory", ICLR 2021, arXiv:2103.09762 (directions by their share of the
+energy); Fang et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null space of kept knowledge in editing).
 """
 
 from __future__ import annotations
@@ -39,6 +45,9 @@ MOST_TOKENS = 16384  # of the texts that are read, which are drawn by one fixed 
 ROOM = 2 << 30  # bytes that are held at once; more layers take more passes over the texts
 AT_ONCE = 32  # texts in a forward pass
 SEED = 0
+STRENGTH = 0.1  # of A's reaction to the facts, relative to the layer's output: what suited SmolLM2-135M before
+
+Watcher = Callable[[Tensor, Tensor], None]  # gets what a layer reads and what it writes
 
 
 class _Inputs:
@@ -85,8 +94,8 @@ def turn_away(
 ) -> float:
     """Project an adapter's A off the directions that carry this share of the energy of its inputs; freeze A.
 
-    The inputs are those that the layers get from the texts `kept`. A reacts to the texts of `facts` as strongly as
-    before. Return the mean share of directions that remain.
+    The inputs are those that the layers get from the texts `kept`. A is scaled to react to the texts of `facts` by
+    `STRENGTH` of the layer's output. Return the mean share of directions that remain.
     """
     layers = [
         layer
@@ -125,29 +134,42 @@ def _strengthen(
     pad_id: int,
     device: torch.device,
 ) -> None:
-    """Scale all projected A by one factor, in place, so that they react to the texts as strongly as the whole A did.
+    """Scale all projected A, in place, by what brings each whole A to `STRENGTH` and by one factor for the projection.
 
-    The strength is the root of the mean of |A x|^2 over layers and tokens, each relative to the whole A's: a few
-    tokens, the first above all, have inputs so long that they would outweigh all others.
+    The whole A's strength is the mean over tokens of log |A x| / |W x|, each by the root of its length. What the
+    projection leaves is the mean over layers and tokens of |A x|^2, relative to the whole A's. Both are relative at
+    each token: a few tokens, the first above all, have inputs so long that they would outweigh all others.
     """
-    reactions: list[Tensor] = []
-    weights: list[Tensor] = []
+    found: dict[LoraLayer, list[Tensor]] = {layer: [] for layer in factors}
 
-    def watch(layer: LoraLayer, counts: Tensor, read: Tensor) -> None:
-        rows, counts = _real(read, counts)
-        whole, projected = ((rows @ a.float().T).square().sum(1) for a in factors[layer])
-        reactions.append(counts * projected / whole.clamp(min=torch.finfo(whole.dtype).tiny))
-        weights.append(counts)
+    def watch(layer: LoraLayer, counts: Tensor, read: Tensor, written: Tensor) -> None:
+        rows, weights = _real(read, counts)
+        whole, projected = ((rows @ a.float().T).square().mean(1) for a in factors[layer])
+        own = _real(_without_bias(layer, written), counts)[0].square().mean(1)
+        tiny = torch.finfo(whole.dtype).tiny
+        logs = (whole.clamp(min=tiny) / own.clamp(min=tiny)).log() / 2
+        found[layer].append(torch.stack((weights, weights * projected / whole.clamp(min=tiny), weights * logs)).sum(1))
 
     model.eval()
     with attention.by_text(model), computing(model, device):
         drawn = _drawn(texts)
         for each in _passes(model, drawn, choose_layout(model, drawn, pad_id, device, "shared"), pad_id, device):
             _run(model, {layer: partial(watch, layer, each.counts) for layer in factors}, each)
-    share = torch.cat(reactions).sum() / torch.cat(weights).sum()
-    if share > 0:
-        for _whole, projected in factors.values():
-            projected.mul_(share.rsqrt().to(projected.dtype))
+    sums = {layer: torch.stack(own).sum(0) for layer, own in found.items() if own}
+    n_tokens, kept, _logs = torch.stack(list(sums.values())).sum(0)
+    if not kept > 0:
+        return
+    strengths = {layer: logs / own for layer, (own, _kept, logs) in sums.items() if own > 0}
+    usual = torch.stack(list(strengths.values())).mean()  # for an expert that reads none of the facts
+    for layer, (_whole, projected) in factors.items():
+        factor = STRENGTH * torch.exp(-strengths.get(layer, usual)) * (n_tokens / kept).sqrt()
+        projected.mul_(factor.to(projected.dtype))
+
+
+def _without_bias(layer: LoraLayer, written: Tensor) -> Tensor:
+    """Return what a layer writes without its bias, which may be far larger than all that depends on the input."""
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    return written if bias is None else written - bias
 
 
 @dataclass(frozen=True)
@@ -195,7 +217,11 @@ def _reading_alike(
 ) -> list[list[LoraLayer]]:
     """Return the layers in groups that read the same tensor, as queries, keys and values do."""
     read: dict[LoraLayer, Tensor] = {}  # holds the tensors, so that each has its own address
-    watchers = {layer: partial(read.__setitem__, layer) for layer in layers}
+
+    def watch(layer: LoraLayer, given: Tensor, _written: Tensor) -> None:
+        read[layer] = given
+
+    watchers = {layer: partial(watch, layer) for layer in layers}
     (alone,) = _passes(model, [text], "padded", pad_id, device)
     _run(model, watchers, alone)
     alike: dict[object, list[LoraLayer]] = {}
@@ -226,7 +252,7 @@ def _drawn(texts: Sequence[Encoded]) -> list[Encoded]:
     return [texts[index] for index, size in zip(order, sizes, strict=True) if size <= MOST_TOKENS or index == order[0]]
 
 
-def _add(found: _Inputs, counts: Tensor, read: Tensor) -> None:
+def _add(found: _Inputs, counts: Tensor, read: Tensor, _written: Tensor) -> None:
     """Add what a layer read in a forward pass; a token counts as often as there are texts that it belongs to."""
     rows, counts = _real(read, counts)
     found.add(rows * counts.sqrt().unsqueeze(1))
@@ -240,13 +266,13 @@ def _real(read: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return rows[counts > 0].float(), counts[counts > 0]
 
 
-def _run(model: PeftModel, watchers: Mapping[LoraLayer, Callable[[Tensor], None]], each: _Pass) -> None:
-    """Run a forward pass, and give each watcher what its layer reads."""
+def _run(model: PeftModel, watchers: Mapping[LoraLayer, Watcher], each: _Pass) -> None:
+    """Run a forward pass, and give each watcher what its layer reads and writes."""
 
-    def hook(layer: LoraLayer, inputs: tuple[Tensor, ...]) -> None:
-        watchers[layer](inputs[0])
+    def hook(layer: LoraLayer, inputs: tuple[Tensor, ...], written: Tensor) -> None:
+        watchers[layer](inputs[0], written)
 
-    handles = [layer.register_forward_pre_hook(hook) for layer in watchers]
+    handles = [layer.register_forward_hook(hook) for layer in watchers]
     try:
         answer_logits(model, each.inputs, torch.tensor([0], device=each.counts.device))
     finally:
