@@ -136,6 +136,13 @@ def test_a_table_without_a_header_or_with_other_names_is_told_the_names_to_use(t
     assert 'target_new="right"' in str(caught.value)
 
 
+def test_a_title_above_the_header_is_shown(tmp_path):
+    file = tmp_path / "title.csv"
+    file.write_text("Corrections for 2026\nquestion,new answer\nWho?,Ann\n")
+    with pytest.raises(FactError, match=r"The header is 'Corrections for 2026'\. Remove lines above it"):
+        read_facts(file)
+
+
 def test_a_row_that_is_too_short_is_not_asked_for_quotes(tmp_path):
     with pytest.raises(FactError, match=r"1 cell, .*2: p\n.*missing"):
         read_facts(save(tmp_path, "f.csv", "prompt,target_new\np\n"))

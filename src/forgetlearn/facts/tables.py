@@ -107,10 +107,11 @@ def _header(cells: Sequence[str], source: str) -> list[str]:
 def _uneven(where: str, row: Sequence[str], header: Sequence[str], delimiter: str | None) -> str:
     text = plain((delimiter or " | ").join(row))
     shown = text if len(text) <= 120 else text[:119] + "…"
-    remedy = "Give every column a name."
     if len(row) < len(header):
         remedy = f"Is a cell missing? An empty cell still needs its {delimiter!r}."
-    elif delimiter is not None:
+    elif delimiter is None or len(header) == 1:  # a title stands above the header
+        remedy = f"The header is {plain(' | '.join(header))[:120]!r}. Remove lines above it, and name every column."
+    else:
         remedy = f'Does a cell hold {delimiter!r}? Put it in quotes: "a{delimiter}b".'
     return f"{where} has {len(row)} cell{'s' * (len(row) != 1)}, but the header has {len(header)}: {shown}\n{remedy}"
 
