@@ -5,11 +5,11 @@ ordinary texts, the output for those hardly changes, whatever B learns. So A is 
 directions that carry most of these inputs, and only B is trained: A would drift back, since Adam scales each number by
 itself.
 
-Adam moves B by its learning rate, whatever the sizes of the layer's inputs and weights, which differ between models by
-more than ten times. So A is scaled until it reacts to the facts by a fixed share of the layer's own output: then one
-learning rate fits all models, and a model whose weights are rescaled without changing what it computes learns the same.
-The whole A is scaled so, layer by layer, and what remains of it by one more factor for all layers: where facts differ
-more from kept texts, more is learned.
+Adam moves B by its learning rate, however large the layer's inputs and weights are, and in this models differ. So A is
+scaled until it reacts to the facts by a fixed share of the layer's own output. Then one learning rate fits all models,
+and a model whose weights are rescaled without changing what it computes learns the same. The whole A is scaled so,
+layer by layer, and what remains of it by one more factor for all layers: where facts differ more from kept texts, more
+is learned.
 
 Sources: Saha et al., "Gradient Projection Memory", ICLR 2021, arXiv:2103.09762 (directions by their share of the
 energy); Fang et al., "AlphaEdit", ICLR 2025, arXiv:2410.02355 (the null space of kept knowledge in editing).
@@ -45,7 +45,7 @@ MOST_TOKENS = 16384  # of the texts that are read, which are drawn by one fixed 
 ROOM = 2 << 30  # bytes that are held at once; more layers take more passes over the texts
 AT_ONCE = 32  # texts in a forward pass
 SEED = 0
-STRENGTH = 0.1  # of A's reaction to the facts, relative to the layer's output: what suited SmolLM2-135M before
+STRENGTH = 0.1  # of A's reaction to the facts, relative to the layer's output (bench/results/recipe.md)
 
 Watcher = Callable[[Tensor, Tensor], None]  # gets what a layer reads and what it writes
 
@@ -136,9 +136,9 @@ def _strengthen(
 ) -> None:
     """Scale all projected A, in place, by what brings each whole A to `STRENGTH` and by one factor for the projection.
 
-    The whole A's strength is the mean over tokens of log |A x| / |W x|, each by the root of its length. What the
-    projection leaves is the mean over layers and tokens of |A x|^2, relative to the whole A's. Both are relative at
-    each token: a few tokens, the first above all, have inputs so long that they would outweigh all others.
+    The whole A's strength is the mean over tokens of log(rms(A x) / rms(W x)). What the projection leaves is the mean
+    over layers and tokens of |A x|^2, relative to the whole A's. Both are ratios at each token: a few tokens, the first
+    above all, have inputs so long that they would outweigh all others.
     """
     found: dict[LoraLayer, list[Tensor]] = {layer: [] for layer in factors}
 
