@@ -43,7 +43,7 @@ LEARNED = StageSettings(
     batch_size=4,
     learning_rate=3e-3,
     adam_epsilon=1e-5,
-    lora={"learning_rate": 3e-3},
+    lora={"learning_rate": 3e-3, "lora_alpha": 640},
 )
 
 
