@@ -104,6 +104,19 @@ def test_a_model_with_rescaled_weights_that_computes_the_same_learns_the_same():
     assert torch.allclose(learned, learned_too, rtol=1e-3, atol=1e-4)
 
 
+def test_a_layer_that_writes_nothing_gets_the_usual_scale():
+    base = make_architecture("llama", hidden_size=64)
+    silent = base.model.layers[-1].mlp.down_proj
+    nn.init.zeros_(silent.weight)  # as in a block that was added to a model
+    model = lora.attach(base, LoraSettings(r=4), lora.LEARN, 0)
+    before = {layer: layer.lora_A[lora.LEARN].weight.norm() for _path, layer in adapted_layers(model)}
+    null_space.turn_away(model, lora.LEARN, KEPT, [FACT], 0.99, 0, CPU)
+    scales = {layer: float(layer.lora_A[lora.LEARN].weight.norm() / norm) for layer, norm in before.items()}
+    (own,) = (scale for layer, scale in scales.items() if layer.get_base_layer().weight.abs().sum() == 0)
+    others = [scale for layer, scale in scales.items() if layer.get_base_layer().weight.abs().sum() > 0]
+    assert min(others) < own < max(others)
+
+
 @pytest.mark.parametrize("n_tokens", [50, 6])  # more than the width, and less
 def test_the_rows_of_a_are_orthogonal_to_the_main_inputs(n_tokens):
     inputs = torch.randn(n_tokens, 3, generator=torch.Generator().manual_seed(0)) @ torch.eye(8)[:3]

@@ -148,7 +148,9 @@ def _strengthen(
         own = _real(_without_bias(layer, written), counts)[0].square().mean(1)
         tiny = torch.finfo(whole.dtype).tiny
         logs = (whole.clamp(min=tiny) / own.clamp(min=tiny)).log() / 2
-        found[layer].append(torch.stack((weights, weights * projected / whole.clamp(min=tiny), weights * logs)).sum(1))
+        heard = torch.where(own > 0, weights, 0)  # not where the layer writes nothing, as in blocks that were added
+        of_tokens = weights, weights * projected / whole.clamp(min=tiny), heard, torch.where(own > 0, weights * logs, 0)
+        found[layer].append(torch.stack(of_tokens).sum(1))
 
     model.eval()
     with attention.by_text(model), computing(model, device):
@@ -156,11 +158,11 @@ def _strengthen(
         for each in _passes(model, drawn, choose_layout(model, drawn, pad_id, device, "shared"), pad_id, device):
             _run(model, {layer: partial(watch, layer, each.counts) for layer in factors}, each)
     sums = {layer: torch.stack(own).sum(0) for layer, own in found.items() if own}
-    n_tokens, kept, _logs = torch.stack(list(sums.values())).sum(0)
-    if not kept > 0:
+    n_tokens, kept, n_heard, _logs = torch.stack(list(sums.values())).sum(0)
+    if not kept > 0 or not n_heard > 0:
         return
-    strengths = {layer: logs / own for layer, (own, _kept, logs) in sums.items() if own > 0}
-    usual = torch.stack(list(strengths.values())).mean()  # for an expert that reads none of the facts
+    strengths = {layer: logs / heard for layer, (_tokens, _kept, heard, logs) in sums.items() if heard > 0}
+    usual = torch.stack(list(strengths.values())).mean()  # for layers that read none of the facts, or write nothing
     for layer, (_whole, projected) in factors.items():
         factor = STRENGTH * torch.exp(-strengths.get(layer, usual)) * (n_tokens / kept).sqrt()
         projected.mul_(factor.to(projected.dtype))
