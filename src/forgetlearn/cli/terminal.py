@@ -131,11 +131,12 @@ def print_scores(found: Overview) -> None:
 
 def _print_probes(found: Overview) -> None:
     """Print the matrix of probes: for each phase the percent of facts that get the new answer, if any, and the old."""
+    from forgetlearn.report.probes import ask_for_new
     from forgetlearn.report.render import show_score
 
     named = [f"{line.probe} ({line.protocol})" for line in found.probes]
     width = max(map(len, named))
-    with_new = any(cell and cell.n for line in found.probes for cell in line.new)
+    with_new = ask_for_new(found.summary.probes)
     heads = (f"{f'{phase}: new':>15}{'old':>7}" if with_new else f"{f'{phase}: old':>18}" for phase in found.probed)
     say(f"{'beyond rephrasings':<{width}}{'n':>6}{''.join(heads)}")
     for name, line in zip(named, found.probes, strict=True):

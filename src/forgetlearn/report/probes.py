@@ -68,7 +68,7 @@ def matrix(
     asked: dict[tuple[str, str], list[ProbeRow]] = {}
     for row in rows:
         asked.setdefault((row.probe, row.protocol), []).append(row)
-    with_new = any(each.new.n for own in by_phase.values() for each in own.values())
+    with_new = ask_for_new(scores)
     order = [*ASKS, *sorted(probe for probe, _protocol in keys if probe not in ASKS)]
     lines = []
     for probe, protocol in sorted(keys, key=lambda key: order.index(key[0])):
@@ -86,6 +86,11 @@ def matrix(
             )
         )
     return lines
+
+
+def ask_for_new(scores: Mapping[str, Sequence[ProbeScore]]) -> bool:
+    """Return whether any probe asks about a fact with a new answer."""
+    return any(each.new.n for own in scores.values() for each in own)
 
 
 def phases_asked(scores: Mapping[str, object], phases: Iterable[str]) -> list[str]:
