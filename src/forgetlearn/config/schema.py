@@ -427,12 +427,16 @@ class TuningSettings(TrainSettings):
     def lora_rate(self, width: int) -> float:
         """Return the peak learning rate of this stage when it trains an adapter of a model of this width."""
         rate = self.lora.learning_rate or LORA_RATE_FACTOR * self.rate(width)
-        is_chosen = self.lora.learning_rate or self.learning_rate
-        return rate if is_chosen else min(rate, LARGEST_LORA_RATE)
+        return rate if self.lora_rate_is_chosen else min(rate, LARGEST_LORA_RATE)
+
+    @property
+    def lora_rate_is_chosen(self) -> bool:
+        """True if a setting gives the learning rate of adapters, or of all weights, from which theirs follows."""
+        return bool(self.lora.learning_rate or self.learning_rate)
 
     def with_scaled_adapter(self) -> Self:
         """Return the settings for an adapter scaled to its layers: one rate for any width, unless one is chosen."""
-        if self.lora.learning_rate or self.learning_rate:
+        if self.lora_rate_is_chosen:
             return self
         return self.model_copy(update={"lora": self.lora.model_copy(update={"learning_rate": LARGEST_LORA_RATE})})
 
